@@ -1,0 +1,39 @@
+"""The papermill engine of the runner: kernels from the pool, and no secret in what a notebook keeps."""
+
+import os
+
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+
+from lib import record
+
+
+def _redacted(value):
+    if isinstance(value, str):
+        return record.redact(value)
+    if isinstance(value, dict):
+        return {k: _redacted(v) for k, v in value.items()}
+    return [_redacted(v) for v in value] if isinstance(value, list) else value
+
+
+class Client(PapermillNotebookClient):
+    """Replaces secrets in every message before it becomes an output that papermill saves."""
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):
+            msg["content"] = _redacted(msg["content"])
+        return super().process_message(msg, cell, cell_index)
+
+
+class Engine(NBClientEngine):
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=120, execution_timeout=None, **_):
+        client = Client(nb_man, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout,
+                        log_output=log_output)
+        return client.execute()
+
+
+def register() -> None:
+    """Make the engine known to papermill and the pool's kernels the default of this process."""
+    papermill_engines.register("study", Engine)
+    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = "study-pool"

@@ -1,0 +1,23 @@
+"""Errors that a person can act on: where it is, what was found, what was expected, and the command that mends it."""
+
+
+class StudyError(Exception):
+    """Bad input. Carries the four things a reader needs; `exit_code` is what the command line exits with."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, found: str, expected: str, mend: str = ""):
+        self.where, self.found, self.expected, self.mend = where, found, expected, mend
+        lines = [f"{where}: {found}", f"  expected: {expected}"]
+        if mend:
+            lines.append(f"  to mend:  {mend}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):  # pickled between processes with its parts, not with the joined message
+        return type(self), (self.where, self.found, self.expected, self.mend)
+
+
+class MissingError(StudyError):
+    """Something the run needs is not on this machine (GPU, memory, licence, key, model, package extra)."""
+
+    exit_code = 3

@@ -1,0 +1,154 @@
+"""Whether something has to be done again: a member's key is made of everything that can change its numbers.
+
+Kept in parts (configuration, code, data, versions, device), so that `plan` can say which part changed.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate", "numpy")
+# Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's numbers.
+NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "optuna", "wandb", "compute")
+
+
+def digest(value) -> str:
+    """16 hexadecimal digits of SHA-256 over the value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _module_file(name: str) -> Path | None:
+    base = ROOT.joinpath(*name.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.exists():
+            return path
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _parsed(path: Path, stamp: tuple) -> tuple[str, tuple[str, ...]]:
+    """(hash of the code without docstrings and comments, the `lib` modules it imports)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lib"}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            imports |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(imports))
+
+
+def closure(module: str) -> dict[str, str]:
+    """{module: hash of its code} for `module` and every `lib` module it imports, directly or not."""
+    found, queue = {}, [module]
+    while queue:
+        name = queue.pop()
+        path = _module_file(name)
+        if path is None or name in found:
+            continue
+        stat = path.stat()
+        found[name], imports = _parsed(path, (stat.st_mtime_ns, stat.st_size))
+        queue += imports
+    return dict(sorted(found.items()))
+
+
+def notebook_code(path: Path) -> str:
+    """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does."""
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+
+
+@functools.lru_cache(maxsize=None)
+def _content(path: Path, stamp: tuple) -> str:
+    sha = hashlib.sha256()
+    for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
+        sha.update(str(file.relative_to(path.parent)).encode())
+        with open(file, "rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def source(name: str, revision: str | None) -> str:
+    """Fingerprint of a data set or model by its name: content of a local path, name and revision of a hub id."""
+    path = Path(name)
+    if not path.exists():
+        return f"{name}@{revision or 'unpinned'}"
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return _content(path, tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@functools.lru_cache(maxsize=None)
+def device_kind() -> str:
+    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    except Exception:  # no driver, no library, no permission: whatever NVML says, there is no GPU to use
+        return f"cpu-{platform.machine()}"
+
+
+@functools.lru_cache(maxsize=None)
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
+    """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`: where its training lives."""
+    numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
+    numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
+    model, dataset = config["model"], config["dataset"]
+    parts = {
+        "config": {**_flat(numbers), "seed": seed, "mode": mode},
+        "code": digest(closure(module)),
+        "data": source(dataset["name"], dataset.get("revision")),
+        "model": source(model["name"], model.get("revision")),
+        "versions": versions(),
+        "device": device_kind(),
+    }
+    return {**parts, "all": digest(parts)}
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def difference(old: dict | None, new: dict) -> str:
+    """Why a record made under `old` does not stand for `new`; the empty string where it does."""
+    if not old:
+        return "no record"
+    if old.get("all") == new["all"]:
+        return ""
+    reasons = []
+    before, after = old.get("config", {}), new["config"]
+    changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+    reasons += [f"{k} {before.get(k)} -> {after.get(k)}" for k in changed[:2]] + (["…"] if len(changed) > 2 else [])
+    reasons += [f"{part} changed" for part in ("code", "data", "model", "device") if old.get(part) != new[part]]
+    if old.get("versions") != new["versions"]:
+        reasons += [f"{k} {old.get('versions', {}).get(k)} -> {v}" for k, v in new["versions"].items()
+                    if old.get("versions", {}).get(k) != v]
+    return ", ".join(reasons)

@@ -1,0 +1,271 @@
+"""A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
+
+    inputs = prepared(run)          what all members share, made once and kept on disk by content
+    job = submit(run)               queue what is not cached     … the notebook goes on with its method cells …
+    watch(job)                      one line per member as it ends
+    records = collect(job)          their metrics; raises when a member failed
+
+A study supplies `lib/<study>/member.py` with `prepare(run, folder)`, `inputs_key(run)` and
+`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib import config, keys, pool, record
+from lib.errors import StudyError
+
+CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
+
+
+def study_module(study: str):
+    return importlib.import_module(f"lib.{study}.member")
+
+
+def key(member) -> dict:
+    """What this member's numbers depend on, in parts."""
+    return keys.member_key(config.dump(member.run), member.seed, f"lib.{member.run.study}.member", member.run.mode)
+
+
+def stale(member, folder: Path) -> str:
+    """Why this member has to be trained; the empty string where its record stands."""
+    done = record.read_json(folder / "done.json")
+    if not done or done.get("status") not in record.FINISHED or not (folder / "metrics.json").exists():
+        return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
+    return keys.difference(done["key"], key(member))
+
+
+def archive(folder: Path) -> None:
+    """Move a record aside, without its checkpoints: nothing recorded is lost, and nothing stale is resumed."""
+    if not folder.exists():
+        return
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    attempts = folder.parent.parent / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    number = 1 + sum(1 for p in attempts.glob(f"{folder.name}.*"))
+    folder.rename(attempts / f"{folder.name}.{number}")
+
+
+# ---------------------------------------------------------------------------------------------- in the member's process
+
+
+def work(argument: dict) -> None:
+    """Train one member; the last thing written is the sentinel with this attempt's nonce."""
+    folder, spec = Path(argument["folder"]), argument["spec"]
+    try:
+        run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
+        member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
+        started = time.monotonic()
+        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
+        metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
+        if metrics.get("status") not in record.FINISHED:
+            raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
+        record.write_json(folder / "metrics.json", metrics)
+        record.write_json(folder / "done.json", {"run_id": spec["run_id"], "member": spec["member"], "status": metrics["status"],
+                                                 "key": argument["key"], "nonce": argument["nonce"]})
+    except BaseException as error:
+        traceback.print_exc()
+        record.write_json(folder / "error.json", {
+            "exception": record.redact(f"{type(error).__name__}: {error}"), "traceback": record.redact(traceback.format_exc())})
+        raise
+
+
+def prepare_work(argument: dict) -> None:
+    """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    final = Path(argument["final"])
+    if (final / "complete.json").exists():
+        return
+    partial = Path(argument["folder"])
+    try:
+        study_module(run.study).prepare(run, partial)
+        record.write_json(partial / "complete.json", {"study": run.study})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException as error:
+        traceback.print_exc()
+        if not (final / "complete.json").exists():  # another pool may have been faster: its result is as good
+            record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
+            raise
+
+
+def measure_work(argument: dict) -> None:
+    """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
+
+
+# ------------------------------------------------------------------------------------------------- in the notebook
+
+
+@dataclass
+class Job:
+    run: object
+    members: list
+    folders: dict[str, Path]
+    tasks: dict[str, pool.Task]
+    reasons: dict[str, str]
+    started: float = field(default_factory=time.monotonic)
+
+
+def inputs_folder(run) -> Path:
+    """Where what this run's members share lies, named by its content."""
+    return CACHE / run.study / keys.digest(study_module(run.study).inputs_key(run))
+
+
+def prepared(run) -> Path:
+    """Make (or find) what all members share: data, tokeniser, base model, reference log-probabilities. Returns its folder."""
+    final = inputs_folder(run)
+    if (final / "complete.json").exists():
+        return final
+    partial = final.with_name(final.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    argument = {**_context(run), "config": config.dump(run), "final": str(final), "folder": str(partial)}
+    task = pool.Task(name="prepare", target="lib.members:prepare_work", argument=argument, folder=partial,
+                     threads=run.compute.threads, check=lambda: (final / "complete.json").exists())
+    if _slots() == 0:
+        prepare_work(argument)
+        return final
+    pool.start(task)
+    pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
+    if task.state != "succeeded":
+        error = record.read_json(partial / "error.json", {}).get("exception", "its process was lost")
+        raise StudyError(f"preparing {run.run_id}", error, "data, tokeniser and base model", f"read {task.log}")
+    return final
+
+
+def measure(run, function: str) -> None:
+    """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
+    folder = Path(run.results_dir) / run.run_id
+    argument = {**_context(run), "config": config.dump(run), "function": function, "folder": str(folder), "inputs": str(inputs_folder(run))}
+    if _slots() == 0:
+        return measure_work(argument)
+    task = pool.Task(name=function, target="lib.members:measure_work", argument=argument, folder=folder, threads=run.compute.threads)
+    pool.start(task)
+    pool.drive([task])
+    if task.state != "succeeded":
+        raise StudyError(f"{run.run_id}: {function}", f"it was {task.state}", "a measurement", f"read {task.log}")
+
+
+def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:
+    """Queue every member whose record does not stand; the others are used as they are."""
+    members = config.members(run) if members is None else members
+    job = Job(run, members, {}, {}, {})
+    for member in members:
+        folder = Path(run.results_dir) / run.run_id / subfolder / member.id
+        job.folders[member.id] = folder
+        reason = stale(member, folder)
+        if not reason:
+            continue
+        job.reasons[member.id] = reason
+        prepared(member.run)  # at once where it is made already, which is all but a search over the data's own settings
+        job.tasks[member.id] = _task(member, folder)
+    for member_id, task in job.tasks.items():
+        if _slots() != 0:
+            pool.start(task)
+        else:
+            _inline(task)
+        record.write_json(job.folders[member_id] / "queued.json", {"reason": job.reasons[member_id]})
+    print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
+    for member_id, reason in list(job.reasons.items())[:3]:
+        print(f"  {member_id}: {reason}")
+    return job
+
+
+def _task(member, folder: Path) -> pool.Task:
+    run, wanted = member.run, key(member)
+    previous = record.read_json(folder / "member.json")
+    if previous and previous["key"]["all"] != wanted["all"] or (folder / "done.json").exists():
+        archive(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.json").unlink(missing_ok=True)
+    spec = {**_context(run), "run_id": run.run_id, "member": member.id, "cell": member.cell, "cell_name": member.cell_name,
+            "seed": member.seed, "config": config.dump(run)}
+    nonce = os.urandom(8).hex()
+    record.write_json(folder / "member.json", {**spec, "key": wanted})
+    return pool.Task(
+        name=member.id, target="lib.members:work", folder=folder,
+        argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
+        threads=run.compute.threads,
+        check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce)
+
+
+def _inline(task: pool.Task) -> None:
+    """slots=0: in this very kernel, for pdb and for code defined in a cell."""
+    started = time.monotonic()
+    work(task.argument)
+    task.state, task.seconds = "succeeded", time.monotonic() - started
+
+
+def watch(job: Job) -> None:
+    """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
+    shown = 0
+
+    def changed(task: pool.Task) -> None:
+        nonlocal shown
+        if not task.ended:
+            return
+        shown += 1
+        metrics = record.read_json(task.folder / "metrics.json", {})
+        name = job.run.optuna.objective_metric
+        value = metrics.get(name)
+        told = f"{name} {value:.3f}" if isinstance(value, float) else record.read_json(task.folder / "error.json", {}).get("exception", "")
+        status = metrics.get("status", task.state) if task.state == "succeeded" else task.state
+        print(f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}")
+
+    def tick() -> None:
+        running = [{"member": t.name, **_last(t.folder)} for t in job.tasks.values() if t.state == "running"]
+        ended = sum(t.ended for t in job.tasks.values())
+        _progress(job.run, {"phase": "training", "done": ended, "members": len(job.tasks), "running": running,
+                            "elapsed": round(time.monotonic() - job.started, 1)})
+
+    pool.drive(list(job.tasks.values()), changed, tick)
+    _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
+
+
+def collect(job: Job, *, strict: bool = True) -> list[dict]:
+    """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
+    failed = [t for t in job.tasks.values() if t.state != "succeeded"]
+    if failed and strict:
+        told = "\n".join(f"  {t.name}: {t.state}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
+                         f"  (log: {t.log})" for t in failed)
+        raise StudyError(f"run {job.run.run_id}", f"{len(failed)} of {len(job.tasks)} members did not finish\n{told}",
+                         "every member completed or diverged", "the same command again resumes what is left")
+    return [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **record.read_json(job.folders[m.id] / "metrics.json", {})}
+            for m in job.members if (job.folders[m.id] / "metrics.json").exists()]
+
+
+def _context(run) -> dict:
+    return {"study": run.study, "scale": run.scale, "mode": run.mode}
+
+
+def _slots() -> int | None:
+    value = os.environ.get("STUDY_SLOTS")
+    return int(value) if value else None
+
+
+def _progress(run, state: dict) -> None:
+    """For the runner's live line and for `status` in another terminal."""
+    record.write_json(Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time()})
+
+
+def _last(folder: Path) -> dict:
+    """The last step of a running member, from the end of its history."""
+    path = folder / "history.jsonl"
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            for line in reversed(file.read().decode(errors="replace").split("\n")):
+                if line.startswith("{") and '"loss"' in line and line.endswith("}"):
+                    row = json.loads(line)
+                    return {k: row.get(k) for k in ("step", "steps", "loss")}
+    except (OSError, ValueError):
+        pass
+    return {}

@@ -1,0 +1,134 @@
+"""What would run, what is cached and why, and what it will cost: the runner's list of notebooks in order.
+
+Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all.
+"""
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib import config, keys, members, record
+from lib.errors import StudyError
+
+NOTEBOOKS = config.ROOT / "notebooks"
+NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
+
+
+@dataclass
+class Step:
+    """One notebook to execute. `reason` is why; the empty string means that its record stands."""
+
+    kind: str  # train, sweep, analysis
+    study: str
+    name: str  # run_id, or 'comparison'
+    notebook: Path
+    folder: Path
+    parameters: dict
+    key: str
+    reason: str
+    run: object = None
+    needs: list["Step"] = field(default_factory=list)
+    stale: list = field(default_factory=list)  # members to train
+    seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return f"{self.study}/{self.name}" + ("" if self.kind != "sweep" else " sweep")
+
+    @property
+    def output(self) -> Path:
+        return self.folder / {"train": "run.ipynb", "sweep": "sweep.ipynb", "analysis": "analysis.ipynb"}[self.kind]
+
+
+def outputs_root(scale: str, mode: str) -> Path:
+    return config.ROOT / "outputs" / f"{scale}-{mode}"
+
+
+def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Step]:
+    """The steps for these runs (config.Run objects), each study's in order: train, sweep, analysis."""
+    planned = []
+    for study in dict.fromkeys(run.study for run in runs):
+        mine = [run for run in runs if run.study == study]
+        for kind in ("train.ipynb", "analysis.ipynb"):
+            if not (NOTEBOOKS / study / kind).exists():
+                raise StudyError(f"notebooks/{study}/{kind}", "not there", "the study's notebooks",
+                                 f"leave this study out (--study), or add notebooks/{study}/")
+        train = [_train(run, force) for run in mine]
+        sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
+        planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
+    return planned
+
+
+def _parameters(run, folder: Path) -> dict:
+    return config.parameters(run)
+
+
+def _why(step_key: str, folder: Path, output: Path, status_name: str, force: bool) -> str:
+    """Why a notebook has to be executed again, from its last status."""
+    status = record.read_json(folder / status_name)
+    if force:
+        return "forced (--force)"
+    if not status:
+        return "never run"
+    if status.get("status") != "succeeded":
+        return f"last attempt {status.get('status')}"
+    if not output.exists():
+        return f"{output.name} is gone"
+    return "" if status.get("key") == step_key else "its notebook or what it reads changed"
+
+
+def _train(run, force: bool) -> Step:
+    folder = Path(run.results_dir) / run.run_id
+    notebook = NOTEBOOKS / run.study / "train.ipynb"
+    every = config.members(run)
+    stale = [(m, why) for m in every if (why := "forced" if force else members.stale(m, folder / "members" / m.id))]
+    key = keys.digest([*(members.key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
+    reason = _why(key, folder, folder / "run.ipynb", "status.json", force)
+    if stale and not reason.startswith("forced"):
+        reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
+    step = Step("train", run.study, run.run_id, notebook, folder, _parameters(run, folder), key, reason, run, stale=stale)
+    step.seconds = len(stale) * member_seconds(run) + (NOTEBOOK_SECONDS if reason else 0)
+    return step
+
+
+def _sweep(train: Step, force: bool) -> Step:
+    run, folder, notebook = train.run, train.folder / "sweep", NOTEBOOKS / "sweep.ipynb"
+    key = keys.digest([train.key, keys.notebook_code(notebook), keys.closure("lib.sweep")])
+    reason = "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
+    step = Step("sweep", run.study, run.run_id, notebook, folder, _parameters(run, folder), key, reason, run, needs=[train])
+    extra = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
+    step.seconds = (extra * member_seconds(run) + NOTEBOOK_SECONDS) if reason else 0
+    return step
+
+
+def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
+    results = Path(train[0].run.results_dir)
+    folder, notebook = results / "comparison", NOTEBOOKS / study / "analysis.ipynb"
+    claims = config.ROOT / "params" / study / "claims.yaml"
+    closures = [keys.closure(f"lib.{name}") for name in ("claims", "statistics", "figures", f"{study}.figures")]
+    key = keys.digest([[s.key for s in [*train, *sweeps]], keys.notebook_code(notebook), claims.read_text(), closures])
+    before = any(s.reason for s in [*train, *sweeps])
+    reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
+    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results),
+                  "run_files": [str(s.run.source) for s in train], "overrides": getattr(train[0].run, "overrides", {}) or {}}
+    step = Step("analysis", study, "comparison", notebook, folder, parameters, key, reason, needs=[*train, *sweeps])
+    step.seconds = NOTEBOOK_SECONDS * 2 if reason else 0
+    return step
+
+
+def member_seconds(run) -> float:
+    """Expected seconds of one member on one slot: the median of earlier members of this run (else of the study) at this
+    scale and mode, else the YAML's own figure times its steps."""
+    for pattern in (f"{run.run_id}/members/*/metrics.json", "*/members/*/metrics.json"):
+        seen = [m.get("seconds") for m in map(record.read_json, Path(run.results_dir).glob(pattern)) if m]
+        if any(seen):
+            return statistics.median(s for s in seen if s)
+    return config.steps(run) * run.compute.seconds_per_step
+
+
+def wall_seconds(planned: list[Step], slots: int) -> float:
+    """Expected wall-clock: training and sweeps share the slots, preparation and analysis do not."""
+    shared = sum(s.seconds for s in planned if s.kind != "analysis")
+    runs = {members.inputs_folder(s.run): s.run for s in planned if s.kind == "train" and s.stale}
+    preparing = sum(run.compute.prepare_seconds for folder, run in runs.items() if not (folder / "complete.json").exists())
+    return shared / max(1, slots) + preparing + sum(s.seconds for s in planned if s.kind == "analysis")

@@ -1,0 +1,190 @@
+"""What a run leaves behind, written so that a kill, a full disk or a crash never leaves half a truth.
+
+JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` only grows, one flushed line per
+step, and a torn last line (the process died inside the write) is dropped by the reader. `load` turns the folders of one
+study into the tables that analysis reads.
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.errors import StudyError
+
+FINISHED = ("completed", "diverged")  # both are results; anything else is not
+SECRET_NAME = re.compile(r"(_KEY|_TOKEN|_SECRET|_PASSWORD)$|^(HF_TOKEN|WANDB_API_KEY)$", re.IGNORECASE)
+
+
+def finite(value):
+    """The same nested value with every NaN or infinity turned into None and numpy scalars into Python's."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if hasattr(value, "tolist"):
+        return finite(value.tolist())
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as JSON atomically; NaN and infinities become null."""
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, default=None):
+    """The JSON in `path`, or `default` where there is no such file or it does not parse."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def append_jsonl(path: Path, value: dict) -> None:
+    """Append one line and flush it to the system, so that a kill of this process loses nothing written before."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Replace `path` by one JSON object per line, atomically."""
+    lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a torn last line is dropped, a broken line elsewhere is an error with its number."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):  # no newline behind it: the writer died in this line
+                break
+            raise StudyError(f"{path}, line {number}", "a line that is not JSON", "one JSON object per line") from None
+    return rows
+
+
+def truncate_history(path: Path, last_step: int) -> None:
+    """Drop the rows after `last_step`: what a resumed run will write again."""
+    rows = read_jsonl(path)
+    if rows:
+        write_jsonl(path, [row for row in rows if row["step"] <= last_step])
+
+
+def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], None]]:
+    """The two streams of a member: `history` (deterministic) and `timing` (wall clock). They are kept apart so that a
+    resumed run can be compared with an undisturbed one byte for byte."""
+    return (lambda row: append_jsonl(folder / "history.jsonl", row),
+            lambda row: append_jsonl(folder / "timing.jsonl", row))
+
+
+def is_secret(name: str) -> bool:
+    return bool(SECRET_NAME.search(name))
+
+
+def redact(text: str) -> str:
+    """`text` with the value of every secret environment variable (8 characters or more) replaced by its name."""
+    for name, value in os.environ.items():
+        if is_secret(name) and len(value) >= 8 and value in text:
+            text = text.replace(value, f"[{name}]")
+    return text
+
+
+@dataclass
+class Records:
+    """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
+    `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
+    interleaved step times of a method and its baseline."""
+
+    members: "pandas.DataFrame"  # noqa: F821 (pandas is imported where it is used: `plan` must start in a second)
+    history: "pandas.DataFrame"  # noqa: F821
+    answers: "pandas.DataFrame"  # noqa: F821
+    pairs: "pandas.DataFrame"  # noqa: F821
+    costs: "pandas.DataFrame"  # noqa: F821
+    missing: list[dict] = field(default_factory=list)
+
+
+def _identity(spec: dict) -> dict:
+    cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
+    fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
+    run = spec["config"]
+    return {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"],
+            "cell": spec["cell_name"], **fixed, **cell, "seed": spec["seed"]}
+
+
+def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:
+    """Read the members below `results_dir`/<run_id>/<subfolder>.
+
+    `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
+    Raises StudyError where finished members of one run were made by different code (their keys' code parts differ).
+    """
+    import pandas as pd
+
+    tables = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
+    wanted = None if expected is None else {(m.run_id, m.id) for m in expected}
+    code: dict[str, tuple[str, str]] = {}
+    seen = set()
+    for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
+        folder, sentinel = done.parent, read_json(done, {})
+        if sentinel.get("status") not in FINISHED or (wanted is not None and (sentinel["run_id"], folder.name) not in wanted):
+            continue
+        spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
+        who = _identity(spec)
+        fingerprint = sentinel["key"]["code"]
+        first = code.setdefault(spec["study"], (fingerprint, f"{who['run_id']}/{folder.name}"))
+        if first[0] != fingerprint:
+            raise StudyError(f"{results_dir}", f"members made by different code: {first[1]} and {who['run_id']}/{folder.name}",
+                             "records of one state of the code", "./run_all.sh run again (it retrains what is stale)")
+        seen.add((who["run_id"], folder.name))
+        tables["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
+        tables["history"] += [{**who, **row} for row in read_jsonl(folder / "history.jsonl")]
+        for row in read_jsonl(folder / "predictions.jsonl"):
+            tables["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
+    for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
+        run = read_json(path.parent / "metrics.json", {})
+        tables["costs"] += [{"run_id": path.parent.name, "method": run.get("method"), **row} for row in read_jsonl(path)]
+    missing = [{"run_id": m.run_id, "method": m.run.method, "member": m.id, "seed": m.seed,
+                **{key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}, **_state(Path(results_dir) / m.run_id / subfolder / m.id)}
+               for m in expected or [] if (m.run_id, m.id) not in seen]
+    return Records(**{name: pd.DataFrame(rows) for name, rows in tables.items()}, missing=missing)
+
+
+def _state(folder: Path) -> dict:
+    """What is known of a member with no finished record."""
+    error = read_json(folder / "error.json")
+    if error:
+        return {"status": "failed", "why": error.get("exception", "")}
+    return {"status": "lost", "why": "its process went away"} if (folder / "member.json").exists() else {
+        "status": "missing", "why": "never started"}

@@ -1,0 +1,165 @@
+"""outputs/index.html: one plain page over all studies, made from the files of their records and from nothing else.
+
+What a reader wants first comes first: the claims with their verdicts, the figure that shows them, the runs, provenance.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import quote
+
+from lib.notebook_html import PAGES, POLICY, notebook_html
+from lib.record import read_json, redact, write_text
+
+__all__ = ["index_html", "notebook_html"]
+FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
+NAMES = {"td_dpo": "TD-DPO", "iw_lora": "IW-LoRA", "graff": "GRAFF"}
+COMMANDS = {"laptop-full": "./run_all.sh", "paper-full": "./run_all.sh full", "laptop-trial": "./run_all.sh trial",
+            "paper-trial": "./run_all.sh trial --scale paper"}
+SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "running": "…", "blocked": "■"}
+
+
+def index_html(outputs_root: str | Path) -> Path:
+    """Write <outputs_root>/index.html from the records below it; a missing or torn file leaves a gap, never an error."""
+    import jinja2
+
+    root = Path(outputs_root)
+    folders = [root / name for name in FOLDERS if (root / name).is_dir()]
+    groups = [_group(root, folder, study) for folder in folders
+              for study in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters |= {"number": _number, "estimate": _estimate, "minutes": _minutes, "moment": _moment}
+    text = environment.get_template("index.html.j2").render(
+        groups=[g for g in groups if g], css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
+        symbols=SYMBOLS, commands=COMMANDS)
+    write_text(root / "index.html", redact(text))
+    return root / "index.html"
+
+
+def _group(root: Path, folder: Path, study: Path) -> dict | None:
+    """What the page says of one study at one scale and in one mode."""
+    runs = [_run(root, path) for path in sorted(study.iterdir())
+            if path.is_dir() and path.name != "comparison" and ((path / "status.json").exists() or (path / "members").is_dir())]
+    comparison = study / "comparison"
+    if not runs and not comparison.is_dir():
+        return None
+    scale, _, mode = folder.name.partition("-")
+    aggregated = _dict(read_json(comparison / "aggregated_metrics.json"))
+    return {
+        "anchor": f"{folder.name}-{study.name}", "folder": folder.name, "scale": scale, "mode": mode,
+        "name": NAMES.get(study.name, study.name), "runs": runs, "claims": _claims(comparison), "summary": _summary(aggregated),
+        "figure": _figure(comparison / "figures", str(aggregated.get("primary_metric", ""))),
+        "figures": [{"name": p.stem.removeprefix("comparison_").replace("_", " "),
+                     "files": [(kind, _href(root, p.with_suffix(f".{kind}"))) for kind in ("png", "pdf", "csv")
+                               if p.with_suffix(f".{kind}").exists()]}
+                    for p in sorted((comparison / "figures").glob("*.png"))],
+        "analysis": [(text, _href(root, comparison / name)) for text, name in (
+            ("Analysis", "analysis.html"), ("its notebook", "analysis.ipynb"), ("verdicts as data", "claims.json"),
+            ("metrics as data", "aggregated_metrics.json")) if (comparison / name).exists()],
+        "analysis_error": _dict(_dict(read_json(comparison / "status.json")).get("error")),
+        "provenance": _provenance([comparison, *(study / run["id"] for run in runs)]),
+    }  # fmt: skip
+
+
+def _run(root: Path, folder: Path) -> dict:
+    status = _dict(read_json(folder / "status.json"))
+    links = [(text, _href(root, folder / name)) for text, name in (
+        ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("configuration", "config.yaml"),
+        ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()]
+    metric = _dict(status.get("key_metric"))
+    return {"id": folder.name, "page": next((href for text, href in links if text == "page"), ""), "links": links,
+            "status": str(status.get("status") or "no status"), "metric": metric.get("name", ""), "value": metric.get("value"),
+            "minutes": status.get("minutes"), "predicted": status.get("predicted_minutes"), "ended": status.get("ended"),
+            "error": _error(status.get("error")), "members": _members(folder)}
+
+
+def _members(folder: Path) -> str:
+    """How many members ended how, from their sentinels: '12 completed, 1 diverged'."""
+    counts: dict[str, int] = {}
+    for path in sorted((folder / "members").glob("*/")):
+        name = str(_dict(read_json(path / "done.json")).get("status", "unfinished"))
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _claims(comparison: Path) -> list[dict]:
+    found = read_json(comparison / "claims.json", [])
+    found = found.get("claims", []) if isinstance(found, dict) else found
+    return [{**claim, "verdict": str(claim.get("verdict") or "not evaluated").replace("_", " "),
+             "interval": claim.get("interval95") if _pair(claim.get("interval95")) else None}
+            for claim in found if isinstance(claim, dict)]
+
+
+def _pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+
+
+def _summary(aggregated: dict) -> str:
+    """The best proposed run beside the best baseline, in one sentence."""
+    proposed, baseline = _dict(aggregated.get("best_proposed")), _dict(aggregated.get("best_baseline"))
+    if not proposed or not baseline:
+        return ""
+    metric = str(aggregated.get("primary_metric", "primary metric")).replace("_", " ")
+    text = (f"{metric[:1].upper()}{metric[1:]}: best proposed {proposed.get('run_id')} {_number(proposed.get('value'))}, "
+            f"best baseline {baseline.get('run_id')} {_number(baseline.get('value'))}")
+    gap = aggregated.get("gap")
+    return text + (f", gap {gap:+.1f} %".replace("-", "−") if isinstance(gap, int | float) else "") + "."
+
+
+def _figure(folder: Path, metric: str) -> dict | None:
+    """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its words."""
+    every = sorted(folder.glob("*.png"))
+    wanted = ("comparison_primary", f"comparison_{metric}", f"comparison_{metric}_bars", "comparison_claims")
+    path = next((folder / f"{name}.png" for name in wanted if (folder / f"{name}.png") in every), every[0] if every else None)
+    if path is None:
+        return None
+    words = path.with_name(f"{path.stem}.alt.txt")
+    alt = words.read_text(encoding="utf-8").strip() if words.exists() else path.stem.replace("_", " ")
+    return {"source": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"), "alt": alt}
+
+
+def _provenance(folders: list[Path]) -> list[tuple[str, str]]:
+    """(what, value) of the first provenance record found; nested parts as 'name: value' lists."""
+    found = next((record for f in folders if (record := _dict(read_json(f / "provenance.json")))), {})
+    return [(str(key).replace("_", " "), ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
+             else str(value)) for key, value in found.items() if value not in (None, "", {}, [])]
+
+
+def _error(error: object) -> dict:
+    return error if isinstance(error, dict) else {"exception": str(error)} if error else {}
+
+
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _href(root: Path, path: Path) -> str:
+    return quote(path.relative_to(root).as_posix())
+
+
+def _number(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    text = f"{value:.3g}"
+    return (f"{value:.0f}" if "e+0" in text else text).replace("-", "−")
+
+
+def _estimate(value: object) -> str:
+    """Estimates and the ends of their intervals to the same three decimals, so that they can be compared."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    return (f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}").replace("-", "−")
+
+
+def _minutes(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, int | float) else "–"
+
+
+def _moment(value: object) -> str:
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, timezone.utc).strftime("%Y-%m-%d %H:%M")
+    return str(value or "")

@@ -1,0 +1,230 @@
+"""Executes the planned notebooks headlessly through papermill and decides what counts as done.
+
+Papermill alone cannot say that a run succeeded: a killed kernel, a time-out and Ctrl-C all leave cells marked
+`completed`, and `sys.exit(0)` in a cell ends with code 0. Here a notebook succeeded only if papermill raised nothing, every
+code cell has an execution count, and the record's sentinel carries this attempt's nonce and metrics that parse.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lib import members, plan, pool, progress, record, report
+from lib.errors import MissingError, StudyError
+
+POLL = 0.3
+
+
+@contextlib.contextmanager
+def locked(root: Path):
+    """One runner at a time in an outputs folder; the second is told who has it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
+    except OSError as error:
+        raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
+                           f"chmod -R u+w {root}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
+                         "one runner at a time", "wait for it, or look at ./run_all.sh status") from None
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+def archive(step: plan.Step) -> None:
+    """Set aside what --force is to make again."""
+    folders = [step.folder / "members"] if step.kind == "train" else []
+    for folder in [f for parent in folders for f in parent.glob("*") if f.is_dir()]:
+        members.archive(folder)
+
+
+class Runner:
+    """The pool, the threads that execute notebooks, and what each step came to."""
+
+    def __init__(self, steps: list[plan.Step], slots: int, *, fail_fast: bool = False, force: bool = False,
+                 keep_secrets: bool = False, cell_timeout: int | None = None):
+        self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
+        self.keep_secrets, self.cell_timeout = keep_secrets, cell_timeout
+        self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
+        self.minutes: dict[int, float] = {}
+        self.errors: dict[int, dict] = {}
+        self.pool: pool.Pool | None = None
+        self.guard = threading.Lock()
+        self.stopping = False
+
+    def run(self) -> bool:
+        """Execute what is to be done. True where every step ended well."""
+        self.ensure_pool()
+        live = progress.Live(self)
+        futures = {}
+        try:
+            with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
+                try:
+                    while True:
+                        for step in self.steps:
+                            if not self.state[id(step)] and self.ready(step):
+                                self.state[id(step)] = "running"
+                                futures[id(step)] = threads.submit(self.execute, step)
+                        if all(self.state[id(s)] not in ("", "running") for s in self.steps):
+                            break
+                        live.show()
+                        time.sleep(POLL)
+                except BaseException:
+                    self.stopping = True
+                    print("\nstopping: kernels and members are being ended; what they have saved is kept "
+                          "(Ctrl-C again to leave at once)", file=sys.stderr, flush=True)
+                    self.pool.close()
+                    raise
+        finally:
+            live.close()
+            self.pool.close()
+        return all(self.state[id(s)] in ("cached", "succeeded") for s in self.steps)
+
+    def ready(self, step: plan.Step) -> bool:
+        """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing itself."""
+        states = [self.state[id(s)] for s in step.needs]
+        if self.fail_fast and "failed" in self.state.values() or (step.kind == "sweep" and "failed" in states):
+            self.state[id(step)] = "blocked"
+            return False
+        return all(state not in ("", "running") for state in states)
+
+    def ensure_pool(self) -> None:
+        with self.guard:
+            if self.stopping or (self.pool and self.pool.alive()):
+                return
+            if self.pool:
+                self.pool.close()
+            self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
+            os.environ["STUDY_POOL"] = self.pool.socket
+            os.environ["STUDY_SLOTS"] = str(self.slots)
+
+    def execute(self, step: plan.Step) -> None:
+        started = time.time()
+        try:
+            if self.force:
+                archive(step)
+            self.attempt(step, started)
+            self.state[id(step)] = "succeeded"
+        except BaseException as error:
+            self.state[id(step)] = "failed"
+            self.errors[id(step)] = self.told(step, error)
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                self.write_status(step, "interrupted" if self.stopping else "failed", started, self.errors[id(step)])
+        self.minutes[id(step)] = (time.time() - started) / 60
+
+    def attempt(self, step: plan.Step, started: float) -> None:
+        """Execute, once more where a process was lost (its members resume from their checkpoints)."""
+        for number in (1, 2):
+            self.ensure_pool()
+            nonce = os.urandom(8).hex()
+            self.write_status(step, "running", started)
+            try:
+                notebook = execute_notebook(step, nonce, self.cell_timeout)
+                check_success(step, notebook, nonce)
+            except BaseException as error:
+                if number == 2 or self.stopping or not _lost(error):
+                    raise
+                continue
+            os.replace(partial(step), step.output)
+            report.notebook_html(step.output, step.output.with_suffix(".html"))
+            self.write_status(step, "succeeded", started)
+            return
+
+    def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
+        done = record.read_json(step.folder / "metrics.json", {}) if status == "succeeded" else {}
+        record.write_json(step.folder / "status.json", {
+            "run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key, "started": started,
+            "ended": None if status == "running" else time.time(), "minutes": round((time.time() - started) / 60, 3),
+            "predicted_minutes": round(step.seconds / 60, 3), "key_metric": done.get("key_metric"), "error": error})
+
+    def told(self, step: plan.Step, error: BaseException) -> dict:
+        """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
+        command = f"./run_all.sh {'trial' if step.parameters['mode'] == 'trial' else 'full'} --scale {step.parameters['scale']} " \
+                  f"--study {step.study}" + ("" if step.kind == "analysis" else f" --run '{step.name}'")
+        text = record.redact(str(error))
+        name = getattr(error, "ename", type(error).__name__)
+        value = record.redact(str(getattr(error, "evalue", "") or text)).strip()
+        if name in ("StudyError", "MissingError", "PapermillExecutionError"):
+            name = ""
+        log = step.folder / "attempts" / "error.log"
+        with contextlib.suppress(OSError):
+            record.write_text(log, record.redact("".join(traceback.format_exception(error))))
+        return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
+                "log": str(log), "notebook": str(partial(step)), "again": command}
+
+
+def partial(step: plan.Step) -> Path:
+    return step.folder / "attempts" / f"{step.output.stem}.partial.ipynb"
+
+
+def _lost(error: BaseException) -> bool:
+    """A process went away (kernel, pool): worth a second try. An exception in a cell is not."""
+    from nbclient.exceptions import DeadKernelError
+
+    return isinstance(error, DeadKernelError | pool.PoolLost) or "Kernel died" in str(error) or "PoolLost" in str(error)
+
+
+def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
+    """Papermill on the step's notebook, to a name that says it is not finished."""
+    import papermill
+
+    from lib import engine
+
+    engine.register()
+    path = partial(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # the last attempt did not get through: keep it beside this one
+        path.replace(path.with_name(f"{step.output.stem}.{1 + len(list(path.parent.glob('*.failed.ipynb')))}.failed.ipynb"))
+    for name in ("done.json", "metrics.json"):
+        (step.folder / name).unlink(missing_ok=True)
+    return papermill.execute_notebook(
+        str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
+        engine_name="study", progress_bar=False, log_output=False, start_timeout=120, execution_timeout=cell_timeout)
+
+
+def check_success(step: plan.Step, notebook, nonce: str) -> None:
+    """The completion rules. Raises StudyError for the first that does not hold."""
+    name = f"{step.title}"
+    unrun = [i for i, cell in enumerate(notebook.cells, 1)
+             if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None]
+    if unrun:
+        raise StudyError(name, f"cell {unrun[0]} of its notebook never ran", "every code cell executed",
+                         f"look at {partial(step)}")
+    done = record.read_json(step.folder / "done.json")
+    if not done or done.get("nonce") != nonce:
+        raise StudyError(name, "its record has no sentinel of this attempt", "done.json written by the notebook's last cell",
+                         f"look at {partial(step)}")
+    if record.read_json(step.folder / "metrics.json") is None:
+        raise StudyError(name, "metrics.json is missing or does not parse", "a JSON object")
+    if step.kind == "train":
+        for member in plan.config.members(step.run):
+            reason = members.stale(member, step.folder / "members" / member.id)
+            if reason:
+                raise StudyError(name, f"member {member.id}: {reason}", "every member's record matching this run")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Temporary files of a killed writer, and progress of runs that are no longer running."""
+    for path in [*root.rglob(".*.tmp"), *root.rglob("progress.json")]:
+        path.unlink(missing_ok=True)
+
+
+def free_space(root: Path, needed: int = 200 << 20) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise MissingError(str(root), f"{free >> 20} MiB free", f"at least {needed >> 20} MiB", "free some disk space")

@@ -1,0 +1,276 @@
+"""Statistics of paired comparisons over seeds and questions: intervals, tests, ratios.
+
+Scores come as arrays (..., S, Q): S seeds by Q questions (problems, examples), leading axes for repetitions of the whole
+experiment, so that what decides one experiment decides ten thousand simulated ones. Everything is seeded by its caller.
+
+Crossed bootstrap: Owen (2007), "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2). Seeds and questions are each drawn with
+replacement and the mean of the drawn rows and columns is taken. With three seeds its standard error is too small by
+sqrt((S - 1) / S) in the seeds' part, hence the factor sqrt(S / (S - 1)) on the whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+SUPPORTED, INCONCLUSIVE, REFUTED = 1, 0, -1
+COMPANION_LEVEL = 0.05  # one-sided level at which the companion test must come down on the same side
+_TINY = 1e-12  # stands for a standard error of 0 (all differences equal)
+
+
+class Estimate(NamedTuple):
+    """A mean with its standard error and degrees of freedom (infinite: normal); the fields may be arrays."""
+
+    value: np.ndarray
+    se: np.ndarray
+    df: float
+
+
+class Decision(NamedTuple):
+    """`code` SUPPORTED, REFUTED or INCONCLUSIVE; `p` of the primary one-sided test of the claim; `primary` is what the
+    primary test alone says and `agrees` whether the companion is on the same side."""
+
+    code: np.ndarray
+    p: np.ndarray
+    primary: np.ndarray
+    agrees: np.ndarray
+
+
+# ---- means over seeds and questions
+
+
+def seed_factor(seeds: int) -> float:
+    """sqrt(S / (S - 1)); a single seed tells nothing about seeds."""
+    if seeds < 2:
+        raise ValueError(f"{seeds} seed(s): at least 2 are needed for an interval")
+    return (seeds / (seeds - 1)) ** 0.5
+
+
+def resampling_shares(seeds: int, questions: int, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The shares (draws, S) and (draws, Q) that each seed and question has in the bootstrap's drawn sets."""
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=draws) / questions
+    return by_seed, by_question
+
+
+def resampled_means(x: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray) -> np.ndarray:
+    """Crossed bootstrap means (..., draws) of x (..., S, Q)."""
+    return np.einsum("...sb,bs->...b", x @ by_question.T, by_seed)
+
+
+def crossed_se(x: np.ndarray) -> np.ndarray:
+    """Standard error of the mean of x (..., S, Q): that of the crossed bootstrap with infinitely many draws, times
+    sqrt(S / (S - 1)).
+
+    With multinomial counts the bootstrap's variance is exactly sum a^2/S^2 + sum b^2/Q^2 + sum c^2/(SQ)^2, where
+    a, b and c are the seeds' effects, the questions' effects and what is left.
+    """
+    s, q = x.shape[-2:]
+    mean = x.mean((-2, -1), keepdims=True)
+    a, b = x.mean(-1, keepdims=True) - mean, x.mean(-2, keepdims=True) - mean
+    c = x - mean - a - b
+    variance = (a**2).sum((-2, -1)) / s**2 + (b**2).sum((-2, -1)) / q**2 + (c**2).sum((-2, -1)) / (s * q) ** 2
+    return seed_factor(s) * np.sqrt(variance)
+
+
+def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) -> Estimate:
+    """Mean of x (..., S, Q) with its crossed bootstrap standard error (`draws` draws), times sqrt(S / (S - 1))."""
+    s, q = x.shape[-2:]
+    means = resampled_means(x, *resampling_shares(s, q, draws, rng))
+    # about the mean itself, as the draws' own mean differs from it only by chance
+    deviation = means - x.mean((-2, -1))[..., None]
+    return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt((deviation**2).mean(-1)), np.inf)
+
+
+def crossed(x: np.ndarray) -> Estimate:
+    """As `crossed_bootstrap`, in the limit of infinitely many draws."""
+    return Estimate(x.mean((-2, -1)), crossed_se(x), np.inf)
+
+
+def over_seeds(values: np.ndarray) -> Estimate:
+    """The companion: mean of per-seed values (..., S) with the t distribution's S - 1 degrees of freedom."""
+    n = values.shape[-1]
+    return Estimate(values.mean(-1), values.std(-1, ddof=1) / n**0.5, n - 1)
+
+
+def interval(estimate: Estimate, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Two-sided interval at `level`."""
+    half = stats.t.ppf((1 + level) / 2, estimate.df) * estimate.se
+    return estimate.value - half, estimate.value + half
+
+
+def p_above(estimate: Estimate, threshold: float) -> np.ndarray:
+    """One-sided p of "not above `threshold`": small where the mean is above it."""
+    return stats.t.sf((estimate.value - threshold) / np.maximum(estimate.se, _TINY), estimate.df)
+
+
+def p_below(estimate: Estimate, threshold: float) -> np.ndarray:
+    """One-sided p of "not below `threshold`"."""
+    return stats.t.sf((threshold - estimate.value) / np.maximum(estimate.se, _TINY), estimate.df)
+
+
+# ---- decisions on a mean difference
+
+
+def _decide(support: tuple, refute: tuple, companion_support, companion_refute) -> Decision:
+    """`support` and `refute`: (p, one-sided level) of the primary test; the companion's two p beside them."""
+    (p, level), (p_against, level_against) = support, refute
+    primary = np.where(p <= level, SUPPORTED, np.where(p_against <= level_against, REFUTED, INCONCLUSIVE))
+    against = np.where(primary == SUPPORTED, companion_support, companion_refute)
+    agrees = (primary == INCONCLUSIVE) | (against <= COMPANION_LEVEL)
+    return Decision(np.where(agrees, primary, INCONCLUSIVE), p, primary, agrees)
+
+
+def non_inferiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
+    """Supported: the 90 % interval's low end is above -margin. Refuted: the 95 % interval's high end is below it."""
+    return _decide((p_above(primary, -margin), 0.05), (p_below(primary, -margin), 0.025),
+                   p_above(companion, -margin), p_below(companion, -margin))
+
+
+def superiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
+    """Supported: the 95 % interval's low end reaches `margin`. Refuted: its high end stays below."""
+    return _decide((p_above(primary, margin), 0.025), (p_below(primary, margin), 0.025),
+                   p_above(companion, margin), p_below(companion, margin))
+
+
+def equivalence(primary: Estimate, companion: Estimate, margin: float) -> Decision:
+    """Two one-sided tests. Supported: the 90 % interval lies within +-margin. Refuted: the 95 % interval lies outside."""
+
+    def inside(estimate):
+        return np.maximum(p_above(estimate, -margin), p_below(estimate, margin))
+
+    def outside(estimate):
+        return np.minimum(p_above(estimate, margin), p_below(estimate, -margin))
+
+    return _decide((inside(primary), 0.05), (outside(primary), 0.025), inside(companion), outside(companion))
+
+
+# ---- variance across levels (beta, say)
+
+
+class VarianceRatio(NamedTuple):
+    """Ratio of two variances across levels with its 95 % bootstrap interval and the one-sided p of "not below 1"."""
+
+    ratio: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    per_seed: tuple[np.ndarray, np.ndarray]  # each seed's own two variances (..., S)
+
+
+def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variance across the L levels of x (..., L, S, Q), less the noise within a level; and each seed's own (..., S).
+
+    The level means are means over seeds; their noise is the levels' average variance over seeds, divided by S. One seed's
+    variance across levels holds that noise S times over.
+    """
+    by_seed = x.mean(-1)
+    seeds = by_seed.shape[-1]
+    within = by_seed.var(-1, ddof=1).mean(-1)
+    return by_seed.mean(-1).var(-1, ddof=1) - within / seeds, by_seed.var(-2, ddof=1) - within[..., None]
+
+
+def variance_ratio(treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator) -> VarianceRatio:
+    """Ratio of variances across levels, treatment (..., L, S, Q) over baseline, with a crossed bootstrap interval.
+
+    The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they are
+    centred on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
+    positive the ratio counts as infinite, which can only widen the interval upwards.
+    """
+    s, q = treatment.shape[-2:]
+    shares = resampling_shares(s, q, draws, rng)
+    estimates, widened, per_seed = [], [], []
+    for x in (treatment, baseline):
+        value, each = variance_across(x)
+        drawn = np.moveaxis(resampled_means(x, *shares), -1, -2).var(-1, ddof=1)
+        estimates.append(value)
+        widened.append(value[..., None] + seed_factor(s) * (drawn - drawn.mean(-1, keepdims=True)))
+        per_seed.append(each)
+    ratios = _ratio(widened[0], widened[1])
+    # a quantile between two infinities is not a number
+    low, high = np.quantile(ratios, (0.025, 0.975), axis=-1, method="inverted_cdf")
+    p = (1 + (ratios >= 1).sum(-1)) / (draws + 1)
+    return VarianceRatio(_ratio(*estimates), low, high, p, tuple(per_seed))
+
+
+def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """max(upper, 0) / lower, infinite where lower is not positive."""
+    positive = lower > 0
+    return np.where(positive, np.maximum(upper, 0) / np.where(positive, lower, 1), np.inf)
+
+
+def lower_variance(result: VarianceRatio, point: float) -> Decision:
+    """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above `point`.
+
+    Companion: a t test over seeds of treatment - r * baseline, the two variances of each seed (r = 1, r = `point`).
+    """
+    supported = (result.high < 1) & (result.ratio <= point)
+    primary = np.where(supported, SUPPORTED, np.where(result.low > point, REFUTED, INCONCLUSIVE))
+    treatment, baseline = result.per_seed
+    for_it = p_below(over_seeds(treatment - baseline), 0.0)
+    against_it = p_above(over_seeds(treatment - point * baseline), 0.0)
+    companion = np.where(primary == SUPPORTED, for_it, against_it)
+    agrees = (primary == INCONCLUSIVE) | (companion <= COMPANION_LEVEL)
+    return Decision(np.where(agrees, primary, INCONCLUSIVE), result.p, primary, agrees)
+
+
+# ---- ratios of times
+
+
+class TimeRatio(NamedTuple):
+    """Median ratio of paired times with its 95 % bootstrap interval; `draws` of it; blocks' own log ratios (..., K)."""
+
+    ratio: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    draws: np.ndarray
+    blocks: np.ndarray
+
+
+def time_ratio(seconds: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator, blocks: int = 10
+               ) -> TimeRatio:
+    """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the machine
+    in one step says nothing of the method; pairs are drawn with replacement.
+
+    Times of neighbouring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its values.
+    """
+    log = np.log(seconds) - np.log(baseline)
+    n = log.shape[-1]
+    drawn = np.median(log[..., rng.integers(0, n, (draws, n))], axis=-1)
+    size = n // blocks
+    stretches = np.median(log[..., : size * blocks].reshape(*log.shape[:-1], blocks, size), axis=-1)
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=-1)
+    return TimeRatio(np.exp(np.median(log, axis=-1)), np.exp(low), np.exp(high), np.exp(drawn), stretches)
+
+
+def cost_at_most(result: TimeRatio, limit: float) -> Decision:
+    """Supported: the 95 % interval's high end is at most `limit`. Refuted: its low end is above."""
+    primary = np.where(result.high <= limit, SUPPORTED, np.where(result.low > limit, REFUTED, INCONCLUSIVE))
+    companion = over_seeds(result.blocks)
+    against = np.where(primary == SUPPORTED, p_below(companion, np.log(limit)), p_above(companion, np.log(limit)))
+    agrees = (primary == INCONCLUSIVE) | (against <= COMPANION_LEVEL)
+    p = (1 + (result.draws > limit).sum(-1)) / (result.draws.shape[-1] + 1)
+    return Decision(np.where(agrees, primary, INCONCLUSIVE), p, primary, agrees)
+
+
+# ---- several claims; effect sizes
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down adjusted p-values along the last axis (Holm 1979, Scand. J. Statist. 6)."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, axis=-1, kind="stable")
+    factors = np.arange(p.shape[-1], 0, -1)
+    stepped = np.maximum.accumulate(np.take_along_axis(p, order, -1) * factors, axis=-1)
+    adjusted = np.empty_like(stepped)
+    np.put_along_axis(adjusted, order, np.minimum(stepped, 1.0), -1)
+    return adjusted
+
+
+def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> float:
+    """P(treatment above baseline) on a question, over all pairs of seeds; ties count half (Agarwal et al. 2021, section 4).
+    Both (S, Q)."""
+    difference = treatment[:, None, :] - baseline[None, :, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())

@@ -1,0 +1,156 @@
+"""The search over a run's YAML space, with Optuna: space -> cost -> trials -> sensitivity -> best.
+
+A trial is a member: it is trained in a slot of the pool, resumed and cached like any other, and a grid cell's trial
+reads that cell's record instead of training it again. The notebook that runs this is the only one that asks and tells;
+it asks in batches of a fixed size, so the proposals depend on the seed and not on how many slots there are.
+"""
+
+from pathlib import Path
+
+import optuna
+
+from lib import config, members, record
+from lib.errors import StudyError
+
+BATCH = 4  # trials proposed at a time; fixed, or the same seed would search differently on another machine
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The search space as Optuna's distributions, keyed as the YAML names them."""
+    made = {}
+    for name, d in run.optuna.search_space.items():
+        if d.type == "categorical":
+            made[name] = optuna.distributions.CategoricalDistribution(d.choices)
+        elif d.type == "int":
+            made[name] = optuna.distributions.IntDistribution(int(d.low), int(d.high), step=int(d.step or 1))
+        else:
+            made[name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.type == "loguniform", step=d.step)
+    return made
+
+
+def open_study(run, folder: Path, url: str | None = None) -> optuna.Study:
+    """The run's study in its journal (or at a database URL). Raises StudyError where it was made with another direction."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = url or JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    study = optuna.create_study(study_name=run.run_id, storage=storage, direction=run.optuna.direction, load_if_exists=True)
+    if study.direction.name.lower() != run.optuna.direction:  # Optuna keeps the old one and says nothing
+        raise StudyError(f"{folder}/journal.log", f"a study that would {study.direction.name.lower()}",
+                         f"one that would {run.optuna.direction} {run.optuna.objective_metric}", f"remove {folder}/journal.log")
+    return study
+
+
+def value_at(run, name: str):
+    """The run's own value of a searched key: what an enqueued grid cell has where the grid does not set it."""
+    value = run
+    for part in config.resolve(run.study, name).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def cells(run) -> list[dict]:
+    """The grid's cells as points of the search space; a cell outside the space is no trial."""
+    space, found = distributions(run), []
+    for member in config.members(run):
+        point = {name: member.cell.get(config.resolve(run.study, name), value_at(member.run, name)) for name in space}
+        if point not in found and all(d._contains(d.to_internal_repr(point[n])) for n, d in space.items()):
+            found.append(point)
+    return found
+
+
+def heal(study: optuna.Study) -> int:
+    """Trials left RUNNING by a killed process: failed, and queued again with the same parameters. Returns how many."""
+    stale = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
+    for trial in stale:
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
+    return len(stale)
+
+
+def searched(study: optuna.Study) -> list:
+    """The trials that count: finished with a value."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+
+
+def enqueue_cells(study: optuna.Study, run) -> None:
+    known = [t.params or t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)
+             if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING)]
+    for point in cells(run):
+        if point not in known:
+            study.enqueue_trial(point)
+
+
+def trial_member(run, point: dict):
+    """The member that a point of the search space stands for: one seed, and no judged answers (the search reads
+    validation pairs only). A point on the grid is the grid's own member."""
+    seed = run.seed_list[0]
+    cell = {config.resolve(run.study, name): _short(value) for name, value in point.items()}
+    for member in config.members(run):
+        if member.seed == seed and all(value_at(member.run, k) == v for k, v in cell.items()):
+            return member, "members"
+    cheap = config.study_module(run.study).search_changes(run)
+    return config.member(config.apply(run, {**cheap, "grid": None}), cell, seed), "sweep/trials"
+
+
+def _short(value):
+    """Three significant digits of a sampled float: a name a person can read, and the value that is trained."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def search(run, folder: Path, url: str | None = None) -> optuna.Study:
+    """Run the search to `optuna.n_trials` finished trials; what an earlier, killed search finished is kept."""
+    study, space = open_study(run, folder, url), distributions(run)
+    healed = heal(study)
+    if healed:
+        print(f"{healed} trials of a killed search are queued again")
+    enqueue_cells(study, run)
+    while (left := run.optuna.n_trials - len(searched(study))) > 0:
+        # A sampler's state dies with its process; seeding it by the position makes a resumed search the same search.
+        study.sampler = optuna.samplers.TPESampler(seed=run.optuna.seed + len(searched(study)), constant_liar=True, n_startup_trials=4)
+        asked = [study.ask(space) for _ in range(min(BATCH, left))]
+        jobs = {"members": [], "sweep/trials": []}
+        places = []
+        for trial in asked:
+            member, subfolder = trial_member(run, trial.params)
+            places.append((trial, member, subfolder))
+            if member.id not in [m.id for m in jobs[subfolder]]:
+                jobs[subfolder].append(member)
+        values = {}
+        for subfolder, wanted in jobs.items():
+            if wanted:
+                job = members.submit(run, wanted, subfolder=subfolder)
+                members.watch(job)
+                values |= {(subfolder, r["member"]): r for r in members.collect(job)}
+        for trial, member, subfolder in places:
+            value = values[subfolder, member.id].get(run.optuna.objective_metric)
+            if value is None:  # a diverged member has no validation score: that is a bad point, not a missing one
+                value = 0.0 if run.optuna.direction == "maximize" else float("inf")
+            study.tell(trial, value)
+    return study
+
+
+def best_run(run, study: optuna.Study):
+    """The run with the best trial's values, and its members over every seed."""
+    point = {config.resolve(run.study, k): _short(v) for k, v in study.best_params.items()}
+    best = config.apply(run, {**point, "grid": [{"cells": [point]}], "optuna.n_trials": 0})
+    return best, config.members(best)
+
+
+def table(study: optuna.Study):
+    """The finished trials as a DataFrame, best first."""
+    import pandas as pd
+
+    rows = [{"trial": t.number, **{k: _short(v) for k, v in t.params.items()}, "value": t.value} for t in searched(study)]
+    return pd.DataFrame(rows).sort_values("value", ascending=study.direction.name == "MINIMIZE", ignore_index=True)
+
+
+def write_best(run, study: optuna.Study, folder: Path):
+    """best.yaml: a complete run YAML of the best trial. Returns (its Run, its members)."""
+    import yaml
+
+    best, finals = best_run(run, study)
+    record.write_text(folder / "best.yaml", yaml.safe_dump(config.dump(best), sort_keys=False, allow_unicode=True))
+    return best, finals

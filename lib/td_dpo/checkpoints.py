@@ -1,0 +1,91 @@
+"""Checkpoints that are either complete or do not count, and histories cut back to the checkpoint a run resumes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_model
+
+MARKER = "complete.json"  # written last and fsynced: without it a folder is the remains of a kill inside a save
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def mark_complete(checkpoint: Path, state: dict) -> None:
+    """Force everything in `checkpoint` to disk, then write its marker holding `state`."""
+    for file in checkpoint.iterdir():
+        sync(file)
+    partial = checkpoint / f"{MARKER}.partial"
+    with open(partial, "w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, checkpoint / MARKER)
+    sync(checkpoint)
+    sync(checkpoint.parent)
+
+
+def read_marker(checkpoint: Path) -> dict | None:
+    """The state a complete checkpoint was marked with; None where it is not complete."""
+    try:
+        return json.loads((checkpoint / MARKER).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its marker first, so that a kill half-way leaves nothing that counts."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    sync(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def checkpoint_folders(folder: str | os.PathLike) -> list[Path]:
+    """All checkpoint folders under `folder`, complete or not, by step."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The complete checkpoint with the highest step under `folder` (a member's `checkpoints`), or None."""
+    return next((p for p in reversed(checkpoint_folders(folder)) if read_marker(p) is not None), None)
+
+
+def truncate_history(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines history up to and with `step`; a half-written last line goes too. Atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.Module:
+    """Load a checkpoint's weights (all of them, or the adapter) into `model`, in place; e.g. an Outcome's `best`."""
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device=str(model.device)))
+    else:
+        load_model(model, str(Path(checkpoint) / "model.safetensors"), device=str(model.device))
+    return model

@@ -1,0 +1,135 @@
+"""One member of the TD-DPO study: train one cell with one seed, then score its test pairs and its sampled answers."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from lib import config, models, record
+from lib.td_dpo import cost, generated, inputs, oracle, sampling, trainer
+from lib.td_dpo.reference import log_ratio_of_samples
+from lib.td_dpo.tokens import pad_token
+
+SAMPLE_BATCH = 80
+COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
+
+
+def inputs_key(run) -> dict:
+    return inputs.key(run)
+
+
+def prepare(run, folder: Path) -> None:
+    inputs.prepare(run, folder)
+
+
+def train(member, folder: Path, shared: Path) -> dict:
+    """Train the member in `folder` on the inputs in `shared` and return its metrics (see METRICS in config.py; null where nothing was measured)."""
+    run = member.run
+    given = inputs.load(shared)
+    model = policy(run, given.base, member.seed)
+    frozen = None if run.model.peft else inputs.load_base(run, given.base)
+    history, timing = record.recorder(folder)
+    prompts = [pair["prompt"] for pair in given.pairs["validation"][: run.evaluation.kl_prompts]]
+
+    def at_evaluation(step: int, policy_now) -> dict:
+        """A few sampled answers: how far the policy has moved where it speaks itself."""
+        if not prompts:
+            return {}
+        answers = sampling.sample(policy_now, given.tokenizer, prompts, max_new_tokens=run.evaluation.max_new_tokens,
+                                  temperature=run.evaluation.temperature, seed=member.seed, batch_size=SAMPLE_BATCH)
+        ratios = log_ratios(policy_now, frozen, answers)
+        return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
+
+    outcome = trainer.train_pairs(
+        model, given.tokenizer, given.rows["train"], given.rows["validation"], given.reference, loss=run.loss.model_dump(),
+        training=run.training.model_dump(), seed=member.seed, folder=folder, on_record=history, on_timing=timing,
+        on_evaluate=at_evaluation, max_batches=2 if run.mode == "trial" else None)
+    metrics = {"status": outcome.status, "diverged_at": outcome.step if outcome.status == "diverged" else None,
+               "steps": outcome.step, "best_step": outcome.best_step, "pairs": len(given.rows["train"]),
+               "length_baseline": given.report["length_baseline"], "bag_of_words_baseline": given.report["bag_of_words_baseline"],
+               **{f"{name}_pairs": sum(c[name] for c in given.report["tokens"].values()) for name in ("dropped", "truncated")}}
+    if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
+        record.write_jsonl(folder / "predictions.jsonl", [])
+        return metrics
+    if outcome.best is not None:
+        trainer.load_checkpoint(model, outcome.best)
+    return {**metrics, **evaluate(run, model, frozen, given, member.seed, folder), **_validation(folder, outcome.best_step),
+            "step_seconds": _step_seconds(folder)}
+
+
+def policy(run, base: str, seed: int):
+    """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
+    model = inputs.load_base(run, base)
+    return models.add_lora(model, run.model.peft, seed) if run.model.peft else model
+
+
+def log_ratios(model, frozen, answers: list[dict]) -> list[float]:
+    """log pi - log pi_0 of sampled answers, in nats; their mean is the sampled KL."""
+    samples = [{"prompt_ids": a["prompt_ids"], "completion_ids": a["ids"]} for a in answers]
+    return log_ratio_of_samples(model, frozen, samples).tolist() if samples else []
+
+
+def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) -> dict:
+    """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
+    model.eval()
+    rows = given.rows["test"]
+    scores = trainer.pair_scores(model, rows, given.reference["test"], pad=pad_token(given.tokenizer))
+    predictions = [{"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)]
+    metrics = {
+        "implicit_accuracy": _mean([float((s["rho"] or 0) > 0) for s in scores]),
+        "raw_accuracy": _mean([float((s["delta"] or 0) > 0) for s in scores]),
+        "margin": _mean([s["rho"] for s in scores]),
+        "chosen_log_ratio": _mean([s["chosen_log_ratio"] for s in scores]),
+        "rejected_log_ratio": _mean([s["rejected_log_ratio"] for s in scores]),
+    }
+    if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
+        answers = judged_answers(run, model, given.tokenizer, seed)
+        for answer, ratio in zip(answers, log_ratios(model, frozen, answers), strict=True):
+            predictions.append({"kind": "answer", **{k: answer[k] for k in ("question", "category", "turn", "score", "length", "text")},
+                                "log_ratio": ratio})
+        metrics |= {"oracle_score": _mean([a["score"] for a in answers]), "answer_length": _mean([a["length"] for a in answers]),
+                    "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"])}
+    record.write_jsonl(folder / "predictions.jsonl", predictions)
+    return metrics
+
+
+def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
+    """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
+    answers = sampling.answer_questions(
+        model, tokenizer, generated.questions(run.evaluation.questions), seed=seed, max_new_tokens=run.evaluation.max_new_tokens,
+        temperature=run.evaluation.temperature, batch_size=SAMPLE_BATCH)
+    return [{**a, "score": oracle.score(a["prompt"], a["text"])} for a in answers]
+
+
+def base_score(run, given: inputs.Inputs) -> float:
+    """The untrained reference's own oracle score, for the notebook: what every method started from."""
+    with torch.no_grad():
+        return _mean([a["score"] for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])])
+
+
+def _validation(folder: Path, step: int | None) -> dict:
+    """Validation metrics at the checkpoint that is kept, from the member's own history."""
+    rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
+    return {k: v for k, v in rows[-1].items() if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss")} if rows else {}
+
+
+def _step_seconds(folder: Path) -> float | None:
+    seconds = [r["seconds"] for r in record.read_jsonl(folder / "timing.jsonl")]
+    return statistics.median(seconds) if seconds else None
+
+
+def _mean(values: list) -> float | None:
+    present = [v for v in values if v is not None]
+    return statistics.fmean(present) if present else None
+
+
+def step_cost(run, folder: Path, shared: Path) -> None:
+    """Step times of this method's first cell and of DPO at the same beta, in turns; writes step_cost.jsonl."""
+    given, first = inputs.load(shared), config.members(run)[0]
+    loss = first.run.loss.model_dump()
+    rows = cost.step_cost(lambda: policy(first.run, given.base, first.seed), given.rows["train"], given.reference["train"], loss,
+                          {**loss, "name": "dpo", "tau": None}, run.training.model_dump(), 2 if run.mode == "trial" else COST_PAIRS,
+                          first.seed, pad=pad_token(given.tokenizer))
+    record.write_jsonl(folder / "step_cost.jsonl", rows)

@@ -1,0 +1,278 @@
+"""Preference training on tokenised pairs: trl.DPOTrainer with its loss, record and schedule replaced.
+
+TRL, transformers and accelerate keep the loop, the optimizer, mixed precision, adapters, saving and loading. What is
+ours: rows come tokenised with their reference log-probabilities (no second tokenisation, no reference model), the
+objective is a function of four (B,) tensors (losses.py), batches depend on the seed alone, and every step is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from lib.errors import StudyError
+from lib.td_dpo import checkpoints
+from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
+from lib.td_dpo.checkpoints import last_complete_checkpoint, load_checkpoint
+from lib.td_dpo.logprobs import batch_logprobs, collator, completion_head, row_tokens, sequence_logprobs
+from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
+from lib.td_dpo.tokens import pad_token, rows_digest
+
+__all__ = ["Outcome", "PreferenceTrainer", "last_complete_checkpoint", "load_checkpoint", "pair_scores", "train_pairs"]
+
+
+@dataclass
+class Outcome:
+    """How a training ended. `step`: steps done, or the step that diverged. `best`: checkpoint with the highest
+    validation implicit accuracy (the earliest of equals), None without validation."""
+
+    status: str  # completed | diverged
+    step: int
+    model: torch.nn.Module
+    best_step: int | None = None
+    best: Path | None = None
+
+
+class SeededOrder(torch.utils.data.Sampler):
+    """A new permutation each epoch that depends on the seed, the epoch and the number of pairs, and on nothing else."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
+
+
+class _Schedule(TrainerCallback):
+    """Evaluate and save at their intervals and at the last step."""
+
+    def __init__(self, eval_steps: int | None, save_steps: int | None):
+        self.eval_steps, self.save_steps = eval_steps, save_steps
+
+    def on_step_end(self, args, state, control, **_):
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = last or bool(self.eval_steps and state.global_step % self.eval_steps == 0)
+        control.should_save = last or bool(self.save_steps and state.global_step % self.save_steps == 0)
+
+
+@contextlib.contextmanager
+def untouched_rng(device: torch.device) -> Iterator[None]:
+    """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+class PreferenceTrainer(DPOTrainer):
+    """trl.DPOTrainer on tokenised rows with reference columns; `compute_loss` and `log` are the points of extension."""
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
+
+    def __init__(self, model, tokenizer, rows: list[dict], validation: list[dict], loss: dict, args: DPOConfig, *,
+                 layout: str | None, eval_steps: int | None, save_steps: int | None, fingerprint: str,
+                 on_record: Callable, on_timing: Callable, on_evaluate: Callable | None):
+        self.loss_section, self.validation, self.layout, self.fingerprint = loss, validation, layout, fingerprint
+        self.on_record, self.on_timing, self.on_evaluate = on_record, on_timing, on_evaluate
+        self.columns: list[Tensor] = []
+        self.tokens, self.started, self.diverged_at = 0, 0.0, None
+        self.best_step, self.best_accuracy = None, None
+        self.pad = pad_token(tokenizer)
+        self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        collate = collator(model, self.pad, layout)
+
+        def collate_rows(rows: list[dict]) -> dict:
+            return {**collate(rows), **reference_columns(rows, self.wide), "tokens": sum(map(row_tokens, rows))}
+
+        super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         data_collator=collate_rows, callbacks=[_Schedule(eval_steps, save_steps)])
+        self.remove_callback(PrinterCallback)
+        self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
+        if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
+        _float32_trainables(self.model)
+
+    # What TRL would do to data and reference has been done once for the whole grid.
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, *_):
+        return dataset
+
+    def _send_telemetry(self):
+        """A run at laptop scale touches no network."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+
+    def floating_point_ops(self, inputs):
+        return 0  # transformers counts all parameters at every step for a figure nobody reads
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.started, self.columns, self.tokens = time.perf_counter(), [], 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return sum(len(batch["chosen_length"]) for batch in batch_samples)  # pairs of this optimizer step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        chosen, rejected = batch_logprobs(model, inputs)
+        values, _, columns = objective(self.loss_section, chosen, rejected, inputs)
+        self.columns.append(columns)
+        self.tokens += inputs["tokens"]
+        return values.sum() / (num_items_in_batch or len(values))
+
+    def log(self, logs, start_time=None):
+        if "grad_norm" not in logs:  # transformers' closing summary, at the end of train()
+            return
+        columns, gradient_norm = torch.cat(self.columns), float(logs["grad_norm"])
+        record = {"step": self.state.global_step, "epoch": self.state.epoch, **summary(columns),
+                  "grad_norm": finite_or_none(gradient_norm), "learning_rate": logs["learning_rate"]}
+        seconds = time.perf_counter() - self.started  # `summary` waits for the device, so its work is included
+        self.on_record(record)
+        self.on_timing({"step": self.state.global_step, "seconds": seconds, "pairs_per_second": len(columns) / seconds,
+                        "tokens_per_second": self.tokens / seconds})
+        # fp16's loss scaler finds its scale by overflowing and skipping the step: only there is inf no divergence
+        skipped = self.args.fp16 and self.accelerator.optimizer_step_was_skipped
+        if record["loss"] is None or (record["grad_norm"] is None and not skipped):
+            self.diverged_at = self.state.global_step
+            self.control.should_training_stop = True
+            self.control.should_evaluate = self.control.should_save = False
+
+    def evaluate(self, *_, **__):
+        """Validation metrics as one record; a new best (by implicit accuracy) asks for a checkpoint."""
+        self.control.should_evaluate = False
+        record: dict = {"step": self.state.global_step}
+        if self.validation:
+            table = sequence_logprobs(self.model, self.validation, pad=self.pad, layout=self.layout)
+            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation, self.wide))[2]
+            measured = summary(columns)
+            record |= {f"validation_{k}": measured[k] for k in ("implicit_accuracy", "raw_accuracy", "loss", "margin",
+                                                                "chosen_log_ratio", "rejected_log_ratio")}
+            accuracy = measured["implicit_accuracy"]
+            if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
+                self.best_step, self.best_accuracy = self.state.global_step, accuracy
+                self.control.should_save = True
+        if self.on_evaluate is not None:
+            with untouched_rng(self.model.device):
+                record |= self.on_evaluate(self.state.global_step, self.model) or {}
+        if len(record) > 1:
+            self.on_record(record)
+        return {}
+
+    def _save_checkpoint(self, model, trial):
+        Trainer._save_checkpoint(self, model, trial)  # without DPOTrainer's model card, which it writes every time
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
+                                               "best_step": self.best_step, "best_accuracy": self.best_accuracy})
+        for other in checkpoints.checkpoint_folders(folder):
+            if other != checkpoint and other.name != f"checkpoint-{self.best_step}":
+                checkpoints.remove_checkpoint(other)
+
+
+def _float32_trainables(model: torch.nn.Module) -> None:
+    """TRL casts QLoRA adapters to bfloat16, where small updates are rounded away: trained weights stay in float32."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    assert trained and all(p.dtype in (torch.float32, torch.float64) for p in trained), "trainables must be float32"
+
+
+def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
+    """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
+    table = sequence_logprobs(model, rows, pad=pad, layout=layout)
+    reference = torch.tensor([[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in rows], dtype=table.dtype)
+    low_precision = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(model.device.type)
+    slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
+    if not ((table - reference).abs() <= slack).all():
+        raise StudyError("reference log-probabilities", f"a log-ratio of {(table - reference).abs().max():.3g} nats before "
+                         "the first step", "0: the reference of this very model, quantisation and tokenised data",
+                         "remove the cached reference log-probabilities (.cache) and run again")
+
+
+def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_validation: list[dict],
+                reference: dict[str, Tensor], *, loss: dict, training: dict, seed: int, folder: str | Path,
+                on_record: Callable[[dict], None], on_timing: Callable[[dict], None] = lambda timing: None,
+                on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
+                max_batches: int | None = None, resume: bool = True, layout: str | None = None) -> Outcome:
+    """Train `model` in place on preference pairs.
+
+    `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `folder` is the member's:
+    checkpoints go to folder/checkpoints; on resume its history.jsonl and timing.jsonl are cut to the checkpoint's step.
+    `max_batches` limits steps and validation batches (trial mode). `layout` forces one layout of pairs (logprobs.py).
+    """
+    folder, place = Path(folder), Path(folder) / "checkpoints"
+    rows, validation = with_reference(rows_train, reference["train"]), []
+    if rows_validation:
+        validation = with_reference(rows_validation, reference["validation"])
+    if not rows:
+        raise StudyError("training pairs", "0 rows", "at least one pair left after tokenisation")
+    steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, max_batches=max_batches)
+    if max_batches:
+        validation = validation[: max_batches * training["global_batch_size"]]
+    identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    args = training_arguments(model, training, steps, device_batch, accumulation, seed, place)
+
+    transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
+    checkpoint, state = _usable_checkpoint(place, fingerprint if resume else None)
+    for name in ("history.jsonl", "timing.jsonl"):
+        checkpoints.truncate_history(folder / name, state["step"])
+    with completion_head(model):
+        trainer = PreferenceTrainer(
+            model, tokenizer, rows, validation, loss, args, layout=layout, eval_steps=training.get("eval_steps"),
+            save_steps=training.get("save_steps"), fingerprint=fingerprint, on_record=on_record, on_timing=on_timing,
+            on_evaluate=on_evaluate)
+        trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
+        if checkpoint is None:
+            _check_start(trainer.model, rows[:device_batch], trainer.pad, layout)
+        if state["step"] >= steps:  # transformers would train one step more before it noticed
+            load_checkpoint(model, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        done = max(trainer.state.global_step, state["step"])
+        trainer.model.zero_grad(set_to_none=True)
+    best = None if trainer.best_step is None else place / f"checkpoint-{trainer.best_step}"
+    if trainer.diverged_at is not None:
+        return Outcome("diverged", trainer.diverged_at, model, trainer.best_step, best)
+    return Outcome("completed", done, model, trainer.best_step, best)
+
+
+def _usable_checkpoint(place: Path, fingerprint: str | None) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from and its state; what is incomplete or of another configuration is removed."""
+    usable = None
+    for folder in checkpoints.checkpoint_folders(place):
+        marker = checkpoints.read_marker(folder)
+        if fingerprint is None or marker is None or marker["fingerprint"] != fingerprint:
+            checkpoints.remove_checkpoint(folder)
+        else:
+            usable = folder
+    if usable is None:
+        return None, {"step": 0, "best_step": None, "best_accuracy": None}
+    return usable, checkpoints.read_marker(usable)

@@ -1,0 +1,432 @@
+"""The verdicts of lib/claims.py: the rules of the TD-DPO claims, what is missing or diverged, false support and power."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import claims as c
+from lib import power
+from lib import statistics as st
+from lib.claim_types import Claims, Noise
+from lib.comparison import choose, pair_up, select
+from lib.config import ROOT
+from lib.errors import StudyError
+
+PATH = ROOT / "params" / "td_dpo" / "claims.yaml"
+STUDY = c.load(PATH)
+BY_ID = {claim.id: claim for claim in STUDY.claims}
+TAU = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
+SEEDS = (42, 43, 44)
+# scores in which every claim but C3 holds as claimed: the same best, a higher floor
+GOOD = {"dpo": (4.0, 6.0, 7.5, 7.5), "discopop": (3.0, 4.0, 7.0, 5.0), "td_dpo": (6.0, 6.0, 7.5, 6.5)}
+
+
+def made(means=GOOD, *, seed_sd=0.02, answer_sd=0.3, questions=80, diverged=(), seed=0):
+    """(rows, members) of a study: `diverged` holds (method, beta, seed), which have no rows."""
+    rng = np.random.default_rng(seed)
+    hard = rng.normal(0, 1.5, questions)
+    rows, members = [], []
+    for method, scores in means.items():
+        for beta, mean in zip(TAU, scores, strict=True):
+            for s in SEEDS:
+                status = "diverged" if (method, beta, s) in diverged else "completed"
+                who = {"method": method, "beta": beta, "tau": TAU[beta] if method == "td_dpo" else np.nan, "seed": s,
+                       "status": status}
+                members.append({**who, "validation_implicit_accuracy": None if status == "diverged" else 0.5 + mean / 100})
+                if status == "completed":
+                    scores_s = mean + rng.normal(0, seed_sd) + hard + rng.normal(0, answer_sd, questions)
+                    rows += [{**who, "question": q, "score": x} for q, x in enumerate(scores_s)]
+    return pd.DataFrame(rows), pd.DataFrame(members)
+
+
+def times(ratio=1.0, n=120, seed=0):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({"method": "td_dpo", "seed": np.repeat(SEEDS, n // 3), "seconds_baseline": 0.1,
+                         "seconds": 0.1 * ratio * np.exp(rng.normal(0, 0.03, n))})
+
+
+def judge(rows, members=None, *, study=STUDY, mode="full", scale="laptop", **more):
+    return {v.id: v for v in c.evaluate(study, rows, members=members, mode=mode, scale=scale, draws=1000, **more)}
+
+
+@pytest.fixture(scope="module")
+def good():
+    rows, members = made()
+    return judge(rows, members, costs=times())
+
+
+# ---- the five claims
+
+
+def test_true_claims_are_supported(good):
+    assert {k: v.verdict for k, v in good.items() if k != "C3"} == dict.fromkeys(("C1", "C2", "C4", "C5"), "supported")
+    c1 = good["C1"]
+    assert c1.estimate == pytest.approx(0.0, abs=0.1)
+    assert c1.interval95[0] < c1.interval90[0] < c1.estimate < c1.interval90[1] < c1.interval95[1]
+    assert c1.interval90[0] > -0.3
+    assert set(c1.per_seed) == set(SEEDS)
+    assert np.mean(list(c1.per_seed.values())) == pytest.approx(c1.estimate)
+    assert (c1.n_seeds, c1.n_questions, c1.level) == (3, 80, 0.9)
+    assert c1.p < c1.holm_p < 0.05
+    assert 0.3 < c1.probability_of_improvement < 0.7
+
+
+def test_estimates_equal_plain_means(good):
+    rows, _ = made()
+    mean = rows.groupby(["method", "beta"]).score.mean()
+    assert good["C2"].estimate == pytest.approx(mean["td_dpo", 2.5] - mean["discopop", 2.5])
+    assert good["C1"].estimate == pytest.approx(mean["td_dpo", 0.01] - mean["dpo", 0.05])
+
+
+def test_c1_is_refuted_below_the_margin_and_names_the_best_dpo_beside():
+    rows, members = made({**GOOD, "td_dpo": (5.0, 6.0, 7.5, 6.5)})
+    v = judge(rows, members)["C1"]
+    assert v.verdict == "refuted"
+    assert v.interval95[1] < -0.3
+    beside = v.beside[0]
+    assert beside["baseline"] in ("DPO (beta 0.5)", "DPO (beta 2.5)")
+    assert beside["decides"] is False
+    assert "verdict" not in beside
+
+
+def test_c2_below_one_point_is_refuted_and_says_whether_the_baseline_failed():
+    rows, members = made({**GOOD, "td_dpo": (6.0, 6.0, 7.5, 5.5)})
+    v = judge(rows, members)["C2"]
+    assert v.verdict == "refuted"
+    assert v.premise["holds"] is False
+    assert "0 of" not in v.premise["text"]
+    assert [b["name"] for b in v.beside] == ["against DiscoPOP in the released card's form",
+                                             "against DiscoPOP at its best reported beta"]
+    assert "missing" in v.beside[0]["reason"]
+
+
+def test_c2_is_not_supported_where_a_td_dpo_run_diverged():
+    # all DiscoPOP runs diverged (1.0), one TD-DPO run too: far above on average, and yet it did not avoid divergence
+    diverged = [("discopop", 2.5, s) for s in SEEDS] + [("td_dpo", 2.5, 43)]
+    rows, members = made({**GOOD, "td_dpo": (6.0, 6.0, 7.5, 9.0)}, diverged=diverged)
+    v = judge(rows, members)["C2"]
+    assert v.verdict == "inconclusive"
+    rows, members = made({**GOOD, "td_dpo": (6.0, 6.0, 7.5, 9.0)}, diverged=diverged[:3])
+    v = judge(rows, members)["C2"]
+    assert v.verdict == "supported"
+    assert v.premise["holds"] is True
+
+
+def test_no_divergence_overrides_a_supporting_interval():
+    study = STUDY.model_copy(update={"diverged": {"score": 9.0}})  # a divergence that would cost nothing
+    rows, members = made({**GOOD, "td_dpo": (6.0, 6.0, 7.5, 9.0)}, diverged=[("td_dpo", 2.5, 43)])
+    v = judge(rows, members, study=study)["C2"]
+    assert v.verdict == "inconclusive"
+    assert "diverged (seed 43)" in v.reason
+
+
+def test_c3_says_beforehand_that_three_seeds_cannot_show_it(good):
+    assert "24 to 43 seeds" in good["C3"].note
+    assert BY_ID["C3"].reachable is False
+    assert good["C3"].p == pytest.approx(max(
+        st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
+        st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1)))
+
+
+def se(v):
+    return (v.interval95[1] - v.interval95[0]) / 2 / 1.959963984540054
+
+
+def test_c4_is_vacuous_where_less_variance_comes_from_worse_scores():
+    rows, members = made({**GOOD, "td_dpo": (5.7, 6.8, 6.8, 6.5)})  # near its reference everywhere; DPO's best is 7.5
+    v = judge(rows, members)["C4"]
+    assert v.verdict == "vacuous"
+    assert v.estimate < 0.2
+    assert "best score" in v.reason
+    rows, members = made({**GOOD, "td_dpo": (5.6, 5.6, 7.4, 5.6)})
+    assert judge(rows, members)["C4"].verdict != "vacuous"  # within .3 in best and mean
+    rows, members = made({**GOOD, "td_dpo": (5.4, 5.4, 7.4, 5.5), "dpo": (4.0, 7.5, 7.5, 7.5)})
+    assert "mean score" in judge(rows, members)["C4"].reason
+
+
+def test_c4_is_refuted_where_variance_is_not_lower():
+    rows, members = made({**GOOD, "td_dpo": (3.5, 6.0, 7.8, 7.8)})
+    v = judge(rows, members)["C4"]
+    assert v.verdict == "refuted"
+    assert v.interval95[0] > 0.75
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "supported"), (1.02, "inconclusive"), (1.1, "refuted")])
+def test_c5(ratio, verdict):
+    rows, members = made()
+    v = judge(rows, members, costs=times(ratio))["C5"]
+    assert v.verdict == verdict
+    assert v.estimate == pytest.approx(ratio, rel=0.02)
+    assert v.n_pairs == 120
+    assert set(v.per_seed) == set(SEEDS)
+
+
+# ---- diverged, missing, trial, scale
+
+
+def test_a_diverged_run_scores_one_on_every_question_and_sensitivity_leaves_it_out():
+    rows, members = made(diverged=[("dpo", 0.05, 43)])
+    v = judge(rows, members)["C1"]
+    assert v.n_seeds == 3
+    score = rows[(rows.method == "td_dpo") & (rows.beta == 0.01) & (rows.seed == 43)].score.mean()
+    assert v.per_seed[43] == pytest.approx(score - 1.0)
+    assert v.sensitivity["n_seeds"] == 2
+    assert v.sensitivity["estimate"] == pytest.approx(np.mean([v.per_seed[42], v.per_seed[44]]))
+    assert "verdict" not in v.sensitivity
+
+
+def test_a_diverged_run_is_read_off_rows_alone_too():
+    rows, _ = made(diverged=[("dpo", 0.05, 43)])
+    mark = {"method": "dpo", "beta": 0.05, "seed": 43, "status": "diverged"}
+    with_mark = judge(pd.concat([rows, pd.DataFrame([mark])]))["C1"]
+    assert with_mark.per_seed[43] > 3
+    assert "seed 43: no run" in judge(rows)["C1"].reason
+
+
+def test_where_everything_diverged_nothing_is_shown():
+    diverged = [(m, b, s) for m, b in (("td_dpo", 0.01), ("dpo", 0.05)) for s in SEEDS]
+    rows, members = made(diverged=diverged)
+    assert judge(rows, members)["C1"].verdict == "vacuous"
+
+
+def test_diverged_accuracy_is_a_half():
+    rows, members = made(diverged=[("dpo", 0.05, 43)])
+    accuracy = rows.rename(columns={"score": "accuracy", "question": "pair"}).assign(accuracy=1.0)
+    pairs = pair_up(STUDY, accuracy, members, [{"method": "dpo", "beta": 0.05}], "accuracy")
+    assert pairs.values[0].mean(1).tolist() == [1.0, 0.5, 1.0]
+
+
+def test_missing_cells_are_named_and_nothing_is_guessed():
+    rows, members = made()
+    gone = (members.method == "dpo") & (members.beta == 0.05) & (members.seed == 44)
+    members.loc[gone, "status"] = "failed"
+    rows = rows[~((rows.method == "dpo") & (rows.beta == 0.05) & (rows.seed == 44))]
+    v = judge(rows, members)
+    assert v["C1"].verdict == "not evaluated"
+    assert "DPO (beta 0.05), seed 44: failed" in v["C1"].reason
+    assert v["C4"].verdict == "not evaluated"
+    assert v["C2"].verdict == "supported"
+    assert v["C5"].verdict == "not evaluated"
+    assert "0 pairs" in v["C5"].reason
+    assert v["C1"].holm_p is None
+
+
+def test_expected_seeds_that_nobody_ran_are_missing():
+    rows, members = made()
+    assert "seed 45: no run" in judge(rows, members, seeds=(42, 43, 44, 45))["C1"].reason
+
+
+def test_no_records_at_all():
+    assert {v.verdict for v in judge(pd.DataFrame(), pd.DataFrame()).values()} == {"not evaluated"}
+    assert {v.verdict for v in judge(pd.DataFrame()).values()} == {"not evaluated"}
+
+
+def test_one_seed_is_not_enough():
+    rows, members = made()
+    v = judge(rows[rows.seed == 42], members[members.seed == 42])["C1"]
+    assert v.verdict == "not evaluated"
+    assert "one seed" in v.reason
+
+
+def test_questions_without_a_score_are_counted():
+    rows, members = made()
+    rows.loc[(rows.method == "dpo") & (rows.beta == 0.05) & (rows.seed == 42) & (rows.question < 5), "score"] = None
+    v = judge(rows, members)["C1"]
+    assert (v.n_questions, v.n_dropped) == (75, 5)
+    assert "5 question(s)" in v.note
+
+
+def test_a_question_is_the_mean_of_its_turns_and_missing_if_one_is():
+    rows = pd.DataFrame({"method": "dpo", "beta": 0.05, "seed": 42, "question": [1, 1, 2, 2], "score": [4, 8, 5, None]})
+    members = pd.DataFrame({"method": ["dpo"], "beta": [0.05], "seed": [42], "status": ["completed"]})
+    pairs = pair_up(STUDY, rows, members, [{"method": "dpo", "beta": 0.05}], "score")
+    assert pairs.values.tolist() == [[[6.0]]]
+    assert pairs.dropped == 1
+
+
+def test_trial_never_gives_a_verdict():
+    rows, members = made()
+    verdicts = judge(rows, members, mode="trial", costs=times())
+    assert {v.verdict for v in verdicts.values()} == {"not evaluated"}
+    assert all(v.estimate is None and v.p is None for v in verdicts.values())
+
+
+def absolute(**more):
+    claim = {"id": "A", "sentence": "DPO at beta .05 scores 6.", "estimand": "mean score", "test": "absolute",
+             "treatment": {"method": "dpo", "beta": 0.05}, "reported": 6.0, "margin": 0.5}
+    return Claims.model_validate({"study": "s", "keys": ["beta"], "claims": [{**claim, **more}]})
+
+
+def test_absolute_figures_belong_to_the_papers_scale():
+    rows, members = made(answer_sd=0.1)
+    assert judge(rows, members, study=absolute())["A"].verdict == "not evaluated"
+    rows["score"] -= rows.groupby("question").score.transform("mean") - rows.score.mean()
+    assert judge(rows, members, study=absolute(), scale="paper")["A"].verdict == "supported"
+    assert judge(rows, members, study=absolute(reported=8.0), scale="paper")["A"].verdict == "refuted"
+
+
+def test_best_is_chosen_on_validation_with_diverged_runs_as_guesses():
+    _, members = made(diverged=[("dpo", 0.5, s) for s in SEEDS])
+    assert choose(STUDY, {"method": "dpo", "beta": "best"}, members) == {"method": "dpo", "beta": 2.5}
+    assert choose(STUDY, {"method": "dpo", "beta": "best"}, members.drop(columns="validation_implicit_accuracy")) is None
+    assert choose(STUDY, {"method": "td_dpo", "beta": 0.5}, members) == {"method": "td_dpo", "beta": 0.5, "tau": 1.0}
+
+
+def test_beside_with_one_seed_has_no_interval():
+    rows, members = made()
+    extra = rows[(rows.method == "discopop") & (rows.beta == 2.5) & (rows.seed == 42)].assign(method="discopop_card")
+    who = members[(members.method == "discopop") & (members.beta == 2.5) & (members.seed == 42)]
+    v = judge(pd.concat([rows, extra]), pd.concat([members, who.assign(method="discopop_card")]))["C2"]
+    assert v.verdict == "supported"
+    assert v.beside[0]["n_seeds"] == 1
+    assert "interval95" not in v.beside[0]
+
+
+def test_support_needs_holm():
+    rows, members = made({**GOOD, "td_dpo": (5.95, 6.0, 7.5, 6.5)}, answer_sd=0.8, seed_sd=0.01)
+    alone = judge(rows, members, study=STUDY.model_copy(update={"claims": (BY_ID["C1"],)}))["C1"]
+    assert alone.verdict == "supported"
+    assert alone.holm_p == alone.p
+    # so many hopeless claims beside it that its p no longer stands out
+    hopeless = BY_ID["C2"].model_copy(update={"margin": 9.0, "beside": ()})
+    others = tuple(hopeless.model_copy(update={"id": f"X{i}"}) for i in range(int(0.05 / alone.p) + 1))
+    crowded = judge(rows, members, study=STUDY.model_copy(update={"claims": (BY_ID["C1"], *others)}))["C1"]
+    assert crowded.holm_p == pytest.approx(alone.p * (len(others) + 1))
+    assert crowded.verdict == "inconclusive"
+    assert "Holm" in crowded.reason
+
+
+def test_select_knows_numbers_from_strings_and_absent_columns():
+    frame = pd.DataFrame({"method": ["a", "b"], "beta": ["0.1", 0.1]})
+    assert len(select(frame, {"beta": 0.1})) == 2
+    assert len(select(frame, {"method": "a", "beta": 0.1})) == 1
+    assert select(frame, {"gamma": 1}).empty
+
+
+# ---- forms
+
+
+def test_json_table_and_sentence(good):
+    text = json.dumps(c.to_json(list(good.values())), allow_nan=False)
+    assert json.loads(text)[0]["per_seed"].keys() == {"42", "43", "44"}
+    frame = c.table(list(good.values()))
+    assert list(frame["claim"]) == ["C1", "C2", "C3", "C4", "C5"]
+    assert c.sentence(good["C1"]).startswith("C1 supported at laptop scale: TD-DPO (beta 0.01, tau 0.5) scored")
+
+
+def test_json_of_an_infinite_interval_has_null():
+    v = c.Verdict("A", "", "superiority", "score", "laptop", "inconclusive", "", interval95=(0.1, np.inf), estimate=np.nan)
+    assert c.to_json([v])[0]["interval95"] == [0.1, None]
+    assert c.to_json([v])[0]["estimate"] is None
+
+
+def test_verdicts_do_not_change_between_calls(good):
+    rows, members = made()
+    assert c.to_json(list(judge(rows, members, costs=times()).values())) == c.to_json(list(good.values()))
+
+
+def test_coverage_names_seeds_by_status():
+    _, members = made(diverged=[("discopop", 2.5, 43)])
+    table = c.coverage(STUDY, members).set_index(["claim", "side"])
+    (row,) = table.loc[[("C2", "baseline")]].to_dict("records")
+    assert (row["completed"], row["diverged"], row["finished"]) == ("42, 44", "43", 3)
+    assert len(table.loc["C4"]) == 8
+
+
+# ---- the file
+
+
+def broken(tmp_path, old, new):
+    text = PATH.read_text()
+    assert old in text
+    path = tmp_path / "claims.yaml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(StudyError) as error:
+        c.load(path)
+    return str(error.value)
+
+
+def test_unknown_keys_are_refused_with_did_you_mean(tmp_path):
+    message = broken(tmp_path, "margin: 0.3", "margn: 0.3")
+    assert "claims.0.margn" in message
+    assert "did you mean margin?" in message
+    assert "did you mean baseline?" in broken(tmp_path, "DPO beta that is best on validation, baseline:",
+                                              "DPO beta that is best on validation, basline:")
+    assert "did you mean names?" in broken(tmp_path, "names:", "name:")
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 2.5, tau: 0.5}", "2 was fixed in advance"),
+    ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 3}", "not fixed for beta = 3"),
+    ("id: C2", "id: C1", "not unique"),
+    ("test: non_inferiority", "test: non_inferior", "non_inferiority"),
+    ("    across: {beta: [0.01, 0.05, 0.5, 2.5]}\n", "", "across"),
+    ("    baseline: {method: dpo, beta: 0.05}\n", "", "needs a `baseline`"),
+    ("choose_on: validation_implicit_accuracy", "choose_on: null", "needs `choose_on`"),
+])
+def test_a_file_that_does_not_say_what_decides_is_refused(tmp_path, old, new, said):
+    assert said in broken(tmp_path, old, new)
+
+
+def test_numeric_strings_are_numbers(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(PATH.read_text().replace("{method: dpo, beta: 0.05}", "{method: dpo, beta: 5e-2}", 1))
+    assert c.load(path).claims[0].baseline["beta"] == 0.05
+
+
+# ---- false support and power, decided by the functions above
+
+NULLS = [("seeds differ little", {}, 0.05), ("seeds differ", {}, 0.15), ("seeds differ more than questions", {}, 0.6),
+         ("questions decide", {"interaction_sd": 1.5, "answer_sd": 0.5}, 0.05),
+         ("question sd 1.5 in pairs", {"answer_sd": 1.06}, 0.15), ("little spread", {"spread": 0.3}, 0.15)]
+
+
+CASES = [pytest.param(claim, noise, seed_sd, id=f"{claim.id}, {what}") for claim in STUDY.claims
+         for what, noise, seed_sd in (NULLS[:1] if claim.test == "cost_ratio" else NULLS)]  # times have their own noise
+
+
+@pytest.mark.parametrize(("claim", "noise", "seed_sd"), CASES)
+def test_false_support_is_at_most_five_percent(claim, noise, seed_sd):
+    n = 600 if claim.test == "variance_ratio" else 3000
+    code, _ = power.simulate(claim, STUDY.noise.model_copy(update=noise), seed_sd=seed_sd, seeds=3, questions=80,
+                             effect=power.null_effect(claim), n_sim=n, rng=np.random.default_rng(1))
+    # three standard errors of a share of .05 above .05
+    assert (code == st.SUPPORTED).mean() <= 0.05 + 3 * (0.05 * 0.95 / n) ** 0.5
+
+
+@pytest.mark.parametrize("claim", [k for k in STUDY.claims if k.test != "cost_ratio"], ids=lambda claim: claim.id)
+def test_the_opposite_of_a_claim_is_hardly_ever_supported(claim):
+    opposite = {"C1": -0.8, "C2": 0.0, "C3": 0.4, "C4": 1.6}[claim.id]
+    code, _ = power.simulate(claim, STUDY.noise, seed_sd=0.15, seeds=3, questions=80, effect=opposite, n_sim=600,
+                             rng=np.random.default_rng(2))
+    assert (code == st.SUPPORTED).mean() <= 0.02
+
+
+def test_power_at_the_first_stated_seed_sd_is_four_fifths():
+    table = power.table(STUDY, n_sim=600)
+    assert sorted(set(table["seed sd"])) == [0.05, 0.15]
+    small = table[(table["seed sd"] == 0.05) & table["reachable"]]
+    assert list(small["claim"]) == ["C1", "C2", "C4", "C5"]
+    assert (small["power alone"] >= 0.8).all(), small.to_string()
+    assert (table["power with Holm"] <= table["power alone"]).all()
+    assert (table[table.claim == "C3"]["power alone"] < 0.2).all()
+
+
+def test_simulated_and_real_decisions_agree():
+    """`evaluate` on simulated rows and `power.simulate`'s closed form come to the same share of supported claims."""
+    study = STUDY.model_copy(update={"claims": (BY_ID["C1"],)})
+    real = []
+    for seed in range(60):
+        rows, members = made({k: v for k, v in GOOD.items() if k != "discopop"}, seed_sd=0.05, answer_sd=0.7, seed=seed)
+        real.append(judge(rows, members, study=study)["C1"].verdict == "supported")
+    share = power.power(BY_ID["C1"], seeds=3, seed_sd=0.05, question_sd=1.5, questions=80, effect=0.0, n_sim=2000,
+                        rng=np.random.default_rng(3), answer_sd=0.7, noise=Noise(interaction_sd=0.0))
+    assert np.mean(real) == pytest.approx(share, abs=0.17)
+
+
+def test_noise_seen_recovers_what_was_put_in():
+    rng = np.random.default_rng(4)
+    d = rng.normal(0, 0.5, (200, 1)) + rng.normal(0, 0.8, (1, 400)) + rng.normal(0, 1.2, (200, 400))
+    assert power.noise_seen(d) == pytest.approx({"seed": 0.5, "question": 0.8, "answer": 1.2}, rel=0.12)

@@ -1,0 +1,640 @@
+"""The preference engine on tiny models: tokens, log-probabilities, reference cache, training, resume, cost."""
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lib.errors import StudyError
+from lib.td_dpo import checkpoints, logprobs, reference, tokens
+from lib.td_dpo import trainer as engine
+from lib.td_dpo.arguments import steps_and_accumulation
+from lib.td_dpo.cost import step_cost
+from lib.td_dpo.objective import reference_columns, with_reference
+
+WORDS = [a + b for a in "b d f g l m n p r s t".split() for b in "an et il os um ar".split()]
+TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + eos_token }}"
+         "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TEMPLATE = "{{ bos_token }}" + TURNS
+BOS, EOS, PAD = 0, 1, 2
+TRAINING = {"max_steps": 10, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 5e-3,
+            "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "max_grad_norm": 1.0,
+            "eval_steps": 4, "save_steps": 3}
+DPO = {"name": "dpo", "beta": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked below: no OpenMP pool may exist in the parent
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokenizer(template=TEMPLATE):
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
+    inner.train_from_iterator([" ".join(random.Random(0).choices(WORDS, k=2000))], trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                   chat_template=template)
+
+
+def make_pairs(count, seed=0):
+    draw = random.Random(seed)
+
+    def turn(role, low, high):
+        return [{"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(low, high)))}]
+
+    return [{"prompt": turn("user", 2, 12), "chosen": turn("assistant", 1, 14), "rejected": turn("assistant", 1, 14),
+             "row": i} for i in range(count)]
+
+
+def make_model(seed=0, hidden=32, layers=2):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=360, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=BOS,
+                         eos_token_id=EOS, pad_token_id=PAD)
+    return LlamaForCausalLM(config).eval()
+
+
+def with_adapter(model, dropout=0.0):
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear",
+                                            task_type="CAUSAL_LM"))
+
+
+TOKENIZER = make_tokenizer()
+ROWS, _ = tokens.encode_pairs(TOKENIZER, make_pairs(40))
+VALIDATION, _ = tokens.encode_pairs(TOKENIZER, make_pairs(16, seed=9))
+
+
+def references(model):
+    return {"train": reference.sequence_logprobs(model, ROWS),
+            "validation": reference.sequence_logprobs(model, VALIDATION)}
+
+
+REFERENCE = references(make_model())
+
+
+def train(folder, *, model=None, loss=DPO, seed=3, on_record=None, rows=ROWS, table=REFERENCE, options=None, **training):
+    """One training of the tiny model; returns the outcome and its records, which also go to folder/history.jsonl."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    records = []
+
+    def record(line):
+        records.append(line)
+        with open(folder / "history.jsonl", "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if on_record:
+            on_record(line)
+
+    outcome = engine.train_pairs(model or make_model(), TOKENIZER, rows, VALIDATION, table, loss=loss,
+                                 training=TRAINING | training, seed=seed, folder=folder, on_record=record,
+                                 **(options or {}))
+    return outcome, records
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
+    pairs = make_pairs(6)
+    rows, counts = tokens.encode_pairs(TOKENIZER, pairs)
+    assert counts == dict.fromkeys(tokens.COUNTS, 0) | {"pairs": 6, "kept": 6}
+    for pair, row in zip(pairs, rows, strict=True):
+        for side in ("chosen", "rejected"):
+            ids = row["prompt_ids"] + row[f"{side}_ids"]
+            text = f"<s><|user|>{pair['prompt'][0]['content']}<|assistant|>{pair[side][0]['content']}</s>"
+            assert ids == TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            assert ids.count(BOS) == 1 and ids[0] == BOS and ids.count(EOS) == 1 and ids[-1] == EOS
+        assert TOKENIZER.decode(row["prompt_ids"]).endswith("<|assistant|>")
+
+
+@pytest.mark.parametrize("template", [
+    pytest.param("{{ bos_token }}" + TEMPLATE, id="two BOS"),
+    pytest.param(TEMPLATE.replace("+ eos_token", ""), id="no EOS"),
+    pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + '\n'"), id="text after EOS"),
+    pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + eos_token"), id="two EOS"),
+])
+def test_templates_that_err_still_give_one_bos_and_one_eos(template):
+    assert tokens.encode_pairs(make_tokenizer(template), make_pairs(6))[0] == tokens.encode_pairs(
+        TOKENIZER, make_pairs(6))[0]
+
+
+def test_a_prompt_that_is_no_prefix_is_split_where_it_diverges_and_counted():
+    template = TEMPLATE.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|>' + 'zz' }}")
+    rows, counts = tokens.encode_pairs(make_tokenizer(template), make_pairs(6))
+    assert counts["prompt_not_prefix"] == 6 and counts["kept"] == 6
+    assert rows == tokens.encode_pairs(TOKENIZER, make_pairs(6))[0]
+
+
+def test_truncation_is_counted_and_nothing_left_is_dropped():
+    full, _ = tokens.encode_pairs(TOKENIZER, make_pairs(40))
+    limit = 14
+    rows, counts = tokens.encode_pairs(TOKENIZER, make_pairs(40), limit)
+    lengths = [[len(r["prompt_ids"]) + len(r[side]) for side in ("chosen_ids", "rejected_ids")] for r in full]
+    fits = [r for r, length in zip(full, lengths, strict=True) if len(r["prompt_ids"]) < limit]
+    assert counts["truncated"] == sum(max(pair) > limit for pair in lengths)
+    assert counts["eos_dropped"] == sum(x > limit for pair in lengths for x in pair)
+    assert counts["dropped"] == 40 - len(rows) > 0 and len(rows) <= len(fits)
+    assert counts["dropped"] == 40 - len(fits) + counts["identical_after_truncation"]
+    assert all(len(r["prompt_ids"]) + len(r["chosen_ids"]) <= limit for r in rows)
+    assert [r["pair"] for r in rows] == sorted(r["pair"] for r in rows)
+
+
+def test_a_prompt_limit_keeps_bos_and_the_end():
+    rows, counts = tokens.encode_pairs(TOKENIZER, make_pairs(20), None, 10)
+    full, _ = tokens.encode_pairs(TOKENIZER, make_pairs(20))
+    assert counts["prompt_truncated"] == sum(len(r["prompt_ids"]) > 10 for r in full) > 0
+    for row, whole in zip(rows, full, strict=True):
+        assert row["prompt_ids"][0] == BOS and row["prompt_ids"][1:] == whole["prompt_ids"][1:][-9:]
+
+
+def test_trl_tokenises_the_same_rows(tmp_path):
+    stock, dataset = stock_trainer(tmp_path, make_model(), make_pairs(10), "sigmoid", 0.1)
+    ours, _ = tokens.encode_pairs(TOKENIZER, make_pairs(10))
+    for theirs, row in zip(dataset, ours, strict=True):
+        assert all(theirs[k] == row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert stock.beta == 0.1
+
+
+# --- log-probabilities, against TRL ----------------------------------------------------------------------------------
+
+
+def stock_trainer(folder, model, pairs, loss_type, beta):
+    """trl.DPOTrainer as shipped on the same pairs (float32, its own tokenisation and precomputed reference)."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(output_dir=str(folder), loss_type=loss_type, beta=beta, precompute_ref_log_probs=True, bf16=False,
+                     gradient_checkpointing=False, report_to="none", disable_tqdm=True, max_length=None, use_cpu=True,
+                     per_device_train_batch_size=len(pairs))
+    columns = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]
+    stock = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(columns), processing_class=TOKENIZER)
+    return stock, stock.train_dataset
+
+
+def plain_logprobs(model, rows):
+    """The definition: log softmax of the model's own logits, one sequence at a time."""
+    out = []
+    for row in rows:
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            scores = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            out.append(scores[len(row["prompt_ids"]) - 1:].sum())
+    return torch.stack(out).view(-1, 2)
+
+
+@pytest.fixture
+def double_norm(monkeypatch):
+    """transformers normalises in float32 whatever the model's type: for float64 comparisons it must not."""
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.mark.parametrize("layout", ["paired", "shared"])
+@pytest.mark.parametrize("attention,tolerance", [("sdpa", 1e-10), ("eager", 1e-6)])  # eager: its softmax is float32
+def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tolerance, monkeypatch, double_norm):
+    model = make_model().double()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        expected = plain_logprobs(model, ROWS)
+    for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
+        monkeypatch.setattr(logprobs, "HEAD_ELEMENTS", elements)
+        got = logprobs.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["paired", "shared"])
+def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, double_norm):
+    model, rows = make_model().double(), ROWS[:6]
+    (plain_logprobs(model, rows) * torch.tensor([1.0, -0.5])).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for elements in (2**24, 360 * 7):
+        monkeypatch.setattr(logprobs, "HEAD_ELEMENTS", elements)
+        model.zero_grad()
+        with logprobs.completion_head(model):
+            chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD, layout)(rows))
+        (chosen.sum() - 0.5 * rejected.sum()).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture
+def double_head(monkeypatch):
+    """TRL's head accumulates in float32 whatever the model's type: for float64 comparisons it is given a plain one."""
+    def apply(hidden, weight, bias, targets, *_):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        scores = logits.log_softmax(-1)
+        blank = torch.zeros_like(targets, dtype=scores.dtype)
+        return scores.gather(1, targets[:, None])[:, 0], blank, blank, blank, blank.bool()
+
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", SimpleNamespace(apply=apply))
+
+
+def trl_and_ours(folder, dtype, loss_type, ours, layout):
+    """Reference, log-probabilities, loss and gradient of one batch, by stock TRL and by the engine."""
+    base, moved, beta, pairs = make_model().to(dtype), make_model(seed=1).to(dtype), 0.05, make_pairs(12)
+    stock, dataset = stock_trainer(folder, base, pairs, loss_type, beta)
+    stored = torch.tensor([[d["ref_chosen_logps"], d["ref_rejected_logps"]] for d in dataset], dtype=dtype)
+    rows, _ = tokens.encode_pairs(TOKENIZER, pairs)
+    table = reference.sequence_logprobs(make_model().to(dtype), rows, layout=layout)
+    with torch.no_grad():  # a policy some way from its reference
+        for p, q in zip(base.parameters(), moved.parameters(), strict=True):
+            p.add_(0.3 * q)
+    inputs = stock.data_collator(list(dataset))
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = stored.unbind(dim=1)
+    loss = stock.compute_loss(stock.model, inputs)
+    with torch.no_grad():
+        scores = torch.stack(stock.compute_ref_log_probs(stock.model, inputs), dim=1)
+    theirs = [stored, scores, loss.detach(), *torch.autograd.grad(loss, list(base.parameters()))]
+
+    policy = make_model().to(dtype)
+    policy.load_state_dict(base.state_dict())
+    rows = with_reference(rows, stored)
+    with logprobs.completion_head(policy):
+        scores = logprobs.batch_logprobs(policy, logprobs.collator(policy, PAD, layout)(rows))
+    values, *_ = engine.objective({"name": ours, "beta": beta}, *scores, reference_columns(rows, dtype))
+    gradient = torch.autograd.grad(values.mean(), list(policy.parameters()))
+    return [table, torch.stack(scores, dim=1).detach(), values.mean().detach(), *gradient], theirs
+
+
+def relative_error(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("ours,theirs", [("dpo", "sigmoid"), ("discopop", "discopop")])
+@pytest.mark.parametrize("layout", ["paired", "shared"])
+def test_one_batch_equals_stock_trl_in_float64(tmp_path, ours, theirs, layout, double_norm, double_head):
+    for a, b in zip(*trl_and_ours(tmp_path, torch.float64, theirs, ours, layout), strict=True):
+        assert relative_error(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("ours,theirs", [("dpo", "sigmoid"), ("discopop", "discopop")])
+@pytest.mark.parametrize("layout", ["paired", "shared"])
+def test_one_batch_equals_stock_trl_in_float32(tmp_path, ours, theirs, layout):
+    (table, scores, loss, *gradient), want = trl_and_ours(tmp_path, torch.float32, theirs, ours, layout)
+    for a, b in zip((table, scores, loss), want, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    # a gradient element is a sum with cancellation: measured against its tensor's largest, not against itself
+    for a, b in zip(gradient, want[3:], strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_the_model_is_its_own_again_after_scoring():
+    """A head left on a model would make its deep copies run the original's weights."""
+    model = make_model()
+    before, ids = dict(model.__dict__), torch.tensor([ROWS[0]["prompt_ids"]])
+    logprobs.sequence_logprobs(model, ROWS[:2])
+    assert dict(model.__dict__) == before
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+        assert not twin(ids).logits.any() and model(ids).logits.any()
+
+
+def test_token_budget_batches_cover_every_row_once_within_the_budget():
+    lengths = [random.Random(0).randint(1, 50) for _ in range(200)] + [500]
+    batches = list(logprobs.token_budget_batches(lengths, 120))
+    assert sorted(i for b in batches for i in b) == list(range(201))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(reference, "sequence_logprobs",
+                        lambda *a, **k: computed.append(1) or logprobs.sequence_logprobs(*a, **k))
+
+    def get(rows=ROWS, name="base", quantization="none", model=None):
+        return reference.reference_logprobs(model or make_model(), rows, cache_dir=tmp_path, model_fingerprint=name,
+                                            quantization=quantization)
+
+    first = get()
+    torch.testing.assert_close(get(model=with_adapter(make_model())), first, rtol=0, atol=0)
+    assert len(computed) == 1  # adapters, seeds, losses share it
+    for change in ({"rows": ROWS[:-1]}, {"name": "other"}, {"quantization": "nf4"}):
+        get(**change)
+    assert len(computed) == 4
+    for damage in (b"", b"junk"):
+        next(tmp_path.glob(f"{reference.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(damage)
+        torch.testing.assert_close(get(), first, rtol=0, atol=0)
+    assert len(computed) == 6 and not list(tmp_path.glob("*.partial"))
+
+
+def test_reference_of_adapters_is_the_base(tmp_path):
+    model = with_adapter(make_model())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    table = reference.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x")
+    torch.testing.assert_close(table, REFERENCE["train"], rtol=1e-6, atol=1e-5)
+    assert not torch.allclose(reference.sequence_logprobs(model, ROWS), table, atol=0.1)
+
+
+def test_sampled_log_ratios_with_a_model_or_with_adapters_off():
+    samples = [{"prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"]} for r in ROWS]
+    moved = make_model(seed=1)
+    expected = reference.sequence_logprobs(moved, ROWS)[:, 0] - REFERENCE["train"][:, 0]
+    got = reference.log_ratio_of_samples(moved, make_model(), samples)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert not reference.log_ratio_of_samples(with_adapter(make_model()), None, samples).abs().max() > 1e-4
+
+
+def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(StudyError, match="log-ratio"):
+        train(tmp_path, model=make_model(seed=1))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+HISTORY = ["step", "epoch", "loss", "preference_loss", "anchor_loss", "implicit_accuracy", "raw_accuracy", "margin",
+           "raw_margin", "chosen_log_ratio", "rejected_log_ratio", "chosen_length", "rejected_length", "grad_norm",
+           "learning_rate"]
+
+
+def test_training_learns_and_records_every_step(tmp_path):
+    timings = []
+    outcome, records = train(tmp_path, loss={"name": "td_dpo_anchored", "beta": 0.01, "tau": 1.0}, max_steps=30,
+                             options={"on_timing": timings.append, "on_evaluate": lambda step, model: {"sampled_kl": 1.0}})
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "loss" not in r]
+    assert outcome.status == "completed" and outcome.step == 30
+    assert [r["step"] for r in steps] == list(range(1, 31)) == [t["step"] for t in timings]
+    assert list(steps[0]) == HISTORY and set(timings[0]) == {"step", "seconds", "pairs_per_second", "tokens_per_second"}
+    assert [r["step"] for r in evaluations] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert set(evaluations[0]) == {"step", "sampled_kl"} | {f"validation_{k}" for k in (
+        "implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")}
+    assert abs(steps[0]["margin"]) < 1e-3 and steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert steps[-1]["implicit_accuracy"] == 1 and steps[-1]["margin"] > 3
+    assert steps[-1]["anchor_loss"] > 0
+    assert steps[-1]["loss"] == pytest.approx(steps[-1]["preference_loss"] + steps[-1]["anchor_loss"], rel=1e-5)
+    scores = engine.pair_scores(outcome.model, VALIDATION, REFERENCE["validation"])
+    assert sum(s["rho"] for s in scores) / 16 == pytest.approx(evaluations[-1]["validation_margin"], rel=1e-4)
+    assert sum(s["delta"] > 0 for s in scores) / 16 == evaluations[-1]["validation_raw_accuracy"]
+
+
+def test_the_best_checkpoint_is_kept_and_gives_its_metric_back(tmp_path):
+    outcome, records = train(tmp_path, max_steps=14)
+    evaluations = {r["step"]: r["validation_implicit_accuracy"] for r in records if "validation_loss" in r}
+    best = max(evaluations, key=evaluations.get)
+    assert outcome.best_step == best and outcome.best == tmp_path / "checkpoints" / f"checkpoint-{best}"
+    kept = {int(p.name[11:]) for p in checkpoints.checkpoint_folders(tmp_path / "checkpoints")}
+    assert kept == {best, 14}
+    model = engine.load_checkpoint(make_model(seed=4), outcome.best)
+    scores = engine.pair_scores(model, VALIDATION, REFERENCE["validation"])
+    assert sum(s["rho"] > 0 for s in scores) / 16 == evaluations[best]
+
+
+def test_a_whole_run_equals_stock_trl_when_every_batch_is_the_data_set(tmp_path):
+    pairs = make_pairs(8)
+    stock, _ = stock_trainer(tmp_path / "trl", make_model(), pairs, "sigmoid", 0.1)
+    args = stock.args
+    args.max_steps, args.learning_rate, args.logging_steps, args.weight_decay = 6, 1e-3, 1, 0.01
+    args.save_strategy, args.lr_scheduler_type, args.warmup_steps = "no", "cosine", 0
+    stock.train()
+    theirs = [(h["loss"], h["grad_norm"]) for h in stock.state.log_history if "loss" in h]
+    rows, _ = tokens.encode_pairs(TOKENIZER, pairs)
+    _, records = train(tmp_path / "ours", rows=rows, max_steps=6, learning_rate=1e-3, warmup_ratio=0.0,
+                       table=REFERENCE | {"train": reference.sequence_logprobs(make_model(), rows)})
+    ours = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
+    """1 x 8 accumulated = 8 x 1, in a full step and in an epoch's last, uneven one."""
+    seen = {}
+    for device_batch in (8, 3, 1):
+        rows = ROWS[:20]
+        records = train(tmp_path / str(device_batch), rows=rows, global_batch_size=8 if device_batch != 3 else 9,
+                        table=REFERENCE | {"train": REFERENCE["train"][:20]}, per_device_train_batch_size=device_batch,
+                        max_steps=6)[1]
+        seen[device_batch] = [(r["loss"], r["grad_norm"], r["chosen_length"]) for r in records if "loss" in r]
+    torch.testing.assert_close(torch.tensor(seen[1]), torch.tensor(seen[8]), rtol=1e-4, atol=1e-6)
+    nine = train(tmp_path / "nine", rows=ROWS[:20], global_batch_size=9, per_device_train_batch_size=9, max_steps=6,
+                 table=REFERENCE | {"train": REFERENCE["train"][:20]})[1]
+    torch.testing.assert_close(torch.tensor(seen[3]), torch.tensor(
+        [(r["loss"], r["grad_norm"], r["chosen_length"]) for r in nine if "loss" in r]), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_follows_from_the_global_batch():
+    published = {"global_batch_size": 128, "per_device_train_batch_size": 4, "epochs": 3}
+    assert steps_and_accumulation(6075, published, world_size=4) == (144, 4, 8)
+    assert steps_and_accumulation(6075, published, max_batches=2)[0] == 2
+    with pytest.raises(StudyError, match="global_batch_size"):
+        steps_and_accumulation(640, published | {"per_device_train_batch_size": 3})
+
+
+def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
+    def lengths(name, seed):
+        _, records = train(tmp_path / f"{name}{seed}", loss={"name": name, "beta": 0.05, "tau": 1.0}, seed=seed)
+        return [(r["chosen_length"], r["rejected_length"]) for r in records if "loss" in r]
+
+    first = lengths("dpo", 42)
+    assert first == lengths("td_dpo", 42) == lengths("ipo", 42) != lengths("dpo", 43)
+    assert first[:5] != first[5:]  # 40 pairs in batches of 8: a new order in the second epoch
+    order = engine.SeededOrder(40, 42)
+    assert sorted(order) == list(range(40)) and list(order) == list(order)
+
+
+@pytest.mark.parametrize("loss", [{"name": "discopop_card", "beta": 60.0}, {"name": "dpo", "beta": 0.1}])
+def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
+    rate = 1.0 if loss["name"] == "discopop_card" else 1e30
+    outcome, records = train(tmp_path, loss=loss, learning_rate=rate, max_grad_norm=None, max_steps=30)
+    steps = [r for r in records if "loss" in r]
+    assert outcome.status == "diverged" and outcome.step == steps[-1]["step"] < 30
+    assert steps[-1]["loss"] is None or steps[-1]["grad_norm"] is None
+    assert all(r["loss"] is not None and r["grad_norm"] is not None for r in steps[:-1])
+    assert records[-1] is steps[-1]  # neither evaluated nor saved afterwards
+    assert all(s["rho"] is None or math.isfinite(s["rho"]) for s in engine.pair_scores(
+        outcome.model, VALIDATION, REFERENCE["validation"]))
+
+
+def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
+    loss = {"name": "td_dpo", "beta": 0.0, "tau": 0.5, "average_log_probs": True}
+    _, records = train(tmp_path, loss=loss, options={"max_batches": 1})
+    rows = [ROWS[i] for i in list(engine.SeededOrder(40, 3))[:8]]
+    table = reference.sequence_logprobs(make_model(), rows)
+    delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
+        [len(r["rejected_ids"]) for r in rows])
+    simpo = -torch.nn.functional.logsigmoid(delta / 0.5)  # SimPO with beta = 1/tau and gamma = 0
+    assert records[0]["loss"] == pytest.approx(float(simpo.mean()), rel=1e-5)
+    assert records[0]["raw_margin"] == pytest.approx(float((table[:, 0] - table[:, 1]).mean()), rel=1e-4)
+
+
+def test_max_batches_limits_every_phase(tmp_path):
+    outcome, records = train(tmp_path, options={"max_batches": 2})
+    assert outcome.step == 2 and [r["step"] for r in records] == [1, 2, 2]
+
+
+def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
+    """LoRA with dropout draws random numbers in training; sampling at evaluations must not shift them."""
+    def noisy(step, model):
+        torch.rand(7), random.random()
+
+    histories = []
+    for index, hook in enumerate((None, noisy)):
+        model = with_adapter(make_model(), dropout=0.3)
+        _, records = train(tmp_path / str(index), model=model, options={"on_evaluate": hook})
+        histories.append(records)
+    assert histories[0] == histories[1]
+
+
+def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
+    model = with_adapter(make_model())
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+    outcome, records = train(tmp_path, model=model)
+    assert outcome.status == "completed" and "ref" not in model.peft_config
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    twin = engine.load_checkpoint(with_adapter(make_model()), checkpoints.last_complete_checkpoint(tmp_path / "checkpoints"))
+    torch.testing.assert_close(reference.sequence_logprobs(twin, VALIDATION),
+                               reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0)
+
+
+def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
+    make_model(hidden=64).save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.bfloat16)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit, dtype=torch.bfloat16)
+    model = with_adapter(base)
+    table = {"train": reference.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x",
+                                                   quantization="nf4"),
+             "validation": reference.sequence_logprobs(model, VALIDATION)}
+    outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    assert outcome.status == "completed" and records[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+
+
+# --- checkpoints and resume ------------------------------------------------------------------------------------------
+
+
+def in_child(run):
+    """Run in a forked child; returns its exit code (-9: killed)."""
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adapter_model():
+    return with_adapter(make_model(), dropout=0.2)
+
+
+@pytest.fixture(scope="module", params=[make_model, adapter_model], ids=["full", "lora-dropout"])
+def undisturbed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(folder, model=request.param())
+    return request.param, folder
+
+
+def assert_same_run(folder, undisturbed):
+    assert (folder / "history.jsonl").read_text() == (undisturbed / "history.jsonl").read_text()
+    last = [checkpoints.last_complete_checkpoint(f / "checkpoints") for f in (folder, undisturbed)]
+    assert last[0].name == last[1].name == "checkpoint-10"
+    weights = next(p.name for p in last[0].glob("*.safetensors"))
+    assert (last[0] / weights).read_bytes() == (last[1] / weights).read_bytes()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        a, b = (torch.load(f / name, weights_only=False) for f in last)
+        assert str(a) == str(b), name
+    assert checkpoints.read_marker(last[0]) == checkpoints.read_marker(last[1])
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8, 10])
+def test_resume_after_a_kill_is_bit_identical(tmp_path, undisturbed, step):
+    build, folder = undisturbed
+
+    def killed():
+        train(tmp_path, model=build(), on_record=lambda r: r["step"] == step and die())
+
+    assert in_child(killed) == -signal.SIGKILL
+    outcome, records = train(tmp_path, model=build())
+    assert outcome.status == "completed" and outcome.step == 10
+    assert records[0]["step"] == (step - 1) // 3 * 3 + 1 or records[0]["step"] > 1
+    assert_same_run(tmp_path, folder)
+
+
+@pytest.mark.parametrize("inside", ["_save_optimizer_and_scheduler", "_save_rng_state", "mark_complete"])
+def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside):
+    build, folder = undisturbed
+
+    def killed():
+        owner = checkpoints if inside == "mark_complete" else engine.PreferenceTrainer
+        real, calls = getattr(owner, inside), []
+
+        def dies_the_second_time(*args, **kwargs):
+            calls.append(1)
+            return die() if len(calls) == 2 else real(*args, **kwargs)
+
+        setattr(owner, inside, dies_the_second_time)
+        train(tmp_path, model=build())
+
+    assert in_child(killed) == -signal.SIGKILL
+    folders = checkpoints.checkpoint_folders(tmp_path / "checkpoints")
+    assert len(folders) == 2 and checkpoints.last_complete_checkpoint(tmp_path / "checkpoints") == folders[0]
+    _, records = train(tmp_path, model=build())
+    assert records[0]["step"] == 4
+    assert_same_run(tmp_path, folder)
+
+
+def test_a_finished_run_is_loaded_not_trained(tmp_path):
+    first, _ = train(tmp_path)
+    again, records = train(tmp_path)
+    assert again.step == 10 and again.best_step == first.best_step and not records
+    assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):
+    train(tmp_path)
+    outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2})
+    assert records[0]["step"] == 1 and outcome.step == 10
+    kept = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert kept == [r["step"] for r in records]
+    outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2}, options={"resume": False})
+    assert records[0]["step"] == 1
+
+
+def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n{"step": 3}\n{"step": 1, "lo')
+    checkpoints.truncate_history(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n'
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def test_step_cost_pairs_every_batch(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    for source in (make_model, tmp_path):
+        pairs = step_cost(source, ROWS, REFERENCE["train"], {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO, TRAINING, 4, 0)
+        assert [p["pair"] for p in pairs] == [0, 1, 2, 3]
+        assert all(p["seconds"] > 0 and p["seconds_baseline"] > 0 for p in pairs)
