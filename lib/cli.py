@@ -16,6 +16,7 @@ from pathlib import Path
 from lib import config, plan, pool, progress, record
 from lib.errors import StudyError
 
+OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
 
 
@@ -74,7 +75,7 @@ def root_of(options) -> Path:
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
-    return config.ROOT / "outputs" / f"{options.scale}-{options.mode}{suffix}"
+    return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
 
 
 def chosen(options) -> list[tuple]:
@@ -182,7 +183,7 @@ def execute(options, runs: list) -> int:
             finally:
                 print(f"ended after {progress.duration(time.time() - started)}")
                 print_table(steps, finished)
-    index = report.index_html(config.ROOT / "outputs")
+    index = report.index_html(OUTPUTS)
     if options.mode == "full":
         print_verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
@@ -249,7 +250,7 @@ def status(options) -> int:
         title = f"{state.get('study')}/{state.get('run_id')}" + (" sweep" if state.get("kind") == "sweep" else "")
         told = f"{state.get('minutes') or 0:.2f} min"
         if state.get("status") == "running":
-            told = progress.line(path.parent, "now").removeprefix("now: ")
+            told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix("now: ")
         elif state.get("error"):
             told += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
         print(f"{title:34} {state.get('status', '?'):11} {told}")
@@ -259,9 +260,9 @@ def status(options) -> int:
 def rebuild(options) -> int:
     from lib import report
 
-    for notebook in sorted((config.ROOT / "outputs").glob("*/*/*/*.ipynb")) + sorted((config.ROOT / "outputs").glob("*/*/*/sweep/*.ipynb")):
+    for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         report.notebook_html(notebook, notebook.with_suffix(".html"))
-    print(os.path.relpath(report.index_html(config.ROOT / "outputs"), os.getcwd()))
+    print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
 
 

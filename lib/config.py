@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lib.errors import StudyError
 from lib.faults import did_you_mean, keys, raise_faults
-from lib.grid import Member, member, members, search_space, trial
+from lib.grid import Member, first_cell, member, members, search_space, trial
 from lib.run_values import (
     ROOT,
     TUNABLE,
@@ -103,7 +103,7 @@ def parameters(run: Run) -> dict:
 
 def steps(run: Run) -> int:
     """Optimiser steps of one member; 0 where the data's size is not known before it is read."""
-    return study_module(run.study).steps(run) or 0
+    return study_module(run.study).steps(apply(run, first_cell(run)[0])) or 0
 
 
 def wandb_mode(run: Run) -> str:
@@ -116,7 +116,12 @@ def wandb_mode(run: Run) -> str:
 def check(run: Run) -> list[Finding]:
     """What a person should know before the run starts; an error keeps it from starting."""
     from lib.checks import shared_findings
-    return shared_findings(run) + study_module(run.study).check(run)
+    found = shared_findings(run)
+    try:
+        typical = apply(run, first_cell(run)[0])
+    except StudyError:  # what is wrong with the cell is among the findings already
+        return found
+    return found + ([] if markers(typical) else study_module(run.study).check(typical))
 
 
 def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[str, str] | None = None,

@@ -11,9 +11,21 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from lib.figure_style import (
-    BAD, INK, Drawing, Look, canvas, housestyle, legend_below, looks, number, ordered, outcomes, reference_line, spread,
+    BAD,
+    INK,
+    Drawing,
+    Look,
+    canvas,
+    housestyle,
+    legend_below,
+    looks,
+    number,
+    ordered,
+    outcomes,
+    reference_line,
+    spread,
     t_interval,
-)  # fmt: skip
+)
 
 DIVERGED = (Line2D([], [], linestyle="", marker="x", color=BAD, markeredgewidth=2), "diverged seed")
 Reference = tuple[float, str] | None  # a level to draw, and its name

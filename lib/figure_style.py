@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 # Hues of Okabe-Ito and Tol, darkened until text in them has 4.5:1 on white; markers double them.
-PALETTE = ("#0072B2", "#AA3377", "#C44F00", "#00805C", "#555555", "#7A4FBF", "#8A6100", "#117799")
+PALETTE = ("#0072B2", "#AA3377", "#C44F00", "#00805C", "#555555", "#7A4FBF", "#8A6100", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 INK, SOFT, GRID, BAD = "#1b1f24", "#59636e", "#d9dde2", "#b3261e"
 DASH = (0, (4, 3))
+IDENTITY = ("run_id", "method", "cell", "beta", "tau", "seed", "status")  # of a member
 WIDTH = 8.0  # inches; shown at about 900 px, so 10.5 pt stays readable
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "text.color": INK, "figure.facecolor": "white",
@@ -28,7 +29,7 @@ STYLE = {
     "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.8, "savefig.facecolor": "white",
     "pdf.fonttype": 42,
-}  # fmt: skip
+}
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
 
 
@@ -62,8 +63,9 @@ def canvas(rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str =
 
 
 def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict[str, Look]:
-    """A look for every name: the study's own where it has one, else the next free colour and marker."""
+    """A look for every name, in the study's own order and looks where it has them, else the next free colour and marker."""
     known, names = known or {}, list(dict.fromkeys(names))
+    names = [name for name in known if name in names] + [name for name in names if name not in known]
     taken = {known[name].colour for name in names if name in known}
     free = [i for i, colour in enumerate(PALETTE) if colour not in taken] or list(range(len(PALETTE)))
     new = {name: free[i % len(free)] for i, name in enumerate(n for n in names if n not in known)}
@@ -111,7 +113,9 @@ def legend_below(drawn: Canvas, extra: Sequence[tuple[object, str]] = ()) -> Non
              for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     named |= {label: handle for handle, label in extra}
     if named:
-        drawn.legend(list(named.values()), list(named), loc="outside lower left", ncols=min(5, len(named)))
+        wide = 0.085 * (max(map(len, named)) + 6)  # inches of the widest entry at 9.5 pt
+        rows = -(-len(named) // max(1, int(WIDTH / wide)))
+        drawn.legend(list(named.values()), list(named), loc="outside lower left", ncols=-(-len(named) // rows))
 
 
 def reference_line(axes: Axes, value: float, label: str = "") -> None:
@@ -124,10 +128,11 @@ def reference_line(axes: Axes, value: float, label: str = "") -> None:
 
 def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = None) -> pd.DataFrame:
     """Members with `value` (the metric) and `diverged`. A diverged member counts as `diverged_value`; with None it is
-    a mark without a value."""
-    table = members.copy()
+    a mark without a value. A table without members, or a metric that no member has, draws as nothing."""
+    table = members.copy() if len(members) else members.reindex(columns=dict.fromkeys([*IDENTITY, *members.columns]))
     table["diverged"] = table["status"].eq("diverged") if "status" in table else False
-    table["value"] = pd.to_numeric(table[metric], errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
+    values = table[metric] if metric in table else pd.Series(np.nan, index=table.index)
+    table["value"] = pd.to_numeric(values, errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
     table.loc[table["diverged"], "value"] = np.nan if diverged_value is None else float(diverged_value)
     return table
 

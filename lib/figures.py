@@ -17,11 +17,25 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from lib.figure_seeds import bars, box_over_seeds, points
 from lib.figure_style import (
-    DASH, INK, SOFT, STYLE, Drawing, Look, canvas, housestyle, label_ends, legend_below, looks, number, ordered, reference_line,
-)  # fmt: skip
+    DASH,
+    INK,
+    SOFT,
+    STYLE,
+    Drawing,
+    Look,
+    canvas,
+    housestyle,
+    label_ends,
+    legend_below,
+    looks,
+    number,
+    ordered,
+    reference_line,
+)
 
 __all__ = ["STYLE", "Drawing", "Figure", "Look", "bars", "box_over_seeds", "claims", "learning_curves", "points", "save"]
 MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
@@ -102,19 +116,20 @@ def learning_curves(history: pd.DataFrame, y: str, *, title: str, ylabel: str = 
     no mean hides a choice. `smooth`: rolling mean over so many points.
     """
     ylabel = ylabel or y.replace("_", " ")
-    rows = history.dropna(subset=[y]) if y in history else history.iloc[:0]
+    rows = history.reindex(columns=dict.fromkeys([*history.columns, x, y, by, "seed", *([panel] if panel else [])]))
+    rows = rows.dropna(subset=[y])
     panels = ordered(rows[panel]) if panel else [None]
     columns = min(columns, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     drawn, axes = canvas(lines, columns, height=1.1 + (3.4 if lines == 1 else 2.5 * lines), title=title,
                          sharex=True, sharey=True)
     look, words, data = looks(rows[by], known), [], []
+    own_legends = panel is not None and len(look) > 6  # too many to tell apart by colour: each panel has its own
     for place, value in zip(axes.flat, panels, strict=False):
         here, ends, said = rows if panel is None else rows[rows[panel] == value], [], []
-        for name, own in look.items():
+        present = [name for name in look if (here[by] == name).any()]
+        for name, own in (looks(sorted(present, key=str), known) if own_legends else {n: look[n] for n in present}).items():
             group = here[here[by] == name]
-            if group.empty:
-                continue
             if group.duplicated([x, "seed"]).any():
                 raise ValueError(f"learning_curves: {by} {name} has several members per seed; choose one cell first")
             end, text = _curve(place, group.pivot(index=x, columns="seed", values=y).sort_index(), own, smooth,
@@ -124,6 +139,8 @@ def learning_curves(history: pd.DataFrame, y: str, *, title: str, ylabel: str = 
             data.append(group[[c for c in (by, panel, "cell", "seed", x, y) if c and c in group]])
         if reference is not None:
             reference_line(place, reference)
+        if own_legends:
+            place.legend(fontsize=8.5)
         if panel:
             place.set_title(panel_label(value))
         else:
@@ -133,9 +150,10 @@ def learning_curves(history: pd.DataFrame, y: str, *, title: str, ylabel: str = 
         place.set_axis_off()
     for place in axes[-1]:
         place.set_xlabel(xlabel)
+        place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=pd.api.types.is_integer_dtype(rows[x])))
     for place in axes[:, 0]:
         place.set_ylabel(ylabel)
-    if panel:
+    if panel and not own_legends:
         legend_below(drawn)
     alt = (f"{title}: {ylabel} over {xlabel}, mean over seeds with each seed faint"
            + (f", smoothed over {smooth} points" if smooth > 1 else "") + ". " + " ".join(words))

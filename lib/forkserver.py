@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import logging
 import os
 import selectors
 import signal
@@ -36,6 +37,7 @@ PRELOAD = ("numpy", "pandas", "torch", "transformers", "datasets", "accelerate",
 
 def preload() -> None:
     """Import what members and kernels need. One thread only: a fork copies no other thread, but keeps its locks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

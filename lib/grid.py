@@ -112,19 +112,27 @@ def members(run: Run, all_seeds: bool = False) -> list[Member]:
     return found
 
 
+def first_cell(run: Run) -> tuple[dict[str, Any], int]:
+    """The values that the first member has (of a continuous search: the low end) and its seed."""
+    space, first, seed = search_space(run), {}, run.seed_list[0]
+    for key in markers(run):
+        if key in space:
+            first[key] = space[key].choices[0] if space[key].choices else space[key].low
+    if run.grid:
+        cells, seeds = _blocks(run)[0]
+        first, seed = {**first, **_resolved(run, cells[0])}, seeds[0]
+    return first, seed
+
+
 def trial(run: Run) -> Run:
     """Does it run? The same run with 1 epoch, at most 2 batches in every phase, ONE cell, ONE seed, no search, no W&B.
 
     Applying it again changes nothing. A value that only a continuous search would supply takes its low end.
     """
-    space, wanted = search_space(run), markers(run)
-    first = {key: space[key].choices[0] if space[key].choices else space[key].low for key in wanted if key in space}
-    seed = run.seed_list[0]
-    if run.grid:
-        cells, seeds = _blocks(run)[0]
-        first, seed = {**first, **_resolved(run, cells[0])}, seeds[0]
+    first, seed = first_cell(run)
+    changes = study_module(run.study).trial_changes(apply(run, first))
     shrunk = apply(run, {
-        **study_module(run.study).trial_changes(run), "optuna.n_trials": 0, "seed_list": [seed],
+        **changes, "optuna.n_trials": 0, "seed_list": [seed],
         "grid": [{"cells": [first], "seeds": [seed]}] if first else None,
         "wandb": {**(run.wandb or Wandb()).model_dump(), "mode": "disabled"}})
     full = default_results(run.study, run.scale, "full")

@@ -5,8 +5,9 @@
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
 
-A study supplies `lib/<study>/member.py` with `prepare(run, folder)`, `inputs_key(run)` and
-`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled.
+A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<study>/member.py` with
+`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled. Sections of the configuration
+that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import os
 import shutil
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, keys, pool, record
@@ -24,8 +25,9 @@ from lib.errors import StudyError
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 
-def study_module(study: str):
-    return importlib.import_module(f"lib.{study}.member")
+def study_module(study: str, part: str = "member"):
+    """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
+    return importlib.import_module(f"lib.{study}.{part}")
 
 
 def key(member) -> dict:
@@ -84,7 +86,7 @@ def prepare_work(argument: dict) -> None:
         return
     partial = Path(argument["folder"])
     try:
-        study_module(run.study).prepare(run, partial)
+        study_module(run.study, "inputs").prepare(run, partial)
         record.write_json(partial / "complete.json", {"study": run.study})
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -111,12 +113,18 @@ class Job:
     folders: dict[str, Path]
     tasks: dict[str, pool.Task]
     reasons: dict[str, str]
-    started: float = field(default_factory=time.monotonic)
 
 
 def inputs_folder(run) -> Path:
-    """Where what this run's members share lies, named by its content."""
-    return CACHE / run.study / keys.digest(study_module(run.study).inputs_key(run))
+    """Where what this run's members share lies, named by all that it is made of."""
+    sections = {"model": config.dump(run)["model"], "dataset": config.dump(run)["dataset"]}
+    for key in config.study_module(run.study).MEMBER_KEYS:
+        section, _, name = key.partition(".")
+        sections[section].pop(name, None)
+    parts = {**sections, "scale": run.scale, "mode": run.mode, "threads": run.compute.threads, "versions": keys.versions(),
+             "code": keys.closure(f"lib.{run.study}.inputs"), "device": keys.device_kind(),
+             "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()]}
+    return CACHE / run.study / keys.digest(parts)
 
 
 def prepared(run) -> Path:
@@ -205,10 +213,11 @@ def _inline(task: pool.Task) -> None:
 
 def watch(job: Job) -> None:
     """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
-    shown = 0
+    shown, began = 0, None
 
     def changed(task: pool.Task) -> None:
-        nonlocal shown
+        nonlocal shown, began
+        began = began or time.monotonic()  # of the first member's turn, not of its place in the queue
         if not task.ended:
             return
         shown += 1
@@ -223,7 +232,7 @@ def watch(job: Job) -> None:
         running = [{"member": t.name, **_last(t.folder)} for t in job.tasks.values() if t.state == "running"]
         ended = sum(t.ended for t in job.tasks.values())
         _progress(job.run, {"phase": "training", "done": ended, "members": len(job.tasks), "running": running,
-                            "elapsed": round(time.monotonic() - job.started, 1)})
+                            "elapsed": round(time.monotonic() - (began or time.monotonic()), 1)})
 
     pool.drive(list(job.tasks.values()), changed, tick)
     _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
@@ -252,7 +261,7 @@ def _slots() -> int | None:
 
 def _progress(run, state: dict) -> None:
     """For the runner's live line and for `status` in another terminal."""
-    record.write_json(Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time()})
+    record.write_json(Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time(), "kernel": os.getpid()})
 
 
 def _last(folder: Path) -> dict:

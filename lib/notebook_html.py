@@ -10,6 +10,7 @@ import copy
 import html
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -18,35 +19,41 @@ from lib.record import redact, write_text
 
 PAGES = Path(__file__).parent / "pages"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-TAGS = frozenset(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr "
-    "i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul".split())
+TAGS = frozenset(re.findall(r"\w+", """
+    a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img
+    ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"""))
 ATTRIBUTES = {
     "*": ["class", "id", "title", "lang"], "a": ["href"], "img": ["src", "alt", "width", "height"], "details": ["open"],
     "td": ["colspan", "rowspan", "headers"], "th": ["colspan", "rowspan", "scope"], "col": ["span"], "ol": ["start"],
-}  # fmt: skip
+}
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
 def notebook_html(ipynb_path: str | Path, html_path: str | Path, *, title: str = "", command: str = "",
                   links: Sequence[tuple[str, str]] | None = None) -> Path:
-    """Write the page of a notebook. `command` runs exactly it again; `links` are (text, href) shown above it, by default
-    to the index of all studies and to the notebook itself."""
+    """Write the page of a notebook. `command` runs exactly it again and `links` are (text, href) shown above it; a page
+    in an outputs folder finds both by itself."""
     import nbformat
 
     ipynb_path, html_path = Path(ipynb_path), Path(html_path)
     notebook = nbformat.read(ipynb_path, as_version=4)
-    links = _links(ipynb_path, html_path) if links is None else links
-    write_text(html_path, redact(render(notebook, title=title or ipynb_path.stem, command=command, links=links)))
+    again, found = _place(ipynb_path.resolve(), html_path.resolve())
+    write_text(html_path, redact(render(notebook, title=title or ipynb_path.stem, command=command or again,
+                                        links=found if links is None else links)))
     return html_path
 
 
-def _links(ipynb_path: Path, html_path: Path) -> list[tuple[str, str]]:
-    """The index where the page lies in an outputs folder (<outputs>/<scale>-<mode>/<study>/...), and the notebook."""
-    here = html_path.resolve().parent
-    outputs = next((p.parent for p in here.parents if re.fullmatch(r"(laptop|paper)-(trial|full)", p.name)), None)
-    index = [("All studies", quote(os.path.relpath(outputs / "index.html", here)))] if outputs else []
-    return [*index, ("This notebook", quote(os.path.relpath(ipynb_path.resolve(), here)))]
+def _place(ipynb: Path, page: Path) -> tuple[str, list[tuple[str, str]]]:
+    """What <outputs>/<scale>-<mode>/<study>/<run_id>/ tells of a page: its command, and links to index and notebook."""
+    here = page.parent
+    notebook = ("This notebook", quote(os.path.relpath(ipynb, here)))
+    root = next((p for p in here.parents if re.fullmatch(r"(laptop|paper)-(trial|full)", p.name)), None)
+    if root is None:
+        return "", [notebook]
+    (scale, mode), (study, run_id, *_) = root.name.split("-"), (*here.relative_to(root).parts, "")
+    command = f"./run_all.sh {mode} --scale {scale} --study {study}"
+    command += f" --run {shlex.quote(run_id)}" if run_id not in ("", "comparison") else ""
+    return f"{command} --force", [("All studies", quote(os.path.relpath(root.parent / "index.html", here))), notebook]
 
 
 def render(notebook, *, title: str, command: str = "", links: Sequence[tuple[str, str]] = ()) -> str:

@@ -36,12 +36,13 @@ class Step:
         return f"{self.study}/{self.name}" + ("" if self.kind != "sweep" else " sweep")
 
     @property
+    def progress(self) -> Path:
+        """Where its members' progress is told: a sweep's members are its run's."""
+        return self.folder.parent if self.kind == "sweep" else self.folder
+
+    @property
     def output(self) -> Path:
         return self.folder / {"train": "run.ipynb", "sweep": "sweep.ipynb", "analysis": "analysis.ipynb"}[self.kind]
-
-
-def outputs_root(scale: str, mode: str) -> Path:
-    return config.ROOT / "outputs" / f"{scale}-{mode}"
 
 
 def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Step]:
@@ -57,10 +58,6 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
         sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
         planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
     return planned
-
-
-def _parameters(run, folder: Path) -> dict:
-    return config.parameters(run)
 
 
 def _why(step_key: str, folder: Path, output: Path, status_name: str, force: bool) -> str:
@@ -86,7 +83,7 @@ def _train(run, force: bool) -> Step:
     reason = _why(key, folder, folder / "run.ipynb", "status.json", force)
     if stale and not reason.startswith("forced"):
         reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
-    step = Step("train", run.study, run.run_id, notebook, folder, _parameters(run, folder), key, reason, run, stale=stale)
+    step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, stale=stale)
     step.seconds = len(stale) * member_seconds(run) + (NOTEBOOK_SECONDS if reason else 0)
     return step
 
@@ -95,7 +92,7 @@ def _sweep(train: Step, force: bool) -> Step:
     run, folder, notebook = train.run, train.folder / "sweep", NOTEBOOKS / "sweep.ipynb"
     key = keys.digest([train.key, keys.notebook_code(notebook), keys.closure("lib.sweep")])
     reason = "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
-    step = Step("sweep", run.study, run.run_id, notebook, folder, _parameters(run, folder), key, reason, run, needs=[train])
+    step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train])
     extra = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
     step.seconds = (extra * member_seconds(run) + NOTEBOOK_SECONDS) if reason else 0
     return step
@@ -109,8 +106,7 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     key = keys.digest([[s.key for s in [*train, *sweeps]], keys.notebook_code(notebook), claims.read_text(), closures])
     before = any(s.reason for s in [*train, *sweeps])
     reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
-    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results),
-                  "run_files": [str(s.run.source) for s in train], "overrides": getattr(train[0].run, "overrides", {}) or {}}
+    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     step = Step("analysis", study, "comparison", notebook, folder, parameters, key, reason, needs=[*train, *sweeps])
     step.seconds = NOTEBOOK_SECONDS * 2 if reason else 0
     return step

@@ -68,13 +68,10 @@ class Pool:
         return self.process.poll() is None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
-        if self.alive():
-            self.process.kill()
-            self.process.wait()
+        """End the server; its children end with it (their lifeline closes)."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -62,10 +62,10 @@ def ask_hub(url: str, token: str | None) -> tuple[int | None, str]:
     answer: list[tuple[int | None, str]] = []
 
     def ask() -> None:
-        request = urllib.request.Request(url)
-        if token:
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
+            request = urllib.request.Request(url)
+            if token:  # not sent on to where a redirect leads
+                request.add_unredirected_header("Authorization", f"Bearer {token}")
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
                 answer.append((response.status, ""))
         except urllib.error.HTTPError as error:
@@ -118,11 +118,15 @@ def _gpus(run: Run, machine: Machine) -> list[Finding]:
         there = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in found)
         return [Finding("error", "compute.min_gpu_memory_gb", f"{needed} needed for each member, found {there}",
                         elsewhere + ", or lower training.per_device_train_batch_size and then compute.min_gpu_memory_gb")]
+    wanted = (run.compute.gpu_type or "").split("-")[0].lower()
+    differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
+    other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
+                     "and sums round differently", "compute.gpu_type: null says that any will do") for name in differing[:1]]
     if getattr(run.model, "torch_dtype", None) == "bfloat16" and any(gpu.capability < (8, 0) for gpu in found):
         old = next(gpu for gpu in found if gpu.capability < (8, 0))
         return [Finding("error", "model.torch_dtype", f"bfloat16, which {old.name} (compute capability "
-                        f"{'.'.join(map(str, old.capability))}) does not have", "an Ampere GPU or newer, or float32")]
-    return []
+                        f"{'.'.join(map(str, old.capability))}) does not have", "an Ampere GPU or newer, or float32"), *other]
+    return other
 
 
 def _home(environ: Mapping[str, str]) -> Path:

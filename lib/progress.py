@@ -51,7 +51,7 @@ class Live:
             return
         self.last = time.monotonic()
         running = [s for s in self.runner.steps if self.runner.state[id(s)] == "running"]
-        text = " | ".join(line(s.folder, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running)
+        text = " | ".join(line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running)
         text = f"[{duration(time.monotonic() - self.started)}] {text}"
         if self.terminal:
             import shutil

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,7 +16,6 @@ from lib.record import read_json, redact, write_text
 
 __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
-NAMES = {"td_dpo": "TD-DPO", "iw_lora": "IW-LoRA", "graff": "GRAFF"}
 COMMANDS = {"laptop-full": "./run_all.sh", "paper-full": "./run_all.sh full", "laptop-trial": "./run_all.sh trial",
             "paper-trial": "./run_all.sh trial --scale paper"}
 SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "running": "…", "blocked": "■"}
@@ -27,14 +26,16 @@ def index_html(outputs_root: str | Path) -> Path:
     import jinja2
 
     root = Path(outputs_root)
-    folders = [root / name for name in FOLDERS if (root / name).is_dir()]
-    groups = [_group(root, folder, study) for folder in folders
-              for study in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))]
+    groups = []
+    for folder in (root / name for name in FOLDERS if (root / name).is_dir()):
+        studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = [group for study in studies if (group := _group(root, folder, study))]
+        groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"number": _number, "estimate": _estimate, "minutes": _minutes, "moment": _moment}
     text = environment.get_template("index.html.j2").render(
-        groups=[g for g in groups if g], css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
+        groups=groups, css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
         symbols=SYMBOLS, commands=COMMANDS)
     write_text(root / "index.html", redact(text))
     return root / "index.html"
@@ -51,7 +52,8 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
     aggregated = _dict(read_json(comparison / "aggregated_metrics.json"))
     return {
         "anchor": f"{folder.name}-{study.name}", "folder": folder.name, "scale": scale, "mode": mode,
-        "name": NAMES.get(study.name, study.name), "runs": runs, "claims": _claims(comparison), "summary": _summary(aggregated),
+        "name": aggregated.get("title") or study.name.replace("_", "-").upper(), "runs": runs,
+        "claims": _claims(comparison), "summary": _summary(aggregated),
         "figure": _figure(comparison / "figures", str(aggregated.get("primary_metric", ""))),
         "figures": [{"name": p.stem.removeprefix("comparison_").replace("_", " "),
                      "files": [(kind, _href(root, p.with_suffix(f".{kind}"))) for kind in ("png", "pdf", "csv")
@@ -62,7 +64,7 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
             ("metrics as data", "aggregated_metrics.json")) if (comparison / name).exists()],
         "analysis_error": _dict(_dict(read_json(comparison / "status.json")).get("error")),
         "provenance": _provenance([comparison, *(study / run["id"] for run in runs)]),
-    }  # fmt: skip
+    }
 
 
 def _run(root: Path, folder: Path) -> dict:
@@ -112,9 +114,8 @@ def _summary(aggregated: dict) -> str:
 
 def _figure(folder: Path, metric: str) -> dict | None:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its words."""
-    every = sorted(folder.glob("*.png"))
-    wanted = ("comparison_primary", f"comparison_{metric}", f"comparison_{metric}_bars", "comparison_claims")
-    path = next((folder / f"{name}.png" for name in wanted if (folder / f"{name}.png") in every), every[0] if every else None)
+    wanted = ("comparison_primary*.png", f"comparison_{metric}*.png", "comparison_claims.png", "*.png")
+    path = next((found[0] for pattern in wanted if (found := sorted(folder.glob(pattern)))), None)
     if path is None:
         return None
     words = path.with_name(f"{path.stem}.alt.txt")
@@ -161,5 +162,5 @@ def _minutes(value: object) -> str:
 
 def _moment(value: object) -> str:
     if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, timezone.utc).strftime("%Y-%m-%d %H:%M")
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M")
     return str(value or "")

@@ -10,7 +10,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -73,19 +73,20 @@ def plain(value: Any) -> Any:
     raise fault(type(value).__name__, "a number, a string, true/false, null, or a list or mapping of them")
 
 
-def _not_bool(value: Any) -> Any:
+def not_bool(value: Any) -> Any:
+    """For a field of numbers: pydantic would take true as 1."""
     if isinstance(value, bool):
         raise fault(str(value).lower(), "a number")
     return value
 
 
 Value = Annotated[Any, BeforeValidator(plain)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)]
-Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
-NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
-Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Number = Annotated[float, BeforeValidator(not_bool)]
+Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(not_bool), Field(ge=0, lt=2**32)]
+Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
+NonNegative = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")]  # a folder name: no separator, no ..
 
@@ -95,20 +96,29 @@ class Frozen(BaseModel):
 
 
 class Section(Frozen):
-    """A section of a run YAML. Any of its scalar keys may be `${opt.name}`."""
+    """A section of a run YAML. Any of its keys but a whole section may be `${opt.name}`."""
+
+    searchable: ClassVar[bool] = True
 
     @field_validator("*", mode="wrap")
     @classmethod
     def _marker_or_value(cls, value: Any, handler, info: ValidationInfo) -> Any:
         kinds = _kinds(cls.model_fields[info.field_name].annotation)
-        if isinstance(value, str) and MARKER.fullmatch(value) and not any(_is_section(kind) for kind in kinds):
+        marked = cls.searchable and isinstance(value, str) and MARKER.fullmatch(value)
+        if marked and not any(_is_section(kind) for kind in kinds):
             return Marker(value)
         if bool in kinds and not isinstance(value, bool) and value is not None and str not in kinds:
             raise fault(repr(value), "true or false")  # pydantic would take 1, "on", "y"
         return handler(value)
 
 
-class Distribution(Section):
+class Fixed(Section):
+    """A section that no search and no grid cell may set."""
+
+    searchable: ClassVar[bool] = False
+
+
+class Distribution(Fixed):
     """One entry of a search space."""
 
     type: Literal["categorical", "loguniform", "uniform", "int"]
@@ -136,16 +146,16 @@ class Distribution(Section):
         return self
 
 
-class Optuna(Section):
-    n_trials: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 0
+class Optuna(Fixed):
+    n_trials: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
     direction: Literal["maximize", "minimize"] = "maximize"
     objective_metric: Name
     seed: Seed = 0
     search_space: dict[str, Distribution] = {}
 
 
-class Compute(Section):
-    gpus: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 0  # that ONE member trains on; 0: the CPU
+class Compute(Fixed):
+    gpus: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # that ONE member trains on; 0: the CPU
     gpu_type: str | None = None
     strategy: Literal["none", "ddp", "fsdp"] = "none"
     threads: Count = 1
@@ -154,7 +164,7 @@ class Compute(Section):
     prepare_seconds: NonNegative = 0.0
 
 
-class Wandb(Section):
+class Wandb(Fixed):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop

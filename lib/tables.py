@@ -91,7 +91,8 @@ def show_metrics(table: pd.DataFrame, caption: str) -> Table:
     shown = []
     for (run_id, cell), group in table.groupby(["run_id", "cell"], sort=False):
         first = group.iloc[0]
-        row = {"run": run_id, "cell": cell, "seeds": f"{first['seeds']}" + (f", {first['diverged']} diverged" if first["diverged"] else "")}
+        lost = f", {first['diverged']} diverged" if first["diverged"] else ""
+        row = {"run": run_id, "cell": cell, "seeds": f"{first['seeds']}{lost}"}
         for values in group.to_dict("records"):
             name = values["metric"].replace("_", " ")
             spread = f" ± {number(values['sd'], 2)}" if np.isfinite(values["sd"]) else ""

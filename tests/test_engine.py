@@ -24,7 +24,7 @@ from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost
 from lib.td_dpo.objective import reference_columns, with_reference
 
-WORDS = [a + b for a in "b d f g l m n p r s t".split() for b in "an et il os um ar".split()]
+WORDS = [a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]]
 TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + eos_token }}"
          "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -123,7 +123,10 @@ def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
             ids = row["prompt_ids"] + row[f"{side}_ids"]
             text = f"<s><|user|>{pair['prompt'][0]['content']}<|assistant|>{pair[side][0]['content']}</s>"
             assert ids == TOKENIZER(text, add_special_tokens=False)["input_ids"]
-            assert ids.count(BOS) == 1 and ids[0] == BOS and ids.count(EOS) == 1 and ids[-1] == EOS
+            assert ids.count(BOS) == 1
+            assert ids[0] == BOS
+            assert ids.count(EOS) == 1
+            assert ids[-1] == EOS
         assert TOKENIZER.decode(row["prompt_ids"]).endswith("<|assistant|>")
 
 
@@ -141,7 +144,8 @@ def test_templates_that_err_still_give_one_bos_and_one_eos(template):
 def test_a_prompt_that_is_no_prefix_is_split_where_it_diverges_and_counted():
     template = TEMPLATE.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|>' + 'zz' }}")
     rows, counts = tokens.encode_pairs(make_tokenizer(template), make_pairs(6))
-    assert counts["prompt_not_prefix"] == 6 and counts["kept"] == 6
+    assert counts["prompt_not_prefix"] == 6
+    assert counts["kept"] == 6
     assert rows == tokens.encode_pairs(TOKENIZER, make_pairs(6))[0]
 
 
@@ -153,7 +157,8 @@ def test_truncation_is_counted_and_nothing_left_is_dropped():
     fits = [r for r, length in zip(full, lengths, strict=True) if len(r["prompt_ids"]) < limit]
     assert counts["truncated"] == sum(max(pair) > limit for pair in lengths)
     assert counts["eos_dropped"] == sum(x > limit for pair in lengths for x in pair)
-    assert counts["dropped"] == 40 - len(rows) > 0 and len(rows) <= len(fits)
+    assert counts["dropped"] == 40 - len(rows) > 0
+    assert len(rows) <= len(fits)
     assert counts["dropped"] == 40 - len(fits) + counts["identical_after_truncation"]
     assert all(len(r["prompt_ids"]) + len(r["chosen_ids"]) <= limit for r in rows)
     assert [r["pair"] for r in rows] == sorted(r["pair"] for r in rows)
@@ -164,7 +169,8 @@ def test_a_prompt_limit_keeps_bos_and_the_end():
     full, _ = tokens.encode_pairs(TOKENIZER, make_pairs(20))
     assert counts["prompt_truncated"] == sum(len(r["prompt_ids"]) > 10 for r in full) > 0
     for row, whole in zip(rows, full, strict=True):
-        assert row["prompt_ids"][0] == BOS and row["prompt_ids"][1:] == whole["prompt_ids"][1:][-9:]
+        assert row["prompt_ids"][0] == BOS
+        assert row["prompt_ids"][1:] == whole["prompt_ids"][1:][-9:]
 
 
 def test_trl_tokenises_the_same_rows(tmp_path):
@@ -211,9 +217,11 @@ def double_norm(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
-@pytest.mark.parametrize("layout", ["paired", "shared"])
-@pytest.mark.parametrize("attention,tolerance", [("sdpa", 1e-10), ("eager", 1e-6)])  # eager: its softmax is float32
+@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
+@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-6)])  # eager: its softmax is float32
 def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tolerance, monkeypatch, double_norm):
+    if (layout, attention) == ("packed", "eager"):
+        pytest.skip("packed rows need scaled_dot_product_attention")
     model = make_model().double()
     model.set_attn_implementation(attention)
     with torch.no_grad():
@@ -224,7 +232,7 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["paired", "shared"])
+@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
 def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, double_norm):
     model, rows = make_model().double(), ROWS[:6]
     (plain_logprobs(model, rows) * torch.tensor([1.0, -0.5])).sum().backward()
@@ -282,15 +290,15 @@ def relative_error(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("ours,theirs", [("dpo", "sigmoid"), ("discopop", "discopop")])
-@pytest.mark.parametrize("layout", ["paired", "shared"])
+@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("discopop", "discopop")])
+@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
 def test_one_batch_equals_stock_trl_in_float64(tmp_path, ours, theirs, layout, double_norm, double_head):
     for a, b in zip(*trl_and_ours(tmp_path, torch.float64, theirs, ours, layout), strict=True):
         assert relative_error(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("ours,theirs", [("dpo", "sigmoid"), ("discopop", "discopop")])
-@pytest.mark.parametrize("layout", ["paired", "shared"])
+@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("discopop", "discopop")])
+@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
 def test_one_batch_equals_stock_trl_in_float32(tmp_path, ours, theirs, layout):
     (table, scores, loss, *gradient), want = trl_and_ours(tmp_path, torch.float32, theirs, ours, layout)
     for a, b in zip((table, scores, loss), want, strict=False):
@@ -306,10 +314,12 @@ def test_the_model_is_its_own_again_after_scoring():
     before, ids = dict(model.__dict__), torch.tensor([ROWS[0]["prompt_ids"]])
     logprobs.sequence_logprobs(model, ROWS[:2])
     assert dict(model.__dict__) == before
+    assert model.config._attn_implementation == "sdpa"
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.lm_head.weight.zero_()
-        assert not twin(ids).logits.any() and model(ids).logits.any()
+        assert not twin(ids).logits.any()
+        assert model(ids).logits.any()
 
 
 def test_token_budget_batches_cover_every_row_once_within_the_budget():
@@ -340,7 +350,8 @@ def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
     for damage in (b"", b"junk"):
         next(tmp_path.glob(f"{reference.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(damage)
         torch.testing.assert_close(get(), first, rtol=0, atol=0)
-    assert len(computed) == 6 and not list(tmp_path.glob("*.partial"))
+    assert len(computed) == 6
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_reference_of_adapters_is_the_base(tmp_path):
@@ -360,7 +371,10 @@ def test_sampled_log_ratios_with_a_model_or_with_adapters_off():
     expected = reference.sequence_logprobs(moved, ROWS)[:, 0] - REFERENCE["train"][:, 0]
     got = reference.log_ratio_of_samples(moved, make_model(), samples)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-    assert not reference.log_ratio_of_samples(with_adapter(make_model()), None, samples).abs().max() > 1e-4
+    samples.append({"prompt_ids": [BOS, 5], "completion_ids": []})
+    unmoved = reference.log_ratio_of_samples(with_adapter(make_model()), None, samples)
+    assert unmoved.shape == (41,)
+    assert unmoved.abs().max() < 1e-4
 
 
 def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path):
@@ -381,14 +395,18 @@ def test_training_learns_and_records_every_step(tmp_path):
                              options={"on_timing": timings.append, "on_evaluate": lambda step, model: {"sampled_kl": 1.0}})
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "loss" not in r]
-    assert outcome.status == "completed" and outcome.step == 30
+    assert outcome.status == "completed"
+    assert outcome.step == 30
     assert [r["step"] for r in steps] == list(range(1, 31)) == [t["step"] for t in timings]
-    assert list(steps[0]) == HISTORY and set(timings[0]) == {"step", "seconds", "pairs_per_second", "tokens_per_second"}
+    assert list(steps[0]) == HISTORY
+    assert set(timings[0]) == {"step", "seconds", "pairs_per_second", "tokens_per_second"}
     assert [r["step"] for r in evaluations] == [4, 8, 12, 16, 20, 24, 28, 30]
     assert set(evaluations[0]) == {"step", "sampled_kl"} | {f"validation_{k}" for k in (
         "implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")}
-    assert abs(steps[0]["margin"]) < 1e-3 and steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    assert steps[-1]["implicit_accuracy"] == 1 and steps[-1]["margin"] > 3
+    assert abs(steps[0]["margin"]) < 1e-3
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert steps[-1]["implicit_accuracy"] == 1
+    assert steps[-1]["margin"] > 3
     assert steps[-1]["anchor_loss"] > 0
     assert steps[-1]["loss"] == pytest.approx(steps[-1]["preference_loss"] + steps[-1]["anchor_loss"], rel=1e-5)
     scores = engine.pair_scores(outcome.model, VALIDATION, REFERENCE["validation"])
@@ -400,7 +418,8 @@ def test_the_best_checkpoint_is_kept_and_gives_its_metric_back(tmp_path):
     outcome, records = train(tmp_path, max_steps=14)
     evaluations = {r["step"]: r["validation_implicit_accuracy"] for r in records if "validation_loss" in r}
     best = max(evaluations, key=evaluations.get)
-    assert outcome.best_step == best and outcome.best == tmp_path / "checkpoints" / f"checkpoint-{best}"
+    assert outcome.best_step == best
+    assert outcome.best == tmp_path / "checkpoints" / f"checkpoint-{best}"
     kept = {int(p.name[11:]) for p in checkpoints.checkpoint_folders(tmp_path / "checkpoints")}
     assert kept == {best, 14}
     model = engine.load_checkpoint(make_model(seed=4), outcome.best)
@@ -456,7 +475,8 @@ def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
     assert first == lengths("td_dpo", 42) == lengths("ipo", 42) != lengths("dpo", 43)
     assert first[:5] != first[5:]  # 40 pairs in batches of 8: a new order in the second epoch
     order = engine.SeededOrder(40, 42)
-    assert sorted(order) == list(range(40)) and list(order) == list(order)
+    assert sorted(order) == list(range(40))
+    assert list(order) == list(order)
 
 
 @pytest.mark.parametrize("loss", [{"name": "discopop_card", "beta": 60.0}, {"name": "dpo", "beta": 0.1}])
@@ -464,7 +484,8 @@ def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
     rate = 1.0 if loss["name"] == "discopop_card" else 1e30
     outcome, records = train(tmp_path, loss=loss, learning_rate=rate, max_grad_norm=None, max_steps=30)
     steps = [r for r in records if "loss" in r]
-    assert outcome.status == "diverged" and outcome.step == steps[-1]["step"] < 30
+    assert outcome.status == "diverged"
+    assert outcome.step == steps[-1]["step"] < 30
     assert steps[-1]["loss"] is None or steps[-1]["grad_norm"] is None
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in steps[:-1])
     assert records[-1] is steps[-1]  # neither evaluated nor saved afterwards
@@ -486,13 +507,20 @@ def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
 
 def test_max_batches_limits_every_phase(tmp_path):
     outcome, records = train(tmp_path, options={"max_batches": 2})
-    assert outcome.step == 2 and [r["step"] for r in records] == [1, 2, 2]
+    assert outcome.step == 2
+    assert [r["step"] for r in records] == [1, 2, 2]
 
 
 def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
     """LoRA with dropout draws random numbers in training; sampling at evaluations must not shift them."""
     def noisy(step, model):
         torch.rand(7), random.random()
+        model.eval()
+        prompt = {"input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
+        said = [model.generate(**prompt, max_new_tokens=5, do_sample=False) for _ in range(2)]
+        assert torch.equal(*said)
+        assert said[0].shape[1] > 3
+        model.train()
 
     histories = []
     for index, hook in enumerate((None, noisy)):
@@ -502,11 +530,27 @@ def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
     assert histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("build", [make_model, lambda: with_adapter(make_model())], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, build):
+    histories = [train(tmp_path / str(on), model=build(), gradient_checkpointing=on)[1] for on in (False, True)]
+    for a, b in zip(*histories, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+def test_generation_is_the_same_with_the_head_on():
+    model = make_model()
+    prompt = {"input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
+    plain = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with logprobs.completion_head(model):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), plain)
+
+
 def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
     model = with_adapter(make_model())
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
     outcome, records = train(tmp_path, model=model)
-    assert outcome.status == "completed" and "ref" not in model.peft_config
+    assert outcome.status == "completed"
+    assert "ref" not in model.peft_config
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     twin = engine.load_checkpoint(with_adapter(make_model()), checkpoints.last_complete_checkpoint(tmp_path / "checkpoints"))
@@ -514,19 +558,40 @@ def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
                                reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0)
 
 
-def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
-    make_model(hidden=64).save_pretrained(tmp_path / "base")
+def nf4_model(folder):
+    make_model(hidden=64).save_pretrained(folder)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=torch.bfloat16)
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit, dtype=torch.bfloat16)
-    model = with_adapter(base)
+    return with_adapter(LlamaForCausalLM.from_pretrained(folder, quantization_config=four_bit, dtype=torch.bfloat16))
+
+
+def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
+    model = nf4_model(tmp_path / "base")
     table = {"train": reference.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x",
                                                    quantization="nf4"),
              "validation": reference.sequence_logprobs(model, VALIDATION)}
     outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert trained and all(p.dtype == torch.float32 for p in trained)
-    assert outcome.status == "completed" and records[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert trained
+    assert all(p.dtype == torch.float32 for p in trained)
+    assert outcome.status == "completed"
+    assert records[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_scoring_an_nf4_model_leaves_its_gradients_whole(tmp_path):
+    """bitsandbytes repacks 4-bit weights in eval mode for a CPU kernel without a backward."""
+    gradients = []
+    for scored in (False, True):
+        model = nf4_model(tmp_path)
+        if scored:
+            reference.sequence_logprobs(model, ROWS[:8])
+        model.train()
+        with logprobs.completion_head(model):
+            chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD)(ROWS[:8]))
+        (chosen - rejected).sum().backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if "lora_B" in n])
+    assert all(g.abs().max() > 0 for g in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 # --- checkpoints and resume ------------------------------------------------------------------------------------------
@@ -577,7 +642,8 @@ def test_resume_after_a_kill_is_bit_identical(tmp_path, undisturbed, step):
 
     assert in_child(killed) == -signal.SIGKILL
     outcome, records = train(tmp_path, model=build())
-    assert outcome.status == "completed" and outcome.step == 10
+    assert outcome.status == "completed"
+    assert outcome.step == 10
     assert records[0]["step"] == (step - 1) // 3 * 3 + 1 or records[0]["step"] > 1
     assert_same_run(tmp_path, folder)
 
@@ -599,7 +665,8 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside)
 
     assert in_child(killed) == -signal.SIGKILL
     folders = checkpoints.checkpoint_folders(tmp_path / "checkpoints")
-    assert len(folders) == 2 and checkpoints.last_complete_checkpoint(tmp_path / "checkpoints") == folders[0]
+    assert len(folders) == 2
+    assert checkpoints.last_complete_checkpoint(tmp_path / "checkpoints") == folders[0]
     _, records = train(tmp_path, model=build())
     assert records[0]["step"] == 4
     assert_same_run(tmp_path, folder)
@@ -608,14 +675,17 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside)
 def test_a_finished_run_is_loaded_not_trained(tmp_path):
     first, _ = train(tmp_path)
     again, records = train(tmp_path)
-    assert again.step == 10 and again.best_step == first.best_step and not records
+    assert again.step == 10
+    assert again.best_step == first.best_step
+    assert not records
     assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):
     train(tmp_path)
     outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2})
-    assert records[0]["step"] == 1 and outcome.step == 10
+    assert records[0]["step"] == 1
+    assert outcome.step == 10
     kept = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert kept == [r["step"] for r in records]
     outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2}, options={"resume": False})

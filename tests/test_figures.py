@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from lib import figures
-from lib.figure_style import PALETTE, looks, number
+from lib import figures, tables
+from lib.figure_style import PALETTE, looks, number, outcomes
 from lib.td_dpo import figures as study
 from lib.td_dpo import landscape
 
@@ -18,25 +19,28 @@ TD = {0.5: (5.7, 6.6, 6.8, 6.6), 1.0: (6.6, 6.8, 6.8, 6.6), 2.0: (7.1, 7.0, 6.7,
 
 
 def make_members() -> pd.DataFrame:
-    """The laptop study's members: 12 claim cells with 3 seeds, the other cells with one; dpo at .01 has a diverged seed, one td_dpo cell is missing."""
+    """The laptop study's members: 12 claim cells with 3 seeds, the others with one. dpo at .01 has a diverged seed, one
+    td_dpo cell is missing."""
     draw, rows = np.random.default_rng(0), []
 
     def add(method, beta, tau, seed, level, status="completed"):
         cell = f"beta{beta:g}" + (f"-tau{tau:g}" if tau is not None else "")
         done = status == "completed"
         rows.append({
-            "run_id": method, "method": method, "role": "proposed" if method == "td_dpo" else "comparative", "cell": cell, "beta": beta, "tau": tau,
-            "seed": seed, "status": status, "oracle_score": level + draw.normal(0, 0.25) if done else None,
+            "run_id": method, "method": method, "role": "proposed" if method == "td_dpo" else "comparative",
+            "cell": cell, "beta": beta, "tau": tau, "seed": seed, "status": status,
+            "oracle_score": level + draw.normal(0, 0.25) if done else None,
             "validation_implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1)) if done else None,
             "implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1)) if done else None,
             "sampled_kl": float(np.exp(draw.normal(0, 0.15)) * 4 / (0.05 + beta)) if done else None,
             "answer_length": 24 + 6 / (0.2 + beta) + draw.normal(0, 1.5) if done else None,
-        })  # fmt: skip
+        })
 
     for j, beta in enumerate(FIXED):
         for seed in (42, 43, 44):
             for method in LEVEL:
-                add(method, beta, None, seed, LEVEL[method][beta], "diverged" if (method, beta, seed) == ("dpo", 0.01, 44) else "completed")
+                status = "diverged" if (method, beta, seed) == ("dpo", 0.01, 44) else "completed"
+                add(method, beta, None, seed, LEVEL[method][beta], status)
             add("td_dpo", beta, FIXED[beta], seed, TD[FIXED[beta]][j])
         for tau in TD:
             if tau != FIXED[beta] and (beta, tau) != (2.5, 0.5):
@@ -54,25 +58,249 @@ def make_history(members: pd.DataFrame, steps: int = 120) -> pd.DataFrame:
         step = np.arange(1, last + 1)
         reach = (1 - np.exp(-step / 30)) * min(60, 1.5 / member["beta"])
         own = {k: member[k] for k in ("run_id", "method", "cell", "beta", "tau", "seed")}
-        parts.append(pd.DataFrame({**own, "step": step, "loss": 0.7 - 0.3 * (1 - np.exp(-step / 25)) + draw.normal(0, 0.04, last),
-                                   "chosen_log_ratio": -0.4 * reach + draw.normal(0, 0.3, last), "rejected_log_ratio": -1.1 * reach + draw.normal(0, 0.3, last)}))  # fmt: skip
+        parts.append(pd.DataFrame({
+            **own, "step": step, "loss": 0.7 - 0.3 * (1 - np.exp(-step / 25)) + draw.normal(0, 0.04, last),
+            "chosen_log_ratio": -0.4 * reach + draw.normal(0, 0.3, last),
+            "rejected_log_ratio": -1.1 * reach + draw.normal(0, 0.3, last)}))
         at = np.array([s for s in (40, 80, 120) if s <= last])
-        parts.append(pd.DataFrame({**own, "step": at, "validation_implicit_accuracy": 0.5 + 0.25 * (1 - np.exp(-at / 40)) + draw.normal(0, 0.01, len(at))}))
+        accuracy = 0.5 + 0.25 * (1 - np.exp(-at / 40)) + draw.normal(0, 0.01, len(at))
+        parts.append(pd.DataFrame({**own, "step": at, "validation_implicit_accuracy": accuracy}))
     return pd.concat(parts, ignore_index=True)
 
 
-def softplus(x):
-    return np.logaddexp(0, x)
+MEMBERS = make_members()
+HISTORY = make_history(MEMBERS)
+ARMS = study.claim_arms(MEMBERS, FIXED)
+CLAIMS = [
+    {"id": "C1", "verdict": "refuted", "test": "non_inferiority", "margin": 0.3, "estimate": -1.93,
+     "interval95": [-2.41, -1.42]},
+    {"id": "C3", "verdict": "inconclusive", "test": "equivalence", "margin": 0.1, "estimate": 0.05,
+     "interval95": [-0.4, 0.5]},
+    {"id": "C5", "verdict": "not evaluated", "test": "cost_ratio", "margin": None, "estimate": None, "interval95": None},
+]
 
 
-def dpo_z(z):
-    return softplus(-z)
+def seed_marks(drawing) -> list:
+    """The drawn marks of single members: lines of one point with a marker."""
+    lines = drawing.canvas.axes[0].lines
+    return [line for line in lines if line.get_marker() not in ("None", "", None) and len(line.get_xdata()) == 1]
 
 
-def discopop_z(z):
-    gate = 1 / (1 + np.exp(-z / 0.05))
-    return (1 - gate) * softplus(-z) + np.exp(-softplus(-z / 0.05) - z)
+def drawings() -> dict:
+    arms_history = study.claim_arms(HISTORY, FIXED)
+    known, reference = study.LOOKS, (6.55, "reference")
+    return {
+        "accuracy": figures.learning_curves(arms_history, "validation_implicit_accuracy", title="Accuracy", panel="beta",
+                                            known=known),
+        "box": figures.box_over_seeds(ARMS, "oracle_score", title="Box", known=known, diverged_value=1.0),
+        "bars": figures.bars(ARMS, "oracle_score", title="Bars", known=known, diverged_value=1.0, floor=1,
+                             reference=reference),
+        "claims": figures.claims(CLAIMS),
+        "heat": study.heat_maps(MEMBERS, "oracle_score", title="Heat", centre=6.55),
+        "displacement": study.likelihood_displacement(arms_history),
+        "length": study.answer_length(ARMS, reference=(28.0, "reference")),
+        "kl": study.kl_against_score(ARMS, "oracle_score", score_label="oracle score", reference=6.55),
+    }
 
 
-def card(rho, beta):
-    return softplus(rho) * 0 + (1 / (1 + np.exp(rho))) * softplus(-beta * rho) + np.exp(-softplus(-rho) - beta * rho)
+@pytest.fixture(scope="module")
+def drawn() -> dict:
+    return drawings()
+
+
+def test_every_figure_leaves_pdf_png_csv_and_words(drawn, tmp_path):
+    for name, drawing in drawn.items():
+        figure = figures.save(drawing, tmp_path, f"comparison_{name}")
+        assert sorted(p.name for p in tmp_path.glob(f"comparison_{name}.*")) == [
+            f"comparison_{name}.{kind}" for kind in ("alt.txt", "csv", "pdf", "png")]
+        assert figure.files["pdf"].read_bytes().startswith(b"%PDF")
+        assert Image.open(figure.files["png"]).width == 1280
+        assert figure.files["alt.txt"].read_text().strip() == drawing.alt
+        assert len(pd.read_csv(figure.files["csv"])) == len(drawing.data) > 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path):
+    first, second = (figures.save(figures.claims(CLAIMS), tmp_path / name, "comparison_claims") for name in "ab")
+    for kind in first.files:
+        assert first.files[kind].read_bytes() == second.files[kind].read_bytes()
+
+
+def test_a_figure_shows_itself_with_its_words_escaped(tmp_path):
+    words = 'a <b>"bold"</b> & <script>alert(1)</script> claim'
+    figure = figures.save(Canvas(), tmp_path, "comparison_own", data=pd.DataFrame({"a": [1]}), alt=words, title="t")
+    assert 'alt="a &lt;b&gt;&quot;bold&quot;&lt;/b&gt; &amp; &lt;script&gt;' in figure._repr_html_()
+    assert 'src="data:image/png;base64,' in figure._repr_html_()
+    with pytest.raises(ValueError, match="alt and title"):
+        figures.save(Canvas(), tmp_path, "comparison_own")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    figures.save(figures.claims(CLAIMS), tmp_path, "comparison_claims")
+    before = (tmp_path / "comparison_claims.pdf").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        figures.save(figures.claims(CLAIMS[:1]), tmp_path, "comparison_claims")
+    assert (tmp_path / "comparison_claims.pdf").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_seed_is_a_point_and_a_diverged_one_a_cross(drawn):
+    for name in ("box", "bars", "length"):
+        marks = seed_marks(drawn[name])
+        assert len(marks) == len(ARMS) == 36
+        assert sum(mark.get_marker() == "x" for mark in marks) == 1
+    dpo = ARMS[(ARMS["method"] == "dpo") & (ARMS["beta"] == 0.01) & (ARMS["status"] == "completed")]["oracle_score"]
+    assert {float(m.get_ydata()[0]) for m in seed_marks(drawn["bars"])} >= set(dpo)
+
+
+def test_words_hold_the_numbers(drawn):
+    cell = ARMS[(ARMS["method"] == "discopop") & (ARMS["beta"] == 0.5)]["oracle_score"].astype(float)
+    for name in ("box", "bars"):
+        assert f"mean {number(cell.mean())} (seeds {', '.join(number(v) for v in cell)})" in drawn[name].alt
+        assert "1 of 3 diverged" in drawn[name].alt
+    dpo = ARMS[(ARMS["method"] == "dpo") & (ARMS["beta"] == 0.01)]
+    assert f"beta 0.01 mean {number(outcomes(dpo, 'oracle_score', 1.0)['value'].mean())}" in drawn["bars"].alt
+    assert "reference: 6.55." in drawn["bars"].alt
+    assert "1 of 3 seeds end early, the first at 40" in drawn["accuracy"].alt
+    assert "C1: refuted, estimate −1.93, 95 % interval −2.41 to −1.42, margin −0.3." in drawn["claims"].alt
+    assert "margin −0.1, 0.1" in drawn["claims"].alt
+    assert "C5: not evaluated, estimate none" in drawn["claims"].alt
+    assert "1 diverged members have no point" in drawn["kl"].alt
+    length = ARMS[(ARMS["method"] == "td_dpo") & (ARMS["beta"] == 2.5)]["answer_length"].mean()
+    assert f"beta 2.5 {number(length)}" in drawn["length"].alt
+
+
+def test_given_intervals_are_the_ones_drawn():
+    table = pd.DataFrame([{"method": "dpo", "beta": 0.5, "low": 7.11, "high": 8.77}])
+    drawing = figures.bars(ARMS[ARMS["method"] == "dpo"], "oracle_score", title="Bars", intervals=table, floor=1)
+    assert "95 % interval 7.11 to 8.77" in drawing.alt
+    assert drawing.alt.count("95 % interval") == 1
+
+
+def test_the_mean_of_a_curve_ends_where_the_first_seed_ends(drawn):
+    own = HISTORY[(HISTORY["method"] == "dpo") & (HISTORY["beta"] == 0.01)]
+    drawing = figures.learning_curves(own, "loss", title="Loss", known=study.LOOKS)
+    mean = next(line for line in drawing.canvas.axes[0].lines if line.get_label() == "DPO")
+    at_40 = own[own["step"] == 40]["loss"].mean()
+    assert mean.get_xdata()[-1] == 40
+    assert mean.get_ydata()[-1] == pytest.approx(at_40)
+    assert f"to {number(at_40)} at 40" in drawing.alt
+
+
+def test_no_mean_over_cells_by_accident():
+    with pytest.raises(ValueError, match="choose one cell"):
+        figures.learning_curves(HISTORY[HISTORY["beta"] == 0.01], "loss", title="Loss")
+    with pytest.raises(ValueError, match="choose one cell"):
+        study.likelihood_displacement(HISTORY)
+
+
+def test_empty_tables_draw_without_error(tmp_path):
+    empty = figures.learning_curves(HISTORY, "sampled_kl", title="KL", panel="beta")
+    assert "no data" in figures.save(empty, tmp_path, "comparison_kl").alt or len(empty.data) == 0
+    lost = ARMS.assign(oracle_score=None)
+    assert "no value" in figures.bars(lost, "oracle_score", title="Bars", floor=1).alt
+    assert "no value" in study.heat_maps(lost, "oracle_score", title="Heat").alt
+    nothing = pd.DataFrame()  # what lib.record gives where no member has finished
+    for drawing in (
+        figures.bars(nothing, "oracle_score", title="t"), figures.box_over_seeds(nothing, "oracle_score", title="t"),
+        figures.learning_curves(nothing, "loss", title="t"), figures.learning_curves(nothing, "loss", title="t", panel="beta"),
+        figures.claims([]), study.heat_maps(study.claim_arms(nothing, FIXED), "oracle_score", title="t"),
+        study.likelihood_displacement(nothing), study.answer_length(nothing),
+        study.kl_against_score(nothing, "oracle_score", score_label="score"),
+    ):
+        assert figures.save(drawing, tmp_path, "comparison_nothing").png
+
+
+def test_heat_map_names_every_cell(drawn):
+    table, alt = drawn["heat"].data, drawn["heat"].alt
+    assert len(table[table["method"] == "td_dpo"]) == 12
+    assert len(table[table["method"] == "dpo"]) == 4
+    assert "TD-DPO beta 2.5 tau 0.5: not run." in alt
+    assert "DiscoPOP (card) beta 2.5: all 1 diverged." in alt
+    assert "1/3 diverged" in alt
+    mean = MEMBERS[(MEMBERS["method"] == "td_dpo") & (MEMBERS["beta"] == 0.05) & (MEMBERS["tau"] == 1)]["oracle_score"].mean()
+    assert f"TD-DPO beta 0.05 tau 1: {number(mean)} (" in alt
+
+
+def test_claim_cells_take_the_tau_fixed_in_advance():
+    taus = ARMS[ARMS["method"] == "td_dpo"].groupby("beta")["tau"].unique()
+    assert {beta: list(tau) for beta, tau in taus.items()} == {beta: [tau] for beta, tau in FIXED.items()}
+
+
+def test_looks_are_the_studys_own_and_never_shared():
+    look = looks(["dpo", "new", "td_dpo", "other"], study.LOOKS)
+    assert look["dpo"].colour == study.LOOKS["dpo"].colour
+    assert len({own.colour for own in look.values()}) == 4
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_text_in_every_series_colour_is_readable_on_white():
+    assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in PALETTE)
+
+
+def test_landscape_finds_discopops_minimum_and_barrier():
+    pytest.importorskip("torch")
+    scaled, in_nats = landscape.study_curves(0.05, (0.5, 1.0, 2.0))
+    points = landscape.stationary_points(scaled["DiscoPOP"], np.linspace(-0.6, 0.6, 1201))
+    assert points == [(pytest.approx(-0.119, abs=5e-4), "minimum"), (pytest.approx(0.072, abs=5e-4), "maximum")]
+    assert landscape.stationary_points(scaled["DPO"], np.linspace(-0.6, 0.6, 1201)) == []
+    drawing = landscape.loss_landscape(scaled, in_nats, beta=0.05)
+    assert "DiscoPOP has a minimum at −0.119; DiscoPOP has a barrier at +0.072" in drawing.alt
+    assert "loss 0.847, slope 0.784 at 0" in drawing.alt
+    assert "DiscoPOP has a barrier at +1.44" in drawing.alt  # nats at beta .05
+
+
+def test_curvature_matches_the_closed_form():
+    pytest.importorskip("torch")
+    beta, tau, margin = 0.05, 0.5, np.linspace(-4, 4, 9)
+    values = landscape.hessian_eigenvalues(landscape.pair_loss("td_dpo", beta=beta, tau=tau), margin)
+    gate = 1 / (1 + np.exp(-margin / tau))
+    assert values[:, 0] == pytest.approx(np.full(9, beta), abs=1e-6)
+    assert values[:, 1] == pytest.approx(2 * gate * (1 - gate) / tau**2 + beta, abs=1e-5)
+    drawing = landscape.curvature(landscape.study_pair_losses(beta, (0.5, 1.0)), beta=beta)
+    assert "DPO: at margin 0 common mode 0, margin mode 0.00125" in drawing.alt
+    assert "TD-DPO τ = 0.5: at margin 0 common mode 0.05, margin mode 2.05" in drawing.alt
+
+
+def test_metrics_table_takes_the_cell_chosen_on_validation():
+    metrics = {"oracle_score": "maximize", "answer_length": "minimize"}
+    table = tables.metrics_table(MEMBERS, metrics, baselines=["dpo"], choose_on="validation_implicit_accuracy")
+    row = table[(table["run_id"] == "td_dpo") & (table["metric"] == "answer_length")].iloc[0]
+    dpo = table[(table["run_id"] == "dpo") & (table["metric"] == "answer_length")].iloc[0]
+    by_cell = MEMBERS[MEMBERS["run_id"] == "td_dpo"].groupby("cell")["validation_implicit_accuracy"].mean()
+    assert row["cell"] == by_cell.idxmax()
+    assert row["improvement_over_dpo"] == pytest.approx(100 * (dpo["mean"] - row["mean"]) / dpo["mean"])
+    assert np.isnan(dpo["improvement_over_dpo"])
+
+
+def test_tables_have_scopes_a_caption_and_escaped_text():
+    table = tables.metrics_table(MEMBERS, {"oracle_score": "maximize"}, baselines=["dpo"], choose_on="implicit_accuracy",
+                                 diverged_values={"oracle_score": 1.0})
+    page = tables.show_metrics(table, "Metrics <by> run")._repr_html_()
+    assert "<caption>Metrics &lt;by&gt; run</caption>" in page
+    assert page.count('scope="row"') == 5
+    assert page.count("<th") == page.count("<th ") + 1  # every <th> has a scope; the one left is <thead>
+    assert "1 diverged" in page
+    html = tables.table_html(pd.DataFrame({"text": ["<script>alert(1)</script>"], "value": [np.nan]}), "c")
+    assert "<script" not in html
+    assert '<td class="number">–</td>' in html
+
+
+def test_no_heavy_import():
+    import subprocess
+    import sys
+
+    code = ("import sys, lib.figures, lib.report, lib.td_dpo.figures, lib.td_dpo.landscape\n"
+            "print({'torch', 'transformers', 'trl', 'nbconvert'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -102,7 +102,7 @@ def test_rows_have_the_columns_of_dpo_mix_7k(pairs):
     rows = to_dpo_mix_rows(pairs["test"])
     assert len(rows) == 400
     for row, pair in zip(rows, pairs["test"], strict=True):
-        assert list(row) == ["dataset", "chosen", "chosen_rating", "rejected", "rejected_rating"]
+        assert list(row) == ["dataset", "chosen", "rejected", "chosen_rating", "rejected_rating"]
         assert row["chosen"][:-1] == row["rejected"][:-1] == pair["prompt"]
         assert [row["chosen"][-1]] == pair["chosen"]
         assert [row["rejected"][-1]] == pair["rejected"]

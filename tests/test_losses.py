@@ -25,7 +25,7 @@ def gradients(name, tensors, **options):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("beta,tau", SETTINGS)
+@pytest.mark.parametrize(("beta", "tau"), SETTINGS)
 def test_gradients_match_finite_differences(name, beta, tau):
     tensors, step = four(scale=1.0), 1e-5
     _, (chosen, rejected) = gradients(name, tensors, beta=beta, tau=tau)
@@ -38,7 +38,7 @@ def test_gradients_match_finite_differences(name, beta, tau):
         torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), gradient, rtol=2e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("beta,tau", SETTINGS)
+@pytest.mark.parametrize(("beta", "tau"), SETTINGS)
 def test_derivatives_are_those_of_the_specification(beta, tau):
     tensors = four()
     r_chosen, r_rejected = tensors[0] - tensors[2], tensors[1] - tensors[3]
@@ -53,7 +53,7 @@ def test_derivatives_are_those_of_the_specification(beta, tau):
         "td_dpo_anchored": (-sigma(-rho / tau) / tau + beta * r_chosen, sigma(-rho / tau) / tau + beta * r_rejected),
     }
     for name, sides in expected.items():
-        for got, want in zip(gradients(name, tensors, beta=beta, tau=tau)[1], sides):
+        for got, want in zip(gradients(name, tensors, beta=beta, tau=tau)[1], sides, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
@@ -96,12 +96,13 @@ def test_tau_times_loss_tends_to_the_hinge_plus_the_anchor():
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "discopop_card"])
-@pytest.mark.parametrize("beta,tau", SETTINGS)
+@pytest.mark.parametrize(("beta", "tau"), SETTINGS)
 @pytest.mark.parametrize("margin", [1e4, -1e4])
 def test_finite_at_extreme_margins(name, beta, tau, margin):
     zero = torch.zeros(1)
     loss, gradient = gradients(name, [torch.tensor([margin]), zero, zero, zero], beta=beta, tau=tau)
-    assert torch.isfinite(loss).all() and all(torch.isfinite(g).all() for g in gradient)
+    assert torch.isfinite(loss).all()
+    assert all(torch.isfinite(g).all() for g in gradient)
 
 
 def test_discopop_card_grows_without_bound_above_beta_one():
@@ -142,9 +143,9 @@ def trl_loss(loss_type, tensors, lengths, beta, label_smoothing=0.0):
     return trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False)
 
 
-@pytest.mark.parametrize("ours,theirs", [("dpo", "sigmoid"), ("discopop", "discopop")])
+@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("discopop", "discopop")])
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 2.5])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_dpo_and_discopop_equal_trl(ours, theirs, beta, dtype, tolerance):
     lengths = torch.tensor([1, 4, 9, 2, 3, 5] * 4)
     leaves = [t.requires_grad_() for t in four(dtype=dtype)]
@@ -161,7 +162,8 @@ def test_every_trl_loss_type_is_trls_own(name):
     loss, parts = preference_loss(name, *leaves, beta=0.3, label_smoothing=smoothing, chosen_length=lengths[:12],
                                   rejected_length=lengths[12:])
     theirs = trl_loss(name, leaves, lengths, 0.3, smoothing)
-    assert loss.shape == (12,) and float(parts["anchor_loss"].abs().max()) == 0
+    assert loss.shape == (12,)
+    assert float(parts["anchor_loss"].abs().max()) == 0
     torch.testing.assert_close(loss.mean(), theirs, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(loss.mean(), leaves[:2], allow_unused=True, materialize_grads=True)
     want = torch.autograd.grad(theirs, leaves[:2], allow_unused=True, materialize_grads=True)
@@ -182,7 +184,7 @@ def test_unknown_loss_names_the_key():
         preference_loss("simpo", *four(), beta=0.1)
 
 
-@pytest.mark.parametrize("beta,tau", [(0.01, 0.5), (2.5, 2.0)])
+@pytest.mark.parametrize(("beta", "tau"), [(0.01, 0.5), (2.5, 2.0)])
 def test_hessian_of_td_dpo(beta, tau):
     tensors = four()
     got = hessian("td_dpo", *tensors, beta=beta, tau=tau)
@@ -204,7 +206,8 @@ def test_discopop_pushes_the_wrong_way_near_zero():
         assert barrier["barrier"] / beta == pytest.approx(nats, abs=0.05)
     inside = torch.tensor([-0.11, 0.0, 0.07], dtype=torch.float64)
     outside = torch.tensor([-0.13, 0.08], dtype=torch.float64)
-    assert (slope("discopop", inside, beta=1.0) > 0).all() and (slope("discopop", outside, beta=1.0) < 0).all()
+    assert (slope("discopop", inside, beta=1.0) > 0).all()
+    assert (slope("discopop", outside, beta=1.0) < 0).all()
     assert (slope("dpo", inside, beta=1.0) < 0).all()
 
 

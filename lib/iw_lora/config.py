@@ -7,10 +7,11 @@ from typing import Any
 from lib.iw_lora.sections import VALIDATION_METRIC, Run
 from lib.schema import Finding, rename, split_role
 
-__all__ = ["ALIASES", "METRICS", "PATHS", "PRIMARY_METRIC", "VALIDATION_METRIC", "Run", "check", "normalise", "recognises",
-           "search_changes", "steps", "train_rows", "trial_changes", "warmup"]
+__all__ = ["ALIASES", "METRICS", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run", "check",
+           "normalise", "recognises", "search_changes", "steps", "train_rows", "trial_changes", "warmup"]
 
 PRIMARY_METRIC = {"laptop": "validation_accuracy", "paper": "validation_accuracy"}
+SECOND_METRIC = "validation_accuracy"  # the primary one needs no judge, so there is no other to fall back on
 METRICS = {"validation_accuracy": "maximize", "validation_f1": "maximize", "validation_macro_f1": "maximize",
            "validation_loss": "minimize"}
 ALIASES = {

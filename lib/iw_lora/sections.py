@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lib.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault
+from lib.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault, not_bool
 from lib.schema import Run as BaseRun
 
 VALIDATION_METRIC = "validation_accuracy"
@@ -21,7 +21,7 @@ class Adapter(Section):
     target_modules: Name | list[Name] = ["query_proj", "value_proj"]
     init_r: Count | None = None
     target_r: Count | None = None
-    tinit: Annotated[int, Field(ge=0)] | None = None
+    tinit: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
     tfinal: Count | None = None
     delta_t: Count | None = None
 
@@ -81,7 +81,7 @@ class Training(Section):
     weight_decay: NonNegative = 0.0
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
     max_grad_norm: Positive = 1.0
     fp16: bool = False
     bf16: bool = False
@@ -113,7 +113,7 @@ class Loss(Section):
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
     freeze_lora_during_warmup: bool = True
-    head_warmup_steps: Annotated[int, Field(ge=0)] = 0  # an ablation: the head is random when s is measured
+    head_warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # an ablation: s is measured on a random head
 
 
 class Evaluation(Section):

@@ -37,7 +37,7 @@ def training_arguments(model: torch.nn.Module, training: dict, steps: int, devic
         return DPOConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=device_batch,
             gradient_accumulation_steps=accumulation, learning_rate=training["learning_rate"],
-            weight_decay=training.get("weight_decay") or 0.0, optim=OPTIMIZERS.get(optimizer, optimizer),
+            weight_decay=training.get("weight_decay") or 0.0, optim=OPTIMIZERS.get(optimizer.lower(), optimizer),
             lr_scheduler_type=training.get("lr_scheduler_type") or "cosine",
             warmup_steps=math.ceil((training.get("warmup_ratio") or 0.0) * steps) if warmup is None else warmup,
             max_grad_norm=training.get("max_grad_norm") or 0.0, bf16=bool(training.get("bf16")),

@@ -13,6 +13,8 @@ __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_L
            "trial_changes", "warmup"]
 
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
+SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
+MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 METRICS = {
     "oracle_score": "maximize", "mt_bench_score": "maximize", "implicit_accuracy": "maximize",
     "raw_accuracy": "maximize", "validation_implicit_accuracy": "maximize", "validation_raw_accuracy": "maximize",
@@ -61,8 +63,7 @@ def normalise(raw: dict) -> dict:
             refuse("dataset.split", {"train": train, "val": part, **split}, "train and val fractions that sum to 1",
                    "validation_fraction: 0.1")
         dataset["validation_fraction"] = part
-    if training.get("warmup_steps") is not None:
-        training.setdefault("warmup_ratio", 0.0)
+    _intervals(raw, training, refuse)
     if "seed_list" in training:
         seeds = training.pop("seed_list")
         if raw.get("seed_list", seeds) != seeds:
@@ -75,6 +76,29 @@ def normalise(raw: dict) -> dict:
     if isinstance(optuna, dict) and optuna.get("objective_metric") in ("val_pairwise_accuracy", "pairwise_accuracy"):
         raw["optuna"] = {**optuna, "objective_metric": "validation_implicit_accuracy"}
     return _roles(raw, loss.get("name"))
+
+
+def _intervals(raw: dict, training: dict, refuse) -> None:
+    """Strategies become the intervals that they name; what is never done otherwise is refused."""
+    evaluation, saving = training.pop("evaluation_strategy", None), training.pop("save_strategy", None)
+    if evaluation == "no":
+        training["eval_steps"] = None
+    elif evaluation == "steps" and training.get("eval_steps") is None:
+        refuse("training.eval_steps", "missing", "an interval, as evaluation_strategy is steps", "eval_steps: 15")
+    elif evaluation not in (None, "steps"):
+        refuse("training.evaluation_strategy", evaluation, "steps or no", "eval_steps: the steps of one epoch")
+    if saving == "steps" and training.get("save_steps") is None:
+        refuse("training.save_steps", "missing", "an interval, as save_strategy is steps", "save_strategy: best")
+    if saving not in (None, "best", "steps"):
+        refuse("training.save_strategy", saving, "best or steps: the best and the last checkpoint are always kept",
+               "remove it")
+    if training.pop("save_total_limit", 1) not in (1, 2):
+        refuse("training.save_total_limit", "more than 2", "1 or 2: the best and the last checkpoint are kept", "remove it")
+    reported = training.pop("report_to", "wandb")
+    if reported == "none":
+        raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
+    elif reported not in ("wandb", ["wandb"]):
+        refuse("training.report_to", reported, "wandb or none", "remove it")
 
 
 def _roles(raw: dict, loss: Any) -> dict:
@@ -111,12 +135,10 @@ def train_pairs(run: Run) -> int | None:
 
 def steps(run: Run, pairs: int | None = None) -> int | None:
     """Optimiser steps of one member; None where neither max_steps nor the data's size is known."""
+    if run.training.max_steps is not None:
+        return run.training.max_steps
     pairs = pairs or train_pairs(run)
-    by_epochs = None
-    if run.training.epochs is not None and pairs is not None:
-        by_epochs = max(1, math.ceil(run.training.epochs * math.ceil(pairs / run.training.global_batch_size)))
-    known = [n for n in (by_epochs, run.training.max_steps) if n is not None]
-    return min(known) if known else None
+    return pairs and max(1, math.ceil(run.training.epochs * math.ceil(pairs / run.training.global_batch_size)))
 
 
 def warmup(run: Run, total_steps: int) -> int:
@@ -135,7 +157,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.global_batch_size": batch, "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": None, "training.logging_steps": 1, "dataset.limit": pairs,
         "compute.strategy": "none", "compute.gpus": min(1, run.compute.gpus),
-        "evaluation.questions": min(2, run.evaluation.questions), "evaluation.samples_per_question": 1,
+        "evaluation.questions": min(2, run.evaluation.questions),
         "evaluation.kl_prompts": min(2, run.evaluation.kl_prompts),
         "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),
         "evaluation.judge": "none" if run.evaluation.judge == "mt_bench" else run.evaluation.judge,
@@ -184,10 +206,10 @@ def _interval_findings(run: Run) -> list[Finding]:
     total, training, found = steps(run), run.training, []
     if total is None:
         return []
-    if training.evaluation_strategy == "steps" and training.eval_steps > total:
-        best = ", so no best checkpoint is chosen before the last step" if training.save_strategy == "best" else ""
+    if training.eval_steps is not None and training.eval_steps > total:
         found.append(Finding("warning", "training.eval_steps", f"evaluation every {training.eval_steps} steps never "
-                             f"happens in a run of {total}{best}", f"eval_steps: {max(1, total // 10)}"))
+                             f"happens in a run of {total}: no checkpoint is chosen before the last step",
+                             f"eval_steps: {max(1, total // 10)}"))
     if warmup(run, total) > total / 2:
         found.append(Finding("warning", "training.warmup_steps", f"a warm-up of {warmup(run, total)} covers most of a run "
                              f"of {total} steps: the full rate is {'never' if warmup(run, total) >= total else 'hardly'} "

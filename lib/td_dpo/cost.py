@@ -64,7 +64,7 @@ def step_cost(model: Callable[[], torch.nn.Module] | str | os.PathLike, rows: li
 
     models = make(), make()
     device_batch = steps_and_accumulation(len(rows), {**training, "max_steps": steps})[1]
-    steppers = [_stepper(m, section, training) for m, section in zip(models, (loss, baseline_loss))]
+    steppers = [_stepper(m, section, training) for m, section in zip(models, (loss, baseline_loss), strict=True)]
     collate = collator(models[0], pad)
     pairs = []
     table = with_reference(rows, reference)

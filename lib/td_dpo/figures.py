@@ -12,9 +12,24 @@ from matplotlib.patheffects import withStroke
 
 from lib.figure_seeds import DIVERGED, points
 from lib.figure_style import (
-    BAD, INK, PALETTE, SOFT, Drawing, Look, canvas, housestyle, label_ends, legend_below, looks, number, ordered,
-    outcomes, reference_line, spread,
-)  # fmt: skip
+    BAD,
+    IDENTITY,
+    INK,
+    PALETTE,
+    SOFT,
+    Drawing,
+    Look,
+    canvas,
+    housestyle,
+    label_ends,
+    legend_below,
+    looks,
+    number,
+    ordered,
+    outcomes,
+    reference_line,
+    spread,
+)
 
 LOOKS = {
     "dpo": Look("DPO", PALETTE[0], "o"),
@@ -30,7 +45,10 @@ def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float],
                methods: Sequence[str] = ("dpo", "discopop", "td_dpo")) -> pd.DataFrame:
     """The rows that the claims compare: one cell per method and beta, the tempered methods at the tau fixed in advance
     for each beta (params/td_dpo/claims.yaml)."""
-    fixed = table["beta"].map(lambda beta: fixed_tau.get(beta, np.nan)).astype(float)
+    if table.empty:
+        return table
+    taus = {float(beta): tau for beta, tau in fixed_tau.items()}
+    fixed = table["beta"].map(lambda beta: taus.get(beta, np.nan)).astype(float)
     chosen = ~table["method"].isin(TEMPERED) | np.isclose(table["tau"].astype(float), fixed)
     return table[table["method"].isin(methods) & chosen]
 
@@ -58,13 +76,13 @@ def heat_maps(members: pd.DataFrame, metric: str, *, title: str, label: str = ""
                 squares.append({"method": method, "beta": beta, "tau": tau, "mean": cell["value"].mean(),
                                 "sd": cell["value"].std(ddof=1), "seeds": len(cell),
                                 "diverged": int(cell["diverged"].sum()), "row": row, "column": column})
-    data = pd.DataFrame(squares)
+    data = pd.DataFrame(squares, columns=["method", "beta", "tau", "mean", "sd", "seeds", "diverged", "row", "column"])
     norm, colours = _colours(data["mean"].dropna(), centre)
     rows = [len(taus[m]) for m in methods]
-    drawn, axes = canvas(len(methods), 1, height=1.2 + 0.62 * sum(rows) + 0.32 * len(rows), title=title, sharex=True,
-                         height_ratios=rows)
+    drawn, axes = canvas(max(1, len(methods)), 1, height=1.2 + 0.62 * sum(rows) + 0.32 * len(rows), title=title, sharex=True,
+                         height_ratios=rows or [1])
     words = []
-    for place, method in zip(axes[:, 0], methods, strict=True):
+    for place, method in zip(axes[:, 0], methods, strict=False):
         for square in data[data["method"] == method].to_dict("records"):
             tau = f" tau {number(square['tau'])}" if method in TEMPERED else ""
             words.append(f"{look[method].label} beta {number(square['beta'])}{tau}: "
@@ -92,9 +110,12 @@ def _methods(table: pd.DataFrame) -> list[str]:
 
 def _colours(means: pd.Series, centre: float | None):
     low, high = (float(means.min()), float(means.max())) if len(means) else (0.0, 1.0)
+    least = 0.02 * max(1.0, abs(low))  # cells that are all alike get one colour and a scale that says so
     if centre is None:
-        return matplotlib.colors.Normalize(low, high if high > low else low + 1), matplotlib.colormaps["cividis"]
-    reach = max(abs(low - centre), abs(high - centre), 1e-9)
+        apart = high - low > least / 100
+        low, high = (low, high) if apart else (low - least, high + least)
+        return matplotlib.colors.Normalize(low, high), matplotlib.colormaps["cividis"]
+    reach = max(abs(low - centre), abs(high - centre), least)
     return matplotlib.colors.Normalize(centre - reach, centre + reach), matplotlib.colormaps["RdBu"]
 
 
@@ -125,8 +146,10 @@ def likelihood_displacement(history: pd.DataFrame, *, title: str = "Likelihood d
 
     `prefix` "validation_" draws the evaluations in place of the training batches. Give it one cell per method and beta.
     """
-    answers = (("chosen", f"{prefix}chosen_log_ratio", PALETTE[0], "-"), ("rejected", f"{prefix}rejected_log_ratio", PALETTE[2], (0, (4, 1.5))))
-    rows = history.dropna(subset=[column for _, column, _, _ in answers])
+    answers = (("chosen", f"{prefix}chosen_log_ratio", PALETTE[0], "-"),
+               ("rejected", f"{prefix}rejected_log_ratio", PALETTE[2], (0, (4, 1.5))))
+    needed = [column for _, column, _, _ in answers]
+    rows = history.reindex(columns=[*IDENTITY, "step", *needed]).dropna(subset=needed)
     betas, methods = ordered(rows["beta"]), _methods(rows)
     look, words, data = looks(methods, LOOKS), [], []
     drawn, axes = canvas(max(1, len(methods)), max(1, len(betas)), height=1.2 + 1.75 * max(1, len(methods)), title=title,
@@ -136,7 +159,7 @@ def likelihood_displacement(history: pd.DataFrame, *, title: str = "Likelihood d
             place, said = axes[i, j], []
             cell = rows[(rows["method"] == method) & (rows["beta"] == beta)]
             if cell.duplicated(["step", "seed"]).any():
-                raise ValueError(f"likelihood_displacement: {method} beta {beta:g} has several members per seed; choose one cell")
+                raise ValueError(f"{title}: {method} beta {beta:g} has several members per seed; choose one cell first")
             place.axhline(0, color=SOFT, linewidth=0.8)
             for name, column, colour, dash in answers:
                 wide = cell.pivot(index="step", columns="seed", values=column).sort_index()
@@ -146,7 +169,7 @@ def likelihood_displacement(history: pd.DataFrame, *, title: str = "Likelihood d
                 mean = shown.dropna().mean(axis=1)
                 place.plot(mean, color=colour, label=name, linestyle=dash)
                 said.append(f"{name} ends at {number(mean.iloc[-1])}" if len(mean) else f"{name} has no common step")
-                data.append(cell[["method", "beta", "seed", "step", column]].rename(columns={column: "log_ratio"}).assign(answer=name))
+                data.append(cell[["method", "beta", "seed", "step"]].assign(answer=name, log_ratio=cell[column]))
             words.append(f"{look[method].label} beta {number(beta)}: {', '.join(said) if len(cell) else 'not run'}.")
             place.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
             place.tick_params(labelsize=9)
@@ -176,7 +199,8 @@ def over_beta(members: pd.DataFrame, metric: str, *, title: str, ylabel: str,
             diverged = int(cell["diverged"].sum())
             points(place, np.full(len(cell), beta * np.exp(shift)), cell, own)
             line.append((beta * np.exp(shift), cell["value"].mean()))
-            said.append(f"beta {number(beta)} {number(line[-1][1])}" + (f" ({diverged} of {len(cell)} diverged)" if diverged else ""))
+            lost = f" ({diverged} of {len(cell)} diverged)" if diverged else ""
+            said.append(f"beta {number(beta)} {number(line[-1][1])}{lost}")
         place.plot(*np.array(line).T, color=own.colour, alpha=0.8)
         ends.append((line[-1][1], own.label, own.colour))
         words.append(f"{own.label}: {', '.join(said)}.")
@@ -207,7 +231,7 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
     """Sampled KL(pi_theta || pi_0) against the score: seeds faint, the mean of each cell bold and named by its beta.
     A diverged member has no KL and so no point; the words count them."""
     table = outcomes(members, score)
-    table["kl"] = pd.to_numeric(table["sampled_kl"], errors="coerce")
+    table["kl"] = outcomes(members, "sampled_kl")["value"]
     shown = table.dropna(subset=["kl", "value"])
     look = looks(_methods(shown), LOOKS)
     drawn, axes = canvas(height=4.6, title=title)
@@ -227,7 +251,8 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
                           linewidths=0.8, zorder=3, label=own.label)
             place.annotate(f"β {number(cell['beta'])}", (cell["kl"], cell["value"]), xytext=(6, 4), fontsize=8.5, zorder=5,
                            textcoords="offset points", color=own.colour, path_effects=halo)
-            said.append(" ".join(f"{key} {number(cell[key])}" for key in keys) + f" KL {number(cell['kl'])} score {number(cell['value'])}")
+            said.append(" ".join(f"{word} {number(cell[key])}" for word, key in
+                                 [*((key, key) for key in keys), ("KL", "kl"), ("score", "value")]))
         words.append(f"{own.label}: {'; '.join(said)}.")
     if reference is not None:
         reference_line(place, reference, "reference")

@@ -157,10 +157,11 @@ def to_dpo_mix_rows(pairs: Sequence[dict]) -> list[dict]:
     """Rows with the columns of argilla/dpo-mix-7k. Ratings are oracle scores; a flipped label has them crossed."""
     rows = []
     for pair in pairs:
+        sides = ("chosen", "rejected")
         row: dict = {"dataset": "generated/list-requests"}
-        for side in ("chosen", "rejected"):
+        for side in sides:
             messages = [*pair["prompt"], *pair[side]]
             row[side] = [{"content": message["content"], "role": message["role"]} for message in messages]
-            row[f"{side}_rating"] = score(pair["prompt"], pair[side][0]["content"])
+        row |= {f"{side}_rating": score(pair["prompt"], pair[side][0]["content"]) for side in sides}
         rows.append(row)
     return rows

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import hub, keys, models, record, stand_in
+from lib import hub, models, record, stand_in
 from lib.td_dpo import base_model, baselines, data, generated
 from lib.td_dpo.reference import reference_logprobs
 from lib.td_dpo.tokens import encode_pairs, pad_token
@@ -30,15 +30,6 @@ class Inputs:
     pairs: dict[str, list[dict]]
     report: dict
     base: str
-
-
-def key(run) -> dict:
-    """What the inputs depend on: not the method, not the grid, not the seeds, so that all runs of a study share them."""
-    model = run.model.model_dump(mode="json", exclude={"peft"})
-    return {"model": model, "dataset": run.dataset.model_dump(mode="json"), "scale": run.scale, "mode": run.mode,
-            "data": keys.source(run.dataset.name, run.dataset.revision), "base": keys.source(run.model.name, run.model.revision),
-            "code": keys.digest(keys.closure("lib.td_dpo.inputs")), "versions": keys.versions(), "device": keys.device_kind(),
-            "threads": run.compute.threads}
 
 
 def uses_stand_in(run) -> bool:

@@ -16,14 +16,6 @@ SAMPLE_BATCH = 80
 COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
 
 
-def inputs_key(run) -> dict:
-    return inputs.key(run)
-
-
-def prepare(run, folder: Path) -> None:
-    inputs.prepare(run, folder)
-
-
 def train(member, folder: Path, shared: Path) -> dict:
     """Train the member in `folder` on the inputs in `shared` and return its metrics (see METRICS in config.py; null where nothing was measured)."""
     run = member.run

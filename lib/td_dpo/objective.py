@@ -20,7 +20,7 @@ def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Ten
     lengths = batch["chosen_length"], batch["rejected_length"]
     scaled = four
     if loss.get("average_log_probs"):  # a flagged ablation: means over tokens instead of sums
-        scaled = tuple(x / length for x, length in zip(four, lengths * 2))
+        scaled = tuple(x / length for x, length in zip(four, lengths * 2, strict=True))
     options = {k: loss[k] for k in LOSS_OPTIONS if loss.get(k) is not None}
     values, parts = preference_loss(loss["name"], *scaled, **options, chosen_length=lengths[0],
                                     rejected_length=lengths[1])
@@ -38,7 +38,7 @@ def summary(columns: Tensor) -> dict[str, float | None]:
                          r_rejected, chosen_length, rejected_length]).mean(dim=1).tolist()
     names = ("loss", "preference_loss", "anchor_loss", "implicit_accuracy", "raw_accuracy", "margin", "raw_margin",
              "chosen_log_ratio", "rejected_log_ratio", "chosen_length", "rejected_length")
-    return {name: finite_or_none(value) for name, value in zip(names, means)}
+    return {name: finite_or_none(value) for name, value in zip(names, means, strict=True)}
 
 
 def finite_or_none(value: float) -> float | None:
@@ -50,7 +50,7 @@ def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     if reference.shape != (len(rows), 2):
         raise StudyError("reference log-probabilities", f"shape {tuple(reference.shape)}", f"({len(rows)}, 2)")
     return [{**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            for row, (chosen, rejected) in zip(rows, reference.tolist())]
+            for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)]
 
 
 def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -67,4 +67,5 @@ def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor, *, 
     table = sequence_logprobs(model, rows, pad=pad, layout=layout)
     r = table - reference.to(table.dtype)
     columns = torch.stack([r[:, 0] - r[:, 1], table[:, 0] - table[:, 1], r[:, 0], r[:, 1]], dim=1).tolist()
-    return [dict(zip(("rho", "delta", "chosen_log_ratio", "rejected_log_ratio"), map(finite_or_none, row))) for row in columns]
+    names = ("rho", "delta", "chosen_log_ratio", "rejected_log_ratio")
+    return [dict(zip(names, map(finite_or_none, row), strict=True)) for row in columns]

@@ -3,9 +3,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lib.schema import Compute, Count, Fraction, Marker, Name, NonNegative, Optuna, Positive, Section, Seed, fault
+from lib.schema import (
+    Compute,
+    Count,
+    Fraction,
+    Marker,
+    Name,
+    NonNegative,
+    Optuna,
+    Positive,
+    Section,
+    Seed,
+    fault,
+    not_bool,
+)
 from lib.schema import Run as BaseRun
 
 OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
@@ -92,6 +105,7 @@ class Dataset(Section):
     split_seed: Seed = 0
     preprocessing: Preprocessing = Preprocessing()
     limit: Count | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
 
     @model_validator(mode="before")
     @classmethod
@@ -103,8 +117,10 @@ class Dataset(Section):
 
 
 class Training(Section):
+    """The best checkpoint on validation and the last one are kept, whatever the intervals."""
+
     epochs: Positive | None = None
-    max_steps: Count | None = None  # with epochs: whichever ends first
+    max_steps: Count | None = None  # where given it decides, not the epochs
     global_batch_size: Count
     per_device_train_batch_size: Count
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
@@ -113,17 +129,14 @@ class Training(Section):
     optimizer: Literal["adamw"] = "adamw"
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
     max_grad_norm: Positive = 1.0
-    evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"
-    eval_steps: Count | None = None
-    save_strategy: Literal["best", "steps", "epoch", "no"] = "best"
-    save_steps: Count | None = None
-    save_total_limit: Count = 1
+    eval_steps: Count | None = None  # null: at the end only
+    save_steps: Count | None = None  # null: when validation is best and at the end
+    gradient_checkpointing: bool = False
     bf16: bool = False
     fp16: bool = False
     logging_steps: Count = 20  # interval of console lines; the record has every step
-    report_to: Literal["wandb", "none"] = "wandb"
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -132,12 +145,9 @@ class Training(Section):
         if self.warmup_ratio and self.warmup_steps:
             raise fault(f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}", "one of them",
                         "remove warmup_steps", "warmup_steps")
-        if self.evaluation_strategy == "steps" and self.eval_steps is None:
-            raise fault("missing", "an interval, as evaluation_strategy is steps", "eval_steps: 15", "eval_steps")
-        if self.save_strategy == "best" and self.evaluation_strategy == "no":
-            raise fault("best without evaluation", "evaluation_strategy steps or epoch", "", "save_strategy")
         if self.fp16:
-            raise fault("true", "false: exp of a log-ratio overflows in float16", "bf16: true", "fp16")
+            raise fault("true", "false: weights are float32 or bfloat16 here, whose range log-probabilities need",
+                        "bf16: true with torch_dtype: bfloat16", "fp16")
         return self
 
 
@@ -164,8 +174,7 @@ class Evaluation(Section):
     questions: Count = 80
     max_new_tokens: Count = 48
     temperature: NonNegative = 0.7
-    samples_per_question: Count = 1
-    kl_prompts: Annotated[int, Field(ge=0)] = 16
+    kl_prompts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 16
     judge: Literal["oracle", "mt_bench", "none"] = "none"
 
 

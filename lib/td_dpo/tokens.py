@@ -49,7 +49,7 @@ def _one_eos(ids: list[int], eos: int) -> list[int]:
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many leading tokens the two have in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[dict], max_length: int | None = None,
@@ -87,7 +87,7 @@ def _row(eos: int, index: int, chosen: list[int], rejected: list[int], split: in
         counts["prompt_truncated"] += 1
     whole = [_one_eos(ids[split:], eos) for ids in (chosen, rejected)]
     kept = whole if max_length is None else [ids[: max(max_length - len(prompt), 0)] for ids in whole]
-    cut = sum(len(k) < len(w) for k, w in zip(kept, whole))
+    cut = sum(len(k) < len(w) for k, w in zip(kept, whole, strict=True))
     counts["truncated"] += cut > 0
     counts["eos_dropped"] += cut
     if not kept[0] or not kept[1]:

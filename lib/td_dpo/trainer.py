@@ -28,7 +28,14 @@ from lib.errors import StudyError
 from lib.td_dpo import checkpoints
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
 from lib.td_dpo.checkpoints import last_complete_checkpoint, load_checkpoint
-from lib.td_dpo.logprobs import batch_logprobs, collator, completion_head, row_tokens, sequence_logprobs
+from lib.td_dpo.logprobs import (
+    batch_logprobs,
+    collator,
+    completion_head,
+    keep_4bit_differentiable,
+    row_tokens,
+    sequence_logprobs,
+)
 from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
 from lib.td_dpo.tokens import pad_token, rows_digest
 
@@ -201,14 +208,15 @@ def _float32_trainables(model: torch.nn.Module) -> None:
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    assert trained and all(p.dtype in (torch.float32, torch.float64) for p in trained), "trainables must be float32"
+    assert trained, "nothing to train"
+    assert all(p.dtype in (torch.float32, torch.float64) for p in trained), "trainables must be float32"
 
 
 def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
     """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
     table = sequence_logprobs(model, rows, pad=pad, layout=layout)
     reference = torch.tensor([[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in rows], dtype=table.dtype)
-    low_precision = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(model.device.type)
+    low_precision = model.dtype in (torch.bfloat16, torch.float16)
     slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
     if not ((table - reference).abs() <= slack).all():
         raise StudyError("reference log-probabilities", f"a log-ratio of {(table - reference).abs().max():.3g} nats before "
@@ -244,6 +252,7 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     checkpoint, state = _usable_checkpoint(place, fingerprint if resume else None)
     for name in ("history.jsonl", "timing.jsonl"):
         checkpoints.truncate_history(folder / name, state["step"])
+    keep_4bit_differentiable(model)
     with completion_head(model):
         trainer = PreferenceTrainer(
             model, tokenizer, rows, validation, loss, args, layout=layout, eval_steps=training.get("eval_steps"),

@@ -1,0 +1,48 @@
+"""Shared by the tests: a tiny study on disk and a pool of forked workers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY = {
+    "run_id": "tiny", "method": "td_dpo", "role": "proposed",
+    "model": {"name": "made", "recipe": {"vocab_size": 320, "hidden_size": 32, "layers": 2, "heads": 2, "sft_steps": 8,
+                                         "sft_batch_size": 8, "sft_learning_rate": 3e-3, "seed": 0}},
+    "dataset": {"name": "generated", "train_pairs": 64, "validation_pairs": 16, "test_pairs": 16},
+    "training": {"max_steps": 12, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.1, "eval_steps": 4, "save_steps": 4},
+    "loss": {"name": "td_dpo", "beta": 0.05, "tau": 1.0},
+    "evaluation": {"questions": 2, "max_new_tokens": 8, "kl_prompts": 2, "judge": "oracle"},
+    "optuna": {"n_trials": 0}, "seed_list": [1, 2], "grid": None, "wandb": {"mode": "disabled"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pool_socket():
+    """One pool for the session, with everything imported, as the runner has it."""
+    from lib import pool
+
+    own = pool.Pool(2)
+    os.environ["STUDY_POOL"] = own.socket
+    yield own
+    own.close()
+    os.environ.pop("STUDY_POOL", None)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A run of one cell and two seeds that trains in about a second, in a results folder of its own."""
+    from lib import config
+
+    def make(**changes):
+        path = tmp_path / "params" / "td_dpo" / "laptop" / "tiny.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({**TINY, **changes}))
+        return config.load_run(path, study="td_dpo", scale="laptop", mode="full", results_dir=tmp_path / "results")
+
+    return make

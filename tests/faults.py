@@ -1,0 +1,51 @@
+"""Targets for the pool's processes that die at a stated place, once, and then behave: what a kill -9 does, made exact."""
+
+import os
+import signal
+from pathlib import Path
+
+
+def _die_once(marker: str) -> None:
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_member(argument: dict) -> None:
+    """lib.members.work, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
+    from lib import members, record
+    from lib.td_dpo import checkpoints
+
+    marker, kill_at = argument["marker"], argument["kill_at"]
+    append, mark = record.append_jsonl, checkpoints.mark_complete
+
+    def append_and_die(path, row):
+        append(path, row)
+        if row.get("step") == kill_at and "loss" in row:
+            _die_once(marker)
+
+    def die_in_save(folder, state):
+        if kill_at == "save" and state["step"] == 8:
+            _die_once(marker)
+        mark(folder, state)
+
+    record.append_jsonl, checkpoints.mark_complete = append_and_die, die_in_save
+    members.work(argument)
+
+
+def sleep(argument: dict) -> None:
+    import time
+
+    Path(argument["started"]).write_text(str(os.getpid()))
+    time.sleep(argument["seconds"])
+
+
+def fail(argument: dict) -> None:
+    raise ValueError(argument["message"])
+
+
+def die(argument: dict) -> None:
+    """Always killed: a lost process that a second start does not help."""
+    with open(argument["count"], "a") as file:
+        file.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)

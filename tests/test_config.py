@@ -1,0 +1,592 @@
+"""lib/config.py and the studies' config.py: what a run YAML may say, what it becomes, and what is said of it."""
+import copy
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib import config
+from lib.errors import StudyError
+
+PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
+SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
+STUDY_OF = {"Llama": "td_dpo", "DeBERTa": "iw_lora", "Qwen3": "graff"}
+
+
+def published():
+    return sorted(PUBLISHED.glob("*.yaml")) if PUBLISHED.is_dir() else []
+
+
+@pytest.fixture
+def raw():
+    return config.load_yaml(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(content, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return path
+    return _write
+
+
+def load(path, **given):
+    return config.load_run(path, **{"scale": "laptop", "mode": "full", **given})
+
+
+def refused(function, *args, **given) -> str:
+    with pytest.raises(StudyError) as caught:
+        function(*args, **given)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# --- reading a file -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("", "empty"), ("# nothing\n", "empty"), ("- a\n- b\n", "a list"), ("just words", "a str"),
+    ("a: 1\na: 2\n", "written twice"), ("a: {b: 1, b: 2}", "written twice"), ("a: [1, 2", "expected"),
+    ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"), ("1: x", "not as a name"),
+    ("on: x", "not as a name"), ("? [a]\n: x", "not as a name"), ("a: 1\n---\nb: 2\n", "but found another document"),
+    ("a: " + "9" * 6000, "integer string conversion"), ("[" * 3000, "too deeply"), ("a: \x00", "special characters"),
+    ("a: &a [*a]", "contains itself"), ("a: *nowhere", "undefined alias"), ("a: 2024-13-45", "month"),
+])
+def test_bad_files_are_refused_with_their_name(write, content, said):
+    message = refused(config.load_yaml, write(content))
+    assert "run.yaml" in message
+    assert said in message
+
+
+def test_alias_bomb_is_refused_and_ordinary_aliases_are_not(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    assert "aliases are expanded" in refused(config.load_yaml, write("\n".join(lines)))
+    assert config.load_yaml(write("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}"))["d"] == {"b": 1, "e": 2}
+
+
+def test_size_encoding_and_absence(write, tmp_path):
+    assert "more than 1,000,000 bytes" in refused(config.load_yaml, write("a: " + "x" * 1_000_001))
+    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+    assert "not UTF-8" in refused(config.load_yaml, tmp_path / "latin.yaml")
+    assert "No such file" in refused(config.load_yaml, tmp_path / "absent.yaml")
+    assert "directory" in refused(config.load_yaml, tmp_path)
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfa: 1")
+    assert config.load_yaml(tmp_path / "bom.yaml") == {"a": 1}
+
+
+# --- values, keys and ranges ----------------------------------------------------------------------------------------
+
+def test_numeric_strings_become_numbers_at_any_depth(write, raw):
+    raw["training"]["learning_rate"] = "1e-5"
+    raw["model"]["recipe"]["sft_learning_rate"] = "3E-3"
+    raw["optuna"]["search_space"]["learning_rate"] = {"type": "loguniform", "low": "5e-6", "high": "5e-5"}
+    raw["optuna"]["search_space"]["beta"]["choices"] = ["1e-2", 0.05]
+    raw["grid"] = [{"product": {"beta": ["1e-2", "5e-2"], "tau": ["1"]}}, {"cells": [{"beta": "2.5e0", "tau": "2"}]}]
+    run = load(write(raw))
+    assert run.training.learning_rate == 1e-5
+    assert run.model.recipe.sft_learning_rate == 3e-3
+    assert run.optuna.search_space["learning_rate"].low == 5e-6
+    assert run.optuna.search_space["beta"].choices == [0.01, 0.05]
+    assert [member.cell for member in config.members(run)][::3] == [
+        {"loss.beta": 0.01, "loss.tau": 1}, {"loss.beta": 0.05, "loss.tau": 1}, {"loss.beta": 2.5, "loss.tau": 2}]
+    assert isinstance(config.members(run)[0].run.loss.beta, float)
+
+
+def test_unquoted_exponent_in_a_file(write, raw):
+    text = yaml.safe_dump(raw).replace("learning_rate: 5e-4", "learning_rate: 1e-5")
+    assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # why the coercion exists
+    assert load(write(text)).training.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(("change", "key", "hint"), [
+    ({"training": {"learning_rte": 1e-3}}, "training.learning_rte", "did you mean training.learning_rate?"),
+    ({"trainning": {}}, "trainning", "did you mean training?"),
+    ({"training": {"beta": 0.1}}, "training.beta", "did you mean loss.beta?"),
+    ({"model": {"lora_r": 8}}, "model.lora_r", "did you mean model.peft.lora_r?"),
+    ({"optuna": {"search_space": {"beta": {"tipe": "int"}}}}, "optuna.search_space.beta.tipe", ""),
+    ({"wandb": {"api_key": "sesame"}}, "wandb.api_key", ""),
+])
+def test_unknown_keys_name_file_and_key_and_suggest(write, raw, change, key, hint):
+    def merge(into, more):
+        for name, value in more.items():
+            if isinstance(into.get(name), dict) and isinstance(value, dict):
+                merge(into[name], value)
+            else:
+                into[name] = value
+    merge(raw, change)
+    path = write(raw)
+    message = refused(load, path)
+    assert str(path) in message
+    assert key in message
+    assert hint in message
+    assert "sesame" not in message  # the value of an unknown key may be a secret
+
+
+def test_all_faults_of_a_file_come_at_once(write, raw):
+    raw["training"] |= {"learning_rate": -1, "max_stepss": 3, "optimizer": "sgd"}
+    raw["seed_list"] = []
+    message = refused(load, write(raw))
+    assert "4 faults" in message
+    for key in ("training.learning_rate: -1", "training.max_stepss", "training.optimizer: 'sgd'", "seed_list"):
+        assert key in message
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("training.learning_rate", 0), ("training.learning_rate", "fast"), ("training.learning_rate", True),
+    ("training.learning_rate", float("nan")), ("training.learning_rate", float("inf")), ("training.warmup_ratio", 1.0),
+    ("training.max_steps", 1.5), ("training.max_steps", 0), ("training.fp16", True), ("training.fp16", "no"),
+    ("training.bf16", 1), ("loss.name", "dpoo"), ("loss.tau", 0), ("loss.tau", None), ("loss.beta", -0.1),
+    ("dataset.validation_fraction", 0), ("dataset.preprocessing", "long"), ("dataset.preprocessing.max_prompt_length", 512),
+    ("seed_list", [1, 1]), ("seed_list", [-1]), ("seed_list", [True]), ("seed_list", 42), ("run_id", "../other"),
+    ("run_id", "a/b"), ("run_id", ".hidden"), ("run_id", ""), ("run_id", "x" * 200), ("run_id", "a\nb"), ("run_id", 7),
+    ("role", "best"), ("model.recipe.heads", 5), ("model.quantization", "nf4"), ("model.quantization", "int3"),
+    ("model.trust_remote_code", "false"), ("training.warmup_steps", 5),
+    ("grid", [{"cells": [{"beta": 1}], "product": {}, "x": 1}]), ("compute.threads", "${opt.x}"), ("optuna", "${opt.x}"),
+    ("grid", [{}]), ("grid", [{"cells": [{}]}]), ("grid", [{"product": {"beta": []}}]), ("loss", "${opt.loss}"),
+    ("optuna.search_space.beta", {"type": "categorical", "choices": []}), ("optuna.direction", "up"),
+    ("optuna.search_space.beta", {"type": "loguniform", "low": 0, "high": 1}),
+    ("optuna.search_space.beta", {"type": "uniform", "low": 2, "high": 1}),
+    ("optuna.search_space.beta", {"type": "int", "low": 1.5, "high": 3}),
+    ("optuna.search_space.beta", {"type": "uniform", "choices": [1]}), ("loss.label_smoothing", 0.1),
+])
+def test_bad_values_are_refused(write, raw, key, value):
+    config_raw = copy.deepcopy(raw)
+    section = config_raw
+    *path, last = key.split(".")
+    for part in path:
+        section = section[part]
+    section[last] = value
+    assert (path[0] if path else key) in refused(load, write(config_raw), study="td_dpo")
+
+
+def test_missing_sections_are_named(write, raw):
+    del raw["training"], raw["seed_list"]
+    message = refused(load, write(raw), study="td_dpo")
+    assert "training: missing" in message
+    assert "seed_list: missing" in message
+
+
+def test_context_keys_are_not_yaml_keys(write, raw):
+    assert "--scale" in refused(load, write(raw | {"scale": "paper"}))
+
+
+def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
+    """Any value anywhere replaced by any plain thing: a StudyError, or a run; without an error finding it can start."""
+    rng = random.Random(1)
+    odd = [None, True, -1, 0, 3.7, 1e300, "", "x", "1e-5", "${opt.beta}", "${opt.}", [], {}, [[]], {"a": {}}, [None], ["x", 1]]
+    files = [raw, *map(config.load_yaml, published())]
+    outcomes = set()
+    for _ in range(400):
+        mutated = copy.deepcopy(rng.choice(files))
+        section, depth = mutated, rng.randint(0, 3)
+        while True:
+            key = rng.choice(list(section))
+            if depth == 0 or not isinstance(section[key], dict) or not section[key]:
+                break
+            section, depth = section[key], depth - 1
+        section[key] = rng.choice(odd)
+        try:
+            run = load(write(mutated))
+            if not any(finding.level == "error" for finding in config.check(run)):
+                assert config.members(run)
+                assert len(config.members(config.trial(run))) == 1
+                assert config.steps(run) >= 0
+                outcomes.add("can run")
+        except StudyError:
+            outcomes.add("refused")
+    assert outcomes == {"can run", "refused"}
+
+
+# --- the shipped and the published files ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_shipped_files_load_without_a_finding(path):
+    run = config.load_run(path, scale=path.parent.name, mode="full")
+    assert run.study == path.parts[-3]
+    assert config.check(run) == []
+    assert config.load_yaml(path).keys() >= {"run_id", "method", "role", "model", "dataset", "training", "loss", "compute",
+                                             "evaluation", "optuna", "seed_list", "grid"}
+
+
+@pytest.mark.parametrize("path", SHIPPED + published(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_dump_then_load_is_the_identity(path, write):
+    run = config.load_run(path, scale="paper", mode="full")
+    again = config.load_run(write(config.dump(run)), study=run.study, scale="paper", mode="full")
+    restored = config.restore(config.dump(run), study=run.study, scale="paper", mode="full")
+    notebook = config.from_notebook(config.parameters(run) | {"nonce": "n"})
+    assert config.dump(run) == config.dump(again) == config.dump(restored) == config.dump(notebook)
+    assert notebook.results_dir == run.results_dir
+    shrunk = config.trial(run)
+    assert config.trial(shrunk) == shrunk
+    assert config.from_notebook(config.parameters(shrunk)) == shrunk.model_copy(update={"source": None})
+    for member in config.members(run):
+        assert config.trial(member.run).run_id == run.run_id
+
+
+def test_members_of_the_laptop_study():
+    counts, ids = {}, set()
+    for path in SHIPPED:
+        if path.parts[-3:-1] == ("td_dpo", "laptop"):
+            run = config.load_run(path, scale="laptop", mode="full")
+            members = config.members(run)
+            counts[run.run_id] = len(members)
+            ids |= {(m.run_id, m.id) for m in members}
+            assert {m.seed for m in config.members(run, all_seeds=True)} == {42, 43, 44}
+            cells = {m.cell_name for m in members}
+            assert len(config.members(run, all_seeds=True)) == 3 * len(cells)
+    assert counts == {"dpo": 12, "discopop": 12, "td_dpo": 20, "td_dpo_anchored": 1, "discopop_card": 1}
+    assert len(ids) == 46
+    assert {("td_dpo", f"beta0.05-tau1-s{seed}") for seed in (42, 43, 44)} < ids  # a claim's cell has every seed
+    assert ("td_dpo", "beta0.05-tau2-s42") in ids
+    assert ("td_dpo", "beta0.05-tau2-s43") not in ids
+
+
+def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
+    for scale, tuned in (("laptop", {"dpo", "discopop", "td_dpo"}), ("paper", {p.stem for p in SHIPPED})):
+        runs = [config.load_run(p, scale=scale, mode="full") for p in SHIPPED if p.parts[-3:-1] == ("td_dpo", scale)]
+        trials = {run.run_id: run.optuna.n_trials for run in runs if run.optuna.n_trials}
+        assert set(trials) == tuned
+        assert len(set(trials.values())) == 1
+    for run in runs:
+        assert run.dataset.revision == "f8869fc91bde5c71a104667292addcbbfd15985d"
+        assert (run.model.quantization, run.model.peft.lora_r, run.model.peft.lora_alpha) == ("nf4", 64, 16)
+        assert config.steps(run) == 144
+        assert config.study_module("td_dpo").accumulation(run) == 32
+        space = run.optuna.search_space["learning_rate"]
+        assert (space.type, space.low, space.high) == ("loguniform", 5e-6, 5e-5)
+        assert {m.seed for m in config.members(run)} == {42, 43, 44}
+
+
+@pytest.mark.skipif(not published(), reason="../shared/reference/run_configs is not here")
+class TestPublished:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def loaded():
+        return {path.stem: (run, findings) for path, run, findings in config.load_folder(PUBLISHED, "paper", "full")}
+
+    def test_all_six_load_and_are_recognised(self, loaded):
+        assert len(loaded) == 6
+        for name, (run, _) in loaded.items():
+            assert not isinstance(run, StudyError), run
+            assert run.study == next(study for part, study in STUDY_OF.items() if part in name)
+            assert run.role == name.split("-")[0]
+            assert run.run_id == name
+            assert len(config.members(config.trial(run))) == 1
+
+    def test_td_dpo_names_and_contradictions(self, loaded):
+        run, findings = loaded["proposed-Llama-2-Chat-7B-Argilla-DPO-Mix-7k"]
+        assert (run.method, run.loss.name, run.model.quantization) == ("td_dpo", "td_dpo", "nf4")
+        assert run.optuna.objective_metric == "validation_implicit_accuracy"
+        assert config.markers(run) == {"loss.beta": "beta", "loss.tau": "tau"}
+        assert len(config.members(run)) == 36  # the choices of the marked keys are the grid
+        said = {finding.key: finding for finding in findings}
+        assert said["optuna.direction"].level == "error"
+        assert said["optuna.direction"].mend == "direction: maximize"
+        assert "is 512, not the global batch of 128" in said["training.gradient_accumulation_steps"].what
+        assert "every 250 steps never happens in a run of 144" in said["training.eval_steps"].what
+        assert "100 covers most of a run of 144" in said["training.warmup_steps"].what
+        assert [key for key, finding in said.items() if finding.level == "error"] == ["optuna.direction"]
+        _, baseline = loaded["comparative-1-Llama-2-Chat-7B-Argilla-DPO-Mix-7k"]
+        assert any(f.key == "optuna.n_trials" and "20, where another method of the study gets 36" in f.what for f in baseline)
+
+    def test_iw_lora_fp16_is_an_error_with_its_mend(self, loaded):
+        for name in ("proposed-DeBERTaV3-base-86-M--GLUE-MNLI", "comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"):
+            run, findings = loaded[name]
+            errors = [finding for finding in findings if finding.level == "error"]
+            assert [finding.key for finding in errors] == ["training.fp16"]
+            assert "bf16" in errors[0].mend
+            assert config.steps(run) == 36_816
+        run, _ = loaded["proposed-DeBERTaV3-base-86-M--GLUE-MNLI"]
+        assert (run.method, run.loss.penalty, run.loss.alpha, run.loss.sensitivity_buffer_size) == (
+            "iw_lora", "importance", 1e-4, 1024)
+        assert loaded["comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"][0].method == "lora"
+
+    def test_graff_split_buffer_and_warm_start(self, loaded):
+        run, findings = loaded["proposed-iter1-Qwen3-0.6B-gsm8k"]
+        assert (run.method, run.training.scheduler.type, run.model.torch_dtype) == ("graff", "graff", "bfloat16")
+        levels = {finding.key: finding.level for finding in findings}
+        assert levels["dataset.eval_split"] == "error"
+        assert levels["training.scheduler.warm_start_ckpt"] == "error"
+        assert levels["dataset.shuffle_buffer"] == levels["evaluation.interval_steps"] == "warning"
+        assert "training.gradient_accumulation_steps" not in levels  # 8 x 8 is 64
+        reactor, findings = loaded["comparative-1-iter1-Qwen3-0.6B-gsm8k"]
+        assert reactor.method == "reactor"
+        assert reactor.training.scheduler.outer_lr is None
+        assert any(f.key == "training.scheduler.baseline_decay" and "per window" in f.what for f in findings)
+
+    def test_mended_files_have_no_error(self, loaded, tmp_path):
+        checkpoint = tmp_path / "warm.safetensors"
+        checkpoint.touch()
+        mends = {"td_dpo": {"optuna.direction": "maximize"}, "iw_lora": {"training.fp16": False},
+                 "graff": {"dataset.eval_split": "dev"}}
+        for run, _ in loaded.values():
+            values = dict(mends[run.study])
+            if run.method == "graff":
+                values["training.scheduler.warm_start_ckpt"] = str(checkpoint)
+            assert not [f for f in config.check(config.apply(run, values)) if f.level == "error"]
+
+
+# --- settings, aliases, paths ---------------------------------------------------------------------------------------
+
+def test_overrides_take_dotted_names_and_aliases(write, raw):
+    run = load(write(raw), overrides={"beta": "0.5", "training.learning_rate": "1e-5", "wandb.mode": "online", "grid": "null",
+                                      "tau": "2", "optuna.n_trials": "3", "seed_list": "[7]"})
+    assert (run.loss.beta, run.training.learning_rate, run.wandb.mode, run.grid) == (0.5, 1e-5, "online", None)
+    assert [member.id for member in config.members(run)] == ["default-s7"]
+    assert config.wandb_mode(run) == "online"
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("betta", "1", "did you mean beta?"), ("training.lr", "1", "no such configuration key"), ("beta", "[", "--set beta"),
+    ("beta", "high", "loss.beta"), ("run_id", "x", "another run_id"), ("scale", "paper", "--scale"),
+    ("training.max_steps", "-3", "training.max_steps"),
+])
+def test_bad_overrides_are_refused(write, raw, key, value, said):
+    assert said in refused(load, write(raw), overrides={key: value})
+
+
+def test_an_override_for_a_loss_that_does_not_read_it():
+    path = config.ROOT / "params/td_dpo/laptop/dpo.yaml"
+    assert "dpo does not read it" in refused(load, path, overrides={"tau": "1"})
+
+
+def test_aliases_resolve_to_keys_that_exist():
+    from lib.faults import keys
+    for study in config.studies():
+        module = config.study_module(study)
+        assert set(module.ALIASES.values()) <= set(keys(module.Run))
+        assert set(module.METRICS.values()) == {"maximize", "minimize"}
+        assert {module.VALIDATION_METRIC, module.SECOND_METRIC} <= set(module.METRICS)
+        assert set(module.PRIMARY_METRIC.values()) <= set(module.METRICS)
+    assert config.resolve("iw_lora", "iw_reg_alpha") == "loss.alpha"
+    assert config.resolve("graff", "adapter_lr_init") == "training.optimizer.lr_init"
+    assert config.resolve("graff", "graff_outer_lr") == "training.scheduler.outer_lr"
+    assert config.resolve("td_dpo", "lora_r") == "model.peft.lora_r"
+
+
+def test_relative_paths_become_absolute_and_hub_ids_stay(write, raw, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = write(raw)
+    assert load(path, overrides={"dataset.name": "./data"}).dataset.name == str(tmp_path / "data")
+    assert load(path, overrides={"dataset.name": "argilla/dpo-mix-7k"}).dataset.name == "argilla/dpo-mix-7k"
+    (tmp_path / "generated").mkdir()
+    assert load(path).dataset.name == "generated"  # a folder of that name changes nothing
+    absent = load(path, overrides={"dataset.name": "./absent.jsonl"})
+    assert [f.key for f in config.check(absent) if f.level == "error"] == ["dataset.name"]
+
+
+def test_results_dir_is_absolute(write, raw):
+    assert load(write(raw)).results_dir == config.ROOT / "outputs/laptop-full/td_dpo"
+    assert load(write(raw), mode="trial").results_dir == config.ROOT / "outputs/laptop-trial/td_dpo"
+    assert load(write(raw), results_dir="outputs/x").results_dir == config.ROOT / "outputs/x"
+
+
+def test_apply_is_validated_and_leaves_the_run_alone(write, raw):
+    run = load(write(raw))
+    changed = config.apply(run, {"beta": 0.05, "loss.tau": 2, "lora_r": 8})
+    assert (changed.loss.beta, changed.loss.tau, changed.model.peft.lora_r) == (0.05, 2, 8)
+    assert config.markers(run) == {"loss.beta": "beta", "loss.tau": "tau"}
+    with pytest.raises(StudyError):
+        config.apply(run, {"beta": -1})
+    with pytest.raises(ValueError, match="frozen"):
+        run.loss.beta = 3
+
+
+# --- members --------------------------------------------------------------------------------------------------------
+
+def test_cells_are_a_union_in_the_order_written(write, raw):
+    raw["grid"] = [{"cells": [{"tau": 1, "beta": 0.5}], "seeds": [44]},
+                   {"product": {"beta": [0.5, 0.01], "tau": [1.0]}, "seeds": [42, 44]}]
+    run = load(write(raw))
+    assert [m.id for m in config.members(run)] == ["beta0.5-tau1-s44", "beta0.5-tau1-s42", "beta0.01-tau1-s42",
+                                                   "beta0.01-tau1-s44"]
+    assert [m.id for m in config.members(run, all_seeds=True)] == [
+        f"beta{beta}-tau1-s{seed}" for beta in ("0.5", "0.01") for seed in (42, 43, 44)]
+    assert config.members(run)[0].run.grid == run.grid
+
+
+def test_cell_names_are_exact_and_safe(write, raw):
+    raw["grid"] = [{"product": {"beta": [0.1, 0.1000001, 1e-7], "tau": [1]}}]
+    names = [m.cell_name for m in config.members(load(write(raw)))[::3]]
+    assert names == ["beta0.1-tau1", "beta0.1000001-tau1", "beta1e-07-tau1"]
+    raw["grid"] = [{"cells": [{"beta": 0.1, "tau": 1, "model.name": "../../etc/passwd"}]}]
+    assert "/" not in config.members(load(write(raw)))[0].id
+
+
+@pytest.mark.parametrize(("cell", "said"), [
+    ({"beta": 0.1}, "not supplied by the cell"), ({"beta": 0.1, "tau": 1, "optuna.n_trials": 3}, "differs between members"),
+    ({"betaa": 1}, "did you mean beta?"), ({"beta": -1, "tau": 1}, "greater than or equal to 0"),
+    ({"run_id": "x"}, "differs between members"),
+])
+def test_bad_cells_are_findings(write, raw, cell, said):
+    raw["grid"] = [{"cells": [cell]}]
+    run = load(write(raw))
+    refused(config.members, run)
+    findings = [f for f in config.check(run) if f.level == "error"]
+    assert len(findings) == 1
+    assert said in str(findings[0])
+
+
+def test_a_marker_that_nothing_supplies(write, raw):
+    raw["grid"] = None
+    del raw["optuna"]["search_space"]["tau"]
+    run = load(write(raw))
+    message = refused(config.members, run)
+    assert "loss.tau" in message
+    assert "grid:" in message
+    assert any(f.level == "error" and "${opt.tau}" in f.what for f in config.check(run))
+    raw["training"]["learning_rate"] = "${opt.learning_rate}"  # a continuous search has no cells
+    raw["optuna"]["search_space"]["tau"] = {"type": "uniform", "low": 0.5, "high": 2}
+    run = load(write(raw))
+    assert "best.yaml" in refused(config.members, run)
+    shrunk = config.members(config.trial(run))[0].run  # but it does run
+    assert (shrunk.training.learning_rate, shrunk.loss.tau) == (1e-4, 0.5)
+
+
+# --- trial ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_trial_shrinks_every_phase(path):
+    run = config.load_run(path, scale=path.parent.name, mode="trial")
+    members = config.members(run)
+    assert len(members) == len(config.members(run, all_seeds=True)) == 1
+    assert (run.mode, run.optuna.n_trials, run.training.epochs) == ("trial", 0, 1)
+    assert config.steps(run) <= 2
+    batch = run.training.per_device_train_batch_size
+    assert run.dataset.limit <= 2 * batch
+    assert run.training.global_batch_size == batch
+    assert run.evaluation.questions <= 2
+    assert run.evaluation.kl_prompts <= 2 * batch
+    assert run.training.eval_steps <= 2
+    assert config.wandb_mode(run) == run.wandb.mode == "disabled"
+    assert run.model.recipe is None or run.model.recipe.sft_steps == 2
+    assert config.check(members[0].run) == []
+
+
+def test_trial_keeps_what_is_smaller_already(write, raw):
+    run = load(write(raw), mode="trial", overrides={"max_steps": "1", "dataset.limit": "3"})
+    assert (run.training.max_steps, run.dataset.limit) == (1, 3)
+    assert config.wandb_mode(load(write(raw), mode="trial", overrides={"wandb.mode": "online"})) == "disabled"
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("changes", "level", "key"), [
+    ({"optuna.direction": "minimize"}, "error", "optuna.direction"),
+    ({"optuna.objective_metric": "validation_implict_accuracy"}, "error", "optuna.objective_metric"),
+    ({"optuna.search_space": {"betta": {"type": "uniform", "low": 0, "high": 1}}}, "error", "optuna.search_space.betta"),
+    ({"optuna.search_space": {"beta": {"type": "uniform", "low": -1, "high": 1}}}, "error", "optuna.search_space.beta"),
+    ({"optuna.search_space": {"compute.threads": {"type": "int", "low": 1, "high": 2}}}, "error",
+     "optuna.search_space.compute.threads"),
+    ({"optuna.search_space": {}}, "error", "optuna.search_space"),
+    ({"optuna.search_space": {"beta": {"type": "categorical", "choices": [0.01]}}}, "warning", "optuna.search_space.beta"),
+    ({"training.global_batch_size": 24}, "error", "training.global_batch_size"),
+    ({"training.gradient_accumulation_steps": 2}, "warning", "training.gradient_accumulation_steps"),
+    ({"training.eval_steps": 200}, "warning", "training.eval_steps"),
+    ({"training.warmup_ratio": 0, "training.warmup_steps": 120}, "warning", "training.warmup_steps"),
+    ({"training.bf16": True}, "error", "training.bf16"), ({"method": "dpo"}, "error", "method"),
+    ({"dataset.name": "argilla/dpo-mix-7k", "evaluation.judge": "none"}, "warning", "dataset.train_pairs"),
+    ({"loss.average_log_probs": True}, "warning", "loss.average_log_probs"),
+    ({"model.name": "/nowhere/model", "model.recipe": None}, "error", "model.name"),
+])
+def test_contradictions_are_found(write, raw, changes, level, key):
+    run = config.apply(load(write(raw)), changes)
+    assert (level, key) in [(finding.level, finding.key) for finding in config.check(run)]
+
+
+def test_iw_lora_and_graff_refuse_what_they_do_not_read():
+    lora = {"run_id": "r", "seed_list": [1], "model": {"name": "m/m", "adapter": {"type": "lora", "tfinal": 3}},
+            "dataset": {"name": "glue", "subset": "rte"}, "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4}}
+    assert "lora does not read it" in refused(config.restore, lora, study="iw_lora", scale="paper", mode="full")
+    lora["model"]["adapter"] = {"type": "adalora", "init_r": 8, "target_r": 8, "tinit": 1, "tfinal": 1, "delta_t": 1}
+    assert "nothing is pruned" in refused(config.restore, lora, study="iw_lora", scale="paper", mode="full")
+    lora["model"]["adapter"] |= {"init_r": 12, "tfinal": 0}
+    assert "tfinal" in refused(config.restore, lora, study="iw_lora", scale="paper", mode="full")
+    lora["model"]["adapter"]["tfinal"] = 1
+    run = config.restore(lora, study="iw_lora", scale="paper", mode="full")
+    assert (run.method, config.steps(run)) == ("adalora", 312)
+    keys = [f.key for f in config.check(config.apply(run, {"dataset.splits.validation": "test", "compute.strategy": "fsdp",
+                                                           "training.warmup_steps": 400}))]
+    assert {"dataset.splits", "compute.strategy", "training.warmup_steps"} <= set(keys)
+    graff = {"run_id": "g", "model": {"name": "m/m"}, "dataset": {"name": "openai/gsm8k"}, "training": {
+        "budget_minutes": 30, "global_batch_size": 64, "micro_batch_size": 7, "optimizer": {"lr_init": 1e-4},
+        "scheduler": {"type": "cosine"}}}
+    run = config.restore(graff, study="graff", scale="paper", mode="full")
+    assert [f.key for f in config.check(run)] == ["training.global_batch_size"]
+    graff["training"]["scheduler"]["controller_lr"] = 1e-4
+    assert "cosine does not read it" in refused(config.restore, graff, study="graff", scale="paper", mode="full")
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("loss", "kl_reference_model", False), ("model", "load_in_4bit", True), ("dataset", "split", {"train": 0.8, "val": 0.1}),
+    ("dataset", "split", "random"), ("training", "seed_list", [1]),
+    ("training", "evaluation_strategy", "epoch"), ("training", "save_strategy", "no"), ("training", "save_total_limit", 5),
+    ("training", "report_to", "tensorboard"),
+])
+def test_published_keys_are_honoured_or_refused(write, raw, section, key, value):
+    raw[section][key] = value
+    assert f"{section}.{key}" in refused(load, write(raw))
+
+
+def test_published_strategies_become_intervals(write, raw):
+    raw["training"] |= {"evaluation_strategy": "no", "save_strategy": "best", "save_total_limit": 1, "report_to": "none"}
+    run = load(write(raw))
+    assert run.training.eval_steps is None
+    assert config.wandb_mode(run) == "disabled"
+
+
+def test_folders(tmp_path, raw):
+    for place in ("td_dpo/laptop/a.yaml", "td_dpo/paper/b.yaml", "td_dpo/laptop/claims.yaml", "c.yml"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(yaml.safe_dump(raw | {"run_id": "same"}))
+    (tmp_path / "broken.yaml").write_text("run_id: x")
+    found = {path.name: (run, findings) for path, run, findings in config.load_folder(tmp_path, "laptop", "trial")}
+    assert set(found) == {"a.yaml", "c.yml", "broken.yaml"}
+    assert "belongs to no study" in str(found["broken.yaml"][0])
+    assert found["a.yaml"][0].mode == "trial"
+    assert "also the run_id" in str(found["a.yaml"][1] + found["c.yml"][1])
+    refused(config.load_folder, tmp_path / "absent", "laptop", "full")
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+def test_from_notebook_works_from_any_directory(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = {"In": [], "Out": {}, "exit": None, "_": 1, "config": config, "os": os, "load": load, **raw,
+             "study": "td_dpo", "scale": "laptop", "mode": "full", "results_dir": "outputs/here"}
+    run = config.from_notebook(space)
+    assert run.results_dir == config.ROOT / "outputs/here"
+    assert config.from_notebook({**raw, "mode": "trial"}).optuna.n_trials == 0  # the study is recognised
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("trainning", {}, "did you mean training?"), ("learning_rate", 1e-3, "did you mean training.learning_rate?"),
+    ("beta", 0.1, "did you mean loss.beta?"), ("foo", None, "unknown parameter"),
+])
+def test_unknown_parameters_are_refused(raw, name, value, said):
+    assert said in refused(config.from_notebook, {**raw, "study": "td_dpo", "nonce": "n", name: value})
+
+
+def test_later_cells_do_not_count_as_parameters_in_jupyterlab(raw):
+    cells = ["", "%matplotlib inline", "run_id = 'td_dpo'\nmodel = {}", "rows = [1]"]
+    space = {"In": cells, "rows": [1], **raw}
+    written = "run_id = 'x'\n" + "\n".join(f"{key} = 0" for key in raw)
+    assert config.from_notebook(space | {"In": [*cells, written]}).run_id == "td_dpo"
+    assert "rows" in refused(config.from_notebook, space | {"In": [*cells, written], "nonce": "n"})
+    assert "beta" in refused(config.from_notebook, space | {"In": [*cells, written + "\nbeta = 1"], "beta": 1})
+
+
+def test_a_name_taken_by_another_object(raw):
+    assert "run the parameters cell again" in refused(config.from_notebook, {**raw, "study": "td_dpo", "model": object()})
+
+
+def test_importing_and_loading_is_light():
+    code = ("import sys; from lib import config, preflight; config.load_folder('params', 'paper', 'full');"
+            "heavy = {'torch', 'transformers', 'trl', 'pandas', 'huggingface_hub'} & set(sys.modules); assert not heavy, heavy")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True, timeout=60)

@@ -1,0 +1,140 @@
+"""Members: killed and resumed to the same bytes, cached by what their numbers depend on, and never a false success."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lib import config, keys, members, pool, record
+from lib.errors import StudyError
+from tests.conftest import TINY
+
+
+def finished(job):
+    members.watch(job)
+    return members.collect(job)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What must not depend on what happened on the way: history, predictions, metrics without their seconds, weights."""
+    metrics = {k: v for k, v in record.read_json(folder / "metrics.json").items() if "seconds" not in k}
+    weights = sorted((folder / "checkpoints").rglob("model.safetensors"))
+    return {"metrics": repr(sorted(metrics.items())).encode(), "weights": weights[-1].read_bytes(),
+            **{name: (folder / name).read_bytes() for name in ("history.jsonl", "predictions.jsonl")}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool_socket, tmp_path_factory):
+    import yaml
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "seed_list": [1]}))
+    run = config.load_run(path, study="td_dpo", scale="laptop", mode="full", results_dir=folder / "results")
+    members.prepared(run)
+    finished(members.submit(run))
+    return content(folder / "results" / "tiny" / "members" / "default-s1")
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5, 8, 11, "save"])
+def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, tmp_path, kill_at, monkeypatch):
+    """kill -9 after a step, or inside the save at step 8: the pool starts the member again and its record is the same."""
+    task_of = members._task
+
+    def faulty(member, folder):
+        task = task_of(member, folder)
+        task.target = "tests.faults:killed_member"
+        task.argument |= {"kill_at": kill_at, "marker": str(tmp_path / "killed")}
+        return task
+
+    monkeypatch.setattr(members, "_task", faulty)
+    run = tiny(seed_list=[1])
+    members.prepared(run)
+    job = members.submit(run)
+    finished(job)
+    assert (tmp_path / "killed").exists()
+    assert job.tasks["default-s1"].attempts == 2
+    assert content(job.folders["default-s1"]) == undisturbed
+
+
+def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(tiny, pool_socket):
+    run = tiny(seed_list=[1])
+    members.prepared(run)
+    finished(members.submit(run))
+    again = members.submit(run)
+    assert again.tasks == {}
+    assert len(members.collect(again)) == 1
+    changed = config.apply(run, {"learning_rate": 2e-3})
+    (member,) = config.members(changed)
+    reason = members.stale(member, Path(run.results_dir) / "tiny" / "members" / member.id)
+    assert reason == "training.learning_rate 0.001 -> 0.002"
+    finished(members.submit(changed))
+    attempts = Path(run.results_dir) / "tiny" / "attempts"
+    assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
+
+
+def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny, pool_socket):
+    run = tiny()
+    members.prepared(run)
+    job = members.submit(run)
+    members.watch(job)
+    shutil.rmtree(job.folders["default-s2"])
+    broken = config.apply(run, {"seed_list": [1, 2]})
+    original = members._task
+
+    def without_inputs(member, folder):
+        task = original(member, folder)
+        task.argument["inputs"] = "/nowhere"
+        return task
+
+    members._task = without_inputs
+    try:
+        job = members.submit(broken)
+    finally:
+        members._task = original
+    members.watch(job)
+    with pytest.raises(StudyError, match="default-s2: failed"):
+        members.collect(job)
+    assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
+
+
+def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_socket, monkeypatch):
+    run = tiny(seed_list=[1])
+    members.prepared(run)
+    job = members.submit(run)
+    members.watch(job)
+    task = members._task(config.members(run)[0], job.folders["default-s1"])
+    record.write_json(task.folder / "done.json", {"status": "completed", "nonce": "of yesterday"})
+    assert not task.check()
+
+
+def test_a_key_follows_code_without_docstrings(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    package = tmp_path / "lib"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text('"""Says one."""\nX = 1\n')
+    (package / "outer.py").write_text("from lib import inner\n\ndef f():\n    '''doc'''\n    return inner.X\n")
+    before = keys.closure("lib.outer")
+    assert set(before) == {"lib", "lib.inner", "lib.outer"}
+    (package / "inner.py").write_text('"""Says something else now."""\n\n# and a comment\nX = 1\n')
+    assert keys.closure("lib.outer") == before
+    (package / "inner.py").write_text('"""Says one."""\nX = 22\n')
+    after = keys.closure("lib.outer")
+    assert after["lib.inner"] != before["lib.inner"]
+    assert after["lib.outer"] == before["lib.outer"]
+
+
+def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
+    monkeypatch.setenv("STUDY_SLOTS", "0")
+    run = tiny(seed_list=[1], training={**TINY["training"], "max_steps": 2})
+    members.prepared(run)
+    job = members.submit(run)
+    assert [t.state for t in job.tasks.values()] == ["succeeded"]
+    assert members.collect(job)[0]["status"] == "completed"
+
+
+def test_a_member_needs_a_pool_that_lives(tiny, monkeypatch):
+    monkeypatch.setenv("STUDY_POOL", "/nowhere/s")
+    with pytest.raises(pool.PoolLost):
+        pool.connect("/nowhere/s")

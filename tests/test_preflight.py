@@ -1,0 +1,160 @@
+"""lib/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
+from pathlib import Path
+
+import pytest
+
+from lib import config, preflight
+from lib.preflight import Gpu, Machine
+
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))
+LLAMA_PAGE = "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf"
+
+
+@pytest.fixture
+def run():
+    return config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine with nothing missing; keyword arguments take something away."""
+    def _machine(gpus=(A100,), hub=(200, ""), free=1e12, drop=(), **environ):
+        known = {"HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wb_secret", "OPENAI_API_KEY": "sk-secret"}
+        known = {key: value for key, value in (known | environ).items() if key not in drop}
+        return Machine(environ=known, gpus=lambda _: list(gpus), free_bytes=lambda _: int(free),
+                       hub=hub if callable(hub) else lambda url, token: hub)
+    return _machine
+
+
+def said(run, machine):
+    found = preflight.missing(run, machine)
+    text = "\n".join(map(str, found))
+    assert "secret" not in text
+    assert all(finding.mend for finding in found)
+    return {finding.key: finding for finding in found}
+
+
+def test_nothing_is_missing_where_everything_is_there(run, machine):
+    assert preflight.missing(run, machine()) == []
+
+
+def test_a_trial_and_the_laptop_need_nothing(run, machine):
+    bare = machine(gpus=(), hub=(None, ""), drop=("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"))
+    assert preflight.missing(config.trial(run), bare) == []
+    laptop = config.load_run(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml", scale="laptop", mode="full")
+    assert preflight.missing(laptop, bare) == []
+
+
+def test_a_bare_machine_is_told_everything_at_once(run, machine):
+    bare = machine(gpus=(), hub=(None, ""), free=1e9, drop=("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"))
+    found = said(run, bare)
+    assert {key: finding.level for key, finding in found.items()} == {
+        "compute.gpus": "error", "model.name": "error", "dataset.name": "error", "wandb.mode": "error",
+        "results_dir": "error", "evaluation.judge": "warning"}
+    models = [f for f in preflight.missing(run, bare) if f.key == "model.name"]
+    assert [("gated" in f.what, "does not answer" in f.what) for f in models] == [(True, False), (False, True)]
+    assert LLAMA_PAGE in models[0].mend
+    assert "wandb.mode=offline" in found["wandb.mode"].mend
+
+
+@pytest.mark.parametrize(("gpus", "key"), [
+    ((), "compute.gpus"), ((Gpu("T4", 15.6, (7, 5)),), "compute.min_gpu_memory_gb"),
+    ((Gpu("V100", 45, (7, 0)),), "model.torch_dtype"), ((Gpu("NVIDIA A100-PCIE-40GB", 39.5, (8, 0)),), None),
+    ((A100, A100), None), ((Gpu("NVIDIA H100", 85, (9, 0)),), None),
+])
+def test_gpus(run, machine, gpus, key):
+    found = said(config.apply(run, {"compute.gpu_type": "a100-80gb"}), machine(gpus=gpus))
+    assert {k for k, finding in found.items() if finding.level == "error"} == ({key} if key else set())
+    assert ("compute.gpu_type" in found) == (key is None and "H100" in gpus[0].name or key == "model.torch_dtype")
+
+
+def test_several_gpus_for_one_member(run, machine):
+    spread = config.apply(run, {"compute.gpus": 4, "compute.strategy": "fsdp"})
+    assert "4 GPUs" in said(spread, machine(gpus=(A100,) * 3))["compute.min_gpu_memory_gb"].what
+    assert said(spread, machine(gpus=(A100,) * 4)) == {}
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ((None, ""), "does not answer"), ((403, "GatedRepo"), "access was refused"), ((401, "GatedRepo"), "access was refused"),
+    ((404, "RepoNotFound"), "no such model"), ((401, "RepoNotFound"), "no such model"), ((200, ""), None),
+    ((429, ""), None), ((500, ""), None),
+])
+def test_hub_answers(run, machine, answer, words):
+    def hub(url, token):
+        assert token == "hf_secret"
+        return answer if "/api/models/meta-llama/Llama-2-7b-chat-hf/" in url else (200, "")
+    found = said(run, machine(hub=hub))
+    assert set(found) == ({"model.name"} if words else set())
+    assert words is None or words in found["model.name"].what
+
+
+def test_a_licence_without_a_token(run, machine):
+    found = said(run, machine(hub=lambda url, token: (401, "GatedRepo") if "models" in url else (200, ""), drop=("HF_TOKEN",)))
+    assert list(found) == ["model.name"]
+    assert LLAMA_PAGE in found["model.name"].mend
+    assert "hf auth login" in found["model.name"].mend
+
+
+def test_the_token_may_be_in_a_file(machine, tmp_path):
+    environ = machine(drop=("HF_TOKEN",)).environ
+    assert preflight.token(environ) is None
+    (tmp_path / ".cache/huggingface").mkdir(parents=True)
+    (tmp_path / ".cache/huggingface/token").write_text("hf_file_secret\n")
+    assert preflight.token(environ) == "hf_file_secret"
+
+
+def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
+    def no_hub(url, token):
+        raise AssertionError("asked the hub for what is cached")
+    hub_folder = tmp_path / ".cache/huggingface/hub"
+    for repository, revision in (("models--meta-llama--Llama-2-7b-chat-hf", "abc"),
+                                 ("datasets--argilla--dpo-mix-7k", run.dataset.revision)):
+        folder = hub_folder / repository / "snapshots" / revision
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    assert said(run, machine(hub=no_hub, HF_HUB_OFFLINE="1")) == {}
+    pinned = config.apply(run, {"dataset.revision": "f" * 40})
+    assert "HF_HUB_OFFLINE" in said(pinned, machine(hub=no_hub, HF_HUB_OFFLINE="1"))["dataset.name"].what
+
+
+def test_offline_is_honoured_without_asking(run, machine):
+    def no_hub(url, token):
+        raise AssertionError("asked the hub although it is switched off")
+    found = said(run, machine(hub=no_hub, HF_HUB_OFFLINE="TRUE"))
+    assert set(found) == {"model.name", "dataset.name"}
+    assert run.dataset.revision in found["dataset.name"].mend
+
+
+def test_local_models_and_data_ask_nobody(run, machine, tmp_path):
+    local = config.apply(run, {"model.name": str(tmp_path), "dataset.name": str(tmp_path)})
+    assert said(local, machine(hub=(None, ""), drop=("HF_TOKEN",))) == {}
+
+
+def test_wandb_key(run, machine, tmp_path):
+    bare = machine(drop=("WANDB_API_KEY",))
+    assert "api.wandb.ai" in said(run, bare)["wandb.mode"].what
+    assert said(config.apply(run, {"wandb.mode": "offline"}), bare) == {}
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password wb_secret\n")
+    netrc.chmod(0o600)
+    assert said(run, bare) == {}
+    netrc.write_text("machine\n\n???")
+    assert set(said(run, bare)) == {"wandb.mode"}
+
+
+def test_a_judge_is_only_a_warning_and_a_local_server_will_do(run, machine):
+    found = said(run, machine(drop=("OPENAI_API_KEY",)))
+    assert found["evaluation.judge"].level == "warning"
+    assert said(run, machine(drop=("OPENAI_API_KEY",), OPENAI_BASE_URL="http://localhost:8000/v1")) == {}
+
+
+def test_asking_the_hub_never_raises_and_is_short(monkeypatch):
+    assert preflight.ask_hub("http://127.0.0.1:9/nothing", None) == (None, "")
+    assert preflight.ask_hub("no url at all", None) == (None, "")
+
+
+def test_real_probes_answer_on_this_machine():
+    machine = Machine()
+    assert isinstance(machine.gpus(machine.environ), list)
+    assert machine.gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    assert machine.free_bytes(Path("/not/there/yet")) > 0

@@ -1,0 +1,268 @@
+"""Pages: what a reader wants is there, text of data sets is inert, and nothing is asked of the network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import nbformat.v4 as v4
+import numpy as np
+import pytest
+
+from lib import report
+from lib.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
+
+EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
+
+
+def png() -> bytes:
+    """A 1 x 1 picture."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b"")
+
+
+class Page(HTMLParser):
+    """The elements of a page: [(tag, attributes)], and its visible text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def assert_inert(text: str) -> Page:
+    """No script, no event handler, no request: images are embedded, only <a> may point elsewhere."""
+    page = Page(text)
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "svg"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "data", "action", "poster", "background"):
+                assert not re.match(r"\s*javascript:", value or "", re.I)
+                assert (value or "").startswith("data:image/") or (tag == "a" and name == "href"), (tag, name, value)
+    assert not re.search(r"@import|url\(", "".join(re.findall(r"<style>.*?</style>", text, re.S)))
+    policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    assert "default-src 'none'" in policies[0]
+    assert "script-src" not in policies[0]
+    return page
+
+
+def notebook(*cells):
+    return v4.new_notebook(cells=list(cells))
+
+
+def code(source: str, *outputs, tags=()):
+    cell = v4.new_code_cell(source, execution_count=1, outputs=list(outputs))
+    cell.metadata["tags"] = list(tags)
+    return cell
+
+
+def html_output(text: str):
+    return v4.new_output("display_data", {"text/html": text, "text/plain": "plain"})
+
+
+def test_a_notebook_page_folds_code_and_keeps_alt_text():
+    picture = base64.b64encode(png()).decode()
+    shown = v4.new_output("display_data", {"image/png": picture}, metadata={"image/png": {"alt": "score 7.95"}})
+    figure = html_output(f'<figure><img src="data:image/png;base64,{picture}" alt="bars: DPO 2.5 &lt; 6.1"></figure>')
+    text = render(notebook(v4.new_markdown_cell("# The title\n\n## Results\n\nOpen text."),
+                           code("run(1)", shown, figure), code("shown()", tags=["show-code"])), title="x",
+                  command="./run_all.sh --run '<a>'", links=[("All studies", "../index.html")])
+    page = assert_inert(text)
+    assert [a["alt"] for a in page.all("img")] == ["score 7.95", "bars: DPO 2.5 < 6.1"]
+    assert ["open" in a for a in page.all("details")] == [False, True]
+    assert "<title>The title</title>" in text
+    assert {"href": "#results"} in page.all("a")
+    assert {"id": "results"} in page.all("h2")
+    assert "./run_all.sh --run '<a>'" in page.text
+    assert page.all("html") == [{"lang": "en"}]
+    assert any(a.get("name") == "viewport" for a in page.all("meta"))
+
+
+@pytest.mark.parametrize("output", [
+    html_output(f"<p onclick='x()'>{EVIL}<style>@import 'http://evil.example'</style><a href='javascript:x()'>kept</a></p>"),
+    html_output("<svg onload=alert(1)><a xlink:href='javascript:x()'>kept</a></svg>"),
+    html_output("<iframe srcdoc='<script>alert(1)</script>'></iframe>kept"),
+    v4.new_output("stream", name="stdout", text=EVIL + "kept"),
+    v4.new_output("display_data", {"text/markdown": f"{EVIL} ![x](http://evil.example/p.png) [a](javascript:x()) kept"}),
+    v4.new_output("display_data", {"text/latex": f"$x$ {EVIL} kept"}),
+    v4.new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m kept"]),
+    v4.new_output("display_data", {"application/javascript": "alert(1)", "text/plain": EVIL + "kept"}),
+    v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "kept"}),
+])
+def test_script_in_an_output_is_inert(output):
+    page = assert_inert(render(notebook(code("show(rows)", output)), title="t"))
+    assert "kept" in page.text
+
+
+def test_script_in_source_title_and_text_is_inert():
+    cells = v4.new_markdown_cell(f"# {EVIL}\n\n{EVIL}"), code(f"x = '''{EVIL}'''"), v4.new_raw_cell(EVIL)
+    assert_inert(render(notebook(*cells), title=EVIL))
+
+
+def test_outputs_that_need_a_script_are_left_out():
+    text = render(notebook(code("widget", v4.new_output("display_data", {"application/javascript": "alert(77)"}))), title="t")
+    assert "alert(77)" not in text
+
+
+def test_formulas_are_mathml_and_a_broken_one_is_its_source():
+    text = render(notebook(v4.new_markdown_cell(r"Inline $\frac{\beta}{2} r_+^2$ and $$\rho = r_+ - r_-$$")), title="t")
+    assert text.count("<math") == 2
+    assert 'display="block"' in text
+    assert "mathjax" not in text.lower()
+    assert mathml(r"\frac{<b>", "inline").count("<b>") == 0
+
+
+def test_table_headers_have_a_scope_and_long_lines_keep_the_page_narrow():
+    pandas_table = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody><tr><th>0</th><td>1</td></tr></tbody></table>"
+    text = render(notebook(code("x", html_output(pandas_table)), v4.new_markdown_cell("|a|b|\n|-|-|\n|1|2|")), title="t")
+    assert [a.get("scope") for a in Page(text).all("th")] == ["col", "col", "row", "col", "col"]
+
+
+def test_a_progress_bar_is_its_last_state():
+    assert last_line_of_carriage_returns("step 1\rstep 2\rstep 3\ndone\r\n") == "step 3\ndone\n"
+
+
+def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
+    import nbformat
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-secret")
+    printed = v4.new_output("stream", name="stdout", text="key 0123456789abcdef-secret")
+    nbformat.write(notebook(code("x", printed)), tmp_path / "run.ipynb")
+    page = report.notebook_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    assert "0123456789abcdef-secret" not in page.read_text()
+    assert "[WANDB_API_KEY]" in page.read_text()
+
+
+def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
+    import nbformat
+
+    folder = tmp_path / "outputs" / "laptop-full" / "td_dpo" / "dpo"
+    folder.mkdir(parents=True)
+    nbformat.write(notebook(v4.new_markdown_cell("# Run")), folder / "run.ipynb")
+    page = Page(report.notebook_html(folder / "run.ipynb", folder / "run.html").read_text())
+    assert [a["href"] for a in page.all("a")][1:3] == ["../../../index.html", "run.ipynb"]
+    assert "./run_all.sh full --scale laptop --study td_dpo --run dpo --force" in page.text
+
+
+# --- the index ---
+
+
+def write(path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """Two studies at laptop scale and a trial, with a failed run, a torn status and text that would act if it could."""
+    study = tmp_path / "laptop-full" / "td_dpo"
+    for i, run_id in enumerate(("dpo", "td_dpo")):
+        write(study / run_id / "status.json", {
+            "run_id": run_id, "status": "succeeded", "minutes": 2.04 + i, "predicted_minutes": 2.5, "ended": 1795221190.0,
+            "key_metric": {"name": "oracle_score", "value": 7.25 + i}})
+        write(study / run_id / "run.html", "page")
+        write(study / run_id / "run.ipynb", "{}")
+        write(study / run_id / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})
+        write(study / run_id / "members" / "beta2.5-s42" / "done.json", {"status": "diverged"})
+        write(study / run_id / "provenance.json", {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "note": EVIL})
+    write(study / "discopop" / "status.json", {"status": "failed", "error": {
+        "cell": 7, "exception": f"StudyError: {EVIL}", "again": "./run_all.sh full --run 'discopop'", "log": "x"}})
+    write(study / "comparison" / "claims.json", [
+        {"id": "C1", "sentence": f"TD-DPO matches {EVIL}", "verdict": "refuted", "estimate": -0.4712,
+         "interval95": [-0.62, -0.33], "holm_p": 1.0, "reason": "it scores below"},
+        {"id": "C2", "verdict": "not_evaluated"},
+        {"id": "C4", "verdict": "vacuous", "estimate": None, "interval95": [None, None]}])
+    write(study / "comparison" / "aggregated_metrics.json", {
+        "primary_metric": "oracle_score", "metrics": {}, "best_proposed": {"run_id": "td_dpo", "value": 7.02},
+        "best_baseline": {"run_id": "dpo", "value": 7.95}, "gap": -11.7})
+    write(study / "comparison" / "analysis.html", "page")
+    for name in ("comparison_a_first", "comparison_oracle_score"):
+        (study / "comparison" / "figures").mkdir(exist_ok=True)
+        (study / "comparison" / "figures" / f"{name}.png").write_bytes(png())
+    write(study / "comparison" / "figures" / "comparison_oracle_score.alt.txt", "DPO 7.95 \"at\" <beta> 0.5")
+    write(tmp_path / "laptop-full" / "graff" / "a run & more" / "status.json", {"status": "running", "minutes": None})
+    write(tmp_path / "laptop-trial" / "td_dpo" / "dpo" / "status.json", '{"run_id": "dpo", "stat')
+    write(tmp_path / "laptop-trial" / "td_dpo" / "comparison" / "claims.json", [{"id": "C1", "verdict": "not evaluated"}])
+    return tmp_path
+
+
+def test_the_index_lists_every_run_with_what_it_came_to(outputs):
+    page = assert_inert(report.index_html(outputs).read_text())
+    for said in ("TD-DPO, laptop scale", "GRAFF, laptop scale", "TD-DPO, laptop scale, trial", "✓ succeeded", "✗ failed",
+                 "7.25", "8.25", "2.0", "predicted 2.5", "1 completed, 1 diverged", "2026-11-", "StudyError: <script>",
+                 "./run_all.sh full --run 'discopop'", "? no status", "a run & more", "torch 2.13.0"):
+        assert said in page.text, said
+    links = [a["href"] for a in page.all("a")]
+    assert "laptop-full/td_dpo/dpo/run.html" in links
+    assert "laptop-full/td_dpo/comparison/analysis.html" in links
+    for href in links:
+        assert href.startswith("#") or (outputs / href.replace("%20", " ")).exists(), href
+
+
+def test_claims_come_first_with_verdict_and_interval(outputs):
+    text = report.index_html(outputs).read_text()
+    page = Page(text)
+    assert text.index("refuted") < text.index("<figure>") < text.index("<caption>Runs.") < text.index("<summary>Provenance")
+    assert "−0.620 to −0.330" in page.text
+    assert "−0.471" in page.text
+    assert "it scores below" in page.text
+    assert page.text.count("not evaluated") == 1  # a trial's claims are not shown: it gives no verdict
+    assert "best proposed td_dpo 7.02, best baseline dpo 7.95, gap −11.7 %." in page.text
+    assert "A trial shows that every run starts" in page.text
+
+
+def test_the_main_figure_is_the_primary_metrics_with_its_words(outputs):
+    pictures = Page(report.index_html(outputs).read_text()).all("img")
+    assert [p["alt"] for p in pictures] == ['DPO 7.95 "at" <beta> 0.5']
+    assert pictures[0]["src"].startswith("data:image/png;base64,")
+
+
+def test_every_table_has_a_caption_and_scoped_headers(outputs):
+    page = Page(report.index_html(outputs).read_text())
+    assert len(page.all("caption")) == len(page.all("table")) > 3
+    assert all(a.get("scope") in ("row", "col") for a in page.all("th"))
+
+
+def test_an_empty_outputs_folder_says_how_to_begin(tmp_path):
+    page = assert_inert(report.index_html(tmp_path).read_text())
+    assert "./run_all.sh" in page.text
+
+
+def test_the_index_twice_is_the_same(outputs):
+    assert report.index_html(outputs).read_bytes() == report.index_html(outputs).read_bytes()
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_text_has_aa_contrast_in_light_and_dark():
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+                   for block in re.findall(r":root \{(.*?)\}", (PAGES / "style.css").read_text(), re.S))
+    assert set(light) == set(dark)
+    for theme in (light, dark):
+        for name in set(theme) - {"ground", "panel", "line"}:
+            for ground in ("ground", "panel"):
+                low, high = sorted((luminance(theme[name]), luminance(theme[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
