@@ -107,6 +107,26 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
                       fontweight="bold")
 
 
+def label_points(drawn: Canvas, axes: Axes, labels: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
+    """Names beside points, (x, y, text, colour), each at the first of eight sides where it covers no point and no other
+    name; a name with no room is left out (the words have it). Call it when everything else is drawn."""
+    drawn.draw_without_rendering()  # lays the axes out, so that the places below are the final ones
+    places = axes.transData.transform([(x, y) for x, y, _, _ in labels]) if labels else []
+    unit, names = drawn.dpi / 72, []
+    for i, ((px, py), (x, y, text, colour)) in enumerate(zip(places, labels, strict=True)):
+        width, height, near = 0.62 * size * len(text), 1.1 * size, 9 * unit  # a name nearer to another point would mislead
+        taken = [(qx - near, qy - near, qx + near, qy + near) for j, (qx, qy) in enumerate(places) if j != i] + names
+        for dx, dy in ((6, 3), (6, -3 - height), (-6 - width, 3), (-6 - width, -3 - height), (-width / 2, 7),
+                       (-width / 2, -7 - height), (9, -height / 2), (-9 - width, -height / 2)):
+            left, low = px + dx * unit, py + dy * unit
+            right, high = left + width * unit, low + height * unit
+            if left > axes.bbox.x0 and not any(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken):
+                axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=size, color=colour,
+                              zorder=5, annotation_clip=False)
+                names.append((left, low, right, high))
+                break
+
+
 def legend_below(drawn: Canvas, extra: Sequence[tuple[object, str]] = ()) -> None:
     """One legend for all panels, under them; `extra` are further (handle, label)."""
     named = {label: handle for axes in drawn.axes

@@ -31,16 +31,23 @@ def _module_file(name: str) -> Path | None:
     return None
 
 
+def _imports(tree: ast.AST) -> set[str]:
+    """The `lib` modules that a syntax tree imports (and names of theirs that are no modules: `closure` drops them)."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lib"}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 @functools.lru_cache(maxsize=None)
 def _parsed(path: Path, stamp: tuple) -> tuple[str, tuple[str, ...]]:
     """(hash of the code without docstrings and comments, the `lib` modules it imports)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    imports = set()
+    imports = _imports(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lib"}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
-            imports |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
@@ -48,9 +55,9 @@ def _parsed(path: Path, stamp: tuple) -> tuple[str, tuple[str, ...]]:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(imports))
 
 
-def closure(module: str) -> dict[str, str]:
-    """{module: hash of its code} for `module` and every `lib` module it imports, directly or not."""
-    found, queue = {}, [module]
+def closure(*modules: str) -> dict[str, str]:
+    """{module: hash of its code} for `modules` and every `lib` module they import, directly or not."""
+    found, queue = {}, list(modules)
     while queue:
         name = queue.pop()
         path = _module_file(name)
@@ -62,10 +69,12 @@ def closure(module: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def notebook_code(path: Path) -> str:
-    """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does."""
+def notebook_code(path: Path, *, imports: bool = False) -> str:
+    """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does. `imports`: with
+    everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return digest([code, closure(*set().union(*(_imports(ast.parse(c)) for c in code))) if imports else None])
 
 
 @functools.lru_cache(maxsize=None)

@@ -151,7 +151,7 @@ def prepared(run) -> Path:
 def measure(run, function: str) -> None:
     """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
     folder = Path(run.results_dir) / run.run_id
-    argument = {**_context(run), "config": config.dump(run), "function": function, "folder": str(folder), "inputs": str(inputs_folder(run))}
+    argument = {**_context(run), "config": config.dump(run), "function": function, "folder": str(folder), "inputs": str(prepared(run))}
     if _slots() == 0:
         return measure_work(argument)
     task = pool.Task(name=function, target="lib.members:measure_work", argument=argument, folder=folder, threads=run.compute.threads)

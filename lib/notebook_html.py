@@ -47,10 +47,10 @@ def _place(ipynb: Path, page: Path) -> tuple[str, list[tuple[str, str]]]:
     """What <outputs>/<scale>-<mode>/<study>/<run_id>/ tells of a page: its command, and links to index and notebook."""
     here = page.parent
     notebook = ("This notebook", quote(os.path.relpath(ipynb, here)))
-    root = next((p for p in here.parents if re.fullmatch(r"(laptop|paper)-(trial|full)", p.name)), None)
+    root = next((p for p in here.parents if re.match(r"(laptop|paper)-(trial|full)\b", p.name)), None)
     if root is None:
         return "", [notebook]
-    (scale, mode), (study, run_id, *_) = root.name.split("-"), (*here.relative_to(root).parts, "")
+    (scale, mode), (study, run_id, *_) = root.name.split(",")[0].split("-"), (*here.relative_to(root).parts, "")
     command = f"./run_all.sh {mode} --scale {scale} --study {study}"
     command += f" --run {shlex.quote(run_id)}" if run_id not in ("", "comparison") else ""
     return f"{command} --force", [("All studies", quote(os.path.relpath(root.parent / "index.html", here))), notebook]

@@ -102,8 +102,7 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     results = Path(train[0].run.results_dir)
     folder, notebook = results / "comparison", NOTEBOOKS / study / "analysis.ipynb"
     claims = config.ROOT / "params" / study / "claims.yaml"
-    closures = [keys.closure(f"lib.{name}") for name in ("claims", "statistics", "figures", f"{study}.figures")]
-    key = keys.digest([[s.key for s in [*train, *sweeps]], keys.notebook_code(notebook), claims.read_text(), closures])
+    key = keys.digest([[s.key for s in [*train, *sweeps]], keys.notebook_code(notebook, imports=True), claims.read_text()])
     before = any(s.reason for s in [*train, *sweeps])
     reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}

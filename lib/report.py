@@ -33,7 +33,8 @@ def index_html(outputs_root: str | Path) -> Path:
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"number": _number, "estimate": _estimate, "minutes": _minutes, "moment": _moment}
+    environment.filters |= {"number": _number, "estimate": _estimate, "p": lambda value: _number(value, 2),
+                            "minutes": _minutes, "moment": _moment}
     text = environment.get_template("index.html.j2").render(
         groups=groups, css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
         symbols=SYMBOLS, commands=COMMANDS)
@@ -142,10 +143,10 @@ def _href(root: Path, path: Path) -> str:
     return quote(path.relative_to(root).as_posix())
 
 
-def _number(value: object) -> str:
+def _number(value: object, digits: int = 3) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
-    text = f"{value:.3g}"
+    text = f"{value:.{digits}g}"
     return (f"{value:.0f}" if "e+0" in text else text).replace("-", "−")
 
 

@@ -8,6 +8,7 @@ code cell has an execution count, and the record's sentinel carries this attempt
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -16,10 +17,11 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import members, plan, pool, progress, record, report
+from lib import config, members, plan, pool, progress, record, report, tracking
 from lib.errors import MissingError, StudyError
 
 POLL = 0.3
+MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last run has ended
 
 
 @contextlib.contextmanager
@@ -66,6 +68,7 @@ class Runner:
         self.pool: pool.Pool | None = None
         self.guard = threading.Lock()
         self.stopping = False
+        self.mirrors = tracking.Mirrors()
 
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
@@ -93,6 +96,7 @@ class Runner:
         finally:
             live.close()
             self.pool.close()
+            self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
         return all(self.state[id(s)] in ("cached", "succeeded") for s in self.steps)
 
     def ready(self, step: plan.Step) -> bool:
@@ -141,8 +145,10 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
-            report.notebook_html(step.output, step.output.with_suffix(".html"))
+            report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
+            if step.kind == "train":
+                self.mirrors.start(step.folder, config.wandb_mode(step.run))
             return
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
@@ -154,8 +160,6 @@ class Runner:
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-        command = f"./run_all.sh {'trial' if step.parameters['mode'] == 'trial' else 'full'} --scale {step.parameters['scale']} " \
-                  f"--study {step.study}" + ("" if step.kind == "analysis" else f" --run '{step.name}'")
         text = record.redact(str(error))
         name = getattr(error, "ename", type(error).__name__)
         value = record.redact(str(getattr(error, "evalue", "") or text)).strip()
@@ -165,7 +169,15 @@ class Runner:
         with contextlib.suppress(OSError):
             record.write_text(log, record.redact("".join(traceback.format_exception(error))))
         return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
-                "log": str(log), "notebook": str(partial(step)), "again": command}
+                "log": str(log), "notebook": str(partial(step)), "again": command(step)}
+
+
+def command(step: plan.Step) -> str:
+    """The command that runs exactly this step's run (for an analysis: its study) again."""
+    run = step.run or (step.needs[0].run if step.needs else None)
+    sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items())
+    return (f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"
+            + ("" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}") + sets)
 
 
 def partial(step: plan.Step) -> Path:
@@ -199,7 +211,7 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
 
 def check_success(step: plan.Step, notebook, nonce: str) -> None:
     """The completion rules. Raises StudyError for the first that does not hold."""
-    name = f"{step.title}"
+    name = step.title
     unrun = [i for i, cell in enumerate(notebook.cells, 1)
              if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None]
     if unrun:
@@ -212,7 +224,7 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
     if record.read_json(step.folder / "metrics.json") is None:
         raise StudyError(name, "metrics.json is missing or does not parse", "a JSON object")
     if step.kind == "train":
-        for member in plan.config.members(step.run):
+        for member in config.members(step.run):
             reason = members.stale(member, step.folder / "members" / member.id)
             if reason:
                 raise StudyError(name, f"member {member.id}: {reason}", "every member's record matching this run")

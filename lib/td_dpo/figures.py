@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 
 from lib.figure_seeds import DIVERGED, points
 from lib.figure_style import (
@@ -22,6 +21,7 @@ from lib.figure_style import (
     canvas,
     housestyle,
     label_ends,
+    label_points,
     legend_below,
     looks,
     number,
@@ -235,22 +235,22 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
     shown = table.dropna(subset=["kl", "value"])
     look = looks(_methods(shown), LOOKS)
     drawn, axes = canvas(height=4.6, title=title)
-    place, words = axes[0, 0], []
+    place, words, names = axes[0, 0], [], []
     if len(shown) and shown["kl"].max() > 20:  # from near 0 to hundreds of nats: linear up to 1, then logarithmic
         place.set_xscale("symlog", linthresh=1.0)
         place.xaxis.set_major_locator(matplotlib.ticker.SymmetricalLogLocator(base=10, linthresh=1.0, subs=[1, 2, 5]))
         place.xaxis.set_major_formatter(lambda value, _: number(value))
-    halo = [withStroke(linewidth=2.5, foreground="white")]
     for name, own in look.items():
         group = shown[shown["method"] == name]
         place.scatter(group["kl"], group["value"], color=own.colour, marker=own.marker, s=18, alpha=0.35, linewidths=0)
         keys = ["beta", "tau"] if name in TEMPERED else ["beta"]
+        several = len(group.drop_duplicates(keys)) > group["beta"].nunique()
         said = []
         for cell in group.groupby(keys)[["kl", "value"]].mean().reset_index().to_dict("records"):
             place.scatter(cell["kl"], cell["value"], color=own.colour, marker=own.marker, s=75, edgecolors="white",
                           linewidths=0.8, zorder=3, label=own.label)
-            place.annotate(f"β {number(cell['beta'])}", (cell["kl"], cell["value"]), xytext=(6, 4), fontsize=8.5, zorder=5,
-                           textcoords="offset points", color=own.colour, path_effects=halo)
+            if not several:  # a whole grid of beta and tau is too crowded to name; the words and the CSV have it
+                names.append((cell["kl"], cell["value"], f"β {number(cell['beta'])}", own.colour))
             said.append(" ".join(f"{word} {number(cell[key])}" for word, key in
                                  [*((key, key) for key in keys), ("KL", "kl"), ("score", "value")]))
         words.append(f"{own.label}: {'; '.join(said)}.")
@@ -259,6 +259,7 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
         words.append(f"The reference model scores {number(reference)}.")
     place.set(xlabel="sampled KL to the reference (nats per answer)", ylabel=score_label)
     legend_below(drawn)
+    label_points(drawn, place, names)
     if table["diverged"].any():
         words.append(f"{int(table['diverged'].sum())} diverged members have no point.")
     alt = f"{title}: {score_label} against sampled KL in nats, mean of each cell. {' '.join(words)}"

@@ -36,9 +36,9 @@ class Recipe(Section):
     hidden_size: Count = 96
     layers: Count = 3
     heads: Count = 4
-    sft_steps: Count = 1000
+    sft_steps: Count = 450
     sft_batch_size: Count = 32
-    sft_learning_rate: Positive = 3e-3
+    sft_learning_rate: Positive = 6e-3
     seed: Seed = 0
 
     @model_validator(mode="after")

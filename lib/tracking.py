@@ -1,0 +1,82 @@
+"""The W&B mirror of a run: written from its record after it has ended, so that nothing of W&B can stop or slow a run.
+
+    python -m lib.tracking RUN_FOLDER MODE          MODE: online | offline
+
+The files of the record stay the source of truth. A member is the W&B run `<run_id>--<member>` in the group `<run_id>`; the
+final run, that of the cell chosen on validation, carries the run_id itself. Trials of a search are not mirrored.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from lib import record
+
+
+def rows_by_step(folder: Path) -> list[dict]:
+    """A member's history, training and evaluation rows of one step merged, under the key `global_step`."""
+    steps: dict[int, dict] = {}
+    for row in record.read_jsonl(folder / "history.jsonl"):
+        steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k != "step" and v is not None})
+    return [{"global_step": step, **row} for step, row in sorted(steps.items())]
+
+
+def mirror(folder: Path, mode: str) -> int:
+    """Mirror every member of the run in `folder`, then the run; returns how many W&B runs were written."""
+    import wandb
+
+    made = record.read_json(folder / "metrics.json")
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    tracked = settings.get("wandb") or {}
+    members = [d for d in sorted((folder / "members").iterdir()) if d.name in made["members"]]
+    final = next(d for d in members if d.name.rsplit("-s", 1)[0] == made["chosen_cell"])
+    for name, source, summary in [*((f"{folder.name}--{d.name}", d, record.read_json(d / "metrics.json", {})) for d in members),
+                                  (folder.name, final, made["metrics"])]:
+        run = wandb.init(project=tracked.get("project") or "fine-tuning-studies", entity=tracked.get("entity"), id=name, name=name,
+                         group=folder.name, mode=mode, dir=str(folder), resume="allow", config=record.read_json(source / "member.json")["config"],
+                         settings=wandb.Settings(silent=True, console="off", init_timeout=15, x_disable_stats=True, save_code=False))
+        run.define_metric("*", step_metric="global_step")
+        for row in rows_by_step(source):
+            run.log(row)
+        run.summary.update({k: v for k, v in summary.items() if v is not None})
+        run.finish()
+    return len(members) + 1
+
+
+class Mirrors:
+    """The mirrors that are under way, one process each beside the runs; `close` waits for them a little and no longer."""
+
+    def __init__(self):
+        self.processes: list[tuple[Path, subprocess.Popen]] = []
+
+    def start(self, folder: Path, mode: str) -> None:
+        if mode == "disabled":
+            return
+        with contextlib.suppress(OSError), open(folder / "wandb.log", "w") as log:
+            self.processes.append((folder, subprocess.Popen(
+                [sys.executable, "-P", "-m", "lib.tracking", str(folder), mode], stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True)))
+
+    def close(self, seconds: float) -> None:
+        """Wait for what is left, at most `seconds` in all; then end it. The record is whole without it."""
+        deadline = time.monotonic() + seconds
+        for folder, process in self.processes:
+            try:
+                code = process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if code != 0:
+                print(f"W&B mirror of {folder.name}: {'not finished in time' if code is None else 'failed'} (see {folder / 'wandb.log'}); "
+                      "the record has everything", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    print(mirror(Path(sys.argv[1]), sys.argv[2]), "W&B runs written")
