@@ -33,14 +33,19 @@ def aggregated(study: str, results_dir: Path) -> dict:
     if proposed and baseline and baseline["value"]:
         gap = sign * (proposed["value"] - baseline["value"]) / abs(baseline["value"]) * 100
     return {
-        "primary_metric": primary, "metrics": {n: {i: r["metrics"].get(n) for i, r in runs.items()} for n in names},
-        "best_proposed": proposed, "best_baseline": baseline, "gap": gap,
-        "members": {i: {"cell": r["chosen_cell"], "chosen_on": r["chosen_on"], "members": r["members"]} for i, r in runs.items()},
+        "primary_metric": primary,
+        "metrics": {n: {i: r["metrics"].get(n) for i, r in runs.items()} for n in names},
+        "best_proposed": proposed,
+        "best_baseline": baseline,
+        "gap": gap,
+        "members": {
+            i: {"cell": r["chosen_cell"], "chosen_on": r["chosen_on"], "members": r["members"]} for i, r in runs.items()
+        },
     }
 
 
 def improvements(made: dict, study: str):
-    """DataFrame: one row per run and metric with the proposed run's improvement over it in percent (signed: positive is better)."""
+    """One row per run and metric, with the proposed run's improvement over it in percent (positive is better)."""
     import pandas as pd
 
     directions, rows = config.study_module(study).METRICS, []
@@ -51,6 +56,13 @@ def improvements(made: dict, study: str):
             change = None
             if own is not None and value and run_id != proposed:
                 change = (-1 if directions[name] == "minimize" else 1) * (own - value) / abs(value) * 100
-            rows.append({"run": run_id, "cell": made["members"][run_id]["cell"], "metric": name, "value": value,
-                         f"{proposed} better by %": change})
+            rows.append(
+                {
+                    "run": run_id,
+                    "cell": made["members"][run_id]["cell"],
+                    "metric": name,
+                    "value": value,
+                    f"{proposed} better by %": change,
+                }
+            )
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, plan, pool, progress, record
+from lib import config, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -21,19 +21,30 @@ COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="./run_all.sh", description="Run the studies; without a command: all of them in full at laptop scale.",
-                                  epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 130 interrupted.")
-    top.add_argument("command", nargs="?", choices=COMMANDS,
-                     help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-                          "lab: JupyterLab; test: the tests")
+    top = argparse.ArgumentParser(
+        prog="./run_all.sh",
+        description="Run the studies; without a command: all of them in full at laptop scale.",
+        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 130 interrupted.",
+    )
+    top.add_argument(
+        "command",
+        nargs="?",
+        choices=COMMANDS,
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
+        "lab: JupyterLab; test: the tests",
+    )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
     top.add_argument("--study", action="append", help="only this study (may be repeated)")
     top.add_argument("--run", metavar="GLOB", default="*", help="only runs whose run_id matches")
     top.add_argument("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
-    top.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
+    top.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run"
+    )
     top.add_argument("--grid", choices=("all",), help="all: every cell with every seed")
-    top.add_argument("--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)")
+    top.add_argument(
+        "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
+    )
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
@@ -49,11 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     if options.jobs is not None and options.jobs < 1:
-        print("--jobs: found " f"{options.jobs}; expected 1 or more", file=sys.stderr)
+        print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
     try:
         if options.command == "status":
-            return status(options)
+            return show.status(root_of(options))
         if options.command == "report":
             return rebuild(options)
         return run(options)
@@ -61,8 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         print(record.redact(str(error)), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{error.filename or 'this machine'}: {error.strerror}\n  expected: a folder that can be written, with space left\n"
-              "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)", file=sys.stderr)
+        print(
+            f"{error.filename or 'this machine'}: {error.strerror}\n  expected: a folder that can be written, with space left\n"
+            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)",
+            file=sys.stderr,
+        )
         return 3
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
@@ -88,7 +102,9 @@ def chosen(options) -> list[tuple]:
         overrides[key] = value
     for study in options.study or []:
         config.study_module(study)
-    folders = [Path(options.params)] if options.params else [config.ROOT / "params" / s / options.scale for s in config.studies()]
+    folders = (
+        [Path(options.params)] if options.params else [config.ROOT / "params" / s / options.scale for s in config.studies()]
+    )
     found = []
     for folder in folders:
         if not options.params and (not folder.is_dir() or (options.study and folder.parent.name not in options.study)):
@@ -103,11 +119,17 @@ def chosen(options) -> list[tuple]:
                 continue
             loaded = loaded.model_copy(update={"results_dir": results / loaded.study})
             if options.grid:
-                loaded = config.apply(loaded, {"grid": [{**b, "seeds": None} for b in config.dump(loaded)["grid"] or []] or None})
+                loaded = config.apply(
+                    loaded, {"grid": [{**b, "seeds": None} for b in config.dump(loaded)["grid"] or []] or None}
+                )
             found.append((path, loaded, findings))
     if not found:
-        raise StudyError("the run YAMLs", f"none for --study {options.study or 'any'} --run {options.run!r} --scale {options.scale}",
-                         f"files below {', '.join(map(str, folders))}", "./run_all.sh plan lists them")
+        raise StudyError(
+            "the run YAMLs",
+            f"none for --study {options.study or 'any'} --run {options.run!r} --scale {options.scale}",
+            f"files below {', '.join(map(str, folders))}",
+            "./run_all.sh plan lists them",
+        )
     return found
 
 
@@ -147,12 +169,17 @@ def run(options) -> int:
         if not only_plan:
             print(f"nothing was started ({len(errors)} obstacle{'s' * (len(errors) > 1)})", file=sys.stderr)
             return code
-    runnable = [(path, r) for path, r, findings in found if not isinstance(r, StudyError)
-                and not any(f.level == "error" for f in findings) and (plan.NOTEBOOKS / r.study / "train.ipynb").exists()]
+    runnable = [
+        (path, r)
+        for path, r, findings in found
+        if not isinstance(r, StudyError)
+        and not any(f.level == "error" for f in findings)
+        and (plan.NOTEBOOKS / r.study / "train.ipynb").exists()
+    ]
     runs = [r for _, r in runnable]
     if only_plan:
         slots = options.jobs or len(pool.gpus()) or os.cpu_count() or 1
-        show_plan(plan.steps(runs, options.scale, options.mode, force=options.force) if runs else [], slots, found)
+        show.planned(plan.steps(runs, options.scale, options.mode, force=options.force) if runs else [], slots, found)
         return code if code == 2 else 0
     return execute(options, runs)
 
@@ -168,24 +195,32 @@ def execute(options, runs: list) -> int:
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = options.jobs or len(pool.gpus()) or os.cpu_count() or 1
         to_do = [s for s in steps if s.reason]
-        print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-              + (f"about {progress.duration(plan.wall_seconds(steps, slots))}" if to_do else "nothing to do"), flush=True)
+        print(
+            f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
+            + (f"about {progress.duration(plan.wall_seconds(steps, slots))}" if to_do else "nothing to do"),
+            flush=True,
+        )
         for step in steps:
             print(f"  {step.title:32} {step.reason or 'cached: its record stands'}", flush=True)
         finished, ok = None, True
         if to_do:
-            finished = runner.Runner(steps, slots, fail_fast=options.fail_fast, force=options.force,
-                                     keep_secrets=options.scale == "paper" and options.mode == "full",
-                                     cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None)
+            finished = runner.Runner(
+                steps,
+                slots,
+                fail_fast=options.fail_fast,
+                force=options.force,
+                keep_secrets=options.scale == "paper" and options.mode == "full",
+                cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
+            )
             started = time.time()
             try:
                 ok = finished.run()
             finally:
                 print(f"ended after {progress.duration(time.time() - started)}")
-                print_table(steps, finished)
+                show.table(steps, finished)
     index = report.index_html(OUTPUTS)
     if options.mode == "full":
-        print_verdicts(steps)
+        show.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
     return 0 if ok else 1
 
@@ -193,68 +228,10 @@ def execute(options, runs: list) -> int:
 def write_run_lists(runs: list) -> None:
     """For the analysis: which runs its study has, whether or not they leave a record."""
     for results in dict.fromkeys(run.results_dir for run in runs):
-        record.write_json(Path(results) / "comparison" / "runs.json", [
-            {**config.dump(r), "study": r.study, "scale": r.scale, "mode": r.mode} for r in runs if r.results_dir == results])
-
-
-def print_table(steps: list, finished) -> None:
-    print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
-    for step in steps:
-        state = finished.state[id(step)] or "not started"
-        metric = (record.read_json(step.folder / "status.json") or {}).get("key_metric") or {}
-        value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
-        print(f"{step.title:34} {state:11} {finished.minutes.get(id(step), 0):7.2f}  {value}")
-    for step in steps:
-        error = finished.errors.get(id(step))
-        if error:
-            print(f"\n{step.title} failed" + (f" in cell {error['cell']}" if error["cell"] else "")
-                  + f"\n  {error['exception']}\n  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
-
-
-def print_verdicts(steps: list) -> None:
-    for step in steps:
-        claims = record.read_json(step.folder / "claims.json") if step.kind == "analysis" else None
-        for claim in claims or []:
-            interval = claim.get("interval95")
-            told = f"{claim['estimate']:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval and None not in interval else "-"
-            print(f"{step.study} {claim['id']}  {claim['verdict']:13} {told:28} {claim['sentence']}")
-
-
-def show_plan(steps: list, slots: int, found: list) -> None:
-    print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
-    for step in steps:
-        every = len(config.members(step.run)) if step.kind == "train" else 0
-        members = f"{len(step.stale)}/{every}" if every else ""
-        print(f"{step.title:34} {members:>8} {progress.duration(step.seconds):>10}  {step.reason or 'cached: its record stands'}")
-        needs = [n for n in (step.run.model.name, step.run.dataset.name) if config.is_hub_id(n)] if step.kind == "train" else []
-        if needs:
-            print(f"{'':34} downloads: {', '.join(needs)}")
-    for path, loaded, findings in found:
-        state = "does not load" if isinstance(loaded, StudyError) else (
-            "cannot run: see above" if any(f.level == "error" for f in findings) else "")
-        if state:
-            print(f"{path.name}: {state}")
-    if steps:
-        print(f"\npredicted wall-clock with {slots} members at a time: {progress.duration(plan.wall_seconds(steps, slots))} "
-              "(predicted: seconds of all members on one slot)")
-
-
-def status(options) -> int:
-    root = root_of(options)
-    rows = sorted(root.glob("*/*/status.json")) + sorted(root.glob("*/*/sweep/status.json"))
-    if not rows:
-        print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
-        return 0
-    for path in rows:
-        state = record.read_json(path, {})
-        title = f"{state.get('study')}/{state.get('run_id')}" + (" sweep" if state.get("kind") == "sweep" else "")
-        told = f"{state.get('minutes') or 0:.2f} min"
-        if state.get("status") == "running":
-            told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix("now: ")
-        elif state.get("error"):
-            told += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
-        print(f"{title:34} {state.get('status', '?'):11} {told}")
-    return 0
+        record.write_json(
+            Path(results) / "comparison" / "runs.json",
+            [{**config.dump(r), "study": r.study, "scale": r.scale, "mode": r.mode} for r in runs if r.results_dir == results],
+        )
 
 
 def rebuild(options) -> int:
@@ -268,6 +245,17 @@ def rebuild(options) -> int:
 
 def lab(arguments: list[str]) -> int:
     """JupyterLab on notebooks/, with this environment's kernel, without its news pop-up and its look-ups on the net."""
-    return subprocess.call([sys.executable, "-m", "jupyter", "lab", str(config.ROOT / "notebooks"), "--LabApp.news_url=None",
-                            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-                            "--LabApp.extension_manager=readonly", *arguments], cwd=config.ROOT / "notebooks")
+    return subprocess.call(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "lab",
+            str(config.ROOT / "notebooks"),
+            "--LabApp.news_url=None",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            "--LabApp.extension_manager=readonly",
+            *arguments,
+        ],
+        cwd=config.ROOT / "notebooks",
+    )

@@ -200,11 +200,15 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         margins = [sign * record["margin"] for sign in MARGIN_SIGNS.get(record.get("test"), (1,))
                    if isinstance(record.get("margin"), int | float)]
         _claim(place, str(record.get("id", "")), str(record.get("estimand") or ""), verdict, estimate, low, high, margins)
-        words.append(f"{record.get('id')}: {verdict}, estimate {number(estimate)}, 95 % interval {number(low)} to "
-                     f"{number(high)}" + (f", margin {', '.join(map(number, margins))}" if margins else "") + ".")
+        words.append(f"{record.get('id')}: {verdict}, estimate {number(estimate)}, 95 % interval {_bound(low)} to "
+                     f"{_bound(high)}" + (f", margin {', '.join(map(number, margins))}" if margins else "") + ".")
         data.append({"id": record.get("id"), "verdict": verdict, "estimate": estimate, "low": low, "high": high,
                      "margins": " ".join(map(str, margins))})
     return Drawing(drawn, title, f"{title}: " + " ".join(words), pd.DataFrame(data))
+
+
+def _bound(value: float | None) -> str:
+    return "no bound" if value is None else number(value)
 
 
 def _claim(place, name: str, quantity: str, verdict: str, estimate: float | None, low: float | None,
@@ -228,6 +232,10 @@ def _claim(place, name: str, quantity: str, verdict: str, estimate: float | None
     if shown:
         pad = 0.12 * (max(shown) - min(shown)) or 0.5
         place.set_xlim(min(shown) - pad, max(shown) + pad)
+        if (low is None) != (high is None):  # an interval without an end on one side, drawn to the edge
+            bound, edge = (low, max(shown) + pad) if high is None else (high, min(shown) - pad)
+            place.plot([bound, edge], [0, 0], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
+            place.plot([edge], [0], ">" if high is None else "<", color=colour, markersize=10, clip_on=False)
     else:
         place.set_xticks([])
         place.annotate("no estimate", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=SOFT)

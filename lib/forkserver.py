@@ -30,9 +30,29 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ("numpy", "pandas", "torch", "transformers", "datasets", "accelerate", "peft", "trl", "optuna", "ipykernel.kernelapp",
-           "matplotlib.pyplot", "seaborn", "scipy.stats", "sklearn.linear_model", "pydantic", "yaml", "safetensors.torch",
-           "transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer", "IPython.display", "nbformat")
+PRELOAD = (
+    "numpy",
+    "pandas",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl",
+    "optuna",
+    "ipykernel.kernelapp",
+    "matplotlib.pyplot",
+    "seaborn",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "pydantic",
+    "yaml",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.dpo_trainer",
+    "IPython.display",
+    "nbformat",
+)
 
 
 def preload() -> None:
@@ -72,9 +92,11 @@ def redirect(log: str | None) -> None:
 
 def die_with(lifeline: int) -> None:
     """End this process when the pipe's other end closes, that is when the server is gone, however it went."""
+
     def wait():
         os.read(lifeline, 1)
         os.killpg(os.getpgid(0), signal.SIGKILL)
+
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -216,8 +238,12 @@ class Server:
     def spawned(self, request: dict) -> int:
         """A fresh interpreter: where CUDA is visible (bitsandbytes initialises it on import, and CUDA survives no fork)."""
         process = subprocess.Popen(
-            [sys.executable, __file__, "--child", str(self.lifeline_read)], stdin=subprocess.PIPE, pass_fds=[self.lifeline_read],
-            env={**os.environ, **request.get("env", {})}, start_new_session=True)
+            [sys.executable, __file__, "--child", str(self.lifeline_read)],
+            stdin=subprocess.PIPE,
+            pass_fds=[self.lifeline_read],
+            env={**os.environ, **request.get("env", {})},
+            start_new_session=True,
+        )
         process.stdin.write(json.dumps(request).encode())
         process.stdin.close()
         process.returncode = 0  # reaped here with the others; Popen must not try

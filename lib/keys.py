@@ -42,7 +42,7 @@ def _imports(tree: ast.AST) -> set[str]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parsed(path: Path, stamp: tuple) -> tuple[str, tuple[str, ...]]:
     """(hash of the code without docstrings and comments, the `lib` modules it imports)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def notebook_code(path: Path, *, imports: bool = False) -> str:
     return digest([code, closure(*set().union(*(_imports(ast.parse(c)) for c in code))) if imports else None])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _content(path: Path, stamp: tuple) -> str:
     sha = hashlib.sha256()
     for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
@@ -97,7 +97,7 @@ def source(name: str, revision: str | None) -> str:
     return _content(path, tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_kind() -> str:
     """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds."""
     try:
@@ -109,7 +109,7 @@ def device_kind() -> str:
         return f"cpu-{platform.machine()}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -121,7 +121,8 @@ def versions() -> dict[str, str]:
 
 
 def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
-    """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`: where its training lives."""
+    """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`: where
+    its training lives."""
     numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
     model, dataset = config["model"], config["dataset"]
@@ -158,6 +159,9 @@ def difference(old: dict | None, new: dict) -> str:
     reasons += [f"{k} {before.get(k)} -> {after.get(k)}" for k in changed[:2]] + (["…"] if len(changed) > 2 else [])
     reasons += [f"{part} changed" for part in ("code", "data", "model", "device") if old.get(part) != new[part]]
     if old.get("versions") != new["versions"]:
-        reasons += [f"{k} {old.get('versions', {}).get(k)} -> {v}" for k, v in new["versions"].items()
-                    if old.get("versions", {}).get(k) != v]
+        reasons += [
+            f"{k} {old.get('versions', {}).get(k)} -> {v}"
+            for k, v in new["versions"].items()
+            if old.get("versions", {}).get(k) != v
+        ]
     return ", ".join(reasons)

@@ -10,24 +10,17 @@ A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<s
 that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
-import importlib
 import json
 import os
 import shutil
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import config, keys, pool, record
+from lib import config, keys, pool, record, work
 from lib.errors import StudyError
 
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
-
-
-def study_module(study: str, part: str = "member"):
-    """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
-    return importlib.import_module(f"lib.{study}.{part}")
 
 
 def key(member) -> dict:
@@ -54,58 +47,6 @@ def archive(folder: Path) -> None:
     folder.rename(attempts / f"{folder.name}.{number}")
 
 
-# ---------------------------------------------------------------------------------------------- in the member's process
-
-
-def work(argument: dict) -> None:
-    """Train one member; the last thing written is the sentinel with this attempt's nonce."""
-    folder, spec = Path(argument["folder"]), argument["spec"]
-    try:
-        run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
-        member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
-        started = time.monotonic()
-        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
-        metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
-        if metrics.get("status") not in record.FINISHED:
-            raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
-        record.write_json(folder / "metrics.json", metrics)
-        record.write_json(folder / "done.json", {"run_id": spec["run_id"], "member": spec["member"], "status": metrics["status"],
-                                                 "key": argument["key"], "nonce": argument["nonce"]})
-    except BaseException as error:
-        traceback.print_exc()
-        record.write_json(folder / "error.json", {
-            "exception": record.redact(f"{type(error).__name__}: {error}"), "traceback": record.redact(traceback.format_exc())})
-        raise
-
-
-def prepare_work(argument: dict) -> None:
-    """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
-    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
-    final = Path(argument["final"])
-    if (final / "complete.json").exists():
-        return
-    partial = Path(argument["folder"])
-    try:
-        study_module(run.study, "inputs").prepare(run, partial)
-        record.write_json(partial / "complete.json", {"study": run.study})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except BaseException as error:
-        traceback.print_exc()
-        if not (final / "complete.json").exists():  # another pool may have been faster: its result is as good
-            record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
-            raise
-
-
-def measure_work(argument: dict) -> None:
-    """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
-    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
-    getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
-
-
-# ------------------------------------------------------------------------------------------------- in the notebook
-
-
 @dataclass
 class Job:
     run: object
@@ -121,9 +62,16 @@ def inputs_folder(run) -> Path:
     for key in config.study_module(run.study).MEMBER_KEYS:
         section, _, name = key.partition(".")
         sections[section].pop(name, None)
-    parts = {**sections, "scale": run.scale, "mode": run.mode, "threads": run.compute.threads, "versions": keys.versions(),
-             "code": keys.closure(f"lib.{run.study}.inputs"), "device": keys.device_kind(),
-             "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()]}
+    parts = {
+        **sections,
+        "scale": run.scale,
+        "mode": run.mode,
+        "threads": run.compute.threads,
+        "versions": keys.versions(),
+        "code": keys.closure(f"lib.{run.study}.inputs"),
+        "device": keys.device_kind(),
+        "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
+    }
     return CACHE / run.study / keys.digest(parts)
 
 
@@ -135,10 +83,16 @@ def prepared(run) -> Path:
     partial = final.with_name(final.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     argument = {**_context(run), "config": config.dump(run), "final": str(final), "folder": str(partial)}
-    task = pool.Task(name="prepare", target="lib.members:prepare_work", argument=argument, folder=partial,
-                     threads=run.compute.threads, check=lambda: (final / "complete.json").exists())
+    task = pool.Task(
+        name="prepare",
+        target="lib.work:prepare",
+        argument=argument,
+        folder=partial,
+        threads=run.compute.threads,
+        check=lambda: (final / "complete.json").exists(),
+    )
     if _slots() == 0:
-        prepare_work(argument)
+        work.prepare(argument)
         return final
     pool.start(task)
     pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
@@ -151,10 +105,18 @@ def prepared(run) -> Path:
 def measure(run, function: str) -> None:
     """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
     folder = Path(run.results_dir) / run.run_id
-    argument = {**_context(run), "config": config.dump(run), "function": function, "folder": str(folder), "inputs": str(prepared(run))}
+    argument = {
+        **_context(run),
+        "config": config.dump(run),
+        "function": function,
+        "folder": str(folder),
+        "inputs": str(prepared(run)),
+    }
     if _slots() == 0:
-        return measure_work(argument)
-    task = pool.Task(name=function, target="lib.members:measure_work", argument=argument, folder=folder, threads=run.compute.threads)
+        return work.measure(argument)
+    task = pool.Task(
+        name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads
+    )
     pool.start(task)
     pool.drive([task])
     if task.state != "succeeded":
@@ -193,21 +155,31 @@ def _task(member, folder: Path) -> pool.Task:
         archive(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.json").unlink(missing_ok=True)
-    spec = {**_context(run), "run_id": run.run_id, "member": member.id, "cell": member.cell, "cell_name": member.cell_name,
-            "seed": member.seed, "config": config.dump(run)}
+    spec = {
+        **_context(run),
+        "run_id": run.run_id,
+        "member": member.id,
+        "cell": member.cell,
+        "cell_name": member.cell_name,
+        "seed": member.seed,
+        "config": config.dump(run),
+    }
     nonce = os.urandom(8).hex()
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     return pool.Task(
-        name=member.id, target="lib.members:work", folder=folder,
+        name=member.id,
+        target="lib.work:train",
+        folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
-        check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce)
+        check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
+    )
 
 
 def _inline(task: pool.Task) -> None:
     """slots=0: in this very kernel, for pdb and for code defined in a cell."""
     started = time.monotonic()
-    work(task.argument)
+    work.train(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
 
 
@@ -224,15 +196,29 @@ def watch(job: Job) -> None:
         metrics = record.read_json(task.folder / "metrics.json", {})
         name = job.run.optuna.objective_metric
         value = metrics.get(name)
-        told = f"{name} {value:.3f}" if isinstance(value, float) else record.read_json(task.folder / "error.json", {}).get("exception", "")
+        told = (
+            f"{name} {value:.3f}"
+            if isinstance(value, float)
+            else record.read_json(task.folder / "error.json", {}).get("exception", "")
+        )
         status = metrics.get("status", task.state) if task.state == "succeeded" else task.state
-        print(f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}")
+        print(
+            f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}"
+        )
 
     def tick() -> None:
         running = [{"member": t.name, **_last(t.folder)} for t in job.tasks.values() if t.state == "running"]
         ended = sum(t.ended for t in job.tasks.values())
-        _progress(job.run, {"phase": "training", "done": ended, "members": len(job.tasks), "running": running,
-                            "elapsed": round(time.monotonic() - (began or time.monotonic()), 1)})
+        _progress(
+            job.run,
+            {
+                "phase": "training",
+                "done": ended,
+                "members": len(job.tasks),
+                "running": running,
+                "elapsed": round(time.monotonic() - (began or time.monotonic()), 1),
+            },
+        )
 
     pool.drive(list(job.tasks.values()), changed, tick)
     _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
@@ -242,12 +228,22 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
     """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
     if failed and strict:
-        told = "\n".join(f"  {t.name}: {t.state}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
-                         f"  (log: {t.log})" for t in failed)
-        raise StudyError(f"run {job.run.run_id}", f"{len(failed)} of {len(job.tasks)} members did not finish\n{told}",
-                         "every member completed or diverged", "the same command again resumes what is left")
-    return [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **record.read_json(job.folders[m.id] / "metrics.json", {})}
-            for m in job.members if (job.folders[m.id] / "metrics.json").exists()]
+        told = "\n".join(
+            f"  {t.name}: {t.state}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
+            f"  (log: {t.log})"
+            for t in failed
+        )
+        raise StudyError(
+            f"run {job.run.run_id}",
+            f"{len(failed)} of {len(job.tasks)} members did not finish\n{told}",
+            "every member completed or diverged",
+            "the same command again resumes what is left",
+        )
+    return [
+        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **record.read_json(job.folders[m.id] / "metrics.json", {})}
+        for m in job.members
+        if (job.folders[m.id] / "metrics.json").exists()
+    ]
 
 
 def _context(run) -> dict:

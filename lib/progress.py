@@ -14,7 +14,9 @@ def line(folder: Path, title: str) -> str:
         return f"{title}: starting"
     if state["phase"] == "preparing":
         step, steps, loss = state.get("step"), state.get("steps"), state.get("loss")
-        return f"{title}: preparing" + (f" (base model step {step}/{steps}, loss {loss:.2f})" if step and steps and loss else "")
+        return f"{title}: preparing" + (
+            f" (base model step {step}/{steps}, loss {loss:.2f})" if step and steps and loss else ""
+        )
     if state["phase"] == "recording":
         return f"{title}: recording"
     told = f"{title}: {state['done']}/{state['members']}"

@@ -106,8 +106,7 @@ def truncate_history(path: Path, last_step: int) -> None:
 def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], None]]:
     """The two streams of a member: `history` (deterministic) and `timing` (wall clock). They are kept apart so that a
     resumed run can be compared with an undisturbed one byte for byte."""
-    return (lambda row: append_jsonl(folder / "history.jsonl", row),
-            lambda row: append_jsonl(folder / "timing.jsonl", row))
+    return (lambda row: append_jsonl(folder / "history.jsonl", row), lambda row: append_jsonl(folder / "timing.jsonl", row))
 
 
 def is_secret(name: str) -> bool:
@@ -140,8 +139,16 @@ def _identity(spec: dict) -> dict:
     cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
     fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
     run = spec["config"]
-    return {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"],
-            "cell": spec["cell_name"], **fixed, **cell, "seed": spec["seed"]}
+    return {
+        "run_id": spec["run_id"],
+        "method": run["method"],
+        "role": run.get("role"),
+        "study": spec["study"],
+        "cell": spec["cell_name"],
+        **fixed,
+        **cell,
+        "seed": spec["seed"],
+    }
 
 
 def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:
@@ -165,8 +172,12 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         fingerprint = sentinel["key"]["code"]
         first = code.setdefault(spec["study"], (fingerprint, f"{who['run_id']}/{folder.name}"))
         if first[0] != fingerprint:
-            raise StudyError(f"{results_dir}", f"members made by different code: {first[1]} and {who['run_id']}/{folder.name}",
-                             "records of one state of the code", "./run_all.sh run again (it retrains what is stale)")
+            raise StudyError(
+                f"{results_dir}",
+                f"members made by different code: {first[1]} and {who['run_id']}/{folder.name}",
+                "records of one state of the code",
+                "./run_all.sh run again (it retrains what is stale)",
+            )
         seen.add((who["run_id"], folder.name))
         tables["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
         tables["history"] += [{**who, **row} for row in read_jsonl(folder / "history.jsonl")]
@@ -175,9 +186,18 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
         run = read_json(path.parent / "metrics.json", {})
         tables["costs"] += [{"run_id": path.parent.name, "method": run.get("method"), **row} for row in read_jsonl(path)]
-    missing = [{"run_id": m.run_id, "method": m.run.method, "member": m.id, "seed": m.seed,
-                **{key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}, **_state(Path(results_dir) / m.run_id / subfolder / m.id)}
-               for m in expected or [] if (m.run_id, m.id) not in seen]
+    missing = [
+        {
+            "run_id": m.run_id,
+            "method": m.run.method,
+            "member": m.id,
+            "seed": m.seed,
+            **{key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()},
+            **_state(Path(results_dir) / m.run_id / subfolder / m.id),
+        }
+        for m in expected or []
+        if (m.run_id, m.id) not in seen
+    ]
     return Records(**{name: pd.DataFrame(rows) for name, rows in tables.items()}, missing=missing)
 
 
@@ -186,5 +206,8 @@ def _state(folder: Path) -> dict:
     error = read_json(folder / "error.json")
     if error:
         return {"status": "failed", "why": error.get("exception", "")}
-    return {"status": "lost", "why": "its process went away"} if (folder / "member.json").exists() else {
-        "status": "missing", "why": "never started"}
+    return (
+        {"status": "lost", "why": "its process went away"}
+        if (folder / "member.json").exists()
+        else {"status": "missing", "why": "never started"}
+    )

@@ -27,7 +27,7 @@ def index_html(outputs_root: str | Path) -> Path:
 
     root = Path(outputs_root)
     groups = []
-    for folder in (root / name for name in FOLDERS if (root / name).is_dir()):
+    for folder in _folders(root):
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         found = [group for study in studies if (group := _group(root, folder, study))]
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
@@ -42,6 +42,11 @@ def index_html(outputs_root: str | Path) -> Path:
     return root / "index.html"
 
 
+def _folders(root: Path) -> list[Path]:
+    """The studies' own folders first, in the order of FOLDERS, each followed by its variations (`--set`, `--grid`)."""
+    return [path for name in FOLDERS for path in (root / name, *sorted(root.glob(f"{name},*"))) if path.is_dir()]
+
+
 def _group(root: Path, folder: Path, study: Path) -> dict | None:
     """What the page says of one study at one scale and in one mode."""
     runs = [_run(root, path) for path in sorted(study.iterdir())
@@ -49,13 +54,15 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
     comparison = study / "comparison"
     if not runs and not comparison.is_dir():
         return None
-    scale, _, mode = folder.name.partition("-")
+    own, _, variation = folder.name.partition(",")
+    scale, _, mode = own.partition("-")
     aggregated = _dict(read_json(comparison / "aggregated_metrics.json"))
     return {
-        "anchor": f"{folder.name}-{study.name}", "folder": folder.name, "scale": scale, "mode": mode,
-        "name": aggregated.get("title") or study.name.replace("_", "-").upper(), "runs": runs,
+        "anchor": f"{folder.name}-{study.name}", "scale": scale, "mode": mode, "runs": runs,
+        "command": _dict(read_json(comparison / "status.json")).get("command") or COMMANDS.get(own, ""),
+        "name": (aggregated.get("title") or study.name.replace("_", "-").upper()) + (f" ({variation})" if variation else ""),
         "claims": _claims(comparison), "summary": _summary(aggregated),
-        "figure": _figure(comparison / "figures", str(aggregated.get("primary_metric", ""))),
+        "figure": _figure(comparison / "figures", str(aggregated.get("primary_metric", ""))) if mode == "full" else None,
         "figures": [{"name": p.stem.removeprefix("comparison_").replace("_", " "),
                      "files": [(kind, _href(root, p.with_suffix(f".{kind}"))) for kind in ("png", "pdf", "csv")
                                if p.with_suffix(f".{kind}").exists()]}
@@ -72,7 +79,8 @@ def _run(root: Path, folder: Path) -> dict:
     status = _dict(read_json(folder / "status.json"))
     links = [(text, _href(root, folder / name)) for text, name in (
         ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("configuration", "config.yaml"),
-        ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()]
+        ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()
+        and (text != "error" or status.get("status") == "failed")]
     metric = _dict(status.get("key_metric"))
     return {"id": folder.name, "page": next((href for text, href in links if text == "page"), ""), "links": links,
             "status": str(status.get("status") or "no status"), "metric": metric.get("name", ""), "value": metric.get("value"),
@@ -93,12 +101,15 @@ def _claims(comparison: Path) -> list[dict]:
     found = read_json(comparison / "claims.json", [])
     found = found.get("claims", []) if isinstance(found, dict) else found
     return [{**claim, "verdict": str(claim.get("verdict") or "not evaluated").replace("_", " "),
-             "interval": claim.get("interval95") if _pair(claim.get("interval95")) else None}
+             "interval": _interval(claim.get("interval95"))}
             for claim in found if isinstance(claim, dict)]
 
 
-def _pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+def _interval(value: object) -> str:
+    """`0.985 to 1.009`; an end that is null has no bound."""
+    if not isinstance(value, list | tuple) or len(value) != 2 or all(v is None for v in value):
+        return "–"
+    return " to ".join("no bound" if v is None else _estimate(v) for v in value)
 
 
 def _summary(aggregated: dict) -> str:

@@ -156,7 +156,8 @@ class Runner:
         record.write_json(step.folder / "status.json", {
             "run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key, "started": started,
             "ended": None if status == "running" else time.time(), "minutes": round((time.time() - started) / 60, 3),
-            "predicted_minutes": round(step.seconds / 60, 3), "key_metric": done.get("key_metric"), "error": error})
+            "predicted_minutes": round(step.seconds / 60, 3), "key_metric": done.get("key_metric"), "error": error,
+            "command": command(step)})
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""

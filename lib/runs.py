@@ -11,17 +11,26 @@ from lib import config, keys, record
 
 def provenance(run) -> dict:
     """What made this record: versions, git state, hardware, data and model fingerprints. Holds no secret and no name."""
+
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", "-C", str(config.ROOT), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     dirty = git("status", "--porcelain")
     return {
-        "versions": keys.versions(), "git_commit": git("rev-parse", "HEAD"), "git_dirty": None if dirty is None else bool(dirty),
-        "machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "device": keys.device_kind(),
-        "processor": _processor(), "threads_per_member": run.compute.threads,
-        "data": keys.source(run.dataset.name, run.dataset.revision), "model": keys.source(run.model.name, run.model.revision),
-        "code": keys.digest(keys.closure(f"lib.{run.study}.member")), "yaml": str(run.source) if run.source else None,
+        "versions": keys.versions(),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if dirty is None else bool(dirty),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "device": keys.device_kind(),
+        "processor": _processor(),
+        "threads_per_member": run.compute.threads,
+        "data": keys.source(run.dataset.name, run.dataset.revision),
+        "model": keys.source(run.model.name, run.model.revision),
+        "code": keys.digest(keys.closure(f"lib.{run.study}.member")),
+        "yaml": str(run.source) if run.source else None,
     }
 
 
@@ -51,8 +60,15 @@ def by_cell(records: list[dict], metrics: list[str]) -> list[dict]:
     cells = {}
     for row in records:
         cells.setdefault(row["cell"], []).append(row)
-    return [{"cell": cell, "seeds": len(rows), "diverged": sum(r["status"] == "diverged" for r in rows),
-             **{m: _mean([r.get(m) for r in rows]) for m in metrics}} for cell, rows in cells.items()]
+    return [
+        {
+            "cell": cell,
+            "seeds": len(rows),
+            "diverged": sum(r["status"] == "diverged" for r in rows),
+            **{m: _mean([r.get(m) for r in rows]) for m in metrics},
+        }
+        for cell, rows in cells.items()
+    ]
 
 
 def _mean(values: list) -> float | None:
@@ -80,9 +96,16 @@ def summary(run, records: list[dict]) -> dict:
     means = {m: _mean([r.get(m) for r in mine]) for m in metrics}
     primary = study.PRIMARY_METRIC[run.scale]
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
-    return {"run_id": run.run_id, "method": run.method, "role": run.role, "chosen_cell": cell,
-            "chosen_on": run.optuna.objective_metric, "key_metric": {"name": primary, "value": means.get(primary)},
-            "metrics": means, "members": {r["member"]: {m: r.get(m) for m in ["status", *metrics]} for r in records}}
+    return {
+        "run_id": run.run_id,
+        "method": run.method,
+        "role": run.role,
+        "chosen_cell": cell,
+        "chosen_on": run.optuna.objective_metric,
+        "key_metric": {"name": primary, "value": means.get(primary)},
+        "metrics": means,
+        "members": {r["member"]: {m: r.get(m) for m in ["status", *metrics]} for r in records},
+    }
 
 
 def finish(folder: Path, metrics: dict, nonce: str | None) -> None:
@@ -98,6 +121,16 @@ def planned(results_dir: Path) -> list:
 
     listed = record.read_json(Path(results_dir) / "comparison" / "runs.json")
     if listed is None:
-        raise MissingError(str(results_dir), "no runs here", "the results of a study", "./run_all.sh (it runs the studies first)")
-    return [config.restore({k: v for k, v in r.items() if k not in ("study", "scale", "mode")}, study=r["study"], scale=r["scale"],
-                           mode=r["mode"], results_dir=results_dir) for r in listed]
+        raise MissingError(
+            str(results_dir), "no runs here", "the results of a study", "./run_all.sh (it runs the studies first)"
+        )
+    return [
+        config.restore(
+            {k: v for k, v in r.items() if k not in ("study", "scale", "mode")},
+            study=r["study"],
+            scale=r["scale"],
+            mode=r["mode"],
+            results_dir=results_dir,
+        )
+        for r in listed
+    ]

@@ -38,8 +38,12 @@ def open_study(run, folder: Path, url: str | None = None) -> optuna.Study:
     storage = url or JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     study = optuna.create_study(study_name=run.run_id, storage=storage, direction=run.optuna.direction, load_if_exists=True)
     if study.direction.name.lower() != run.optuna.direction:  # Optuna keeps the old one and says nothing
-        raise StudyError(f"{folder}/journal.log", f"a study that would {study.direction.name.lower()}",
-                         f"one that would {run.optuna.direction} {run.optuna.objective_metric}", f"remove {folder}/journal.log")
+        raise StudyError(
+            f"{folder}/journal.log",
+            f"a study that would {study.direction.name.lower()}",
+            f"one that would {run.optuna.direction} {run.optuna.objective_metric}",
+            f"remove {folder}/journal.log",
+        )
     return study
 
 
@@ -76,8 +80,11 @@ def searched(study: optuna.Study) -> list:
 
 
 def enqueue_cells(study: optuna.Study, run) -> None:
-    known = [t.params or t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)
-             if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING)]
+    known = [
+        t.params or t.system_attrs.get("fixed_params")
+        for t in study.get_trials(deepcopy=False)
+        if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING)
+    ]
     for point in cells(run):
         if point not in known:
             study.enqueue_trial(point)
@@ -109,7 +116,9 @@ def search(run, folder: Path, url: str | None = None) -> optuna.Study:
     enqueue_cells(study, run)
     while (left := run.optuna.n_trials - len(searched(study))) > 0:
         # A sampler's state dies with its process; seeding it by the position makes a resumed search the same search.
-        study.sampler = optuna.samplers.TPESampler(seed=run.optuna.seed + len(searched(study)), constant_liar=True, n_startup_trials=4)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=run.optuna.seed + len(searched(study)), constant_liar=True, n_startup_trials=4
+        )
         asked = [study.ask(space) for _ in range(min(BATCH, left))]
         jobs = {"members": [], "sweep/trials": []}
         places = []

@@ -15,8 +15,12 @@ def drawings(study: optuna.Study, run) -> dict[str, figures.Drawing]:
     made = {"history": history(table, run), "slices": slices(table, run)}
     names = list(sweep.distributions(run))
     if len(table) > 3 and len(names) > 1 and table["value"].nunique() > 1:
-        made["importance"] = importance(optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=run.optuna.seed)), run)
+        made["importance"] = importance(
+            optuna.importance.get_param_importances(
+                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=run.optuna.seed)
+            ),
+            run,
+        )
     return made
 
 
@@ -41,13 +45,13 @@ def slices(table: pd.DataFrame, run) -> figures.Drawing:
     space = sweep.distributions(run)
     title = f"{run.run_id}: where the trials lie"
     drawn, axes = canvas(1, len(space), height=3.4, title=title, sharey=True)
-    told = []
+    told, best = [], table["value"].idxmax() if run.optuna.direction == "maximize" else table["value"].idxmin()
     for place, (name, distribution) in zip(axes.flat, space.items(), strict=True):
         x = table[name].astype(str) if isinstance(distribution, optuna.distributions.CategoricalDistribution) else table[name]
         order = table.assign(x=x).sort_values(name)
         place.plot(order["x"], order["value"], "o", color=MAIN)
         place.set(xlabel=name.replace("_", " "), xscale="log" if getattr(distribution, "log", False) else place.get_xscale())
-        told.append(f"best at {name} {number(table.loc[table['value'].idxmax() if run.optuna.direction == 'maximize' else table['value'].idxmin(), name])}")
+        told.append(f"best at {name} {number(table.loc[best, name])}")
     axes[0, 0].set_ylabel(run.optuna.objective_metric.replace("_", " "))
     return figures.Drawing(drawn, title, "; ".join(told) + ".", table)
 

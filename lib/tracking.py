@@ -36,11 +36,22 @@ def mirror(folder: Path, mode: str) -> int:
     tracked = settings.get("wandb") or {}
     members = [d for d in sorted((folder / "members").iterdir()) if d.name in made["members"]]
     final = next(d for d in members if d.name.rsplit("-s", 1)[0] == made["chosen_cell"])
-    for name, source, summary in [*((f"{folder.name}--{d.name}", d, record.read_json(d / "metrics.json", {})) for d in members),
-                                  (folder.name, final, made["metrics"])]:
-        run = wandb.init(project=tracked.get("project") or "fine-tuning-studies", entity=tracked.get("entity"), id=name, name=name,
-                         group=folder.name, mode=mode, dir=str(folder), resume="allow", config=record.read_json(source / "member.json")["config"],
-                         settings=wandb.Settings(silent=True, console="off", init_timeout=15, x_disable_stats=True, save_code=False))
+    for name, source, summary in [
+        *((f"{folder.name}--{d.name}", d, record.read_json(d / "metrics.json", {})) for d in members),
+        (folder.name, final, made["metrics"]),
+    ]:
+        run = wandb.init(
+            project=tracked.get("project") or "fine-tuning-studies",
+            entity=tracked.get("entity"),
+            id=name,
+            name=name,
+            group=folder.name,
+            mode=mode,
+            dir=str(folder),
+            resume="allow",
+            config=record.read_json(source / "member.json")["config"],
+            settings=wandb.Settings(silent=True, console="off", init_timeout=15, x_disable_stats=True, save_code=False),
+        )
         run.define_metric("*", step_metric="global_step")
         for row in rows_by_step(source):
             run.log(row)
@@ -59,9 +70,18 @@ class Mirrors:
         if mode == "disabled":
             return
         with contextlib.suppress(OSError), open(folder / "wandb.log", "w") as log:
-            self.processes.append((folder, subprocess.Popen(
-                [sys.executable, "-P", "-m", "lib.tracking", str(folder), mode], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, start_new_session=True)))
+            self.processes.append(
+                (
+                    folder,
+                    subprocess.Popen(
+                        [sys.executable, "-P", "-m", "lib.tracking", str(folder), mode],
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    ),
+                )
+            )
 
     def close(self, seconds: float) -> None:
         """Wait for what is left, at most `seconds` in all; then end it. The record is whole without it."""
@@ -74,8 +94,8 @@ class Mirrors:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if code != 0:
-                print(f"W&B mirror of {folder.name}: {'not finished in time' if code is None else 'failed'} (see {folder / 'wandb.log'}); "
-                      "the record has everything", file=sys.stderr)
+                how = "not finished in time" if code is None else "failed"
+                print(f"W&B mirror of {folder.name}: {how} (see {folder / 'wandb.log'}); the record is whole", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ TINY = {
     "model": {"name": "made", "recipe": {"vocab_size": 320, "hidden_size": 32, "layers": 2, "heads": 2, "sft_steps": 8,
                                          "sft_batch_size": 8, "sft_learning_rate": 3e-3, "seed": 0}},
     "dataset": {"name": "generated", "train_pairs": 64, "validation_pairs": 16, "test_pairs": 16},
-    "training": {"max_steps": 12, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.1, "eval_steps": 4, "save_steps": 4},
+    "training": {
+        "max_steps": 12, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+        "warmup_ratio": 0.1, "eval_steps": 4, "save_steps": 4,
+    },
     "loss": {"name": "td_dpo", "beta": 0.05, "tau": 1.0},
     "evaluation": {"questions": 2, "max_new_tokens": 8, "kl_prompts": 2, "judge": "oracle"},
     "optuna": {"n_trials": 0}, "seed_list": [1, 2], "grid": None, "wandb": {"mode": "disabled"},

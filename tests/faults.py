@@ -12,8 +12,8 @@ def _die_once(marker: str) -> None:
 
 
 def killed_member(argument: dict) -> None:
-    """lib.members.work, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
-    from lib import members, record
+    """lib.work.train, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
+    from lib import record, work
     from lib.td_dpo import checkpoints
 
     marker, kill_at = argument["marker"], argument["kill_at"]
@@ -30,7 +30,7 @@ def killed_member(argument: dict) -> None:
         mark(folder, state)
 
     record.append_jsonl, checkpoints.mark_complete = append_and_die, die_in_save
-    members.work(argument)
+    work.train(argument)
 
 
 def sleep(argument: dict) -> None:

@@ -86,13 +86,17 @@ def test_a_client_that_closes_takes_its_member_along(bare, tmp_path):
 
 @pytest.mark.parametrize("how", ["kill the server", "kill the owner"])
 def test_no_orphan_outlives_server_or_owner(tmp_path, how):
-    script = ("import sys; from lib import pool; from tests.test_pool import task; import os, pathlib, time\n"
-              "p = pool.Pool(1, bare=True); os.environ['STUDY_POOL'] = p.socket; t = pathlib.Path(sys.argv[1])\n"
-              "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=60); pool.start(j)\n"
-              "(t / 'server').write_text(str(p.process.pid)); time.sleep(60)")
+    script = (
+        "import sys; from lib import pool; from tests.test_pool import task; import os, pathlib, time\n"
+        "p = pool.Pool(1, bare=True); os.environ['STUDY_POOL'] = p.socket; t = pathlib.Path(sys.argv[1])\n"
+        "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=60); pool.start(j)\n"
+        "(t / 'server').write_text(str(p.process.pid)); time.sleep(60)"
+    )
     owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     try:
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() and (tmp_path / "server").read_text(), 20)
+        wait_for(
+            lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() and (tmp_path / "server").read_text(), 20
+        )
         member, server = int((tmp_path / "pid").read_text()), int((tmp_path / "server").read_text())
         os.kill(server if how == "kill the server" else owner.pid, 9)
         wait_for(lambda: gone(member), 5)

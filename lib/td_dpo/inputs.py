@@ -46,16 +46,32 @@ def prepare(run, folder: Path) -> None:
     """Make the inputs in `folder`. The base model's training steps are told in history.jsonl, for the live line."""
     splits, report = pairs_of(run)
     base = base_of(run, splits["train"], folder)
-    tokenizer = models.load_tokenizer(base, run.model.revision, trust_remote_code=run.model.trust_remote_code, needs_chat_template=True)
+    tokenizer = models.load_tokenizer(
+        base, run.model.revision, trust_remote_code=run.model.trust_remote_code, needs_chat_template=True
+    )
     limits = run.dataset.preprocessing
     rows, counts = {}, {}
     for split in SPLITS:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
     model = load_base(run, base)
-    reference = {split: reference_logprobs(model, rows[split], cache_dir=folder / "reference", model_fingerprint=models.fingerprint(model),
-                                           quantization=run.model.quantization, pad=pad_token(tokenizer)) for split in SPLITS}
-    report |= {"tokens": counts, "base": str(base), "stand_in": uses_stand_in(run),
-               "length_baseline": baselines.length_baseline(splits["test"]), "bag_of_words_baseline": _bag_of_words(splits)}
+    reference = {
+        split: reference_logprobs(
+            model,
+            rows[split],
+            cache_dir=folder / "reference",
+            model_fingerprint=models.fingerprint(model),
+            quantization=run.model.quantization,
+            pad=pad_token(tokenizer),
+        )
+        for split in SPLITS
+    }
+    report |= {
+        "tokens": counts,
+        "base": str(base),
+        "stand_in": uses_stand_in(run),
+        "length_baseline": baselines.length_baseline(splits["test"]),
+        "bag_of_words_baseline": _bag_of_words(splits),
+    }
     if run.dataset.name == "generated":
         report["label_noise"] = generated.label_noise(splits["test"])
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -75,7 +91,9 @@ def pairs_of(run) -> tuple[dict, dict]:
     section = run.dataset.model_dump()
     if run.mode == "trial" and out_of_reach(run.dataset.name):
         size = run.dataset.limit or 8
-        splits, report = data.load_splits({**section, "name": "generated", "train_pairs": size, "validation_pairs": size, "test_pairs": size})
+        splits, report = data.load_splits(
+            {**section, "name": "generated", "train_pairs": size, "validation_pairs": size, "test_pairs": size}
+        )
         return splits, {**report, "source": f"generated, standing in for {run.dataset.name}"}
     return data.load_splits(section)
 
@@ -86,8 +104,12 @@ def base_of(run, pairs: list[dict], folder: Path) -> str:
     if run.model.name == "made":
         history, _ = record.recorder(folder)
         (folder / "history.jsonl").unlink(missing_ok=True)
-        base_model.make_base(pairs, run.model.recipe.model_dump(), place,
-                             lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
+        base_model.make_base(
+            pairs,
+            run.model.recipe.model_dump(),
+            place,
+            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
+        )
         return str(place)
     if uses_stand_in(run):
         texts = [m["content"] for pair in pairs for m in itertools.chain(pair["prompt"], pair["chosen"], pair["rejected"])]
@@ -107,7 +129,9 @@ def save_rows(path: Path, rows: dict[str, list[dict]]) -> None:
     for split, mine in rows.items():
         tensors[f"{split}.pair"] = torch.tensor([row["pair"] for row in mine], dtype=torch.int32)
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            tensors[f"{split}.{name}"] = torch.tensor(list(itertools.chain.from_iterable(r[name] for r in mine)), dtype=torch.int32)
+            tensors[f"{split}.{name}"] = torch.tensor(
+                list(itertools.chain.from_iterable(r[name] for r in mine)), dtype=torch.int32
+            )
             tensors[f"{split}.{name}.lengths"] = torch.tensor([len(r[name]) for r in mine], dtype=torch.int32)
     save_file(tensors, path)
 
@@ -131,4 +155,6 @@ def load(folder: Path) -> Inputs:
     base = str(folder / "base") if (folder / "base").is_dir() else report["base"]
     tokenizer = models.load_tokenizer(str(folder / "tokenizer"), needs_chat_template=True)
     pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-    return Inputs(tokenizer, load_rows(folder / "rows.safetensors"), load_file(folder / "reference.safetensors"), pairs, report, base)
+    return Inputs(
+        tokenizer, load_rows(folder / "rows.safetensors"), load_file(folder / "reference.safetensors"), pairs, report, base
+    )

@@ -17,7 +17,7 @@ COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the clai
 
 
 def train(member, folder: Path, shared: Path) -> dict:
-    """Train the member in `folder` on the inputs in `shared` and return its metrics (see METRICS in config.py; null where nothing was measured)."""
+    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
     run = member.run
     given = inputs.load(shared)
     model = policy(run, given.base, member.seed)
@@ -29,26 +29,54 @@ def train(member, folder: Path, shared: Path) -> dict:
         """A few sampled answers: how far the policy has moved where it speaks itself."""
         if not prompts:
             return {}
-        answers = sampling.sample(policy_now, given.tokenizer, prompts, max_new_tokens=run.evaluation.max_new_tokens,
-                                  temperature=run.evaluation.temperature, seed=member.seed, batch_size=SAMPLE_BATCH)
+        answers = sampling.sample(
+            policy_now,
+            given.tokenizer,
+            prompts,
+            max_new_tokens=run.evaluation.max_new_tokens,
+            temperature=run.evaluation.temperature,
+            seed=member.seed,
+            batch_size=SAMPLE_BATCH,
+        )
         ratios = log_ratios(policy_now, frozen, answers)
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
 
     outcome = trainer.train_pairs(
-        model, given.tokenizer, given.rows["train"], given.rows["validation"], given.reference, loss=run.loss.model_dump(),
-        training=run.training.model_dump(), seed=member.seed, folder=folder, on_record=history, on_timing=timing,
-        on_evaluate=at_evaluation, max_batches=2 if run.mode == "trial" else None)
-    metrics = {"status": outcome.status, "diverged_at": outcome.step if outcome.status == "diverged" else None,
-               "steps": outcome.step, "best_step": outcome.best_step, "pairs": len(given.rows["train"]),
-               "length_baseline": given.report["length_baseline"], "bag_of_words_baseline": given.report["bag_of_words_baseline"],
-               **{f"{name}_pairs": sum(c[name] for c in given.report["tokens"].values()) for name in ("dropped", "truncated")}}
+        model,
+        given.tokenizer,
+        given.rows["train"],
+        given.rows["validation"],
+        given.reference,
+        loss=run.loss.model_dump(),
+        training=run.training.model_dump(),
+        seed=member.seed,
+        folder=folder,
+        on_record=history,
+        on_timing=timing,
+        on_evaluate=at_evaluation,
+        max_batches=2 if run.mode == "trial" else None,
+    )
+    metrics = {
+        "status": outcome.status,
+        "diverged_at": outcome.step if outcome.status == "diverged" else None,
+        "steps": outcome.step,
+        "best_step": outcome.best_step,
+        "pairs": len(given.rows["train"]),
+        "length_baseline": given.report["length_baseline"],
+        "bag_of_words_baseline": given.report["bag_of_words_baseline"],
+        **{f"{name}_pairs": sum(c[name] for c in given.report["tokens"].values()) for name in ("dropped", "truncated")},
+    }
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
     if outcome.best is not None:
         trainer.load_checkpoint(model, outcome.best)
-    return {**metrics, **evaluate(run, model, frozen, given, member.seed, folder), **_validation(folder, outcome.best_step),
-            "step_seconds": _step_seconds(folder)}
+    return {
+        **metrics,
+        **evaluate(run, model, frozen, given, member.seed, folder),
+        **_validation(folder, outcome.best_step),
+        "step_seconds": _step_seconds(folder),
+    }
 
 
 def policy(run, base: str, seed: int):
@@ -68,7 +96,9 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
     model.eval()
     rows = given.rows["test"]
     scores = trainer.pair_scores(model, rows, given.reference["test"], pad=pad_token(given.tokenizer))
-    predictions = [{"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)]
+    predictions = [
+        {"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)
+    ]
     metrics = {
         "implicit_accuracy": _mean([float((s["rho"] or 0) > 0) for s in scores]),
         "raw_accuracy": _mean([float((s["delta"] or 0) > 0) for s in scores]),
@@ -79,10 +109,18 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
     if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
         answers = judged_answers(run, model, given.tokenizer, seed)
         for answer, ratio in zip(answers, log_ratios(model, frozen, answers), strict=True):
-            predictions.append({"kind": "answer", **{k: answer[k] for k in ("question", "category", "turn", "score", "length", "text")},
-                                "log_ratio": ratio})
-        metrics |= {"oracle_score": _mean([a["score"] for a in answers]), "answer_length": _mean([a["length"] for a in answers]),
-                    "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"])}
+            predictions.append(
+                {
+                    "kind": "answer",
+                    **{k: answer[k] for k in ("question", "category", "turn", "score", "length", "text")},
+                    "log_ratio": ratio,
+                }
+            )
+        metrics |= {
+            "oracle_score": _mean([a["score"] for a in answers]),
+            "answer_length": _mean([a["length"] for a in answers]),
+            "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"]),
+        }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     return metrics
 
@@ -90,21 +128,37 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
     answers = sampling.answer_questions(
-        model, tokenizer, generated.questions(run.evaluation.questions), seed=seed, max_new_tokens=run.evaluation.max_new_tokens,
-        temperature=run.evaluation.temperature, batch_size=SAMPLE_BATCH)
+        model,
+        tokenizer,
+        generated.questions(run.evaluation.questions),
+        seed=seed,
+        max_new_tokens=run.evaluation.max_new_tokens,
+        temperature=run.evaluation.temperature,
+        batch_size=SAMPLE_BATCH,
+    )
     return [{**a, "score": oracle.score(a["prompt"], a["text"])} for a in answers]
 
 
 def base_score(run, given: inputs.Inputs) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
     with torch.no_grad():
-        return _mean([a["score"] for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])])
+        return _mean(
+            [a["score"] for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])]
+        )
 
 
 def _validation(folder: Path, step: int | None) -> dict:
     """Validation metrics at the checkpoint that is kept, from the member's own history."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
-    return {k: v for k, v in rows[-1].items() if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss")} if rows else {}
+    return (
+        {
+            k: v
+            for k, v in rows[-1].items()
+            if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss")
+        }
+        if rows
+        else {}
+    )
 
 
 def _step_seconds(folder: Path) -> float | None:
@@ -121,7 +175,15 @@ def step_cost(run, folder: Path, shared: Path) -> None:
     """Step times of this method's first cell and of DPO at the same beta, in turns; writes step_cost.jsonl."""
     given, first = inputs.load(shared), config.members(run)[0]
     loss = first.run.loss.model_dump()
-    rows = cost.step_cost(lambda: policy(first.run, given.base, first.seed), given.rows["train"], given.reference["train"], loss,
-                          {**loss, "name": "dpo", "tau": None}, run.training.model_dump(), 2 if run.mode == "trial" else COST_PAIRS,
-                          first.seed, pad=pad_token(given.tokenizer))
+    rows = cost.step_cost(
+        lambda: policy(first.run, given.base, first.seed),
+        given.rows["train"],
+        given.reference["train"],
+        loss,
+        {**loss, "name": "dpo", "tau": None},
+        run.training.model_dump(),
+        2 if run.mode == "trial" else COST_PAIRS,
+        first.seed,
+        pad=pad_token(given.tokenizer),
+    )
     record.write_jsonl(folder / "step_cost.jsonl", rows)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from lib import record
+from lib import comparison, power, record
+from lib.claim_types import Claims
 from lib.td_dpo.config import METRICS, PRIMARY_METRIC, SECOND_METRIC
 
 TITLES = {
-    "oracle_score": "Oracle score (1-10)", "mt_bench_score": "MT-Bench score", "implicit_accuracy": "Implicit accuracy on test pairs",
-    "raw_accuracy": "Raw accuracy on test pairs", "sampled_kl": "Sampled KL (nats)", "answer_length": "Answer length (tokens)",
+    "oracle_score": "Oracle score (1-10)",
+    "mt_bench_score": "MT-Bench score",
+    "implicit_accuracy": "Implicit accuracy on test pairs",
+    "raw_accuracy": "Raw accuracy on test pairs",
+    "sampled_kl": "Sampled KL (nats)",
+    "answer_length": "Answer length (tokens)",
 }
 
 
@@ -52,10 +58,35 @@ def base_score(results: Path) -> float | None:
 
 def accuracies(loaded: record.Records) -> pd.DataFrame:
     """Implicit and raw accuracy of every cell beside the baselines that need no model, mean over seeds."""
-    names = present(loaded, ["implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "length_baseline",
-                             "bag_of_words_baseline"])
+    names = present(
+        loaded,
+        ["implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "length_baseline", "bag_of_words_baseline"],
+    )
     table = loaded.members.groupby(["run_id", "cell"], sort=False)
     return table[names].mean().join(table["seed"].count().rename("seeds")).reset_index()
+
+
+def noise(study: Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
+    """Standard deviations per arm behind each claim about a difference of scores, beside those that the power table assumes."""
+    found = [
+        {
+            "claim": "assumed",
+            "seed": " or ".join(f"{sd:g}" for sd in study.noise.seed_sds),
+            "question": study.noise.interaction_sd,
+            "answer": study.noise.answer_sd,
+        }
+    ]
+    for claim in study.claims:
+        if claim.across or claim.test == "cost_ratio":
+            continue
+        cells = [
+            comparison.choose(study, c, loaded.members) for side in ("treatment", "baseline") for c in study.levels(claim, side)
+        ]
+        paired = comparison.pair_up(study, rows, loaded.members, cells, claim.metric)
+        if isinstance(paired, comparison.Paired) and len(paired.seeds) > 1:
+            seen = power.noise_seen(paired.values[0] - paired.values[1])
+            found.append({"claim": claim.id, **{k: round(v / np.sqrt(2), 3) for k, v in seen.items()}})
+    return pd.DataFrame(found)
 
 
 def tuned(results: Path) -> pd.DataFrame:
@@ -65,9 +96,16 @@ def tuned(results: Path) -> pd.DataFrame:
         made = record.read_json(path, {})
         if made.get("final"):
             final = {name: made["final"].get(name) for name in METRICS if made["final"].get(name) is not None}
-            found.append({"run": path.parent.parent.name, **(made["best"] or {}), "trials": made["trials"], "seeds": made["final"]["seeds"], **final})
+            found.append(
+                {
+                    "run": path.parent.parent.name,
+                    **(made["best"] or {}),
+                    "trials": made["trials"],
+                    "seeds": made["final"]["seeds"],
+                    **final,
+                }
+            )
     return pd.DataFrame(found)
-
 
 
 def one_member(history: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:

@@ -1,0 +1,74 @@
+"""What the pool's processes do for a run: train one member, prepare what members share, measure. See lib/members.py."""
+
+import importlib
+import shutil
+import time
+import traceback
+from pathlib import Path
+
+from lib import config, record
+from lib.errors import StudyError
+
+
+def study_module(study: str, part: str = "member"):
+    """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
+    return importlib.import_module(f"lib.{study}.{part}")
+
+
+def train(argument: dict) -> None:
+    """Train one member; the last thing written is the sentinel with this attempt's nonce."""
+    folder, spec = Path(argument["folder"]), argument["spec"]
+    try:
+        run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
+        member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
+        started = time.monotonic()
+        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
+        metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
+        if metrics.get("status") not in record.FINISHED:
+            raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
+        record.write_json(folder / "metrics.json", metrics)
+        record.write_json(
+            folder / "done.json",
+            {
+                "run_id": spec["run_id"],
+                "member": spec["member"],
+                "status": metrics["status"],
+                "key": argument["key"],
+                "nonce": argument["nonce"],
+            },
+        )
+    except BaseException as error:
+        traceback.print_exc()
+        record.write_json(
+            folder / "error.json",
+            {
+                "exception": record.redact(f"{type(error).__name__}: {error}"),
+                "traceback": record.redact(traceback.format_exc()),
+            },
+        )
+        raise
+
+
+def prepare(argument: dict) -> None:
+    """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    final = Path(argument["final"])
+    if (final / "complete.json").exists():
+        return
+    partial = Path(argument["folder"])
+    try:
+        study_module(run.study, "inputs").prepare(run, partial)
+        record.write_json(partial / "complete.json", {"study": run.study})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException as error:
+        traceback.print_exc()
+        if not (final / "complete.json").exists():  # another pool may have been faster: its result is as good
+            record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
+            raise
+
+
+def measure(argument: dict) -> None:
+    """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
