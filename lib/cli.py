@@ -133,55 +133,49 @@ def chosen(options) -> list[tuple]:
     return found
 
 
-def obstacles(options, found: list[tuple]) -> tuple[list[str], list[str], int]:
-    """(errors, warnings, exit code) that keep the found runs from starting."""
+def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
+    """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
     from lib import preflight
 
-    errors, warnings, code = [], [], 0
+    told: dict[str, list] = {}
     for path, loaded, findings in found:
-        where = path.name if options.params else os.path.relpath(path, config.ROOT)
+        name = path.name if options.params else os.path.relpath(path, config.ROOT)
         if isinstance(loaded, StudyError):
-            errors.append(str(loaded))
-            code = 2
+            told[name] = [config.Finding("error", "configuration", str(loaded))]
             continue
-        if not (plan.NOTEBOOKS / loaded.study / "train.ipynb").exists():
-            errors.append(f"{where}: error: notebooks/{loaded.study}/train.ipynb: this study has no notebooks yet")
-            code = 2
-        for finding in findings:
-            (errors if finding.level == "error" else warnings).append(f"{where}: {finding}")
-            code = 2 if finding.level == "error" else code
-        if options.scale == "paper" and options.mode == "full":
-            for finding in preflight.missing(loaded):
-                (errors if finding.level == "error" else warnings).append(f"{finding}")
-                code = max(code, 3) if finding.level == "error" and code != 2 else code
-    return list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)), code
+        told[name] = list(findings)
+        if not built(loaded):
+            told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
+    code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
+    if options.scale == "paper" and options.mode == "full":
+        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
+        told["this machine"] = list(dict.fromkeys(needs))
+        code = code or 3 * any(f.level == "error" for f in needs)
+    return told, code
+
+
+def built(loaded) -> bool:
+    return (plan.NOTEBOOKS / loaded.study / "train.ipynb").exists()
 
 
 def run(options) -> int:
     found = chosen(options)
-    errors, warnings, code = obstacles(options, found)
-    only_plan = options.command == "plan"
-    for text in warnings:
-        print(text if text.startswith("warning") or ": warning" in text else f"warning: {text}")
-    if errors:
-        for text in errors:
-            print(text if only_plan else f"{text}", file=sys.stdout if only_plan else sys.stderr)
-        if not only_plan:
-            print(f"nothing was started ({len(errors)} obstacle{'s' * (len(errors) > 1)})", file=sys.stderr)
-            return code
-    runnable = [
-        (path, r)
-        for path, r, findings in found
-        if not isinstance(r, StudyError)
-        and not any(f.level == "error" for f in findings)
-        and (plan.NOTEBOOKS / r.study / "train.ipynb").exists()
-    ]
-    runs = [r for _, r in runnable]
-    if only_plan:
-        slots = options.jobs or len(pool.gpus()) or os.cpu_count() or 1
-        show.planned(plan.steps(runs, options.scale, options.mode, force=options.force) if runs else [], slots, found)
+    told, code = obstacles(options, found)
+    if options.command == "plan":
+        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
+        fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
+        show.planned(plan.steps(fit, options.scale, options.mode, force=options.force) if fit else [], slots_of(options))
+        show.findings(told)
         return code if code == 2 else 0
-    return execute(options, runs)
+    show.findings(told, sys.stderr if code else sys.stdout)
+    if code:
+        print("\nnothing was started", file=sys.stderr)
+        return code
+    return execute(options, [loaded for _, loaded, _ in found])
+
+
+def slots_of(options) -> int:
+    return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
 
 
 def execute(options, runs: list) -> int:
@@ -193,7 +187,7 @@ def execute(options, runs: list) -> int:
         runner.remove_leftovers(root)
         write_run_lists(runs)
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
-        slots = options.jobs or len(pool.gpus()) or os.cpu_count() or 1
+        slots = slots_of(options)
         to_do = [s for s in steps if s.reason]
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "

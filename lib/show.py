@@ -1,10 +1,10 @@
 """What the command line prints: the plan, the table of a finished run, the verdicts, the status."""
 
 import os
+import sys
 from pathlib import Path
 
 from lib import config, plan, progress, record
-from lib.errors import StudyError
 
 
 def table(steps: list, finished) -> None:
@@ -34,7 +34,17 @@ def verdicts(steps: list) -> None:
             print(f"{step.study} {claim['id']}  {claim['verdict']:13} {told:28} {claim['sentence']}")
 
 
-def planned(steps: list, slots: int, found: list) -> None:
+def findings(told: dict[str, list], out=sys.stdout) -> None:
+    """What keeps each YAML (or all of them, on this machine) from running, and what is odd about it."""
+    for name, mine in told.items():
+        if mine:
+            errors = sum(f.level == "error" for f in mine)
+            print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
+        for finding in sorted(mine, key=lambda f: f.level):
+            print("  " + str(finding).replace("\n", "\n  "), file=out)
+
+
+def planned(steps: list, slots: int) -> None:
     print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
     for step in steps:
         every = len(config.members(step.run)) if step.kind == "train" else 0
@@ -45,14 +55,6 @@ def planned(steps: list, slots: int, found: list) -> None:
         needs = [n for n in (step.run.model.name, step.run.dataset.name) if config.is_hub_id(n)] if step.kind == "train" else []
         if needs:
             print(f"{'':34} downloads: {', '.join(needs)}")
-    for path, loaded, findings in found:
-        state = (
-            "does not load"
-            if isinstance(loaded, StudyError)
-            else ("cannot run: see above" if any(f.level == "error" for f in findings) else "")
-        )
-        if state:
-            print(f"{path.name}: {state}")
     if steps:
         print(
             f"\npredicted wall-clock with {slots} members at a time: {progress.duration(plan.wall_seconds(steps, slots))} "

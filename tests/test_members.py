@@ -1,6 +1,8 @@
 """Members: killed and resumed to the same bytes, cached by what their numbers depend on, and never a false success."""
 
+import contextlib
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,49 @@ def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, t
     assert (tmp_path / "killed").exists()
     assert job.tasks["default-s1"].attempts == 2
     assert content(job.folders["default-s1"]) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB, where this machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_while_a_member_trains(tiny, undisturbed, pool_socket, small_disk):
+    """The member fails with the system's own words, nothing counts as done, and with space again it goes on to the same end."""
+    run = tiny(seed_list=[1]).model_copy(update={"results_dir": small_disk / "results"})
+    members.prepared(run)
+    job = members.submit(run)
+    history = job.folders["default-s1"] / "history.jsonl"
+
+    def fill():
+        if history.exists() and not (small_disk / "filler").exists():
+            with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(b"x" * 4096)
+
+    pool.drive(list(job.tasks.values()), on_tick=fill, on_change=lambda _: fill())
+    if job.tasks["default-s1"].state != "succeeded":  # a fast machine may be done before the disk is full
+        assert job.tasks["default-s1"].state == "failed"
+        assert not (job.folders["default-s1"] / "done.json").exists()
+    (small_disk / "filler").unlink()
+    again = members.submit(run)
+    finished(again)
+    assert content(job.folders["default-s1"]) == undisturbed
+    assert not list(small_disk.rglob("*.tmp"))
+
+
+def test_outputs_that_turn_read_only_while_a_run_starts(tiny, pool_socket, small_disk):
+    run = tiny(seed_list=[1]).model_copy(update={"results_dir": small_disk / "results"})
+    members.prepared(run)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        members.submit(run)
 
 
 def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(tiny, pool_socket):
