@@ -8,6 +8,7 @@ import argparse
 import fnmatch
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -182,6 +183,9 @@ def execute(options, runs: list) -> int:
     from lib import report, runner
 
     root = root_of(options)
+    # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
     with runner.locked(root):
         runner.free_space(root)
         runner.remove_leftovers(root)

@@ -125,10 +125,12 @@ class Runner:
             self.attempt(step, started)
             self.state[id(step)] = "succeeded"
         except BaseException as error:
-            self.state[id(step)] = "failed"
-            self.errors[id(step)] = self.told(step, error)
+            self.state[id(step)] = "interrupted" if self.stopping else "failed"
+            told = self.told(step, error)
+            if not self.stopping:
+                self.errors[id(step)] = told
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, "interrupted" if self.stopping else "failed", started, self.errors[id(step)])
+                self.write_status(step, self.state[id(step)], started, told)
         self.minutes[id(step)] = (time.time() - started) / 60
 
     def attempt(self, step: plan.Step, started: float) -> None:
