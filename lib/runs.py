@@ -30,7 +30,6 @@ def provenance(run) -> dict:
         "data": keys.source(run.dataset.name, run.dataset.revision),
         "model": keys.source(run.model.name, run.model.revision),
         "code": keys.digest(keys.closure(f"lib.{run.study}.member")),
-        "yaml": str(run.source) if run.source else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 import optuna
 import pandas as pd
+from matplotlib.ticker import NullFormatter
 
 from lib import figures, sweep
 from lib.figure_style import canvas, housestyle, number
@@ -47,10 +48,16 @@ def slices(table: pd.DataFrame, run) -> figures.Drawing:
     drawn, axes = canvas(1, len(space), height=3.4, title=title, sharey=True)
     told, best = [], table["value"].idxmax() if run.optuna.direction == "maximize" else table["value"].idxmin()
     for place, (name, distribution) in zip(axes.flat, space.items(), strict=True):
-        x = table[name].astype(str) if isinstance(distribution, optuna.distributions.CategoricalDistribution) else table[name]
-        order = table.assign(x=x).sort_values(name)
-        place.plot(order["x"], order["value"], "o", color=MAIN)
-        place.set(xlabel=name.replace("_", " "), xscale="log" if getattr(distribution, "log", False) else place.get_xscale())
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            choices = [c for c in distribution.choices if (table[name] == c).any()]
+            place.plot(table[name].map(choices.index), table["value"], "o", color=MAIN)
+            place.set_xticks(range(len(choices)), [number(c) if isinstance(c, float | int) else str(c) for c in choices])
+        else:
+            place.plot(table[name], table["value"], "o", color=MAIN)
+            if distribution.log:
+                place.set(xscale="log", xlim=(distribution.low * 0.9, distribution.high * 1.1))
+                place.xaxis.set_minor_formatter(NullFormatter())
+        place.set_xlabel(name.replace("_", " "))
         told.append(f"best at {name} {number(table.loc[best, name])}")
     axes[0, 0].set_ylabel(run.optuna.objective_metric.replace("_", " "))
     return figures.Drawing(drawn, title, "; ".join(told) + ".", table)
