@@ -290,6 +290,7 @@ def fork_works() -> bool:
 
 
 def main() -> None:
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "lib"]  # lib/statistics.py is not `statistics`
     if sys.argv[1:2] == ["--child"]:
         request = json.loads(sys.stdin.buffer.read())
         redirect(request.get("log"))
@@ -302,7 +303,6 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help="preload nothing (tests)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it closes our standard input
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "lib"]  # lib/record.py is not `record`
     devices = [d for d in arguments.devices.split(",") if d]
     server = Server(arguments.socket, arguments.slots, devices)  # clients may queue while we import
     if not arguments.bare and not devices:

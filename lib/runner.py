@@ -205,8 +205,6 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # the last attempt did not get through: keep it beside this one
         path.replace(path.with_name(f"{step.output.stem}.{1 + len(list(path.parent.glob('*.failed.ipynb')))}.failed.ipynb"))
-    for name in ("done.json", "metrics.json"):
-        (step.folder / name).unlink(missing_ok=True)
     return papermill.execute_notebook(
         str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
         engine_name="study", progress_bar=False, log_output=False, start_timeout=120, execution_timeout=cell_timeout)

@@ -87,8 +87,10 @@ def chosen_cell(run, records: list[dict]) -> str:
 
 
 def summary(run, records: list[dict]) -> dict:
-    """The run's metrics.json: the mean over seeds of its chosen cell, and its members beside it."""
+    """The run's metrics.json: the mean over seeds of its chosen cell, and its members beside it. A diverged member counts
+    with the study's DIVERGED values, as in its claims: leaving it out would flatter its cell."""
     study = config.study_module(run.study)
+    records = [{**r, **study.DIVERGED} if r["status"] == "diverged" else r for r in records]
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
     cell = chosen_cell(run, records)
     mine = [r for r in records if r["cell"] == cell]

@@ -8,6 +8,7 @@ final run, that of the cell chosen on validation, carries the run_id itself. Tri
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def mirror(folder: Path, mode: str) -> int:
     made = record.read_json(folder / "metrics.json")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     tracked = settings.get("wandb") or {}
+    shutil.rmtree(folder / "wandb", ignore_errors=True)  # an earlier mirror of this run: the record is what counts
     members = [d for d in sorted((folder / "members").iterdir()) if d.name in made["members"]]
     final = next(d for d in members if d.name.rsplit("-s", 1)[0] == made["chosen_cell"])
     for name, source, summary in [

@@ -6,6 +6,8 @@ import time
 import traceback
 from pathlib import Path
 
+from filelock import FileLock
+
 from lib import config, record
 from lib.errors import StudyError
 
@@ -52,10 +54,14 @@ def train(argument: dict) -> None:
 def prepare(argument: dict) -> None:
     """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
     run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
-    final = Path(argument["final"])
-    if (final / "complete.json").exists():
-        return
-    partial = Path(argument["folder"])
+    final, partial = Path(argument["final"]), Path(argument["folder"])
+    with FileLock(f"{final}.lock"):  # another runner may be making the very same thing; a killed one lets go
+        if not (final / "complete.json").exists():
+            _prepare(run, partial, final)
+
+
+def _prepare(run, partial: Path, final: Path) -> None:
+    (partial / "error.json").unlink(missing_ok=True)
     try:
         study_module(run.study, "inputs").prepare(run, partial)
         record.write_json(partial / "complete.json", {"study": run.study})
@@ -63,9 +69,8 @@ def prepare(argument: dict) -> None:
         partial.rename(final)
     except BaseException as error:
         traceback.print_exc()
-        if not (final / "complete.json").exists():  # another pool may have been faster: its result is as good
-            record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
-            raise
+        record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
+        raise
 
 
 def measure(argument: dict) -> None:

@@ -49,3 +49,10 @@ def die(argument: dict) -> None:
     with open(argument["count"], "a") as file:
         file.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note_environment(argument: dict) -> None:
+    """Where members are spawned: the slot's GPU, and the standard library's modules rather than lib's of the same name."""
+    import statistics
+
+    Path(argument["path"]).write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {statistics.fmean([1, 3])}")

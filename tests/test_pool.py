@@ -107,6 +107,24 @@ def test_no_orphan_outlives_server_or_owner(tmp_path, how):
         owner.wait()
 
 
+def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "gpus", lambda: ["3", "5"])
+    own = pool.Pool(bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    try:
+        assert own.slots == 2
+        first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1.5)
+        pool.start(first)
+        wait_for((tmp_path / "pid").exists)
+        second = task(tmp_path, "b", "note_environment", path=str(tmp_path / "seen"))
+        pool.start(second)
+        pool.drive([first, second])
+        assert [first.state, second.state] == ["succeeded", "succeeded"]
+        assert (tmp_path / "seen").read_text() == "5 2.0"
+    finally:
+        own.close()
+
+
 def test_the_pool_gets_no_secret_unless_it_is_told_to_keep_them(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345678")
     for keep in (False, True):

@@ -181,3 +181,17 @@ def test_aggregated_metrics_in_the_contracts_form(tmp_path):
     assert made["gap"] == pytest.approx(-25.0)
     table = aggregate.improvements(made, "td_dpo").set_index(["run", "metric"])["ours better by %"]
     assert table["base_b", "oracle_score"] == pytest.approx(-100 / 7)
+
+
+def test_a_diverged_seed_counts_as_the_worst_and_not_as_absent(tiny):
+    run = tiny()
+    good = {"status": "completed", "validation_implicit_accuracy": 0.6, "oracle_score": 6.0}
+    records = [
+        {"member": "steady-s1", "cell": "steady", "seed": 1, **good},
+        {"member": "steady-s2", "cell": "steady", "seed": 2, **good},
+        {"member": "wild-s1", "cell": "wild", "seed": 1, **good, "validation_implicit_accuracy": 0.65, "oracle_score": 9.0},
+        {"member": "wild-s2", "cell": "wild", "seed": 2, "status": "diverged"},
+    ]
+    assert runs.summary(run, records)["chosen_cell"] == "steady"
+    alone = runs.summary(run, records[2:])
+    assert alone["metrics"]["oracle_score"] == 5.0, "the mean of 9 and the lowest score"

@@ -14,6 +14,10 @@ __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_L
 
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
+DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
+    "oracle_score": 1.0, "mt_bench_score": 1.0, "implicit_accuracy": 0.5, "raw_accuracy": 0.5,
+    "validation_implicit_accuracy": 0.5, "validation_raw_accuracy": 0.5,
+}
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 METRICS = {
     "oracle_score": "maximize", "mt_bench_score": "maximize", "implicit_accuracy": "maximize",
