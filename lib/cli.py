@@ -209,6 +209,7 @@ def execute(options, runs: list) -> int:
                 force=options.force,
                 keep_secrets=options.scale == "paper" and options.mode == "full",
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
+                on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,
             )
             started = time.time()
             try:

@@ -37,17 +37,21 @@ def duration(seconds: float) -> str:
 class Live:
     """Prints the running notebooks: rewritten in place on a terminal, every 20 s as a plain line elsewhere."""
 
-    def __init__(self, runner):
+    def __init__(self, runner, on_end=None):
+        """`on_end(step, state)` is called as each step ends: the command line prints a study's verdicts there."""
+        self.on_end = on_end
         self.runner, self.started, self.last, self.told = runner, time.monotonic(), 0.0, set()
         self.terminal = sys.stdout.isatty()
 
     def show(self) -> None:
         for step in self.runner.steps:
             state = self.runner.state[id(step)]
-            if state in ("succeeded", "failed", "blocked") and id(step) not in self.told:
+            if state in ("succeeded", "failed", "blocked", "interrupted") and id(step) not in self.told:
                 self.told.add(id(step))
                 self.clear()
                 print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)
+                if self.on_end:
+                    self.on_end(step, state)
         pause = 0.5 if self.terminal else 20
         if time.monotonic() - self.last < pause:
             return

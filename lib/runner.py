@@ -59,9 +59,9 @@ class Runner:
     """The pool, the threads that execute notebooks, and what each step came to."""
 
     def __init__(self, steps: list[plan.Step], slots: int, *, fail_fast: bool = False, force: bool = False,
-                 keep_secrets: bool = False, cell_timeout: int | None = None):
+                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
-        self.keep_secrets, self.cell_timeout = keep_secrets, cell_timeout
+        self.keep_secrets, self.cell_timeout, self.on_end = keep_secrets, cell_timeout, on_end
         self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
         self.minutes: dict[int, float] = {}
         self.errors: dict[int, dict] = {}
@@ -73,7 +73,7 @@ class Runner:
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
         self.ensure_pool()
-        live = progress.Live(self)
+        live = progress.Live(self, self.on_end)
         futures = {}
         try:
             with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
