@@ -42,27 +42,3 @@ def aggregated(study: str, results_dir: Path) -> dict:
             i: {"cell": r["chosen_cell"], "chosen_on": r["chosen_on"], "members": r["members"]} for i, r in runs.items()
         },
     }
-
-
-def improvements(made: dict, study: str):
-    """One row per run and metric, with the proposed run's improvement over it in percent (positive is better)."""
-    import pandas as pd
-
-    directions, rows = config.study_module(study).METRICS, []
-    proposed = (made["best_proposed"] or {}).get("run_id")
-    for name, values in made["metrics"].items():
-        for run_id, value in values.items():
-            own = values.get(proposed)
-            change = None
-            if own is not None and value and run_id != proposed:
-                change = (-1 if directions[name] == "minimize" else 1) * (own - value) / abs(value) * 100
-            rows.append(
-                {
-                    "run": run_id,
-                    "cell": made["members"][run_id]["cell"],
-                    "metric": name,
-                    "value": value,
-                    f"{proposed} better by %": change,
-                }
-            )
-    return pd.DataFrame(rows)

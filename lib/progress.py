@@ -1,5 +1,6 @@
-"""What a run shows while it runs: one live line in a terminal, plain lines elsewhere; `status` reads the same files."""
+"""What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the same."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,13 +36,13 @@ def duration(seconds: float) -> str:
 
 
 class Live:
-    """Prints the running notebooks: rewritten in place on a terminal, every 20 s as a plain line elsewhere."""
+    """Prints one line per running notebook and a total: rewritten in place on a terminal, plain lines elsewhere."""
 
     def __init__(self, runner, on_end=None):
         """`on_end(step, state)` is called as each step ends: the command line prints a study's verdicts there."""
         self.on_end = on_end
         self.runner, self.started, self.last, self.told = runner, time.monotonic(), 0.0, set()
-        self.terminal = sys.stdout.isatty()
+        self.terminal, self.shown = sys.stdout.isatty(), 0
 
     def show(self) -> None:
         for step in self.runner.steps:
@@ -57,19 +58,24 @@ class Live:
             return
         self.last = time.monotonic()
         running = [s for s in self.runner.steps if self.runner.state[id(s)] == "running"]
-        text = " | ".join(line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running)
-        text = f"[{duration(time.monotonic() - self.started)}] {text}"
-        if self.terminal:
-            import shutil
-
-            width = shutil.get_terminal_size().columns
-            print("\r\x1b[K" + text[: width - 1], end="", flush=True)
-        else:
-            print(text, flush=True)
+        lines = [line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running]
+        ended = sum(self.runner.state[id(s)] not in ("", "running") for s in self.runner.steps)
+        total = f"[{duration(time.monotonic() - self.started)}] {ended} of {len(self.runner.steps)} notebooks done"
+        if not self.terminal:
+            print(f"{total}: " + " | ".join(lines), flush=True)
+            return
+        self.clear()
+        width = shutil.get_terminal_size().columns - 1
+        for text in [*lines, total]:
+            print(text[:width])
+        sys.stdout.flush()
+        self.shown = len(lines) + 1
 
     def clear(self) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="")
+        """Take the live lines off the terminal: up over them, and erase to the end of the screen."""
+        if self.shown:
+            print(f"\x1b[{self.shown}A\x1b[J", end="", flush=True)
+            self.shown = 0
 
     def close(self) -> None:
         self.last = time.monotonic()

@@ -89,7 +89,8 @@ class Runner:
                         time.sleep(POLL)
                 except BaseException:
                     self.stopping = True
-                    print("\nstopping: kernels and members are being ended; what they have saved is kept "
+                    live.clear()
+                    print("stopping: kernels and members are being ended; what they have saved is kept "
                           "(Ctrl-C again to leave at once)", file=sys.stderr, flush=True)
                     self.pool.close()
                     raise
@@ -149,7 +150,7 @@ class Runner:
             os.replace(partial(step), step.output)
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
-            if step.kind == "train":
+            if step.kind != "analysis":
                 self.mirrors.start(step.folder, config.wandb_mode(step.run))
             return
 

@@ -51,24 +51,15 @@ def _text(value: object) -> str:
     return number(value, 4) if isinstance(value, float | np.floating) else str(value)
 
 
-def chosen_cells(members: pd.DataFrame, choose_on: str, direction: str = "maximize") -> dict[str, str]:
-    """For each run_id the cell whose mean of `choose_on` over seeds is best; a run with no value keeps its first cell."""
-    chosen = {}
-    for run_id, group in members.groupby("run_id", sort=False):
-        means = outcomes(group, choose_on).groupby("cell", sort=False)["value"].mean()
-        best = means if direction == "maximize" else -means
-        chosen[run_id] = best.idxmax() if best.notna().any() else means.index[0]
-    return chosen
-
-
-def metrics_table(members: pd.DataFrame, metrics: Mapping[str, str], *, baselines: Sequence[str], choose_on: str,
-                  direction: str = "maximize", diverged_values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """One row per run and metric, of the run's cell chosen on validation: mean and standard deviation over seeds, and the
-    improvement over each baseline in percent of the baseline (positive is better, also for metrics to minimise).
+def metrics_table(members: pd.DataFrame, metrics: Mapping[str, str], *, chosen: Mapping[str, str], baselines: Sequence[str],
+                  diverged_values: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """One row per run and metric, of the run's cell in `chosen` (run_id -> cell, chosen on validation): mean and standard
+    deviation over seeds, and the improvement over each baseline in percent of it (positive is better, also for metrics
+    to minimise).
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
-    rows, chosen = [], chosen_cells(members, choose_on, direction)
+    rows = []
     for metric, aim in metrics.items():
         means = {}
         for run_id, cell in chosen.items():

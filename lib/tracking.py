@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from lib import record
 
 
@@ -29,37 +27,47 @@ def rows_by_step(folder: Path) -> list[dict]:
 
 
 def mirror(folder: Path, mode: str) -> int:
-    """Mirror every member of the run in `folder`, then the run; returns how many W&B runs were written."""
+    """Mirror the run in `folder` (its members, and the chosen cell as its final run where it has no search), or, where
+    `folder` is a run's sweep, the final run of the best. Returns how many W&B runs were written."""
+    made, run_folder = record.read_json(folder / "metrics.json"), folder
+    if folder.name == "sweep":
+        run_folder = folder.parent
+        final = [(run_folder.name, run_folder / "members" / made["final_members"][0], made["final"])] if made["final"] else []
+        wanted = final
+    else:
+        shutil.rmtree(folder / "wandb", ignore_errors=True)  # an earlier mirror of this run: the record is what counts
+        members = [d for d in sorted((folder / "members").iterdir()) if d.name in made["members"]]
+        wanted = [(f"{folder.name}--{d.name}", d, record.read_json(d / "metrics.json", {})) for d in members]
+        if not (record.read_json(members[0] / "member.json")["config"]["optuna"] or {}).get("n_trials"):
+            chosen = next(d for d in members if d.name.rsplit("-s", 1)[0] == made["chosen_cell"])
+            wanted.append((folder.name, chosen, made["metrics"]))
+    for name, source, summary in wanted:
+        _write(name, run_folder, source, summary, mode)
+    return len(wanted)
+
+
+def _write(name: str, run_folder: Path, member: Path, summary: dict, mode: str) -> None:
     import wandb
 
-    made = record.read_json(folder / "metrics.json")
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = record.read_json(member / "member.json")["config"]
     tracked = settings.get("wandb") or {}
-    shutil.rmtree(folder / "wandb", ignore_errors=True)  # an earlier mirror of this run: the record is what counts
-    members = [d for d in sorted((folder / "members").iterdir()) if d.name in made["members"]]
-    final = next(d for d in members if d.name.rsplit("-s", 1)[0] == made["chosen_cell"])
-    for name, source, summary in [
-        *((f"{folder.name}--{d.name}", d, record.read_json(d / "metrics.json", {})) for d in members),
-        (folder.name, final, made["metrics"]),
-    ]:
-        run = wandb.init(
-            project=tracked.get("project") or "fine-tuning-studies",
-            entity=tracked.get("entity"),
-            id=name,
-            name=name,
-            group=folder.name,
-            mode=mode,
-            dir=str(folder),
-            resume="allow",
-            config=record.read_json(source / "member.json")["config"],
-            settings=wandb.Settings(silent=True, console="off", init_timeout=15, x_disable_stats=True, save_code=False),
-        )
-        run.define_metric("*", step_metric="global_step")
-        for row in rows_by_step(source):
-            run.log(row)
-        run.summary.update({k: v for k, v in summary.items() if v is not None})
-        run.finish()
-    return len(members) + 1
+    run = wandb.init(
+        project=tracked.get("project") or "fine-tuning-studies",
+        entity=tracked.get("entity"),
+        id=name,
+        name=name,
+        group=run_folder.name,
+        mode=mode,
+        dir=str(run_folder),
+        resume="allow",
+        config=settings,
+        settings=wandb.Settings(silent=True, console="off", init_timeout=15, x_disable_stats=True, save_code=False),
+    )
+    run.define_metric("*", step_metric="global_step")
+    for row in rows_by_step(member):
+        run.log(row)
+    run.summary.update({k: v for k, v in summary.items() if v is not None})
+    run.finish()
 
 
 class Mirrors:
