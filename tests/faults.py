@@ -13,8 +13,7 @@ def _die_once(marker: str) -> None:
 
 def killed_member(argument: dict) -> None:
     """lib.work.train, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
-    from lib import record, work
-    from lib.td_dpo import checkpoints
+    from lib import checkpoints, record, work
 
     marker, kill_at = argument["marker"], argument["kill_at"]
     append, mark = record.append_jsonl, checkpoints.mark_complete

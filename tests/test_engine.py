@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lib import checkpoints
 from lib.errors import StudyError
-from lib.td_dpo import checkpoints, logprobs, reference, tokens
+from lib.td_dpo import logprobs, reference, tokens
 from lib.td_dpo import trainer as engine
 from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost

@@ -7,17 +7,21 @@ from typing import Any
 from lib.iw_lora.sections import VALIDATION_METRIC, Run
 from lib.schema import Finding, rename, split_role
 
-__all__ = ["ALIASES", "METRICS", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run", "check",
-           "normalise", "recognises", "search_changes", "steps", "train_rows", "trial_changes", "warmup"]
+__all__ = ["ALIASES", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run",
+           "check", "normalise", "recognises", "search_changes", "steps", "train_rows", "trial_changes", "warmup"]
 
 PRIMARY_METRIC = {"laptop": "validation_accuracy", "paper": "validation_accuracy"}
 SECOND_METRIC = "validation_accuracy"  # the primary one needs no judge, so there is no other to fall back on
-METRICS = {"validation_accuracy": "maximize", "validation_f1": "maximize", "validation_macro_f1": "maximize",
-           "validation_loss": "minimize"}
+MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ in: the base model is the same
+METRICS = {
+    "tuning_accuracy": "maximize", "tuning_loss": "minimize", "validation_accuracy": "maximize", "validation_f1": "maximize",
+    "validation_macro_f1": "maximize", "validation_loss": "minimize",
+}
 ALIASES = {
     "alpha": "loss.alpha", "iw_reg_alpha": "loss.alpha", "beta": "loss.beta", "penalty": "loss.penalty",
     "learning_rate": "training.learning_rate", "batch_size": "training.batch_size",
-    "weight_decay": "training.weight_decay", "epochs": "training.epochs", "max_steps": "training.max_steps",
+    "weight_decay": "training.weight_decay",
+    "epochs": "training.epochs", "max_steps": "training.max_steps",
     "lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha",
 }
 PATHS = ("model.name", "dataset.name")
@@ -62,6 +66,9 @@ def _roles(raw: dict) -> dict:
 
 
 def train_rows(run: Run) -> int | None:
+    if run.dataset.name == "generated" and run.dataset.train_examples:
+        rows = run.dataset.train_examples - max(1, round(run.dataset.tuning_fraction * run.dataset.train_examples))
+        return min(rows, run.dataset.limit or rows)
     rows = GLUE_ROWS.get(run.dataset.subset) if run.dataset.name in ("glue", "nyu-mll/glue") else None
     return min(rows, run.dataset.limit or rows) if rows else None
 
@@ -94,6 +101,12 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "loss.head_warmup_steps": min(2, run.loss.head_warmup_steps),
         "compute.strategy": "none", "compute.gpus": min(1, run.compute.gpus),
     }
+    if run.model.adapter.type == "adalora":  # two steps leave no room for the schedule
+        changes |= {"model.adapter.tinit": 0, "model.adapter.tfinal": 1, "model.adapter.delta_t": 1}
+    if run.model.recipe is not None:
+        changes |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
+    if run.dataset.name == "generated":
+        changes |= {"dataset.train_examples": 4 * batch, "dataset.validation_examples": 2 * batch}
     if run.training.warmup_steps is not None:
         changes["training.warmup_steps"] = min(1, run.training.warmup_steps)
     if run.training.eval_steps is not None:
@@ -113,6 +126,12 @@ def check(run: Run) -> list[Finding]:
                              "fp16: false, bf16: true where the GPU has it"))
     if training.bf16 and not run.compute.gpus:
         found.append(Finding("warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1"))
+    if run.training.save_strategy == "best":
+        found.append(Finding("error", "training.save_strategy", "best: the last state is what is reported",
+                             "save_strategy: epoch"))
+    if run.training.loraplus_lr_ratio is not None and run.model.adapter.type != "lora":
+        found.append(Finding("error", "training.loraplus_lr_ratio", f"type {run.model.adapter.type} has no B",
+                             "remove it, or type: lora"))
     if run.compute.strategy == "fsdp":
         found.append(Finding("error", "compute.strategy", "sensitivities cannot be read from sharded gradients",
                              "strategy: none or ddp"))
@@ -132,8 +151,15 @@ def _penalty_findings(run: Run, total: int | None) -> list[Finding]:
         idle = sorted(searched & {"loss.alpha", "loss.beta"})
         return [Finding("error", "optuna.search_space", f"{idle[0]} is searched, but there is no penalty that reads it",
                         "loss.penalty: importance, or remove it")] if idle else []
-    if run.model.adapter.type == "none":
-        found.append(Finding("error", "loss.penalty", f"{loss.penalty} without adapters to penalise", "penalty: none"))
+    if run.model.adapter.type != "lora":
+        found.append(Finding("error", "loss.penalty", f"{loss.penalty} with adapter type {run.model.adapter.type}: the term is "
+                             "defined on LoRA pairs", "penalty: none, or type: lora"))
+    if not loss.freeze_lora_during_warmup:
+        found.append(Finding("error", "loss.freeze_lora_during_warmup", "false: the sensitivities are those of the base model, "
+                             "read before any adapter moves", "freeze_lora_during_warmup: true"))
+    if loss.head_warmup_steps:
+        found.append(Finding("error", "loss.head_warmup_steps", "not built yet: the head is random when s is measured",
+                             "head_warmup_steps: 0"))
     if total is not None and loss.sensitivity_warmup_steps > total:
         found.append(Finding("warning", "loss.sensitivity_warmup_steps", f"{loss.sensitivity_warmup_steps} calibration "
                              f"batches for a run of {total} steps", f"sensitivity_warmup_steps: {max(1, total // 10)}"))

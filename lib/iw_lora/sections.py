@@ -24,6 +24,8 @@ class Adapter(Section):
     tinit: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
     tfinal: Count | None = None
     delta_t: Count | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
     @model_validator(mode="after")
     def _schedule(self):
@@ -43,8 +45,22 @@ class Adapter(Section):
         return self
 
 
+class Recipe(Section):
+    """The small base model that is made: name: made."""
+
+    vocab_size: Count = 64
+    hidden_size: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    pretrain_steps: Count = 1000
+    pretrain_batch_size: Count = 64
+    pretrain_learning_rate: Positive = 1e-3
+    seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
+
+
 class Model(Section):
     name: Name
+    recipe: Recipe | None = None
     revision: str | None = None
     adapter: Adapter = Adapter()
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,6 +84,10 @@ class Dataset(Section):
     splits: Splits = Splits()
     max_seq_length: Count = 256
     preprocessing: Preprocessing = Preprocessing()
+    train_examples: Count | None = None  # these two are for generated data
+    validation_examples: Count | None = None
+    tuning_fraction: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
+    split_seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
     limit: Count | None = None
 
 
@@ -77,6 +97,7 @@ class Training(Section):
     batch_size: Count  # of one micro-batch
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive
+    loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

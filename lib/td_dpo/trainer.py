@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from lib import checkpoints
+from lib.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.errors import StudyError
-from lib.td_dpo import checkpoints
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
-from lib.td_dpo.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.td_dpo.logprobs import (
     batch_logprobs,
     collator,

@@ -89,3 +89,15 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
     else:
         load_model(model, str(Path(checkpoint) / "model.safetensors"), device=str(model.device))
     return model
+
+
+def usable(place: Path, fingerprint: str) -> Path | None:
+    """The last complete checkpoint marked with `fingerprint`; what is incomplete or of another configuration is removed."""
+    found = None
+    for folder in checkpoint_folders(place):
+        marker = read_marker(folder)
+        if marker is None or marker["fingerprint"] != fingerprint:
+            remove_checkpoint(folder)
+        else:
+            found = folder
+    return found

@@ -1,0 +1,54 @@
+"""The study's records as the tables that its notebooks show and its claims are judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from lib import record
+
+
+def example_scores(loaded: record.Records) -> pd.DataFrame:
+    """One row per member and validation example, `accuracy` 1 or 0, as `claims.evaluate` wants it."""
+    columns = ["run_id", "method", "alpha", "seed", "example", "correct"]
+    if loaded.pairs.empty:
+        return pd.DataFrame(columns=[*columns[:-1], "accuracy", "status"])
+    rows = loaded.pairs.reindex(columns=columns)
+    return rows.assign(accuracy=rows.pop("correct").astype(float), status="completed")
+
+
+def all_members(loaded: record.Records) -> pd.DataFrame:
+    """Finished members and, without metrics, the missing ones: coverage names both."""
+    found = pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True)
+    return found if "alpha" in found else found.assign(alpha=None)
+
+
+def accuracies(loaded: record.Records) -> pd.DataFrame:
+    """Every cell's accuracies beside what needs no model, mean over seeds."""
+    names = ["tuning_accuracy", "validation_accuracy", "validation_f1", "validation_macro_f1", "bag_of_words_baseline",
+             "majority_baseline", "trained_parameters"]
+    groups = loaded.members.reindex(columns=["run_id", "cell", "seed", *names]).groupby(["run_id", "cell"], sort=False)
+    return groups[names].mean().join(groups["seed"].count().rename("seeds")).reset_index()
+
+
+def adapters(loaded: record.Records) -> pd.DataFrame:
+    """One row per member and adapted matrix: s, w, coefficient, || Delta ||_F at the end, ranks kept by AdaLoRA."""
+    rows = []
+    for member in loaded.members.to_dict("records"):
+        made = record.read_json(Path(member["folder"]) / "adapters.json")
+        for k, name in enumerate(made["matrices"] if made else ()):
+            rows.append({"run_id": member["run_id"], "method": member["method"], "cell": member["cell"],
+                         "seed": member["seed"], "matrix": name.split("encoder.layer.")[-1],
+                         "delta_norm": made["delta_norm"][k],
+                         **{key: made[key][k] if key in made else None for key in ("s", "w", "coefficient")},
+                         "rank": next((r for n, r in made["ranks"].items() if n.endswith(name)), None)})
+    return pd.DataFrame(rows)
+
+
+def confusion(examples: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
+    """Rows: the label; columns: the prediction; counts over seeds."""
+    counts = pd.crosstab(examples["label"], examples["prediction"])
+    order = range(len(labels))
+    counts = counts.reindex(index=order, columns=order, fill_value=0)
+    return counts.set_axis([f"is {name}" for name in labels]).set_axis([f"said {name}" for name in labels], axis=1)
