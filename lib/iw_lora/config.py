@@ -187,7 +187,7 @@ def _data_findings(run: Run) -> list[Finding]:
             found.append(Finding("error", "dataset.splits.validation", "MNLI has no split of that name",
                                  "validation: validation_matched"))
     if run.dataset.preprocessing.padding == "max_length":
-        found.append(Finding("warning", "dataset.preprocessing.padding", f"every row is padded to "
-                             f"{run.dataset.max_seq_length} tokens: honoured, and several times slower",
-                             "padding: longest gives the same numbers"))
+        found.append(Finding("warning", "dataset.preprocessing.padding", f"rows are padded to the longest of "
+                             f"their batch, not to {run.dataset.max_seq_length} tokens: the same numbers, several times faster",
+                             "padding: longest says the same"))
     return found
