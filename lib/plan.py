@@ -11,6 +11,7 @@ from lib import config, keys, members, record
 from lib.errors import StudyError
 
 NOTEBOOKS = config.ROOT / "notebooks"
+TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 
 
@@ -114,6 +115,8 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
 def member_seconds(run) -> float:
     """Expected seconds of one member on one slot: the median of earlier members of this run (else of the study) at this
     scale and mode, else the YAML's own figure times its steps."""
+    if run.mode == "trial":
+        return TRIAL_SECONDS
     for pattern in (f"{run.run_id}/members/*/metrics.json", "*/members/*/metrics.json"):
         seen = [m.get("seconds") for m in map(record.read_json, Path(run.results_dir).glob(pattern)) if m]
         if any(seen):
@@ -125,5 +128,6 @@ def wall_seconds(planned: list[Step], slots: int) -> float:
     """Expected wall-clock: training and sweeps share the slots, preparation and analysis do not."""
     shared = sum(s.seconds for s in planned if s.kind != "analysis")
     runs = {members.inputs_folder(s.run): s.run for s in planned if s.kind == "train" and s.stale}
-    preparing = sum(run.compute.prepare_seconds for folder, run in runs.items() if not (folder / "complete.json").exists())
+    unmade = [run for folder, run in runs.items() if not (folder / "complete.json").exists()]
+    preparing = sum(TRIAL_SECONDS if run.mode == "trial" else run.compute.prepare_seconds for run in unmade)
     return shared / max(1, slots) + preparing + sum(s.seconds for s in planned if s.kind == "analysis")
