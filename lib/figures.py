@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,7 @@ from lib.figure_style import (
     ordered,
     reference_line,
 )
+from lib.record import write_bytes
 
 __all__ = ["STYLE", "Drawing", "Figure", "Look", "bars", "box_over_seeds", "claims", "learning_curves", "points", "save"]
 MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
@@ -86,23 +85,8 @@ def save(drawing: Drawing | Canvas, folder: str | Path, name: str, *, data: pd.D
         contents[kind] = buffer.getvalue()
     figure = Figure(name, drawing.title, drawing.alt, folder, contents["png"])
     for kind, path in figure.files.items():
-        _replace(path, contents[kind])
+        write_bytes(path, contents[kind])
     return figure
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The file's new content in one step: a reader sees the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @housestyle

@@ -38,6 +38,17 @@ def pool_socket():
 
 
 @pytest.fixture
+def bare(monkeypatch):
+    """A pool that preloads nothing: starts in a moment."""
+    from lib import pool
+
+    own = pool.Pool(2, bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    yield own
+    own.close()
+
+
+@pytest.fixture
 def tiny(tmp_path):
     """A run of one cell and two seeds that trains in about a second, in a results folder of its own."""
     from lib import config

@@ -11,15 +11,6 @@ import pytest
 from lib import pool, record
 
 
-@pytest.fixture
-def bare(monkeypatch):
-    """A pool that preloads nothing: starts in a moment."""
-    own = pool.Pool(2, bare=True)
-    monkeypatch.setenv("STUDY_POOL", own.socket)
-    yield own
-    own.close()
-
-
 def task(tmp_path, name, target, check=lambda: True, **argument):
     return pool.Task(name=name, target=f"tests.faults:{target}", argument=argument, folder=tmp_path / name, check=check)
 

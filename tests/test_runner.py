@@ -15,19 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from lib import cli, plan, pool, record, runner
+from lib import cli, plan, record, runner
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    own = pool.Pool(2, bare=True)
-    monkeypatch.setenv("STUDY_POOL", own.socket)
-    yield own
-    own.close()
 
 
 def step_of(tmp_path, *cells):
