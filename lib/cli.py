@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         if options.command == "status":
-            return show.status(root_of(options))
+            return show.status(root_of(options), options.study)
         if options.command == "report":
             return rebuild(options)
         return run(options)
@@ -189,7 +189,9 @@ def execute(options, runs: list) -> int:
     with runner.locked(root):
         runner.free_space(root)
         runner.remove_leftovers(root)
-        write_run_lists(runs)
+        # The analysis judges the whole study, whichever of its runs --run picked for this time.
+        listed = [r for _, r, _ in chosen(argparse.Namespace(**{**vars(options), "run": "*"})) if not isinstance(r, StudyError)]
+        write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = slots_of(options)
         to_do = [s for s in steps if s.reason]

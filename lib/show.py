@@ -62,13 +62,15 @@ def planned(steps: list, slots: int) -> None:
         )
 
 
-def status(root: Path) -> int:
+def status(root: Path, studies: list[str] | None = None) -> int:
     rows = sorted(root.glob("*/*/status.json")) + sorted(root.glob("*/*/sweep/status.json"))
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
     for path in rows:
         state = record.read_json(path, {})
+        if studies and state.get("study") not in studies:
+            continue
         title = f"{state.get('study')}/{state.get('run_id')}" + (" sweep" if state.get("kind") == "sweep" else "")
         told = f"{state.get('minutes') or 0:.2f} min"
         if state.get("status") == "running":
