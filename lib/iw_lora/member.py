@@ -13,6 +13,7 @@ from lib import config, models, record
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import warmup
 from lib.iw_lora.penalty import delta_norms
+from lib.training import SeededOrder
 
 COST_PAIRS = 60  # interleaved rounds of steps
 COST_WARM_UP = 3
@@ -28,7 +29,7 @@ def calibration_batches(run, given: inputs.Inputs, seed: int, device) -> list[di
     """The first batches of the seed's order: 2 at most in a trial."""
     count = run.loss.sensitivity_warmup_steps if run.mode == "full" else min(2, run.loss.sensitivity_warmup_steps)
     rows, size = given.rows["train"], run.training.batch_size
-    order = trainer.SeededOrder(len(rows), seed)
+    order = SeededOrder(len(rows), seed)
     indices: list[int] = []
     while len(indices) < count * size:
         indices += list(order)
