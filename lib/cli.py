@@ -18,7 +18,7 @@ from lib import config, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-        "lab: JupyterLab; test: the tests",
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
+        "report: rebuild the pages; lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
+    top.add_argument("--json", action="store_true", help="`check` as one JSON object")
+    top.add_argument("--static", action="store_true", help="`check` without its trial")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
 
@@ -174,6 +176,11 @@ def built(loaded) -> bool:
 
 def run(options) -> int:
     found = chosen(options)
+    if options.command == "check":
+        from lib.check import command
+
+        return command.check([f for f in found if isinstance(f[1], StudyError) or built(f[1])], options, root_of(options),
+                             slots_of(options))
     told, code = obstacles(options, found)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
