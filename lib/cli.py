@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, forecast, plan, pool, progress, record, show
+from lib import config, errors, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -85,15 +85,12 @@ def main(argv: list[str] | None = None) -> int:
             return rebuild(options)
         return run(options)
     except StudyError as error:
-        print(record.redact(str(error)), file=sys.stderr)
+        print(record.inert(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(
-            f"{error.filename or 'this machine'}: {error.strerror}\n  expected: a folder that can be written, with space left\n"
-            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)",
-            file=sys.stderr,
-        )
-        return 3
+        told, code = errors.of_the_system(error)
+        print(record.inert(record.redact(told)), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
         return 130
