@@ -146,6 +146,16 @@ def chosen(options) -> list[tuple]:
     return found
 
 
+def every_run(options) -> list[tuple]:
+    """`chosen` without --run."""
+    return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
+
+
+def able(found: list[tuple]) -> list[tuple]:
+    """Without the runs of studies that have no notebooks yet."""
+    return [(path, loaded, findings) for path, loaded, findings in found if isinstance(loaded, StudyError) or built(loaded)]
+
+
 def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
     from lib import preflight
@@ -176,8 +186,7 @@ def run(options) -> int:
     if options.command == "check":
         from lib.check import command
 
-        return command.check([f for f in found if isinstance(f[1], StudyError) or built(f[1])], options, root_of(options),
-                             slots_of(options))
+        return command.check(able(found), able(every_run(options)), options, root_of(options), slots_of(options))
     told, code = obstacles(options, found)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
@@ -208,7 +217,7 @@ def execute(options, runs: list) -> int:
         runner.free_space(root)
         runner.remove_leftovers(root)
         # The analysis judges the whole study, whichever of its runs --run picked for this time.
-        listed = [r for _, r, _ in chosen(argparse.Namespace(**{**vars(options), "run": "*"})) if not isinstance(r, StudyError)]
+        listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = slots_of(options)

@@ -30,11 +30,12 @@ def notebooks_of(study: str) -> list[Path]:
     return [plan.NOTEBOOKS / study / "train.ipynb", plan.NOTEBOOKS / study / "analysis.ipynb", plan.NOTEBOOKS / "sweep.ipynb"]
 
 
-def static(found: Found, scale: str) -> list[Finding]:
-    """What can be seen without running anything: YAMLs, claims, notebooks and code of the studies in `found`."""
+def static(found: Found, scale: str, whole: Found) -> list[Finding]:
+    """What can be seen without running anything: YAMLs, claims, notebooks and code of the studies in `found`. `whole`: the
+    same with all runs of these studies, which the claims are about whichever runs are picked."""
     told = list(yamls.findings(found))
-    runs = [run for _, run, findings in found if not isinstance(run, StudyError) and all(f.level != "error" for f in findings)]
-    studies = list(dict.fromkeys(run.study for run in runs))
+    runs = [run for _, run, _ in whole if not isinstance(run, StudyError)]
+    studies = list(dict.fromkeys(run.study for _, run, _ in found if not isinstance(run, StudyError)))
     try:
         files = sources.module_files(reached(studies))
     except SyntaxError as error:  # of one of them: its imports cannot be followed, so all are read
@@ -122,9 +123,9 @@ def cost_of(found: Found, scale: str, slots: int) -> dict:
     }
 
 
-def check(found: Found, options, root: Path, slots: int) -> int:
-    """The command. `options`: the command line's."""
-    findings, notes = static(found, options.scale), []
+def check(found: Found, whole: Found, options, root: Path, slots: int) -> int:
+    """The command. `options`: the command line's; `found`, `whole`: as for `static`."""
+    findings, notes = static(found, options.scale, whole), []
     if any(f.severity == "error" for f in findings):
         notes.append("no trial was run: mend these first")
     elif options.static:

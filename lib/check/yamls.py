@@ -44,7 +44,7 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
         yield Finding(
             "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
         )
-    members = pd.DataFrame([record.identity(_spec(member)) for run in runs for member in config.members(run)])
+    members = pd.DataFrame([record.identity(_spec(member)) for run in runs for member in _members(run)])
     for claim in published.claims:
         if scale not in claim.scales:
             continue
@@ -67,6 +67,14 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
                         f"no run at {scale} scale trains {published.label(cell)}",
                         f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}",
                     )
+
+
+def _members(run) -> list:
+    """None where its grid is wrong, which is a finding of the YAML."""
+    try:
+        return config.members(run)
+    except StudyError:
+        return []
 
 
 def _spec(member) -> dict:
