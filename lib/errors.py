@@ -21,3 +21,10 @@ class MissingError(StudyError):
     """Something the run needs is not on this machine (GPU, memory, licence, key, model, package extra)."""
 
     exit_code = 3
+
+
+class OutOfMemory(StudyError):
+    """A device (or this machine) had no memory left for a step: the run ends, the others go on."""
+
+    exit_code = 1
+    status = "out_of_memory"

@@ -125,6 +125,8 @@ def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
     its training lives."""
     numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
+    if config.get("compute", {}).get("strategy") == "fsdp":
+        numbers["sharded"] = True
     model, dataset = config["model"], config["dataset"]
     parts = {
         "config": {**_flat(numbers), "seed": seed, "mode": mode},

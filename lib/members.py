@@ -172,6 +172,7 @@ def _task(member, folder: Path) -> pool.Task:
         folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
+        slots=run.compute.devices,
         check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
     )
 

@@ -98,6 +98,7 @@ class Task:
     argument: dict
     folder: Path
     threads: int = 1
+    slots: int = 1  # GPUs (or slots) it takes at a time
     check: Callable[[], bool] = lambda: True
     state: str = "queued"  # queued, running, succeeded, failed, lost
     seconds: float = 0.0
@@ -129,7 +130,7 @@ def start(task: Task) -> None:
     task.connection, task.buffer, task.state = connect(address()), b"", "queued"
     task.attempts += 1
     request = {"kind": "member", "name": str(task.folder), "target": task.target, "argument": task.argument,
-               "log": str(task.log), "threads": task.threads}
+               "log": str(task.log), "threads": task.threads, "slots": task.slots}
     task.connection.sendall(json.dumps(request).encode() + b"\n")
 
 

@@ -134,7 +134,7 @@ def check(run: Run) -> list[Finding]:
                              "remove it, or type: lora"))
     if run.compute.strategy == "fsdp":
         found.append(Finding("error", "compute.strategy", "sensitivities cannot be read from sharded gradients",
-                             "strategy: none or ddp"))
+                             "strategy: none"))
     if total is not None and (training.warmup_steps or 0) >= total:
         found.append(Finding("warning", "training.warmup_steps", f"a warm-up of {training.warmup_steps} steps is beyond the "
                              f"run's {total}: {warmup(run, total)} are used instead", "warmup_ratio: 0.1"))
