@@ -24,7 +24,12 @@ class MissingError(StudyError):
 
 
 class OutOfMemory(StudyError):
-    """A device (or this machine) had no memory left for a step: the run ends, the others go on."""
+    """A device had no memory left for a step: its member ends as `out_of_memory`, the others go on."""
 
     exit_code = 1
-    status = "out_of_memory"
+
+
+def ended_as(error: BaseException) -> str:
+    """The status of a member that this exception ended: out_of_memory or failed."""
+    names = {cls.__name__ for cls in type(error).__mro__}  # by name: torch must not be imported for it
+    return "out_of_memory" if names & {"OutOfMemory", "OutOfMemoryError", "MemoryError"} else "failed"

@@ -18,7 +18,7 @@ __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
 COMMANDS = {"laptop-full": "./run_all.sh", "paper-full": "./run_all.sh full", "laptop-trial": "./run_all.sh trial",
             "paper-trial": "./run_all.sh trial --scale paper"}
-SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "running": "…", "blocked": "■"}
+SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "out_of_memory": "✗", "running": "…", "blocked": "■"}
 
 
 def index_html(outputs_root: str | Path) -> Path:
@@ -80,7 +80,7 @@ def _run(root: Path, folder: Path) -> dict:
     links = [(text, _href(root, folder / name)) for text, name in (
         ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("configuration", "config.yaml"),
         ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()
-        and (text != "error" or status.get("status") == "failed")]
+        and (text != "error" or status.get("status") in ("failed", "out_of_memory"))]
     metric = _dict(status.get("key_metric"))
     return {"id": folder.name, "page": next((href for text, href in links if text == "page"), ""), "links": links,
             "status": str(status.get("status") or "no status"), "metric": metric.get("name", ""), "value": metric.get("value"),
@@ -92,7 +92,8 @@ def _members(folder: Path) -> str:
     """How many members ended how, from their sentinels: '12 completed, 1 diverged'."""
     counts: dict[str, int] = {}
     for path in sorted((folder / "members").glob("*/")):
-        name = str(_dict(read_json(path / "done.json")).get("status", "unfinished"))
+        ended = _dict(read_json(path / "error.json")).get("status", "unfinished")
+        name = str(_dict(read_json(path / "done.json")).get("status", ended)).replace("_", " ")
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 

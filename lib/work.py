@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lib import config, forecast, record, resources
-from lib.errors import StudyError
+from lib.errors import StudyError, ended_as
 
 
 def study_module(study: str, part: str = "member"):
@@ -45,6 +45,7 @@ def train(argument: dict) -> None:
         record.write_json(
             folder / "error.json",
             {
+                "status": ended_as(error),
                 "exception": record.redact(f"{type(error).__name__}: {error}"),
                 "traceback": record.redact(traceback.format_exc()),
             },
