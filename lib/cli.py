@@ -161,7 +161,7 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
         if not built(loaded):
             told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
-    if options.scale == "paper" and options.mode == "full":
+    if options.mode == "full":
         needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
         told["this machine"] = list(dict.fromkeys(needs))
         code = code or 3 * any(f.level == "error" for f in needs)
@@ -223,7 +223,7 @@ def execute(options, runs: list) -> int:
                 slots,
                 fail_fast=options.fail_fast,
                 force=options.force,
-                keep_secrets=options.scale == "paper" and options.mode == "full",
+                keep_secrets=options.mode == "full" and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
                 max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,

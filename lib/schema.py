@@ -152,6 +152,7 @@ class Optuna(Fixed):
     objective_metric: Name
     seed: Seed = 0
     search_space: dict[str, Distribution] = {}
+    storage: str | None = None  # null: a journal file; a data base URL where several machines search together
 
 
 class Compute(Fixed):
