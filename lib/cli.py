@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, forecast, plan, pool, progress, record, show
+from lib import cluster, config, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
     )
+    top.add_argument(
+        "--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster"
+    )
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
@@ -73,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
+    os.environ.pop("STUDY_CLUSTER", None)
     if options.jobs is not None and options.jobs < 1:
         print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
@@ -162,7 +166,8 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
             told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
     if options.mode == "full":
-        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
+        machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
+        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded, machine)]
         told["this machine"] = list(dict.fromkeys(needs))
         code = code or 3 * any(f.level == "error" for f in needs)
     return told, code
@@ -173,6 +178,9 @@ def built(loaded) -> bool:
 
 
 def run(options) -> int:
+    if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
+        kinds = cluster.gpus(options.cluster)
+        os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
     told, code = obstacles(options, found)
     if options.command == "plan":
@@ -190,6 +198,8 @@ def run(options) -> int:
 
 
 def slots_of(options) -> int:
+    if options.cluster:
+        return options.jobs or cluster.slots(options.cluster)
     return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
 
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -99,7 +100,10 @@ def source(name: str, revision: str | None) -> str:
 
 @functools.cache
 def device_kind() -> str:
-    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds."""
+    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds. On a cluster the
+    kinds of its GPUs."""
+    if os.environ.get("STUDY_DEVICES"):
+        return os.environ["STUDY_DEVICES"]
     try:
         import pynvml
 

@@ -95,6 +95,12 @@ class Machine:
     free_bytes: Callable[[Path], int] = _free_bytes
 
 
+def of_cluster(address: str) -> Machine:
+    """This machine with the GPUs of a Ray cluster, of which only number and kind are known here."""
+    from lib import cluster
+    return Machine(gpus=lambda environ: [Gpu(kind, float("inf"), (99, 0)) for kind in cluster.gpus(address)])
+
+
 def missing(run: Run, machine: Machine | None = None) -> list[Finding]:
     """What keeps `run` from being done here in full; a trial needs nothing (it uses stand-ins)."""
     if run.mode == "trial":
