@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from lib import cluster, config, forecast, plan, pool, progress, record, show
+from lib import cluster, config, errors, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-        "lab: JupyterLab; test: the tests",
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
+        "report: rebuild the pages; lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
+    top.add_argument("--json", action="store_true", help="`check` as one JSON object")
+    top.add_argument("--static", action="store_true", help="`check` without its trial")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
 
@@ -87,15 +89,12 @@ def main(argv: list[str] | None = None) -> int:
             return rebuild(options)
         return run(options)
     except StudyError as error:
-        print(record.redact(str(error)), file=sys.stderr)
+        print(record.inert(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(
-            f"{error.filename or 'this machine'}: {error.strerror}\n  expected: a folder that can be written, with space left\n"
-            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)",
-            file=sys.stderr,
-        )
-        return 3
+        told, code = errors.of_the_system(error)
+        print(record.inert(record.redact(told)), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
         return 130
@@ -151,6 +150,16 @@ def chosen(options) -> list[tuple]:
     return found
 
 
+def every_run(options) -> list[tuple]:
+    """`chosen` without --run."""
+    return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
+
+
+def able(found: list[tuple]) -> list[tuple]:
+    """Without the runs of studies that have no notebooks yet."""
+    return [(path, loaded, findings) for path, loaded, findings in found if isinstance(loaded, StudyError) or built(loaded)]
+
+
 def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
     from lib import preflight
@@ -182,6 +191,10 @@ def run(options) -> int:
         kinds = cluster.gpus(options.cluster)
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
+    if options.command == "check":
+        from lib.check import command
+
+        return command.check(able(found), able(every_run(options)), options, root_of(options), slots_of(options))
     told, code = obstacles(options, found)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
@@ -214,7 +227,7 @@ def execute(options, runs: list) -> int:
         runner.free_space(root)
         runner.remove_leftovers(root)
         # The analysis judges the whole study, whichever of its runs --run picked for this time.
-        listed = [r for _, r, _ in chosen(argparse.Namespace(**{**vars(options), "run": "*"})) if not isinstance(r, StudyError)]
+        listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = slots_of(options)
@@ -266,10 +279,12 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib import report
+    from lib import member_page, report
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         report.notebook_html(notebook, notebook.with_suffix(".html"))
+    for folder in sorted({p.parents[2] for p in OUTPUTS.glob("*/*/*/members/*/member.json")}):
+        member_page.write_pages(folder)
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
 

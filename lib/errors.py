@@ -1,5 +1,8 @@
 """Errors that a person can act on: where it is, what was found, what was expected, and the command that mends it."""
 
+import errno
+import traceback
+
 
 class StudyError(Exception):
     """Bad input. Carries the four things a reader needs; `exit_code` is what the command line exits with."""
@@ -33,3 +36,14 @@ def ended_as(error: BaseException) -> str:
     """The status of a member that this exception ended: out_of_memory or failed."""
     names = {cls.__name__ for cls in type(error).__mro__}  # by name: torch must not be imported for it
     return "out_of_memory" if names & {"OutOfMemory", "OutOfMemoryError", "MemoryError"} else "failed"
+
+
+def of_the_system(error: OSError) -> tuple[str, int]:
+    """(what to say, exit code) of an error of the operating system that reached the command line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return (f"{error.filename or 'writing a file'}: {error.strerror}\n"
+                "  expected: a folder that can be written, with space left\n"
+                "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)"), 3
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}", 1

@@ -1,5 +1,6 @@
 """What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the same."""
 
+import fcntl
 import shutil
 import sys
 import time
@@ -28,6 +29,18 @@ def line(folder: Path, title: str) -> str:
         left = state["elapsed"] / state["done"] * (state["members"] - state["done"])
         told += f" ETA {duration(left)}"
     return told
+
+
+def running(root: Path) -> bool:
+    """Whether a runner works in this outputs folder: it holds the lock (runner.locked), which dies with it."""
+    try:
+        with open(root / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, members, plan, pool, progress, record, report, resources, tracking
+from lib import config, member_page, members, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
 
 POLL = 0.3
@@ -33,19 +33,26 @@ def locked(root: Path):
     except OSError as error:
         raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
                            f"chmod -R u+w {root}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
-                         "one runner at a time", "wait for it, or look at ./run_all.sh status") from None
-    try:
+    with file:
+        if not _taken(file):
+            file.seek(0)
+            raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
+                             "one runner at a time", "wait for it, or look at ./run_all.sh status")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
-    finally:
-        file.close()
+
+
+def _taken(file) -> bool:
+    """Take the lock; for a moment again and again, because `status` tests it by holding it for a moment."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.05)
+    return False
 
 
 def archive(step: plan.Step) -> None:
@@ -137,6 +144,7 @@ class Runner:
             self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
             os.environ["STUDY_POOL"] = self.pool.socket
             os.environ["STUDY_SLOTS"] = str(self.slots)
+            os.environ["JUPYTER_RUNTIME_DIR"] = self.pool.folder  # kernels' connection files hold keys, and go with it
 
     def execute(self, step: plan.Step) -> None:
         started = time.time()
@@ -168,6 +176,8 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
+            if step.kind != "analysis":
+                member_page.write_pages(Path(step.run.results_dir) / step.name, command(step))
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
@@ -185,14 +195,14 @@ class Runner:
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-        text = record.redact(str(error))
+        text = record.inert(record.redact(str(error)))
         name = getattr(error, "ename", type(error).__name__)
-        value = record.redact(str(getattr(error, "evalue", "") or text)).strip()
+        value = record.inert(record.redact(str(getattr(error, "evalue", "") or text))).strip()
         if name in ("StudyError", "MissingError", "PapermillExecutionError"):
             name = ""
         log = step.folder / "attempts" / "error.log"
         with contextlib.suppress(OSError):
-            record.write_text(log, record.redact("".join(traceback.format_exception(error))))
+            record.write_text(log, record.inert(record.redact("".join(traceback.format_exception(error)))))
         return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
                 "log": str(log), "notebook": str(partial(step)), "again": command(step)}
 
@@ -238,7 +248,8 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     path = partial(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # the last attempt did not get through: keep it beside this one
-        path.replace(path.with_name(f"{step.output.stem}.{1 + len(list(path.parent.glob('*.failed.ipynb')))}.failed.ipynb"))
+        number = record.next_number(path.parent, f"{step.output.stem}.*.failed.ipynb")
+        path.replace(path.with_name(f"{step.output.stem}.{number}.failed.ipynb"))
     return papermill.execute_notebook(
         str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
         engine_name="study", progress_bar=False, log_output=False, start_timeout=120, execution_timeout=cell_timeout)
@@ -267,7 +278,8 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Temporary files of a killed writer, and progress of runs that are no longer running."""
-    for path in [*root.rglob(".*.tmp"), *root.rglob("progress.json")]:
+    record.remove_temporary(root)
+    for path in root.rglob("progress.json"):
         path.unlink(missing_ok=True)
 
 

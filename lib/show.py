@@ -46,7 +46,7 @@ def findings(told: dict[str, list], out=sys.stdout) -> None:
             errors = sum(f.level == "error" for f in mine)
             print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
         for finding in sorted(mine, key=lambda f: f.level):
-            print("  " + str(finding).replace("\n", "\n  "), file=out)
+            print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
 
 
 def planned(steps: list, slots: int, root: Path, price: float | None = None) -> None:
@@ -93,13 +93,16 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
+    alive = progress.running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
             continue
         title = f"{state.get('study')}/{state.get('run_id')}" + (" sweep" if state.get("kind") == "sweep" else "")
         told = f"{state.get('minutes') or 0:.2f} min"
-        if state.get("status") == "running":
+        if state.get("status") == "running" and not alive:
+            state["status"], told = "interrupted", "its runner is gone; the same command again goes on"
+        elif state.get("status") == "running":
             told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
                 "now: "
             )

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from lib import checkpoints
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
-from lib.training import Intervals, SeededOrder
+from lib.training import Intervals, SeededOrder, told
 
 
 @dataclass
@@ -176,7 +176,8 @@ def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warm
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no", report_to="none",
         disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = ImportanceTrainer(model, rows, args, pad=pad, term=term, every=every, fingerprint=fingerprint,
-                                on_record=on_record, on_timing=on_timing, on_evaluate=on_evaluate)
+                                on_record=told(on_record, training.logging_steps, steps), on_timing=on_timing,
+                                on_evaluate=on_evaluate)
     if training.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
 

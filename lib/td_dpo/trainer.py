@@ -36,7 +36,7 @@ from lib.td_dpo.logprobs import (
 )
 from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
 from lib.td_dpo.tokens import pad_token, rows_digest
-from lib.training import Intervals, SeededOrder, untouched_rng
+from lib.training import Intervals, SeededOrder, told, untouched_rng
 
 __all__ = ["Outcome", "PreferenceTrainer", "last_complete_checkpoint", "load_checkpoint", "pair_scores", "train_pairs"]
 
@@ -245,7 +245,8 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     with completion_head(model):
         trainer = PreferenceTrainer(
             model, tokenizer, rows, validation, loss, args, layout=layout, eval_steps=training.get("eval_steps"),
-            save_steps=training.get("save_steps"), fingerprint=fingerprint, on_record=on_record, on_timing=on_timing,
+            save_steps=training.get("save_steps"), fingerprint=fingerprint,
+            on_record=told(on_record, training.get("logging_steps"), steps), on_timing=on_timing,
             on_evaluate=on_evaluate)
         trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
         if checkpoint is None:
