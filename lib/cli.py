@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import cluster, config, errors, forecast, plan, pool, progress, record, show
+from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
+    hub.keep_downloads_here()
     if options.jobs is not None and options.jobs < 1:
         print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
@@ -176,8 +177,8 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
     if options.mode == "full":
         machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
-        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded, machine)]
-        told["this machine"] = list(dict.fromkeys(needs))
+        needs = preflight.missing_for([loaded for _, loaded, _ in found if not isinstance(loaded, StudyError)], machine)
+        told["this machine"] = needs
         code = code or 3 * any(f.level == "error" for f in needs)
     return told, code
 
@@ -188,7 +189,11 @@ def built(loaded) -> bool:
 
 def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
-        kinds = cluster.gpus(options.cluster)
+        try:
+            kinds = cluster.gpus(options.cluster)
+        except errors.MissingError as error:
+            print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
+            return error.exit_code
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
     if options.command == "check":

@@ -23,7 +23,8 @@ def test_without_ray_one_line_names_the_extra(monkeypatch, capsys):
     with pytest.raises(MissingError, match=r"ray is not installed[\s\S]*\.\[cluster\]"):
         cluster.connect("auto")
     assert cli.main(["full", "--scale", "laptop", "--cluster", "10.9.8.7:6379"]) == 3
-    assert "ray is not installed" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --cluster: ray is not installed — pip install -c constraints.txt -e '.[cluster]'"
 
 
 def test_the_clusters_gpus_are_the_slots_and_what_preflight_asks_for(monkeypatch):
