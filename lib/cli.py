@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, errors, forecast, plan, pool, progress, record, show
+from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
     )
+    top.add_argument(
+        "--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster"
+    )
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
@@ -75,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
+    os.environ.pop("STUDY_CLUSTER", None)
+    hub.keep_downloads_here()
     if options.jobs is not None and options.jobs < 1:
         print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
@@ -170,9 +175,10 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
         if not built(loaded):
             told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
-    if options.scale == "paper" and options.mode == "full":
-        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
-        told["this machine"] = list(dict.fromkeys(needs))
+    if options.mode == "full":
+        machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
+        needs = preflight.missing_for([loaded for _, loaded, _ in found if not isinstance(loaded, StudyError)], machine)
+        told["this machine"] = needs
         code = code or 3 * any(f.level == "error" for f in needs)
     return told, code
 
@@ -182,6 +188,13 @@ def built(loaded) -> bool:
 
 
 def run(options) -> int:
+    if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
+        try:
+            kinds = cluster.gpus(options.cluster)
+        except errors.MissingError as error:
+            print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
+            return error.exit_code
+        os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
     if options.command == "check":
         from lib.check import command
@@ -203,6 +216,8 @@ def run(options) -> int:
 
 
 def slots_of(options) -> int:
+    if options.cluster:
+        return options.jobs or cluster.slots(options.cluster)
     return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
 
 
@@ -236,7 +251,7 @@ def execute(options, runs: list) -> int:
                 slots,
                 fail_fast=options.fail_fast,
                 force=options.force,
-                keep_secrets=options.scale == "paper" and options.mode == "full",
+                keep_secrets=options.mode == "full" and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
                 max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,

@@ -172,6 +172,7 @@ def _task(member, folder: Path) -> pool.Task:
         folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
+        slots=run.compute.devices,
         check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
     )
 
@@ -201,7 +202,7 @@ def watch(job: Job) -> None:
             if isinstance(value, float)
             else record.read_json(task.folder / "error.json", {}).get("exception", "")
         )
-        status = metrics.get("status", task.state) if task.state == "succeeded" else task.state
+        status = metrics.get("status", task.state) if task.state == "succeeded" else ended(task)
         print(
             f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}"
         )
@@ -224,12 +225,17 @@ def watch(job: Job) -> None:
     _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
 
 
+def ended(task: pool.Task) -> str:
+    """How a member that did not succeed ended: lost, failed or out_of_memory."""
+    return record.read_json(task.folder / "error.json", {}).get("status", "failed") if task.state == "failed" else task.state
+
+
 def collect(job: Job, *, strict: bool = True) -> list[dict]:
     """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
     if failed and strict:
         told = "\n".join(
-            f"  {t.name}: {t.state}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
+            f"  {t.name}: {ended(t)}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
             f"  (log: {t.log})"
             for t in failed
         )

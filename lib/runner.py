@@ -159,7 +159,7 @@ class Runner:
             if not self.stopping:
                 self.errors[id(step)] = told
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, self.state[id(step)], started, told)
+                self.write_status(step, how(step, self.state[id(step)]), started, told)
         self.minutes[id(step)] = (time.time() - started) / 60
 
     def attempt(self, step: plan.Step, started: float) -> None:
@@ -211,6 +211,12 @@ def trained_seconds(step: plan.Step, since: float) -> float:
     """Seconds that the members trained since then took, each on its slot."""
     made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
     return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
+
+
+def how(step: plan.Step, state: str) -> str:
+    """The status that is written down: `out_of_memory` where that is what ended a member of a failed run."""
+    ended = (record.read_json(path, {}).get("status") for path in step.folder.glob("*/*/error.json"))
+    return "out_of_memory" if state == "failed" and "out_of_memory" in ended else state
 
 
 def command(step: plan.Step) -> str:

@@ -18,6 +18,7 @@ import yaml
 from lib import cli, plan, record, runner, show
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
+from tests.faults import SITECUSTOMIZE
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
 
@@ -243,8 +244,8 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
 # ------------------------------------------------------------------------------- the whole command, killed in every part
 
 
-def started(tmp_path, *arguments):
-    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}
+def started(tmp_path, *arguments, **more):
+    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
     environment.pop("STUDY_POOL", None)
     command = ["full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "1", *arguments]
     with open(tmp_path / "out.txt", "a") as out:
@@ -305,3 +306,29 @@ def test_runner_kernel_and_forkserver_killed_then_resumed_to_the_same_record(tmp
         for weights in (theirs / "checkpoints").rglob("model.safetensors"):
             assert (mine / weights.relative_to(theirs)).read_bytes() == weights.read_bytes()
     assert not list(killed.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
+    """Two runs of which one member has no memory: exit code 1, `out_of_memory` in the table, `status` and the page."""
+    for name, seeds in (("fits", [1]), ("large", [1, 2])):
+        path = tmp_path / "params" / "td_dpo" / "laptop" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({**TINY, "run_id": name, "seed_list": seeds}))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    process = started(tmp_path, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
+    assert process.wait(180) == 1, (tmp_path / "out.txt").read_text()
+    table = (tmp_path / "out.txt").read_text()
+    assert "td_dpo/large                       out_of_memory" in table
+    assert "td_dpo/fits                        succeeded" in table
+    assert "no memory for a batch of 8 pairs with" in table
+    results = tmp_path / "outputs" / "laptop-full" / "td_dpo"
+    assert record.read_json(results / "large" / "status.json")["status"] == "out_of_memory"
+    assert (results / "large" / "members" / "default-s1" / "done.json").exists()
+    status = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, capture_output=True, text=True, check=True,
+                            env={**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}).stdout
+    assert "td_dpo/large                       out_of_memory" in status
+    page = (tmp_path / "outputs" / "index.html").read_text()
+    assert "out_of_memory" in page
+    assert "1 completed, 1 out of memory" in page

@@ -122,7 +122,7 @@ def _roles(raw: dict, loss: Any) -> dict:
 
 
 def devices(run: Run) -> int:
-    return max(run.compute.gpus, 1) if run.compute.strategy in ("ddp", "fsdp") else 1
+    return run.compute.devices
 
 
 def accumulation(run: Run) -> int:
@@ -165,7 +165,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.epochs": 1, "training.max_steps": min(2, run.training.max_steps or 2),
         "training.global_batch_size": batch, "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": None, "training.logging_steps": 1, "dataset.limit": pairs,
-        "compute.strategy": "none", "compute.gpus": min(1, run.compute.gpus),
+        "compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus),
         "evaluation.questions": min(2, run.evaluation.questions),
         "evaluation.kl_prompts": min(2, run.evaluation.kl_prompts),
         "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),
