@@ -124,7 +124,6 @@ class Runner:
             self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
             os.environ["STUDY_POOL"] = self.pool.socket
             os.environ["STUDY_SLOTS"] = str(self.slots)
-            os.environ["JUPYTER_RUNTIME_DIR"] = self.pool.folder  # kernels' connection files hold keys, and go with it
 
     def execute(self, step: plan.Step) -> None:
         started = time.time()

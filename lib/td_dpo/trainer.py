@@ -159,7 +159,8 @@ class PreferenceTrainer(DPOTrainer):
         columns, gradient_norm = torch.cat(self.columns), float(logs["grad_norm"])
         record = {"step": self.state.global_step, "epoch": self.state.epoch, **summary(columns),
                   "grad_norm": finite_or_none(gradient_norm), "learning_rate": logs["learning_rate"]}
-        seconds = time.perf_counter() - self.started  # `summary` waits for the device, so its work is included
+        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended machine).
+        seconds = max(time.perf_counter() - self.started, 1e-9)
         self.on_record(record)
         self.on_timing({"step": self.state.global_step, "seconds": seconds, "pairs_per_second": len(columns) / seconds,
                         "tokens_per_second": self.tokens / seconds})
