@@ -76,7 +76,7 @@ class Pool:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
                         "PYTHONUNBUFFERED": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
         environment.pop("STUDY_POOL", None)
-        # Packages make temporary folders as they are imported (wandb, torch), and a killed process leaves them: they go with ours.
+        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
         environment["TMPDIR"] = os.path.join(self.folder, "tmp")
         os.mkdir(environment["TMPDIR"])
         self.process = subprocess.Popen(
