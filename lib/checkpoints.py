@@ -83,12 +83,12 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
     return model
 
 
-def usable(place: Path, fingerprint: str) -> Path | None:
-    """The last complete checkpoint marked with `fingerprint`; what is incomplete or of another configuration is removed."""
+def usable(place: Path, fingerprint: str | None) -> Path | None:
+    """The last complete checkpoint marked with `fingerprint`; every other one is removed (None: none is usable)."""
     found = None
     for folder in checkpoint_folders(place):
         marker = read_marker(folder)
-        if marker is None or marker["fingerprint"] != fingerprint:
+        if fingerprint is None or marker is None or marker["fingerprint"] != fingerprint:
             remove_checkpoint(folder)
         else:
             found = folder

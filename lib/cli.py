@@ -1,7 +1,7 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 130 interrupted. A refuted claim is a result, not a failure.
+started), 4 something was left for lack of time (--max-hours), 130 interrupted. A refuted claim is a result, not a failure.
 """
 
 import argparse
@@ -14,25 +14,26 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, errors, plan, pool, progress, record, show
+from lib import config, errors, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Run the studies; without a command: all of them in full at laptop scale.",
-        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left something, "
+        "130 interrupted.",
     )
     top.add_argument(
         "command",
         nargs="?",
         choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-        "lab: JupyterLab; test: the tests",
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
+        "report: rebuild the pages; lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -47,8 +48,22 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
     )
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
+    top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
+    top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
+    top.add_argument("--json", action="store_true", help="`check` as one JSON object")
+    top.add_argument("--static", action="store_true", help="`check` without its trial")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,6 +146,16 @@ def chosen(options) -> list[tuple]:
     return found
 
 
+def every_run(options) -> list[tuple]:
+    """`chosen` without --run."""
+    return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
+
+
+def able(found: list[tuple]) -> list[tuple]:
+    """Without the runs of studies that have no notebooks yet."""
+    return [(path, loaded, findings) for path, loaded, findings in found if isinstance(loaded, StudyError) or built(loaded)]
+
+
 def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
     from lib import preflight
@@ -158,11 +183,16 @@ def built(loaded) -> bool:
 
 def run(options) -> int:
     found = chosen(options)
+    if options.command == "check":
+        from lib.check import command
+
+        return command.check(able(found), able(every_run(options)), options, root_of(options), slots_of(options))
     told, code = obstacles(options, found)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
-        show.planned(plan.steps(fit, options.scale, options.mode, force=options.force) if fit else [], slots_of(options))
+        steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
+        show.planned(steps, slots_of(options), root_of(options), options.price)
         show.findings(told)
         return code if code == 2 else 0
     show.findings(told, sys.stderr if code else sys.stdout)
@@ -187,14 +217,14 @@ def execute(options, runs: list) -> int:
         runner.free_space(root)
         runner.remove_leftovers(root)
         # The analysis judges the whole study, whichever of its runs --run picked for this time.
-        listed = [r for _, r, _ in chosen(argparse.Namespace(**{**vars(options), "run": "*"})) if not isinstance(r, StudyError)]
+        listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = slots_of(options)
-        to_do = [s for s in steps if s.reason]
+        to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-            + (f"about {progress.duration(plan.wall_seconds(steps, slots))}" if to_do else "nothing to do"),
+            + (f"about {progress.duration(predicted.wall_seconds)}" if to_do else "nothing to do"),
             flush=True,
         )
         for step in steps:
@@ -207,12 +237,15 @@ def execute(options, runs: list) -> int:
                 fail_fast=options.fail_fast,
                 force=options.force,
                 keep_secrets=options.scale == "paper" and options.mode == "full",
+                max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,
             )
             started = time.time()
             try:
                 ok = finished.run()
+                if ok:
+                    forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
@@ -220,6 +253,9 @@ def execute(options, runs: list) -> int:
     if options.mode == "full":
         show.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
+    if not ok and set(finished.state.values()) <= {"cached", "succeeded", "postponed"}:
+        print("--max-hours left something to do: the same command goes on with it")
+        return 4
     return 0 if ok else 1
 
 
@@ -233,10 +269,12 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib import report
+    from lib import member_page, report
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         report.notebook_html(notebook, notebook.with_suffix(".html"))
+    for folder in sorted({p.parents[2] for p in OUTPUTS.glob("*/*/*/members/*/member.json")}):
+        member_page.write_pages(folder)
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
 

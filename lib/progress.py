@@ -60,7 +60,7 @@ class Live:
     def show(self) -> None:
         for step in self.runner.steps:
             state = self.runner.state[id(step)]
-            if state in ("succeeded", "failed", "blocked", "interrupted") and id(step) not in self.told:
+            if state in ("succeeded", "failed", "blocked", "interrupted", "postponed") and id(step) not in self.told:
                 self.told.add(id(step))
                 self.clear()
                 print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)

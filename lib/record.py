@@ -142,7 +142,7 @@ class Records:
     missing: list[dict] = field(default_factory=list)
 
 
-def _identity(spec: dict) -> dict:
+def identity(spec: dict) -> dict:
     cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
     fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
     run = spec["config"]
@@ -175,7 +175,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         if sentinel.get("status") not in FINISHED or (wanted is not None and (sentinel["run_id"], folder.name) not in wanted):
             continue
         spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
-        who = _identity(spec)
+        who = identity(spec)
         fingerprint = sentinel["key"]["code"]
         first = code.setdefault(spec["study"], (fingerprint, f"{who['run_id']}/{folder.name}"))
         if first[0] != fingerprint:

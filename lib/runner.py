@@ -17,7 +17,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, members, plan, pool, progress, record, report, tracking
+from lib import config, member_page, members, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
 
 POLL = 0.3
@@ -66,9 +66,11 @@ class Runner:
     """The pool, the threads that execute notebooks, and what each step came to."""
 
     def __init__(self, steps: list[plan.Step], slots: int, *, fail_fast: bool = False, force: bool = False,
-                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None):
+                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None, max_hours: float | None = None):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
         self.keep_secrets, self.cell_timeout, self.on_end = keep_secrets, cell_timeout, on_end
+        self.max_seconds = None if max_hours is None else max_hours * 3600
+        self.began, self.since = time.monotonic(), {}
         self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
         self.minutes: dict[int, float] = {}
         self.errors: dict[int, dict] = {}
@@ -88,7 +90,7 @@ class Runner:
                     while True:
                         for step in self.steps:
                             if not self.state[id(step)] and self.ready(step):
-                                self.state[id(step)] = "running"
+                                self.state[id(step)], self.since[id(step)] = "running", time.monotonic()
                                 futures[id(step)] = threads.submit(self.execute, step)
                         if all(self.state[id(s)] not in ("", "running") for s in self.steps):
                             break
@@ -113,7 +115,25 @@ class Runner:
         if self.fail_fast and "failed" in self.state.values() or (step.kind == "sweep" and "failed" in states):
             self.state[id(step)] = "blocked"
             return False
-        return all(state not in ("", "running") for state in states)
+        if step.kind == "sweep" and "postponed" in states or states and set(states) == {"postponed"}:
+            self.state[id(step)] = "postponed"
+            return False
+        return all(state not in ("", "running") for state in states) and self.fits(step)
+
+    def fits(self, step: plan.Step) -> bool:
+        """Whether it is predicted to end within --max-hours, its study's analysis included. What does not fit waits for
+        what runs, which may be quicker than predicted; when nothing runs it is postponed."""
+        if self.max_seconds is None:
+            return True
+        now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
+        left = sum(max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running)
+        alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
+        own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
+        if now - self.began + left / self.slots + own + alone <= self.max_seconds:
+            return True
+        if not running:
+            self.state[id(step)] = "postponed"
+        return False
 
     def ensure_pool(self) -> None:
         with self.guard:
@@ -155,6 +175,8 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
+            if step.kind != "analysis":
+                member_page.write_pages(Path(step.run.results_dir) / step.name, command(step))
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
@@ -166,8 +188,9 @@ class Runner:
         record.write_json(step.folder / "status.json", {
             "run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key, "started": started,
             "ended": None if status == "running" else time.time(), "minutes": round((time.time() - started) / 60, 3),
-            "predicted_minutes": round(step.seconds / 60, 3), "key_metric": done.get("key_metric"), "error": error,
-            "command": command(step)})
+            "predicted_member_seconds": round(step.training, 1),
+            "actual_member_seconds": trained_seconds(step, started) if status == "succeeded" else None,
+            "key_metric": done.get("key_metric"), "error": error, "command": command(step)})
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
@@ -181,6 +204,12 @@ class Runner:
             record.write_text(log, record.inert(record.redact("".join(traceback.format_exception(error)))))
         return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
                 "log": str(log), "notebook": str(partial(step)), "again": command(step)}
+
+
+def trained_seconds(step: plan.Step, since: float) -> float:
+    """Seconds that the members trained since then took, each on its slot."""
+    made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
+    return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
 
 
 def command(step: plan.Step) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lib import config, record
+from lib import config, forecast, record, resources
 from lib.errors import StudyError
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
@@ -28,7 +28,8 @@ def train(argument: dict) -> None:
         run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
         member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
         started = time.monotonic()
-        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
+        with resources.measured(folder, forecast.expected_seconds(run) if run.mode == "full" else 0.0):
+            metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
