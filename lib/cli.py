@@ -5,6 +5,7 @@ started), 4 something was left for lack of time (--max-hours), 130 interrupted. 
 """
 
 import argparse
+import contextlib
 import fnmatch
 import os
 import re
@@ -247,6 +248,8 @@ def execute(options, runs: list) -> int:
                 if ok:
                     forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
+                with contextlib.suppress(OSError):  # a full or read-only disk has been told of already
+                    runner.remove_leftovers(root)
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
     index = report.index_html(OUTPUTS)

@@ -54,6 +54,7 @@ class Server:
     def __init__(self, path: str, slots: int, devices: list[str]):
         self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
         self.children: dict[int, Child] = {}
+        self.stopping = False
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -82,11 +83,14 @@ class Server:
                 elif key.fileobj == sys.stdin.fileno():
                     if not os.read(sys.stdin.fileno(), 4096):
                         return self.close()
+                    self.ask_to_stop()
                 elif isinstance(key.fileobj, int):
                     self.copy_output(key.data)
                 else:
                     self.receive(key.data)
             self.reap()
+            if self.stopping and not any(child.takes_slot for child in self.children.values()):
+                return self.close()
             self.start_waiting()
 
     def receive(self, child: Child) -> None:
@@ -136,6 +140,14 @@ class Server:
         if child.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+
+    def ask_to_stop(self) -> None:
+        """The owner has said so: start nothing more, let members save where they are, and end when the last has ended."""
+        self.stopping, self.slots = True, []
+        for pid, child in self.children.items():
+            if child.takes_slot:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
     def start_waiting(self) -> None:
         running = {c.request.get("name") for c in self.children.values()}
@@ -219,7 +231,7 @@ class Server:
                 continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what the child itself started ends with it
-            if child.slot is not None:
+            if child.slot is not None and not self.stopping:
                 self.slots.append(child.slot)
                 self.slots.sort()
             self.copy_output(child, last=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from lib import config, forecast, progress, record
+from lib import config, forecast, lock, progress, record
 
 
 def table(steps: list, finished) -> None:
@@ -91,7 +91,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
-    alive = progress.running(root)
+    alive = lock.running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:

@@ -8,10 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 import yaml
 
@@ -238,70 +236,3 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     assert "GPU" in told
     assert "nothing was started" in told
     assert not (tmp_path / "outputs").exists()
-
-
-# ------------------------------------------------------------------------------- the whole command, killed in every part
-
-
-def started(tmp_path, *arguments):
-    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}
-    environment.pop("STUDY_POOL", None)
-    command = ["full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "1", *arguments]
-    with open(tmp_path / "out.txt", "a") as out:
-        return subprocess.Popen([sys.executable, "-m", "lib", *command], env=environment, cwd=ROOT, stdout=out,
-                                stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def wait_for(condition, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the runner ended early"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def steps_done(member: Path) -> int:
-    return len([r for r in record.read_jsonl(member / "history.jsonl") if "loss" in r])
-
-
-def test_runner_kernel_and_forkserver_killed_then_resumed_to_the_same_record(tmp_path):
-    """One study, four lives: its fork server is killed, its kernel, its runner; each time the command goes on from the
-    last checkpoint, and the record in the end is that of a run that nothing happened to."""
-    for name in ("killed", "calm"):
-        path = tmp_path / name / "params" / "td_dpo" / "laptop" / "tiny.yaml"
-        path.parent.mkdir(parents=True)
-        path.write_text(
-            yaml.safe_dump({**TINY, "training": {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}})
-        )
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    undisturbed = started(calm)
-    run = killed / "outputs" / "laptop-full" / "td_dpo" / "tiny"
-    member = run / "members" / "default-s1"
-    first = started(killed)
-    wait_for(lambda: steps_done(member) >= 15, first)
-    (server,) = [p for p in psutil.Process(first.pid).children() if "forkserver" in " ".join(p.cmdline())]
-    family = psutil.Process(first.pid).children(recursive=True)
-    server.kill()  # the runner starts another pool and the notebook once more
-    wait_for(lambda: steps_done(member) >= 120, first)
-    os.kill(record.read_json(run / "progress.json")["kernel"], 9)  # the second loss: this run fails
-    assert first.wait(60) == 1
-    assert record.read_json(run / "status.json")["status"] == "failed"
-    second = started(killed)
-    wait_for(lambda: steps_done(member) >= 220 or (member / "done.json").exists(), second)
-    family += psutil.Process(second.pid).children(recursive=True)
-    second.kill()
-    second.wait()
-    deadline = time.monotonic() + 5
-    while [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.05)
-    last = started(killed)
-    assert last.wait(120) == 0, (killed / "out.txt").read_text()
-    assert undisturbed.wait(120) == 0, (calm / "out.txt").read_text()
-    for name in ("default-s1", "default-s2"):
-        mine, theirs = member.parent / name, calm / "outputs" / "laptop-full" / "td_dpo" / "tiny" / "members" / name
-        for file in ("history.jsonl", "predictions.jsonl"):
-            assert (mine / file).read_bytes() == (theirs / file).read_bytes()
-        for weights in (theirs / "checkpoints").rglob("model.safetensors"):
-            assert (mine / weights.relative_to(theirs)).read_bytes() == weights.read_bytes()
-    assert not list(killed.rglob(".*.tmp"))

@@ -158,9 +158,7 @@ class PreferenceTrainer(DPOTrainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
                                                "best_step": self.best_step, "best_accuracy": self.best_accuracy})
-        for other in checkpoints.checkpoint_folders(folder):
-            if other != checkpoint and other.name != f"checkpoint-{self.best_step}":
-                checkpoints.remove_checkpoint(other)
+        checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
 
 
 def _float32_trainables(model: torch.nn.Module) -> None:

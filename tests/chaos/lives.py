@@ -19,33 +19,35 @@ HOOK = Path(__file__).with_name("hook")
 # One run of one cell with two seeds and its analysis; nothing of it is a timing (role: no interleaved step cost).
 STUDY = {**TINY, "role": "comparative", "training": {**TINY["training"], "max_steps": 8, "eval_steps": 4, "save_steps": 2}}
 RUN = "outputs/laptop-full/td_dpo/tiny"
+COMMAND = ("full", "--scale", "laptop")
 LIFE_SECONDS = 240
 
 
 class Study:
     """One study in a folder of its own, with its own outputs, cache and temporary directory."""
 
-    def __init__(self, home: Path):
+    def __init__(self, home: Path, study: dict = STUDY):
         self.home = home
         self.run = home / RUN
         for name in ("params/td_dpo/laptop", "tmp"):
             (home / name).mkdir(parents=True)
-        (home / "params/td_dpo/laptop/tiny.yaml").write_text(yaml.safe_dump(STUDY))
+        (home / "params/td_dpo/laptop/tiny.yaml").write_text(yaml.safe_dump(study))
 
-    def start(self, faults: list[dict], *, cache: Path | None = None, **spec) -> subprocess.Popen:
-        """The command that a person would type, with the hook in all its processes."""
+    def start(self, faults: list[dict], *, terminal: int | None = None, command=COMMAND, **spec) -> subprocess.Popen:
+        """The command that a person would type, with the hook in all its processes; on a `terminal` or into out.txt."""
         path = self.home / "spec.json"
         path.write_text(json.dumps({"home": str(self.home), "faults": faults, **spec}))
         environment = {
-            **os.environ, "STUDY_OUTPUTS": str(self.home / "outputs"), "STUDY_CACHE": str(cache or self.home / "cache"),
+            **os.environ, "STUDY_OUTPUTS": str(self.home / "outputs"), "STUDY_CACHE": str(self.home / "cache"),
             "TMPDIR": str(self.home / "tmp"), "CHAOS_SPEC": str(path), "CHAOS_HOME": str(self.home),
             "PYTHONPATH": f"{HOOK}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         environment.pop("STUDY_POOL", None)
-        command = ["full", "--scale", "laptop", "--params", str(self.home / "params"), "--jobs", "1"]
+        command = [sys.executable, "-m", "lib", *command, "--params", str(self.home / "params"), "--jobs", "1"]
         with open(self.home / "out.txt", "a") as out:
-            return subprocess.Popen([sys.executable, "-m", "lib", *command], env=environment, cwd=ROOT, stdout=out,
-                                    stderr=subprocess.STDOUT, start_new_session=True)
+            stream = out if terminal is None else terminal
+            return subprocess.Popen(command, env=environment, cwd=ROOT, stdin=terminal, stdout=stream, stderr=stream,
+                                    start_new_session=True)
 
     def fired(self, fault: dict) -> bool:
         return (self.home / f"{fault['id']}.fired").exists()
@@ -195,9 +197,9 @@ def litter(study: Study) -> list[str]:
     return [str(p.relative_to(study.home)) for p in found]
 
 
-def events(home: Path) -> tuple[list[dict], dict[str, bytes]]:
+def events(home: Path, settings: dict = STUDY) -> tuple[list[dict], dict[str, bytes]]:
     """An undisturbed run: every event of it that a fault can strike at, and its content."""
-    study = Study(home)
+    study = Study(home, settings)
     code = study.live([], record=str(home / "events.jsonl"))
     assert code == 0, (home / "out.txt").read_text()
     assert not study.orphans()

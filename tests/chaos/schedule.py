@@ -73,7 +73,7 @@ def fault(kind: str, event: dict, rng: random.Random, number: int) -> dict:
         do = "tell"
     elif kind == "clocks stopped or jumping":
         do = rng.choice(["standing", "back", "forward"])
-    return {"id": f"f{number}", "kind": kind, **event, "do": do}
+    return {**event, "id": f"f{number}", "kind": kind, "do": do}
 
 
 def draw(events: list[dict], count: int, seed: int) -> list[dict]:
