@@ -221,6 +221,7 @@ def execute(options, runs: list) -> int:
         listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
+        runner.stay_inside(root, steps)
         slots = slots_of(options)
         to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(

@@ -263,6 +263,15 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
                 raise StudyError(name, f"member {member.id}: {reason}", "every member's record matching this run")
 
 
+def stay_inside(root: Path, steps: list[plan.Step]) -> None:
+    """Refuse links below `root` that lead out of it: nothing is written where nobody asked for it. `root` may be a link."""
+    for folder in dict.fromkeys(f for step in steps for f in (step.folder.parent, step.folder)):
+        for path in (folder, *folder.glob("*"), *folder.glob("members/*"), *folder.glob("members/*/checkpoints")):
+            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                raise StudyError(str(path), f"a link to {os.readlink(path)}, outside of the results", "a folder in it",
+                                 f"remove the link: rm '{path}'")
+
+
 def remove_leftovers(root: Path) -> None:
     """Temporary files of a killed writer, and progress of runs that are no longer running."""
     record.remove_temporary(root)

@@ -42,7 +42,8 @@ def findings(told: dict[str, list], out=sys.stdout) -> None:
     for name, mine in told.items():
         if mine:
             errors = sum(f.level == "error" for f in mine)
-            print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
+            state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
+            print(f"\n{record.inert(name)}{state}", file=out)
         for finding in sorted(mine, key=lambda f: f.level):
             print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
 

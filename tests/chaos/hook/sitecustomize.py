@@ -4,7 +4,7 @@ CHAOS_SPEC names a JSON file: {"home", "record", "faults": [{"id", "event", "pat
 opening for writing, renaming, chmod, mkdir and removal below `home` is an event; the n-th of its kind in its process is
 where a fault strikes, once. `record` (a path) has every event written down, for a schedule to choose from.
 
-do: kill (this process) | kill:server | kill:runner | kill:kernel | errno:<n> (this call fails) | errno:<n>:stay (from here
+do: kill (this process) | kill:server | kill:runner | kill:kernel | errno:<n> (this call fails; its message ends with CHAOS_WORDS) | errno:<n>:stay (from here
 on every write of every process fails) | tell (create <id>.fired and wait for <id>.go)
 """
 
@@ -59,7 +59,7 @@ def strike(fault: dict) -> None:
             time.sleep(0.01)
     elif what == "errno":
         number = int(detail.partition(":")[0])
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number) + os.environ.get("CHAOS_WORDS", ""))
 
 
 def place(event: str, args: tuple) -> str | None:
