@@ -18,6 +18,8 @@ def line(folder: Path, title: str) -> str:
     if state["phase"] == "preparing":
         return f"{title}: preparing" + _step({**state, "name": "base model "})
     running = state["running"]
+    if not running and state["done"] < state["members"]:
+        return f"{title}: {state['done']} of {state['members']} members done, waiting for a slot"
     first = min(state["done"] + 1, state["members"])
     told = f"{title}: member {first}" + (f"-{state['done'] + len(running)}" if len(running) > 1 else "")
     told += f" of {state['members']}" + (_step(running[0]) if running else "")
@@ -78,9 +80,12 @@ class Live:
             print(f"{total}: " + " | ".join(lines), flush=True)
             return
         self.clear()
-        width = shutil.get_terminal_size().columns - 1
+        size = shutil.get_terminal_size()
+        most = max(1, size.lines - 3)  # what has scrolled off the screen cannot be rewritten
+        if len(lines) > most:
+            lines[most - 1 :] = [f"… and {len(lines) - most + 1} more notebooks"]
         for text in [*lines, total]:
-            print(text[:width])
+            print(text[: size.columns - 1])
         sys.stdout.flush()
         self.shown = len(lines) + 1
 

@@ -147,8 +147,8 @@ class Runner:
             self.state[id(step)] = "succeeded"
         except BaseException as error:
             self.state[id(step)] = "interrupted" if self.stopping else "failed"
-            told = self.told(step, error)
-            if not self.stopping:
+            told = None if self.stopping else self.told(step, error)  # kernels that we ended ourselves are no error
+            if told:
                 self.errors[id(step)] = told
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                 self.write_status(step, self.state[id(step)], started, told)

@@ -105,6 +105,8 @@ def status(root: Path, studies: list[str] | None = None) -> int:
             told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
                 "now: "
             )
+        elif state.get("status") == "interrupted":
+            told += "  the same command again goes on"
         elif state.get("error"):
             told += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
         print(f"{title:34} {state.get('status', '?'):11} {told}")

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from lib import cli, plan, record, runner, show
+from lib import cli, plan, progress, record, runner, show
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
 
@@ -236,3 +236,37 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     assert "GPU" in told
     assert "nothing was started" in told
     assert not (tmp_path / "outputs").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
+    def told(**state):
+        record.write_json(tmp_path / "progress.json", state)
+        return progress.line(tmp_path, "dpo")
+
+    assert progress.line(tmp_path / "none", "dpo") == "dpo: starting"
+    assert told(phase="preparing", step=40, steps=300, loss=3.21) == "dpo: preparing, base model step 40/300, loss 3.210"
+    waiting = {"phase": "training", "done": 0, "members": 6, "running": [], "elapsed": 0.0}
+    assert told(**waiting) == "dpo: 0 of 6 members done, waiting for a slot"
+    running = [{"member": "a", "step": 30, "steps": 60, "loss": 0.5}, {"member": "b", "steps": 60}]
+    assert told(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
+        "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s")  # 2.5 of 6 members in 50 s: 20 s each
+    assert told(**waiting | {"running": [{"member": "a", "step": 3}]}) == "dpo: member 1 of 6, step 3"
+    assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
+
+
+def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
+    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0})() for i in range(30)]
+    mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "10")
+    live = progress.Live(mine)
+    live.terminal = True
+    live.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[-2] == "… and 24 more notebooks"
+    assert "0 of 30 notebooks done, about 0m30s left" in lines[-1]
+    assert all(len(line) < 60 for line in lines)

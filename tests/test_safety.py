@@ -131,7 +131,7 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
 def test_no_planted_key_in_any_file_of_a_run_and_its_mirror(tmp_path, monkeypatch):
     """The keys are in the environment and in the message of an error that strikes a member; W&B's offline files count."""
     planted = {"OPENAI_API_KEY": "sk-planted-0123456789", "PGPASSWORD": "planted pass/word", "HF_TOKEN": "hf_planted012345",
-               "DATABASE_URL": "postgres://me:planted%40url@db/x", "SLACK_WEBHOOK": "https://hooks.x/planted/T0/B0"}  # fmt: skip
+               "DATABASE_URL": "postgres://me:planted%40url@db/x", "SLACK_WEBHOOK": "https://hooks.x/planted/T0/B"}  # fmt: skip
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CHAOS_WORDS", "; ".join([*planted.values(), "planted@url"]))
