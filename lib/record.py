@@ -142,6 +142,12 @@ def stopping() -> bool:
     return bool(_asked)
 
 
+def stop() -> None:
+    """End as the signal would have ended it: for the pool, a lost process that may be started again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @dataclass
 class Records:
     """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -50,7 +49,7 @@ class Intervals(TrainerCallback):
     def on_save(self, args, state, control, **_):
         if record.stopping() and state.global_step < state.max_steps:
             print(f"asked to stop: step {state.global_step} is saved", flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
+            record.stop()
 
 
 def told(on_record: Callable[[dict], None], every: int | None, steps: int) -> Callable[[dict], None]:

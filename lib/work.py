@@ -52,8 +52,6 @@ def train(argument: dict) -> None:
         )
         drop_training_state(folder)
     except BaseException as error:
-        if isinstance(error, SystemExit) and record.stopping():
-            raise
         traceback.print_exc()
         record.write_json(
             folder / "error.json",

@@ -18,6 +18,8 @@ from lib import record
 from tests.chaos import __main__ as chaos
 from tests.chaos import lives, schedule
 
+pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
+
 # Checkpoints only every fourth step: one at step 2 can only be that of a member that was asked to stop.
 SETTINGS = {**lives.STUDY, "training": {**lives.STUDY["training"], "save_steps": 4}}
 
