@@ -153,7 +153,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert process.wait(10) == 130
     terminal.wait_for("left at once")
     assert not study.orphans()
-    assert lives.litter(study) == [f"{lives.RUN}/progress.json"], "which the next start removes"
+    left = [name for name in lives.litter(study) if not name.endswith(("/progress.json", ".tmp")) or name.startswith("tmp")]
+    assert not left, "but for what the next start removes"
 
 
 def test_a_schedule_depends_on_its_seed_and_on_nothing_else():
