@@ -5,6 +5,7 @@ started), 4 something was left for lack of time (--max-hours), 130 interrupted. 
 """
 
 import argparse
+import contextlib
 import fnmatch
 import os
 import re
@@ -235,6 +236,7 @@ def execute(options, runs: list) -> int:
         listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
+        runner.stay_inside(root, steps)
         slots = slots_of(options)
         to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
@@ -262,6 +264,8 @@ def execute(options, runs: list) -> int:
                 if ok:
                     forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
+                with contextlib.suppress(OSError):  # a full or read-only disk has been told of already
+                    runner.remove_leftovers(root)
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
     index = report.index_html(OUTPUTS)

@@ -55,6 +55,7 @@ class Server:
         self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
         self.total = slots
         self.children: dict[int, Child] = {}
+        self.stopping = False
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,11 +84,14 @@ class Server:
                 elif key.fileobj == sys.stdin.fileno():
                     if not os.read(sys.stdin.fileno(), 4096):
                         return self.close()
+                    self.ask_to_stop()
                 elif isinstance(key.fileobj, int):
                     self.copy_output(key.data)
                 else:
                     self.receive(key.data)
             self.reap()
+            if self.stopping and not any(child.takes_slot for child in self.children.values()):
+                return self.close()
             self.start_waiting()
 
     def receive(self, child: Child) -> None:
@@ -137,6 +141,14 @@ class Server:
         if child.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+
+    def ask_to_stop(self) -> None:
+        """The owner has said so: start nothing more, let members save where they are, and end when the last has ended."""
+        self.stopping, self.slots = True, []
+        for pid, child in self.children.items():
+            if child.takes_slot:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
     def start_waiting(self) -> None:
         running = {c.request.get("name") for c in self.children.values()}
@@ -224,7 +236,8 @@ class Server:
                 continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what the child itself started ends with it
-            self.slots = sorted([*self.slots, *child.slots])
+            if not self.stopping:
+                self.slots = sorted([*self.slots, *child.slots])
             self.copy_output(child, last=True)
             self.send(child, {"event": "exit", "code": os.waitstatus_to_exitcode(status)})
             child.pid = None

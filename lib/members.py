@@ -168,7 +168,7 @@ def _task(member, folder: Path) -> pool.Task:
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     return pool.Task(
         name=member.id,
-        target="lib.work:train",
+        target="lib.work:member",
         folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
@@ -207,19 +207,17 @@ def watch(job: Job) -> None:
             f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}"
         )
 
+    steps = {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
+
     def tick() -> None:
-        running = [{"member": t.name, **_last(t.folder)} for t in job.tasks.values() if t.state == "running"]
+        running = [
+            {"member": t.name, "seconds": round(time.monotonic() - t.seconds, 1), "steps": steps[t.name], **_last(t.folder)}
+            for t in job.tasks.values() if t.state == "running"
+        ]  # fmt: skip
         ended = sum(t.ended for t in job.tasks.values())
-        _progress(
-            job.run,
-            {
-                "phase": "training",
-                "done": ended,
-                "members": len(job.tasks),
-                "running": running,
-                "elapsed": round(time.monotonic() - (began or time.monotonic()), 1),
-            },
-        )
+        elapsed = round(time.monotonic() - (began or time.monotonic()), 1)
+        counts = {"done": ended, "members": len(job.tasks)}
+        _progress(job.run, {"phase": "training", **counts, "running": running, "elapsed": elapsed})
 
     pool.drive(list(job.tasks.values()), changed, tick)
     _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
@@ -276,7 +274,7 @@ def _last(folder: Path) -> dict:
             for line in reversed(file.read().decode(errors="replace").split("\n")):
                 if line.startswith("{") and '"loss"' in line and line.endswith("}"):
                     row = json.loads(line)
-                    return {k: row.get(k) for k in ("step", "steps", "loss")}
+                    return {k: row[k] for k in ("step", "steps", "loss") if row.get(k) is not None}
     except (OSError, ValueError):
         pass
     return {}

@@ -78,6 +78,9 @@ class Pool:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
                         "PYTHONUNBUFFERED": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
         environment.pop("STUDY_POOL", None)
+        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
+        environment["TMPDIR"] = os.path.join(self.folder, "tmp")
+        os.mkdir(environment["TMPDIR"])
         self.process = subprocess.Popen(
             [sys.executable, str(FORKSERVER), self.socket, str(self.slots), "--devices", ",".join(devices),
              *(["--bare"] if bare else [])],
@@ -95,11 +98,21 @@ class Pool:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def ask_to_stop(self) -> None:
+        """Members save a checkpoint after the step they are in and end; when none is left, the server ends with the rest."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(b"stop\n")
+            self.process.stdin.flush()
+
     def close(self) -> None:
-        """End the server; its children end with it (their lifeline closes)."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
+        """End the server, which kills its children first; where it does not react, they end by its death (their lifeline)."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:  # it may still be importing
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

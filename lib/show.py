@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from lib import config, forecast, progress, record
+from lib import config, forecast, lock, progress, record
 
 
 def table(steps: list, finished) -> None:
@@ -44,7 +44,8 @@ def findings(told: dict[str, list], out=sys.stdout) -> None:
     for name, mine in told.items():
         if mine:
             errors = sum(f.level == "error" for f in mine)
-            print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
+            state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
+            print(f"\n{record.inert(name)}{state}", file=out)
         for finding in sorted(mine, key=lambda f: f.level):
             print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
 
@@ -93,7 +94,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
-    alive = progress.running(root)
+    alive = lock.running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
@@ -106,6 +107,8 @@ def status(root: Path, studies: list[str] | None = None) -> int:
             told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
                 "now: "
             )
+        elif state.get("status") == "interrupted":
+            told += "  the same command again goes on"
         elif state.get("error"):
             told += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
         print(f"{title:34} {state.get('status', '?'):11} {told}")

@@ -21,6 +21,12 @@ def study_module(study: str, part: str = "member"):
     return importlib.import_module(f"lib.{study}.{part}")
 
 
+def member(argument: dict) -> None:
+    """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and ends."""
+    record.heed_stop()
+    train(argument)
+
+
 def train(argument: dict) -> None:
     """Train one member; the last thing written is the sentinel with this attempt's nonce."""
     folder, spec = Path(argument["folder"]), argument["spec"]

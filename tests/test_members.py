@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -117,6 +118,33 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     finished(members.submit(changed))
     attempts = Path(run.results_dir) / "tiny" / "attempts"
     assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
+
+
+def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(tiny, undisturbed, pool_socket, tmp_path):
+    """SIGTERM of whoever (a scheduler, Ctrl-C): a checkpoint where there would be none, and the same record in the end."""
+    run = tiny(seed_list=[1], training={**TINY["training"], "save_steps": 100})
+    members.prepared(run)
+    job = members.submit(run)
+    task, saved = job.tasks["default-s1"], []
+
+    def terminate():
+        if task.state == "running" and task.attempts == 1 and steps_of(task.folder) in range(1, 10):
+            os.kill(task.pid, signal.SIGTERM)
+        saved.extend(p.parent.name for p in task.folder.glob("checkpoints/*/complete.json"))
+
+    real, pool.PROBE = pool.PROBE, 0.005
+    try:
+        pool.drive([task], on_tick=terminate)
+    finally:
+        pool.PROBE = real
+    assert task.state == "succeeded"
+    assert task.attempts == 2, "it was started again"
+    assert "is saved" in task.log.read_text()
+    assert content(task.folder) == undisturbed
+
+
+def steps_of(folder):
+    return len([row for row in record.read_jsonl(folder / "history.jsonl") if "loss" in row])
 
 
 def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket):

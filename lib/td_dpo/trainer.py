@@ -136,7 +136,8 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         columns, gradient_norm = torch.cat(distributed.gathered(torch.cat(self.columns).cpu())), float(logs["grad_norm"])
         record = {"step": self.state.global_step, "epoch": self.state.epoch, **summary(columns),
                   "grad_norm": finite_or_none(gradient_norm), "learning_rate": logs["learning_rate"]}
-        seconds = time.perf_counter() - self.started  # `summary` waits for the device, so its work is included
+        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended machine).
+        seconds = max(time.perf_counter() - self.started, 1e-9)
         self.on_record(record)
         self.on_timing({"step": self.state.global_step, "seconds": seconds, "pairs_per_second": len(columns) / seconds,
                         "tokens_per_second": distributed.total(self.tokens) / seconds})
@@ -179,9 +180,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
                                                "best_step": self.best_step, "best_accuracy": self.best_accuracy})
-        for other in checkpoints.checkpoint_folders(folder):
-            if other != checkpoint and other.name != f"checkpoint-{self.best_step}":
-                checkpoints.remove_checkpoint(other)
+        checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
 
 
 def _float32_trainables(model: torch.nn.Module) -> None:
