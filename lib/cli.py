@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["test"]:
         return subprocess.call([sys.executable, "-m", "pytest", str(config.ROOT / "tests"), *argv[1:]], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
-        return lab(argv[1:])
+        from lib import lab
+
+        return lab.lab(argv[1:])
     options = parser().parse_args(argv)
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
@@ -296,21 +298,3 @@ def rebuild(options) -> int:
         member_page.write_pages(folder)
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
-
-
-def lab(arguments: list[str]) -> int:
-    """JupyterLab on notebooks/, with this environment's kernel, without its news pop-up and its look-ups on the net."""
-    return subprocess.call(
-        [
-            sys.executable,
-            "-m",
-            "jupyter",
-            "lab",
-            str(config.ROOT / "notebooks"),
-            "--LabApp.news_url=None",
-            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-            "--LabApp.extension_manager=readonly",
-            *arguments,
-        ],
-        cwd=config.ROOT / "notebooks",
-    )

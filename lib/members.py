@@ -10,7 +10,9 @@ A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<s
 that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 from lib import config, keys, pool, record, work
 from lib.errors import StudyError
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 
@@ -91,7 +94,8 @@ def prepared(run) -> Path:
         check=lambda: (final / "complete.json").exists(),
     )
     if _slots() == 0:
-        work.prepare(argument)
+        with _threads(run.compute.threads):
+            work.prepare(argument)
         return final
     pool.start(task)
     pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
@@ -112,7 +116,8 @@ def measure(run, function: str) -> None:
         "inputs": str(prepared(run)),
     }
     if _slots() == 0:
-        return work.measure(argument)
+        with _threads(run.compute.threads):
+            return work.measure(argument)
     task = pool.Task(
         name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads
     )
@@ -177,10 +182,24 @@ def _task(member, folder: Path) -> pool.Task:
     )
 
 
+@contextlib.contextmanager
+def _threads(count: int):
+    """As many threads in this kernel as a process of the pool would have: sums of floats depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _inline(task: pool.Task) -> None:
     """slots=0: in this very kernel, for pdb and for code defined in a cell."""
     started = time.monotonic()
-    work.train(task.argument)
+    with _threads(task.threads):
+        work.train(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
 
 

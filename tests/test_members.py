@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from lib import config, keys, members, pool, record, runner
+from lib import config, keys, members, pool, record, runner, work
 from lib.errors import StudyError
 from tests.conftest import TINY
 
@@ -273,7 +274,14 @@ def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
     monkeypatch.setenv("STUDY_SLOTS", "0")
     run = tiny(seed_list=[1], training={**TINY["training"], "max_steps": 2})
     members.prepared(run)
-    job = members.submit(run)
+    threads, train, before = [], work.train, torch.get_num_threads()
+    monkeypatch.setattr(work, "train", lambda argument: (threads.append(torch.get_num_threads()), train(argument)))
+    torch.set_num_threads(3)
+    try:
+        job = members.submit(run)
+        assert (threads, torch.get_num_threads()) == ([run.compute.threads], 3)  # its sums depend on them: see its key
+    finally:
+        torch.set_num_threads(before)
     assert [t.state for t in job.tasks.values()] == ["succeeded"]
     assert members.collect(job)[0]["status"] == "completed"
 
