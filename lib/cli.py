@@ -18,7 +18,7 @@ from lib import config, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "status", "report", "sync", "pull", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=COMMANDS,
         help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-        "lab: JupyterLab; test: the tests",
+        "sync: bring W&B up to date with the records; pull: judge the studies from W&B; lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
     )
+    top.add_argument("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
+    top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["lab"]:
         return lab(argv[1:])
     options = parser().parse_args(argv)
+    options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     if options.jobs is not None and options.jobs < 1:
@@ -68,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             return show.status(root_of(options), options.study)
         if options.command == "report":
             return rebuild(options)
+        if options.command == "sync":
+            return sync(options)
+        if options.command == "pull":
+            return pull(options)
         return run(options)
     except StudyError as error:
         print(record.redact(str(error)), file=sys.stderr)
@@ -242,6 +249,46 @@ def rebuild(options) -> int:
         report.notebook_html(notebook, notebook.with_suffix(".html"))
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
+
+
+def sync(options) -> int:
+    """Bring W&B up to date with what is recorded here: of every scale, or of what --scale, --set and --grid name."""
+    from lib import tracking
+
+    roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+    found = [
+        folder
+        for root in roots
+        if tracking.FROM not in root.name
+        for folder in sorted(p.parent for p in root.glob("*/*/members"))
+        if fnmatch.fnmatch(folder.name, options.run) and (not options.study or folder.parent.name in options.study)
+        and any(folder.glob("members/*/done.json"))
+    ]  # fmt: skip
+    if not found:
+        print(f"nothing to bring up to date: no finished member in {OUTPUTS if options.everywhere else root_of(options)}")
+        return 0
+    named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
+    # A process of its own: the client's core can crash, and some of its calls never return.
+    return subprocess.call([sys.executable, "-P", "-m", "lib.wandb_sync", "sync", *named, "--", *map(str, found)])
+
+
+def pull(options) -> int:
+    """Fetch the records of the YAMLs' runs from W&B, and judge them by the same analysis in a folder of their own."""
+    from lib import runner, tracking, wandb_read
+
+    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
+    root = OUTPUTS / f"{options.scale}-full,{tracking.FROM}"
+    steps = []
+    for study in dict.fromkeys(r.study for r in runs):
+        mine = [r for r in runs if r.study == study]
+        address = {"entity": options.entity or mine[0].wandb.entity, "project": options.project or mine[0].wandb.project}
+        results = wandb_read.fetch(root, study=study, scale=options.scale, run_ids=[r.run_id for r in mine],
+                                   place=f"{root_of(options).name}/{study}", **address)  # fmt: skip
+        steps.append(plan.analysis(study, results, options.scale, "full"))
+    with runner.locked(root):
+        ok = runner.Runner(steps, 1).run()
+    show.verdicts(steps)
+    return 0 if ok else 1
 
 
 def lab(arguments: list[str]) -> int:

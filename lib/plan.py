@@ -112,6 +112,13 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     return step
 
 
+def analysis(study: str, results: Path, scale: str, mode: str) -> Step:
+    """The analysis of a folder of records that nothing here has made (they came from W&B)."""
+    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
+    return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, "",
+                "its records came from W&B")
+
+
 def member_seconds(run) -> float:
     """Expected seconds of one member on one slot: the median of earlier members of this run (else of the study) at this
     scale and mode, else the YAML's own figure times its steps."""

@@ -195,18 +195,26 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
     return found
 
 
+def wandb_host(environ: Mapping[str, str]) -> str:
+    return urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def wandb_key(environ: Mapping[str, str]) -> bool:
+    """Whether the W&B client will find a key for its server; the key itself is not looked at."""
+    if environ.get("WANDB_API_KEY", "").strip():
+        return True
+    path = Path(environ.get("NETRC") or _home(environ) / ".netrc")
+    try:
+        return bool(netrc.netrc(str(path)).authenticators(wandb_host(environ)))
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return False
+
+
 def _wandb(run: Run, machine: Machine) -> list[Finding]:
     from lib.config import wandb_mode
-    if wandb_mode(run) != "online" or machine.environ.get("WANDB_API_KEY", "").strip():
+    if wandb_mode(run) != "online" or wandb_key(machine.environ):
         return []
-    host = urlparse(machine.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(machine.environ.get("NETRC") or _home(machine.environ) / ".netrc")
-    try:
-        if netrc.netrc(str(path)).authenticators(host or ""):
-            return []
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        pass
-    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {host}",
+    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",
                     "wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
 
 

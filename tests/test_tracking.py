@@ -1,0 +1,287 @@
+"""W&B against a server on the loopback interface: live, dead, dying, slow, malformed, killed; and what comes back from it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+from lib import cli, config, members, record, runs, tracking, wandb_read, wandb_sync
+from lib.errors import MissingError, StudyError
+from tests import wandb_member
+from tests.conftest import ROOT, TINY
+from tests.wandb_server import CORE_CRASH, ENTITY, KEY, MALFORMED, serve
+
+PROJECT = "studies"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with serve() as made:
+        use(monkeypatch, made.url, tmp_path)
+        yield made
+        shut_client()
+
+
+def use(monkeypatch, url, tmp_path):
+    """This process and those it starts talk to `url`, with a key, and know nothing of the user's own W&B settings."""
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
+                        "WANDB_CONFIG_DIR": str(tmp_path / "c"), "WANDB_CACHE_DIR": str(tmp_path / "c"),
+                        "NETRC": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+def shut_client():
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with two members whose records have begun; nothing is trained."""
+    return begun(tmp_path)
+
+
+def begun(tmp_path, run_id="tiny", **changes):
+    made = config.load_run(write_yaml(tmp_path, run_id, **changes), study="td_dpo", scale="laptop", mode="full",
+                           results_dir=tmp_path / "outputs" / "laptop-full" / "td_dpo")  # fmt: skip
+    for member in config.members(made):
+        folder = folder_of(made) / "members" / member.id
+        folder.mkdir(parents=True)
+        record.write_json(folder / "member.json", {
+            "study": "td_dpo", "scale": "laptop", "mode": "full", "run_id": run_id, "member": member.id, "cell": member.cell,
+            "cell_name": member.cell_name, "seed": member.seed, "config": config.dump(member.run), "key": members.key(member)})
+    runs.begin(made)
+    status(made, "running")
+    return made
+
+
+def write_yaml(tmp_path, run_id, **changes):
+    path = tmp_path / "params" / f"{run_id}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    raw = {**TINY, "run_id": run_id, "wandb": {"entity": ENTITY, "project": PROJECT, "mode": "online"}, **changes}
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def folder_of(run):
+    return run.results_dir / run.run_id
+
+
+def status(run, word):
+    record.write_json(folder_of(run) / "status.json", {"run_id": run.run_id, "study": run.study, "kind": "train", "status": word})
+
+
+def finished(run, steps=60):
+    """The members write their records, and the run its own: what a notebook leaves behind."""
+    for member in config.members(run):
+        wandb_member.train(folder_of(run) / "members" / member.id, steps)
+    conclude(run)
+
+
+def conclude(run):
+    rows = [{"member": m.id, "cell": m.cell_name, "seed": m.seed,
+             **record.read_json(folder_of(run) / "members" / m.id / "metrics.json")} for m in config.members(run)]  # fmt: skip
+    runs.finish(folder_of(run), runs.summary(run, rows), "n")
+    status(run, "succeeded")
+
+
+def follow(run, mode="online"):
+    mirrors = tracking.Mirrors()
+    mirrors.begin(folder_of(run), mode)
+    return mirrors
+
+
+def until(truth, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def differences(run):
+    """{W&B run: in what it differs from its record}, asked of the server through the client."""
+    connection = wandb_read.api()
+    found = {}
+    for entry in tracking.entries(folder_of(run)):
+        remote = wandb_read.find(connection, entry.entity, entry.project, entry.id)
+        if left := wandb_read.lacking(entry, remote):
+            found[entry.name] = left
+    return found
+
+
+def sync(*arguments):
+    """`./run_all.sh sync` in a process of its own: (exit code, what it said)."""
+    done = subprocess.run([sys.executable, "-m", "lib", "sync", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=180)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and "wandb" not in p.relative_to(folder).parts[0]}
+
+
+def offline_runs(run):
+    return [record.read_json(p)["id"] for p in (folder_of(run) / "wandb").glob("offline-run-*/mirrored.json")]
+
+
+# ---- healthy
+
+
+def test_every_step_is_there_while_training_goes_on(server, run, outputs):
+    one, two = [folder_of(run) / "members" / m.id for m in config.members(run)]
+    mirrors = follow(run)
+    process = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(one), "200", "0.001", "120"], cwd=ROOT)
+    try:
+        until(lambda: server.received() >= 119)  # all but the newest of the 120 steps that it has made
+        assert not (one / "done.json").exists()
+        lines = [line for p in psutil.Process().children(recursive=True) for line in p.cmdline()]
+        assert any("wandb-core" in line for line in lines)
+        assert not any(KEY in line for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+    wandb_member.train(one, 200)
+    wandb_member.train(two, 30)
+    conclude(run)
+    mirrors.close(30)
+    assert not mirrors.failed
+    assert differences(run) == {}
+    entries = tracking.entries(folder_of(run))
+    assert [e.name for e in entries] == ["tiny--default-s1", "tiny--default-s2", "tiny"]
+    sent = server.runs[entries[0].id]
+    assert sent["group"] == "tiny"
+    assert len(server.rows(entries[0].id)) == 200  # none twice, though the record was cut back to a checkpoint and made again
+    assert {"1": "global_step"}.items() <= {k: m["1"] for m in json.loads(sent["config"])["_wandb"]["value"]["m"]
+                                             for k in ("1",) if "1" in m}.items()  # fmt: skip
+    final = server.runs["tiny--laptop"]
+    assert json.loads(final["summary"])["oracle_score"] == pytest.approx(6.6)
+    assert final["state"] == "finished"
+    server.requests.clear()
+    assert sync() == (0, "W&B: 3 runs looked at, 0 brought up to date, 3 were\n")
+    assert server.sent() == []
+    for path in outputs.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(server, run, outputs):
+    finished(run)
+    before = snapshot(folder_of(run))
+    code, said = sync()
+    assert (code, differences(run)) == (0, {}), said
+    assert "3 brought up to date" in said
+    server.requests.clear()
+    assert sync()[0] == 0
+    assert server.sent() == []
+    assert snapshot(folder_of(run)) == before
+    assert sync("--run", "other") == (0, "nothing to bring up to date: no finished member in " + str(outputs) + "\n")
+
+
+@pytest.mark.slow
+def test_a_run_half_sent_is_completed(server, run, outputs):
+    first = folder_of(run) / "members" / config.members(run)[0].id
+    mirrors = follow(run)
+    writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "90", "0", "50"], cwd=ROOT)
+    until(lambda: server.received() >= 49)
+    writer.kill()
+    writer.wait()
+    mirrors.closing = True
+    os.killpg(mirrors.processes[folder_of(run)].pid, signal.SIGKILL)
+    finished(run, 90)
+    run_id = tracking.entries(folder_of(run))[0].id
+    assert server.runs[run_id]["files"] == {}
+    assert sync()[0] == 0
+    assert differences(run) == {}
+    assert len(server.rows(run_id)) == 90
+
+
+# ---- W&B is not there, or not well
+
+
+def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs):
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    mirrors = follow(run)
+    finished(run)
+    before = snapshot(folder_of(run))
+    mirrors.close(15)
+    assert not mirrors.failed
+    assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
+    assert snapshot(folder_of(run)) == before
+    code, said = sync()
+    assert code == 3
+    assert "to mend" in said
+    with serve() as server:  # it is back
+        use(monkeypatch, server.url, tmp_path)
+        assert sync()[0] == 0
+        assert differences(run) == {}
+        shut_client()
+
+
+@pytest.mark.slow
+def test_dying_in_mid_run(server, run, outputs):
+    first = folder_of(run) / "members" / config.members(run)[0].id
+    server.fault, server.fault_from = "refuse", 20
+    mirrors = follow(run)
+    writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "60", "0", "30"], cwd=ROOT)
+    until(lambda: server.received() >= 20)
+    writer.kill()
+    writer.wait()
+    finished(run)
+    mirrors.close(15)
+    assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
+    server.fault = None
+    assert sync()[0] == 0
+    assert differences(run) == {}
+
+
+@pytest.mark.parametrize("how", ["not_json", "wrong_types",
+                                 *(pytest.param(how, marks=pytest.mark.slow) for how in ("error", "empty", "cut_off"))])
+def test_a_server_that_answers_nonsense(server, run, how, outputs):
+    server.fault = how
+    mirrors = follow(run)
+    finished(run, 10)
+    before = snapshot(folder_of(run))
+    mirrors.close(15)
+    assert len(offline_runs(run)) == 3
+    assert snapshot(folder_of(run)) == before
+    assert sync()[0] == 3
+
+
+def test_a_reply_that_crashes_the_clients_core(server, run, outputs):
+    server.answers = CORE_CRASH
+    mirrors = follow(run)
+    finished(run, 10)
+    before = snapshot(folder_of(run))
+    mirrors.close(15)
+    assert "SIGSEGV" in (folder_of(run) / "wandb.log").read_text()
+    assert len(offline_runs(run)) == 3
+    assert snapshot(folder_of(run)) == before
+    code, said = sync()
+    assert code == 1
+    server.answers = {}
+    assert sync()[0] == 0
+    assert differences(run) == {}
+
+
+@pytest.mark.slow
+def test_slow(server, run, outputs):
+    server.fault, server.delay = "slow", 0.5
+    mirrors = follow(run)
+    finished(run, 20)
+    mirrors.close(15)
+    server.fault = None
+    assert sync()[0] == 0
+    assert differences(run) == {}
