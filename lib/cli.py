@@ -263,7 +263,7 @@ def sync(options) -> int:
         for folder in sorted(p.parent for p in root.glob("*/*/members"))
         if fnmatch.fnmatch(folder.name, options.run) and (not options.study or folder.parent.name in options.study)
         and any(folder.glob("members/*/done.json"))
-    ]  # fmt: skip
+    ]
     if not found:
         print(f"nothing to bring up to date: no finished member in {OUTPUTS if options.everywhere else root_of(options)}")
         return 0
@@ -283,7 +283,7 @@ def pull(options) -> int:
         mine = [r for r in runs if r.study == study]
         address = {"entity": options.entity or mine[0].wandb.entity, "project": options.project or mine[0].wandb.project}
         results = wandb_read.fetch(root, study=study, scale=options.scale, run_ids=[r.run_id for r in mine],
-                                   place=f"{root_of(options).name}/{study}", **address)  # fmt: skip
+                                   place=f"{root_of(options).name}/{study}", **address)
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with runner.locked(root):
         ok = runner.Runner(steps, 1).run()

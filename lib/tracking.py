@@ -72,7 +72,8 @@ def by_step(rows: list[dict]) -> dict[int, dict]:
     """{step: row} of a member's history, training and evaluation rows of one step merged, the step as `global_step`."""
     steps: dict[int, dict] = {}
     for row in rows:
-        steps.setdefault(row["step"], {"global_step": row["step"]}).update(scalars({k: v for k, v in row.items() if k != "step"}))
+        merged = steps.setdefault(row["step"], {"global_step": row["step"]})
+        merged.update(scalars({k: v for k, v in row.items() if k != "step"}))
     return dict(sorted(steps.items()))
 
 
@@ -108,7 +109,7 @@ def member_entry(run_folder: Path, member: Path) -> Entry | None:
         **_address(spec["config"]),
         record={**_about(run_folder, spec), "member": member.name, "cell": spec["cell_name"], "seed": spec["seed"],
                 "key": spec["key"]["all"], "attempt": attempt, "files": {n: sha256(p) for n, p in files.items()}},
-    )  # fmt: skip
+    )
 
 
 def final_entry(run_folder: Path) -> Entry | None:
@@ -126,8 +127,7 @@ def final_entry(run_folder: Path) -> Entry | None:
     spec = record.read_json(chosen / "member.json") if chosen else None
     if not spec or ((spec["config"].get("optuna") or {}).get("n_trials") and not searched.get("final")):
         return None  # its search is still to come
-    entries = {name: entry for name, m in members.items() if (entry := member_entry(run_folder, m)) and entry.finished}
-    ids = {name: entry.id for name, entry in entries.items()}
+    ids = {name: e.id for name, m in members.items() if (e := member_entry(run_folder, m)) and e.finished}
     files = _files(run_folder.parent, run_folder) | _files(run_folder.parent, run_folder / "sweep", ("metrics.json", "best.yaml"))
     about, source = _about(run_folder, spec), keys.digest([ids, chosen.name])
     scale, folder = about["scale"], run_folder.parent.parent.name
@@ -139,12 +139,12 @@ def final_entry(run_folder: Path) -> Entry | None:
         history=chosen / "history.jsonl", summary=summary, files=files, finished=True, **_address(spec["config"]),
         record={**about, "member": None, "chosen": chosen.name, "members": ids, "source": source,
                 "files": {n: sha256(p) for n, p in files.items()}},
-    )  # fmt: skip
+    )
 
 
 def _about(run_folder: Path, spec: dict) -> dict:
     return {"version": 1, "place": place_of(run_folder), "run_id": run_folder.name,
-            **{k: spec[k] for k in ("study", "scale", "mode")}}  # fmt: skip
+            **{k: spec[k] for k in ("study", "scale", "mode")}}
 
 
 def _address(settings: dict) -> dict:
@@ -155,7 +155,7 @@ def _address(settings: dict) -> dict:
 def _files(results: Path, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
     """The record's files in `folder`, by their names on W&B: what a reader needs to judge the study again."""
     kept = [p for p in sorted(folder.glob("*")) if p.is_file() and p.suffix in (".json", ".jsonl", ".yaml")
-            and p.name not in NOT_MIRRORED and (names is None or p.name in names)]  # fmt: skip
+            and p.name not in NOT_MIRRORED and (names is None or p.name in names)]
     return {str(p.relative_to(results)): p for p in kept}
 
 
@@ -211,7 +211,7 @@ class Mirrors:
             process = self.processes[folder] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lib.wandb_sync", "live", mode, str(folder)],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+            )
             with process.stdin:  # its end tells the sender that the runner is gone
                 return process.wait()
         return None
@@ -229,4 +229,4 @@ class Mirrors:
         for folder in [*late, *self.failed]:
             how = "not finished in time" if folder in late else "failed"
             print(f"W&B mirror of {folder.name}: {how} (see {folder / 'wandb.log'}); the record is whole, and "
-                  "./run_all.sh sync brings W&B up to date", file=sys.stderr)  # fmt: skip
+                  "./run_all.sh sync brings W&B up to date", file=sys.stderr)

@@ -32,7 +32,7 @@ def key_or_mend() -> None:
 
     if not wandb_key(Machine().environ):
         raise MissingError("W&B", f"there is no key for {wandb_host(Machine().environ)}", "a key",
-                           "wandb login (or set WANDB_API_KEY), then the same command again")  # fmt: skip
+                           "wandb login (or set WANDB_API_KEY), then the same command again")
 
 
 def api(seconds: int = SECONDS):
@@ -47,7 +47,7 @@ def api(seconds: int = SECONDS):
         return made
     except Exception as error:  # the client raises errors of half a dozen kinds, some of them plain ValueErrors
         raise MissingError("W&B", f"no answer that can be used ({first_line(error)})", "a server that knows this key",
-                           "check the connection and WANDB_BASE_URL; ./run_all.sh sync goes on later") from None  # fmt: skip
+                           "check the connection and WANDB_BASE_URL; ./run_all.sh sync goes on later") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -94,7 +94,7 @@ def lacking(entry: Entry, found) -> list[str]:
 
 
 def fetch(into: Path, *, run_ids: Iterable[str], study: str, scale: str, mode: str = "full", entity: str | None = None,
-          project: str, place: str | None = None) -> Path:  # fmt: skip
+          project: str, place: str | None = None) -> Path:
     """The records of these runs from W&B in the folder `into`/<study>, as the runner leaves them; returns that folder.
 
     `place`: where they were made (default `<scale>-<mode>/<study>`; a variation made with --set has another). A file that is
@@ -112,12 +112,12 @@ def fetch(into: Path, *, run_ids: Iterable[str], study: str, scale: str, mode: s
         final = next((r for r in reversed(mine) if r.config["record"]["member"] is None), None)
         if final is None:
             raise StudyError(f"W&B {path}", f"no finished run {run_id} of {place_wanted}", "the run and its members",
-                             "./run_all.sh sync where its records are")  # fmt: skip
+                             "./run_all.sh sync where its records are")
         named = {r.id: r for r in mine}
         for member, name in _members(final).items():
             if name not in named:
                 raise StudyError(f"W&B {path}/{name}", f"member {member} of {run_id} is not there", "every member of the run",
-                                 "./run_all.sh sync where its records are")  # fmt: skip
+                                 "./run_all.sh sync where its records are")
         for found in [final, *(named[name] for name in _members(final).values())]:
             download(found, results)
         settings = {k: v for k, v in final.config.items() if k != "record"}
@@ -151,7 +151,7 @@ def download(found, results: Path) -> None:
         if not target.exists() or sha256(target) != checksum:
             target.unlink(missing_ok=True)
             raise StudyError(f"W&B run {found.id}", f"{name} is {'not what its checksum says' if name in there else 'missing'}",
-                             f"SHA-256 {checksum}", "./run_all.sh sync where its records are")  # fmt: skip
+                             f"SHA-256 {checksum}", "./run_all.sh sync where its records are")
 
 
 def results(study: str, scale: str, mode: str, results_dir: str | Path | None, source: dict | None = None) -> Path:

@@ -60,7 +60,7 @@ def begin(entry: tracking.Entry, name: str, mode: str, folder: Path, seconds: fl
             x_disable_machine_info=True, x_save_requirements=False, x_file_stream_transmit_interval=2.0,
             x_graphql_retry_max=2, host="", program="",
         ),
-    )  # fmt: skip
+    )
     run.define_metric("*", step_metric="global_step")
     beat()
     return run
@@ -77,7 +77,7 @@ def log(run, rows: dict[int, dict], sent: dict[int, dict]) -> int:
 
 
 def finish(run, entry: tracking.Entry) -> None:
-    """The final configuration, summary and files, and the end of the run. Raises TimeoutError where they did not get through."""
+    """The final configuration, summary and files, and the end of the run. Raises TimeoutError where they do not get through."""
     run.config.update(entry.whole_config, allow_val_change=True)
     run.summary.update({k: v for k, v in entry.summary.items() if v is not None})
     for name, path in entry.files.items():
@@ -111,7 +111,8 @@ class Sender:
     def _log(self, entry: tracking.Entry, rows: dict[int, dict]) -> None:
         if entry.id not in self.open:
             name, found = self.remote(entry)
-            self.open[entry.id] = (begin(entry, name, "online", self.folder, self.seconds), wandb_read.rows(found) if found else {})
+            sent = wandb_read.rows(found) if found else {}
+            self.open[entry.id] = (begin(entry, name, "online", self.folder, self.seconds), sent)
         log(self.open[entry.id][0], rows, self.open[entry.id][1])
 
     def complete(self, entry: tracking.Entry) -> str:
@@ -187,7 +188,7 @@ def _now(folder: Path, stamps: dict, last: bool) -> list[tracking.Entry]:
     found = []
     for member in sorted((folder / "members").glob("*/")):
         stamp = [(p.stat().st_mtime_ns, p.stat().st_size) if p.exists() else None
-                 for p in (member / "history.jsonl", member / "done.json")]  # fmt: skip
+                 for p in (member / "history.jsonl", member / "done.json")]
         if (last or stamps.get(member) != stamp) and (entry := tracking.member_entry(folder, member)):
             stamps[member] = stamp
             found.append(entry)
@@ -241,9 +242,10 @@ def sync(folders: list[Path], entity: str | None, project: str | None) -> int:
                 sent += 1
                 left = sender.verify(entry)
                 short += [entry.name] if left else []
-                print(f"  {entry.name}: sent {differing}" + (f"; W&B STILL LACKS {', '.join(left)}" if left else ""), flush=True)
+                told = f"; W&B STILL LACKS {', '.join(left)}" if left else ""
+                print(f"  {entry.name}: sent {differing}{told}", flush=True)
     print(f"W&B: {count} runs looked at, {sent} brought up to date, {count - sent} were" + (
-        f"; still incomplete: {', '.join(short)}" if short else ""), flush=True)  # fmt: skip
+        f"; still incomplete: {', '.join(short)}" if short else ""), flush=True)
     return 1 if short else 0
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from lib import checkpoints
+from lib import checkpoints, trackers
 from lib.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.errors import StudyError
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
@@ -115,6 +115,7 @@ class PreferenceTrainer(DPOTrainer):
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          data_collator=collate_rows, callbacks=[_Schedule(eval_steps, save_steps)])
         self.remove_callback(PrinterCallback)
+        trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
         if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
@@ -226,6 +227,7 @@ def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
 
 def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_validation: list[dict],
                 reference: dict[str, Tensor], *, loss: dict, training: dict, seed: int, folder: str | Path,
+                report_to: Sequence[str] = (),
                 on_record: Callable[[dict], None], on_timing: Callable[[dict], None] = lambda timing: None,
                 on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
                 max_batches: int | None = None, resume: bool = True, layout: str | None = None) -> Outcome:
@@ -246,7 +248,7 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
         validation = validation[: max_batches * training["global_batch_size"]]
     identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(model, training, steps, device_batch, accumulation, seed, place)
+    args = training_arguments(model, {**training, "report_to": list(report_to)}, steps, device_batch, accumulation, seed, place)
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
     checkpoint, state = _usable_checkpoint(place, fingerprint if resume else None)
