@@ -129,6 +129,7 @@ def final_entry(run_folder: Path) -> Entry | None:
         return None  # its search is still to come
     ids = {name: e.id for name, m in members.items() if (e := member_entry(run_folder, m)) and e.finished}
     files = _files(run_folder.parent, run_folder) | _files(run_folder.parent, run_folder / "sweep", ("metrics.json", "best.yaml"))
+    # Other members (after --force, say) make another run on W&B: what was published under the first id stays as it is.
     about, source = _about(run_folder, spec), keys.digest([ids, chosen.name])
     scale, folder = about["scale"], run_folder.parent.parent.name
     own = run_folder.name + ("" if scale == "paper" else f"--{scale}")

@@ -41,7 +41,8 @@ def api(seconds: int = SECONDS):
     import wandb
 
     try:
-        wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1, x_graphql_timeout_seconds=seconds))
+        wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1, x_graphql_retry_wait_min_seconds=0.3,
+                                   x_graphql_retry_wait_max_seconds=1, x_graphql_timeout_seconds=seconds))
         made = wandb.Api(timeout=seconds)
         made.default_entity  # noqa: B018 (asks the server who we are)
         return made

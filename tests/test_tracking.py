@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
-from lib import cli, config, members, record, runs, tracking, wandb_read, wandb_sync
-from lib.errors import MissingError, StudyError
+from lib import aggregate, claim_types, claims, config, members, record, runs, tracking, verdicts, wandb_read, wandb_sync
+from lib.errors import StudyError
+from lib.td_dpo import tables
 from tests import wandb_member
 from tests.conftest import ROOT, TINY
-from tests.wandb_server import CORE_CRASH, ENTITY, KEY, MALFORMED, serve
+from tests.wandb_server import CORE_CRASH, ENTITY, KEY, serve
 
 PROJECT = "studies"
 
@@ -34,7 +36,7 @@ def use(monkeypatch, url, tmp_path):
         monkeypatch.delenv(name)
     for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
                         "WANDB_CONFIG_DIR": str(tmp_path / "c"), "WANDB_CACHE_DIR": str(tmp_path / "c"),
-                        "NETRC": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}.items():  # fmt: skip
+                        "NETRC": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -52,7 +54,7 @@ def run(tmp_path):
 
 def begun(tmp_path, run_id="tiny", **changes):
     made = config.load_run(write_yaml(tmp_path, run_id, **changes), study="td_dpo", scale="laptop", mode="full",
-                           results_dir=tmp_path / "outputs" / "laptop-full" / "td_dpo")  # fmt: skip
+                           results_dir=tmp_path / "outputs" / "laptop-full" / "td_dpo")
     for member in config.members(made):
         folder = folder_of(made) / "members" / member.id
         folder.mkdir(parents=True)
@@ -66,7 +68,7 @@ def begun(tmp_path, run_id="tiny", **changes):
 
 def write_yaml(tmp_path, run_id, **changes):
     path = tmp_path / "params" / f"{run_id}.yaml"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     raw = {**TINY, "run_id": run_id, "wandb": {"entity": ENTITY, "project": PROJECT, "mode": "online"}, **changes}
     path.write_text(json.dumps(raw))
     return path
@@ -77,7 +79,7 @@ def folder_of(run):
 
 
 def status(run, word):
-    record.write_json(folder_of(run) / "status.json", {"run_id": run.run_id, "study": run.study, "kind": "train", "status": word})
+    record.write_json(folder_of(run) / "status.json", {"run_id": run.run_id, "kind": "train", "status": word})
 
 
 def finished(run, steps=60):
@@ -89,7 +91,7 @@ def finished(run, steps=60):
 
 def conclude(run):
     rows = [{"member": m.id, "cell": m.cell_name, "seed": m.seed,
-             **record.read_json(folder_of(run) / "members" / m.id / "metrics.json")} for m in config.members(run)]  # fmt: skip
+             **record.read_json(folder_of(run) / "members" / m.id / "metrics.json")} for m in config.members(run)]
     runs.finish(folder_of(run), runs.summary(run, rows), "n")
     status(run, "succeeded")
 
@@ -120,8 +122,14 @@ def differences(run):
 
 def sync(*arguments):
     """`./run_all.sh sync` in a process of its own: (exit code, what it said)."""
-    done = subprocess.run([sys.executable, "-m", "lib", "sync", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=180)
+    command = [sys.executable, "-m", "lib", "sync", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180)
     return done.returncode, done.stdout + done.stderr
+
+
+def synced(*planned):
+    """What `./run_all.sh sync` does, in this process: its exit code."""
+    return wandb_sync.sync([folder_of(run) for run in planned], None, None)
 
 
 @pytest.fixture
@@ -131,7 +139,9 @@ def outputs(tmp_path, monkeypatch):
 
 
 def snapshot(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and "wandb" not in p.relative_to(folder).parts[0]}
+    """Every file of the record, without W&B's own."""
+    mine = [p for p in sorted(folder.rglob("*")) if p.is_file() and "wandb" not in p.relative_to(folder).parts[0]]
+    return {p: p.read_bytes() for p in mine}
 
 
 def offline_runs(run):
@@ -166,7 +176,7 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     assert sent["group"] == "tiny"
     assert len(server.rows(entries[0].id)) == 200  # none twice, though the record was cut back to a checkpoint and made again
     assert {"1": "global_step"}.items() <= {k: m["1"] for m in json.loads(sent["config"])["_wandb"]["value"]["m"]
-                                             for k in ("1",) if "1" in m}.items()  # fmt: skip
+                                             for k in ("1",) if "1" in m}.items()
     final = server.runs["tiny--laptop"]
     assert json.loads(final["summary"])["oracle_score"] == pytest.approx(6.6)
     assert final["state"] == "finished"
@@ -188,6 +198,145 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
     assert server.sent() == []
     assert snapshot(folder_of(run)) == before
     assert sync("--run", "other") == (0, "nothing to bring up to date: no finished member in " + str(outputs) + "\n")
+
+
+# ---- the way back
+
+
+def study(tmp_path, seeds=(42, 43, 44)):
+    """Two runs of the TD-DPO study, of which its claims C3 and C5 can be judged, with made scores in their records."""
+    made = []
+    for run_id, loss, shift in (("dpo", {"name": "dpo", "beta": 0.05}, 0.0),
+                                ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0}, 0.02)):
+        run = begun(tmp_path, run_id, method=run_id, loss=loss, seed_list=list(seeds),
+                    role="proposed" if shift else "comparative")
+        for member in config.members(run):
+            folder, random = folder_of(run) / "members" / member.id, np.random.default_rng(member.seed)
+            for step in range(1, 6):
+                record.append_jsonl(folder / "history.jsonl", wandb_member.row(member.seed, step))
+            scores = 6 + shift + random.normal(0, 1, 80)
+            answers = [{"kind": "answer", "question": q, "category": "c", "turn": t, "score": s + 0.1 * t, "text": "ü"}
+                       for q, s in enumerate(scores) for t in (1, 2)]
+            pairs = [{"kind": "pair", "split": "test", "pair": i, "rho": x} for i, x in enumerate(random.normal(0, 1, 20))]
+            record.write_json(folder / "adapters.json", {"rank": member.seed})
+            wandb_member.finish(folder, record.read_json(folder / "member.json"),
+                                {"status": "completed", "oracle_score": scores.mean(), "validation_implicit_accuracy": 0.6},
+                                answers + pairs)
+        record.write_jsonl(folder_of(run) / "step_cost.jsonl", [
+            {"seed": s, "seconds": 0.1 + i % 3 / 1e4, "seconds_baseline": 0.1} for i in range(40) for s in seeds] if shift else [])
+        conclude(run)
+        made.append(run)
+    return made
+
+
+def judged(results, planned):
+    """What the study's analysis makes of a folder of records: its tables, verdicts and aggregated metrics."""
+    loaded = record.load(results, [m for run in planned for m in config.members(run)])
+    published = claim_types.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
+    verdict = claims.evaluate(published, tables.question_scores(loaded), scale="laptop", mode="full", draws=500,
+                              members=tables.all_members(loaded), costs=loaded.costs)
+    frames = {name: getattr(loaded, name).drop(columns="folder", errors="ignore")
+              for name in ("members", "history", "answers", "pairs", "costs")}
+    return frames, verdicts.to_json(verdict), aggregate.aggregated("td_dpo", results)
+
+
+def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):
+    planned = study(tmp_path)
+    assert synced(*planned) == 0
+    source = {"entity": ENTITY, "project": PROJECT, "run_ids": ["dpo", "td_dpo"]}
+    back = wandb_read.results("td_dpo", "laptop", "full", tmp_path / "back" / "td_dpo", source)
+    here, there = judged(planned[0].results_dir, planned), judged(back, runs.planned(back))
+    for name, frame in here[0].items():
+        pd.testing.assert_frame_equal(frame, there[0][name], check_exact=True)
+        assert len(frame), name
+    assert here[1:] == there[1:]
+    assert {v["id"]: v["verdict"] for v in here[1]}["C3"] in ("supported", "refuted", "inconclusive")
+    assert record.read_json(back / "dpo" / "members" / "default-s42" / "adapters.json") == {"rank": 42}
+    asked = len([r for r in server.requests if r[0] == "GET"])
+    wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
+    assert len([r for r in server.requests if r[0] == "GET"]) == asked  # what is there with the right checksum stays
+
+    (back / "dpo" / "metrics.json").unlink()
+    server.runs["dpo--laptop"]["files"]["dpo/metrics.json"] = b"{}"
+    with pytest.raises(StudyError, match="not what its checksum says"):
+        wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
+    assert not (back / "dpo" / "metrics.json").exists()
+    with pytest.raises(StudyError, match="no finished run other"):
+        wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **{**source, "run_ids": ["other"]})
+
+
+def test_a_name_on_wandb_cannot_write_outside_the_results(tmp_path):
+    class Found:
+        id, config = "x", {"record": {"files": {"../../escaped.json": "0"}}}
+
+        def files(self):
+            return []
+
+    with pytest.raises(StudyError, match="escaped"):
+        wandb_read.download(Found(), tmp_path / "results")
+
+
+# ---- what makes a W&B run another one
+
+
+def test_a_forced_attempt_is_another_run_and_the_first_stays(server, run, outputs):
+    finished(run, 5)
+    assert synced(run) == 0
+    first = {e.name: e.id for e in tracking.entries(folder_of(run))}
+    published = {name: (list(r["history"]), r["summary"]) for name, r in server.runs.items()}
+    specs = {m.id: record.read_json(folder_of(run) / "members" / m.id / "member.json") for m in config.members(run)}
+    for member in config.members(run):
+        members.archive(folder_of(run) / "members" / member.id)
+        record.write_json(folder_of(run) / "members" / member.id / "member.json", specs[member.id])
+    finished(run, 7)
+    assert synced(run) == 0
+    assert not set(first.values()) - {"tiny--laptop"} & {e.id for e in tracking.entries(folder_of(run))}
+    assert {name: (list(r["history"]), r["summary"]) for name, r in server.runs.items() if name in published} == published
+    assert len(server.runs) == 6
+    back = wandb_read.fetch(outputs / "back", study="td_dpo", scale="laptop", entity=ENTITY, project=PROJECT, run_ids=["tiny"])
+    assert {len(record.read_jsonl(p)) for p in back.glob("tiny/members/*/history.jsonl")} == {7}
+
+
+def test_places_do_not_share_ids(tmp_path):
+    """The same run at another scale, or varied with --set, is not the same W&B run."""
+    seen = set()
+    for folder in ("laptop-full", "paper-full", "laptop-full,beta=1"):
+        made = begun(tmp_path / folder)
+        if folder != "laptop-full":
+            (tmp_path / folder / "outputs" / "laptop-full").rename(tmp_path / folder / "outputs" / folder)
+        where = tmp_path / folder / "outputs" / folder / "td_dpo" / "tiny"
+        made = made.model_copy(update={"results_dir": where.parent})
+        finished(made, 2)
+        seen |= {e.id for e in tracking.entries(where)}
+    assert len(seen) == 9
+
+
+# ---- what is not mirrored, and what is said
+
+
+def test_trials_and_disabled_runs_start_no_sender(run):
+    mirrors = tracking.Mirrors()
+    mirrors.begin(folder_of(run), config.wandb_mode(config.trial(run)))
+    mirrors.end(folder_of(run), "disabled")
+    assert not mirrors.processes
+    assert config.wandb_mode(config.trial(run)) == "disabled"
+
+
+def test_a_missing_key_is_named_with_its_mend(server, run, outputs, monkeypatch):
+    finished(run, 2)
+    monkeypatch.delenv("WANDB_API_KEY")
+    code, said = sync()
+    assert code == 3
+    assert "wandb login" in said
+    assert server.requests == []
+
+
+def test_a_disabled_run_is_left_out_of_sync(server, tmp_path, outputs):
+    finished(begun(tmp_path, wandb={"mode": "disabled"}), 2)
+    code, said = sync()
+    assert code == 0
+    assert "left out" in said
+    assert server.sent() == []
 
 
 @pytest.mark.slow
@@ -225,7 +374,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs):
     assert "to mend" in said
     with serve() as server:  # it is back
         use(monkeypatch, server.url, tmp_path)
-        assert sync()[0] == 0
+        assert synced(run) == 0
         assert differences(run) == {}
         shut_client()
 
@@ -272,7 +421,7 @@ def test_a_reply_that_crashes_the_clients_core(server, run, outputs):
     code, said = sync()
     assert code == 1
     server.answers = {}
-    assert sync()[0] == 0
+    assert synced(run) == 0
     assert differences(run) == {}
 
 

@@ -19,7 +19,7 @@ KEY = "f00d" * 10  # the form of a key: 40 hexadecimal digits
 FEATURES: tuple[str, ...] = ()
 # Replies that no server should send, whatever was asked.
 MALFORMED = {"not_json": b"<html>gateway</html>", "wrong_types": b'{"data": {"viewer": 7, "model": [1], "project": "x"}}',
-             "empty": b"", "cut_off": b'{"data": {"viewer": {"id": "V'}  # fmt: skip
+             "empty": b"", "cut_off": b'{"data": {"viewer": {"id": "V'}
 # The one found that ends wandb-core 0.31.0 (a nil pointer where it saves a run's files): {operation: reply}.
 CORE_CRASH = {"CreateRunFiles": b'{"data": {"createRunFiles": null}}'}
 
@@ -140,8 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(("GET", self.path))
         if self.misbehave():
             return
-        parts = urlparse(self.path).path.split("/", 3)
-        content = self.server.runs.get(unquote(parts[2]), {}).get("files", {}).get(unquote(parts[3])) if len(parts) == 4 else None
+        _, _, run, name = urlparse(self.path).path.split("/", 3)
+        content = self.server.runs.get(unquote(run), {}).get("files", {}).get(unquote(name))
         self.reply(content if content is not None else b"{}", 200 if content is not None else 404, "application/octet-stream")
 
 
@@ -165,12 +165,12 @@ def new_run(name: str, project: str) -> dict:
 def described(server: Server, run: dict) -> dict:
     """A run as the public API's RunFragment asks for it."""
     return {
-        "id": run["id"], "projectId": "1", "tags": [], "name": run["name"], "displayName": run["displayName"], "sweepName": None,
-        "state": run["state"], "config": run["config"], "group": run["group"], "jobType": None, "commit": None,
+        "id": run["id"], "projectId": "1", "tags": [], "name": run["name"], "displayName": run["displayName"],
+        "sweepName": None, "state": run["state"], "config": run["config"], "group": run["group"], "jobType": None, "commit": None,
         "readOnly": False, "createdAt": run["created"], "heartbeatAt": run["created"], "description": "", "notes": "",
         "systemMetrics": "{}", "summaryMetrics": run["summary"], "historyLineCount": len(run["history"]),
         "user": {"name": "U", "username": "u"}, "historyKeys": {"lastStep": last_step(run)},
-    }  # fmt: skip
+    }
 
 
 def address(server: Server, run: dict, name: str) -> str:
@@ -181,7 +181,7 @@ def stored(server: Server, run: dict, name: str) -> dict:
     """A file as the public API's RunFilesFragment asks for it."""
     content, url = run["files"][name], address(server, run, name)
     return {"id": name, "name": name, "url": url, "directUrl": url, "sizeBytes": str(len(content)), "mimetype": "",
-            "updatedAt": run["created"], "md5": base64.b64encode(hashlib.md5(content).digest()).decode()}  # fmt: skip
+            "updatedAt": run["created"], "md5": base64.b64encode(hashlib.md5(content).digest()).decode()}
 
 
 def paged(edges: list[dict], after: str | None, size: int) -> tuple[list[dict], dict]:
@@ -211,7 +211,7 @@ def graphql(server: Server, name: str, query: str, given: dict) -> dict:
             "logLineCount": 0, "historyLineCount": len(run["history"]), "eventsLineCount": 0,
             "historyTail": json.dumps(run["history"][-1:]), "eventsTail": "[]", "config": run["config"], "tags": [],
             "notes": "", "wandbConfig": '{"t": 1}',
-        }  # fmt: skip
+        }
         return {"data": {"model": {"id": "P", "name": given.get("project"), "entity": {"id": "E", "name": ENTITY},
                                    "bucket": bucket}}}
     if name == "CreateRunFiles":
@@ -243,7 +243,8 @@ def graphql(server: Server, name: str, query: str, given: dict) -> dict:
 
 
 def upsert(server: Server, given: dict) -> dict:
-    run = next((r for r in server.runs.values() if given.get("id") == r["id"]), None) or server.runs.get(given.get("name") or "")
+    by_id = {r["id"]: r for r in server.runs.values()}
+    run = by_id.get(given.get("id")) or server.runs.get(given.get("name") or "")
     inserted = run is None
     if inserted:
         run = server.runs[given["name"]] = new_run(given["name"], given.get("project") or "uncategorized")
