@@ -92,8 +92,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def root_of(options) -> Path:
-    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study."""
-    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sorted(s.partition("=") for s in options.sets))
+    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study. Where a run
+    is mirrored is no variation of it."""
+    sets = sorted(s.partition("=") for s in options.sets if not s.startswith("wandb."))
+    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sets)
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""

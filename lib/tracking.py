@@ -47,6 +47,7 @@ class Entry:
     finished: bool
     entity: str | None = None
     project: str = PROJECT
+    mode: str | None = None
     spare: str = ""  # the id to take where `id` is another attempt's on W&B
     record: dict = field(default_factory=dict)
 
@@ -106,7 +107,7 @@ def member_entry(run_folder: Path, member: Path) -> Entry | None:
     return Entry(
         id=_id(name, digest), name=name, group=run_folder.name, config=spec["config"], history=member / "history.jsonl",
         summary=record.read_json(member / "metrics.json", {}) if finished else {}, files=files, finished=finished,
-        **_address(spec["config"]),
+        **_address(run_folder, spec),
         record={**_about(run_folder, spec), "member": member.name, "cell": spec["cell_name"], "seed": spec["seed"],
                 "key": spec["key"]["all"], "attempt": attempt, "files": {n: sha256(p) for n, p in files.items()}},
     )
@@ -137,7 +138,7 @@ def final_entry(run_folder: Path) -> Entry | None:
         own = _id(own, keys.digest(folder)[:8])
     return Entry(
         id=_id(own), spare=_id(own, source[:8]), name=run_folder.name, group=run_folder.name, config=spec["config"],
-        history=chosen / "history.jsonl", summary=summary, files=files, finished=True, **_address(spec["config"]),
+        history=chosen / "history.jsonl", summary=summary, files=files, finished=True, **_address(run_folder, spec),
         record={**about, "member": None, "chosen": chosen.name, "members": ids, "source": source,
                 "files": {n: sha256(p) for n, p in files.items()}},
     )
@@ -148,9 +149,16 @@ def _about(run_folder: Path, spec: dict) -> dict:
             **{k: spec[k] for k in ("study", "scale", "mode")}}
 
 
-def _address(settings: dict) -> dict:
-    tracked = settings.get("wandb") or {}
-    return {"entity": tracked.get("entity"), "project": tracked.get("project") or PROJECT}
+def _address(run_folder: Path, spec: dict) -> dict:
+    """Where on W&B: as the run's last notebook was told, which may be later than its members' training."""
+    tracked = _settings(run_folder / "config.yaml").get("wandb") or spec["config"].get("wandb") or {}
+    return {"entity": tracked.get("entity"), "project": tracked.get("project") or PROJECT, "mode": tracked.get("mode")}
+
+
+def _settings(path: Path) -> dict:
+    import yaml
+
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
 
 
 def _files(results: Path, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:

@@ -232,7 +232,7 @@ def sync(folders: list[Path], entity: str | None, project: str | None) -> int:
     sender, short, count, sent = None, [], 0, 0
     for folder in folders:
         for entry in tracking.entries(folder):
-            if (entry.config.get("wandb") or {}).get("mode") == "disabled":
+            if entry.mode == "disabled":
                 print(f"{folder.name}: its YAML says wandb.mode: disabled; left out", flush=True)
                 break
             entry.entity, entry.project = entity or entry.entity, project or entry.project

@@ -187,12 +187,12 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(server, run, outputs):
+def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(server, run, outputs, capsys):
     finished(run)
     before = snapshot(folder_of(run))
-    code, said = sync()
-    assert (code, differences(run)) == (0, {}), said
-    assert "3 brought up to date" in said
+    assert synced(run) == 0
+    assert "3 brought up to date" in capsys.readouterr().out
+    assert differences(run) == {}
     server.requests.clear()
     assert sync()[0] == 0
     assert server.sent() == []
@@ -279,6 +279,7 @@ def test_a_name_on_wandb_cannot_write_outside_the_results(tmp_path):
 # ---- what makes a W&B run another one
 
 
+@pytest.mark.slow
 def test_a_forced_attempt_is_another_run_and_the_first_stays(server, run, outputs):
     finished(run, 5)
     assert synced(run) == 0
@@ -340,6 +341,30 @@ def test_a_disabled_run_is_left_out_of_sync(server, tmp_path, outputs):
 
 
 @pytest.mark.slow
+def test_killed_at_step_700_of_1500(server, run, outputs):
+    first = folder_of(run) / "members" / config.members(run)[0].id
+    mirrors = follow(run)
+    writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "1500", "0", "700", "0.001"], cwd=ROOT)
+    until(lambda: server.received() >= 699)
+    writer.kill()
+    assert writer.wait() == -signal.SIGKILL
+    finished(run, 1500)  # goes on from the checkpoint at step 600, and steps 601 to 700 come out otherwise
+    mirrors.close(60)
+    name = tracking.entries(folder_of(run))[0].id
+    history = tracking.by_step(record.read_jsonl(first / "history.jsonl"))
+    steps = [row["global_step"] for row in server.rows(name)]
+    assert sorted(set(steps)) == list(history) == list(range(1, 1501))
+    assert 1 <= len(steps) - 1500 <= 100  # what was sent of the first attempt is there still, and does not count
+    for _ in range(2):
+        server.requests.clear()
+        assert sync()[0] == 0
+        assert server.sent() == []
+        assert differences(run) == {}
+        connection = wandb_read.api()
+        assert wandb_read.rows(wandb_read.find(connection, ENTITY, PROJECT, name)) == history
+
+
+@pytest.mark.slow
 def test_a_run_half_sent_is_completed(server, run, outputs):
     first = folder_of(run) / "members" / config.members(run)[0].id
     mirrors = follow(run)
@@ -396,8 +421,8 @@ def test_dying_in_mid_run(server, run, outputs):
     assert differences(run) == {}
 
 
-@pytest.mark.parametrize("how", ["not_json", "wrong_types",
-                                 *(pytest.param(how, marks=pytest.mark.slow) for how in ("error", "empty", "cut_off"))])
+@pytest.mark.parametrize("how", ["not_json", *(pytest.param(how, marks=pytest.mark.slow)
+                                               for how in ("wrong_types", "error", "empty", "cut_off"))])
 def test_a_server_that_answers_nonsense(server, run, how, outputs):
     server.fault = how
     mirrors = follow(run)

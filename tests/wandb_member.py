@@ -1,6 +1,8 @@
 """A member that trains nothing and writes the record of one that did, step by step, so that it can be killed for real.
 
-    python -m tests.wandb_member FOLDER STEPS PAUSE [STOP]     PAUSE: seconds between two steps; STOP: wait there for ever
+    python -m tests.wandb_member FOLDER STEPS PAUSE [STOP [NOISE]]
+
+PAUSE: seconds between two steps; STOP: wait there for ever; NOISE: added to each loss, as another run on a GPU would.
 """
 
 import math
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from lib import record
 
-CHECKPOINT = 100  # steps
+CHECKPOINT = 300  # steps
 
 
 def row(seed: int, step: int) -> dict:
@@ -20,14 +22,16 @@ def row(seed: int, step: int) -> dict:
             "margin": -0.1 * step, "tokens": 10_000_019 * step}
 
 
-def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None) -> None:
+def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
+          noise: float = 0.0) -> None:
     """Write history.jsonl to `steps`, from the last checkpoint where there is one, then predictions, metrics and sentinel."""
     spec = record.read_json(folder / "member.json")
     done = record.read_json(folder / "checkpoint.json", {}).get("step", 0)
     record.truncate_history(folder / "history.jsonl", done)
     history, _ = record.recorder(folder)
     for step in range(done + 1, steps + 1):
-        history(row(spec["seed"], step))
+        made = row(spec["seed"], step)
+        history({**made, "loss": made["loss"] + noise})
         if step % 50 == 0:
             history({"step": step, "validation_loss": 1 / step})
         if step % CHECKPOINT == 0:
@@ -50,5 +54,5 @@ def finish(folder: Path, spec: dict, metrics: dict | None = None, predictions: l
 
 
 if __name__ == "__main__":
-    folder, steps, pause, *stop = sys.argv[1:]
-    train(Path(folder), int(steps), float(pause), int(stop[0]) if stop else None)
+    folder, steps, pause, *more = sys.argv[1:]
+    train(Path(folder), int(steps), float(pause), int(more[0]) if more else None, float(more[1]) if more[1:] else 0.0)

@@ -255,3 +255,11 @@ def upsert(server: Server, given: dict) -> dict:
     project = {"id": "P", "name": run["project"], "entity": {"id": "E", "name": ENTITY}}
     return {"data": {"upsertBucket": {"inserted": inserted, "bucket": {
         **described(server, run), "project": project, "historyLineCount": len(run["history"])}}}}
+
+
+if __name__ == "__main__":  # to try things by hand: python -m tests.wandb_server 8090
+    import sys
+
+    with serve(int(sys.argv[1])) as listening:
+        print(f"WANDB_BASE_URL={listening.url} WANDB_API_KEY={KEY}  entity {ENTITY}; Ctrl-C ends it", flush=True)
+        threading.Event().wait()
