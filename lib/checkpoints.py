@@ -11,6 +11,8 @@ import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model
 
+from lib import record
+
 MARKER = "complete.json"  # written last and fsynced: without it a folder is the remains of a kill inside a save
 
 
@@ -27,12 +29,7 @@ def mark_complete(checkpoint: Path, state: dict) -> None:
     """Force everything in `checkpoint` to disk, then write its marker holding `state`."""
     for file in checkpoint.iterdir():
         sync(file)
-    partial = checkpoint / f"{MARKER}.partial"
-    with open(partial, "w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, checkpoint / MARKER)
+    record.write_json(checkpoint / MARKER, state)
     sync(checkpoint)
     sync(checkpoint.parent)
 
@@ -74,12 +71,7 @@ def truncate_history(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    record.write_text(path, "".join(kept))
 
 
 def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.Module:
@@ -91,12 +83,12 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
     return model
 
 
-def usable(place: Path, fingerprint: str) -> Path | None:
-    """The last complete checkpoint marked with `fingerprint`; what is incomplete or of another configuration is removed."""
+def usable(place: Path, fingerprint: str | None) -> Path | None:
+    """The last complete checkpoint marked with `fingerprint`; every other one is removed (None: none is usable)."""
     found = None
     for folder in checkpoint_folders(place):
         marker = read_marker(folder)
-        if marker is None or marker["fingerprint"] != fingerprint:
+        if fingerprint is None or marker is None or marker["fingerprint"] != fingerprint:
             remove_checkpoint(folder)
         else:
             found = folder

@@ -1,7 +1,7 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 130 interrupted. A refuted claim is a result, not a failure.
+started), 4 something was left for lack of time (--max-hours), 130 interrupted. A refuted claim is a result, not a failure.
 """
 
 import argparse
@@ -14,25 +14,27 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, plan, pool, progress, record, show
+from lib import config, errors, forecast, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "status", "report", "sync", "pull", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "sync", "pull", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Run the studies; without a command: all of them in full at laptop scale.",
-        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left something, "
+        "130 interrupted.",
     )
     top.add_argument(
         "command",
         nargs="?",
         choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; status; report: rebuild the pages; "
-        "sync: bring W&B up to date with the records; pull: judge the studies from W&B; lab: JupyterLab; test: the tests",
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
+        "report: rebuild the pages; sync: bring W&B up to date with the records; pull: judge the studies from W&B; "
+        "lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -49,8 +51,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
     top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
+    top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
+    top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
+    top.add_argument("--json", action="store_true", help="`check` as one JSON object")
+    top.add_argument("--static", action="store_true", help="`check` without its trial")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     return top
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,15 +93,12 @@ def main(argv: list[str] | None = None) -> int:
             return pull(options)
         return run(options)
     except StudyError as error:
-        print(record.redact(str(error)), file=sys.stderr)
+        print(record.inert(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(
-            f"{error.filename or 'this machine'}: {error.strerror}\n  expected: a folder that can be written, with space left\n"
-            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)",
-            file=sys.stderr,
-        )
-        return 3
+        told, code = errors.of_the_system(error)
+        print(record.inert(record.redact(told)), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
         return 130
@@ -143,6 +156,16 @@ def chosen(options) -> list[tuple]:
     return found
 
 
+def every_run(options) -> list[tuple]:
+    """`chosen` without --run."""
+    return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
+
+
+def able(found: list[tuple]) -> list[tuple]:
+    """Without the runs of studies that have no notebooks yet."""
+    return [(path, loaded, findings) for path, loaded, findings in found if isinstance(loaded, StudyError) or built(loaded)]
+
+
 def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
     from lib import preflight
@@ -157,8 +180,9 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
         if not built(loaded):
             told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
-    if options.scale == "paper" and options.mode == "full":
-        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
+    if options.mode == "full":
+        ask = preflight.missing if options.scale == "paper" else preflight.wandb
+        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in ask(loaded)]
         told["this machine"] = list(dict.fromkeys(needs))
         code = code or 3 * any(f.level == "error" for f in needs)
     return told, code
@@ -170,11 +194,16 @@ def built(loaded) -> bool:
 
 def run(options) -> int:
     found = chosen(options)
+    if options.command == "check":
+        from lib.check import command
+
+        return command.check(able(found), able(every_run(options)), options, root_of(options), slots_of(options))
     told, code = obstacles(options, found)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
-        show.planned(plan.steps(fit, options.scale, options.mode, force=options.force) if fit else [], slots_of(options))
+        steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
+        show.planned(steps, slots_of(options), root_of(options), options.price)
         show.findings(told)
         return code if code == 2 else 0
     show.findings(told, sys.stderr if code else sys.stdout)
@@ -199,14 +228,14 @@ def execute(options, runs: list) -> int:
         runner.free_space(root)
         runner.remove_leftovers(root)
         # The analysis judges the whole study, whichever of its runs --run picked for this time.
-        listed = [r for _, r, _ in chosen(argparse.Namespace(**{**vars(options), "run": "*"})) if not isinstance(r, StudyError)]
+        listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots = slots_of(options)
-        to_do = [s for s in steps if s.reason]
+        to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-            + (f"about {progress.duration(plan.wall_seconds(steps, slots))}" if to_do else "nothing to do"),
+            + (f"about {progress.duration(predicted.wall_seconds)}" if to_do else "nothing to do"),
             flush=True,
         )
         for step in steps:
@@ -219,12 +248,15 @@ def execute(options, runs: list) -> int:
                 fail_fast=options.fail_fast,
                 force=options.force,
                 keep_secrets=options.scale == "paper" and options.mode == "full",
+                max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,
             )
             started = time.time()
             try:
                 ok = finished.run()
+                if ok:
+                    forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
@@ -232,6 +264,9 @@ def execute(options, runs: list) -> int:
     if options.mode == "full":
         show.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
+    if not ok and set(finished.state.values()) <= {"cached", "succeeded", "postponed"}:
+        print("--max-hours left something to do: the same command goes on with it")
+        return 4
     return 0 if ok else 1
 
 

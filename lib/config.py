@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lib import witness
 from lib.errors import StudyError
 from lib.faults import did_you_mean, keys, raise_faults
 from lib.grid import Member, first_cell, member, members, search_space, trial
@@ -103,7 +104,8 @@ def parameters(run: Run) -> dict:
 
 def steps(run: Run) -> int:
     """Optimiser steps of one member; 0 where the data's size is not known before it is read."""
-    return study_module(run.study).steps(apply(run, first_cell(run)[0])) or 0
+    with witness.unseen():
+        return study_module(run.study).steps(apply(run, first_cell(run)[0])) or 0
 
 
 def wandb_mode(run: Run) -> str:
@@ -121,7 +123,8 @@ def check(run: Run) -> list[Finding]:
         typical = apply(run, first_cell(run)[0])
     except StudyError:  # what is wrong with the cell is among the findings already
         return found
-    return found + ([] if markers(typical) else study_module(run.study).check(typical))
+    with witness.unseen():
+        return found + ([] if markers(typical) else study_module(run.study).check(typical))
 
 
 def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[str, str] | None = None,

@@ -1,5 +1,8 @@
 """Errors that a person can act on: where it is, what was found, what was expected, and the command that mends it."""
 
+import errno
+import traceback
+
 
 class StudyError(Exception):
     """Bad input. Carries the four things a reader needs; `exit_code` is what the command line exits with."""
@@ -21,3 +24,14 @@ class MissingError(StudyError):
     """Something the run needs is not on this machine (GPU, memory, licence, key, model, package extra)."""
 
     exit_code = 3
+
+
+def of_the_system(error: OSError) -> tuple[str, int]:
+    """(what to say, exit code) of an error of the operating system that reached the command line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return (f"{error.filename or 'writing a file'}: {error.strerror}\n"
+                "  expected: a folder that can be written, with space left\n"
+                "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)"), 3
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}", 1

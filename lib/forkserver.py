@@ -1,4 +1,4 @@
-"""The pool: a process that has imported the third-party packages, never `lib`, and forks one process per member.
+"""The pool: a process that has imported the third-party packages, no study code, and forks one process per member.
 
 Importing torch, transformers and trl costs 10 s; a record of fifty members must not pay it fifty times. Run as a script:
 
@@ -11,108 +11,30 @@ Protocol, over a Unix socket, one JSON object per line, one connection per child
     -> {"signal": n}                      sent on to the child's process group
     <- {"event": "exit", "code": c}       negative: killed by that signal
 Closing the connection kills the child with its process group, so a client that goes away leaves no orphan. The server
-ends with its standard input, and a child with the server (each holds a pipe whose other end only the server has).
+reads the owner's secrets from its standard input, ends with it and takes its folder along; a child ends with the server
+(each holds a pipe whose other end only the server has). What a child writes to stdout and stderr comes through a pipe to
+the server, which writes the log: a killed child loses no line, and no line holds a secret.
 """
 
 import argparse
 import contextlib
-import importlib
 import json
-import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = (
-    "numpy",
-    "pandas",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "trl",
-    "optuna",
-    "ipykernel.kernelapp",
-    "matplotlib.pyplot",
-    "seaborn",
-    "scipy.stats",
-    "sklearn.linear_model",
-    "pydantic",
-    "yaml",
-    "safetensors.torch",
-    "transformers.models.llama.modeling_llama",
-    "trl.trainer.dpo_trainer",
-    "IPython.display",
-    "nbformat",
-)
+if __name__ == "__main__":  # as a script: lib/statistics.py is not `statistics`
+    sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "lib"))]
 
-
-def preload() -> None:
-    """Import what members and kernels need. One thread only: a fork copies no other thread, but keeps its locks."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
-    for name in PRELOAD:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-
-
-def run_child(request: dict) -> None:
-    """In the child: take its place (log, environment, threads) and call its target."""
-    os.environ.update(request.get("env", {}))
-    for name in request.get("unset", ()):
-        os.environ.pop(name, None)
-    if request.get("cwd"):
-        os.chdir(request["cwd"])
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    if request.get("threads") and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(int(request["threads"]))
-    module, function = request["target"].split(":")
-    getattr(importlib.import_module(module), function)(request["argument"])
-
-
-def redirect(log: str | None) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    if log:
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    else:
-        out = null
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-
-
-def die_with(lifeline: int) -> None:
-    """End this process when the pipe's other end closes, that is when the server is gone, however it went."""
-
-    def wait():
-        os.read(lifeline, 1)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def guarded(request: dict) -> int:
-    try:
-        run_child(request)
-        return 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+from lib import redaction  # noqa: E402 (with lib.child all that the server knows of `lib`)
+from lib.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
+from lib.redaction import Log  # noqa: E402
 
 
 class Child:
@@ -120,6 +42,8 @@ class Child:
 
     def __init__(self, connection: socket.socket):
         self.connection, self.buffer, self.request, self.pid, self.slot = connection, b"", None, None, None
+        self.log: Log | None = None
+        self.output: int | None = None  # the end of its stdout and stderr that the server reads
 
     @property
     def takes_slot(self) -> bool:
@@ -128,7 +52,7 @@ class Child:
 
 class Server:
     def __init__(self, path: str, slots: int, devices: list[str]):
-        self.slots, self.devices, self.spawn = list(range(slots)), devices, bool(devices)
+        self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
         self.children: dict[int, Child] = {}
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
@@ -158,6 +82,8 @@ class Server:
                 elif key.fileobj == sys.stdin.fileno():
                     if not os.read(sys.stdin.fileno(), 4096):
                         return self.close()
+                elif isinstance(key.fileobj, int):
+                    self.copy_output(key.data)
                 else:
                     self.receive(key.data)
             self.reap()
@@ -181,6 +107,25 @@ class Server:
             else:
                 child.request = message
                 self.queue.append(child)
+
+    def copy_output(self, child: Child, *, last: bool = False) -> None:
+        """What a child has written so far into its log. At its end (`last`) without waiting for whoever else has the pipe."""
+        while child.output is not None:
+            try:
+                data = os.read(child.output, 1 << 16)
+            except BlockingIOError:
+                if not last:
+                    return
+                data = b""
+            if data:
+                child.log.feed(data)
+            else:
+                self.selector.unregister(child.output)
+                os.close(child.output)
+                child.output = None
+                child.log.close()
+            if not last:  # the others' turn
+                return
 
     def forget(self, child: Child) -> None:
         """The client went away: its child goes too."""
@@ -207,11 +152,19 @@ class Server:
         request = child.request
         if self.devices and child.slot is not None:
             request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = self.devices[child.slot % len(self.devices)]
-        child.pid = self.spawned(request) if self.spawn else self.forked(child)
+        out = None
+        if request.get("log"):
+            child.log = Log(request["log"])
+            child.output, out = os.pipe()
+            os.set_blocking(child.output, False)
+            self.selector.register(child.output, selectors.EVENT_READ, child)
+        child.pid = self.spawned(request, out) if self.spawn else self.forked(child, out)
+        if out is not None:
+            os.close(out)
         self.children[child.pid] = child
         self.send(child, {"event": "started", "pid": child.pid})
 
-    def forked(self, child: Child) -> int:
+    def forked(self, child: Child, out: int | None) -> int:
         pid = os.fork()
         if pid:
             with contextlib.suppress(OSError):
@@ -227,24 +180,28 @@ class Server:
             self.listener.close()
             for descriptor in self.private:
                 os.close(descriptor)
-            for other in [*self.children.values(), *self.queue, child]:
+            for other in {*self.children.values(), *self.queue, child}:
                 other.connection.close()
-            redirect(child.request.get("log"))
+                if other.output is not None:
+                    os.close(other.output)
+            redirect(out)
             die_with(self.lifeline_read)
             code = guarded(child.request)
         finally:
             os._exit(code)
 
-    def spawned(self, request: dict) -> int:
+    def spawned(self, request: dict, out: int | None) -> int:
         """A fresh interpreter: where CUDA is visible (bitsandbytes initialises it on import, and CUDA survives no fork)."""
         process = subprocess.Popen(
             [sys.executable, __file__, "--child", str(self.lifeline_read)],
             stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if out is None else out,
+            stderr=subprocess.DEVNULL if out is None else out,
             pass_fds=[self.lifeline_read],
             env={**os.environ, **request.get("env", {})},
             start_new_session=True,
         )
-        process.stdin.write(json.dumps(request).encode())
+        process.stdin.write(json.dumps({**request, "secrets": redaction.KNOWN}).encode())
         process.stdin.close()
         process.returncode = 0  # reaped here with the others; Popen must not try
         return process.pid
@@ -265,6 +222,7 @@ class Server:
             if child.slot is not None:
                 self.slots.append(child.slot)
                 self.slots.sort()
+            self.copy_output(child, last=True)
             self.send(child, {"event": "exit", "code": os.waitstatus_to_exitcode(status)})
             child.pid = None
 
@@ -273,27 +231,19 @@ class Server:
             child.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def close(self) -> None:
-        for pid in self.children:
+        """The owner is gone, however it went: children and the socket's folder go too."""
+        for pid, child in self.children.items():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-
-
-def fork_works() -> bool:
-    """One forked matrix product, within 20 s: some accelerated libraries (macOS) hang or die after a fork."""
-    import torch
-
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(20)
-        os._exit(0 if float((torch.ones(256, 256) @ torch.ones(256, 256)).sum()) == 256**3 else 1)
-    return os.waitpid(pid, 0)[1] == 0
+            self.copy_output(child, last=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def main() -> None:
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "lib"]  # lib/statistics.py is not `statistics`
     if sys.argv[1:2] == ["--child"]:
         request = json.loads(sys.stdin.buffer.read())
-        redirect(request.get("log"))
+        redaction.KNOWN.update(request.pop("secrets"))
+        redirect(1)
         die_with(int(sys.argv[2]))
         sys.exit(guarded(request))
     parser = argparse.ArgumentParser()
@@ -304,6 +254,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it closes our standard input
     devices = [d for d in arguments.devices.split(",") if d]
+    with open(0, "rb", buffering=0, closefd=False) as owner:  # its first line: what no log may hold
+        redaction.KNOWN.update(json.loads(owner.readline() or b"{}"))
     server = Server(arguments.socket, arguments.slots, devices)  # clients may queue while we import
     if not arguments.bare and not devices:
         preload()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lib import witness
 from lib.errors import StudyError
 from lib.run_values import TUNABLE, apply, default_results, markers, resolve, study_module
 from lib.schema import Distribution, Run, Wandb
@@ -130,7 +131,8 @@ def trial(run: Run) -> Run:
     Applying it again changes nothing. A value that only a continuous search would supply takes its low end.
     """
     first, seed = first_cell(run)
-    changes = study_module(run.study).trial_changes(apply(run, first))
+    with witness.unseen():
+        changes = study_module(run.study).trial_changes(apply(run, first))
     shrunk = apply(run, {
         **changes, "optuna.n_trials": 0, "seed_list": [seed],
         "grid": [{"cells": [first], "seeds": [seed]}] if first else None,

@@ -69,6 +69,11 @@ def closure(*modules: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def imported_by(code: str) -> dict[str, str]:
+    """`closure` of what a piece of code imports."""
+    return closure(*_imports(ast.parse(code)))
+
+
 def notebook_code(path: Path, *, imports: bool = False) -> str:
     """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does. `imports`: with
     everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""

@@ -43,8 +43,7 @@ def archive(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     attempts = folder.parent.parent / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
-    number = 1 + sum(1 for p in attempts.glob(f"{folder.name}.*"))
-    folder.rename(attempts / f"{folder.name}.{number}")
+    folder.rename(attempts / f"{folder.name}.{record.next_number(attempts, folder.name + '.*')}")
 
 
 @dataclass
@@ -132,6 +131,7 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
         job.folders[member.id] = folder
         reason = stale(member, folder)
         if not reason:
+            work.drop_training_state(folder)  # where it was killed just after its sentinel
             continue
         job.reasons[member.id] = reason
         prepared(member.run)  # at once where it is made already, which is all but a search over the data's own settings

@@ -3,15 +3,13 @@
 Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all.
 """
 
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib import config, keys, members, record
+from lib import config, forecast, keys, members, record
 from lib.errors import StudyError
 
 NOTEBOOKS = config.ROOT / "notebooks"
-TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 
 
@@ -29,8 +27,10 @@ class Step:
     reason: str
     run: object = None
     needs: list["Step"] = field(default_factory=list)
-    stale: list = field(default_factory=list)  # members to train
-    seconds: float = 0.0
+    members: int = 0  # to be trained
+    training: float = 0.0  # predicted seconds of its members, on one slot
+    seconds: float = 0.0  # the same with the notebook's own
+    prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
 
     @property
     def title(self) -> str:
@@ -56,6 +56,9 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
                 raise StudyError(f"notebooks/{study}/{kind}", "not there", "the study's notebooks",
                                  f"leave this study out (--study), or add notebooks/{study}/")
         train = [_train(run, force) for run in mine]
+        unmade = {members.inputs_folder(s.run): s for s in reversed(train) if s.members}
+        for folder, first in unmade.items():
+            first.prepare = 0.0 if (folder / "complete.json").exists() else forecast.prepare_seconds(first.run)
         sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
         planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
     return planned
@@ -84,8 +87,9 @@ def _train(run, force: bool) -> Step:
     reason = _why(key, folder, folder / "run.ipynb", "status.json", force)
     if stale and not reason.startswith("forced"):
         reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
-    step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, stale=stale)
-    step.seconds = len(stale) * member_seconds(run) + (NOTEBOOK_SECONDS if reason else 0)
+    step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale))
+    step.training = len(stale) * forecast.member_seconds(run)
+    step.seconds = step.training + (NOTEBOOK_SECONDS if reason else 0)
     return step
 
 
@@ -94,8 +98,10 @@ def _sweep(train: Step, force: bool) -> Step:
     key = keys.digest([train.key, keys.notebook_code(notebook), keys.closure("lib.sweep")])
     reason = "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train])
-    extra = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
-    step.seconds = (extra * member_seconds(run) + NOTEBOOK_SECONDS) if reason else 0
+    if reason:
+        step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
+        step.training = step.members * forecast.member_seconds(run)
+        step.seconds = step.training + NOTEBOOK_SECONDS
     return step
 
 
@@ -108,7 +114,9 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     step = Step("analysis", study, "comparison", notebook, folder, parameters, key, reason, needs=[*train, *sweeps])
-    step.seconds = NOTEBOOK_SECONDS * 2 if reason else 0
+    last = record.read_json(folder / "status.json") or {}
+    known = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2
+    step.seconds = known if reason else 0
     return step
 
 
@@ -117,24 +125,3 @@ def analysis(study: str, results: Path, scale: str, mode: str) -> Step:
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, "",
                 "its records came from W&B")
-
-
-def member_seconds(run) -> float:
-    """Expected seconds of one member on one slot: the median of earlier members of this run (else of the study) at this
-    scale and mode, else the YAML's own figure times its steps."""
-    if run.mode == "trial":
-        return TRIAL_SECONDS
-    for pattern in (f"{run.run_id}/members/*/metrics.json", "*/members/*/metrics.json"):
-        seen = [m.get("seconds") for m in map(record.read_json, Path(run.results_dir).glob(pattern)) if m]
-        if any(seen):
-            return statistics.median(s for s in seen if s)
-    return config.steps(run) * run.compute.seconds_per_step
-
-
-def wall_seconds(planned: list[Step], slots: int) -> float:
-    """Expected wall-clock: training and sweeps share the slots, preparation and analysis do not."""
-    shared = sum(s.seconds for s in planned if s.kind != "analysis")
-    runs = {members.inputs_folder(s.run): s.run for s in planned if s.kind == "train" and s.stale}
-    unmade = [run for folder, run in runs.items() if not (folder / "complete.json").exists()]
-    preparing = sum(TRIAL_SECONDS if run.mode == "trial" else run.compute.prepare_seconds for run in unmade)
-    return shared / max(1, slots) + preparing + sum(s.seconds for s in planned if s.kind == "analysis")

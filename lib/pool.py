@@ -6,6 +6,7 @@ starts its own at the first use and takes it down when the kernel ends.
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib import record
+from lib import redaction
 
 FORKSERVER = Path(__file__).with_name("forkserver.py")
+PREFIX = "study-pool-"
 PROBE = 0.25  # seconds between two looks at what runs
 
 
@@ -41,15 +43,35 @@ def gpus() -> list[str]:
     return []
 
 
+def own_folder() -> tuple[str, int]:
+    """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server (or a child) lives."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        held = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if os.path.exists(folder):  # a sweep may have come between
+            return folder, held
+        os.close(held)
+
+
+def sweep() -> None:
+    """Remove the folders of pools whose server was killed together with its owner: nobody holds their lock."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
 class Pool:
     """A running fork server. It lives as long as this object's pipe to it: a killed owner takes it along."""
 
     def __init__(self, slots: int | None = None, *, bare: bool = False, keep_secrets: bool = False):
         devices = gpus()
         self.slots = slots or len(devices) or os.cpu_count() or 1
-        self.folder = tempfile.mkdtemp(prefix="study-pool-")
+        sweep()
+        self.folder, held = own_folder()
         self.socket = os.path.join(self.folder, "s")
-        environment = {k: v for k, v in os.environ.items() if keep_secrets or not record.is_secret(k)}
+        environment = {k: v for k, v in os.environ.items() if keep_secrets or not redaction.is_secret(k, v)}
         # One thread each until a member asks for more: N slots with N threads each would fight for the same cores.
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
                         "PYTHONUNBUFFERED": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
@@ -57,7 +79,11 @@ class Pool:
         self.process = subprocess.Popen(
             [sys.executable, str(FORKSERVER), self.socket, str(self.slots), "--devices", ",".join(devices),
              *(["--bare"] if bare else [])],
-            stdin=subprocess.PIPE, env=environment, start_new_session=True)
+            stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[held])
+        os.close(held)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(redaction.of(os.environ)).encode() + b"\n")
+            self.process.stdin.flush()
         deadline = time.monotonic() + 30
         while not os.path.exists(self.socket):
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -100,7 +100,7 @@ def missing(run: Run, machine: Machine | None = None) -> list[Finding]:
     if run.mode == "trial":
         return []
     machine = machine or Machine()
-    return [*_gpus(run, machine), *_hub(run, machine), *_wandb(run, machine), *_disk(run, machine), *_judge(run, machine)]
+    return [*_gpus(run, machine), *_hub(run, machine), *wandb(run, machine), *_disk(run, machine), *_judge(run, machine)]
 
 
 def _gpus(run: Run, machine: Machine) -> list[Finding]:
@@ -210,8 +210,10 @@ def wandb_key(environ: Mapping[str, str]) -> bool:
         return False
 
 
-def _wandb(run: Run, machine: Machine) -> list[Finding]:
+def wandb(run: Run, machine: Machine | None = None) -> list[Finding]:
+    """A key for W&B where the run is to be mirrored there while it runs."""
     from lib.config import wandb_mode
+    machine = machine or Machine()
     if wandb_mode(run) != "online" or wandb_key(machine.environ):
         return []
     return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",

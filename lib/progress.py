@@ -1,5 +1,6 @@
 """What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the same."""
 
+import fcntl
 import shutil
 import sys
 import time
@@ -30,6 +31,18 @@ def line(folder: Path, title: str) -> str:
     return told
 
 
+def running(root: Path) -> bool:
+    """Whether a runner works in this outputs folder: it holds the lock (runner.locked), which dies with it."""
+    try:
+        with open(root / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 def duration(seconds: float) -> str:
     seconds = int(round(seconds))
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
@@ -47,7 +60,7 @@ class Live:
     def show(self) -> None:
         for step in self.runner.steps:
             state = self.runner.state[id(step)]
-            if state in ("succeeded", "failed", "blocked", "interrupted") and id(step) not in self.told:
+            if state in ("succeeded", "failed", "blocked", "interrupted", "postponed") and id(step) not in self.told:
                 self.told.add(id(step))
                 self.clear()
                 print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)

@@ -8,16 +8,16 @@ study into the tables that analysis reads.
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import StudyError
+from lib.redaction import inert, is_secret, redact  # noqa: F401 (part of this module's interface)
 
 FINISHED = ("completed", "diverged")  # both are results; anything else is not
-SECRET_NAME = re.compile(r"(_KEY|_TOKEN|_SECRET|_PASSWORD)$|^(HF_TOKEN|WANDB_API_KEY)$", re.IGNORECASE)
+TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind
 
 
 def finite(value):
@@ -114,16 +114,18 @@ def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], Non
     return (lambda row: append_jsonl(folder / "history.jsonl", row), lambda row: append_jsonl(folder / "timing.jsonl", row))
 
 
-def is_secret(name: str) -> bool:
-    return bool(SECRET_NAME.search(name))
+def next_number(folder: Path, pattern: str) -> int:
+    """One more than the highest number in names such as `default-s1.3` (`pattern` has `*` for the number): a number is
+    never given twice, even where one in between was deleted."""
+    before, _, after = pattern.partition("*")
+    numbers = [p.name.removeprefix(before).removesuffix(after) for p in Path(folder).glob(pattern)]
+    return 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
-def redact(text: str) -> str:
-    """`text` with the value of every secret environment variable (8 characters or more) replaced by its name."""
-    for name, value in os.environ.items():
-        if is_secret(name) and len(value) >= 8 and value in text:
-            text = text.replace(value, f"[{name}]")
-    return text
+def remove_temporary(folder: Path) -> None:
+    """What killed writers left below `folder`. Only for who has the folder to himself."""
+    for path in Path(folder).rglob(TEMPORARY):
+        path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Records:
     missing: list[dict] = field(default_factory=list)
 
 
-def _identity(spec: dict) -> dict:
+def identity(spec: dict) -> dict:
     cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
     fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
     run = spec["config"]
@@ -173,7 +175,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         if sentinel.get("status") not in FINISHED or (wanted is not None and (sentinel["run_id"], folder.name) not in wanted):
             continue
         spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
-        who = _identity(spec)
+        who = identity(spec)
         fingerprint = sentinel["key"]["code"]
         first = code.setdefault(spec["study"], (fingerprint, f"{who['run_id']}/{folder.name}"))
         if first[0] != fingerprint:

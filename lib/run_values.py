@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lib import witness
 from lib.errors import StudyError
 from lib.faults import did_you_mean, keys, raise_faults
 from lib.schema import CONTEXT, Marker, Run, plain, section_type
@@ -104,9 +105,11 @@ def build(study: str, raw: dict, where: str, **context: Any) -> Run:
         if get(raw, key) is not None:
             put(raw, key, _absolute(get(raw, key)))
     try:
-        return module.Run.model_validate({**raw, **context, "study": study})
+        run = module.Run.model_validate({**raw, **context, "study": study})
     except ValidationError as error:
         raise_faults(error, where, module.Run)
+    witness.own(run)
+    return run
 
 
 def default_results(study: str, scale: str, mode: str) -> Path:
@@ -135,4 +138,5 @@ def markers(run: Run) -> dict[str, str]:
                 yield prefix + name, value.name
             elif section_type(type(value)):
                 yield from walk(value, f"{prefix}{name}.")
-    return dict(walk(run, ""))
+    with witness.unseen():
+        return dict(walk(run, ""))

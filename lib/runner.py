@@ -17,7 +17,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, members, plan, pool, progress, record, report, tracking
+from lib import config, members, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
 
 POLL = 0.3
@@ -33,19 +33,26 @@ def locked(root: Path):
     except OSError as error:
         raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
                            f"chmod -R u+w {root}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
-                         "one runner at a time", "wait for it, or look at ./run_all.sh status") from None
-    try:
+    with file:
+        if not _taken(file):
+            file.seek(0)
+            raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
+                             "one runner at a time", "wait for it, or look at ./run_all.sh status")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
-    finally:
-        file.close()
+
+
+def _taken(file) -> bool:
+    """Take the lock; for a moment again and again, because `status` tests it by holding it for a moment."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.05)
+    return False
 
 
 def archive(step: plan.Step) -> None:
@@ -59,9 +66,11 @@ class Runner:
     """The pool, the threads that execute notebooks, and what each step came to."""
 
     def __init__(self, steps: list[plan.Step], slots: int, *, fail_fast: bool = False, force: bool = False,
-                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None):
+                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None, max_hours: float | None = None):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
         self.keep_secrets, self.cell_timeout, self.on_end = keep_secrets, cell_timeout, on_end
+        self.max_seconds = None if max_hours is None else max_hours * 3600
+        self.began, self.since = time.monotonic(), {}
         self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
         self.minutes: dict[int, float] = {}
         self.errors: dict[int, dict] = {}
@@ -81,7 +90,7 @@ class Runner:
                     while True:
                         for step in self.steps:
                             if not self.state[id(step)] and self.ready(step):
-                                self.state[id(step)] = "running"
+                                self.state[id(step)], self.since[id(step)] = "running", time.monotonic()
                                 futures[id(step)] = threads.submit(self.execute, step)
                         if all(self.state[id(s)] not in ("", "running") for s in self.steps):
                             break
@@ -106,7 +115,25 @@ class Runner:
         if self.fail_fast and "failed" in self.state.values() or (step.kind == "sweep" and "failed" in states):
             self.state[id(step)] = "blocked"
             return False
-        return all(state not in ("", "running") for state in states)
+        if step.kind == "sweep" and "postponed" in states or states and set(states) == {"postponed"}:
+            self.state[id(step)] = "postponed"
+            return False
+        return all(state not in ("", "running") for state in states) and self.fits(step)
+
+    def fits(self, step: plan.Step) -> bool:
+        """Whether it is predicted to end within --max-hours, its study's analysis included. What does not fit waits for
+        what runs, which may be quicker than predicted; when nothing runs it is postponed."""
+        if self.max_seconds is None:
+            return True
+        now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
+        left = sum(max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running)
+        alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
+        own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
+        if now - self.began + left / self.slots + own + alone <= self.max_seconds:
+            return True
+        if not running:
+            self.state[id(step)] = "postponed"
+        return False
 
     def ensure_pool(self) -> None:
         with self.guard:
@@ -117,6 +144,7 @@ class Runner:
             self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
             os.environ["STUDY_POOL"] = self.pool.socket
             os.environ["STUDY_SLOTS"] = str(self.slots)
+            os.environ["JUPYTER_RUNTIME_DIR"] = self.pool.folder  # kernels' connection files hold keys, and go with it
 
     def execute(self, step: plan.Step) -> None:
         started = time.time()
@@ -161,21 +189,28 @@ class Runner:
         record.write_json(step.folder / "status.json", {
             "run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key, "started": started,
             "ended": None if status == "running" else time.time(), "minutes": round((time.time() - started) / 60, 3),
-            "predicted_minutes": round(step.seconds / 60, 3), "key_metric": done.get("key_metric"), "error": error,
-            "command": command(step)})
+            "predicted_member_seconds": round(step.training, 1),
+            "actual_member_seconds": trained_seconds(step, started) if status == "succeeded" else None,
+            "key_metric": done.get("key_metric"), "error": error, "command": command(step)})
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-        text = record.redact(str(error))
+        text = record.inert(record.redact(str(error)))
         name = getattr(error, "ename", type(error).__name__)
-        value = record.redact(str(getattr(error, "evalue", "") or text)).strip()
+        value = record.inert(record.redact(str(getattr(error, "evalue", "") or text))).strip()
         if name in ("StudyError", "MissingError", "PapermillExecutionError"):
             name = ""
         log = step.folder / "attempts" / "error.log"
         with contextlib.suppress(OSError):
-            record.write_text(log, record.redact("".join(traceback.format_exception(error))))
+            record.write_text(log, record.inert(record.redact("".join(traceback.format_exception(error)))))
         return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
                 "log": str(log), "notebook": str(partial(step)), "again": command(step)}
+
+
+def trained_seconds(step: plan.Step, since: float) -> float:
+    """Seconds that the members trained since then took, each on its slot."""
+    made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
+    return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
 
 
 def command(step: plan.Step) -> str:
@@ -207,7 +242,8 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     path = partial(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # the last attempt did not get through: keep it beside this one
-        path.replace(path.with_name(f"{step.output.stem}.{1 + len(list(path.parent.glob('*.failed.ipynb')))}.failed.ipynb"))
+        number = record.next_number(path.parent, f"{step.output.stem}.*.failed.ipynb")
+        path.replace(path.with_name(f"{step.output.stem}.{number}.failed.ipynb"))
     return papermill.execute_notebook(
         str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
         engine_name="study", progress_bar=False, log_output=False, start_timeout=120, execution_timeout=cell_timeout)
@@ -236,7 +272,8 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Temporary files of a killed writer, and progress of runs that are no longer running."""
-    for path in [*root.rglob(".*.tmp"), *root.rglob("progress.json")]:
+    record.remove_temporary(root)
+    for path in root.rglob("progress.json"):
         path.unlink(missing_ok=True)
 
 

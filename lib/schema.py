@@ -23,6 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lib import witness
+
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 # YAML 1.1 reads 1e-5 (no dot) as a string; so do the shells that --set values come through.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -245,3 +247,7 @@ def split_role(method: Any) -> tuple[str | None, Any]:
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in _kinds(annotation) if _is_section(kind)), None)
+
+
+if witness.FOLDER:  # a trial that is watched
+    witness.install(Section)

@@ -1,10 +1,13 @@
 """What the command line prints: the plan, the table of a finished run, the verdicts, the status."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from lib import config, plan, progress, record
+import psutil
+
+from lib import config, forecast, progress, record
 
 
 def table(steps: list, finished) -> None:
@@ -41,25 +44,46 @@ def findings(told: dict[str, list], out=sys.stdout) -> None:
             errors = sum(f.level == "error" for f in mine)
             print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
         for finding in sorted(mine, key=lambda f: f.level):
-            print("  " + str(finding).replace("\n", "\n  "), file=out)
+            print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
 
 
-def planned(steps: list, slots: int) -> None:
-    print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
+def planned(steps: list, slots: int, root: Path, price: float | None = None) -> None:
+    """The plan, a line per notebook, and what it will take in all. `root`: where it will write."""
+    print(f"\n{'run':34} {'members':>8} {'predicted':>10} {'memory':>9} {'disk':>9}  why")
     for step in steps:
         every = len(config.members(step.run)) if step.kind == "train" else 0
-        members = f"{len(step.stale)}/{every}" if every else ""
-        print(
-            f"{step.title:34} {members:>8} {progress.duration(step.seconds):>10}  {step.reason or 'cached: its record stands'}"
-        )
+        members = f"{step.members}/{every}" if every else str(step.members or "")
+        memory = disk = ""
+        if step.members:
+            own, disk = forecast.member_memory(step.run)[1], forecast.member_disk(step.run)
+            memory, disk = size(own), size(None if disk is None else disk * step.members)
+        print(f"{step.title:34} {members:>8} {progress.duration(step.seconds):>10} {memory:>9} {disk:>9}  "
+              + (step.reason or "cached: its record stands"))
         needs = [n for n in (step.run.model.name, step.run.dataset.name) if config.is_hub_id(n)] if step.kind == "train" else []
         if needs:
             print(f"{'':34} downloads: {', '.join(needs)}")
-    if steps:
-        print(
-            f"\npredicted wall-clock with {slots} members at a time: {progress.duration(plan.wall_seconds(steps, slots))} "
-            "(predicted: seconds of all members on one slot)"
-        )
+    if not steps:
+        return
+    found, gpus = forecast.forecast(steps, slots), any(s.run is not None and s.run.compute.gpus for s in steps)
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    device = f" ({size(found.device_memory_bytes)} on the GPU)" if found.device_memory_bytes else ""
+    cost = "" if price is None else f", {found.cost(price):.2f} at {price:g} an hour"
+    print(f"\npredicted with {slots} members at a time: {progress.duration(found.wall_seconds)} of wall-clock, "
+          f"{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}\n"
+          f"memory {size(found.memory_bytes)}{device} of {size(psutil.virtual_memory().available)} available, "
+          f"disk {size(found.disk_bytes)} of {size(shutil.disk_usage(folder).free)} free\n"
+          "per run: seconds of all its members on one slot, memory of one member beside the pool's; ? until one was recorded")
+
+
+def size(count: int | None) -> str:
+    """Bytes for people, in powers of 1024; `?` for None."""
+    if count is None:
+        return "?"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit == "GiB" else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
 
 
 def status(root: Path, studies: list[str] | None = None) -> int:
@@ -67,13 +91,16 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
+    alive = progress.running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
             continue
         title = f"{state.get('study')}/{state.get('run_id')}" + (" sweep" if state.get("kind") == "sweep" else "")
         told = f"{state.get('minutes') or 0:.2f} min"
-        if state.get("status") == "running":
+        if state.get("status") == "running" and not alive:
+            state["status"], told = "interrupted", "its runner is gone; the same command again goes on"
+        elif state.get("status") == "running":
             told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
                 "now: "
             )

@@ -172,7 +172,7 @@ def live(folder: Path) -> None:
     if final := tracking.final_entry(folder):
         sender.complete(final)
     sender.abandon()
-    print(f"{len(finished)} members mirrored live", flush=True)
+    print(f"{len(finished)} finished members are on W&B", flush=True)
 
 
 def pause(folder: Path, gone: threading.Event) -> None:

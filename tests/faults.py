@@ -55,3 +55,22 @@ def note_environment(argument: dict) -> None:
     import statistics
 
     Path(argument["path"]).write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {statistics.fmean([1, 3])}")
+
+
+def say(argument: dict) -> None:
+    """Write a secret in every way there is."""
+    import subprocess
+    import sys
+
+    secret = argument["secret"]
+    print("one", secret)
+    print("\x1b[2Jgone\x07", file=sys.stderr)
+    os.write(1, b"two " + secret[:4].encode())
+    os.write(1, secret[4:].encode() + b"\n")
+    subprocess.run([sys.executable, "-c", f"print('three', {secret!r})"], check=True)
+    os.write(2, f"four {secret} the last words".encode())
+
+
+def say_and_die(argument: dict) -> None:
+    say(argument)
+    os.kill(os.getpid(), signal.SIGKILL)

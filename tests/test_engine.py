@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib import checkpoints
+from lib import checkpoints, training
 from lib.errors import StudyError
 from lib.td_dpo import logprobs, reference, tokens
 from lib.td_dpo import trainer as engine
@@ -475,7 +475,7 @@ def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
     first = lengths("dpo", 42)
     assert first == lengths("td_dpo", 42) == lengths("ipo", 42) != lengths("dpo", 43)
     assert first[:5] != first[5:]  # 40 pairs in batches of 8: a new order in the second epoch
-    order = engine.SeededOrder(40, 42)
+    order = training.SeededOrder(40, 42)
     assert sorted(order) == list(range(40))
     assert list(order) == list(order)
 
@@ -497,7 +497,7 @@ def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
 def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     loss = {"name": "td_dpo", "beta": 0.0, "tau": 0.5, "average_log_probs": True}
     _, records = train(tmp_path, loss=loss, options={"max_batches": 1})
-    rows = [ROWS[i] for i in list(engine.SeededOrder(40, 3))[:8]]
+    rows = [ROWS[i] for i in list(training.SeededOrder(40, 3))[:8]]
     table = reference.sequence_logprobs(make_model(), rows)
     delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
         [len(r["rejected_ids"]) for r in rows])

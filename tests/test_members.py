@@ -1,13 +1,14 @@
 """Members: killed and resumed to the same bytes, cached by what their numbers depend on, and never a false success."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from lib import config, keys, members, pool, record
+from lib import config, keys, members, pool, record, runner
 from lib.errors import StudyError
 from tests.conftest import TINY
 
@@ -116,6 +117,43 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     finished(members.submit(changed))
     attempts = Path(run.results_dir) / "tiny" / "attempts"
     assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
+
+
+def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket):
+    run = tiny(seed_list=[1])
+    members.prepared(run)
+    job = members.submit(run)
+    finished(job)
+    folder = job.folders["default-s1"] / "checkpoints"
+    kept = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "complete.json"} <= kept
+    assert not kept & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    late = next(folder.glob("checkpoint-*")) / "optimizer.pt"  # killed between its sentinel and this
+    late.write_text("moments")
+    assert members.submit(run).tasks == {}
+    assert not late.exists()
+
+
+def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
+    """Markers and histories are written like every other file, so that what a kill leaves has the name that is swept."""
+    from lib import checkpoints
+
+    for what in ("mark", "cut"):
+        folder = tmp_path / what
+        folder.mkdir()
+        (folder / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+        (folder / "checkpoint-4").mkdir()
+        if not (pid := os.fork()):
+            os.replace = lambda *_: os.kill(os.getpid(), 9)
+            if what == "mark":
+                checkpoints.mark_complete(folder / "checkpoint-4", {"step": 4})
+            checkpoints.truncate_history(folder / "history.jsonl", 1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 9
+        assert [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
+        (folder / "run.partial.ipynb").touch()
+        runner.remove_leftovers(folder)
+        assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["history.jsonl", "run.partial.ipynb"]
 
 
 def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny, pool_socket):

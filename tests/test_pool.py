@@ -1,14 +1,19 @@
 """The pool: a slot per member, no orphans, one retry of a lost process and none of an exception."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.parse
+from pathlib import Path
 
 import psutil
 import pytest
 
 from lib import pool, record
+from tests.conftest import ROOT
 
 
 def task(tmp_path, name, target, check=lambda: True, **argument):
@@ -124,6 +129,105 @@ def test_the_pool_gets_no_secret_unless_it_is_told_to_keep_them(monkeypatch):
         own.close()
 
 
-def test_secrets_are_replaced_by_their_names(monkeypatch):
-    monkeypatch.setenv("MY_SERVICE_TOKEN", "s3cr3t-value-1")
-    assert record.redact("Bearer s3cr3t-value-1!") == "Bearer [MY_SERVICE_TOKEN]!"
+def folders(where):
+    return sorted(where.glob("study-pool-*"))
+
+
+@pytest.mark.parametrize("how", ["the owner", "the owner, then the server"])
+def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, monkeypatch, how):
+    """The server removes its folder when its owner goes; where it is killed too, the next pool that starts does."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "from lib import pool; import os, time\n"
+        "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_for(lambda: (tmp_path / "server").exists() and (tmp_path / "server").read_text(), 20)
+        assert len(folders(tmp_path)) == 1
+        server = int((tmp_path / "server").read_text())
+        if "server" in how:
+            os.kill(server, 19)  # stopped: it cannot clean up before it is killed
+        owner.kill()
+        owner.wait()
+        if "server" in how:
+            os.kill(server, 9)
+            wait_for(lambda: gone(server))
+            assert len(folders(tmp_path)) == 1
+            own = pool.Pool(1, bare=True)
+            assert folders(tmp_path) == [Path(own.folder)]
+            another = pool.Pool(1, bare=True)
+            assert len(folders(tmp_path)) == 2, "a pool that lives is not swept"
+            own.close()
+            another.close()
+        wait_for(lambda: not folders(tmp_path))
+    finally:
+        owner.kill()
+
+
+# ---------------------------------------------------------------------------------------------- secrets and terminals
+
+SECRET = """
+PGPASSWORD APIKEY TOKEN SECRET PASSWORD KEY GITHUB_PAT WANDB_API_KEY_2 WANDB_API_KEY HF_TOKEN AWS_CREDENTIALS
+GOOGLE_APPLICATION_CREDENTIALS SLACK_WEBHOOK SLACK_WEBHOOK_URL MYSQL_PWD DB_PASS openai_api_key AWS_SECRET_ACCESS_KEY
+AWS_ACCESS_KEY_ID SECRET_KEY_BASE SSH_PASSPHRASE NPM_AUTHTOKEN PRIVATE_KEY SESSION_COOKIE AZURE_CLIENT_SECRET
+"""
+NO_SECRET = """
+KEYBOARD_LAYOUT TOKENIZERS_PARALLELISM SSH_AUTH_SOCK KEYMAP PATH PWD OLDPWD HOME MONKEY KEYRING_BACKEND
+COMPATIBLE PASSENGERS SSL_KEY_FILE KEY_BINDINGS DBUS_SESSION_BUS_ADDRESS XDG_SESSION_ID STUDY_POOL TOKEN_LIMIT
+"""
+
+
+def test_which_variables_are_secrets():
+    assert [name for name in SECRET.split() if not record.is_secret(name, "plain-value")] == []
+    assert [name for name in NO_SECRET.split() if record.is_secret(name, "plain-value")] == []
+    for value in ("postgres://me:hunter22hunter@db/x", "http://user:pa55word@proxy:3128", "https://ghp_abcdefgh@github.com/x"):
+        assert record.is_secret("DATABASE_URL", value)
+        assert record.is_secret("HTTPS_PROXY", value)
+    for value in ("http://proxy:3128", "https://host/path@2", "user@host", "file:///a@b"):
+        assert not record.is_secret("HTTPS_PROXY", value)
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("MY_SERVICE_TOKEN", "s3cr3t-value-1", "Bearer s3cr3t-value-1!"),
+    ("DATABASE_URL", "postgres://me:hunt%40r22x@db/x", "could not log in with hunt@r22x!"),
+    ("DATABASE_URL", "postgres://me:hunt%40r22x@db/x", "connecting to postgres://me:hunt%40r22x@db/x!"),
+    ("PASSWORD", 'with "quotes" \\', json.dumps({"a": 'with "quotes" \\'})),
+    ("PASSWORD", "a/b c+d=e~f", "https://h/?p=" + urllib.parse.quote_plus("a/b c+d=e~f")),
+    ("DEPLOY_KEY", "-----BEGIN KEY-----\nAAAAbbbbCCCC\n-----END KEY-----", "line AAAAbbbbCCCC of it"),
+])  # fmt: skip
+def test_secrets_are_replaced_by_their_names_however_they_are_written(monkeypatch, name, value, text):
+    monkeypatch.setenv(name, value)
+    assert f"[{name}]" in record.redact(text)
+    assert all(part not in record.redact(text) for part in (value, "hunt@r22x", "hunt%40r22x", "AAAAbbbb", "quotes", "c%2Bd"))
+
+
+@pytest.mark.parametrize("devices", [[], ["0"]], ids=["forked", "spawned"])
+def test_what_a_child_writes_to_its_log_holds_no_secret_and_nothing_that_acts_on_a_terminal(tmp_path, monkeypatch, devices):
+    """Through Python, past Python, in two pieces, from a grandchild, and right before a kill. The secret is one of the
+    pool's owner, whose environment the child does not even have."""
+    secret = "abcd-efgh-1234"
+    monkeypatch.setenv("OWNERS_TOKEN", secret)
+    monkeypatch.setattr(pool, "gpus", lambda: devices)
+    own = pool.Pool(1, bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    for target in ("say", "say_and_die"):
+        job = task(tmp_path, target, target, secret=secret)
+        pool.start(job)
+        pool.drive([job])
+        told = job.log.read_text()
+        assert secret not in told
+        assert told.count("[OWNERS_TOKEN]") == 4 * job.attempts
+        assert "\x1b" not in told
+        assert "\\x1b[2Jgone" in told
+        assert "the last words" in told
+    own.close()
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_a_member(bare, tmp_path):
+    (tmp_path / "a").write_text("a file where the member's folder should be")
+    job = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=0)
+    pool.start(job)
+    pool.drive([job])
+    assert job.state == "succeeded"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from lib import cli, plan, record, runner
+from lib import cli, plan, record, runner, show
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
 
@@ -176,6 +176,46 @@ def test_two_runners_at_once(tmp_path):
         assert f"another runner works here (process {os.getpid()})" in second.stderr
     with runner.locked(tmp_path / "outputs"):
         pass
+
+
+def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
+    root = tmp_path / "outputs"
+    record.write_json(root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"})
+    show.status(root)
+    assert "interrupted" in capsys.readouterr().out
+    with runner.locked(root):
+        show.status(root)
+        assert "running" in capsys.readouterr().out
+    show.status(root)
+    assert "its runner is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code", "told", "not_told"), [
+    (OSError(errno.ENOSPC, "No space left on device"), 3, "writing a file: No space left on device", "None"),
+    (OSError(errno.EROFS, "Read-only file system", "/o/x"), 3, "/o/x: Read-only file system", "None"),
+    (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files", "space left"),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "ConnectionResetError", "permissions"),
+    (OSError("no number at all"), 1, "no number at all", "None"),
+], ids=lambda value: type(value).__name__)  # fmt: skip
+def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code, told, not_told):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", fails)
+    assert cli.main(["plan"]) == code
+    said = capsys.readouterr().err
+    assert told in said
+    assert not_told not in said
+
+
+def test_a_number_is_not_given_twice(tmp_path):
+    for number in (1, 2, 10):
+        (tmp_path / f"run.{number}.failed.ipynb").touch()
+    (tmp_path / "run.partial.ipynb").touch()
+    (tmp_path / "run.1.failed.ipynb").unlink()
+    assert record.next_number(tmp_path, "run.*.failed.ipynb") == 11
+    assert record.next_number(tmp_path, "sweep.*.failed.ipynb") == 1
+    assert record.next_number(tmp_path / "none", "run.*") == 1
 
 
 def test_outputs_that_cannot_be_written(tmp_path):

@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import aggregate, claim_types, claims, config, members, record, runs, tracking, verdicts, wandb_read, wandb_sync
+from lib import aggregate, claim_types, claims, cli, config, members, record, runs, tracking, verdicts, wandb_read, wandb_sync
 from lib.errors import StudyError
 from lib.td_dpo import tables
 from tests import wandb_member
@@ -330,6 +330,15 @@ def test_a_missing_key_is_named_with_its_mend(server, run, outputs, monkeypatch)
     assert code == 3
     assert "wandb login" in said
     assert server.requests == []
+
+
+def test_no_key_stops_an_online_run_before_it_starts(tmp_path, monkeypatch, capsys):
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert cli.main(["full", "--scale", "laptop", "--study", "td_dpo", "--run", "dpo", "--set", "wandb.mode=online"]) == 3
+    said = capsys.readouterr().err
+    assert "wandb login" in said
+    assert "nothing was started" in said
 
 
 def test_a_disabled_run_is_left_out_of_sync(server, tmp_path, outputs):

@@ -48,7 +48,8 @@ def finish(folder: Path, spec: dict, metrics: dict | None = None, predictions: l
         {"kind": "answer", "question": q, "category": "c", "turn": 1, "score": 5 + 0.1 * q + spec["seed"] / 3, "text": "ü < >"}
         for q in range(4)])
     record.write_json(folder / "metrics.json", metrics or {
-        "status": "completed", "oracle_score": 6.1 + spec["seed"] / 3, "validation_implicit_accuracy": 0.5, "diverged_at": None})
+        "status": "completed", "oracle_score": 6.1 + spec["seed"] / 3, "validation_implicit_accuracy": 0.5,
+        "diverged_at": None})
     record.write_json(folder / "done.json", {"run_id": spec["run_id"], "member": spec["member"], "status": "completed",
                                              "key": spec["key"], "nonce": "n"})
 

@@ -166,9 +166,9 @@ def described(server: Server, run: dict) -> dict:
     """A run as the public API's RunFragment asks for it."""
     return {
         "id": run["id"], "projectId": "1", "tags": [], "name": run["name"], "displayName": run["displayName"],
-        "sweepName": None, "state": run["state"], "config": run["config"], "group": run["group"], "jobType": None, "commit": None,
-        "readOnly": False, "createdAt": run["created"], "heartbeatAt": run["created"], "description": "", "notes": "",
-        "systemMetrics": "{}", "summaryMetrics": run["summary"], "historyLineCount": len(run["history"]),
+        "sweepName": None, "state": run["state"], "config": run["config"], "group": run["group"], "jobType": None,
+        "commit": None, "readOnly": False, "createdAt": run["created"], "heartbeatAt": run["created"], "description": "",
+        "notes": "", "systemMetrics": "{}", "summaryMetrics": run["summary"], "historyLineCount": len(run["history"]),
         "user": {"name": "U", "username": "u"}, "historyKeys": {"lastStep": last_step(run)},
     }
 

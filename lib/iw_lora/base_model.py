@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
+from lib import witness
+
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 REPLACED = 0.15
 LONGEST = 64
@@ -71,7 +73,7 @@ def pretrain(model: DebertaV2Model, tokenizer, pairs: list[tuple[str, str]], rec
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     order, losses = np.random.default_rng(recipe["seed"]), []
     model.train()
-    for step in range(1, steps + 1):
+    for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
         rows = [ids[i] for i in order.integers(len(ids), size=batch)]
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         special = torch.isin(padded["input_ids"], marks)

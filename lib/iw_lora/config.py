@@ -17,6 +17,17 @@ METRICS = {
     "tuning_accuracy": "maximize", "tuning_loss": "minimize", "validation_accuracy": "maximize", "validation_f1": "maximize",
     "validation_macro_f1": "maximize", "validation_loss": "minimize",
 }
+DIVERGED = {"validation_accuracy": 0.5, "tuning_accuracy": 0.5}  # what a diverged member counts as, as in claims.yaml
+CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "dataset.splits": "generated data has its own; read with data from the hub or a folder",
+    "dataset.preprocessing.padding": "rows are padded to the longest of their batch either way, as check says",
+    "training.optimizer": "adamw is the only choice",
+    "training.fp16": "true is refused",
+    "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
+    "loss.freeze_lora_during_warmup": "false is refused",
+    "loss.head_warmup_steps": "above 0 is refused",
+}
 ALIASES = {
     "alpha": "loss.alpha", "iw_reg_alpha": "loss.alpha", "beta": "loss.beta", "penalty": "loss.penalty",
     "learning_rate": "training.learning_rate", "batch_size": "training.batch_size",

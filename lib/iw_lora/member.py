@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from lib import config, models, record, trackers
+from lib import config, models, record, trackers, witness
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import warmup
 from lib.iw_lora.penalty import delta_norms
+from lib.training import SeededOrder
 
 COST_PAIRS = 60  # interleaved rounds of steps
 COST_WARM_UP = 3
@@ -28,7 +29,7 @@ def calibration_batches(run, given: inputs.Inputs, seed: int, device) -> list[di
     """The first batches of the seed's order: 2 at most in a trial."""
     count = run.loss.sensitivity_warmup_steps if run.mode == "full" else min(2, run.loss.sensitivity_warmup_steps)
     rows, size = given.rows["train"], run.training.batch_size
-    order = trainer.SeededOrder(len(rows), seed)
+    order = SeededOrder(len(rows), seed)
     indices: list[int] = []
     while len(indices) < count * size:
         indices += list(order)
@@ -55,7 +56,7 @@ def predictions(model, rows: list[dict], pad: int, batch_size: int) -> tuple[lis
     """(predicted labels, mean cross-entropy in nats) from logits, in evaluation mode."""
     model.eval()
     device, found, total = next(model.parameters()).device, [], 0.0
-    for start in range(0, len(rows), batch_size):
+    for start in witness.batches("evaluation", range(0, len(rows), batch_size)):
         batch = {k: v.to(device) for k, v in trainer.collate(rows[start:start + batch_size], pad).items()}
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
         total += float(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,12 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from lib import checkpoints, trackers
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
+from lib.training import Intervals, SeededOrder, told
 
 
 @dataclass
@@ -55,32 +56,6 @@ def task_loss(model: nn.Module, batch: dict) -> Tensor:
     return nn.functional.cross_entropy(model(**inputs).logits.float(), batch["labels"])
 
 
-class SeededOrder(torch.utils.data.Sampler):
-    """A permutation each epoch that depends on the seed, the epoch and the number of rows, and on nothing else."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
-
-
-class _Schedule(TrainerCallback):
-    def __init__(self, every: int | None):
-        self.every = every
-
-    def on_step_end(self, args, state, control, **_):
-        last = state.global_step >= state.max_steps
-        due = last or bool(self.every and state.global_step % self.every == 0)
-        control.should_evaluate = control.should_save = due
-
-
 class ImportanceTrainer(Trainer):
     """Task loss + alpha R while training; both parts are recorded apart."""
 
@@ -92,7 +67,7 @@ class ImportanceTrainer(Trainer):
         self.on_record, self.on_timing, self.on_evaluate = on_record, on_timing, on_evaluate
         self.parts: list[tuple[float, float]] = []
         self.started, self.diverged_at = 0.0, None
-        super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), callbacks=[_Schedule(every)],
+        super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), callbacks=[Intervals(every, every)],
                          data_collator=lambda batch: collate(batch, pad))
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
@@ -204,7 +179,8 @@ def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warm
         report_to=list(report_to) or "none",
         disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = ImportanceTrainer(model, rows, args, pad=pad, term=term, every=every, fingerprint=fingerprint,
-                                on_record=on_record, on_timing=on_timing, on_evaluate=on_evaluate)
+                                on_record=told(on_record, training.logging_steps, steps), on_timing=on_timing,
+                                on_evaluate=on_evaluate)
     if training.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
 

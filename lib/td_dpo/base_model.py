@@ -7,6 +7,7 @@ has as much room to become better as to become worse.
 from __future__ import annotations
 
 import random
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
+from lib import witness
 from lib.errors import StudyError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -161,7 +163,7 @@ def make_base(
     unknown = sorted(set(recipe) - set(DEFAULTS))
     if unknown:
         raise StudyError("model.recipe", f"unknown key {unknown[0]!r}", f"keys among {', '.join(DEFAULTS)}")
-    recipe = {**DEFAULTS, **recipe}
+    recipe = ChainMap(recipe, DEFAULTS)
     texts = [m["content"] for pair in pairs_train for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
     tokenizer = make_tokenizer(texts, recipe["vocab_size"])
     rows = conversations(tokenizer, pairs_train, recipe["max_length"])
@@ -174,7 +176,7 @@ def make_base(
     batches = _batches(
         [len(ids) for ids, _ in rows], recipe["sft_batch_size"], recipe["sft_max_tokens"], recipe["seed"]
     )
-    for step in range(1, total + 1):
+    for step in witness.batches("supervised fine-tuning of the made model", range(1, total + 1)):
         loss = _loss(model, [rows[index] for index in next(batches)], tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -14,6 +14,7 @@ __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_L
 
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
+CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
     "oracle_score": 1.0, "mt_bench_score": 1.0, "implicit_accuracy": 0.5, "raw_accuracy": 0.5,
     "validation_implicit_accuracy": 0.5, "validation_raw_accuracy": 0.5,
@@ -23,6 +24,10 @@ METRICS = {
     "oracle_score": "maximize", "mt_bench_score": "maximize", "implicit_accuracy": "maximize",
     "raw_accuracy": "maximize", "validation_implicit_accuracy": "maximize", "validation_raw_accuracy": "maximize",
     "validation_loss": "minimize", "sampled_kl": "minimize",
+}
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "model.torch_dtype": "a made model is float32; check refuses another",
+    "dataset.on_bad_row": "generated rows are never bad",
 }
 ALIASES = {  # the order is the order in a cell's name
     "loss": "loss.name", "beta": "loss.beta", "tau": "loss.tau", "learning_rate": "training.learning_rate",

@@ -92,7 +92,7 @@ def pairs_of(run) -> tuple[dict, dict]:
     if run.mode == "trial" and out_of_reach(run.dataset.name):
         size = run.dataset.limit or 8
         splits, report = data.load_splits(
-            {**section, "name": "generated", "train_pairs": size, "validation_pairs": size, "test_pairs": size}
+            section | {"name": "generated", "train_pairs": size, "validation_pairs": size, "test_pairs": size}
         )
         return splits, {**report, "source": f"generated, standing in for {run.dataset.name}"}
     return data.load_splits(section)
@@ -120,7 +120,7 @@ def base_of(run, pairs: list[dict], folder: Path) -> str:
 def load_base(run, base: str):
     """The base model as the run trains it (quantisation, dtype, device). Stand-ins and made models know no revision."""
     section = run.model.model_dump()
-    return models.load_model({**section, "name": base, "revision": None if Path(base).is_dir() else run.model.revision})
+    return models.load_model(section | {"name": base, "revision": None if Path(base).is_dir() else run.model.revision})
 
 
 def save_rows(path: Path, rows: dict[str, list[dict]]) -> None:

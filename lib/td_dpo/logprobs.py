@@ -21,6 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lib import witness
+from lib.errors import StudyError
+
 IGNORE = -100
 HEAD_ELEMENTS = 2**24  # logits held at once by the head (64 MiB in float32); longer batches are scored in chunks
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
@@ -144,7 +147,8 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
     rescaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
                 if getattr(config, name, None) not in (None, 1.0)]
     if rescaled:
-        raise NotImplementedError(f"{config.model_type} transforms its logits ({', '.join(rescaled)})")
+        raise StudyError("model.name", f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
+                         "a model whose log-probabilities are log softmax(hidden W^T + b)", "choose another model")
     original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
 
     def forward(self, *args, score_labels: Tensor | None = None, **kwargs):
@@ -240,7 +244,8 @@ def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, pad: int = 0,
     collate, device = collator(model, pad, layout), model.device
     out: Tensor | None = None
     with completion_head(model), evaluating(model):
-        for indices in token_budget_batches([row_tokens(r) for r in rows], token_budget):
+        batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
+        for indices in witness.batches("scoring of pairs", batches):
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in indices]).items()}
             values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
             if out is None:

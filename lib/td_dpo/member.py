@@ -181,7 +181,7 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         given.rows["train"],
         given.reference["train"],
         loss,
-        {**loss, "name": "dpo", "tau": None},
+        loss | {"name": "dpo", "tau": None},
         run.training.model_dump(),
         2 if run.mode == "trial" else COST_PAIRS,
         first.seed,

@@ -30,7 +30,7 @@ def reference_key(rows: list[dict], model_fingerprint: str, quantization: str, d
 
 
 def _write(path: Path, table: Tensor) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:
         save_file({"chosen": table[:, 0].contiguous(), "rejected": table[:, 1].contiguous()}, name)

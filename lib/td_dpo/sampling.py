@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lib import witness
+
 
 class _InverseTransform(LogitsProcessor):
     """Leaves one token possible in each row: the one at which the cumulative distribution passes that row's uniform.
@@ -84,7 +86,7 @@ def sample(
     answers: list[dict | None] = [None] * len(prompts)
     # like lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
-    for start in range(0, len(order), batch_size):
+    for start in witness.batches("generation", range(0, len(order), batch_size)):
         batch = order[start : start + batch_size]
         longest = max(len(prompt_ids[index]) for index in batch)
         fill = [longest - len(prompt_ids[index]) for index in batch]

@@ -7,21 +7,18 @@ objective is a function of four (B,) tensors (losses.py), batches depend on the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from lib import checkpoints, trackers
@@ -38,6 +35,7 @@ from lib.td_dpo.logprobs import (
 )
 from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
 from lib.td_dpo.tokens import pad_token, rows_digest
+from lib.training import Intervals, SeededOrder, told, untouched_rng
 
 __all__ = ["Outcome", "PreferenceTrainer", "last_complete_checkpoint", "load_checkpoint", "pair_scores", "train_pairs"]
 
@@ -52,44 +50,6 @@ class Outcome:
     model: torch.nn.Module
     best_step: int | None = None
     best: Path | None = None
-
-
-class SeededOrder(torch.utils.data.Sampler):
-    """A new permutation each epoch that depends on the seed, the epoch and the number of pairs, and on nothing else."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
-
-
-class _Schedule(TrainerCallback):
-    """Evaluate and save at their intervals and at the last step."""
-
-    def __init__(self, eval_steps: int | None, save_steps: int | None):
-        self.eval_steps, self.save_steps = eval_steps, save_steps
-
-    def on_step_end(self, args, state, control, **_):
-        last = state.global_step >= state.max_steps
-        control.should_evaluate = last or bool(self.eval_steps and state.global_step % self.eval_steps == 0)
-        control.should_save = last or bool(self.save_steps and state.global_step % self.save_steps == 0)
-
-
-@contextlib.contextmanager
-def untouched_rng(device: torch.device) -> Iterator[None]:
-    """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -113,7 +73,7 @@ class PreferenceTrainer(DPOTrainer):
             return {**collate(rows), **reference_columns(rows, self.wide), "tokens": sum(map(row_tokens, rows))}
 
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         data_collator=collate_rows, callbacks=[_Schedule(eval_steps, save_steps)])
+                         data_collator=collate_rows, callbacks=[Intervals(eval_steps, save_steps)])
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
@@ -251,14 +211,16 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     args = training_arguments(model, {**training, "report_to": list(report_to)}, steps, device_batch, accumulation, seed, place)
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
-    checkpoint, state = _usable_checkpoint(place, fingerprint if resume else None)
+    checkpoint = checkpoints.usable(place, fingerprint if resume else None)
+    state = checkpoints.read_marker(checkpoint) if checkpoint else {"step": 0, "best_step": None, "best_accuracy": None}
     for name in ("history.jsonl", "timing.jsonl"):
         checkpoints.truncate_history(folder / name, state["step"])
     keep_4bit_differentiable(model)
     with completion_head(model):
         trainer = PreferenceTrainer(
             model, tokenizer, rows, validation, loss, args, layout=layout, eval_steps=training.get("eval_steps"),
-            save_steps=training.get("save_steps"), fingerprint=fingerprint, on_record=on_record, on_timing=on_timing,
+            save_steps=training.get("save_steps"), fingerprint=fingerprint,
+            on_record=told(on_record, training.get("logging_steps"), steps), on_timing=on_timing,
             on_evaluate=on_evaluate)
         trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
         if checkpoint is None:
@@ -273,17 +235,3 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     if trainer.diverged_at is not None:
         return Outcome("diverged", trainer.diverged_at, model, trainer.best_step, best)
     return Outcome("completed", done, model, trainer.best_step, best)
-
-
-def _usable_checkpoint(place: Path, fingerprint: str | None) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from and its state; what is incomplete or of another configuration is removed."""
-    usable = None
-    for folder in checkpoints.checkpoint_folders(place):
-        marker = checkpoints.read_marker(folder)
-        if fingerprint is None or marker is None or marker["fingerprint"] != fingerprint:
-            checkpoints.remove_checkpoint(folder)
-        else:
-            usable = folder
-    if usable is None:
-        return None, {"step": 0, "best_step": None, "best_accuracy": None}
-    return usable, checkpoints.read_marker(usable)

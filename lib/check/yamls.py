@@ -1,0 +1,88 @@
+"""Run YAMLs and claims as they are written: everything that lib/config.py refuses, and claims whose cells nobody trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from lib import claim_types, config, record
+from lib.check.finding import Finding, named, of_error
+from lib.comparison import select
+from lib.errors import StudyError
+
+Loaded = list[tuple[Path, "config.Run | StudyError", list]]
+
+
+def findings(loaded: Loaded) -> Iterator[Finding]:
+    """Of run YAMLs as config.load_folder gives them; each is also shrunk to its trial form and split into its members."""
+    for path, run, told in loaded:
+        if isinstance(run, StudyError):
+            yield of_error(run, named(path))
+            continue
+        for each in told:
+            yield Finding(each.level, named(path), each.key, each.what, each.mend)
+        try:
+            config.members(run)
+            config.trial(run)
+        except StudyError as error:
+            if not any(each.level == "error" for each in told):
+                yield of_error(error, named(path))
+
+
+def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
+    """The study's claims: they load, and at this scale their cells are trained and their metrics exist."""
+    path = config.ROOT / "params" / study / "claims.yaml"
+    try:
+        published = claim_types.load(path)
+    except StudyError as error:
+        yield of_error(error, named(path))
+        return
+    module = config.study_module(study)
+    if published.choose_on and published.choose_on not in module.METRICS:
+        yield Finding(
+            "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
+        )
+    members = pd.DataFrame([record.identity(_spec(member)) for run in runs for member in _members(run)])
+    for claim in published.claims:
+        if scale not in claim.scales:
+            continue
+        if claim.metric not in module.CLAIM_METRICS:
+            yield Finding(
+                "error",
+                named(path),
+                f"{claim.id}.metric",
+                f"{claim.metric} is in no table of {study}'s analysis",
+                "one of: " + ", ".join(module.CLAIM_METRICS),
+            )
+        for side in ("treatment", "baseline"):
+            for cell in published.levels(claim, side) if getattr(claim, side) else ():
+                known = {key: value for key, value in cell.items() if value != claim_types.BEST}
+                if select(members, known).empty:
+                    yield Finding(
+                        "error",
+                        named(path),
+                        f"{claim.id}.{side}",
+                        f"no run at {scale} scale trains {published.label(cell)}",
+                        f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}",
+                    )
+
+
+def _members(run) -> list:
+    """None where its grid is wrong, which is a finding of the YAML."""
+    try:
+        return config.members(run)
+    except StudyError:
+        return []
+
+
+def _spec(member) -> dict:
+    return {
+        "run_id": member.run_id,
+        "config": config.dump(member.run),
+        "study": member.run.study,
+        "cell": member.cell,
+        "cell_name": member.cell_name,
+        "seed": member.seed,
+    }

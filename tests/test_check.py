@@ -1,0 +1,179 @@
+"""`check`: each fault that published experiment code failed review for is planted into a copy of a study, found and named."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.check import sources
+from tests.conftest import ROOT
+
+COPIED = ("lib", "notebooks", "params")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository and a way to plant faults into it: plant(file, old, new)."""
+    for name in COPIED:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+
+    def plant(file: str, old: str, new: str) -> None:
+        path = tmp_path / file
+        text = path.read_text()
+        assert old in text, f"{file} has changed: {old!r} is not there to be broken"
+        path.write_text(text.replace(old, new, 1))
+
+    plant.root = tmp_path
+    return plant
+
+
+def check(root: Path, *arguments: str) -> tuple[int, dict]:
+    """(exit code, the JSON object) of `check` in a copy."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lib", "check", "--json", *arguments], cwd=root, capture_output=True, text=True, env={
+            **os.environ, "PYTHONPATH": str(root), "STUDY_OUTPUTS": str(root / "outputs"), "STUDY_CACHE": str(root / ".cache"),
+            "STUDY_POOL": ""})
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def named(told: dict, *words: str) -> bool:
+    """Whether one finding holds all of these words."""
+    return any(all(word in json.dumps(f, ensure_ascii=False) for word in words) for f in told["findings"])
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_the_shipped_studies_give_no_static_error(scale):
+    code, told = check(ROOT, "--static", "--scale", scale)
+    assert (code, told["is_code_ready"], told["code_issue"]) == (0, True, "")
+    assert [f for f in told["findings"] if f["severity"] == "error"] == []
+    assert told["cost"]["wall_clock"]
+
+
+def test_static_faults_are_each_named(copy):
+    copy("lib/td_dpo/member.py", "_step_seconds(folder)", "_step_seconds(folder, 3)")
+    copy("lib/td_dpo/member.py", "run.evaluation.kl_prompts", "run.training.kl_prompts")
+    with open(copy.root / "lib/td_dpo/baselines.py", "a") as file:
+        file.write("\n\ndef later():\n    pass\n\n\n# TODO: think\n")
+    copy("params/td_dpo/laptop/dpo.yaml", "direction: maximize", "direction: minimize")
+    copy("params/td_dpo/laptop/discopop.yaml", "global_batch_size: 16", "global_batch_size: 15")
+    copy("params/td_dpo/laptop/td_dpo_anchored.yaml", "warmup_ratio: 0.1", "warmup_steps: 119")
+    copy("params/td_dpo/claims.yaml", "metric: seconds", "metric: minutes")
+    copy("params/td_dpo/claims.yaml", "baseline: {method: dpo, beta: 0.05}", "baseline: {method: dpo, beta: 0.02}")
+    (copy.root / "lib/td_dpo/oracle.py").write_text("")
+    notebook = copy.root / "notebooks/td_dpo/train.ipynb"
+    whole = json.loads(notebook.read_text())
+    cells = [c for c in whole["cells"] if c["cell_type"] == "code"]
+    cells[1]["execution_count"] = 3
+    cells[2]["source"] = "\n".join(["open('/data/x')", *["pass"] * 30])
+    notebook.write_text(json.dumps(whole))
+    (copy.root / "notebooks/td_dpo/analysis.ipynb").write_text('{"cells": [')
+
+    code, told = check(copy.root, "--study", "td_dpo")
+    assert code == 2
+    assert not told["is_code_ready"]
+    assert told["code_issue"]
+    assert named(told, "lib/td_dpo/member.py", "_step_seconds() takes 1 positional arguments, found 2")
+    assert named(told, "lib/td_dpo/member.py", "reads run.training.kl_prompts, which no YAML has")
+    assert named(told, "lib/td_dpo/baselines.py", "later() has no body")
+    assert named(told, "lib/td_dpo/baselines.py", "TODO: think")
+    assert named(told, "dpo.yaml", "optuna.direction", "would minimize validation_implicit_accuracy")
+    assert named(told, "discopop.yaml", "training.global_batch_size", "15 is not a multiple of 16")
+    assert named(told, "td_dpo_anchored.yaml", "warm-up of 119 covers most of a run")
+    assert named(told, "claims.yaml", "C5.metric", "minutes is in no table")
+    assert named(told, "claims.yaml", "C1.baseline", "no run at laptop scale trains")
+    assert named(told, "lib/td_dpo/oracle.py", "empty")
+    assert named(told, "train.ipynb", "holds outputs")
+    assert named(told, "train.ipynb", "absolute path")
+    assert named(told, "train.ipynb", "31 lines, more than 25")
+    assert named(told, "analysis.ipynb", "not a notebook")
+
+
+def test_what_only_a_trial_shows_is_named(copy):
+    """One trial of a run with: a flag nobody reads, a calibration that is not shortened, a result written elsewhere, labels
+    lost, a metric logged under another name, and a connection."""
+    copy("lib/iw_lora/sections.py", "    logging_steps: Count", "    gradient_noise: float = 0.0\n    logging_steps: Count")
+    copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
+    copy("lib/iw_lora/member.py", "if run.mode == \"full\" else min(2, run.loss.sensitivity_warmup_steps)", "")
+    copy("lib/iw_lora/config.py", '"loss.sensitivity_warmup_steps": min(2, run.loss.sensitivity_warmup_steps),', "")
+    copy("lib/iw_lora/member.py", '"label": label,', '"label": None,')
+    copy("lib/iw_lora/member.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
+    copy("lib/iw_lora/member.py", "    trial = run.mode == \"trial\"\n", "    trial = run.mode == \"trial\"\n"
+         "    import socket\n    Path(__file__).with_name('best.json').write_text('{}')\n"
+         "    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n")
+
+    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_lora")
+    assert code == 2
+    assert named(told, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
+    assert named(told, "calibration", "batches in a trial, at most 2")
+    assert named(told, "lib/iw_lora/best.json", "outside its results_dir")
+    assert named(told, "predictions.jsonl: label", "empty in all")
+    assert named(told, "tuning_accuracy", "logged by none of the members")
+    assert named(told, "192.0.2.1", "touches no network")
+
+
+def test_a_batch_key_that_is_never_collated_is_named_by_the_trial(copy):
+    copy("lib/iw_lora/trainer.py", 'inputs["labels"])', 'inputs["label_ids"])')
+    code, told = check(copy.root, "--study", "iw_lora", "--run", "lora")
+    assert code == 2
+    assert named(told, "the trial failed", "KeyError", "label_ids")
+
+
+@pytest.mark.slow  # .ci/run asks the same of all studies
+def test_a_clean_study_gives_no_finding_and_is_not_tried_twice(copy):
+    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_uniform")
+    assert (code, told["findings"]) == (0, [])
+    assert list((copy.root / "outputs").glob("*/.check.json")), "what `full` looks for before it tries again"
+
+
+CALLS = """
+import contextlib
+from lib import thing
+from lib.thing import two, Made
+
+
+def mine(a, *, b, c=1):
+    two(a)
+
+
+mine(1, b=2)
+mine(1)
+mine(1, b=2, d=3)
+mine(1, 2, b=3)
+thing.two(1, 2)
+thing.two(1, 2, 3)
+two(*[1, 2, 3])
+two(**{"a": 1})
+Made(1)
+Made()
+
+
+def shadow(two):
+    return two(1, 2, 3, 4)
+"""
+
+
+def test_calls_are_held_against_the_functions_they_call():
+    thing = ast.parse("def two(a, b=2): return a\n\n\nclass Made:\n    def __init__(self, x): self.x = x\n")
+    tree = ast.parse(CALLS)
+    known = sources.signatures({"lib.thing": thing, "lib.mine": tree})
+    told = [f"{f.place}: {f.what}" for f in sources.wrong_calls(tree, "mine.py", "lib.mine", known)]
+    assert told == [
+        "line 12: mine() is called without 'b'", "line 13: mine() has no argument 'd'",
+        "line 14: mine() takes 1 positional arguments, found 2", "line 16: thing.two() takes 2 positional arguments, found 3",
+        "line 20: Made() is called without 'x'"]
+
+
+@pytest.mark.parametrize(("code", "found"), [
+    ("def f():\n    pass\n", True), ("def f():\n    ...\n", True), ("def f():\n    'later'\n    pass\n", True),
+    ("def f():\n    raise NotImplementedError\n", True), ("x = 1  # FIXME\n", True),
+    ("def f():\n    'nothing is to be done'\n", False), ("class E(Exception):\n    pass\n", False),
+    ("try:\n    x = 1\nexcept OSError:\n    pass\n", False), ("x = 'TODO'\n", False),
+])  # fmt: skip
+def test_placeholders(code, found):
+    assert bool(list(sources.placeholders(ast.parse(code), code, "x.py"))) is found
