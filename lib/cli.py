@@ -87,10 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             return show.status(root_of(options), options.study)
         if options.command == "report":
             return rebuild(options)
-        if options.command == "sync":
-            return sync(options)
-        if options.command == "pull":
-            return pull(options)
+        if options.command in ("sync", "pull"):
+            return mirror(options)
         return run(options)
     except StudyError as error:
         print(record.inert(record.redact(str(error))), file=sys.stderr)
@@ -288,44 +286,15 @@ def rebuild(options) -> int:
     return 0
 
 
-def sync(options) -> int:
-    """Bring W&B up to date with what is recorded here: of every scale, or of what --scale, --set and --grid name."""
-    from lib import tracking
+def mirror(options) -> int:
+    """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
+    from lib import wandb_command
 
-    roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
-    found = [
-        folder
-        for root in roots
-        if tracking.FROM not in root.name
-        for folder in sorted(p.parent for p in root.glob("*/*/members"))
-        if fnmatch.fnmatch(folder.name, options.run) and (not options.study or folder.parent.name in options.study)
-        and any(folder.glob("members/*/done.json"))
-    ]
-    if not found:
-        print(f"nothing to bring up to date: no finished member in {OUTPUTS if options.everywhere else root_of(options)}")
-        return 0
-    named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
-    # A process of its own: the client's core can crash, and some of its calls never return.
-    return subprocess.call([sys.executable, "-P", "-m", "lib.wandb_sync", "sync", *named, "--", *map(str, found)])
-
-
-def pull(options) -> int:
-    """Fetch the records of the YAMLs' runs from W&B, and judge them by the same analysis in a folder of their own."""
-    from lib import runner, tracking, wandb_read
-
+    if options.command == "sync":
+        roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+        return wandb_command.sync([root for root in roots if root.is_dir()], options)
     runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
-    root = OUTPUTS / f"{options.scale}-full,{tracking.FROM}"
-    steps = []
-    for study in dict.fromkeys(r.study for r in runs):
-        mine = [r for r in runs if r.study == study]
-        address = {"entity": options.entity or mine[0].wandb.entity, "project": options.project or mine[0].wandb.project}
-        results = wandb_read.fetch(root, study=study, scale=options.scale, run_ids=[r.run_id for r in mine],
-                                   place=f"{root_of(options).name}/{study}", **address)
-        steps.append(plan.analysis(study, results, options.scale, "full"))
-    with runner.locked(root):
-        ok = runner.Runner(steps, 1).run()
-    show.verdicts(steps)
-    return 0 if ok else 1
+    return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)
 
 
 def lab(arguments: list[str]) -> int:

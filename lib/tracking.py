@@ -129,7 +129,8 @@ def final_entry(run_folder: Path) -> Entry | None:
     if not spec or ((spec["config"].get("optuna") or {}).get("n_trials") and not searched.get("final")):
         return None  # its search is still to come
     ids = {name: e.id for name, m in members.items() if (e := member_entry(run_folder, m)) and e.finished}
-    files = _files(run_folder.parent, run_folder) | _files(run_folder.parent, run_folder / "sweep", ("metrics.json", "best.yaml"))
+    results = run_folder.parent
+    files = _files(results, run_folder) | _files(results, run_folder / "sweep", ("metrics.json", "best.yaml"))
     # Other members (after --force, say) make another run on W&B: what was published under the first id stays as it is.
     about, source = _about(run_folder, spec), keys.digest([ids, chosen.name])
     scale, folder = about["scale"], run_folder.parent.parent.name

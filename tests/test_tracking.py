@@ -6,13 +6,29 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
-from lib import aggregate, claim_types, claims, cli, config, members, record, runs, tracking, verdicts, wandb_read, wandb_sync
+from lib import (
+    aggregate,
+    claim_types,
+    claims,
+    cli,
+    config,
+    members,
+    plan,
+    record,
+    runner,
+    runs,
+    tracking,
+    verdicts,
+    wandb_read,
+    wandb_sync,
+)
 from lib.errors import StudyError
 from lib.td_dpo import tables
 from tests import wandb_member
@@ -197,7 +213,7 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
     assert sync()[0] == 0
     assert server.sent() == []
     assert snapshot(folder_of(run)) == before
-    assert sync("--run", "other") == (0, "nothing to bring up to date: no finished member in " + str(outputs) + "\n")
+    assert sync("--run", "other") == (0, f"nothing to bring up to date: no finished member in {outputs / 'laptop-full'}\n")
 
 
 # ---- the way back
@@ -222,8 +238,8 @@ def study(tmp_path, seeds=(42, 43, 44)):
             wandb_member.finish(folder, record.read_json(folder / "member.json"),
                                 {"status": "completed", "oracle_score": scores.mean(), "validation_implicit_accuracy": 0.6},
                                 answers + pairs)
-        record.write_jsonl(folder_of(run) / "step_cost.jsonl", [
-            {"seed": s, "seconds": 0.1 + i % 3 / 1e4, "seconds_baseline": 0.1} for i in range(40) for s in seeds] if shift else [])
+        times = [{"seed": s, "seconds": 0.1 + i % 3 / 1e4, "seconds_baseline": 0.1} for i in range(40) for s in seeds]
+        record.write_jsonl(folder_of(run) / "step_cost.jsonl", times if shift else [])
         conclude(run)
         made.append(run)
     return made
@@ -389,6 +405,25 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
     assert sync()[0] == 0
     assert differences(run) == {}
     assert len(server.rows(run_id)) == 90
+
+
+def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
+    seen, folder = [], folder_of(run)
+    step = plan.Step("train", "td_dpo", "tiny", folder, folder, {"mode": "full", "scale": "laptop"}, "key", "never run", run)
+
+    def execute(*_):
+        seen.append("executed")
+        record.write_text(runner.partial(step), "{}")
+
+    mine = runner.Runner([step], 1)
+    mine.ensure_pool = lambda: None
+    mine.mirrors = SimpleNamespace(**{name: lambda *given, name=name: seen.append((name, *given, tracking.over(folder)))
+                                      for name in ("begin", "end")})
+    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(runner, "check_success", lambda *_: None)
+    monkeypatch.setattr(runner.report, "notebook_html", lambda *_, **__: None)
+    mine.attempt(step, time.time())
+    assert seen == [("begin", folder, "online", False), "executed", ("end", folder, "online", True)]
 
 
 # ---- W&B is not there, or not well
