@@ -190,6 +190,7 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     assert [e.name for e in entries] == ["tiny--default-s1", "tiny--default-s2", "tiny"]
     sent = server.runs[entries[0].id]
     assert sent["group"] == "tiny"
+    assert set(sent["files"]) == {*entries[0].files, "config.yaml", "wandb-summary.json"}  # nothing of the machine or its user
     assert len(server.rows(entries[0].id)) == 200  # none twice, though the record was cut back to a checkpoint and made again
     assert {"1": "global_step"}.items() <= {k: m["1"] for m in json.loads(sent["config"])["_wandb"]["value"]["m"]
                                              for k in ("1",) if "1" in m}.items()
@@ -213,6 +214,14 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
     assert sync()[0] == 0
     assert server.sent() == []
     assert snapshot(folder_of(run)) == before
+    entry, sender = tracking.entries(folder_of(run))[0], wandb_sync.Sender(folder_of(run), 30)
+    sent, predictions = server.runs[entry.id], "tiny/members/default-s1/predictions.jsonl"
+    for part, damage in {"history": lambda: sent["history"].pop(20), predictions: lambda: sent["files"].pop(predictions),
+                         "summary": lambda: sent.update(summary="{}"), "state": lambda: sent.update(state="crashed"),
+                         "config": lambda: sent.update(config="{}")}.items():
+        damage()
+        assert sender.complete(entry) == part
+        assert sender.complete(entry) == ""
     assert sync("--run", "other") == (0, f"nothing to bring up to date: no finished member in {outputs / 'laptop-full'}\n")
 
 
