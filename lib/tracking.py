@@ -188,7 +188,7 @@ class Mirrors:
         self.live: dict[Path, threading.Thread] = {}
         self.processes: dict[Path, subprocess.Popen] = {}
         self.failed: list[Path] = []
-        self.closing = False
+        self.ending = self.killed = False
 
     def begin(self, folder: Path, mode: str) -> None:
         """A notebook of this run starts: online, its members are followed while they train."""
@@ -209,7 +209,7 @@ class Mirrors:
     def _keep(self, folder: Path, mode: str) -> None:
         """Keep a sender at work for this run. One that W&B stalls or crashes is started again; at last, offline."""
         for attempt in range(1, TRIES + 2):
-            if (code := self._send(folder, mode)) == 0 or self.closing:
+            if (code := self._send(folder, mode)) == 0 or self.killed:
                 break
             if mode == "offline" or code is None:
                 self.failed.append(folder)
@@ -220,18 +220,23 @@ class Mirrors:
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
             process = self.processes[folder] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lib.wandb_sync", "live", mode, str(folder)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-            )
-            with process.stdin:  # its end tells the sender that the runner is gone
-                return process.wait()
+                stdin=subprocess.DEVNULL if self.ending else subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            )  # the end of its input tells the sender that nothing more will come
+            code = process.wait()
+            if process.stdin:
+                process.stdin.close()
+            return code
         return None
 
     def close(self, seconds: float) -> None:
         """Wait for what is left, at most `seconds` in all; then end it. The record is whole without it."""
-        deadline = time.monotonic() + seconds
+        deadline, self.ending = time.monotonic() + seconds, True
+        for process in self.processes.values():
+            if process.stdin:
+                process.stdin.close()
         for thread in self.live.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        self.closing = True
+        self.killed = True
         late = [folder for folder, process in self.processes.items() if process.poll() is None]
         for folder in late:
             with contextlib.suppress(ProcessLookupError):

@@ -146,14 +146,12 @@ class Sender:
 def live(folder: Path) -> None:
     """Follow a run while its notebook is at work, then complete it. Waits for W&B as long as there is time; where the run is
     over and W&B was not to be reached, its offline files are written."""
-    gone = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), gone.set()), daemon=True).start()
-    sender, finished, stamps = None, set(), {}
+    gone, sender, asked, finished, stamps = runner_gone(), None, False, set(), {}
     while True:
         last = tracking.over(folder) or gone.is_set()  # before the look: what was written until then is seen
         beat()
-        if sender is None:
-            sender = reach(folder)
+        if sender is None and not (asked and last):
+            sender, asked = reach(folder), True
         if sender:
             for entry in _now(folder, stamps, last):
                 if entry.finished and entry.id not in finished:
@@ -166,7 +164,7 @@ def live(folder: Path) -> None:
         if sender:
             time.sleep(POLL)
         else:
-            pause(folder, gone)
+            pause(folder, gone, REPROBE)
     if sender is None:
         return offline(folder)
     if final := tracking.final_entry(folder):
@@ -175,12 +173,18 @@ def live(folder: Path) -> None:
     print(f"{len(finished)} finished members are on W&B", flush=True)
 
 
-def pause(folder: Path, gone: threading.Event) -> None:
-    """Let REPROBE seconds pass, or less where the run ends meanwhile."""
-    for _ in range(REPROBE):
+def runner_gone() -> threading.Event:
+    """Set when this process's input ends: the runner has closed it, or was killed."""
+    gone = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), gone.set()), daemon=True).start()
+    return gone
+
+
+def pause(folder: Path, gone: threading.Event, seconds: float) -> None:
+    """Let so many seconds pass, or less where the run ends meanwhile."""
+    end = time.monotonic() + seconds
+    while not tracking.over(folder) and not gone.wait(min(1.0, max(0.0, end - time.monotonic()))) and time.monotonic() < end:
         beat()
-        if tracking.over(folder) or gone.wait(1.0):
-            break
 
 
 def _now(folder: Path, stamps: dict, last: bool) -> list[tracking.Entry]:
@@ -261,7 +265,11 @@ def main(argv: list[str]) -> int:
         mode, folder = given.rest[0], Path(given.rest[1])
         watchdog(4 * LIVE_SECONDS)
         with contextlib.suppress(BrokenPipeError):
-            live(folder) if mode == "online" else offline(folder)
+            if mode == "online":
+                live(folder)
+            else:
+                pause(folder, runner_gone(), float("inf"))
+                offline(folder)
         return 0
     watchdog(SYNC_SECONDS + 60)
     wandb_read.key_or_mend()

@@ -406,7 +406,7 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
     until(lambda: server.received() >= 49)
     writer.kill()
     writer.wait()
-    mirrors.closing = True
+    mirrors.killed = True
     os.killpg(mirrors.processes[folder_of(run)].pid, signal.SIGKILL)
     finished(run, 90)
     run_id = tracking.entries(folder_of(run))[0].id
@@ -442,6 +442,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs):
     use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     mirrors = follow(run)
     finished(run)
+    status(run, "running")  # as a runner leaves it that is ended from outside
     before = snapshot(folder_of(run))
     mirrors.close(15)
     assert not mirrors.failed
