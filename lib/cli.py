@@ -278,10 +278,12 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib import report
+    from lib import member_page, report
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         report.notebook_html(notebook, notebook.with_suffix(".html"))
+    for folder in sorted({p.parents[2] for p in OUTPUTS.glob("*/*/*/members/*/member.json")}):
+        member_page.write_pages(folder)
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
 

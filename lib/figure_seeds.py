@@ -19,6 +19,7 @@ from lib.figure_style import (
     housestyle,
     legend_below,
     looks,
+    mark,
     number,
     ordered,
     outcomes,
@@ -92,13 +93,17 @@ def bars(members: pd.DataFrame, metric: str, *, title: str, ylabel: str = "", x:
 
 
 def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -> None:
-    """Every member of a cell: a filled point, or a cross where it diverged (at the foot where it has no value)."""
-    for position, value, diverged in zip(positions, cell["value"], cell["diverged"], strict=True):
+    """Every member of a cell: a filled point, or a cross where it diverged (at the foot where it has no value). Each is
+    marked, so that a page can link it to the member's own."""
+    rows = cell.to_dict("records")
+    for position, value, diverged, row in zip(positions, cell["value"], cell["diverged"], rows, strict=True):
+        valued = np.isfinite(value)
+        if valued or diverged:
+            mark(place, position, value if valued else 0.025, row, place.transData if valued else place.get_xaxis_transform())
         if diverged:
-            valued = np.isfinite(value)
             place.plot([position], [value if valued else 0.025], "x", color=BAD, markersize=7, markeredgewidth=2,
                        zorder=4, clip_on=False, transform=place.transData if valued else place.get_xaxis_transform())
-        elif np.isfinite(value):
+        elif valued:
             place.plot([position], [value], look.marker, color=look.colour, markersize=5, markeredgecolor="white",
                        markeredgewidth=0.6, zorder=3, clip_on=False)
 

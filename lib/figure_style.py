@@ -62,6 +62,35 @@ def canvas(rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str =
     return drawn, axes
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where in a figure a member is drawn. `left`, `top`: fractions of its width and height; `folder`: the member's."""
+
+    left: float
+    top: float
+    folder: str
+    words: str
+
+
+def mark(axes: Axes, x: float, y: float, member: Mapping, transform=None) -> None:
+    """Remember that the point (x, y) stands for this member (a row with its `folder`); see `marks`."""
+    if isinstance(member.get("folder"), str):
+        made = axes.figure.__dict__.setdefault("member_marks", [])
+        made.append((transform or axes.transData, float(x), float(y), dict(member)))
+
+
+def marks(drawn: Canvas) -> list[Mark]:
+    """The marked points where they lie once everything is laid out; call it after drawing."""
+    found, (width, height) = [], (drawn.bbox.width, drawn.bbox.height)
+    for transform, x, y, member in drawn.__dict__.get("member_marks", ()):
+        across, up = transform.transform((x, y))
+        if 0 <= across <= width and 0 <= up <= height:
+            value = "diverged" if member.get("diverged") else number(member.get("value"))
+            words = f"{member.get('run_id')}, {member.get('cell')}, seed {member.get('seed')}: {value}"
+            found.append(Mark(round(float(across / width), 4), round(1 - float(up / height), 4), member["folder"], words))
+    return found
+
+
 def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict[str, Look]:
     """A look for every name, in the study's own order and looks where it has them, else the next free colour and marker."""
     known, names = known or {}, list(dict.fromkeys(names))

@@ -6,12 +6,13 @@ shows itself in a notebook with its alternative text kept.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
@@ -30,10 +31,13 @@ from lib.figure_style import (
     label_ends,
     legend_below,
     looks,
+    marks,
     number,
     ordered,
     reference_line,
 )
+from lib.member_page import NAME as MEMBER_PAGE
+from lib.notebook_html import embedded
 from lib.record import write_bytes
 
 __all__ = ["STYLE", "Drawing", "Figure", "Look", "bars", "box_over_seeds", "claims", "learning_curves", "points", "save"]
@@ -50,14 +54,14 @@ class Figure:
     alt: str
     folder: Path
     png: bytes = field(repr=False)
+    links: tuple[dict, ...] = ()  # {left, top, href, words}: the members that its points stand for
 
     @property
     def files(self) -> dict[str, Path]:
-        return {kind: self.folder / f"{self.name}.{kind}" for kind in ("pdf", "png", "csv", "alt.txt")}
+        return {kind: self.folder / f"{self.name}.{kind}" for kind in ("pdf", "png", "csv", "alt.txt", "links.json")}
 
     def _repr_html_(self) -> str:
-        source, alt = base64.b64encode(self.png).decode("ascii"), html.escape(self.alt, quote=True)
-        return f'<figure><img src="data:image/png;base64,{source}" alt="{alt}"></figure>'
+        return embedded(self.png, self.alt, self.links)
 
     def __repr__(self) -> str:
         return self.alt
@@ -66,7 +70,8 @@ class Figure:
 @housestyle
 def save(drawing: Drawing | Canvas, folder: str | Path, name: str, *, data: pd.DataFrame | None = None,
          alt: str | None = None, title: str | None = None) -> Figure:
-    """Write <name>.pdf, .png, .csv and .alt.txt, each atomically and free of dates; return the record that shows itself.
+    """Write <name>.pdf, .png, .csv, .alt.txt and .links.json, each atomically and free of dates; return the record that
+    shows itself. Links are relative to the folder that holds `folder`, where the page lies.
 
     A Drawing brings its numbers and words; a matplotlib figure of one's own needs `data`, `alt` and `title`.
     """
@@ -83,7 +88,11 @@ def save(drawing: Drawing | Canvas, folder: str | Path, name: str, *, data: pd.D
         buffer = io.BytesIO()
         drawing.canvas.savefig(buffer, format=kind, dpi=160, metadata=metadata)
         contents[kind] = buffer.getvalue()
-    figure = Figure(name, drawing.title, drawing.alt, folder, contents["png"])
+    links = [{"left": m.left, "top": m.top, "words": m.words,
+              "href": quote(os.path.relpath(Path(m.folder) / MEMBER_PAGE, folder.absolute().parent))}
+             for m in marks(drawing.canvas)]  # after drawing, when everything has its place
+    contents["links.json"] = (json.dumps(links, indent=1, ensure_ascii=False) + "\n").encode()
+    figure = Figure(name, drawing.title, drawing.alt, folder, contents["png"], tuple(links))
     for kind, path in figure.files.items():
         write_bytes(path, contents[kind])
     return figure

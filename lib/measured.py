@@ -48,9 +48,11 @@ def _measure_mean(claim, treatment, baseline, names, seeds, draws, part) -> dict
     low90, high90 = map(float, st.interval(primary, 0.90))
     estimate = float(primary.value)
     side = "above" if estimate >= 0 else "below"
-    reason = f"{names[0]} scored {abs(estimate):.2f} {side} {names[1]}"
-    reason += f" (95 % interval {low95:+.2f} to {high95:+.2f}, 90 % {low90:+.2f} to {high90:+.2f}); "
     m = claim.margin
+    digits = 2 if max(m, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
+    reason = f"{names[0]} scored {abs(estimate):.{digits}f} {side} {names[1]}"
+    reason += (f" (95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, "
+               f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); ")
     support, refute = {
         "non_inferiority": (f"the 90 % interval stays above -{m:g}", f"the 95 % interval lies below -{m:g}"),
         "superiority": (f"the 95 % interval reaches {m:g}", f"the 95 % interval lies below {m:g}"),

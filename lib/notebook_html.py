@@ -6,12 +6,13 @@ the page's Content-Security-Policy forbids scripts and every request, so that no
 
 from __future__ import annotations
 
+import base64
 import copy
 import html
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ ATTRIBUTES = {
     "*": ["class", "id", "title", "lang"], "a": ["href"], "img": ["src", "alt", "width", "height"], "details": ["open"],
     "td": ["colspan", "rowspan", "headers"], "th": ["colspan", "rowspan", "scope"], "col": ["span"], "ol": ["start"],
 }
+POINT = re.compile(r'<a class="point x(\d{1,4}) y(\d{1,4})"')
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
@@ -96,7 +98,24 @@ def clean(fragment: str) -> str:
             image.replace_with(f"[{image.get('alt') or 'image'}]")
     for header in soup("th"):
         header["scope"] = header.get("scope") or ("row" if header.find_parent("tbody") else "col")
-    return bleach.clean(str(soup), tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto", "data"}, strip=True)
+    return placed(bleach.clean(str(soup), tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto", "data"},
+                               strip=True))
+
+
+def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
+    """A figure as HTML that needs no other file; over each point of a member lies a link to the member's page. Places are
+    written as classes in thousandths (`x123 y456`), which `placed` turns into positions: `clean` lets no style in."""
+    source = base64.b64encode(png).decode("ascii")
+    points = "".join(
+        f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
+        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>' for link in links)
+    return (f'<figure><div class="drawn"><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}">'
+            f"{points}</div></figure>")
+
+
+def placed(fragment: str) -> str:
+    """The links over a figure's points (`embedded`) at their places: `x123 y456` becomes 12.3 % and 45.6 %."""
+    return POINT.sub(lambda m: f'<a class="point" style="left:{int(m[1]) / 10}%;top:{int(m[2]) / 10}%"', fragment)
 
 
 def _headings(notebook) -> list[tuple[int, str, str]]:

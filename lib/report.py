@@ -6,13 +6,17 @@ What a reader wants first comes first: the claims with their verdicts, the figur
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from lib.notebook_html import PAGES, POLICY, notebook_html
-from lib.record import read_json, redact, write_text
+from lib import member_page
+from lib.errors import StudyError
+from lib.notebook_html import PAGES, POLICY, embedded, notebook_html, placed
+from lib.record import read_json, read_jsonl, redact, write_text
 
 __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
@@ -31,15 +35,22 @@ def index_html(outputs_root: str | Path) -> Path:
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         found = [group for study in studies if (group := _group(root, folder, study))]
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
+    script = (PAGES / "table.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"number": _number, "estimate": _estimate, "p": lambda value: _number(value, 2),
-                            "minutes": _minutes, "moment": _moment}
+                            "minutes": _minutes, "moment": _moment,
+                            "spent": _spent}
     text = environment.get_template("index.html.j2").render(
-        groups=groups, css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
-        symbols=SYMBOLS, commands=COMMANDS)
+        groups=groups, css=(PAGES / "style.css").read_text(encoding="utf-8"), script=script,
+        policy=f"{POLICY}; script-src '{_hash(script)}'", symbols=SYMBOLS, commands=COMMANDS)
     write_text(root / "index.html", redact(text))
     return root / "index.html"
+
+
+def _hash(script: str) -> str:
+    """What the page's policy permits: this very script and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _folders(root: Path) -> list[Path]:
@@ -62,7 +73,8 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
         "command": _dict(read_json(comparison / "status.json")).get("command") or COMMANDS.get(own, ""),
         "name": (aggregated.get("title") or study.name.replace("_", "-").upper()) + (f" ({variation})" if variation else ""),
         "claims": _claims(comparison), "summary": _summary(aggregated),
-        "figure": _figure(comparison / "figures", str(aggregated.get("primary_metric", ""))) if mode == "full" else None,
+        "figure": _figure(root, comparison / "figures", str(aggregated.get("primary_metric", ""))) if mode == "full" else "",
+        "forecast": next(reversed(_forecasts(folder, study.name)), None),
         "figures": [{"name": p.stem.removeprefix("comparison_").replace("_", " "),
                      "files": [(kind, _href(root, p.with_suffix(f".{kind}"))) for kind in ("png", "pdf", "csv")
                                if p.with_suffix(f".{kind}").exists()]}
@@ -78,23 +90,37 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
 def _run(root: Path, folder: Path) -> dict:
     status = _dict(read_json(folder / "status.json"))
     links = [(text, _href(root, folder / name)) for text, name in (
-        ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("configuration", "config.yaml"),
+        ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("config", "config.yaml"),
         ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()
         and (text != "error" or status.get("status") == "failed")]
     metric = _dict(status.get("key_metric"))
     return {"id": folder.name, "page": next((href for text, href in links if text == "page"), ""), "links": links,
             "status": str(status.get("status") or "no status"), "metric": metric.get("name", ""), "value": metric.get("value"),
-            "minutes": status.get("minutes"), "predicted": status.get("predicted_minutes"), "ended": status.get("ended"),
-            "error": _error(status.get("error")), "members": _members(folder)}
+            "minutes": status.get("minutes"), "ended": status.get("ended"), "command": str(status.get("command") or ""),
+            "work": status.get("actual_member_seconds"), "predicted": status.get("predicted_member_seconds"),
+            "error": _error(status.get("error")), **_members(root, folder, str(metric.get("name", "")))}
 
 
-def _members(folder: Path) -> str:
-    """How many members ended how, from their sentinels: '12 completed, 1 diverged'."""
+def _members(root: Path, folder: Path, metric: str) -> dict:
+    """How many members ended how, from their sentinels ('12 completed, 1 diverged'), how many seeds, and each with its page."""
     counts: dict[str, int] = {}
+    listed, seeds = [], set()
     for path in sorted((folder / "members").glob("*/")):
-        name = str(_dict(read_json(path / "done.json")).get("status", "unfinished"))
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+        status = str(_dict(read_json(path / "done.json")).get("status", "unfinished"))
+        counts[status] = counts.get(status, 0) + 1
+        seeds.add(path.name.rpartition("-s")[2])
+        value = _dict(read_json(path / "metrics.json")).get(metric)
+        page = _href(root, path / member_page.NAME) if (path / member_page.NAME).exists() else ""
+        listed.append({"id": path.name, "status": status, "page": page, "value": value})
+    return {"members": ", ".join(f"{count} {name}" for name, count in counts.items()), "seeds": len(seeds), "listed": listed}
+
+
+def _forecasts(folder: Path, study: str) -> list[dict]:
+    """Whole executions that this study was part of: what was predicted beside what it took."""
+    try:
+        return [row for row in read_jsonl(folder / "forecasts.jsonl") if study in row.get("studies", ())]
+    except StudyError:  # a damaged file leaves a gap
+        return []
 
 
 def _claims(comparison: Path) -> list[dict]:
@@ -124,15 +150,18 @@ def _summary(aggregated: dict) -> str:
     return text + (f", gap {gap:+.1f} %".replace("-", "−") if isinstance(gap, int | float) else "") + "."
 
 
-def _figure(folder: Path, metric: str) -> dict | None:
-    """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its words."""
-    wanted = ("comparison_primary*.png", f"comparison_{metric}*.png", "comparison_claims.png", "*.png")
+def _figure(root: Path, folder: Path, metric: str) -> str:
+    """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its words,
+    its points linked to their members' pages."""
+    wanted = ("comparison_primary*.png", f"comparison_{metric}*.png", "comparison_seeds.png", "comparison_claims.png", "*.png")
     path = next((found[0] for pattern in wanted if (found := sorted(folder.glob(pattern)))), None)
     if path is None:
-        return None
-    words = path.with_name(f"{path.stem}.alt.txt")
+        return ""
+    words, links = path.with_name(f"{path.stem}.alt.txt"), read_json(path.with_name(f"{path.stem}.links.json"), [])
     alt = words.read_text(encoding="utf-8").strip() if words.exists() else path.stem.replace("_", " ")
-    return {"source": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"), "alt": alt}
+    here = os.path.relpath(folder.parent, root)
+    return placed(embedded(path.read_bytes(), alt, [
+        {**link, "href": os.path.normpath(os.path.join(quote(here), link["href"]))} for link in links]))
 
 
 def _provenance(folders: list[Path]) -> list[tuple[str, str]]:
@@ -176,3 +205,8 @@ def _moment(value: object) -> str:
     if isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M")
     return str(value or "")
+
+
+def _spent(seconds: object) -> str:
+    """Minutes of work, to a tenth."""
+    return f"{seconds / 60:.1f}" if isinstance(seconds, int | float) else "–"

@@ -17,7 +17,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, members, plan, pool, progress, record, report, resources, tracking
+from lib import config, member_page, members, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
 
 POLL = 0.3
@@ -178,6 +178,8 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
+            if step.kind != "analysis":
+                member_page.write_pages(Path(step.run.results_dir) / step.name, command(step))
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":

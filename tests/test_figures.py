@@ -112,7 +112,7 @@ def test_every_figure_leaves_pdf_png_csv_and_words(drawn, tmp_path):
     for name, drawing in drawn.items():
         figure = figures.save(drawing, tmp_path, f"comparison_{name}")
         assert sorted(p.name for p in tmp_path.glob(f"comparison_{name}.*")) == [
-            f"comparison_{name}.{kind}" for kind in ("alt.txt", "csv", "pdf", "png")]
+            f"comparison_{name}.{kind}" for kind in ("alt.txt", "csv", "links.json", "pdf", "png")]
         assert figure.files["pdf"].read_bytes().startswith(b"%PDF")
         assert Image.open(figure.files["png"]).width == 1280
         assert figure.files["alt.txt"].read_text().strip() == drawing.alt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import struct
@@ -13,9 +14,10 @@ import nbformat.v4 as v4
 import numpy as np
 import pytest
 
-from lib import report
+from lib import member_page, report
 from lib.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
 
+TABLE = (PAGES / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
 
 
@@ -47,11 +49,15 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def assert_inert(text: str) -> Page:
-    """No script, no event handler, no request: images are embedded, only <a> may point elsewhere."""
+def assert_inert(text: str, script: str = "") -> Page:
+    """No script (but `script`, by its hash), no event handler, no request: images are embedded, only <a> may point
+    elsewhere."""
+    found = re.findall(r"<script>(.*?)</script>", text, re.S)
+    assert found == ([script] if script else [])
+    text = text.replace(f"<script>{script}</script>", "") if script else text
     page = Page(text)
     for tag, attributes in page.elements:
-        assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "svg"), tag
+        assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form"), tag
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "srcset", "data", "action", "poster", "background"):
@@ -61,7 +67,8 @@ def assert_inert(text: str) -> Page:
     policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1
     assert "default-src 'none'" in policies[0]
-    assert "script-src" not in policies[0]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert re.findall(r"script-src ([^;]*)", policies[0]) == ([f"'sha256-{allowed}'"] if script else [])
     return page
 
 
@@ -177,12 +184,23 @@ def outputs(tmp_path):
     study = tmp_path / "laptop-full" / "td_dpo"
     for i, run_id in enumerate(("dpo", "td_dpo")):
         write(study / run_id / "status.json", {
-            "run_id": run_id, "status": "succeeded", "minutes": 2.04 + i, "predicted_minutes": 2.5, "ended": 1795221190.0,
+            "run_id": run_id, "status": "succeeded", "minutes": 2.04 + i, "predicted_member_seconds": 150,
+            "actual_member_seconds": 180, "ended": 1795221190.0,
             "key_metric": {"name": "oracle_score", "value": 7.25 + i}})
         write(study / run_id / "run.html", "page")
         write(study / run_id / "run.ipynb", "{}")
         write(study / run_id / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})
         write(study / run_id / "members" / "beta2.5-s42" / "done.json", {"status": "diverged"})
+        write(study / run_id / "members" / "beta0.05-s42" / "member.json", {
+            "cell": {"loss.beta": 0.05}, "seed": 42, "mode": "full", "scale": "laptop", "study": "td_dpo",
+            "config": {"method": run_id, "loss": {"beta": 0.05, "name": EVIL}}})
+        write(study / run_id / "members" / "beta0.05-s42" / "metrics.json", {"status": "completed", "oracle_score": 7.25 + i})
+        write(study / run_id / "members" / "beta0.05-s42" / "history.jsonl", "".join(
+            json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 30)) + '{"step": 30, "lo')
+        write(study / run_id / "members" / "beta0.05-s42" / "predictions.jsonl",
+              json.dumps({"kind": "answer", "text": EVIL}) + "\n")
+        write(study / run_id / "members" / "beta0.05-s42" / "train.log", f"step 1 {EVIL}\x1b[31m red\n")
+        member_page.write_pages(study / run_id)
         write(study / run_id / "provenance.json", {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "note": EVIL})
     write(study / "discopop" / "status.json", {"status": "failed", "error": {
         "cell": 7, "exception": f"StudyError: {EVIL}", "again": "./run_all.sh full --run 'discopop'", "log": "x"}})
@@ -195,6 +213,10 @@ def outputs(tmp_path):
         "primary_metric": "oracle_score", "metrics": {}, "best_proposed": {"run_id": "td_dpo", "value": 7.02},
         "best_baseline": {"run_id": "dpo", "value": 7.95}, "gap": -11.7})
     write(study / "comparison" / "analysis.html", "page")
+    write(tmp_path / "laptop-full" / "forecasts.jsonl", json.dumps({
+        "studies": ["td_dpo"], "notebooks": 3, "slots": 4, "predicted_seconds": 300, "actual_seconds": 330}) + "\n")
+    write(study / "comparison" / "figures" / "comparison_oracle_score.links.json", [
+        {"left": 0.25, "top": 0.5, "href": "../dpo/members/beta0.05-s42/member.html", "words": "dpo, seed 42: 7.25"}])
     for name in ("comparison_a_first", "comparison_oracle_score"):
         (study / "comparison" / "figures").mkdir(exist_ok=True)
         (study / "comparison" / "figures" / f"{name}.png").write_bytes(png())
@@ -206,9 +228,11 @@ def outputs(tmp_path):
 
 
 def test_the_index_lists_every_run_with_what_it_came_to(outputs):
-    page = assert_inert(report.index_html(outputs).read_text())
+    page = assert_inert(report.index_html(outputs).read_text(), TABLE)
     for said in ("TD-DPO, laptop scale", "GRAFF, laptop scale", "TD-DPO, laptop scale, trial", "✓ succeeded", "✗ failed",
-                 "7.25", "8.25", "2.0", "predicted 2.5", "1 completed, 1 diverged", "2026-11-", "StudyError: <script>",
+                 "7.25", "8.25", "2.0", "3.0", "predicted 2.5", "1 completed, 1 diverged",
+                 "predicted to take 5.0 minutes and took 5.5", "2026-11-",
+                 "StudyError: <script>",
                  "./run_all.sh full --run 'discopop'", "? no status", "a run & more", "torch 2.13.0"):
         assert said in page.text, said
     links = [a["href"] for a in page.all("a")]
@@ -221,11 +245,13 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
 def test_claims_come_first_with_verdict_and_interval(outputs):
     text = report.index_html(outputs).read_text()
     page = Page(text)
-    assert text.index("refuted") < text.index("<figure>") < text.index("<caption>Runs.") < text.index("<summary>Provenance")
+    assert text.index("refuted") < text.index('<figure>') < text.index("<caption>Runs.") < text.index("<summary>Provenance")
     assert "−0.620 to −0.330" in page.text
     assert "−0.471" in page.text
     assert "it scores below" in page.text
-    assert page.text.count("not evaluated") == 1  # a trial's claims are not shown: it gives no verdict
+    assert "1 claim not evaluated here" in page.text
+    assert len(page.all("details")) > 1
+    assert [a["class"] for a in page.all("span")].count("verdict not-evaluated") == 1  # a trial's claims are not shown
     assert "best proposed td_dpo 7.02, best baseline dpo 7.95, gap −11.7 %." in page.text
     assert "A trial shows that every run starts" in page.text
 
@@ -236,14 +262,34 @@ def test_the_main_figure_is_the_primary_metrics_with_its_words(outputs):
     assert pictures[0]["src"].startswith("data:image/png;base64,")
 
 
+def test_a_point_leads_to_its_members_page(outputs):
+    (point,) = [a for a in Page(report.index_html(outputs).read_text()).all("a") if a.get("class") == "point"]
+    assert point["href"] == "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"
+    assert point["style"] == "left:25.0%;top:50.0%"
+    assert (outputs / point["href"]).exists()
+
+
+def test_a_members_page_says_what_it_is_and_how_to_make_it_again(outputs):
+    folder = outputs / "laptop-full" / "td_dpo" / "dpo" / "members" / "beta0.05-s42"
+    page = assert_inert((folder / "member.html").read_text())
+    for said in ("dpo: beta0.05-s42", "loss.beta = 0.05", "seed 42", "completed", "oracle score", "7.25", "<script>alert",
+                 "&& ./run_all.sh full --scale laptop --study td_dpo --run dpo", r"\x1b[31m red"):
+        assert said in page.text, said
+    assert f"rm -r {folder}" in page.text
+    (curve,) = page.all("svg")
+    assert curve["aria-label"] == "loss from 1 at step 1 to 0.03448 at step 29, between 0.03448 and 1"
+    for link in page.all("a"):
+        assert link["href"].startswith("#") or (folder / link["href"]).resolve().exists() or "index.html" in link["href"]
+
+
 def test_every_table_has_a_caption_and_scoped_headers(outputs):
-    page = Page(report.index_html(outputs).read_text())
+    page = Page(report.index_html(outputs).read_text().split("<script>")[0])
     assert len(page.all("caption")) == len(page.all("table")) > 3
     assert all(a.get("scope") in ("row", "col") for a in page.all("th"))
 
 
 def test_an_empty_outputs_folder_says_how_to_begin(tmp_path):
-    page = assert_inert(report.index_html(tmp_path).read_text())
+    page = assert_inert(report.index_html(tmp_path).read_text(), TABLE)
     assert "./run_all.sh" in page.text
 
 
