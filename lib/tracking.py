@@ -53,15 +53,18 @@ class Entry:
 
     @property
     def whole_config(self) -> dict:
-        """What W&B is told of the run's settings; empty sections left out, because W&B drops them."""
-        return _without_empty({**self.config, "record": self.record})
+        """What W&B is told of the run's settings; what is null or empty left out, because W&B drops empty sections."""
+        return stated({**self.config, "record": self.record})
 
 
-def _without_empty(value):
+def stated(value):
+    """`value` without the keys, at any depth, that hold null or an empty section."""
+    if isinstance(value, list):
+        return [stated(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _without_empty(inner) for key, inner in value.items()}
-    return {key: inner for key, inner in kept.items() if inner != {}}
+    kept = {key: stated(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in kept.items() if inner is not None and inner != {}}
 
 
 def scalars(row: dict) -> dict:

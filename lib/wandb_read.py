@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.tracking import FROM, Entry, by_step, sha256
+from lib.tracking import FROM, Entry, by_step, sha256, stated
 
 SECONDS = 15  # for one request to W&B
 
@@ -87,7 +87,7 @@ def lacking(entry: Entry, found) -> list[str]:
     kept = found.summary
     return [
         *(["state"] if found.state != "finished" else []),
-        *(["config"] if any(found.config.get(k) != v for k, v in entry.whole_config.items()) else []),
+        *(["config"] if any(stated(found.config.get(k)) != v for k, v in entry.whole_config.items()) else []),
         *(["summary"] if any(kept.get(k) != v for k, v in entry.summary.items() if v is not None) else []),
         *(["history"] if rows(found) != by_step(record.read_jsonl(entry.history)) else []),
         *[name for name, path in entry.files.items() if stored.get(name) != md5(path)],
@@ -110,7 +110,7 @@ def fetch(into: Path, *, run_ids: Iterable[str], study: str, scale: str, mode: s
         group = list(connection.runs(path, filters={"group": run_id}, order="+created_at", lazy=False))
         place_wanted = place or f"{scale}-{mode}/{study}"
         mine = [r for r in group if (r.config.get("record") or {}).get("place") == place_wanted]
-        final = next((r for r in reversed(mine) if r.config["record"]["member"] is None), None)
+        final = next((r for r in reversed(mine) if r.config["record"].get("member") is None), None)
         if final is None:
             raise StudyError(f"W&B {path}", f"no finished run {run_id} of {place_wanted}", "the run and its members",
                              "./run_all.sh sync where its records are")
