@@ -43,6 +43,26 @@ def test_tensorboard_gets_every_step(tiny, tmp_path):
     assert len([row for row in rows if "validation_loss" in row]) == len(written.Scalars("train/validation_loss")) == 3
 
 
+def test_tensorboard_gets_every_step_of_iw_lora(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from lib.iw_lora import trainer
+    from lib.iw_lora.sections import Training
+    from tests.test_iw_lora import deberta, rows
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    history = []
+    trainer.train_rows(
+        deberta(), rows(), Training(max_steps=4, batch_size=8, learning_rate=1e-3), steps=4, warmup=0, every=2, pad=0,
+        term=None, seed=3, folder=tmp_path, identity="t", on_record=history.append, on_timing=lambda _: None,
+        on_evaluate=lambda _: {"tuning_accuracy": 0.5}, report_to=["tensorboard"])
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = {row["step"]: row["loss"] for row in history if "loss" in row}
+    assert {e.step: e.value for e in written.Scalars("train/loss")} == pytest.approx(losses, rel=1e-6)
+    assert [e.step for e in written.Scalars("train/tuning_accuracy")] == [r["step"] for r in history if "loss" not in r]
+
+
 def test_a_trial_reports_to_none(tiny, tmp_path):
     assert trackers.names(config.trial(tiny(**TRACKED)), tmp_path) == []
 
