@@ -19,7 +19,7 @@ from lib import cluster, config, errors, forecast, hub, plan, pool, progress, re
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "check", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "sync", "pull", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=COMMANDS,
         help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
-        "report: rebuild the pages; lab: JupyterLab; test: the tests",
+        "report: rebuild the pages; sync: bring W&B up to date with the records; pull: judge the studies from W&B; "
+        "lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster"
     )
+    top.add_argument("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
+    top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return lab.lab(argv[1:])
     options = parser().parse_args(argv)
+    options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
@@ -91,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             return show.status(root_of(options), options.study)
         if options.command == "report":
             return rebuild(options)
+        if options.command in ("sync", "pull"):
+            return mirror(options)
         return run(options)
     except StudyError as error:
         print(record.inert(record.redact(str(error))), file=sys.stderr)
@@ -105,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def root_of(options) -> Path:
-    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study."""
-    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sorted(s.partition("=") for s in options.sets))
+    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study. Where a run
+    is mirrored is no variation of it."""
+    sets = sorted(s.partition("=") for s in options.sets if not s.startswith("wandb."))
+    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sets)
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
@@ -298,3 +306,14 @@ def rebuild(options) -> int:
         member_page.write_pages(folder)
     print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
     return 0
+
+
+def mirror(options) -> int:
+    """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
+    from lib import wandb_command
+
+    if options.command == "sync":
+        roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+        return wandb_command.sync([root for root in roots if root.is_dir()], options)
+    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
+    return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)

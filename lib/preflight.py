@@ -41,7 +41,7 @@ def missing_for(runs: list[Run], machine: Machine | None = None) -> list[Finding
     wanted = [run for run in runs if run.mode != "trial"]
     for run in wanted:
         model = footprint.shape(settings(run, machine) or {})
-        found += [*_gpus(run, machine, model), *_hub(run, machine), *_storage(run), *_wandb(run, machine),
+        found += [*_gpus(run, machine, model), *_hub(run, machine), *_storage(run), *wandb(run, machine),
                   *_judge(run, machine)]
     return list(dict.fromkeys([*found, *_disk(wanted, machine)]))
 
@@ -159,18 +159,28 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
     return found
 
 
-def _wandb(run: Run, machine: Machine) -> list[Finding]:
-    from lib.config import wandb_mode
-    if wandb_mode(run) != "online" or machine.environ.get("WANDB_API_KEY", "").strip():
-        return []
-    host = urlparse(machine.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(machine.environ.get("NETRC") or _home(machine.environ) / ".netrc")
+def wandb_host(environ: Mapping[str, str]) -> str:
+    return urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def wandb_key(environ: Mapping[str, str]) -> bool:
+    """Whether the W&B client will find a key for its server; the key itself is not looked at."""
+    if environ.get("WANDB_API_KEY", "").strip():
+        return True
+    path = Path(environ.get("NETRC") or _home(environ) / ".netrc")
     try:
-        if netrc.netrc(str(path)).authenticators(host or ""):
-            return []
+        return bool(netrc.netrc(str(path)).authenticators(wandb_host(environ)))
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        pass
-    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {host}",
+        return False
+
+
+def wandb(run: Run, machine: Machine | None = None) -> list[Finding]:
+    """A key for W&B where the run is to be mirrored there while it runs."""
+    from lib.config import wandb_mode
+    machine = machine or Machine()
+    if wandb_mode(run) != "online" or wandb_key(machine.environ):
+        return []
+    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",
                     "wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
 
 

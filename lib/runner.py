@@ -161,6 +161,8 @@ class Runner:
             self.ensure_pool()
             nonce = os.urandom(8).hex()
             self.write_status(step, "running", started)
+            if step.kind != "analysis":
+                self.mirrors.begin(step.folder, config.wandb_mode(step.run))
             try:
                 notebook = execute_notebook(step, nonce, self.cell_timeout)
                 check_success(step, notebook, nonce)
@@ -174,7 +176,7 @@ class Runner:
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
-                self.mirrors.start(step.folder, config.wandb_mode(step.run))
+                self.mirrors.end(step.folder, config.wandb_mode(step.run))
             return
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:

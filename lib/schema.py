@@ -177,6 +177,7 @@ class Wandb(Fixed):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
+    report_to: list[Name] | None = None  # other trackers of transformers, in the training process: lib/trackers.py
 
 
 class Block(Frozen):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer
 
-from lib import checkpoints, distributed
+from lib import checkpoints, distributed, trackers
 from lib.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.errors import OutOfMemory, StudyError
 from lib.sharded_trainer import ShardedTrainer, load_sharded
@@ -80,6 +80,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          data_collator=collate_rows, callbacks=[Intervals(eval_steps, save_steps)])
         self.remove_callback(PrinterCallback)
+        trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
         if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
@@ -216,6 +217,7 @@ def _resume_point(folder: Path, fingerprint: str | None) -> tuple[Path | None, d
 
 def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_validation: list[dict],
                 reference: dict[str, Tensor], *, loss: dict, training: dict, seed: int, folder: str | Path,
+                report_to: Sequence[str] = (),
                 on_record: Callable[[dict], None], on_timing: Callable[[dict], None] = lambda timing: None,
                 on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
                 max_batches: int | None = None, resume: bool = True, layout: str | None = None) -> Outcome:
@@ -236,7 +238,8 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
         validation = validation[: max_batches * training["global_batch_size"]]
     identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(model, training, steps, device_batch * distributed.world(), accumulation, seed, place)
+    args = training_arguments(model, {**training, "report_to": list(report_to)}, steps, device_batch * distributed.world(),
+                              accumulation, seed, place)
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
     checkpoint, state = distributed.first(lambda: _resume_point(folder, fingerprint if resume else None))
