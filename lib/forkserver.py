@@ -20,12 +20,14 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,8 +61,9 @@ class Server:
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.listener.bind(path)
+        self.listener.bind(f"{path}.new")
         self.listener.listen(128)
+        os.rename(f"{path}.new", path)  # clients wait for this name: a bound socket that does not listen yet refuses them
         self.lifeline_read, self.lifeline_write = os.pipe()
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
@@ -255,6 +258,28 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def owner_watched(server: Server):
+    """While we import, which takes seconds: end at once where the owner goes or asks us to stop, for nothing runs yet. No
+    thread is left when the first fork comes."""
+    imported, poller = threading.Event(), select.poll()
+    poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+
+    def watch():
+        while not imported.wait(0.1):
+            if poller.poll(0):
+                server.close()
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        imported.set()
+        watcher.join()
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         request = json.loads(sys.stdin.buffer.read())
@@ -274,7 +299,8 @@ def main() -> None:
         redaction.KNOWN.update(json.loads(owner.readline() or b"{}"))
     server = Server(arguments.socket, arguments.slots, devices)  # clients may queue while we import
     if not arguments.bare and not devices:
-        preload()
+        with owner_watched(server):
+            preload()
         if sys.platform == "darwin":
             server.spawn = not fork_works()
     server.serve()

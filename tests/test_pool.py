@@ -191,6 +191,22 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, mo
         owner.kill()
 
 
+def test_a_server_that_still_imports_goes_with_its_owner(tmp_path):
+    script = (
+        "from lib import pool; import time\n"
+        "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    wait_for(lambda: (tmp_path / "server").exists() and (tmp_path / "server").read_text(), 20)
+    server = psutil.Process(int((tmp_path / "server").read_text()))
+    wait_for(lambda: len(server.memory_maps()) > 60, 20)  # well into its imports
+    owner.kill()
+    owner.wait()
+    wait_for(lambda: gone(server.pid), 4)
+    assert not folders(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- secrets and terminals
 
 SECRET = """

@@ -55,7 +55,7 @@ def strike(fault: dict) -> None:
         while detail and detail != "kernel":  # die with it, as this process would: it must not get further
             time.sleep(0.01)
     elif what == "tell":
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not os.path.exists(marker[:-5] + "go") and time.monotonic() < deadline:
             time.sleep(0.01)
     elif what == "errno":
