@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -43,13 +44,33 @@ def connect(address: str):
     except ImportError:
         raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
     if not ray.is_initialized():
+        place = _listening(address)
         try:
-            ray.init(address=address, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            ray.init(address=place, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise MissingError("--cluster", f"no cluster answers at {address}: {str(error).strip().splitlines()[0][:120]}",
-                               "a running cluster", "ray start --head on one machine, ray start --address=HOST:6379 on the "
-                               "others; then --cluster, or --cluster HOST:6379") from None
+            raise _absent(f"{place} is no cluster: {str(error).strip().splitlines()[0][:120]}") from None
     return ray
+
+
+def _listening(address: str) -> str:
+    """HOST:PORT of the cluster, where something listens there: Ray itself tries for many minutes. `auto`: what this machine
+    has joined."""
+    if address == "auto":
+        try:
+            address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
+        except OSError:
+            raise _absent("this machine has joined no cluster") from None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError):
+        raise _absent(f"nothing answers at {address}") from None
+    return address
+
+
+def _absent(found: str) -> MissingError:
+    return MissingError("--cluster", found, "a running cluster", "ray start --head on one machine, ray start "
+                        "--address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379")
 
 
 @functools.cache

@@ -27,6 +27,17 @@ def test_without_ray_one_line_names_the_extra(monkeypatch, capsys):
     assert line == "error: --cluster: ray is not installed — pip install -c constraints.txt -e '.[cluster]'"
 
 
+@without_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "localhost:99999", "auto"])
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch, capsys, address):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    cluster._nodes.cache_clear()
+    assert cli.main(["full", "--scale", "laptop", "--cluster", address]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing answers at" in line
+    assert "ray start --head" in line
+
+
 def test_the_clusters_gpus_are_the_slots_and_what_preflight_asks_for(monkeypatch):
     nodes = [{"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}]
     monkeypatch.setattr(cluster, "_nodes", lambda address: nodes)
