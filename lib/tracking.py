@@ -28,7 +28,7 @@ from lib import keys, record
 FROM = "from=wandb"  # in the name of a folder of records that came from W&B
 PROJECT = "llm-finetuning-studies"
 NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
-STALLED = 75  # exit code of a sender that W&B kept waiting
+STALLED, UNREACHED = 75, 76  # exit codes of a sender: W&B kept it waiting; it wrote offline files for want of W&B
 TRIES = 3  # of sending live, before the run's offline files are written instead
 
 
@@ -191,6 +191,7 @@ class Mirrors:
         self.live: dict[Path, threading.Thread] = {}
         self.processes: dict[Path, subprocess.Popen] = {}
         self.failed: list[Path] = []
+        self.unsent: set[Path] = set()  # in offline files only, though W&B was wanted
         self.ending = self.killed = False
 
     def begin(self, folder: Path, mode: str) -> None:
@@ -211,13 +212,16 @@ class Mirrors:
 
     def _keep(self, folder: Path, mode: str) -> None:
         """Keep a sender at work for this run. One that W&B stalls or crashes is started again; at last, offline."""
+        now = mode
         for attempt in range(1, TRIES + 2):
-            if (code := self._send(folder, mode)) == 0 or self.killed:
+            code = self._send(folder, now)
+            if code in (0, UNREACHED) or self.killed:
+                (self.unsent.add if now != mode or code else self.unsent.discard)(folder)
                 break
-            if mode == "offline" or code is None:
+            if now == "offline" or code is None:
                 self.failed.append(folder)
                 break
-            mode = "offline" if attempt == TRIES or over(folder) else mode
+            now = "offline" if attempt == TRIES or over(folder) else now
 
     def _send(self, folder: Path, mode: str) -> int | None:
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
@@ -247,4 +251,7 @@ class Mirrors:
         for folder in [*late, *self.failed]:
             how = "not finished in time" if folder in late else "failed"
             print(f"W&B mirror of {folder.name}: {how} (see {folder / 'wandb.log'}); the record is whole, and "
+                  "./run_all.sh sync brings W&B up to date", file=sys.stderr)
+        if unsent := self.unsent.difference(late, self.failed):
+            print(f"W&B could not be used: {len(unsent)} run{'s' * (len(unsent) > 1)} in offline files only (why: wandb.log); "
                   "./run_all.sh sync brings W&B up to date", file=sys.stderr)

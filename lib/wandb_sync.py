@@ -10,7 +10,6 @@ a file only where its MD5 does. So sending twice changes nothing, and what was c
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -143,9 +142,9 @@ class Sender:
         self.open.clear()
 
 
-def live(folder: Path) -> None:
+def live(folder: Path) -> int:
     """Follow a run while its notebook is at work, then complete it. Waits for W&B as long as there is time; where the run is
-    over and W&B was not to be reached, its offline files are written."""
+    over and W&B was not to be reached, its offline files are written. Returns the exit code."""
     gone, sender, asked, finished, stamps = runner_gone(), None, False, set(), {}
     while True:
         last = tracking.over(folder) or gone.is_set()  # before the look: what was written until then is seen
@@ -166,11 +165,13 @@ def live(folder: Path) -> None:
         else:
             pause(folder, gone, REPROBE)
     if sender is None:
-        return offline(folder)
+        offline(folder)
+        return tracking.UNREACHED
     if final := tracking.final_entry(folder):
         sender.complete(final)
     sender.abandon()
     print(f"{len(finished)} finished members are on W&B", flush=True)
+    return 0
 
 
 def runner_gone() -> threading.Event:
@@ -264,12 +265,10 @@ def main(argv: list[str]) -> int:
     if given.what == "live":
         mode, folder = given.rest[0], Path(given.rest[1])
         watchdog(4 * LIVE_SECONDS)
-        with contextlib.suppress(BrokenPipeError):
-            if mode == "online":
-                live(folder)
-            else:
-                pause(folder, runner_gone(), float("inf"))
-                offline(folder)
+        if mode == "online":
+            return live(folder)
+        pause(folder, runner_gone(), float("inf"))
+        offline(folder)
         return 0
     watchdog(SYNC_SECONDS + 60)
     wandb_read.key_or_mend()

@@ -185,6 +185,7 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     conclude(run)
     mirrors.close(30)
     assert not mirrors.failed
+    assert not mirrors.unsent
     assert differences(run) == {}
     entries = tracking.entries(folder_of(run))
     assert [e.name for e in entries] == ["tiny--default-s1", "tiny--default-s2", "tiny"]
@@ -438,7 +439,7 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
 # ---- W&B is not there, or not well
 
 
-def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs):
+def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs, capsys):
     use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     mirrors = follow(run)
     finished(run)
@@ -446,6 +447,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs):
     before = snapshot(folder_of(run))
     mirrors.close(15)
     assert not mirrors.failed
+    assert "1 run in offline files only" in capsys.readouterr().err
     assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
     assert snapshot(folder_of(run)) == before
     code, said = sync()
@@ -488,12 +490,13 @@ def test_a_server_that_answers_nonsense(server, run, how, outputs):
     assert sync()[0] == 3
 
 
-def test_a_reply_that_crashes_the_clients_core(server, run, outputs):
+def test_a_reply_that_crashes_the_clients_core(server, run, outputs, capsys):
     server.answers = CORE_CRASH
     mirrors = follow(run)
     finished(run, 10)
     before = snapshot(folder_of(run))
     mirrors.close(15)
+    assert "1 run in offline files only" in capsys.readouterr().err
     assert "SIGSEGV" in (folder_of(run) / "wandb.log").read_text()
     assert len(offline_runs(run)) == 3
     assert snapshot(folder_of(run)) == before
