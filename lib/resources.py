@@ -29,14 +29,23 @@ def measured(folder: Path, expected_seconds: float) -> Iterator[None]:
     resumed = any(folder.glob("checkpoints/*/complete.json"))
     base, started = psutil.Process().memory_info().rss, time.monotonic()
     yield
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()
     record.write_json(folder / NAME, {
         "seconds": round(time.monotonic() - started, 3), "expected_seconds": expected_seconds or None,
-        "base_memory_bytes": base, "memory_bytes": max(0, peak - base),
+        "base_memory_bytes": base, "memory_bytes": max(0, peak_bytes() - base),
         "device_memory_bytes": torch.cuda.max_memory_reserved() if cuda else None, "resumed": resumed})
+
+
+def peak_bytes() -> int:
+    """The most that was ever resident of this program: Linux keeps getrusage's figure over exec, so that a small program
+    started by a large one would be told the large one's."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def disk_bytes(folder: Path) -> int:
