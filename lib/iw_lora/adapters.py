@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
-from torch import nn
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lib.errors import StudyError
@@ -27,8 +27,25 @@ def wrap(model: nn.Module, adapter, total_steps: int) -> nn.Module:
                                deltaT=adapter.delta_t, total_step=max(total_steps, 3),  # a trial has 2: one to weigh in
                                **common)
     else:
-        config = LoraConfig(r=adapter.rank, use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, **common)
+        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)} if adapter.init == "eva" else {}
+        config = LoraConfig(r=adapter.rank, use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, **eva, **common)
     return get_peft_model(model, config)
+
+
+def initialise_eva(model: nn.Module, batches: list[dict]) -> None:
+    """EVA's data-driven A (PEFT's own): principal directions of what each adapted matrix is given by `batches`."""
+
+    def given(inputs: Tensor | tuple, mask: Tensor, _) -> Tensor:
+        """The rows of real tokens; of DeBERTa's shared projections also the table of relative positions, whole."""
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        return inputs[mask] if inputs.shape[:2] == mask.shape else inputs.flatten(0, -2)
+
+    model.eval()
+    with torch.random.fork_rng():
+        initialize_lora_eva_weights(
+            model, [{k: v for k, v in b.items() if k != "labels"} for b in batches], prepare_layer_inputs_fn=given,
+            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(), show_progress_bar=False)
+    model.train()
 
 
 class Allocate(TrainerCallback):

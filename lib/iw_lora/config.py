@@ -26,7 +26,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "training.fp16": "true is refused",
     "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
     "loss.freeze_lora_during_warmup": "false is refused",
-    "loss.head_warmup_steps": "above 0 is refused",
+    "compute.strategy": "another than none is refused",
 }
 ALIASES = {
     "alpha": "loss.alpha", "iw_reg_alpha": "loss.alpha", "beta": "loss.beta", "penalty": "loss.penalty",
@@ -145,7 +145,10 @@ def check(run: Run) -> list[Finding]:
                              "remove it, or type: lora"))
     if run.compute.strategy == "fsdp":
         found.append(Finding("error", "compute.strategy", "sensitivities cannot be read from sharded gradients",
-                             "strategy: none or ddp"))
+                             "strategy: none"))
+    if run.compute.strategy == "ddp":
+        found.append(Finding("error", "compute.strategy", "ddp: a member of this study trains on one device (its model has 0.2 "
+                             "billion parameters); several members run at a time", "strategy: none"))
     if total is not None and (training.warmup_steps or 0) >= total:
         found.append(Finding("warning", "training.warmup_steps", f"a warm-up of {training.warmup_steps} steps is beyond the "
                              f"run's {total}: {warmup(run, total)} are used instead", "warmup_ratio: 0.1"))
@@ -168,9 +171,6 @@ def _penalty_findings(run: Run, total: int | None) -> list[Finding]:
     if not loss.freeze_lora_during_warmup:
         found.append(Finding("error", "loss.freeze_lora_during_warmup", "false: the sensitivities are those of the base model, "
                              "read before any adapter moves", "freeze_lora_during_warmup: true"))
-    if loss.head_warmup_steps:
-        found.append(Finding("error", "loss.head_warmup_steps", "not built yet: the head is random when s is measured",
-                             "head_warmup_steps: 0"))
     if total is not None and loss.sensitivity_warmup_steps > total:
         found.append(Finding("warning", "loss.sensitivity_warmup_steps", f"{loss.sensitivity_warmup_steps} calibration "
                              f"batches for a run of {total} steps", f"sensitivity_warmup_steps: {max(1, total // 10)}"))

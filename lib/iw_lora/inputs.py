@@ -12,6 +12,7 @@ from lib import hub, models, record, stand_in
 from lib.iw_lora import base_model, data, generated
 
 PRETRAINING_PAIRS = 20_000
+OTHER_VOCABULARY = 8192  # words at most of a small model made for text that is not generated
 
 
 @dataclass
@@ -41,6 +42,8 @@ def prepare(run, folder: Path) -> None:
         history, _ = record.recorder(folder)
         (folder / "history.jsonl").unlink(missing_ok=True)
         recipe = run.model.recipe.model_dump()
+        if task != "generated":  # real text has more words than the generated task's few dozen
+            recipe["vocab_size"] = max(recipe["vocab_size"], OTHER_VOCABULARY)
         corpus = generated.corpus(PRETRAINING_PAIRS, recipe["seed"]) if task == "generated" else pairs
         closing = base_model.make_base(corpus, recipe, folder / "base",
                                        lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))

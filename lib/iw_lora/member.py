@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from lib.training import SeededOrder
 
 COST_PAIRS = 60  # interleaved rounds of steps
 COST_WARM_UP = 3
+ADALORA_DELTA_T = {"laptop": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
 
 
 def build(run, given: inputs.Inputs, seed: int, steps: int) -> torch.nn.Module:
@@ -42,8 +44,30 @@ def calibration_batches(run, given: inputs.Inputs, seed: int, device) -> list[di
 def calibrated(run, model, given: inputs.Inputs, seed: int) -> tuple[torch.Tensor, int]:
     """(s (K,), skipped batches): the sensitivities before any training."""
     batches = calibration_batches(run, given, seed, next(model.parameters()).device)
-    norms, skipped = sensitivity.gradient_norms(model, batches, trainer.task_loss)
+    with warmed_head(run, model, batches):
+        norms, skipped = sensitivity.gradient_norms(model, batches, trainer.task_loss)
     return sensitivity.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
+
+
+@contextlib.contextmanager
+def warmed_head(run, model, batches: list[dict]):
+    """The ablation head_warmup_steps: pooler and classifier trained alone for so many steps, and put back afterwards, so
+    that nothing but s is different."""
+    head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
+    before = [p.detach().clone() for p in head]
+    optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
+    for step in witness.batches("head warm-up", range(run.loss.head_warmup_steps)):
+        gradients = torch.autograd.grad(trainer.task_loss(model, batches[step % len(batches)]), head)
+        for parameter, gradient in zip(head, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(head, before, strict=True):
+                parameter.copy_(old)
 
 
 def penalty_term(run, s: torch.Tensor, seed: int) -> trainer.Term:
@@ -81,6 +105,8 @@ def train(member, folder: Path, shared: Path) -> dict:
     trial = run.mode == "trial"
     steps = trainer.total_steps(len(given.rows["train"]), run.training, trial)
     model = build(run, given, member.seed, steps)
+    if run.model.adapter.init == "eva":
+        adapters.initialise_eva(model, calibration_batches(run, given, member.seed, models.device()))
     history, timing = record.recorder(folder)
     pad, size = given.tokenizer.pad_token_id, run.evaluation.batch_size
     names = [name.removeprefix("base_model.model.") for name in sensitivity.adapted(model)]
@@ -136,28 +162,33 @@ def _record_adapters(run, folder: Path, model, names: list[str], s, term) -> Non
 
 
 def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of IW-LoRA, LoRA and AdaLoRA, in turns on the same batches in one process; writes step_cost.jsonl.
-    Calibration's share of a run's steps is in IW-LoRA's seconds."""
+    """Step times of IW-LoRA, LoRA and AdaLoRA, in turns on the same batches in one process; writes step_cost.jsonl and
+    calibration.json. A step is what repeats: calibration is done once and counted apart, in passes and in seconds."""
     given, first = inputs.load(shared), config.members(run)[0]
-    rounds = 2 if run.mode == "trial" else COST_PAIRS
+    rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_PAIRS, COST_WARM_UP)
     steps = trainer.total_steps(len(given.rows["train"]), run.training)
-    total = rounds + COST_WARM_UP
+    total = rounds + warm_up
     plain = config.apply(first.run, {"loss.penalty": "none"})
-    ada = config.apply(plain, {"model.adapter": {**config.dump(plain)["model"]["adapter"], "type": "adalora", "init_r": 12,
-                                                 "target_r": run.model.adapter.rank, "tinit": 1, "tfinal": 1, "delta_t": 1}})
-    made = [build(each, given, first.seed, total) for each in (first.run, plain, ada)]
+    schedule = {"type": "adalora", "init_r": run.model.adapter.rank * 3 // 2, "target_r": run.model.adapter.rank, "tinit": 0,
+                "tfinal": 1, "delta_t": ADALORA_DELTA_T[run.scale]}
+    ada = config.apply(plain, {"model.adapter": {**config.dump(plain)["model"]["adapter"], **schedule}})
+    made = [build(each, given, first.seed, max(total, 3)) for each in (first.run, plain, ada)]
     batches = calibration_batches(first.run, given, first.seed, next(made[0].parameters()).device)
     began = time.perf_counter()
     s, _ = calibrated(first.run, made[0], given, first.seed)
-    share = (time.perf_counter() - began) / steps
-    steppers = [trainer.stepper(model, run.training, penalty_term(first.run, s, first.seed) if i == 0 else None)
+    seconds_of_calibration = time.perf_counter() - began
+    steppers = [trainer.stepper(model, first.run.training, penalty_term(first.run, s, first.seed) if i == 0 else None)
                 for i, model in enumerate(made)]
     rows = []
-    for place in range(total):
+    for place in witness.batches("measuring steps", range(total)):
         seconds = [0.0] * 3
         for which in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))[place % 4]:
             seconds[which] = steppers[which](batches[place % len(batches)])
-        if place >= COST_WARM_UP:
-            rows.append({"pair": place - COST_WARM_UP, "seconds": seconds[0] + share, "seconds_baseline": seconds[1],
-                         "step_seconds": seconds[0] + share, "step_seconds_baseline": seconds[2]})
+        if place >= warm_up:
+            rows.append({"pair": place - warm_up, "seconds": seconds[0], "seconds_baseline": seconds[1],
+                         "step_seconds": seconds[0], "step_seconds_baseline": seconds[2]})
     record.write_jsonl(folder / "step_cost.jsonl", rows)
+    micro = steps * run.training.gradient_accumulation_steps
+    record.write_json(folder / "calibration.json", {
+        "passes": len(batches), "training_passes": micro, "share_of_passes": len(batches) / micro,
+        "seconds": seconds_of_calibration})

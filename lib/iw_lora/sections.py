@@ -26,10 +26,14 @@ class Adapter(Section):
     delta_t: Count | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    init: Literal["default", "eva"] = "default"  # eva: A from the principal directions of the inputs of a few batches
+    eva_rho: Annotated[float, BeforeValidator(not_bool), Field(ge=1)] = 2.0  # largest rank over `rank`; 1: all stay alike
 
     @model_validator(mode="after")
     def _schedule(self):
         schedule = {key: getattr(self, key) for key in ("init_r", "target_r", "tinit", "tfinal", "delta_t")}
+        if self.type != "lora" and self.init != "default":
+            raise fault(f"init {self.init} with type {self.type}", "type: lora", "init: default", "init")
         if self.type != "adalora":
             stray = [key for key, value in schedule.items() if value is not None]
             if stray:
@@ -48,7 +52,7 @@ class Adapter(Section):
 class Recipe(Section):
     """The small base model that is made: name: made."""
 
-    vocab_size: Count = 64
+    vocab_size: Count = 64  # for generated text; real text takes up to OTHER_VOCABULARY of its own words
     hidden_size: Count = 64
     layers: Count = 2
     heads: Count = 4
@@ -134,7 +138,7 @@ class Loss(Section):
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
     freeze_lora_during_warmup: bool = True
-    head_warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # an ablation: s is measured on a random head
+    head_warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # an ablation: before s is measured
 
 
 class Evaluation(Section):

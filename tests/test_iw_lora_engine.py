@@ -1,0 +1,105 @@
+"""IW-LoRA's trainer where it could go wrong unseen: several processes, accumulation, saving, AdaLoRA through PEFT."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lib import checkpoints
+from lib.iw_lora import adapters, trainer
+from lib.iw_lora.sections import Training
+from tests.conftest import ROOT
+from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, rows
+
+
+def test_two_processes_count_the_penalty_once(tmp_path):
+    """Each process adds the whole R to the loss of its half of the batch; the average of gradients must hold it once."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = "tests.iw_two_processes"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", program,
+                    str(tmp_path / "two"), "16"], check=True, cwd=ROOT, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-m", program, str(tmp_path / "one"), "32"], check=True, cwd=ROOT, env=environment,
+                   timeout=120)
+    one = json.loads((tmp_path / "one" / "rank0" / "said.json").read_text())
+    two = json.loads((tmp_path / "two" / "rank0" / "said.json").read_text())
+    assert one["penalty"] > 0.1
+    assert two["penalty"] == pytest.approx(one["penalty"], rel=1e-6)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_one_batch_of_32_equals_8_accumulated_4_times_in_every_element(tmp_path, monkeypatch, alpha):
+    """The gradients themselves, as the optimiser is given them."""
+    found = {}
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters, *arguments, **options):
+        parameters = list(parameters)
+        found[size] = [p.grad.detach().clone() for p in parameters if p.grad is not None]
+        return clip(parameters, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    for size in (32, 8):
+        fit(tmp_path / str(size), moved(deberta()), trainer.Term(alpha, torch.ones(4)), steps=1, batch_size=size,
+            gradient_accumulation_steps=32 // size)
+    assert found[32]
+    for one, four in zip(found[32], found[8], strict=True):
+        torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adalora_adapter_reloads_through_peft_with_the_same_output(tmp_path):
+    model = deberta(ADALORA, steps=12)
+    fit(tmp_path / "run", model, steps=12)
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    base = deberta({"type": "none"})
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    inputs = {k: v for k, v in BATCH.items() if k != "labels"}
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    assert sum(adapters.ranks_used(model).values()) == 8 * 4
+
+
+@pytest.mark.parametrize("place", ["_save", "_save_optimizer_and_scheduler", "mark_complete"])
+@pytest.mark.parametrize("adapter", [{}, ADALORA], ids=["lora", "adalora"])
+def test_a_kill_inside_a_save_resumes_bit_identical(tmp_path, adapter, place):
+    """A child is killed for real at the second checkpoint; what it half wrote does not count."""
+    straight = deberta(adapter, 12)
+    fit(tmp_path / "straight", straight, steps=12, every=4)
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_inside(place, tmp_path / "killed", adapter)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    half = checkpoints.checkpoint_folders(tmp_path / "killed" / "checkpoints")
+    assert [p.name for p in half if checkpoints.read_marker(p) is not None] == ["checkpoint-4"]
+    again = deberta(adapter, 12)
+    outcome, record = fit(tmp_path / "killed", again, steps=12, every=4)
+    assert (outcome.step, record[0]["step"]) == (12, 5)
+    mine, theirs = adapters.trainables(straight), adapters.trainables(again)
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def _die_inside(place: str, folder, adapter) -> None:
+    """Train as `fit` does; SIGKILL where the checkpoint of step 8 is being written."""
+    torch.set_num_threads(1)
+    owner = checkpoints if place == "mark_complete" else trainer.ImportanceTrainer
+    real = getattr(owner, place)
+
+    def dies(*arguments, **options):
+        if any("checkpoint-8" in str(a) for a in (*arguments, *options.values())):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(owner, place, dies)
+    section = Training(max_steps=12, batch_size=8, learning_rate=1e-3)
+    trainer.train_rows(
+        deberta(adapter, 12), rows(), section, steps=12, warmup=0, every=4, pad=0, term=None,
+        seed=3, folder=folder, identity="t", on_record=lambda _: None, on_timing=lambda _: None,
+        on_evaluate=lambda _: {"tuning_accuracy": 0.0})

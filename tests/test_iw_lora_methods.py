@@ -1,0 +1,189 @@
+"""What IW-LoRA is compared with, as PEFT has it, and the parts of the study that are chosen by YAML alone."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import config, record
+from lib.errors import StudyError
+from lib.iw_lora import adapters, figures, inputs, sensitivity, tables, trainer
+from lib.iw_lora import member as iw_member
+from lib.iw_lora.penalty import pairs
+from lib.iw_lora.sections import Adapter
+from tests.conftest import ROOT
+from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved
+
+LAPTOP = ROOT / "params" / "iw_lora" / "laptop" / "iw_lora.yaml"
+
+
+def laptop(**changes):
+    run = config.load_run(LAPTOP, scale="laptop", mode="full")
+    return config.apply(run, {"grid": None, "loss.alpha": 0.01, "training.learning_rate": 2e-3, **changes})
+
+
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}, {"init": "eva", "eva_rho": 1.0}, ADALORA],
+                         ids=["rslora", "dora", "eva", "adalora"])
+def test_what_a_practitioner_would_pick_trains_and_moves_its_adapters(tmp_path, variant):
+    model = deberta(variant)
+    if variant.get("init") == "eva":
+        adapters.initialise_eva(model, [BATCH])
+    before = {n: p.detach().clone() for n, p in adapters.trainables(model).items() if "lora" in n}
+    assert fit(tmp_path, model, steps=10)[0].status == "completed"
+    after = adapters.trainables(model)
+    assert any(not torch.equal(p, after[n]) for n, p in before.items())
+
+
+def test_eva_takes_a_from_the_data_and_leaves_the_model_as_it_was():
+    plain, eva = deberta(), deberta({"init": "eva", "eva_rho": 1.0})
+    state = torch.get_rng_state()
+    adapters.initialise_eva(eva, [BATCH])
+    assert torch.equal(state, torch.get_rng_state())
+    plain.eval()
+    eva.eval()
+    labels = {k: v for k, v in BATCH.items() if k != "labels"}
+    torch.testing.assert_close(plain(**labels).logits, eva(**labels).logits)  # B is still 0
+    for (a, b, _), (theirs, *_) in zip(pairs(eva), pairs(plain), strict=True):
+        assert not torch.allclose(a, theirs)
+        assert (b == 0).all()
+        gram = a @ a.T  # principal directions are orthogonal
+        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-4, rtol=0)
+
+
+def test_lora_plus_gives_b_its_own_rate(tmp_path):
+    moves = {}
+    for ratio in (None, 16.0):
+        model = moved(deberta())
+        start = [b.detach().clone() for _, b, _ in pairs(model)]
+        fit(tmp_path / str(ratio), model, steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
+        moves[ratio] = max(float((b - old).abs().max()) for (_, b, _), old in zip(pairs(model), start, strict=True))
+    assert moves[16.0] == pytest.approx(16 * moves[None], rel=0.05)
+
+
+@pytest.mark.parametrize("adapter", [{"type": "adalora", "init": "eva"}, {"init": "eva", "eva_rho": 0.5}, {"init": "pissa"}])
+def test_wrong_initialisations_are_refused(adapter):
+    with pytest.raises(ValueError, match="init|eva_rho"):
+        Adapter(**adapter)
+
+
+def test_head_warm_up_changes_s_and_nothing_else():
+    model = deberta()
+    run = laptop(**{"loss.head_warmup_steps": 5})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with iw_member.warmed_head(run, model, [BATCH]):
+        warmed, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+        assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    plain, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+    assert not torch.allclose(warmed, plain)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("task", "columns", "labels"), [
+    ("sst2", ("sentence",), (0, 1)), ("rte", ("sentence1", "sentence2"), (0, 1)),
+    ("mnli", ("premise", "hypothesis"), (0, 1, 2))])
+def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
+    folder, words = tmp_path / task, [f"word{i}" for i in range(300)]
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 80), ("validation_matched" if task == "mnli" else "validation", 24)):
+        rows = [{c: " ".join(rng.choice(words, 8)) for c in columns} | {"label": int(labels[i % len(labels)])}
+                for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = laptop(**{"dataset.name": str(folder), "model.recipe.pretrain_steps": 2})
+    assert [f for f in config.check(run) if f.level == "error"] == []
+    made = tmp_path / "inputs"
+    made.mkdir()
+    inputs.prepare(run, made)
+    given = inputs.load(made)
+    assert given.report["task"] == task
+    assert len(given.tokenizer) > 250, "its own words, not the generated task's few dozen"
+    assert given.rows["train"][0]["ids"].count(given.tokenizer.unk_token_id) == 0
+
+
+def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(iw_member, "COST_PAIRS", 4)
+    monkeypatch.setattr(iw_member, "COST_WARM_UP", 1)
+    run = laptop(**{"model.recipe.pretrain_steps": 2, "dataset.train_examples": 128, "dataset.validation_examples": 16,
+                    "training.batch_size": 8})
+    (tmp_path / "inputs").mkdir()
+    inputs.prepare(run, tmp_path / "inputs")
+    iw_member.step_cost(run, tmp_path, tmp_path / "inputs")
+    rows = record.read_jsonl(tmp_path / "step_cost.jsonl")
+    assert len(rows) == 4
+    assert all(min(r["seconds"], r["seconds_baseline"], r["step_seconds_baseline"]) > 0 for r in rows)
+    calibration = record.read_json(tmp_path / "calibration.json")
+    assert calibration["passes"] == 16
+    assert calibration["share_of_passes"] == pytest.approx(16 / 120)
+
+
+@pytest.mark.parametrize("task", ["mnli", "sst2", "rte"])
+def test_calibration_is_under_two_percent_of_a_paper_scale_run(task):
+    """In forward and backward passes."""
+    run = config.load_run(ROOT / "params" / "iw_lora" / "paper" / f"{task}_iw_lora.yaml", scale="paper", mode="full")
+    assert run.loss.sensitivity_warmup_steps < 0.02 * config.steps(run) * run.training.gradient_accumulation_steps
+
+
+MATRICES = pd.DataFrame([
+    {"run_id": run, "method": run, "cell": "default", "seed": seed, "label_of_run": run,
+     "matrix": f"{layer}.attention.self.{name}_proj", "s": 0.1, "w": 0.1 + 0.05 * layer + 0.02 * place,
+     "coefficient": 0.9 - 0.05 * layer if run != "lora" else None, "delta_norm": 1.0 + layer + place,
+     "rank": 4 + 3 * layer + place if run == "adalora" else None}
+    for run in ("iw_lora", "lora", "adalora") for seed in (1, 2) for layer in (0, 1)
+    for place, name in enumerate(("query", "value"))])
+
+
+def test_the_studys_figures_say_their_numbers(tmp_path):
+    matplotlib.use("Agg")
+    told = figures.sensitivity_map(MATRICES)
+    assert "query of layer 0 0.4" in told.alt
+    assert "value of layer 1 0.68" in told.alt
+    assert "max/min 1.06" in figures.coefficient_spread(MATRICES[MATRICES["run_id"] == "iw_lora"]).alt
+    assert "iw_lora 1 to 3, mean 2" in figures.update_norms(MATRICES).alt
+    assert "rank correlation 1 over 4 matrices" in figures.rank_against_sensitivity(MATRICES).alt
+    examples = pd.DataFrame({"label_of_run": "lora", "label": [0, 0, 1, 1], "prediction": [0, 1, 1, 1]})
+    assert "entailment right 0.5, other right 1" in figures.confusions(examples, ["entailment", "other"]).alt
+    costs = pd.DataFrame({"seconds": [2.0, 2.0], "seconds_baseline": [1.0, 2.0], "step_seconds": [2.0, 2.0],
+                          "step_seconds_baseline": [4.0, 4.0]})
+    assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in figures.times(costs).alt
+    for name in ("sensitivity_map", "coefficient_spread", "update_norms", "rank_against_sensitivity"):
+        assert getattr(figures, name)(MATRICES.iloc[:0]).alt
+    assert figures.confusions(examples.iloc[:0], ["a", "b"]).alt
+
+
+def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
+    folder = tmp_path / "rte"
+    folder.mkdir()
+    row = {"sentence1": "a", "sentence2": "b", "label": 0}
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": -1}) + "\n")
+    (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "inputs").mkdir()
+    with pytest.raises(StudyError, match="rte/train, row 2"):
+        inputs.prepare(laptop(**{"dataset.name": str(folder)}), tmp_path / "inputs")
+
+
+def test_a_text_of_unknown_words_does_not_stop_pretraining():
+    from lib.iw_lora.base_model import replace_tokens
+
+    ids = torch.tensor([[1, 5, 6, 7], [1, 1, 1, 1]])
+    corrupted, replaced = replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
+    assert torch.equal(corrupted[1], ids[1])
+    assert not replaced[1].any()
+
+
+def test_the_analysis_of_nothing_says_so():
+    """No run finished: every table and figure of the analysis is there, and empty."""
+    empty = record.Records(*(pd.DataFrame() for _ in range(5)))
+    assert tables.example_scores(empty).empty
+    assert "alpha" in tables.all_members(empty)
+    assert tables.seed_noise(empty, (0.1,)).empty
+    assert tables.accuracies(empty).empty
+    matrices = tables.adapters(empty)
+    assert figures.sensitivity_map(matrices).alt
+    best = tables.at_chosen(matrices, ROOT / "nowhere")
+    assert figures.update_norms(best).alt
+    assert figures.confusions(tables.at_chosen(empty.pairs, ROOT / "nowhere"), ["a"]).alt
+    assert tables.calibrations(ROOT / "nowhere").empty
