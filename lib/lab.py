@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     first = {"JUPYTER_PATH": Path(sys.prefix) / "share" / "jupyter", "PYTHONPATH": config.ROOT}
     first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
     quiet = {
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm, which widgets would show
+        "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",  # of tqdm and of transformers
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
