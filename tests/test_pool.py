@@ -103,6 +103,19 @@ def test_no_orphan_outlives_server_or_owner(tmp_path, how):
         owner.wait()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+def test_a_child_that_holds_the_interpreters_lock_goes_with_its_server(tmp_path, monkeypatch):
+    own = pool.Pool(1, bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    job = task(tmp_path, "a", "hold_the_lock", started=str(tmp_path / "pid"))
+    pool.start(job)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    time.sleep(0.3)
+    own.process.kill()
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+    own.close()
+
+
 def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "gpus", lambda: ["3", "5"])
     own = pool.Pool(bare=True)
