@@ -20,6 +20,7 @@ METRICS = {
 DIVERGED = {"validation_accuracy": 0.5, "tuning_accuracy": 0.5}  # what a diverged member counts as, as in claims.yaml
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "model.adapter.eva_rho": "read where init is eva, as in a YAML of the paper's scale",
     "dataset.splits": "generated data has its own; read with data from the hub or a folder",
     "dataset.preprocessing.padding": "rows are padded to the longest of their batch either way, as check says",
     "training.optimizer": "adamw is the only choice",

@@ -27,6 +27,7 @@ METRICS = {
 }
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
     "model.torch_dtype": "a made model is float32; check refuses another",
+    "mt_bench_score": "graded by a judge, whom a trial does not ask",
     "dataset.on_bad_row": "generated rows are never bad",
 }
 ALIASES = {  # the order is the order in a cell's name

@@ -238,7 +238,7 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
         validation = validation[: max_batches * training["global_batch_size"]]
     identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(model, {**training, "report_to": list(report_to)}, steps, device_batch * distributed.world(),
+    args = training_arguments(model, training | {"report_to": list(report_to)}, steps, device_batch * distributed.world(),
                               accumulation, seed, place)
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
