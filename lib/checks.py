@@ -4,7 +4,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from lib import config
+from lib import config, trackers
 from lib.errors import StudyError
 from lib.faults import did_you_mean
 from lib.schema import Finding, Run
@@ -13,7 +13,7 @@ TEXT = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def shared_findings(run: Run) -> list[Finding]:
-    return [*_objective(run), *_search_space(run), *_grid(run), *_files(run)]
+    return [*_objective(run), *_search_space(run), *_grid(run), *_files(run), *trackers.findings(run)]
 
 
 def _objective(run: Run) -> list[Finding]:

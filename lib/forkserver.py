@@ -6,7 +6,7 @@ Importing torch, transformers and trl costs 10 s; a record of fifty members must
 
 Protocol, over a Unix socket, one JSON object per line, one connection per child:
     -> {"kind": "member" | "kernel", "target": "lib.members:work", "argument": {...}, "log": path, "env": {...},
-        "name": same names never run at the same time, "threads": n}
+        "name": same names never run at the same time, "threads": n, "slots": GPUs or slots that it takes}
     <- {"event": "started", "pid": p}     when its slot is free (a kernel takes no slot)
     -> {"signal": n}                      sent on to the child's process group
     <- {"event": "exit", "code": c}       negative: killed by that signal
@@ -43,7 +43,7 @@ class Child:
     """One connection and, once started, its process."""
 
     def __init__(self, connection: socket.socket):
-        self.connection, self.buffer, self.request, self.pid, self.slot = connection, b"", None, None, None
+        self.connection, self.buffer, self.request, self.pid, self.slots = connection, b"", None, None, []
         self.log: Log | None = None
         self.output: int | None = None  # the end of its stdout and stderr that the server reads
 
@@ -55,6 +55,7 @@ class Child:
 class Server:
     def __init__(self, path: str, slots: int, devices: list[str]):
         self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
+        self.total = slots
         self.children: dict[int, Child] = {}
         self.stopping = False
         self.queue: list[Child] = []
@@ -156,18 +157,22 @@ class Server:
     def start_waiting(self) -> None:
         running = {c.request.get("name") for c in self.children.values()}
         for child in list(self.queue):
-            if child.takes_slot and (not self.slots or child.request.get("name") in running):
+            wanted = min(child.request.get("slots", 1), self.total) if child.takes_slot else 0
+            if child.takes_slot and (len(self.slots) < wanted or child.request.get("name") in running):
+                if len(self.slots) < wanted and wanted > 1:
+                    break  # what needs several slots waits for them at the head, or single ones would always take them
                 continue
             self.queue.remove(child)
             if child.takes_slot:
-                child.slot = self.slots.pop(0)
+                child.slots, self.slots = self.slots[:wanted], self.slots[wanted:]
                 running.add(child.request.get("name"))
             self.start(child)
 
     def start(self, child: Child) -> None:
         request = child.request
-        if self.devices and child.slot is not None:
-            request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = self.devices[child.slot % len(self.devices)]
+        if self.devices and child.slots:
+            given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in child.slots)
+            request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = ",".join(given)
         out = None
         if request.get("log"):
             child.log = Log(request["log"])
@@ -235,9 +240,8 @@ class Server:
                 continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what the child itself started ends with it
-            if child.slot is not None and not self.stopping:
-                self.slots.append(child.slot)
-                self.slots.sort()
+            if not self.stopping:
+                self.slots = sorted([*self.slots, *child.slots])
             self.copy_output(child, last=True)
             self.send(child, {"event": "exit", "code": os.waitstatus_to_exitcode(status)})
             child.pid = None

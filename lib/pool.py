@@ -32,7 +32,9 @@ class PoolLost(RuntimeError):
 
 
 def gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver."""
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver, or where a cluster's count."""
+    if os.environ.get("STUDY_CLUSTER"):
+        return []
     with contextlib.suppress(Exception):  # NVML raises its own errors where there is no driver
         import pynvml
 
@@ -137,6 +139,7 @@ class Task:
     argument: dict
     folder: Path
     threads: int = 1
+    slots: int = 1  # GPUs (or slots) it takes at a time
     check: Callable[[], bool] = lambda: True
     state: str = "queued"  # queued, running, succeeded, failed, lost
     seconds: float = 0.0
@@ -167,8 +170,13 @@ def start(task: Task) -> None:
     """Queue the task; it runs when a slot is free, for as long as this process keeps the connection."""
     task.connection, task.buffer, task.state = connect(address()), b"", "queued"
     task.attempts += 1
-    request = {"kind": "member", "name": str(task.folder), "target": task.target, "argument": task.argument,
-               "log": str(task.log), "threads": task.threads}
+    target, argument = task.target, task.argument
+    if os.environ.get("STUDY_CLUSTER"):
+        argument = {"target": target, "argument": argument, "folder": str(task.folder), "slots": task.slots,
+                    "threads": task.threads}
+        target = "lib.cluster:run"
+    request = {"kind": "member", "name": str(task.folder), "target": target, "argument": argument,
+               "log": str(task.log), "threads": task.threads, "slots": task.slots}
     task.connection.sendall(json.dumps(request).encode() + b"\n")
 
 

@@ -232,7 +232,7 @@ def _state(folder: Path) -> dict:
     """What is known of a member with no finished record."""
     error = read_json(folder / "error.json")
     if error:
-        return {"status": "failed", "why": error.get("exception", "")}
+        return {"status": error.get("status", "failed"), "why": error.get("exception", "")}
     return (
         {"status": "lost", "why": "its process went away"}
         if (folder / "member.json").exists()

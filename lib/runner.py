@@ -151,7 +151,7 @@ class Runner:
             if told:
                 self.errors[id(step)] = told
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, self.state[id(step)], started, told)
+                self.write_status(step, how(step, self.state[id(step)]), started, told)
                 (step.progress / "progress.json").unlink(missing_ok=True)
         self.minutes[id(step)] = (time.time() - started) / 60
 
@@ -161,6 +161,8 @@ class Runner:
             self.ensure_pool()
             nonce = os.urandom(8).hex()
             self.write_status(step, "running", started)
+            if step.kind != "analysis":
+                self.mirrors.begin(step.folder, config.wandb_mode(step.run))
             try:
                 notebook = execute_notebook(step, nonce, self.cell_timeout)
                 check_success(step, notebook, nonce)
@@ -174,7 +176,7 @@ class Runner:
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
-                self.mirrors.start(step.folder, config.wandb_mode(step.run))
+                self.mirrors.end(step.folder, config.wandb_mode(step.run))
             return
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
@@ -204,6 +206,12 @@ def trained_seconds(step: plan.Step, since: float) -> float:
     """Seconds that the members trained since then took, each on its slot."""
     made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
     return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
+
+
+def how(step: plan.Step, state: str) -> str:
+    """The status that is written down: `out_of_memory` where that is what ended a member of a failed run."""
+    ended = (record.read_json(path, {}).get("status") for path in step.folder.glob("*/*/error.json"))
+    return "out_of_memory" if state == "failed" and "out_of_memory" in ended else state
 
 
 def command(step: plan.Step) -> str:

@@ -14,8 +14,10 @@ def table(steps: list, finished) -> None:
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for step in steps:
         state = finished.state[id(step)] or "not started"
-        metric = (record.read_json(step.folder / "status.json") or {}).get("key_metric") or {}
+        status = record.read_json(step.folder / "status.json") or {}
+        metric = status.get("key_metric") or {}
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
+        state = status.get("status", state) if state == "failed" else state
         print(f"{step.title:34} {state:11} {finished.minutes.get(id(step), 0):7.2f}  {value}")
     for step in steps:
         error = finished.errors.get(id(step))

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lib import config, forecast, record, resources
-from lib.errors import StudyError
+from lib.errors import StudyError, ended_as
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -56,6 +56,7 @@ def train(argument: dict) -> None:
         record.write_json(
             folder / "error.json",
             {
+                "status": ended_as(error),
                 "exception": record.redact(f"{type(error).__name__}: {error}"),
                 "traceback": record.redact(traceback.format_exc()),
             },

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from lib import config, keys, members, pool, record, runner
+from lib import config, keys, members, pool, record, runner, work
 from lib.errors import StudyError
 from tests.conftest import TINY
 
@@ -223,6 +224,39 @@ def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny,
     assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
 
 
+def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower(tiny, pool_socket, monkeypatch, capsys):
+    """torch.OutOfMemoryError in step 3 of one: its record says out_of_memory, it is not tried again, the other goes on."""
+    task_of = members._task
+
+    def small_gpu(member, folder):
+        task = task_of(member, folder)
+        task.target = "tests.faults:out_of_memory_member" if member.seed == 2 else task.target
+        return task
+
+    monkeypatch.setattr(members, "_task", small_gpu)
+    run = tiny()
+    members.prepared(run)
+    job = members.submit(run)
+    members.watch(job)
+    task, folder = job.tasks["default-s2"], job.folders["default-s2"]
+    assert (task.state, task.attempts) == ("failed", 1)
+    assert "default-s2: out_of_memory" in capsys.readouterr().out
+    assert not (folder / "done.json").exists()
+    error = record.read_json(folder / "error.json")
+    assert error["status"] == "out_of_memory"
+    first = error["exception"].splitlines()[0]
+    tokens = int(first.split(" tokens")[0].split()[-1])
+    assert "step 3: no memory for a batch of 8 pairs with" in first
+    assert tokens > 8 * 4
+    assert "lower training.per_device_train_batch_size (8)" in error["exception"]
+    assert "CUDA out of memory" in task.log.read_text(), "the allocator's own words are in the log"
+    with pytest.raises(StudyError, match="default-s2: out_of_memory"):
+        members.collect(job)
+    assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
+    (missing,) = record.load(run.results_dir, config.members(run)).missing
+    assert (missing["member"], missing["status"]) == ("default-s2", "out_of_memory")
+
+
 def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_socket, monkeypatch):
     run = tiny(seed_list=[1])
     members.prepared(run)
@@ -254,7 +288,14 @@ def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
     monkeypatch.setenv("STUDY_SLOTS", "0")
     run = tiny(seed_list=[1], training={**TINY["training"], "max_steps": 2})
     members.prepared(run)
-    job = members.submit(run)
+    threads, train, before = [], work.train, torch.get_num_threads()
+    monkeypatch.setattr(work, "train", lambda argument: (threads.append(torch.get_num_threads()), train(argument)))
+    torch.set_num_threads(3)
+    try:
+        job = members.submit(run)
+        assert (threads, torch.get_num_threads()) == ([run.compute.threads], 3)  # its sums depend on them: see its key
+    finally:
+        torch.set_num_threads(before)
     assert [t.state for t in job.tasks.values()] == ["succeeded"]
     assert members.collect(job)[0]["status"] == "completed"
 

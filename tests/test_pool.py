@@ -134,6 +134,31 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
         own.close()
 
 
+def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "gpus", lambda: ["0", "4", "7"])
+    own = pool.Pool(bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    try:
+        first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1)
+        pool.start(first)
+        wait_for((tmp_path / "pid").exists)
+        wide, narrow = (task(tmp_path, n, "note_environment", path=str(tmp_path / f"{n}.txt")) for n in ("wide", "narrow"))
+        wide.slots = 3
+        order = []
+        for job in (wide, narrow):
+            pool.start(job)
+        pool.drive([first, wide, narrow], on_change=lambda t: order.append((t.name, t.state)))
+        assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
+        assert order.index(("wide", "running")) < order.index(("narrow", "running"))
+        too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
+        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/distributed.py)
+        pool.start(too_wide)
+        pool.drive([too_wide])
+        assert too_wide.state == "succeeded"
+    finally:
+        own.close()
+
+
 def test_the_pool_gets_no_secret_unless_it_is_told_to_keep_them(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345678")
     for keep in (False, True):

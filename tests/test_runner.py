@@ -16,6 +16,7 @@ import yaml
 from lib import cli, plan, progress, record, runner, show
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
+from tests.faults import SITECUSTOMIZE
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
 
@@ -270,3 +271,38 @@ def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypa
     assert lines[-2] == "… and 24 more notebooks"
     assert "0 of 30 notebooks done, about 0m30s left" in lines[-1]
     assert all(len(line) < 60 for line in lines)
+
+
+def started(tmp_path, *arguments, **more):
+    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
+    environment.pop("STUDY_POOL", None)
+    command = ["full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "1", *arguments]
+    with open(tmp_path / "out.txt", "a") as out:
+        return subprocess.Popen([sys.executable, "-m", "lib", *command], env=environment, cwd=ROOT, stdout=out,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
+    """Two runs of which one member has no memory: exit code 1, `out_of_memory` in the table, `status` and the page."""
+    for name, seeds in (("fits", [1]), ("large", [1, 2])):
+        path = tmp_path / "params" / "td_dpo" / "laptop" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({**TINY, "run_id": name, "seed_list": seeds}))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    process = started(tmp_path, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
+    assert process.wait(180) == 1, (tmp_path / "out.txt").read_text()
+    table = (tmp_path / "out.txt").read_text()
+    assert "td_dpo/large                       out_of_memory" in table
+    assert "td_dpo/fits                        succeeded" in table
+    assert "no memory for a batch of 8 pairs with" in table
+    results = tmp_path / "outputs" / "laptop-full" / "td_dpo"
+    assert record.read_json(results / "large" / "status.json")["status"] == "out_of_memory"
+    assert (results / "large" / "members" / "default-s1" / "done.json").exists()
+    status = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, capture_output=True, text=True, check=True,
+                            env={**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}).stdout
+    assert "td_dpo/large                       out_of_memory" in status
+    page = (tmp_path / "outputs" / "index.html").read_text()
+    assert "out_of_memory" in page
+    assert "1 completed, 1 out of memory" in page

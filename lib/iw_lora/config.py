@@ -146,9 +146,6 @@ def check(run: Run) -> list[Finding]:
     if run.compute.strategy == "fsdp":
         found.append(Finding("error", "compute.strategy", "sensitivities cannot be read from sharded gradients",
                              "strategy: none"))
-    if run.compute.strategy == "ddp":
-        found.append(Finding("error", "compute.strategy", "ddp: a member of this study trains on one device (its model has 0.2 "
-                             "billion parameters); several members run at a time", "strategy: none"))
     if total is not None and (training.warmup_steps or 0) >= total:
         found.append(Finding("warning", "training.warmup_steps", f"a warm-up of {training.warmup_steps} steps is beyond the "
                              f"run's {total}: {warmup(run, total)} are used instead", "warmup_ratio: 0.1"))
