@@ -61,9 +61,10 @@ class Server:
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.listener.bind(f"{path}.new")
+        unready = str(Path(path).with_name("n"))  # no longer than the name: a socket's path has 107 characters at most
+        self.listener.bind(unready)
         self.listener.listen(128)
-        os.rename(f"{path}.new", path)  # clients wait for this name: a bound socket that does not listen yet refuses them
+        os.rename(unready, path)  # clients wait for this name: a bound socket that does not listen yet refuses them
         self.lifeline_read, self.lifeline_write = os.pipe()
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
