@@ -1,5 +1,6 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
+import contextlib
 import json
 import threading
 import time
@@ -7,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lib import record
+from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.td_dpo import judging, mt_bench
+from lib.td_dpo import judging, mt_answers, mt_bench, sampling
 
 KEY = "sk-planted-0123456789"
 SINGLE = {"system_prompt": "Be fair.", "prompt_template": "Q {question} A {answer}"}
@@ -57,7 +58,8 @@ def judge_server(monkeypatch):
                 return
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body.encode())
+            with contextlib.suppress(ConnectionError):  # a client that has given up
+                self.wfile.write(body.encode())
 
         def log_message(self, *_):
             pass
@@ -207,3 +209,36 @@ def test_what_is_missing_is_named_with_its_mend(data, tmp_path, monkeypatch, cap
     assert "OPENAI_BASE_URL" in capsys.readouterr().err
     assert judging.main([str(path), "--data", str(tmp_path / "none"), "--model", "judge"]) == 3
     assert "question.jsonl" in capsys.readouterr().err
+    shipped = config.load_run(config.ROOT / "params/td_dpo/paper/dpo.yaml", study="td_dpo", scale="paper", mode="full")
+    for place, levels in ((data, []), (tmp_path / "none", ["error"])):  # found before training, not after it
+        run = config.apply(shipped, {"evaluation.mt_bench": str(place)})
+        assert [f.level for f in config.study_module("td_dpo").check(run) if f.key == "evaluation.mt_bench"] == levels
+
+
+def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp_path, monkeypatch):
+    """Batches of one: the answer to a question does not depend on where the member was interrupted."""
+    bench, asked, dies_after = mt_bench.read(data), [], [99]
+
+    def stand_in(model, tokenizer, questions, *, seed, temperature, max_new_tokens, batch_size):
+        if len(asked) >= dies_after[0]:
+            raise KeyboardInterrupt
+        asked.append(([q["id"] for q in questions], temperature))
+        return [{"question": q["id"], "category": q["category"], "turn": t, "text": f"{seed} {q['id']} {t}", "length": 3,
+                 "finished": True} for q in questions for t in (1, 2)]
+
+    monkeypatch.setattr(sampling, "answer_questions", stand_in)
+    settings = {"seed": 42, "max_new_tokens": 4, "batch_size": 1}
+    whole = mt_answers.answer(None, None, bench, tmp_path / "a.jsonl", **settings)
+    assert asked == [([104], 0.0), ([106], 0.0), ([111], 0.0), ([81], 0.7)]
+    asked.clear()
+    dies_after[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings)
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write('{"question": 111, "tu')
+    dies_after[0] = 99
+    assert mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
+    assert [ids for ids, _ in asked] == [[104], [106], [111], [81]]
+    assert mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
+    assert len(asked) == 4
+    assert len(record.read_jsonl(tmp_path / "b.jsonl")) == 8
