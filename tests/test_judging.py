@@ -195,7 +195,10 @@ def test_the_command_shows_the_cost_first_and_never_writes_the_key(data, judge_s
     assert judging.main(command) == 0
     assert set(judge_server.headers) == {f"Bearer {KEY}"}
     written = "".join(p.read_text() for p in path.parent.iterdir() if p.is_file())
-    assert record.read_json(path.with_name("mt_bench.json"))["mt_bench_score"] == 7
+    assert judging.main(command) == 0
+    made = record.read_json(path.with_name("mt_bench.json"))
+    assert (made["mt_bench_score"], made["spent"]["calls"]) == (7, 8), "what the grades took stays recorded"
+    assert len(judge_server.seen) == 8
     told = capsys.readouterr()
     assert KEY not in written + told.out + told.err
 

@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     except StudyError as error:
         print(record.redact(str(error)), file=sys.stderr)
         return error.exit_code
-    made = {"judge": given.model, **mt_bench.summary(graded), "spent": spent, "answers": graded}
+    kept, of_these = load_cache(cache), {row["key"] for row in asked}  # all they ever took, in this call or an earlier one
+    total = {name: sum(kept[key][name] for key in of_these) for name in spent}
+    made = {"judge": given.model, **mt_bench.summary(graded), "spent": total, "answers": graded}
     record.write_json(given.answers.with_name("mt_bench.json"), made)
     print(f"score {made['mt_bench_score']}, without wrong references {made['mt_bench_score_corrected']}; "
           f"{made['unparsed']} of {len(graded)} unparsed; {spent['calls']} calls")
