@@ -268,4 +268,4 @@ def _judge(run: Run, machine: Machine) -> list[Finding]:
     if any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
         return []
     return [Finding("warning", "evaluation.judge", "no judge endpoint: training goes on and judging stays pending",
-                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, and run the same command again")]
+                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, and grade the answers (see the README)")]

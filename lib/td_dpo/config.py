@@ -6,6 +6,7 @@ from typing import Any
 
 from lib.errors import StudyError
 from lib.schema import Finding, split_role
+from lib.td_dpo import mt_bench
 from lib.td_dpo.sections import OWN_LOSSES, TRL_LOSSES, VALIDATION_METRIC, WITH_TAU, Run
 
 __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_LOSSES", "VALIDATION_METRIC", "WITH_TAU",
@@ -249,6 +250,11 @@ def _other_findings(run: Run) -> list[Finding]:
     if run.evaluation.judge == "oracle" and run.dataset.name != "generated":
         found.append(Finding("warning", "evaluation.judge", f"no oracle reward is known for {run.dataset.name}: answers "
                              "are not scored, accuracies are", "judge: none"))
+    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:
+        try:
+            mt_bench.read(run.evaluation.mt_bench)
+        except StudyError as error:
+            found.append(Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.mend or error.expected))
     if run.loss.average_log_probs:
         found.append(Finding("warning", "loss.average_log_probs", "an ablation: log-probabilities are averaged, not summed",
                              "false for the study's own definition"))

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from lib import config, distributed, models, record, trackers
-from lib.td_dpo import cost, generated, inputs, oracle, sampling, trainer
+from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling, trainer
 from lib.td_dpo.reference import log_ratio_of_samples
 from lib.td_dpo.tokens import pad_token
 
 SAMPLE_BATCH = 80
+MT_BATCH = 16  # long answers: their cached keys and values fill the memory
 COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
 
 
@@ -160,6 +161,17 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
             "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"]),
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
+    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: lib/td_dpo/judging.py
+        mt_answers.answer(
+            model,
+            given.tokenizer,
+            mt_bench.read(run.evaluation.mt_bench),
+            folder / "answers.jsonl",
+            seed=seed,
+            max_new_tokens=run.evaluation.max_new_tokens,
+            batch_size=MT_BATCH,
+            count=run.evaluation.questions,
+        )
     return metrics
 
 

@@ -176,6 +176,7 @@ class Evaluation(Section):
     temperature: NonNegative = 0.7
     kl_prompts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 16
     judge: Literal["oracle", "mt_bench", "none"] = "none"
+    mt_bench: Name | None = None  # folder of MT-Bench's files: its questions are answered and saved, and graded later
 
 
 class Search(Optuna):
