@@ -20,7 +20,7 @@ OTHER_VOCABULARY = 2048  # tokens for text that is not generated
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Words with the space before them, whole numbers to 199, signs: decoding gives the text back."""
-    pieces = Regex(r" ?[A-Za-z]+|\d+|\s|[^\w\s]")
+    pieces = Regex(r" ?[A-Za-z]+|\d+|\s|#+|[^\w\s#]")
     split = pre_tokenizers.Split(pieces, "isolated")
     texts = [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in data.generated(2000, 0, 2)]
     found = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)} | {str(i) for i in range(200)})

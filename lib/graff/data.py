@@ -14,7 +14,7 @@ from lib.graff import answers
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
-HIGH = 20  # operands lie below it; results stay in 0..99
+HIGH = 10  # operands lie below it; one-step problems start below twice that, so that every second step was seen as a first
 
 
 def _step(rng, total: int) -> tuple[str, int, str]:
@@ -27,13 +27,13 @@ def _step(rng, total: int) -> tuple[str, int, str]:
 def problem(rng, steps: int) -> dict:
     """{"question", "answer"} with `steps` additions and subtractions, one line of rationale each."""
     name, thing = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
-    total = int(rng.integers(2, HIGH))
+    total = int(rng.integers(2, 2 * HIGH if steps == 1 else HIGH))
     said, worked = [f"{name} has {total} {thing}."], []
     for _ in range(steps):
         verb, n, sign = _step(rng, total)
         result = total + n if sign == "+" else total - n
         said.append(f"{name} {verb} {n}.")
-        worked.append(f"{total} {sign} {n} = <<{total}{sign}{n}={result}>>{result} {thing}.")
+        worked.append(f"{total}{sign}{n}=<<{total}{sign}{n}={result}>>{result} {thing}.")
         total = result
     return {"question": " ".join([*said, f"How many {thing} does {name} have?"]),
             "answer": "\n".join([*worked, f"#### {total}"])}
