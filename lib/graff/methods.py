@@ -41,6 +41,9 @@ class Fixed:
     log: dict = field(default_factory=dict)
     wants_gradient = wants_secant = wants_probe = wants_entropy = False
 
+    def __post_init__(self) -> None:
+        """What a subclass remembers."""
+
     def decide(self, seen: Seen) -> pl.Plan:
         return pl.Plan(torch.tensor(self.log_eta), torch.zeros(2 * self.layers), torch.tensor(0.0))
 

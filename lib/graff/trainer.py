@@ -136,7 +136,7 @@ class BudgetTrainer(Trainer):
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad],
                                            self.run.training.clip_grad_norm)
             if self.run.training.scheduler.type == "prodigy":  # schedule-free has a warm-up of its own
-                optimizer.param_groups[0]["lr"] = eta0 * warm
+                optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
 
     def weight(self) -> float:
         """What regret weights the hypergradients by: the step's time over its running mean, or 1 / time (literal)."""
