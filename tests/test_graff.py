@@ -213,7 +213,7 @@ def test_block_adam_is_adamw_where_every_multiplier_is_one():
 # ---- 6. and 7. the budget
 
 def curve(folder):
-    return [r for r in map(json.loads, (folder / "history.jsonl").read_text().splitlines())]
+    return list(map(json.loads, (folder / "history.jsonl").read_text().splitlines()))
 
 
 def trained(folder, shared, **scheduler):
@@ -238,7 +238,8 @@ def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
     assert found["in_budget"]
     assert found["used"] <= 15.0
     rows = curve(tmp_path / "m")
-    assert rows[0]["used"] == 0.0 and rows[-1]["final"]
+    assert rows[0]["used"] == 0.0
+    assert rows[-1]["final"]
     assert [r["used"] for r in rows] == sorted(r["used"] for r in rows)
     full = methods.make(member_of("cosine").run.training.scheduler, 2)
     assert float(full.decide(methods.Seen(1.0, 0, torch.zeros(4))).log_eta) == pytest.approx(math.log(1e-4))

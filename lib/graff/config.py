@@ -6,9 +6,9 @@ from typing import Any
 from lib.graff.sections import READ_BY, VALIDATION_METRIC, Run
 from lib.schema import Finding, rename, split_role
 
-__all__ = ["ALIASES", "CLAIM_METRICS", "DIVERGED", "MADE_BY", "MEMBER_KEYS", "METRICS", "UNREAD", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run",
-           "accumulation", "check", "normalise", "recognises", "search_changes", "steps", "train_rows",
-           "trial_changes"]
+__all__ = ["ALIASES", "CLAIM_METRICS", "DIVERGED", "MADE_BY", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC",
+           "SECOND_METRIC", "UNREAD", "VALIDATION_METRIC", "Run", "accumulation", "check", "normalise", "recognises",
+           "search_changes", "steps", "train_rows", "trial_changes"]
 
 PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
 SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored

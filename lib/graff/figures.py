@@ -14,7 +14,8 @@ def _over_budget(rows: pd.DataFrame, column: str, places: np.ndarray) -> np.ndar
     """Mean over members of `column` at `places` of the budget's fraction, by linear interpolation."""
     rows = rows.dropna(subset=[column])
     members = [g.sort_values("x") for _, g in rows.groupby(["cell", "seed"])]
-    return np.mean([np.interp(places, g["x"], g[column].astype(float)) for g in members], axis=0) if members else places * np.nan
+    found = [np.interp(places, g["x"], g[column].astype(float)) for g in members]
+    return np.mean(found, axis=0) if found else places * np.nan
 
 
 @housestyle

@@ -88,8 +88,8 @@ def load(folder: Path) -> Inputs:
     folder = Path(folder)
     report = record.read_json(folder / "report.json")
     base = str(folder / "base") if (folder / "base").is_dir() else report["base"]
-    return Inputs(models.load_tokenizer(str(folder / "tokenizer")), record.read_json(folder / "problems.json"),
-                  record.read_json(folder / "rows.json"), torch.tensor(record.read_json(folder / "frequent.json")), report, base)
+    problems, rows, frequent = (record.read_json(folder / f"{name}.json") for name in ("problems", "rows", "frequent"))
+    return Inputs(models.load_tokenizer(str(folder / "tokenizer")), problems, rows, torch.tensor(frequent), report, base)
 
 
 def load_model(run, given: Inputs, seed: int):

@@ -93,7 +93,8 @@ class Scheduler(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
             return raw
         defaults = {"outer_lr": 1e-3, "stability_guard": 1.9, "guard": "adam", "cold": False, "norm": "cos",
-                    "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01, "graph": True, "budget_feature": True,
+                    "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01,
+                    "graph": True, "budget_feature": True,
                     "frozen": False, "token_weights": True}
         own = {key: value for key, value in defaults.items() if raw["type"] in READ_BY[key]}
         return {**raw, **{key: value for key, value in own.items() if raw.get(key) is None}}

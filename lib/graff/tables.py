@@ -11,8 +11,7 @@ KEYS = ["run_id", "method", "learning_rate", "seed"]
 
 def _keyed(rows: pd.DataFrame) -> pd.DataFrame:
     """With `learning_rate`, the grid's adapter_lr_init."""
-    rate = rows["adapter_lr_init"] if "adapter_lr_init" in rows else None
-    return rows.assign(learning_rate=rate)
+    return rows.assign(learning_rate=rows.get("adapter_lr_init"))
 
 
 def of_kind(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:

@@ -24,7 +24,8 @@ SIZES = {"laptop": (64, 2), "paper": (384, 8)}
 def recipe(scale: str, steps: int, share: float, place: Path):
     hidden, layers = SIZES[scale]
     raw = {"run_id": "warm_start", "method": "graff", "role": "proposed", "seed_list": [7],
-           "model": {"name": "made", "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}, "lora": {"r": 8}},
+           "model": {"name": "made", "lora": {"r": 8},
+                     "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}},
            "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
            "training": {"budget_minutes": 1.0 * share, "clock": "virtual", "global_batch_size": 16, "micro_batch_size": 16,
                         "total_steps": steps, "optimizer": {"lr_init": 3e-3, "betas": [0.9, 0.98]},
