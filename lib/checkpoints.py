@@ -84,7 +84,8 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
 
 
 def usable(place: Path, fingerprint: str | None) -> Path | None:
-    """The last complete checkpoint marked with `fingerprint`; every other one is removed (None: none is usable)."""
+    """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is removed,
+    and so is what a kill between a save and its tidying left: only the last and its best are kept."""
     found = None
     for folder in checkpoint_folders(place):
         marker = read_marker(folder)
@@ -92,4 +93,13 @@ def usable(place: Path, fingerprint: str | None) -> Path | None:
             remove_checkpoint(folder)
         else:
             found = folder
+    if found is not None:
+        keep_last_and_best(place, found, read_marker(found).get("best_step"))
     return found
+
+
+def keep_last_and_best(place: Path, last: Path, best_step: int | None) -> None:
+    """Remove every other checkpoint."""
+    for other in checkpoint_folders(place):
+        if other != last and other.name != f"checkpoint-{best_step}":
+            remove_checkpoint(other)

@@ -1,16 +1,19 @@
 """Checks that hold for the run YAMLs of every study; lib/<study>/config.py adds its own."""
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
-from lib import config
+from lib import config, trackers
 from lib.errors import StudyError
 from lib.faults import did_you_mean
 from lib.schema import Finding, Run
 
+TEXT = (".jsonl", ".json", ".csv", ".tsv")
+
 
 def shared_findings(run: Run) -> list[Finding]:
-    return [*_objective(run), *_search_space(run), *_grid(run), *_files(run)]
+    return [*_objective(run), *_search_space(run), *_grid(run), *_files(run), *trackers.findings(run)]
 
 
 def _objective(run: Run) -> list[Finding]:
@@ -78,9 +81,39 @@ def _files(run: Run) -> list[Finding]:
     found = []
     for key in config.study_module(run.study).PATHS:
         value = config.get(raw, key)
-        if config.is_local(value) and not Path(value).exists():
+        if not config.is_local(value):
+            continue
+        if Path(value).is_symlink() and not Path(value).exists():
+            found.append(Finding("error", key, f"{value} is a link that leads nowhere or to itself", "name the file itself"))
+        elif not Path(value).exists():
             found.append(Finding("error", key, f"{value} does not exist", _how_to_get(run, key)))
+        elif key.startswith("dataset."):
+            found += [Finding("error", key, *fault) for path in _data_files(Path(value)) if (fault := _not_text(path))]
     return found
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The text files of a local data set, which may be one file or a folder (as it is, or with `data/`)."""
+    files = [path] if path.is_file() else sorted(p for folder in (path, path / "data") for p in folder.glob("*"))
+    return [file for file in files if file.suffix in TEXT and file.is_file()]
+
+
+def _not_text(path: Path) -> tuple[str, str] | None:
+    """(fault, how to mend it) of a data file that is not UTF-8 or cannot be read: said before anything has started."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+                line += block.count(b"\n")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start) if error.object else 0
+        return (f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8",
+                f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)")
+    except OSError as error:
+        return f"{path}: {error.strerror}", "a readable file"
+    return None
 
 
 def _how_to_get(run: Run, key: str) -> str:

@@ -4,6 +4,7 @@ Like it, this knows no study code: what a target imports of `lib` is read from d
 """
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -71,7 +72,13 @@ def redirect(out: int | None) -> None:
 
 
 def die_with(lifeline: int) -> None:
-    """End this process when the pipe's other end closes, that is when the server is gone, however it went."""
+    """End this process when the pipe's other end closes, that is when the server is gone, however it went.
+
+    On Linux the kernel sees to it as well: our thread cannot run while a long call into C holds the interpreter's lock.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def wait():
         os.read(lifeline, 1)

@@ -73,7 +73,7 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
                 done = len(by_status.get("completed", [])) + len(by_status.get("diverged", []))
                 out.append({"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(found), "finished": done,
                             **{status: ", ".join(map(str, by_status.get(status, [])))
-                               for status in ("completed", "diverged", "failed", "lost", "missing")}})
+                               for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")}})
     return pd.DataFrame(out)
 
 

@@ -5,6 +5,7 @@ started), 4 something was left for lack of time (--max-hours), 130 interrupted. 
 """
 
 import argparse
+import contextlib
 import fnmatch
 import os
 import re
@@ -14,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, errors, forecast, plan, pool, progress, record, show
+from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
 from lib.errors import StudyError
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
-COMMANDS = ("full", "trial", "plan", "check", "status", "report", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "status", "report", "sync", "pull", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=COMMANDS,
         help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
-        "report: rebuild the pages; lab: JupyterLab; test: the tests",
+        "report: rebuild the pages; sync: bring W&B up to date with the records; pull: judge the studies from W&B; "
+        "lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -47,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--jobs", type=int, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
     )
+    top.add_argument(
+        "--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster"
+    )
+    top.add_argument("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
+    top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
     top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
@@ -71,10 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["test"]:
         return subprocess.call([sys.executable, "-m", "pytest", str(config.ROOT / "tests"), *argv[1:]], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
-        return lab(argv[1:])
+        from lib import lab
+
+        return lab.lab(argv[1:])
     options = parser().parse_args(argv)
+    options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
+    os.environ.pop("STUDY_CLUSTER", None)
+    hub.keep_downloads_here()
     if options.jobs is not None and options.jobs < 1:
         print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
@@ -83,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             return show.status(root_of(options), options.study)
         if options.command == "report":
             return rebuild(options)
+        if options.command in ("sync", "pull"):
+            return mirror(options)
         return run(options)
     except StudyError as error:
         print(record.inert(record.redact(str(error))), file=sys.stderr)
@@ -97,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def root_of(options) -> Path:
-    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study."""
-    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sorted(s.partition("=") for s in options.sets))
+    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study. Where a run
+    is mirrored is no variation of it."""
+    sets = sorted(s.partition("=") for s in options.sets if not s.startswith("wandb."))
+    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sets)
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
@@ -170,9 +186,10 @@ def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
         if not built(loaded):
             told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
     code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
-    if options.scale == "paper" and options.mode == "full":
-        needs = [f for _, loaded, _ in found if not isinstance(loaded, StudyError) for f in preflight.missing(loaded)]
-        told["this machine"] = list(dict.fromkeys(needs))
+    if options.mode == "full":
+        machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
+        needs = preflight.missing_for([loaded for _, loaded, _ in found if not isinstance(loaded, StudyError)], machine)
+        told["this machine"] = needs
         code = code or 3 * any(f.level == "error" for f in needs)
     return told, code
 
@@ -182,6 +199,13 @@ def built(loaded) -> bool:
 
 
 def run(options) -> int:
+    if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
+        try:
+            kinds = cluster.gpus(options.cluster)
+        except errors.MissingError as error:
+            print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
+            return error.exit_code
+        os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
     if options.command == "check":
         from lib.check import command
@@ -203,6 +227,8 @@ def run(options) -> int:
 
 
 def slots_of(options) -> int:
+    if options.cluster:
+        return options.jobs or cluster.slots(options.cluster)
     return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
 
 
@@ -220,6 +246,7 @@ def execute(options, runs: list) -> int:
         listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
+        runner.stay_inside(root, steps)
         slots = slots_of(options)
         to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
@@ -236,7 +263,7 @@ def execute(options, runs: list) -> int:
                 slots,
                 fail_fast=options.fail_fast,
                 force=options.force,
-                keep_secrets=options.scale == "paper" and options.mode == "full",
+                keep_secrets=options.mode == "full" and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
                 max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,
@@ -247,6 +274,8 @@ def execute(options, runs: list) -> int:
                 if ok:
                     forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
+                with contextlib.suppress(OSError):  # a full or read-only disk has been told of already
+                    runner.remove_leftovers(root)
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
     index = report.index_html(OUTPUTS)
@@ -279,19 +308,12 @@ def rebuild(options) -> int:
     return 0
 
 
-def lab(arguments: list[str]) -> int:
-    """JupyterLab on notebooks/, with this environment's kernel, without its news pop-up and its look-ups on the net."""
-    return subprocess.call(
-        [
-            sys.executable,
-            "-m",
-            "jupyter",
-            "lab",
-            str(config.ROOT / "notebooks"),
-            "--LabApp.news_url=None",
-            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-            "--LabApp.extension_manager=readonly",
-            *arguments,
-        ],
-        cwd=config.ROOT / "notebooks",
-    )
+def mirror(options) -> int:
+    """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
+    from lib import wandb_command
+
+    if options.command == "sync":
+        roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+        return wandb_command.sync([root for root in roots if root.is_dir()], options)
+    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
+    return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)

@@ -1,6 +1,8 @@
 """The papermill engine of the runner: kernels from the pool, and no secret in what a notebook keeps."""
 
 import os
+import uuid
+from pathlib import Path
 
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
@@ -18,6 +20,12 @@ def _redacted(value):
 
 class Client(PapermillNotebookClient):
     """Replaces secrets in every message before it becomes an output that papermill saves."""
+
+    def create_kernel_manager(self):
+        """The kernel's connection file holds a key: it stands in the pool's folder and goes with it."""
+        manager = super().create_kernel_manager()
+        manager.connection_file = str(Path(os.environ["STUDY_POOL"]).with_name(f"kernel-{uuid.uuid4().hex}.json"))
+        return manager
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):

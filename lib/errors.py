@@ -26,6 +26,18 @@ class MissingError(StudyError):
     exit_code = 3
 
 
+class OutOfMemory(StudyError):
+    """A device had no memory left for a step: its member ends as `out_of_memory`, the others go on."""
+
+    exit_code = 1
+
+
+def ended_as(error: BaseException) -> str:
+    """The status of a member that this exception ended: out_of_memory or failed."""
+    names = {cls.__name__ for cls in type(error).__mro__}  # by name: torch must not be imported for it
+    return "out_of_memory" if names & {"OutOfMemory", "OutOfMemoryError", "MemoryError"} else "failed"
+
+
 def of_the_system(error: OSError) -> tuple[str, int]:
     """(what to say, exit code) of an error of the operating system that reached the command line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):

@@ -89,7 +89,8 @@ def forecast(planned: list, slots: int) -> Forecast:
     """Of plan.Steps. Training and searches share the slots; preparation and analysis do not."""
     training = [s for s in planned if s.kind != "analysis" and s.reason]
     shared, alone = sum(s.seconds for s in training), sum(s.seconds for s in planned if s.kind == "analysis")
-    wall = shared / max(1, slots) + sum(s.prepare for s in training) + alone
+    wide = sum(s.seconds * min(s.run.compute.devices, slots) for s in training)  # a sharded member takes several slots
+    wall = wide / max(1, slots) + sum(s.prepare for s in training) + alone
     devices = max((s.run.compute.gpus for s in training), default=0)
     at_once = min(slots, sum(s.members for s in training))
     held = [member_memory(s.run) for s in training if s.members]

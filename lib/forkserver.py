@@ -6,7 +6,7 @@ Importing torch, transformers and trl costs 10 s; a record of fifty members must
 
 Protocol, over a Unix socket, one JSON object per line, one connection per child:
     -> {"kind": "member" | "kernel", "target": "lib.members:work", "argument": {...}, "log": path, "env": {...},
-        "name": same names never run at the same time, "threads": n}
+        "name": same names never run at the same time, "threads": n, "slots": GPUs or slots that it takes}
     <- {"event": "started", "pid": p}     when its slot is free (a kernel takes no slot)
     -> {"signal": n}                      sent on to the child's process group
     <- {"event": "exit", "code": c}       negative: killed by that signal
@@ -20,12 +20,14 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,7 @@ class Child:
     """One connection and, once started, its process."""
 
     def __init__(self, connection: socket.socket):
-        self.connection, self.buffer, self.request, self.pid, self.slot = connection, b"", None, None, None
+        self.connection, self.buffer, self.request, self.pid, self.slots = connection, b"", None, None, []
         self.log: Log | None = None
         self.output: int | None = None  # the end of its stdout and stderr that the server reads
 
@@ -53,12 +55,15 @@ class Child:
 class Server:
     def __init__(self, path: str, slots: int, devices: list[str]):
         self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
+        self.total = slots
         self.children: dict[int, Child] = {}
+        self.stopping = False
         self.queue: list[Child] = []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.listener.bind(path)
+        self.listener.bind(f"{path}.new")
         self.listener.listen(128)
+        os.rename(f"{path}.new", path)  # clients wait for this name: a bound socket that does not listen yet refuses them
         self.lifeline_read, self.lifeline_write = os.pipe()
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
@@ -82,11 +87,14 @@ class Server:
                 elif key.fileobj == sys.stdin.fileno():
                     if not os.read(sys.stdin.fileno(), 4096):
                         return self.close()
+                    self.ask_to_stop()
                 elif isinstance(key.fileobj, int):
                     self.copy_output(key.data)
                 else:
                     self.receive(key.data)
             self.reap()
+            if self.stopping and not any(child.takes_slot for child in self.children.values()):
+                return self.close()
             self.start_waiting()
 
     def receive(self, child: Child) -> None:
@@ -137,21 +145,33 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
 
+    def ask_to_stop(self) -> None:
+        """The owner has said so: start nothing more, let members save where they are, and end when the last has ended."""
+        self.stopping, self.slots = True, []
+        for pid, child in self.children.items():
+            if child.takes_slot:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
     def start_waiting(self) -> None:
         running = {c.request.get("name") for c in self.children.values()}
         for child in list(self.queue):
-            if child.takes_slot and (not self.slots or child.request.get("name") in running):
+            wanted = min(child.request.get("slots", 1), self.total) if child.takes_slot else 0
+            if child.takes_slot and (len(self.slots) < wanted or child.request.get("name") in running):
+                if len(self.slots) < wanted and wanted > 1:
+                    break  # what needs several slots waits for them at the head, or single ones would always take them
                 continue
             self.queue.remove(child)
             if child.takes_slot:
-                child.slot = self.slots.pop(0)
+                child.slots, self.slots = self.slots[:wanted], self.slots[wanted:]
                 running.add(child.request.get("name"))
             self.start(child)
 
     def start(self, child: Child) -> None:
         request = child.request
-        if self.devices and child.slot is not None:
-            request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = self.devices[child.slot % len(self.devices)]
+        if self.devices and child.slots:
+            given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in child.slots)
+            request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = ",".join(given)
         out = None
         if request.get("log"):
             child.log = Log(request["log"])
@@ -219,9 +239,8 @@ class Server:
                 continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what the child itself started ends with it
-            if child.slot is not None:
-                self.slots.append(child.slot)
-                self.slots.sort()
+            if not self.stopping:
+                self.slots = sorted([*self.slots, *child.slots])
             self.copy_output(child, last=True)
             self.send(child, {"event": "exit", "code": os.waitstatus_to_exitcode(status)})
             child.pid = None
@@ -237,6 +256,28 @@ class Server:
                 os.killpg(pid, signal.SIGKILL)
             self.copy_output(child, last=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def owner_watched(server: Server):
+    """While we import, which takes seconds: end at once where the owner goes or asks us to stop, for nothing runs yet. No
+    thread is left when the first fork comes."""
+    imported, poller = threading.Event(), select.poll()
+    poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+
+    def watch():
+        while not imported.wait(0.1):
+            if poller.poll(0):
+                server.close()
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        imported.set()
+        watcher.join()
 
 
 def main() -> None:
@@ -258,7 +299,8 @@ def main() -> None:
         redaction.KNOWN.update(json.loads(owner.readline() or b"{}"))
     server = Server(arguments.socket, arguments.slots, devices)  # clients may queue while we import
     if not arguments.bare and not devices:
-        preload()
+        with owner_watched(server):
+            preload()
         if sys.platform == "darwin":
             server.spawn = not fork_works()
     server.serve()

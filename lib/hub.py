@@ -28,6 +28,15 @@ def go_offline() -> None:
             sys.modules[module].HF_HUB_OFFLINE = True
 
 
+def keep_downloads_here() -> None:
+    """What this process and those it starts download lies in .cache/ (STUDY_CACHE), unless the environment says where.
+    The token stays where `hf auth login` has put it."""
+    if not {"HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"} & set(os.environ):
+        cache = Path(os.environ.get("STUDY_CACHE") or Path(__file__).resolve().parents[1] / ".cache").absolute()
+        os.environ["HF_HUB_CACHE"] = str(cache / "hub")
+        os.environ.setdefault("HF_DATASETS_CACHE", str(cache / "datasets"))
+
+
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE is set."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}

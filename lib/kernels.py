@@ -22,6 +22,9 @@ def launch(argument: dict) -> None:
 
     sys.argv = ["ipykernel_launcher", "-f", argument["connection_file"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if transformers := sys.modules.get("transformers"):  # how it loads is for a member's log, not for a page
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     IPKernelApp.launch_instance()
 
 

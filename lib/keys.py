@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def source(name: str, revision: str | None) -> str:
 
 @functools.cache
 def device_kind() -> str:
-    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds."""
+    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds. On a cluster the
+    kinds of its GPUs."""
+    if os.environ.get("STUDY_DEVICES"):
+        return os.environ["STUDY_DEVICES"]
     try:
         import pynvml
 
@@ -130,6 +134,8 @@ def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
     its training lives."""
     numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
+    if config.get("compute", {}).get("strategy") == "fsdp":
+        numbers["sharded"] = True
     model, dataset = config["model"], config["dataset"]
     parts = {
         "config": {**_flat(numbers), "seed": seed, "mode": mode},

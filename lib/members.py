@@ -10,7 +10,9 @@ A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<s
 that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 from lib import config, keys, pool, record, work
 from lib.errors import StudyError
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 
@@ -91,7 +94,8 @@ def prepared(run) -> Path:
         check=lambda: (final / "complete.json").exists(),
     )
     if _slots() == 0:
-        work.prepare(argument)
+        with _threads(run.compute.threads):
+            work.prepare(argument)
         return final
     pool.start(task)
     pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
@@ -112,7 +116,8 @@ def measure(run, function: str) -> None:
         "inputs": str(prepared(run)),
     }
     if _slots() == 0:
-        return work.measure(argument)
+        with _threads(run.compute.threads):
+            return work.measure(argument)
     task = pool.Task(
         name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads
     )
@@ -168,18 +173,33 @@ def _task(member, folder: Path) -> pool.Task:
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     return pool.Task(
         name=member.id,
-        target="lib.work:train",
+        target="lib.work:member",
         folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
+        slots=run.compute.devices,
         check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
     )
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    """As many threads in this kernel as a process of the pool would have: sums of floats depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _inline(task: pool.Task) -> None:
     """slots=0: in this very kernel, for pdb and for code defined in a cell."""
     started = time.monotonic()
-    work.train(task.argument)
+    with _threads(task.threads):
+        work.train(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
 
 
@@ -201,27 +221,30 @@ def watch(job: Job) -> None:
             if isinstance(value, float)
             else record.read_json(task.folder / "error.json", {}).get("exception", "")
         )
-        status = metrics.get("status", task.state) if task.state == "succeeded" else task.state
+        status = metrics.get("status", task.state) if task.state == "succeeded" else ended(task)
         print(
             f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}"
         )
 
+    steps = {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
+
     def tick() -> None:
-        running = [{"member": t.name, **_last(t.folder)} for t in job.tasks.values() if t.state == "running"]
+        running = [
+            {"member": t.name, "seconds": round(time.monotonic() - t.seconds, 1), "steps": steps[t.name], **_last(t.folder)}
+            for t in job.tasks.values() if t.state == "running"
+        ]  # fmt: skip
         ended = sum(t.ended for t in job.tasks.values())
-        _progress(
-            job.run,
-            {
-                "phase": "training",
-                "done": ended,
-                "members": len(job.tasks),
-                "running": running,
-                "elapsed": round(time.monotonic() - (began or time.monotonic()), 1),
-            },
-        )
+        elapsed = round(time.monotonic() - (began or time.monotonic()), 1)
+        counts = {"done": ended, "members": len(job.tasks)}
+        _progress(job.run, {"phase": "training", **counts, "running": running, "elapsed": elapsed})
 
     pool.drive(list(job.tasks.values()), changed, tick)
     _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
+
+
+def ended(task: pool.Task) -> str:
+    """How a member that did not succeed ended: lost, failed or out_of_memory."""
+    return record.read_json(task.folder / "error.json", {}).get("status", "failed") if task.state == "failed" else task.state
 
 
 def collect(job: Job, *, strict: bool = True) -> list[dict]:
@@ -229,7 +252,7 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
     if failed and strict:
         told = "\n".join(
-            f"  {t.name}: {t.state}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
+            f"  {t.name}: {ended(t)}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
             f"  (log: {t.log})"
             for t in failed
         )
@@ -270,7 +293,7 @@ def _last(folder: Path) -> dict:
             for line in reversed(file.read().decode(errors="replace").split("\n")):
                 if line.startswith("{") and '"loss"' in line and line.endswith("}"):
                     row = json.loads(line)
-                    return {k: row.get(k) for k in ("step", "steps", "loss")}
+                    return {k: row[k] for k in ("step", "steps", "loss") if row.get(k) is not None}
     except (OSError, ValueError):
         pass
     return {}

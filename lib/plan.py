@@ -118,3 +118,10 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     known = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2
     step.seconds = known if reason else 0
     return step
+
+
+def analysis(study: str, results: Path, scale: str, mode: str) -> Step:
+    """The analysis of a folder of records that nothing here has made (they came from W&B)."""
+    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
+    return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, "",
+                "its records came from W&B")

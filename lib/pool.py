@@ -32,7 +32,9 @@ class PoolLost(RuntimeError):
 
 
 def gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver."""
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver, or where a cluster's count."""
+    if os.environ.get("STUDY_CLUSTER"):
+        return []
     with contextlib.suppress(Exception):  # NVML raises its own errors where there is no driver
         import pynvml
 
@@ -76,6 +78,9 @@ class Pool:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
                         "PYTHONUNBUFFERED": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
         environment.pop("STUDY_POOL", None)
+        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
+        environment["TMPDIR"] = os.path.join(self.folder, "tmp")
+        os.mkdir(environment["TMPDIR"])
         self.process = subprocess.Popen(
             [sys.executable, str(FORKSERVER), self.socket, str(self.slots), "--devices", ",".join(devices),
              *(["--bare"] if bare else [])],
@@ -93,11 +98,21 @@ class Pool:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def ask_to_stop(self) -> None:
+        """Members save a checkpoint after the step they are in and end; when none is left, the server ends with the rest."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(b"stop\n")
+            self.process.stdin.flush()
+
     def close(self) -> None:
-        """End the server; its children end with it (their lifeline closes)."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
+        """End the server, which kills its children first; where it does not react, they end by its death (their lifeline)."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:  # it may still be importing
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -124,6 +139,7 @@ class Task:
     argument: dict
     folder: Path
     threads: int = 1
+    slots: int = 1  # GPUs (or slots) it takes at a time
     check: Callable[[], bool] = lambda: True
     state: str = "queued"  # queued, running, succeeded, failed, lost
     seconds: float = 0.0
@@ -154,8 +170,13 @@ def start(task: Task) -> None:
     """Queue the task; it runs when a slot is free, for as long as this process keeps the connection."""
     task.connection, task.buffer, task.state = connect(address()), b"", "queued"
     task.attempts += 1
-    request = {"kind": "member", "name": str(task.folder), "target": task.target, "argument": task.argument,
-               "log": str(task.log), "threads": task.threads}
+    target, argument = task.target, task.argument
+    if os.environ.get("STUDY_CLUSTER"):
+        argument = {"target": target, "argument": argument, "folder": str(task.folder), "slots": task.slots,
+                    "threads": task.threads}
+        target = "lib.cluster:run"
+    request = {"kind": "member", "name": str(task.folder), "target": target, "argument": argument,
+               "log": str(task.log), "threads": task.threads, "slots": task.slots}
     task.connection.sendall(json.dumps(request).encode() + b"\n")
 
 

@@ -1,109 +1,52 @@
-"""Is what a run needs on this machine? GPU, hub access and licence, W&B key, disk, judge; each with what to do.
+"""Is what a run needs on this machine? GPU and its memory, hub access and licence, disk, W&B key, data base, judge.
 
-Asked before anything starts. A `Machine` answers the questions, so that tests can answer them too. No value of a key or
-token is ever part of a finding.
+Asked before anything starts; each finding says what to do. No value of a key or token is ever part of one.
 """
 from __future__ import annotations
 
 import netrc
-import os
-import shutil
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
+from lib import footprint, storage
+from lib.errors import StudyError
+from lib.grid import members
+from lib.probe import SECONDS, Gpu, Machine, ask_hub, visible_gpus  # noqa: F401 (part of this module's interface)
+from lib.record import read_json
 from lib.run_values import is_hub_id
 from lib.schema import Finding, Run
 
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
-NEEDED_GB = {"laptop": 1, "paper": 60}  # paper: a 7B model (14), its data, and adapters with optimiser state per member
+NEEDED_GB = {"laptop": 1, "paper": 60}  # where no estimate can be made (lib/footprint.py)
+DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
-SECONDS = 3.0
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory_gb: float
-    capability: tuple[int, int]
-
-
-def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that CUDA would show, by NVML (which does not initialise CUDA); [] without a driver."""
-    import pynvml
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        named = environ.get("CUDA_VISIBLE_DEVICES")
-        wanted = [str(i) for i in range(count)] if named is None else [d.strip() for d in named.split(",") if d.strip()]
-        found = []
-        for device in wanted:
-            if device.lstrip("-").isdigit():
-                if not 0 <= int(device) < count:
-                    break  # as CUDA does: a bad index hides it and all that follow
-                handle = pynvml.nvmlDeviceGetHandleByIndex(int(device))
-            else:
-                handle = pynvml.nvmlDeviceGetHandleByUUID(device)
-            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9,
-                             tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
-        return found
-    except pynvml.NVMLError:
-        return []
-
-
-@lru_cache(maxsize=32)
-def ask_hub(url: str, token: str | None) -> tuple[int | None, str]:
-    """(HTTP status, the hub's error code) of a GET within SECONDS; (None, "") where nothing answers."""
-    answer: list[tuple[int | None, str]] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url)
-            if token:  # not sent on to where a redirect leads
-                request.add_unredirected_header("Authorization", f"Bearer {token}")
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                answer.append((response.status, ""))
-        except urllib.error.HTTPError as error:
-            hub = error.headers.get("X-Request-Id") is not None or error.headers.get("X-Error-Code") is not None
-            answer.append((error.code, error.headers.get("X-Error-Code") or "") if hub else (None, ""))  # else a proxy
-        except (OSError, ValueError):
-            answer.append((None, ""))
-
-    # In a thread, because urlopen's time-out does not cover name resolution.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return answer[0] if answer else (None, "")
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-@dataclass(frozen=True)
-class Machine:
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    gpus: Callable[[Mapping[str, str]], list[Gpu]] = visible_gpus
-    hub: Callable[[str, str | None], tuple[int | None, str]] = ask_hub
-    free_bytes: Callable[[Path], int] = _free_bytes
+def of_cluster(address: str) -> Machine:
+    """This machine with the GPUs of a Ray cluster, of which only number and kind are known here."""
+    from lib import cluster
+    return Machine(gpus=lambda environ: [Gpu(kind, float("inf"), (99, 0)) for kind in cluster.gpus(address)])
 
 
 def missing(run: Run, machine: Machine | None = None) -> list[Finding]:
     """What keeps `run` from being done here in full; a trial needs nothing (it uses stand-ins)."""
-    if run.mode == "trial":
-        return []
-    machine = machine or Machine()
-    return [*_gpus(run, machine), *_hub(run, machine), *_wandb(run, machine), *_disk(run, machine), *_judge(run, machine)]
+    return missing_for([run], machine)
 
 
-def _gpus(run: Run, machine: Machine) -> list[Finding]:
+def missing_for(runs: list[Run], machine: Machine | None = None) -> list[Finding]:
+    """The same of several runs, which share the disk; each finding once."""
+    machine, found = machine or Machine(), []
+    wanted = [run for run in runs if run.mode != "trial"]
+    for run in wanted:
+        model = footprint.shape(settings(run, machine) or {})
+        found += [*_gpus(run, machine, model), *_hub(run, machine), *_storage(run), *wandb(run, machine),
+                  *_judge(run, machine)]
+    return list(dict.fromkeys([*found, *_disk(wanted, machine)]))
+
+
+def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Finding]:
     if not run.compute.gpus:
         return []
     found, floor = machine.gpus(machine.environ), run.compute.min_gpu_memory_gb or 0
@@ -118,6 +61,16 @@ def _gpus(run: Run, machine: Machine) -> list[Finding]:
         there = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in found)
         return [Finding("error", "compute.min_gpu_memory_gb", f"{needed} needed for each member, found {there}",
                         elsewhere + ", or lower training.per_device_train_batch_size and then compute.min_gpu_memory_gb")]
+    if model and hasattr(run.model, "peft"):
+        largest = sorted((gpu.memory_gb for gpu in found), reverse=True)[run.compute.gpus - 1]
+        needed = footprint.training_bytes(run, model) / 1e9
+        if needed > largest:
+            size = footprint.smaller_batch(run, model, largest * 1e9)
+            lower = (f"--set training.per_device_train_batch_size={size}" if size else
+                     "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length")
+            return [Finding("error", "training.per_device_train_batch_size", f"about {needed:.0f} GB of GPU memory for "
+                            f"full-length batches of {run.training.per_device_train_batch_size} pairs, the GPU has "
+                            f"{largest:.0f}", lower)]
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
     other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
@@ -150,26 +103,37 @@ def token(environ: Mapping[str, str]) -> str | None:
         return None
 
 
-def is_cached(environ: Mapping[str, str], api: str, name: str, revision: str | None) -> bool:
-    """Whether a snapshot of this revision (of any, where none is pinned) is in the hub's cache."""
-    cache = Path(environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or _hf_home(environ) / "hub")
-    repository = cache / f"{api}--{name.replace('/', '--')}"
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """Where the hub's client keeps what it downloads."""
+    return Path(environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or _hf_home(environ) / "hub")
+
+
+def cached(environ: Mapping[str, str], api: str, name: str, revision: str | None) -> Path | None:
+    """The snapshot of this revision (of any, where none is pinned) in the hub's cache."""
+    repository = hub_cache(environ) / f"{api}--{name.replace('/', '--')}"
     if revision and (repository / "refs" / revision).is_file():
         revision = (repository / "refs" / revision).read_text().strip()
     snapshots = repository / "snapshots"
     folders = [snapshots / revision] if revision else list(snapshots.glob("*"))
-    return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+    return next((folder for folder in folders if folder.is_dir() and any(folder.iterdir())), None)
+
+
+def _endpoint(environ: Mapping[str, str]) -> str:
+    return environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _offline(environ: Mapping[str, str]) -> bool:
+    return environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}
 
 
 def _hub(run: Run, machine: Machine) -> list[Finding]:
     found, environ = [], machine.environ
-    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    offline = environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}
+    endpoint, offline = _endpoint(environ), _offline(environ)
     have_token = token(environ)
     for section, api, prefix in HUB_KEYS:
         part = getattr(run, section)
         name, revision = ("nyu-mll/glue" if part.name == "glue" else part.name), getattr(part, "revision", None)
-        if not is_hub_id(name) or is_cached(environ, api, name, revision):
+        if not is_hub_id(name) or cached(environ, api, name, revision):
             continue
         key, page = f"{section}.name", f"{endpoint}/{prefix}{name}"
         fetch = f"hf download {name}" + (" --repo-type dataset" if prefix else "") + (f" --revision {revision}" if revision
@@ -195,27 +159,107 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
     return found
 
 
-def _wandb(run: Run, machine: Machine) -> list[Finding]:
-    from lib.config import wandb_mode
-    if wandb_mode(run) != "online" or machine.environ.get("WANDB_API_KEY", "").strip():
-        return []
-    host = urlparse(machine.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(machine.environ.get("NETRC") or _home(machine.environ) / ".netrc")
+def wandb_host(environ: Mapping[str, str]) -> str:
+    return urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def wandb_key(environ: Mapping[str, str]) -> bool:
+    """Whether the W&B client will find a key for its server; the key itself is not looked at."""
+    if environ.get("WANDB_API_KEY", "").strip():
+        return True
+    path = Path(environ.get("NETRC") or _home(environ) / ".netrc")
     try:
-        if netrc.netrc(str(path)).authenticators(host or ""):
-            return []
+        return bool(netrc.netrc(str(path)).authenticators(wandb_host(environ)))
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        pass
-    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {host}",
+        return False
+
+
+def wandb(run: Run, machine: Machine | None = None) -> list[Finding]:
+    """A key for W&B where the run is to be mirrored there while it runs."""
+    from lib.config import wandb_mode
+    machine = machine or Machine()
+    if wandb_mode(run) != "online" or wandb_key(machine.environ):
+        return []
+    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",
                     "wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
 
 
-def _disk(run: Run, machine: Machine) -> list[Finding]:
-    free, needed = machine.free_bytes(run.results_dir) / 1e9, NEEDED_GB[run.scale]
-    if free >= needed:
+def settings(run: Run, machine: Machine) -> dict | None:
+    """The config.json of the run's model: of a local folder, of the cache, or asked of the hub; None where it is not had."""
+    name, revision = run.model.name, getattr(run.model, "revision", None)
+    if not is_hub_id(name):
+        return read_json(Path(name) / "config.json")
+    if snapshot := cached(machine.environ, "models", name, revision):
+        return read_json(snapshot / "config.json")
+    if _offline(machine.environ):
+        return None
+    found = machine.read(f"{_endpoint(machine.environ)}/{name}/resolve/{revision or 'main'}/config.json",
+                         token(machine.environ))
+    return found if isinstance(found, dict) else None
+
+
+def _download(run: Run, machine: Machine, model: footprint.Shape | None) -> float:
+    """Bytes that fetching the run's model takes (only safetensors and small files are fetched); 0 where it is here."""
+    name, revision = run.model.name, getattr(run.model, "revision", None)
+    if not is_hub_id(name) or cached(machine.environ, "models", name, revision):
+        return 0.0
+    listed = None if _offline(machine.environ) else machine.read(
+        f"{_endpoint(machine.environ)}/api/models/{name}/tree/{revision or 'main'}?recursive=true", token(machine.environ))
+    if isinstance(listed, list):
+        return sum(f.get("size", 0) for f in listed if str(f.get("path", "")).endswith((".safetensors", ".json", ".model")))
+    return footprint.model_bytes(model, "none", "bfloat16") if model else 0.0
+
+
+def _disk(runs: list[Run], machine: Machine) -> list[Finding]:
+    """Download, data and the checkpoints of the members that are still to train, against what is free where they go."""
+    needed, floor = defaultdict(float), 0.0
+    downloads = {}
+    for run in runs:
+        floor = max(floor, NEEDED_GB[run.scale] * 1e9)
+        model = footprint.shape(settings(run, machine) or {})
+        if model is None or run.scale == "laptop" or not hasattr(run.model, "peft"):
+            continue
+        folder = Path(run.results_dir) / run.run_id / "members"
+        left = sum(not (folder / member.id / "done.json").exists() for member in members(run))
+        at_once = min(left, max(1, len(machine.gpus(machine.environ))))
+        needed[_place(run.results_dir)] += (left * footprint.member_bytes(run, model, finished=True)
+                                            + at_once * footprint.member_bytes(run, model, finished=False))
+        downloads[run.model.name] = _download(run, machine, model)
+    if not runs:
         return []
-    return [Finding("error", "results_dir", f"{free:.1f} GB free at {run.results_dir}, about {needed} GB needed",
-                    "free space there, or move the repository to a larger disk")]
+    if not needed:
+        needed[_place(runs[0].results_dir)] = floor
+    else:
+        needed[_place(hub_cache(machine.environ))] += sum(downloads.values()) + DATA_GB * 1e9
+    found = []
+    for place, wanted in needed.items():
+        free = machine.free_bytes(place)
+        if free < wanted:
+            parts = f" (downloads {sum(downloads.values()) / 1e9:.0f} GB, the rest checkpoints)" if downloads else ""
+            found.append(Finding("error", "results_dir", f"{free / 1e9:.1f} GB free at {place}, about {wanted / 1e9:.0f} GB "
+                                 f"needed{parts}", "free space there, STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk, "
+                                 "or fewer runs at a time (--run)"))
+    return found
+
+
+def _place(path: Path) -> Path:
+    """One path for all folders of one file system: the nearest existing parent of the first that was asked for."""
+    path = Path(path)
+    while not path.exists():
+        path = path.parent
+    return _devices.setdefault(path.stat().st_dev, path)
+
+
+_devices: dict[int, Path] = {}
+
+
+def _storage(run: Run) -> list[Finding]:
+    """A search's data base: its URL, the variables it names, its driver."""
+    try:
+        storage.url_of(run)
+    except StudyError as error:
+        return [Finding("error", error.where, f"{error.found}; expected {error.expected}", error.mend)]
+    return []
 
 
 def _judge(run: Run, machine: Machine) -> list[Finding]:

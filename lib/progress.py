@@ -1,6 +1,5 @@
 """What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the same."""
 
-import fcntl
 import shutil
 import sys
 import time
@@ -10,37 +9,39 @@ from lib import record
 
 
 def line(folder: Path, title: str) -> str:
-    """One running notebook in one line, from the progress its `watch` writes."""
+    """One running notebook in one line, from the progress its `watch` writes: member i of n, step, loss, ETA."""
     state = record.read_json(folder / "progress.json")
     if not state:
         return f"{title}: starting"
-    if state["phase"] == "preparing":
-        step, steps, loss = state.get("step"), state.get("steps"), state.get("loss")
-        return f"{title}: preparing" + (
-            f" (base model step {step}/{steps}, loss {loss:.2f})" if step and steps and loss else ""
-        )
     if state["phase"] == "recording":
         return f"{title}: recording"
-    told = f"{title}: {state['done']}/{state['members']}"
-    for running in state["running"][:1]:
-        if running.get("step"):
-            told += f" step {running['step']}" + (f" loss {running['loss']:.3f}" if running.get("loss") is not None else "")
-    if state["done"] and state.get("elapsed"):
-        left = state["elapsed"] / state["done"] * (state["members"] - state["done"])
-        told += f" ETA {duration(left)}"
-    return told
+    if state["phase"] == "preparing":
+        return f"{title}: preparing" + _step({**state, "name": "base model "})
+    running = state["running"]
+    if not running and state["done"] < state["members"]:
+        return f"{title}: {state['done']} of {state['members']} members done, waiting for a slot"
+    first = min(state["done"] + 1, state["members"])
+    told = f"{title}: member {first}" + (f"-{state['done'] + len(running)}" if len(running) > 1 else "")
+    told += f" of {state['members']}" + (_step(running[0]) if running else "")
+    left = seconds_left(state)
+    return told + ("" if left is None else f", ETA {duration(left)}")
 
 
-def running(root: Path) -> bool:
-    """Whether a runner works in this outputs folder: it holds the lock (runner.locked), which dies with it."""
-    try:
-        with open(root / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+def _step(state: dict) -> str:
+    """`, step 34/300, loss 0.512`, with what is known of it."""
+    if not state.get("step"):
+        return ""
+    told = f", {state.get('name', '')}step {state['step']}" + (f"/{state['steps']}" if state.get("steps") else "")
+    return told + (f", loss {state['loss']:.3f}" if state.get("loss") is not None else "")
+
+
+def seconds_left(state: dict | None) -> float | None:
+    """Of a run's members, from the share that is done: whole members, and the steps of those that run. None at the start."""
+    if not state or state.get("phase") != "training" or not state.get("members"):
+        return None
+    parts = [min(1.0, r["step"] / r["steps"]) for r in state["running"] if r.get("step") and r.get("steps")]
+    done = (state["done"] + sum(parts)) / state["members"]
+    return state["elapsed"] * (1 - done) / done if done > 0 and state.get("elapsed") else None
 
 
 def duration(seconds: float) -> str:
@@ -74,15 +75,29 @@ class Live:
         lines = [line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running]
         ended = sum(self.runner.state[id(s)] not in ("", "running") for s in self.runner.steps)
         total = f"[{duration(time.monotonic() - self.started)}] {ended} of {len(self.runner.steps)} notebooks done"
+        total += f", about {duration(self.left(running))} left" if ended < len(self.runner.steps) else ""
         if not self.terminal:
             print(f"{total}: " + " | ".join(lines), flush=True)
             return
         self.clear()
-        width = shutil.get_terminal_size().columns - 1
+        size = shutil.get_terminal_size()
+        most = max(1, size.lines - 3)  # what has scrolled off the screen cannot be rewritten
+        if len(lines) > most:
+            lines[most - 1 :] = [f"… and {len(lines) - most + 1} more notebooks"]
         for text in [*lines, total]:
-            print(text[:width])
+            print(text[: size.columns - 1])
         sys.stdout.flush()
         self.shown = len(lines) + 1
+
+    def left(self, running: list) -> float:
+        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as planned."""
+        now, slots, own = time.monotonic(), self.runner.slots, []
+        for step in running:
+            measured = seconds_left(record.read_json(step.progress / "progress.json"))
+            planned = max(0.0, step.seconds / slots - (now - self.runner.since.get(id(step), now)))
+            own.append(planned if measured is None else measured)
+        waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
+        return max(own, default=0.0) + waiting / slots
 
     def clear(self) -> None:
         """Take the live lines off the terminal: up over them, and erase to the end of the screen."""

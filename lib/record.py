@@ -8,6 +8,7 @@ study into the tables that analysis reads.
 import json
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -128,6 +129,25 @@ def remove_temporary(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_asked: list[int] = []
+
+
+def heed_stop() -> None:
+    """From here on SIGTERM asks this process to stop where it can go on later, instead of ending it."""
+    signal.signal(signal.SIGTERM, lambda number, _: _asked.append(number))
+
+
+def stopping() -> bool:
+    """Whether this process was asked to stop."""
+    return bool(_asked)
+
+
+def stop() -> None:
+    """End as the signal would have ended it: for the pool, a lost process that may be started again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @dataclass
 class Records:
     """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
@@ -212,7 +232,7 @@ def _state(folder: Path) -> dict:
     """What is known of a member with no finished record."""
     error = read_json(folder / "error.json")
     if error:
-        return {"status": "failed", "why": error.get("exception", "")}
+        return {"status": error.get("status", "failed"), "why": error.get("exception", "")}
     return (
         {"status": "lost", "why": "its process went away"}
         if (folder / "member.json").exists()

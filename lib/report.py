@@ -22,7 +22,7 @@ __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
 COMMANDS = {"laptop-full": "./run_all.sh", "paper-full": "./run_all.sh full", "laptop-trial": "./run_all.sh trial",
             "paper-trial": "./run_all.sh trial --scale paper"}
-SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "running": "…", "blocked": "■"}
+SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "out_of_memory": "✗", "running": "…", "blocked": "■"}
 
 
 def index_html(outputs_root: str | Path) -> Path:
@@ -92,7 +92,7 @@ def _run(root: Path, folder: Path) -> dict:
     links = [(text, _href(root, folder / name)) for text, name in (
         ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("config", "config.yaml"),
         ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()
-        and (text != "error" or status.get("status") == "failed")]
+        and (text != "error" or status.get("status") in ("failed", "out_of_memory"))]
     metric = _dict(status.get("key_metric"))
     return {"id": folder.name, "page": next((href for text, href in links if text == "page"), ""), "links": links,
             "status": str(status.get("status") or "no status"), "metric": metric.get("name", ""), "value": metric.get("value"),
@@ -106,7 +106,8 @@ def _members(root: Path, folder: Path, metric: str) -> dict:
     counts: dict[str, int] = {}
     listed, seeds = [], set()
     for path in sorted((folder / "members").glob("*/")):
-        status = str(_dict(read_json(path / "done.json")).get("status", "unfinished"))
+        ended = _dict(read_json(path / "error.json")).get("status", "unfinished")
+        status = str(_dict(read_json(path / "done.json")).get("status", ended)).replace("_", " ")
         counts[status] = counts.get(status, 0) + 1
         seeds.add(path.name.rpartition("-s")[2])
         value = _dict(read_json(path / "metrics.json")).get(metric)

@@ -29,14 +29,23 @@ def measured(folder: Path, expected_seconds: float) -> Iterator[None]:
     resumed = any(folder.glob("checkpoints/*/complete.json"))
     base, started = psutil.Process().memory_info().rss, time.monotonic()
     yield
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = peak_bytes()
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()
     record.write_json(folder / NAME, {
         "seconds": round(time.monotonic() - started, 3), "expected_seconds": expected_seconds or None,
         "base_memory_bytes": base, "memory_bytes": max(0, peak - base),
         "device_memory_bytes": torch.cuda.max_memory_reserved() if cuda else None, "resumed": resumed})
+
+
+def peak_bytes() -> int:
+    """The most that this process has had resident. Not ru_maxrss on Linux: a process started by exec inherits that of who
+    started it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -75,7 +75,11 @@ def _absolute(value: Any) -> Any:
         return value
     path = Path(value).expanduser()
     candidates = [Path.cwd() / path, ROOT / path]
-    return str(next((p for p in candidates if p.exists()), candidates[0]).resolve())
+    found = next((p for p in candidates if p.exists()), candidates[0])
+    try:
+        return str(found.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself: lib/checks.py says so
+        return str(found.absolute())
 
 
 def get(raw: Any, dotted: str) -> Any:

@@ -6,10 +6,11 @@ code cell has an execution count, and the record's sentinel carries this attempt
 """
 
 import contextlib
-import fcntl
 import os
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,40 +20,11 @@ from pathlib import Path
 
 from lib import config, member_page, members, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
+from lib.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
+STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
 MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last run has ended
-
-
-@contextlib.contextmanager
-def locked(root: Path):
-    """One runner at a time in an outputs folder; the second is told who has it."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
-    except OSError as error:
-        raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
-                           f"chmod -R u+w {root}") from None
-    with file:
-        if not _taken(file):
-            file.seek(0)
-            raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
-                             "one runner at a time", "wait for it, or look at ./run_all.sh status")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _taken(file) -> bool:
-    """Take the lock; for a moment again and again, because `status` tests it by holding it for a moment."""
-    for _ in range(5):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            time.sleep(0.05)
-    return False
 
 
 def archive(step: plan.Step) -> None:
@@ -96,11 +68,11 @@ class Runner:
                             break
                         live.show()
                         time.sleep(POLL)
-                except BaseException:
+                except BaseException as error:
                     self.stopping = True
                     live.clear()
-                    print("stopping: kernels and members are being ended; what they have saved is kept "
-                          "(Ctrl-C again to leave at once)", file=sys.stderr, flush=True)
+                    if isinstance(error, KeyboardInterrupt):
+                        self.wait_for_members()
                     self.pool.close()
                     raise
         finally:
@@ -108,6 +80,27 @@ class Runner:
             self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
         return all(self.state[id(s)] in ("cached", "succeeded") for s in self.steps)
+
+    def wait_for_members(self) -> None:
+        """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at once."""
+        signal.signal(signal.SIGINT, self.leave)
+        signal.signal(signal.SIGTERM, self.leave)
+        states = [record.read_json(s.progress / "progress.json") for s in self.steps if self.state[id(s)] == "running"]
+        names = [f"{r['member']} (step {r['step']})" for s in states if s for r in s.get("running", ()) if r.get("step")]
+        what = f"{', '.join(names[:4])}{', …' * (len(names) > 4)} to save a checkpoint" if names else "its processes to end"
+        print(f"\nstopping: waiting for {what}, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
+              "(what is saved is kept either way)", file=sys.stderr, flush=True)
+        self.pool.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.pool.process.wait(STOP_SECONDS)
+
+    def leave(self, *_) -> None:
+        """The second Ctrl-C. Members, kernels and mirrors die with us; nothing waits for anything."""
+        print("left at once: the same command again goes on from the last checkpoints", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # whatever state it is in, it is to go
+            self.pool.close()
+            self.mirrors.close(0)
+        os._exit(130)
 
     def ready(self, step: plan.Step) -> bool:
         """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing itself."""
@@ -144,7 +137,6 @@ class Runner:
             self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
             os.environ["STUDY_POOL"] = self.pool.socket
             os.environ["STUDY_SLOTS"] = str(self.slots)
-            os.environ["JUPYTER_RUNTIME_DIR"] = self.pool.folder  # kernels' connection files hold keys, and go with it
 
     def execute(self, step: plan.Step) -> None:
         started = time.time()
@@ -155,11 +147,12 @@ class Runner:
             self.state[id(step)] = "succeeded"
         except BaseException as error:
             self.state[id(step)] = "interrupted" if self.stopping else "failed"
-            told = self.told(step, error)
-            if not self.stopping:
+            told = None if self.stopping else self.told(step, error)  # kernels that we ended ourselves are no error
+            if told:
                 self.errors[id(step)] = told
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, self.state[id(step)], started, told)
+                self.write_status(step, how(step, self.state[id(step)]), started, told)
+                (step.progress / "progress.json").unlink(missing_ok=True)
         self.minutes[id(step)] = (time.time() - started) / 60
 
     def attempt(self, step: plan.Step, started: float) -> None:
@@ -168,6 +161,8 @@ class Runner:
             self.ensure_pool()
             nonce = os.urandom(8).hex()
             self.write_status(step, "running", started)
+            if step.kind != "analysis":
+                self.mirrors.begin(step.folder, config.wandb_mode(step.run))
             try:
                 notebook = execute_notebook(step, nonce, self.cell_timeout)
                 check_success(step, notebook, nonce)
@@ -181,7 +176,7 @@ class Runner:
             report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
-                self.mirrors.start(step.folder, config.wandb_mode(step.run))
+                self.mirrors.end(step.folder, config.wandb_mode(step.run))
             return
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
@@ -211,6 +206,12 @@ def trained_seconds(step: plan.Step, since: float) -> float:
     """Seconds that the members trained since then took, each on its slot."""
     made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
     return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
+
+
+def how(step: plan.Step, state: str) -> str:
+    """The status that is written down: `out_of_memory` where that is what ended a member of a failed run."""
+    ended = (record.read_json(path, {}).get("status") for path in step.folder.glob("*/*/error.json"))
+    return "out_of_memory" if state == "failed" and "out_of_memory" in ended else state
 
 
 def command(step: plan.Step) -> str:
@@ -268,6 +269,15 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
             reason = members.stale(member, step.folder / "members" / member.id)
             if reason:
                 raise StudyError(name, f"member {member.id}: {reason}", "every member's record matching this run")
+
+
+def stay_inside(root: Path, steps: list[plan.Step]) -> None:
+    """Refuse links below `root` that lead out of it: nothing is written where nobody asked for it. `root` may be a link."""
+    for folder in dict.fromkeys(f for step in steps for f in (step.folder.parent, step.folder)):
+        for path in (folder, *folder.glob("*"), *folder.glob("members/*"), *folder.glob("members/*/checkpoints")):
+            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                raise StudyError(str(path), f"a link to {os.readlink(path)}, outside of the results", "a folder in it",
+                                 f"remove the link: rm '{path}'")
 
 
 def remove_leftovers(root: Path) -> None:

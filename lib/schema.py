@@ -154,22 +154,30 @@ class Optuna(Fixed):
     objective_metric: Name
     seed: Seed = 0
     search_space: dict[str, Distribution] = {}
+    storage: str | None = None  # null: a journal file; a data base URL where several machines search together
 
 
 class Compute(Fixed):
     gpus: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # that ONE member trains on; 0: the CPU
     gpu_type: str | None = None
-    strategy: Literal["none", "ddp", "fsdp"] = "none"
+    strategy: Literal["none", "fsdp"] = "none"  # fsdp: one member's weights sharded over its GPUs
+    processes: Count | None = None  # of one member under fsdp; null: one per GPU (a number shards on the CPU too)
     threads: Count = 1
     min_gpu_memory_gb: Positive | None = None
     seconds_per_step: NonNegative = 0.0  # of one member; with prepare_seconds, what `plan` goes by before it has a record
     prepare_seconds: NonNegative = 0.0
+
+    @property
+    def devices(self) -> int:
+        """Processes that train one member together, each with its part of the weights."""
+        return (self.processes or max(1, self.gpus)) if self.strategy == "fsdp" else 1
 
 
 class Wandb(Fixed):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
+    report_to: list[Name] | None = None  # other trackers of transformers, in the training process: lib/trackers.py
 
 
 class Block(Frozen):

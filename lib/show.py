@@ -7,15 +7,17 @@ from pathlib import Path
 
 import psutil
 
-from lib import config, forecast, progress, record
+from lib import config, forecast, lock, progress, record
 
 
 def table(steps: list, finished) -> None:
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for step in steps:
         state = finished.state[id(step)] or "not started"
-        metric = (record.read_json(step.folder / "status.json") or {}).get("key_metric") or {}
+        status = record.read_json(step.folder / "status.json") or {}
+        metric = status.get("key_metric") or {}
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
+        state = status.get("status", state) if state == "failed" else state
         print(f"{step.title:34} {state:11} {finished.minutes.get(id(step), 0):7.2f}  {value}")
     for step in steps:
         error = finished.errors.get(id(step))
@@ -42,7 +44,8 @@ def findings(told: dict[str, list], out=sys.stdout) -> None:
     for name, mine in told.items():
         if mine:
             errors = sum(f.level == "error" for f in mine)
-            print(f"\n{name}" + (f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""), file=out)
+            state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
+            print(f"\n{record.inert(name)}{state}", file=out)
         for finding in sorted(mine, key=lambda f: f.level):
             print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
 
@@ -91,7 +94,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
-    alive = progress.running(root)
+    alive = lock.running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
@@ -104,6 +107,8 @@ def status(root: Path, studies: list[str] | None = None) -> int:
             told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
                 "now: "
             )
+        elif state.get("status") == "interrupted":
+            told += "  the same command again goes on"
         elif state.get("error"):
             told += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
         print(f"{title:34} {state.get('status', '?'):11} {told}")

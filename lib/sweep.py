@@ -5,14 +5,21 @@ reads that cell's record instead of training it again. The notebook that runs th
 it asks in batches of a fixed size, so the proposals depend on the seed and not on how many slots there are.
 """
 
+import os
+import platform
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
+import psutil
 
-from lib import config, members, record
+from lib import config, members, record, storage
 from lib.errors import StudyError
 
 BATCH = 4  # trials proposed at a time; fixed, or the same seed would search differently on another machine
+POLL = 10.0  # seconds between two looks at trials that other machines still train
+ABANDONED = timedelta(days=1)  # after which another machine's trial counts as killed
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -29,20 +36,21 @@ def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
     return made
 
 
-def open_study(run, folder: Path, url: str | None = None) -> optuna.Study:
-    """The run's study in its journal (or at a database URL). Raises StudyError where it was made with another direction."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    folder.mkdir(parents=True, exist_ok=True)
-    storage = url or JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    study = optuna.create_study(study_name=run.run_id, storage=storage, direction=run.optuna.direction, load_if_exists=True)
+def open_study(run, folder: Path) -> optuna.Study:
+    """The run's study in its journal or data base. Raises StudyError where it was made with another direction."""
+    study = optuna.create_study(
+        study_name=storage.name_of(run),
+        storage=storage.opened(run, folder),
+        direction=run.optuna.direction,
+        load_if_exists=True,
+    )
     if study.direction.name.lower() != run.optuna.direction:  # Optuna keeps the old one and says nothing
+        where = run.optuna.storage or f"{folder}/journal.log"
         raise StudyError(
-            f"{folder}/journal.log",
+            where,
             f"a study that would {study.direction.name.lower()}",
             f"one that would {run.optuna.direction} {run.optuna.objective_metric}",
-            f"remove {folder}/journal.log",
+            f"remove {where}" if run.optuna.storage is None else f"delete the study {study.study_name} there",
         )
     return study
 
@@ -67,11 +75,30 @@ def cells(run) -> list[dict]:
 
 def heal(study: optuna.Study) -> int:
     """Trials left RUNNING by a killed process: failed, and queued again with the same parameters. Returns how many."""
-    stale = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
+    stale = [t for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]) if not elsewhere(t)]
     for trial in stale:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
     return len(stale)
+
+
+def elsewhere(trial) -> bool:
+    """Whether another process that shares the data base may still be training this trial: one of this machine that lives,
+    or one of another machine within a day."""
+    machine, _, pid = trial.user_attrs.get("asked_by", "").rpartition(":")
+    if not machine:
+        return False
+    if machine == platform.node():
+        return int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+    return datetime.now() - trial.datetime_start < ABANDONED
+
+
+def ask(study: optuna.Study, space: dict, shared: bool) -> optuna.Trial:
+    """The next trial; in a shared data base it carries who trains it."""
+    trial = study.ask(space)
+    if shared:
+        trial.set_user_attr("asked_by", f"{platform.node()}:{os.getpid()}")
+    return trial
 
 
 def searched(study: optuna.Study) -> list:
@@ -83,7 +110,8 @@ def enqueue_cells(study: optuna.Study, run) -> None:
     known = [
         t.params or t.system_attrs.get("fixed_params")
         for t in study.get_trials(deepcopy=False)
-        if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING)
+        if t.state
+        in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING, optuna.trial.TrialState.RUNNING)
     ]
     for point in cells(run):
         if point not in known:
@@ -107,19 +135,24 @@ def _short(value):
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def search(run, folder: Path, url: str | None = None) -> optuna.Study:
-    """Run the search to `optuna.n_trials` finished trials; what an earlier, killed search finished is kept."""
-    study, space = open_study(run, folder, url), distributions(run)
+def search(run, folder: Path) -> optuna.Study:
+    """Run the search to `optuna.n_trials` finished trials; what an earlier, killed search finished is kept. In a shared
+    data base they are those of all machines, and the last of them is waited for."""
+    study, space, shared = open_study(run, folder), distributions(run), run.optuna.storage is not None
     healed = heal(study)
     if healed:
         print(f"{healed} trials of a killed search are queued again")
     enqueue_cells(study, run)
     while (left := run.optuna.n_trials - len(searched(study))) > 0:
+        left -= sum(elsewhere(t) for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]))
+        if left <= 0:
+            time.sleep(POLL)
+            heal(study)
+            continue
         # A sampler's state dies with its process; seeding it by the position makes a resumed search the same search.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=run.optuna.seed + len(searched(study)), constant_liar=True, n_startup_trials=4
-        )
-        asked = [study.ask(space) for _ in range(min(BATCH, left))]
+        position = len(study.get_trials(deepcopy=False) if shared else searched(study))
+        study.sampler = optuna.samplers.TPESampler(seed=run.optuna.seed + position, constant_liar=True, n_startup_trials=4)
+        asked = [ask(study, space, shared) for _ in range(min(BATCH, left))]
         jobs = {"members": [], "sweep/trials": []}
         places = []
         for trial in asked:

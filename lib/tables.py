@@ -74,7 +74,7 @@ def metrics_table(members: pd.DataFrame, metrics: Mapping[str, str], *, chosen: 
                 sign = 1 if aim == "maximize" else -1
                 gain = 100 * sign * (row["mean"] - base) / abs(base) if base else np.nan
                 row[f"improvement_over_{baseline}"] = np.nan if baseline == row["run_id"] else gain
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run_id", "cell", "metric", "mean", "sd", "seeds", "diverged"])
 
 
 def show_metrics(table: pd.DataFrame, caption: str) -> Table:

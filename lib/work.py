@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lib import config, forecast, record, resources
-from lib.errors import StudyError
+from lib.errors import StudyError, ended_as
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -19,6 +19,12 @@ ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt",
 def study_module(study: str, part: str = "member"):
     """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
     return importlib.import_module(f"lib.{study}.{part}")
+
+
+def member(argument: dict) -> None:
+    """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and ends."""
+    record.heed_stop()
+    train(argument)
 
 
 def train(argument: dict) -> None:
@@ -50,6 +56,7 @@ def train(argument: dict) -> None:
         record.write_json(
             folder / "error.json",
             {
+                "status": ended_as(error),
                 "exception": record.redact(f"{type(error).__name__}: {error}"),
                 "traceback": record.redact(traceback.format_exc()),
             },

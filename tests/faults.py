@@ -57,6 +57,57 @@ def note_environment(argument: dict) -> None:
     Path(argument["path"]).write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {statistics.fmean([1, 3])}")
 
 
+def out_of_memory_member(argument: dict) -> None:
+    """lib.work.train on a GPU that is too small: the allocator gives up in the backward pass of step 3."""
+    from lib import work
+    from lib.td_dpo import trainer
+
+    no_memory_at(trainer, 3)
+    work.train(argument)
+
+
+def no_memory_at(trainer, step: int) -> None:
+    import torch
+
+    objective = trainer.objective
+
+    def full(section, chosen, *rest):
+        calls.append(chosen)
+        if len(calls) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return objective(section, chosen, *rest)
+
+    calls = []
+    trainer.objective = full
+
+
+# A sitecustomize.py for the processes of a whole command: every member of seed 2 runs out of memory.
+SITECUSTOMIZE = """
+import importlib.abc, importlib.util, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "lib.td_dpo.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def patched(module):
+            execute(module)
+            train = module.train_pairs
+            def train_pairs(*arguments, seed, **options):
+                if seed == 2:
+                    from tests.faults import no_memory_at
+                    no_memory_at(module, 3)
+                return train(*arguments, seed=seed, **options)
+            module.train_pairs = train_pairs
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
 def say(argument: dict) -> None:
     """Write a secret in every way there is."""
     import subprocess
@@ -74,3 +125,11 @@ def say(argument: dict) -> None:
 def say_and_die(argument: dict) -> None:
     say(argument)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold_the_lock(argument: dict) -> None:
+    """A minute inside C without letting any other thread of this process run."""
+    import ctypes
+
+    Path(argument["started"]).write_text(str(os.getpid()))
+    ctypes.PyDLL(None).sleep(60)

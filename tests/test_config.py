@@ -532,7 +532,7 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
     ("loss", "kl_reference_model", False), ("model", "load_in_4bit", True), ("dataset", "split", {"train": 0.8, "val": 0.1}),
     ("dataset", "split", "random"), ("training", "seed_list", [1]),
     ("training", "evaluation_strategy", "epoch"), ("training", "save_strategy", "no"), ("training", "save_total_limit", 5),
-    ("training", "report_to", "tensorboard"),
+    ("training", "report_to", 7),
 ])
 def test_published_keys_are_honoured_or_refused(write, raw, section, key, value):
     raw[section][key] = value

@@ -10,7 +10,7 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import adapters, figures, inputs, sensitivity, trainer
+from lib.iw_lora import adapters, figures, inputs, sensitivity, tables, trainer
 from lib.iw_lora import member as iw_member
 from lib.iw_lora.penalty import pairs
 from lib.iw_lora.sections import Adapter
@@ -163,3 +163,27 @@ def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
     (tmp_path / "inputs").mkdir()
     with pytest.raises(StudyError, match="rte/train, row 2"):
         inputs.prepare(laptop(**{"dataset.name": str(folder)}), tmp_path / "inputs")
+
+
+def test_a_text_of_unknown_words_does_not_stop_pretraining():
+    from lib.iw_lora.base_model import replace_tokens
+
+    ids = torch.tensor([[1, 5, 6, 7], [1, 1, 1, 1]])
+    corrupted, replaced = replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
+    assert torch.equal(corrupted[1], ids[1])
+    assert not replaced[1].any()
+
+
+def test_the_analysis_of_nothing_says_so():
+    """No run finished: every table and figure of the analysis is there, and empty."""
+    empty = record.Records(*(pd.DataFrame() for _ in range(5)))
+    assert tables.example_scores(empty).empty
+    assert "alpha" in tables.all_members(empty)
+    assert tables.seed_noise(empty, (0.1,)).empty
+    assert tables.accuracies(empty).empty
+    matrices = tables.adapters(empty)
+    assert figures.sensitivity_map(matrices).alt
+    best = tables.at_chosen(matrices, ROOT / "nowhere")
+    assert figures.update_norms(best).alt
+    assert figures.confusions(tables.at_chosen(empty.pairs, ROOT / "nowhere"), ["a"]).alt
+    assert tables.calibrations(ROOT / "nowhere").empty

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from lib import config, keys, members, pool, record, runner
+from lib import config, keys, members, pool, record, runner, work
 from lib.errors import StudyError
 from tests.conftest import TINY
 
@@ -119,6 +121,33 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
 
 
+def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(tiny, undisturbed, pool_socket, tmp_path):
+    """SIGTERM of whoever (a scheduler, Ctrl-C): a checkpoint where there would be none, and the same record in the end."""
+    run = tiny(seed_list=[1], training={**TINY["training"], "save_steps": 100})
+    members.prepared(run)
+    job = members.submit(run)
+    task, saved = job.tasks["default-s1"], []
+
+    def terminate():
+        if task.state == "running" and task.attempts == 1 and steps_of(task.folder) in range(1, 10):
+            os.kill(task.pid, signal.SIGTERM)
+        saved.extend(p.parent.name for p in task.folder.glob("checkpoints/*/complete.json"))
+
+    real, pool.PROBE = pool.PROBE, 0.005
+    try:
+        pool.drive([task], on_tick=terminate)
+    finally:
+        pool.PROBE = real
+    assert task.state == "succeeded"
+    assert task.attempts == 2, "it was started again"
+    assert "is saved" in task.log.read_text()
+    assert content(task.folder) == undisturbed
+
+
+def steps_of(folder):
+    return len([row for row in record.read_jsonl(folder / "history.jsonl") if "loss" in row])
+
+
 def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket):
     run = tiny(seed_list=[1])
     members.prepared(run)
@@ -132,6 +161,20 @@ def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_so
     late.write_text("moments")
     assert members.submit(run).tasks == {}
     assert not late.exists()
+
+
+def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_path):
+    """Found by the fourth of a hundred faults: the last checkpoint was saved, the older ones not yet removed."""
+    from lib import checkpoints
+
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", {"step": step, "fingerprint": "f", "best_step": 4})
+    (tmp_path / "checkpoint-10").mkdir()  # killed inside its save
+    assert checkpoints.usable(tmp_path, "f") == tmp_path / "checkpoint-8"
+    assert [p.name for p in checkpoints.checkpoint_folders(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
+    assert checkpoints.usable(tmp_path, "another") is None
+    assert checkpoints.checkpoint_folders(tmp_path) == []
 
 
 def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
@@ -181,6 +224,39 @@ def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny,
     assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
 
 
+def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower(tiny, pool_socket, monkeypatch, capsys):
+    """torch.OutOfMemoryError in step 3 of one: its record says out_of_memory, it is not tried again, the other goes on."""
+    task_of = members._task
+
+    def small_gpu(member, folder):
+        task = task_of(member, folder)
+        task.target = "tests.faults:out_of_memory_member" if member.seed == 2 else task.target
+        return task
+
+    monkeypatch.setattr(members, "_task", small_gpu)
+    run = tiny()
+    members.prepared(run)
+    job = members.submit(run)
+    members.watch(job)
+    task, folder = job.tasks["default-s2"], job.folders["default-s2"]
+    assert (task.state, task.attempts) == ("failed", 1)
+    assert "default-s2: out_of_memory" in capsys.readouterr().out
+    assert not (folder / "done.json").exists()
+    error = record.read_json(folder / "error.json")
+    assert error["status"] == "out_of_memory"
+    first = error["exception"].splitlines()[0]
+    tokens = int(first.split(" tokens")[0].split()[-1])
+    assert "step 3: no memory for a batch of 8 pairs with" in first
+    assert tokens > 8 * 4
+    assert "lower training.per_device_train_batch_size (8)" in error["exception"]
+    assert "CUDA out of memory" in task.log.read_text(), "the allocator's own words are in the log"
+    with pytest.raises(StudyError, match="default-s2: out_of_memory"):
+        members.collect(job)
+    assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
+    (missing,) = record.load(run.results_dir, config.members(run)).missing
+    assert (missing["member"], missing["status"]) == ("default-s2", "out_of_memory")
+
+
 def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_socket, monkeypatch):
     run = tiny(seed_list=[1])
     members.prepared(run)
@@ -212,7 +288,14 @@ def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
     monkeypatch.setenv("STUDY_SLOTS", "0")
     run = tiny(seed_list=[1], training={**TINY["training"], "max_steps": 2})
     members.prepared(run)
-    job = members.submit(run)
+    threads, train, before = [], work.train, torch.get_num_threads()
+    monkeypatch.setattr(work, "train", lambda argument: (threads.append(torch.get_num_threads()), train(argument)))
+    torch.set_num_threads(3)
+    try:
+        job = members.submit(run)
+        assert (threads, torch.get_num_threads()) == ([run.compute.threads], 3)  # its sums depend on them: see its key
+    finally:
+        torch.set_num_threads(before)
     assert [t.state for t in job.tasks.values()] == ["succeeded"]
     assert members.collect(job)[0]["status"] == "completed"
 

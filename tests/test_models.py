@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lib import hub, models
+from lib import footprint, hub, models
 from lib.errors import MissingError, StudyError
+from lib.random_model import LLAMA2_7B, random_llama
 from lib.stand_in import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
 
 TEXTS = [f"Question {i}: name {i} rivers, please. Answer: the Rhine, the Nile and the Amazon." for i in range(60)]
@@ -325,3 +329,48 @@ def test_fingerprint_of_a_quantised_model_differs_from_the_plain_one(llama):
         models.fingerprint(models.load_causal_lm(llama, quantization=kind, device="cpu")) for kind in ("none", "nf4")
     )
     assert plain != four_bit
+
+
+# ---- a real shape with random weights ----
+
+SMALL = {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+
+
+def test_a_random_model_is_quantised_as_a_loaded_one_and_counts_as_the_estimate_says(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = random_llama(SMALL, quantization="none", device="cpu", gradient_checkpointing=False)
+    wide.save_pretrained(tmp_path)
+    shape = footprint.shape(json.loads((tmp_path / "config.json").read_text()))
+    norms = sum(p.numel() for name, p in wide.named_parameters() if "norm" in name)
+    assert shape.weights + shape.embeddings == sum(p.numel() for p in wide.parameters()) - norms
+    loaded = models.load_causal_lm(str(tmp_path), torch_dtype="bfloat16", quantization="nf4", device="cpu")
+    made = random_llama(SMALL, device="cpu", gradient_checkpointing=False)
+    for name, module in loaded.named_modules():
+        other = made.get_submodule(name)
+        assert type(module) is type(other)
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            mine, theirs = other.weight, module.weight
+            assert torch.equal(mine, theirs)
+            assert mine.quant_state.nested
+            assert mine.quant_state.dtype == theirs.quant_state.dtype
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(made(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    adapted = models.add_lora(made, LORA, seed=0)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == footprint.adapter_weights(shape, LORA["lora_r"])
+
+
+def test_the_random_models_default_is_the_papers_shape():
+    assert footprint.adapter_weights(footprint.shape(LLAMA2_7B | {"tie_word_embeddings": False}), 64) == 159_907_840
+
+
+@pytest.mark.slow
+def test_the_gpu_checks_run_at_a_tiny_shape(tmp_path):
+    out = tmp_path / "checks.json"
+    command = [sys.executable, "benchmarks/gpu_checks.py", "--small", "--steps", "3", "--out", str(out)]
+    subprocess.run(command, cwd=models.ROOT, check=True, env={**os.environ, "PYTHONPATH": str(models.ROOT)})
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["check"] for row in rows] == ["NF4 base, 1 process", "bf16 base, 1 process", "NF4 base, 2 processes"]
+    assert all(row["pairs_per_second"] > 0 for row in rows)
+    assert rows[2]["largest_difference_of_loss"] < 0.05 * max(rows[0]["losses"])

@@ -103,6 +103,19 @@ def test_no_orphan_outlives_server_or_owner(tmp_path, how):
         owner.wait()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+def test_a_child_that_holds_the_interpreters_lock_goes_with_its_server(tmp_path, monkeypatch):
+    own = pool.Pool(1, bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    job = task(tmp_path, "a", "hold_the_lock", started=str(tmp_path / "pid"))
+    pool.start(job)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    time.sleep(0.3)
+    own.process.kill()
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+    own.close()
+
+
 def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "gpus", lambda: ["3", "5"])
     own = pool.Pool(bare=True)
@@ -117,6 +130,31 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
         pool.drive([first, second])
         assert [first.state, second.state] == ["succeeded", "succeeded"]
         assert (tmp_path / "seen").read_text() == "5 2.0"
+    finally:
+        own.close()
+
+
+def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "gpus", lambda: ["0", "4", "7"])
+    own = pool.Pool(bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    try:
+        first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1)
+        pool.start(first)
+        wait_for((tmp_path / "pid").exists)
+        wide, narrow = (task(tmp_path, n, "note_environment", path=str(tmp_path / f"{n}.txt")) for n in ("wide", "narrow"))
+        wide.slots = 3
+        order = []
+        for job in (wide, narrow):
+            pool.start(job)
+        pool.drive([first, wide, narrow], on_change=lambda t: order.append((t.name, t.state)))
+        assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
+        assert order.index(("wide", "running")) < order.index(("narrow", "running"))
+        too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
+        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/distributed.py)
+        pool.start(too_wide)
+        pool.drive([too_wide])
+        assert too_wide.state == "succeeded"
     finally:
         own.close()
 
@@ -164,6 +202,22 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, mo
         wait_for(lambda: not folders(tmp_path))
     finally:
         owner.kill()
+
+
+def test_a_server_that_still_imports_goes_with_its_owner(tmp_path):
+    script = (
+        "from lib import pool; import time\n"
+        "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    wait_for(lambda: (tmp_path / "server").exists() and (tmp_path / "server").read_text(), 20)
+    server = psutil.Process(int((tmp_path / "server").read_text()))
+    wait_for(lambda: len(server.memory_maps()) > 60, 20)  # well into its imports
+    owner.kill()
+    owner.wait()
+    wait_for(lambda: gone(server.pid), 4)
+    assert not folders(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- secrets and terminals

@@ -1,9 +1,10 @@
 """lib/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
+import os
 from pathlib import Path
 
 import pytest
 
-from lib import config, preflight
+from lib import config, footprint, hub, preflight
 from lib.preflight import Gpu, Machine
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))
@@ -15,13 +16,25 @@ def run():
     return config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
 
 
+LLAMA = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+         "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
+FILES = [{"path": "model-00001-of-00002.safetensors", "size": 9_976_576_152},
+         {"path": "model-00002-of-00002.safetensors", "size": 3_500_296_424},
+         {"path": "pytorch_model-00001-of-00002.bin", "size": 9_976_576_152}, {"path": "config.json", "size": 614}]  # fmt: skip
+
+
+def reads(url, token):
+    """What the hub answers to a GET: the model's configuration, the sizes of its files."""
+    return FILES if "/tree/" in url else LLAMA
+
+
 @pytest.fixture
 def machine(tmp_path):
     """A machine with nothing missing; keyword arguments take something away."""
-    def _machine(gpus=(A100,), hub=(200, ""), free=1e12, drop=(), **environ):
+    def _machine(gpus=(A100,), hub=(200, ""), free=1e12, drop=(), read=reads, **environ):
         known = {"HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wb_secret", "OPENAI_API_KEY": "sk-secret"}
         known = {key: value for key, value in (known | environ).items() if key not in drop}
-        return Machine(environ=known, gpus=lambda _: list(gpus), free_bytes=lambda _: int(free),
+        return Machine(environ=known, gpus=lambda _: list(gpus), free_bytes=lambda _: int(free), read=read,
                        hub=hub if callable(hub) else lambda url, token: hub)
     return _machine
 
@@ -107,7 +120,7 @@ def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
     def no_hub(url, token):
         raise AssertionError("asked the hub for what is cached")
     hub_folder = tmp_path / ".cache/huggingface/hub"
-    for repository, revision in (("models--meta-llama--Llama-2-7b-chat-hf", "abc"),
+    for repository, revision in (("models--meta-llama--Llama-2-7b-chat-hf", run.model.revision),
                                  ("datasets--argilla--dpo-mix-7k", run.dataset.revision)):
         folder = hub_folder / repository / "snapshots" / revision
         folder.mkdir(parents=True)
@@ -146,6 +159,94 @@ def test_a_judge_is_only_a_warning_and_a_local_server_will_do(run, machine):
     found = said(run, machine(drop=("OPENAI_API_KEY",)))
     assert found["evaluation.judge"].level == "warning"
     assert said(run, machine(drop=("OPENAI_API_KEY",), OPENAI_BASE_URL="http://localhost:8000/v1")) == {}
+
+
+PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
+
+
+@pytest.mark.parametrize(("taken", "settings", "key", "what", "mend"), [
+    ({"gpus": ()}, {}, "compute.gpus", "1 GPU with at least 40 GB needed for each member, none found", "--scale laptop"),
+    ({"gpus": (Gpu("T4", 15.6, (7, 5)),)}, {}, "compute.min_gpu_memory_gb", "found T4 (16 GB)", "compute.min_gpu_memory_gb"),
+    ({"gpus": (A100,)}, {"compute.gpus": 4, "compute.strategy": "fsdp"}, "compute.min_gpu_memory_gb", "4 GPUs", "machine"),
+    ({"gpus": (Gpu("V100", 45, (7, 0)),)}, {}, "model.torch_dtype", "compute capability 7.0", "Ampere GPU or newer"),
+    ({}, {"training.per_device_train_batch_size": 128}, "training.per_device_train_batch_size", "the GPU has 85",
+     "--set training.per_device_train_batch_size="),
+    ({}, {"training.gradient_checkpointing": False}, "training.per_device_train_batch_size", "GB of GPU memory", "--set"),
+    ({"drop": ("HF_TOKEN",), "hub": (401, "GatedRepo")}, {}, "model.name", "is gated", "hf auth login"),
+    ({"hub": (403, "GatedRepo")}, {}, "model.name", "access was refused", LLAMA_PAGE),
+    ({"hub": (404, "RepoNotFound")}, {}, "model.name", "no such model", "correct model.name"),
+    ({"hub": (None, ""), "read": lambda *_: None}, {}, "model.name", "does not answer", "--set model.name=DIR"),
+    ({"hub": (None, ""), "read": lambda *_: None}, {}, "dataset.name", "does not answer", "--set dataset.name=DIR"),
+    ({"HF_HUB_OFFLINE": "1"}, {}, "dataset.name", "HF_HUB_OFFLINE is set", "argilla/dpo-mix-7k --repo-type dataset"),
+    ({"free": 20e9}, {}, "results_dir", "20.0 GB free", "larger disk"),
+    ({"drop": ("WANDB_API_KEY",)}, {}, "wandb.mode", "no W&B key", "wandb login"),
+    ({"drop": ("OPENAI_API_KEY",)}, {}, "evaluation.judge", "no judge endpoint", "OPENAI_BASE_URL"),
+    ({}, {"optuna.storage": PASSWORD}, "optuna.storage", "DB_PASSWORD is not set", "export DB_PASSWORD="),
+    ({"password": "s3cr3t-secret"}, {"optuna.storage": PASSWORD}, "optuna.storage", "psycopg is not installed",
+     "pip install -c constraints.txt -e '.[postgresql]'"),
+])  # fmt: skip
+def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(run, machine, monkeypatch, taken, settings, key, what,
+                                                                          mend):
+    monkeypatch.delenv("DB_PASSWORD", raising=False)
+    if "password" in taken:
+        monkeypatch.setenv("DB_PASSWORD", taken["password"])
+        taken = {}
+        monkeypatch.setattr(preflight.storage.importlib.util, "find_spec", lambda name: None)
+    found = said(config.apply(run, settings), machine(**taken))
+    assert what in found[key].what
+    assert mend in found[key].mend
+    assert "\n" not in str(found[key])
+
+
+def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_path):
+    """13.5 GB of safetensors (not the .bin beside them), a GB of data, and the members' adapters: 0.64 GB each, two kept,
+    nine parts of it while one trains."""
+    here = run.model_copy(update={"results_dir": tmp_path / "results"})
+    members, adapter = len(config.members(here)), 4 * 159_907_840 / 1e9
+    needed = 13.48 + 1 + members * 2 * adapter + 9 * adapter
+
+    def told(runs, **changes):
+        found = [f for f in preflight.missing_for(runs, machine(free=1e9, **changes)) if f.key == "results_dir"]
+        return float(found[0].what.split("about ")[1].split(" GB")[0])
+
+    assert told([here]) == pytest.approx(needed, abs=1)
+    assert told([here], gpus=(A100,) * 4) == pytest.approx(needed + 3 * 9 * adapter, abs=1)
+    other = here.model_copy(update={"run_id": "other"})
+    assert told([here, other]) == pytest.approx(2 * needed - 14.48, abs=2), "the download is shared"
+    for member in config.members(here):
+        path = tmp_path / "results" / here.run_id / "members" / member.id / "done.json"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert told([here]) == pytest.approx(13.48 + 1, abs=1), "what is trained is on the disk already"
+    assert preflight.missing_for([here], machine(free=16e9)) == []
+
+
+def test_memory_of_the_papers_shape(run):
+    model = footprint.shape(LLAMA)
+    assert footprint.adapter_weights(model, 64) == 159_907_840  # what peft counts for Llama-2-7b at r = 64, all-linear
+    assert footprint.model_bytes(model, "nf4", "bfloat16") / 1e9 == pytest.approx(3.87, abs=0.05)
+    assert footprint.model_bytes(model, "none", "bfloat16") / 1e9 == pytest.approx(13.48, abs=0.05)
+    one = footprint.training_bytes(run, model)
+    assert 12e9 < one < 40e9, "the YAML asks for a GPU of 40 GB"
+    spread = config.apply(run, {"compute.gpus": 4, "compute.strategy": "fsdp"})
+    assert footprint.training_bytes(spread, model) < one
+    assert footprint.shape({"model_type": "t5"}) is None
+
+
+def test_downloads_lie_in_the_repositorys_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as home:
+        home.setenv("HF_HOME", str(tmp_path))
+        hub.keep_downloads_here()
+        assert preflight.hub_cache(os.environ) == tmp_path / "hub"
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", "")
+    monkeypatch.delenv("HF_HUB_CACHE")
+    hub.keep_downloads_here()
+    assert preflight.hub_cache(os.environ) == tmp_path / "cache" / "hub"
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.delenv("HF_DATASETS_CACHE")
 
 
 def test_asking_the_hub_never_raises_and_is_short(monkeypatch):

@@ -8,16 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 import yaml
 
-from lib import cli, plan, record, runner, show
+from lib import cli, plan, progress, record, runner, show
 from lib.errors import MissingError, StudyError
 from tests.conftest import ROOT, TINY
+from tests.faults import SITECUSTOMIZE
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
 
@@ -240,11 +239,42 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "outputs").exists()
 
 
-# ------------------------------------------------------------------------------- the whole command, killed in every part
+# --------------------------------------------------------------------------------------------------------- what is shown
 
 
-def started(tmp_path, *arguments):
-    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}
+def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
+    def told(**state):
+        record.write_json(tmp_path / "progress.json", state)
+        return progress.line(tmp_path, "dpo")
+
+    assert progress.line(tmp_path / "none", "dpo") == "dpo: starting"
+    assert told(phase="preparing", step=40, steps=300, loss=3.21) == "dpo: preparing, base model step 40/300, loss 3.210"
+    waiting = {"phase": "training", "done": 0, "members": 6, "running": [], "elapsed": 0.0}
+    assert told(**waiting) == "dpo: 0 of 6 members done, waiting for a slot"
+    running = [{"member": "a", "step": 30, "steps": 60, "loss": 0.5}, {"member": "b", "steps": 60}]
+    assert told(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
+        "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s")  # 2.5 of 6 members in 50 s: 20 s each
+    assert told(**waiting | {"running": [{"member": "a", "step": 3}]}) == "dpo: member 1 of 6, step 3"
+    assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
+
+
+def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
+    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0})() for i in range(30)]
+    mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "10")
+    live = progress.Live(mine)
+    live.terminal = True
+    live.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[-2] == "… and 24 more notebooks"
+    assert "0 of 30 notebooks done, about 0m30s left" in lines[-1]
+    assert all(len(line) < 60 for line in lines)
+
+
+def started(tmp_path, *arguments, **more):
+    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
     environment.pop("STUDY_POOL", None)
     command = ["full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "1", *arguments]
     with open(tmp_path / "out.txt", "a") as out:
@@ -252,56 +282,27 @@ def started(tmp_path, *arguments):
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def wait_for(condition, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the runner ended early"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def steps_done(member: Path) -> int:
-    return len([r for r in record.read_jsonl(member / "history.jsonl") if "loss" in r])
-
-
-def test_runner_kernel_and_forkserver_killed_then_resumed_to_the_same_record(tmp_path):
-    """One study, four lives: its fork server is killed, its kernel, its runner; each time the command goes on from the
-    last checkpoint, and the record in the end is that of a run that nothing happened to."""
-    for name in ("killed", "calm"):
-        path = tmp_path / name / "params" / "td_dpo" / "laptop" / "tiny.yaml"
-        path.parent.mkdir(parents=True)
-        path.write_text(
-            yaml.safe_dump({**TINY, "training": {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}})
-        )
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    undisturbed = started(calm)
-    run = killed / "outputs" / "laptop-full" / "td_dpo" / "tiny"
-    member = run / "members" / "default-s1"
-    first = started(killed)
-    wait_for(lambda: steps_done(member) >= 15, first)
-    (server,) = [p for p in psutil.Process(first.pid).children() if "forkserver" in " ".join(p.cmdline())]
-    family = psutil.Process(first.pid).children(recursive=True)
-    server.kill()  # the runner starts another pool and the notebook once more
-    wait_for(lambda: steps_done(member) >= 120, first)
-    os.kill(record.read_json(run / "progress.json")["kernel"], 9)  # the second loss: this run fails
-    assert first.wait(60) == 1
-    assert record.read_json(run / "status.json")["status"] == "failed"
-    second = started(killed)
-    wait_for(lambda: steps_done(member) >= 220 or (member / "done.json").exists(), second)
-    family += psutil.Process(second.pid).children(recursive=True)
-    second.kill()
-    second.wait()
-    deadline = time.monotonic() + 5
-    while [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.05)
-    last = started(killed)
-    assert last.wait(120) == 0, (killed / "out.txt").read_text()
-    assert undisturbed.wait(120) == 0, (calm / "out.txt").read_text()
-    for name in ("default-s1", "default-s2"):
-        mine, theirs = member.parent / name, calm / "outputs" / "laptop-full" / "td_dpo" / "tiny" / "members" / name
-        for file in ("history.jsonl", "predictions.jsonl"):
-            assert (mine / file).read_bytes() == (theirs / file).read_bytes()
-        for weights in (theirs / "checkpoints").rglob("model.safetensors"):
-            assert (mine / weights.relative_to(theirs)).read_bytes() == weights.read_bytes()
-    assert not list(killed.rglob(".*.tmp"))
+@pytest.mark.slow
+def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
+    """Two runs of which one member has no memory: exit code 1, `out_of_memory` in the table, `status` and the page."""
+    for name, seeds in (("fits", [1]), ("large", [1, 2])):
+        path = tmp_path / "params" / "td_dpo" / "laptop" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({**TINY, "run_id": name, "seed_list": seeds}))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    process = started(tmp_path, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
+    assert process.wait(180) == 1, (tmp_path / "out.txt").read_text()
+    table = (tmp_path / "out.txt").read_text()
+    assert "td_dpo/large                       out_of_memory" in table
+    assert "td_dpo/fits                        succeeded" in table
+    assert "no memory for a batch of 8 pairs with" in table
+    results = tmp_path / "outputs" / "laptop-full" / "td_dpo"
+    assert record.read_json(results / "large" / "status.json")["status"] == "out_of_memory"
+    assert (results / "large" / "members" / "default-s1" / "done.json").exists()
+    status = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, capture_output=True, text=True, check=True,
+                            env={**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}).stdout
+    assert "td_dpo/large                       out_of_memory" in status
+    page = (tmp_path / "outputs" / "index.html").read_text()
+    assert "out_of_memory" in page
+    assert "1 completed, 1 out of memory" in page

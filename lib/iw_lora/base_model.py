@@ -53,7 +53,9 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
     """(corrupted ids, 1.0 where a token now differs), both (B, L). A replacement is a token from elsewhere in the same row,
     which only its place betrays; special tokens (`special`, bool) are neither replaced nor drawn."""
     chosen = (torch.rand(ids.shape, generator=generator) < REPLACED) & ~special
-    places = torch.multinomial((~special).float(), ids.shape[1], replacement=True, generator=generator)
+    drawn = (~special).float()
+    drawn[drawn.sum(1) == 0] = 1.0  # a row of special tokens alone (all its words unknown): nothing is replaced there
+    places = torch.multinomial(drawn, ids.shape[1], replacement=True, generator=generator)
     corrupted = torch.where(chosen, ids.gather(1, places), ids)
     return corrupted, (corrupted != ids).float()
 

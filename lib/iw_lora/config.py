@@ -26,6 +26,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "training.fp16": "true is refused",
     "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
     "loss.freeze_lora_during_warmup": "false is refused",
+    "compute.strategy": "another than none is refused",
 }
 ALIASES = {
     "alpha": "loss.alpha", "iw_reg_alpha": "loss.alpha", "beta": "loss.beta", "penalty": "loss.penalty",
@@ -144,7 +145,7 @@ def check(run: Run) -> list[Finding]:
                              "remove it, or type: lora"))
     if run.compute.strategy == "fsdp":
         found.append(Finding("error", "compute.strategy", "sensitivities cannot be read from sharded gradients",
-                             "strategy: none or ddp"))
+                             "strategy: none"))
     if total is not None and (training.warmup_steps or 0) >= total:
         found.append(Finding("warning", "training.warmup_steps", f"a warm-up of {training.warmup_steps} steps is beyond the "
                              f"run's {total}: {warmup(run, total)} are used instead", "warmup_ratio: 0.1"))

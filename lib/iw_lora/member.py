@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from lib import config, models, record, witness
+from lib import config, models, record, trackers, witness
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import warmup
 from lib.iw_lora.penalty import delta_norms
@@ -128,7 +128,8 @@ def train(member, folder: Path, shared: Path) -> dict:
         model, given.rows["train"], run.training, steps=steps, warmup=warmup(run, steps), every=every, pad=pad, term=term,
         seed=member.seed, folder=folder, identity=[config.dump(run)["model"], config.dump(run)["loss"],
                                                    config.dump(run)["training"]],
-        on_record=history, on_timing=timing, on_evaluate=at_evaluation)
+        on_record=history, on_timing=timing, on_evaluate=at_evaluation,
+        report_to=trackers.names(run, folder))
     metrics = {"status": outcome.status, "steps": outcome.step, "calibration_seconds": calibration if term else None,
                "diverged_at": outcome.step if outcome.status == "diverged" else None, "skipped_batches": skipped,
                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

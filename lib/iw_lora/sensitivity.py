@@ -62,7 +62,7 @@ def gradient_norms(model: nn.Module, batches: Iterable, loss: Callable[[nn.Modul
         raise StudyError("model.adapter", "no LoRA pair in the model", "at least one adapted matrix", "check target_modules")
     if any(hasattr(w, "ds_id") or type(w).__name__ == "DTensor" for w in weights):
         raise StudyError("compute.strategy", "sharded weights", "whole matrices: sensitivities cannot be read from shards",
-                         "strategy: none or ddp")
+                         "strategy: none")
     rows, skipped = [], 0
     with undisturbed(model):
         seen = torch.zeros(len(weights))

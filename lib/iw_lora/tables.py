@@ -28,9 +28,24 @@ def at_chosen(frame: pd.DataFrame, results: Path) -> pd.DataFrame:
     """The rows of each run's cell that was chosen on the tuning split; `label_of_run` names its run."""
     chosen = {run_id: made["chosen_cell"] for run_id, made in aggregate.run_metrics(results).items()}
     if frame.empty:
-        return frame.assign(label_of_run="")
+        return frame.reindex(columns=[*frame.columns, *{"run_id", "cell", "role", "label_of_run"} - set(frame.columns)])
     mine = frame[[chosen.get(run_id) == cell for run_id, cell in zip(frame["run_id"], frame["cell"], strict=True)]]
     return mine.assign(label_of_run=mine["run_id"])
+
+
+def learning(loaded: record.Records, results: Path) -> pd.DataFrame:
+    """The history of the methods (not of the controls) at their chosen cells, steps with a task loss."""
+    rows = at_chosen(loaded.history, results)
+    rows = rows.reindex(columns=rows.columns.union(["task_loss", "step", "seed"], sort=False)).dropna(subset=["task_loss"])
+    return rows[rows["role"].isin(["proposed", "comparative"])]
+
+
+def exports(loaded: record.Records) -> dict[str, dict]:
+    """{member: s, w, coefficients, norms and a rank_pattern for PEFT} of the proposed method's members."""
+    rows = loaded.members[loaded.members["role"] == "proposed"] if len(loaded.members) else loaded.members
+    found = {f"{m['run_id']}/{m['cell']}-s{m['seed']}": record.read_json(Path(m["folder"]) / "adapters.json")
+             for m in rows.to_dict("records")}
+    return {name: made for name, made in found.items() if made}
 
 
 def calibrations(results: Path) -> pd.DataFrame:
@@ -42,6 +57,8 @@ def calibrations(results: Path) -> pd.DataFrame:
 def seed_noise(loaded: record.Records, assumed: tuple[float, ...]) -> pd.DataFrame:
     """The standard deviation between seeds that came out, per run at its best-known cell, beside what the power table
     assumes."""
+    if loaded.members.empty:
+        return loaded.members
     sds = loaded.members.groupby(["run_id", "cell"])["validation_accuracy"].agg(["std", "count"]).reset_index()
     return sds[sds["count"] > 1].assign(assumed=" / ".join(f"{sd:g}" for sd in assumed)).rename(columns={"std": "seed sd"})
 

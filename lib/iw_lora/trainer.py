@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from lib import checkpoints
+from lib import checkpoints, trackers
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
 from lib.training import Intervals, SeededOrder, told
@@ -70,6 +70,7 @@ class ImportanceTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), callbacks=[Intervals(every, every)],
                          data_collator=lambda batch: collate(batch, pad))
         self.remove_callback(PrinterCallback)
+        trackers.attach(self)
         if adapters.allocator_state(model) is not None:
             self.add_callback(adapters.Allocate(self))
 
@@ -132,9 +133,7 @@ class ImportanceTrainer(Trainer):
         place = Path(self.args.output_dir)
         mine = place / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(mine, {"step": self.state.global_step, "fingerprint": self.fingerprint})
-        for other in checkpoints.checkpoint_folders(place):
-            if other != mine:
-                checkpoints.remove_checkpoint(other)
+        checkpoints.keep_last_and_best(place, mine, None)
 
 
 def restore(model: nn.Module, checkpoint: Path) -> None:
@@ -157,7 +156,8 @@ def total_steps(rows: int, training, trial: bool = False) -> int:
 
 def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warmup: int, every: int | None, pad: int,
                term: Term | None, seed: int, folder: Path, identity: object, on_record: Callable, on_timing: Callable,
-               on_evaluate: Callable[[nn.Module], dict]) -> Outcome:
+               on_evaluate: Callable[[nn.Module], dict],
+               report_to: Sequence[str] = ()) -> Outcome:
     """Train `model` in place; resumes from the last complete checkpoint in folder/checkpoints of the same `identity`."""
     place = folder / "checkpoints"
     fingerprint = hashlib.sha256(json.dumps([identity, seed, steps], sort_keys=True, default=str).encode()).hexdigest()
@@ -173,7 +173,8 @@ def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warm
         gradient_accumulation_steps=training.gradient_accumulation_steps, learning_rate=training.learning_rate,
         weight_decay=training.weight_decay, optim="adamw_torch", lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=warmup, max_grad_norm=training.max_grad_norm, bf16=training.bf16, fp16=False, seed=seed,
-        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no", report_to="none",
+        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no",
+        report_to=list(report_to) or "none",
         disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = ImportanceTrainer(model, rows, args, pad=pad, term=term, every=every, fingerprint=fingerprint,
                                 on_record=told(on_record, training.logging_steps, steps), on_timing=on_timing,

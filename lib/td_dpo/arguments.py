@@ -28,7 +28,8 @@ def steps_and_accumulation(pairs: int, training: dict, world_size: int = 1, max_
 
 def training_arguments(model: torch.nn.Module, training: dict, steps: int, device_batch: int, accumulation: int,
                        seed: int, folder: Path) -> DPOConfig:
-    """The run's training section as TRL's arguments; everything that prints, reports or saves by itself is off."""
+    """The run's training section as TRL's arguments; everything that prints or saves by itself is off, and
+    only the trackers that the YAML names are on."""
     adapters = hasattr(model, "peft_config")
     warmup = training.get("warmup_steps")
     optimizer = training.get("optimizer") or "adamw"
@@ -43,7 +44,7 @@ def training_arguments(model: torch.nn.Module, training: dict, steps: int, devic
             max_grad_norm=training.get("max_grad_norm") or 0.0, bf16=bool(training.get("bf16")),
             fp16=bool(training.get("fp16")), gradient_checkpointing=bool(training.get("gradient_checkpointing")),
             seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no",
-            report_to="none", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
+            report_to=training.get("report_to") or "none", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
             use_cpu=model.device.type == "cpu",
             disable_dropout=not adapters,  # TRL's default, save for an adapter's own configured dropout
             precompute_ref_log_probs=not adapters)  # only so that TRL loads no reference model

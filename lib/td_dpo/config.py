@@ -106,8 +106,13 @@ def _intervals(raw: dict, training: dict, refuse) -> None:
     reported = training.pop("report_to", "wandb")
     if reported == "none":
         raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
+    elif not isinstance(reported, str | list):
+        refuse("training.report_to", reported, "none, or trackers of transformers by name", "report_to: [wandb]")
     elif reported not in ("wandb", ["wandb"]):
-        refuse("training.report_to", reported, "wandb or none", "remove it")
+        names = [reported] if isinstance(reported, str) else list(reported)
+        given = raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}
+        tracked = {**given, "report_to": [name for name in names if name != "wandb"]}
+        raw["wandb"] = tracked if "wandb" in names else {**tracked, "mode": "disabled"}
 
 
 def _roles(raw: dict, loss: Any) -> dict:
@@ -122,7 +127,7 @@ def _roles(raw: dict, loss: Any) -> dict:
 
 
 def devices(run: Run) -> int:
-    return max(run.compute.gpus, 1) if run.compute.strategy in ("ddp", "fsdp") else 1
+    return run.compute.devices
 
 
 def accumulation(run: Run) -> int:
@@ -165,7 +170,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.epochs": 1, "training.max_steps": min(2, run.training.max_steps or 2),
         "training.global_batch_size": batch, "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": None, "training.logging_steps": 1, "dataset.limit": pairs,
-        "compute.strategy": "none", "compute.gpus": min(1, run.compute.gpus),
+        "compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus),
         "evaluation.questions": min(2, run.evaluation.questions),
         "evaluation.kl_prompts": min(2, run.evaluation.kl_prompts),
         "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),

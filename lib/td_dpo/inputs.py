@@ -117,10 +117,11 @@ def base_of(run, pairs: list[dict], folder: Path) -> str:
     return run.model.name
 
 
-def load_base(run, base: str):
+def load_base(run, base: str, **options):
     """The base model as the run trains it (quantisation, dtype, device). Stand-ins and made models know no revision."""
     section = run.model.model_dump()
-    return models.load_model(section | {"name": base, "revision": None if Path(base).is_dir() else run.model.revision})
+    section |= {"name": base, "revision": None if Path(base).is_dir() else run.model.revision}
+    return models.load_model(section, **options)
 
 
 def save_rows(path: Path, rows: dict[str, list[dict]]) -> None:

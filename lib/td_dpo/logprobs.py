@@ -220,7 +220,7 @@ def keep_4bit_differentiable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-            state = module.weight.quant_state
+            state = getattr(module.weight, "quant_state", None)  # a sharded weight has none
             if getattr(state, "packing_format_for_cpu", False):
                 module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)
 

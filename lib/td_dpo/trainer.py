@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer
 
-from lib import checkpoints
+from lib import checkpoints, distributed, trackers
 from lib.checkpoints import last_complete_checkpoint, load_checkpoint
-from lib.errors import StudyError
+from lib.errors import OutOfMemory, StudyError
+from lib.sharded_trainer import ShardedTrainer, load_sharded
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
 from lib.td_dpo.logprobs import (
     batch_logprobs,
@@ -52,7 +53,7 @@ class Outcome:
     best: Path | None = None
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     """trl.DPOTrainer on tokenised rows with reference columns; `compute_loss` and `log` are the points of extension."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
@@ -61,7 +62,8 @@ class PreferenceTrainer(DPOTrainer):
                  layout: str | None, eval_steps: int | None, save_steps: int | None, fingerprint: str,
                  on_record: Callable, on_timing: Callable, on_evaluate: Callable | None):
         self.loss_section, self.validation, self.layout, self.fingerprint = loss, validation, layout, fingerprint
-        self.on_record, self.on_timing, self.on_evaluate = on_record, on_timing, on_evaluate
+        self.on_record, self.on_timing = (on_record, on_timing) if distributed.rank() == 0 else (lambda row: None,) * 2
+        self.on_evaluate = on_evaluate
         self.columns: list[Tensor] = []
         self.tokens, self.started, self.diverged_at = 0, 0.0, None
         self.best_step, self.best_accuracy = None, None
@@ -70,15 +72,20 @@ class PreferenceTrainer(DPOTrainer):
         collate = collator(model, self.pad, layout)
 
         def collate_rows(rows: list[dict]) -> dict:
-            return {**collate(rows), **reference_columns(rows, self.wide), "tokens": sum(map(row_tokens, rows))}
+            mine = distributed.share(rows)
+            rows = mine or rows[:1]  # a process without a row still takes part, with nothing
+            return {**collate(rows), **reference_columns(rows, self.wide), "pairs": len(mine),
+                    "tokens": sum(map(row_tokens, rows))}
 
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          data_collator=collate_rows, callbacks=[Intervals(eval_steps, save_steps)])
         self.remove_callback(PrinterCallback)
+        trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
         if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
         _float32_trainables(self.model)
+        self.shard()
 
     # What TRL would do to data and reference has been done once for the whole grid.
     def _prepare_dataset(self, dataset, *_):
@@ -104,25 +111,37 @@ class PreferenceTrainer(DPOTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        return sum(len(batch["chosen_length"]) for batch in batch_samples)  # pairs of this optimizer step
+        return distributed.total(sum(batch["pairs"] for batch in batch_samples))  # pairs of this optimizer step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        tokens, pairs = inputs["tokens"], inputs["pairs"]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"step {self.state.global_step + 1}", f"no memory for a batch of {pairs} pairs with {tokens} tokens",
+                "a batch that fits the device", "lower training.per_device_train_batch_size "
+                f"({self.args.per_device_train_batch_size // distributed.world()}) or dataset.preprocessing.max_length"
+            ) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = batch_logprobs(model, inputs)
         values, _, columns = objective(self.loss_section, chosen, rejected, inputs)
-        self.columns.append(columns)
+        self.columns.append(columns[: inputs["pairs"]])
         self.tokens += inputs["tokens"]
-        return values.sum() / (num_items_in_batch or len(values))
+        return distributed.world() * values[: inputs["pairs"]].sum() / (num_items_in_batch or len(values))
 
     def log(self, logs, start_time=None):
         if "grad_norm" not in logs:  # transformers' closing summary, at the end of train()
             return
-        columns, gradient_norm = torch.cat(self.columns), float(logs["grad_norm"])
+        columns, gradient_norm = torch.cat(distributed.gathered(torch.cat(self.columns).cpu())), float(logs["grad_norm"])
         record = {"step": self.state.global_step, "epoch": self.state.epoch, **summary(columns),
                   "grad_norm": finite_or_none(gradient_norm), "learning_rate": logs["learning_rate"]}
-        seconds = time.perf_counter() - self.started  # `summary` waits for the device, so its work is included
+        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended machine).
+        seconds = max(time.perf_counter() - self.started, 1e-9)
         self.on_record(record)
         self.on_timing({"step": self.state.global_step, "seconds": seconds, "pairs_per_second": len(columns) / seconds,
-                        "tokens_per_second": self.tokens / seconds})
+                        "tokens_per_second": distributed.total(self.tokens) / seconds})
         # fp16's loss scaler finds its scale by overflowing and skipping the step: only there is inf no divergence
         skipped = self.args.fp16 and self.accelerator.optimizer_step_was_skipped
         if record["loss"] is None or (record["grad_norm"] is None and not skipped):
@@ -153,13 +172,16 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         Trainer._save_checkpoint(self, model, trial)  # without DPOTrainer's model card, which it writes every time
-        folder = Path(self.args.output_dir)
+        distributed.gathered(None)  # every process has written its part
+        if distributed.rank() == 0:
+            self._complete_checkpoint(Path(self.args.output_dir))
+        distributed.gathered(None)
+
+    def _complete_checkpoint(self, folder: Path) -> None:
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
                                                "best_step": self.best_step, "best_accuracy": self.best_accuracy})
-        for other in checkpoints.checkpoint_folders(folder):
-            if other != checkpoint and other.name != f"checkpoint-{self.best_step}":
-                checkpoints.remove_checkpoint(other)
+        checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
 
 
 def _float32_trainables(model: torch.nn.Module) -> None:
@@ -184,8 +206,18 @@ def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
                          "remove the cached reference log-probabilities (.cache) and run again")
 
 
+def _resume_point(folder: Path, fingerprint: str | None) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from, with its state; the histories are cut back to it."""
+    checkpoint = checkpoints.usable(folder / "checkpoints", fingerprint)
+    state = checkpoints.read_marker(checkpoint) if checkpoint else {"step": 0, "best_step": None, "best_accuracy": None}
+    for name in ("history.jsonl", "timing.jsonl"):
+        checkpoints.truncate_history(folder / name, state["step"])
+    return checkpoint, state
+
+
 def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_validation: list[dict],
                 reference: dict[str, Tensor], *, loss: dict, training: dict, seed: int, folder: str | Path,
+                report_to: Sequence[str] = (),
                 on_record: Callable[[dict], None], on_timing: Callable[[dict], None] = lambda timing: None,
                 on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
                 max_batches: int | None = None, resume: bool = True, layout: str | None = None) -> Outcome:
@@ -201,18 +233,16 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
         validation = with_reference(rows_validation, reference["validation"])
     if not rows:
         raise StudyError("training pairs", "0 rows", "at least one pair left after tokenisation")
-    steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, max_batches=max_batches)
+    steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, distributed.world(), max_batches)
     if max_batches:
         validation = validation[: max_batches * training["global_batch_size"]]
     identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(model, training, steps, device_batch, accumulation, seed, place)
+    args = training_arguments(model, {**training, "report_to": list(report_to)}, steps, device_batch * distributed.world(),
+                              accumulation, seed, place)
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
-    checkpoint = checkpoints.usable(place, fingerprint if resume else None)
-    state = checkpoints.read_marker(checkpoint) if checkpoint else {"step": 0, "best_step": None, "best_accuracy": None}
-    for name in ("history.jsonl", "timing.jsonl"):
-        checkpoints.truncate_history(folder / name, state["step"])
+    checkpoint, state = distributed.first(lambda: _resume_point(folder, fingerprint if resume else None))
     keep_4bit_differentiable(model)
     with completion_head(model):
         trainer = PreferenceTrainer(
@@ -224,7 +254,7 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
         if checkpoint is None:
             _check_start(trainer.model, rows[:device_batch], trainer.pad, layout)
         if state["step"] >= steps:  # transformers would train one step more before it noticed
-            load_checkpoint(model, checkpoint)
+            (load_sharded if distributed.world() > 1 else load_checkpoint)(model, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done = max(trainer.state.global_step, state["step"])

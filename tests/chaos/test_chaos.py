@@ -1,0 +1,176 @@
+"""The short form of `python -m tests.chaos`: one study that dies of every hard kind of fault, one after the other."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import termios
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lib import record
+from tests.chaos import __main__ as chaos
+from tests.chaos import lives, schedule
+
+pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
+
+# Checkpoints only every fourth step: one at step 2 can only be that of a member that was asked to stop.
+SETTINGS = {**lives.STUDY, "training": {**lives.STUDY["training"], "save_steps": 4}}
+
+
+class Terminal:
+    """A real pseudo-terminal of 100 columns, and what a person would see on it."""
+
+    def __init__(self):
+        self.ours, self.theirs = pty.openpty()
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        self.written = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self.written += os.read(self.ours, 4096).decode(errors="replace")
+            except OSError:
+                return
+
+    def screen(self) -> list[str]:
+        """The lines on it: cursor up, erase to the end, carriage return and newline are all that is ever used."""
+        lines, row = [""], 0
+        for part in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|[^\x1b\r\n]+", self.written):
+            if part.endswith("A") and part[0] == "\x1b":
+                row = max(0, row - int(part[2:-1]))
+            elif part == "\x1b[J":
+                lines[row:] = [""]
+            elif part == "\n":
+                row += 1
+                lines += [""] * (row + 1 - len(lines))
+            elif part != "\r":
+                assert part[0] != "\x1b", f"an escape sequence that is not ours: {part!r}"
+                lines[row] = part
+        return lines
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        deadline = time.monotonic() + seconds
+        while not (found := [line for line in self.screen() if text in line]):
+            assert time.monotonic() < deadline, f"no {text!r} on the screen:\n" + "\n".join(self.screen())
+            time.sleep(0.05)
+        return found[0]
+
+
+def strike(number: int, role: str, event: str, path: str, do: str, n: int = 1) -> dict:
+    return {"id": f"f{number}", "role": role, "event": event, "path": path, "n": n, "do": do}
+
+
+def told_by_status(study: lives.Study) -> str:
+    """What `./run_all.sh status` says in another terminal."""
+    environment = {**os.environ, "STUDY_OUTPUTS": str(study.home / "outputs")}
+    command = [lives.sys.executable, "-m", "lib", "status"]
+    return subprocess.run(command, env=environment, cwd=lives.ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed_one(tmp_path):
+    undisturbed = ThreadPoolExecutor().submit(lives.events, tmp_path / "calm", SETTINGS)  # beside the first life
+    study = lives.Study(tmp_path / "struck", SETTINGS)
+    member, comparison = f"{lives.RUN}/members/default-s", lives.RUN.replace("tiny", "comparison")
+
+    # Ctrl-C in a terminal, while the first member is in its first step.
+    terminal = Terminal()
+
+    def interrupt(study, process, fault):
+        line = terminal.wait_for("tiny: member 1 of 2")
+        assert terminal.wait_for("notebooks done").startswith("[")
+        assert "left" in terminal.wait_for("notebooks done")
+        assert line.strip().removeprefix("tiny: ").partition(",")[0] in told_by_status(study)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "Ctrl-C again leaves at once" in terminal.wait_for("stopping: waiting for")
+
+    first = strike(1, "member", "open", f"{member}1/history.jsonl", "tell")
+    assert study.live([first], interrupt, terminal=terminal.theirs) == 130
+    assert not study.orphans()
+    assert not lives.litter(study)
+    _, calm = undisturbed.result()
+    saved = study.run / "members/default-s1/checkpoints/checkpoint-2/complete.json"
+    assert record.read_json(saved), "it was given time to save"
+    assert re.search(r"td_dpo/tiny +interrupted", told_by_status(study))
+    assert lives.false_successes(study, calm) == []
+
+    # Killed: a member inside a save, the fork server under the next member, and the runner at the notebook's rename.
+    faults = [
+        strike(2, "member", "os.rename", f"{member}1/checkpoints/checkpoint-4/complete.json", "kill"),
+        strike(3, "member", "open", f"{member}2/history.jsonl", "kill:server", n=2),
+        strike(4, "runner", "os.rename", f"{lives.RUN}/run.ipynb", "kill"),
+    ]
+    assert study.live(faults) == -signal.SIGKILL
+    assert all(study.fired(fault) for fault in faults)
+    assert not study.orphans()
+    assert "its runner is gone" in told_by_status(study)
+    assert lives.false_successes(study, calm) == []
+
+    # The disk is full from the middle of the analysis on.
+    full = strike(5, "kernel", "os.rename", f"{comparison}/claims.json", "errno:28:stay")
+    assert study.live([full]) in (1, 3)
+    assert "No space left on device" in (study.home / "out.txt").read_text()
+    assert not study.orphans()
+    assert lives.false_successes(study, calm) == []
+
+    # A second runner, a laptop that sleeps, and a killed kernel: none of them needs the command again.
+    (study.home / f"{full['id']}.fired").unlink()
+    last = [
+        strike(6, "kernel", "os.mkdir", f"{comparison}/figures", "tell"),
+        strike(7, "kernel", "os.rename", f"{comparison}/claims.json", "kill"),
+    ]
+
+    def asleep_beside_another(study, process, fault):
+        lives.second_runner(study, process, fault)
+        lives.sleep_and_wake(study, process, fault, seconds=1.0)
+
+    assert study.live(last, asleep_beside_another) == 0
+    assert all(study.fired(fault) for fault in last)
+    assert lives.differences(study.run, calm) == []
+    assert lives.litter(study) == []
+    assert not study.orphans()
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    """The member is held in the middle of a step, so that the first Ctrl-C has something to wait for."""
+    study, terminal = lives.Study(tmp_path / "struck", SETTINGS), Terminal()
+    first = strike(1, "member", "open", f"{lives.RUN}/members/default-s1/history.jsonl", "tell")
+    process = study.start([first], terminal=terminal.theirs)
+    deadline = time.monotonic() + 90
+    while not study.fired(first):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    terminal.wait_for("stopping: waiting for")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) == 130
+    terminal.wait_for("left at once")
+    assert not study.orphans()
+    left = [name for name in lives.litter(study) if not name.endswith(("/progress.json", ".tmp")) or name.startswith("tmp")]
+    assert not left, "but for what the next start removes"
+
+
+def test_a_schedule_depends_on_its_seed_and_on_nothing_else():
+    places = (
+        ("member", "open", "members/default-s1/history.jsonl"), ("member", "os.rename", "members/default-s1/done.json"),
+        ("member", "open", "members/default-s1/checkpoints/checkpoint-2/trainer_state.json"),
+        ("kernel", "os.rename", "metrics.json"), ("runner", "os.rename", "run.ipynb"),
+    )  # fmt: skip
+    events = [{**strike(0, role, event, f"{lives.RUN}/{path}", "", n)} for n in range(1, 9) for role, event, path in places]
+    faults = schedule.draw(events, 100, 0)
+    assert faults == schedule.draw(events, 100, 0) != schedule.draw(events, 100, 1)
+    assert {f["kind"] for f in faults} == set(schedule.KINDS)
+    assert sum(schedule.KINDS.values()) == len(faults) == len({f["id"] for f in faults}) == 100
+
+
+@pytest.mark.slow
+def test_a_hundred_faults(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["chaos", "--faults", "100", "--seed", "0"])
+    assert chaos.main() == 0, capsys.readouterr().out

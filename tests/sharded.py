@@ -1,0 +1,56 @@
+"""What the processes of a job under test call (tests/test_distributed.py): a tiny NF4 Llama with adapters, trained."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from lib import distributed, models
+from lib.td_dpo import reference, trainer
+
+
+def model_of(argument: dict, *, sharded: bool):
+    storage = argument["dtype"] if sharded else None
+    base = models.load_causal_lm(argument["model"], torch_dtype=argument["dtype"], quantization=argument["quantization"],
+                                 quant_storage=storage, device="cpu")
+    return models.add_lora(base, {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}, seed=1)
+
+
+def train(argument: dict) -> dict:
+    """Train on the rows of a JSON file; the histories are in the folder. Also how much of the model this process held."""
+    given = json.loads(Path(argument["rows"]).read_text())
+    folder = Path(argument["folder"])
+    folder.mkdir(exist_ok=True, parents=True)
+    model = model_of(argument, sharded=distributed.world() > 1)
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    tables = {split: torch.tensor(given["reference"][split]) for split in ("train", "validation")}
+    held = {}
+
+    def history(row):
+        with open(folder / "history.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if row["step"] == argument.get("fail_at") and not (folder / "failed").exists():
+            (folder / "failed").touch()
+            raise ValueError("seven is not a prime of two")
+        if row["step"] == argument.get("die_at") and not (folder / "failed").exists():
+            (folder / "failed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def look(step, policy):
+        if distributed.world() > 1:
+            distributed.backbone(policy).reshard()
+        for name, p in policy.named_parameters():
+            local = p.to_local() if hasattr(p, "to_local") else p
+            held[name] = local.numel()
+        return {}
+
+    outcome = trainer.train_pairs(model, models.load_tokenizer(argument["model"]), given["train"], given["validation"], tables,
+                                  loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0}, training=argument["training"], seed=3,
+                                  folder=folder, on_record=history, on_evaluate=look)
+    return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": distributed.gathered(held)}
+
+
+def scores(model, rows: list[dict]) -> list:
+    return reference.sequence_logprobs(model, rows).tolist()

@@ -1,0 +1,189 @@
+"""Members on a Ray cluster: a lost worker's is sent again, a lost node's moves, and what they made is gathered here."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lib import cli, cluster, config, members, pool, preflight, record
+from lib.errors import MissingError
+from tests.conftest import TINY
+
+LONG = {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}
+without_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `cluster` is not installed")
+
+
+def test_without_ray_one_line_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingError, match=r"ray is not installed[\s\S]*\.\[cluster\]"):
+        cluster.connect("auto")
+    assert cli.main(["full", "--scale", "laptop", "--cluster", "10.9.8.7:6379"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --cluster: ray is not installed — pip install -c constraints.txt -e '.[cluster]'"
+
+
+@without_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "localhost:99999", "auto"])
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch, capsys, address):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    cluster._nodes.cache_clear()
+    assert cli.main(["full", "--scale", "laptop", "--cluster", address]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing answers at" in line
+    assert "ray start --head" in line
+
+
+def test_the_clusters_gpus_are_the_slots_and_what_preflight_asks_for(monkeypatch):
+    nodes = [{"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}]
+    monkeypatch.setattr(cluster, "_nodes", lambda address: nodes)
+    assert cluster.gpus("a:1") == ["GPU", "H100", "H100"]
+    assert cluster.slots("a:1") == 3
+    run = config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+    found = {f.key for f in preflight.missing(run, preflight.of_cluster("a:1"))}
+    assert not {"compute.gpus", "compute.min_gpu_memory_gb", "model.torch_dtype"} & found
+    monkeypatch.setattr(cluster, "_nodes", lambda address: nodes[2:])
+    assert cluster.slots("a:1") == 4, "without GPUs: a member per core"
+    assert "compute.gpus" in {f.key for f in preflight.missing(run, preflight.of_cluster("a:1"))}
+
+
+def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for name in ("done.json", "history.jsonl", "checkpoints/checkpoint-4/complete.json", "checkpoints/checkpoint-4/a.bin",
+                 ".half.tmp"):  # fmt: skip
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text(name)
+    names = list(cluster.listed(there))
+    assert names[-2:] == ["checkpoints/checkpoint-4/complete.json", "done.json"], "what says that the rest is whole comes last"
+    assert ".half.tmp" not in names
+    cluster.unpack(cluster.packed(there, [*names, "vanished"]), here)
+    assert list(cluster.listed(here)) == names
+    assert all((here / name).read_text() == name for name in names)
+    (tmp_path / "evil").write_text("x")
+    cluster.unpack(cluster.packed(there, ["../evil"]), here / "deep")
+    assert not (here / "evil").exists()
+
+
+def test_the_code_that_travels_is_what_a_member_imports(tmp_path):
+    cluster.unpack(cluster.code(), tmp_path)
+    assert (tmp_path / "lib/td_dpo/member.py").read_bytes() == (config.ROOT / "lib/td_dpo/member.py").read_bytes()
+    assert not list(tmp_path.rglob("*.pyc"))
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A head without slots and two nodes with one GPU (by name) each, on this machine; and a pool whose slots they are."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 100 << 20}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    for _ in range(2):
+        made.add_node(num_cpus=1, num_gpus=1, **small)
+    monkeypatch.setenv("STUDY_CLUSTER", made.address)
+    cluster._nodes.cache_clear()
+    own = pool.Pool(cluster.slots(made.address), bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    yield made
+    own.close()
+    made.shutdown()
+
+
+def at_work() -> dict[int, psutil.Process]:
+    """{seed: the process that trains it on a node}"""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "lib.cluster" in command:
+            try:
+                found[json.loads(Path(command[-1]).read_text())["argument"]["spec"]["seed"]] = process
+            except (OSError, KeyError):
+                continue
+    return found
+
+
+@pytest.mark.slow
+@without_ray
+def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path, pool_socket, monkeypatch):
+    assert cluster.slots(two_nodes.address) == 2
+    changes = {"training": LONG, "seed_list": [1, 2, 3], "compute": {"gpus": 1, "threads": 1},
+               "model": {**TINY["model"], "recipe": {**TINY["model"]["recipe"], "seed": time.time_ns() % 2**31}}}  # fmt: skip
+    run = tiny(**changes)
+    made = members.prepared(run)  # on a node, and gathered
+    assert (made / "complete.json").exists()
+    job = members.submit(run)
+    events = []
+
+    def steps(seed):
+        return len(record.read_jsonl(job.folders[f"default-s{seed}"] / "history.jsonl"))
+
+    def disturb():
+        if not events and steps(1) >= 30:
+            worker = at_work()[1].parent()
+            worker.kill()
+            events.append("worker")
+        if events == ["worker"] and steps(2) >= 60:
+            raylet = at_work()[2].parent().ppid()
+            (node,) = [n for n in two_nodes.worker_nodes if raylet in [p.process.pid for p in n.all_processes["raylet"]]]
+            two_nodes.remove_node(node, allow_graceful=False)
+            events.append("node")
+
+    began = time.monotonic()
+    pool.drive(list(job.tasks.values()), on_tick=disturb)
+    print(f"{time.monotonic() - began:.0f} s")
+    assert events == ["worker", "node"]
+    records = members.collect(job)
+    assert [r["status"] for r in records] == ["completed"] * 3
+    for seed in (1, 2):
+        assert "sent again, from the last checkpoint" in job.tasks[f"default-s{seed}"].log.read_text()
+
+    monkeypatch.delenv("STUDY_CLUSTER")
+    monkeypatch.setenv("STUDY_POOL", pool_socket.socket)
+    calm = tiny(**changes).model_copy(update={"results_dir": tmp_path / "calm"})
+    work = members.submit(calm)
+    members.watch(work)
+    members.collect(work)
+    for name, folder in job.folders.items():
+        for file in ("history.jsonl", "predictions.jsonl"):
+            assert (folder / file).read_bytes() == (work.folders[name] / file).read_bytes(), (name, file)
+        mine, theirs = (sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, work.folders[name]))
+        assert mine == theirs, "checkpoints that were removed there are removed here"
+    assert not at_work(), "nothing is left on the nodes"
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@without_ray
+def test_an_exception_on_a_node_is_told_here_and_not_tried_again(two_nodes, tmp_path):
+    task = pool.Task("a", "tests.faults:fail", {"message": "seven is not a prime of two", "folder": str(tmp_path / "a"),
+                                                "config": {"compute": {"gpus": 0}}}, tmp_path / "a")  # fmt: skip
+    pool.start(task)
+    pool.drive([task])
+    assert (task.state, task.attempts) == ("failed", 1)
+    assert "ValueError: seven is not a prime of two" in task.log.read_text()
+    assert os.environ["STUDY_CLUSTER"] == two_nodes.address
+
+
+@pytest.mark.slow
+@without_ray
+def test_a_client_that_goes_away_takes_its_work_on_the_node_along(two_nodes, tmp_path):
+    started = tmp_path / "pid"
+    task = pool.Task("a", "tests.faults:sleep", {"started": str(started), "seconds": 60, "folder": str(tmp_path / "a"),
+                                                 "config": {"compute": {"gpus": 0}}}, tmp_path / "a")  # fmt: skip
+    pool.start(task)
+    deadline = time.monotonic() + 60
+    while not started.exists() or not started.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pid = int(started.read_text())
+    pool.stop([task])
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

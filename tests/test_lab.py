@@ -1,0 +1,173 @@
+"""start_here runs headlessly, and `./run_all.sh lab` opens it as promised, in a real browser."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+
+from lib import lab, live, plan, record, report, runner
+from lib.figure_style import Drawing, canvas
+from tests.browser import PROGRAM, browser
+from tests.conftest import ROOT, TINY
+
+START = ROOT / "notebooks" / lab.FIRST
+in_a_browser = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")
+AT = """(() => { const e = [...document.querySelectorAll('%s')].find(e => e.textContent.trim() == '%s');
+  if (!e) return null; const b = e.getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()"""
+
+
+def test_start_here_runs_headlessly(pool_socket, tmp_path):
+    small = {k: TINY[k] for k in ("model", "dataset", "training", "evaluation")}
+    parameters = {**small, "results_dir": str(tmp_path), "mode": "full", "scale": "laptop"}
+    folder = tmp_path / "start_here"
+    step = plan.Step("train", "td_dpo", "start_here", START, folder, parameters, "key", "never run")
+    notebook = runner.execute_notebook(step, "nonce", 300)
+    assert record.read_json(folder / "done.json") == {"nonce": "nonce"}
+    assert record.read_json(folder / "metrics.json")["members"]["default-s42"]["status"] == "completed"
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert not [o for o in outputs if o.get("name") == "stderr"], "libraries' chatter on a stranger's first page"
+    shown = [o["data"]["text/plain"] for o in outputs if "text/html" in o.get("data", {}) and "<img" in o["data"]["text/html"]]
+    assert len(shown) == 4  # three ideas and the member
+    steps = TINY["training"]["max_steps"]
+    assert f"step {steps} of {steps}" in shown[3], "the live figure ends where the training ended"
+    nbformat.write(notebook, folder / "run.ipynb")
+    page = report.notebook_html(folder / "run.ipynb", folder / "run.html").read_text()
+    assert page.count("<img") == 4
+    assert "A picture without a description" not in page
+
+
+def test_a_live_figure_moves_and_ends_with_its_body(monkeypatch):
+    shown, count = [], [0]
+
+    class Handle:
+        def update(self, picture):
+            shown.append(picture.alt)
+
+    def draw() -> Drawing:
+        return Drawing(canvas()[0], "t", f"step {count[0]}", None)
+
+    monkeypatch.setattr("IPython.display.display", lambda picture, display_id: shown.append(picture.alt) or Handle())
+
+    def body() -> None:
+        with live.redrawn(draw, every=0.01):
+            count[0] = 1
+            until(lambda: "step 1" in shown, 20)
+            count[0] = 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert (shown[0], shown[-1]) == ("step 0", "step 2")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """`lib lab` on a copy of the repository, which the browser may save into: ask(path) speaks to its API."""
+    for name in ("lib", "notebooks", "params"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    foreign = tmp_path / "home" / ".local" / "share" / "jupyter" / "kernels" / "python3"  # another kernel of this name
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Another", "language": "python"}))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "STUDY"))}
+    environment |= {"PYTHONPATH": str(tmp_path), "STUDY_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home"),
+                    "JUPYTER_PREFER_ENV_PATH": "0"}
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=x"]
+    with open(tmp_path / "lab.log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-P", "-m", "lib", "lab", *options], cwd=tmp_path, env=environment,
+                                   stdout=log, stderr=log, start_new_session=True)
+
+    def ask(path: str):
+        return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=x", timeout=20))
+
+    ask.url = f"http://127.0.0.1:{port}"
+    until(lambda: answers(ask) or process.poll() is not None, 60, tmp_path / "lab.log")
+    yield ask
+    os.killpg(process.pid, signal.SIGTERM)  # its kernels are of its session
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(ask) -> bool:
+    try:
+        return bool(ask("status"))
+    except OSError:
+        return False
+
+
+def until(true, seconds: float, what: object = "") -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.2)
+
+
+def opened(page, server, address: str):
+    page.call("Emulation.setDeviceMetricsOverride", width=1400, height=1000, deviceScaleFactor=1, mobile=False)
+    page.call("Page.navigate", url=server.url + address)
+    until(lambda: page.ask("!!document.querySelector('.jp-TableOfContents .jp-tocItem-content')?.offsetParent"), 60, address)
+    until(lambda: [s["kernel"]["execution_state"] for s in server("sessions")] == ["idle"], 60, "a kernel")
+
+
+def click(page, selector: str, text: str) -> None:
+    until(lambda: page.ask(AT % (selector, text)), 20, text)
+    x, y = page.ask(AT % (selector, text))
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+@in_a_browser
+def test_lab_opens_start_here_with_its_contents_and_nothing_else(server):
+    assert server("kernelspecs")["kernelspecs"]["python3"]["spec"]["argv"][0] != "/bin/false"
+    with browser() as page:
+        opened(page, server, "/?token=x")  # what the browser is opened with
+        assert page.ask("location.pathname").endswith("/tree/start_here.ipynb")
+        time.sleep(2)  # the question about news came a moment after all else
+        assert page.ask("document.querySelectorAll('.Toastify__toast, .jp-Dialog').length") == 0
+        contents = page.ask("[...document.querySelectorAll('.jp-tocItem-content')].map(e => e.textContent)")
+        assert contents[1] == "Parameters"
+        click(page, ".jp-tocItem-content", "Parameters")
+        until(lambda: "Parameters" in page.ask("document.querySelector('.jp-Notebook .jp-mod-active')?.innerText ?? ''"), 20)
+        assert {url.split("/")[2] for url in page.asked if url.startswith(("http", "ws"))} == {server.url.split("/")[2]}
+        assert page.told == []
+
+
+@pytest.mark.slow
+@in_a_browser
+@pytest.mark.parametrize(
+    ("notebook", "refused"),
+    [("start_here", 0), ("td_dpo/train", 0), ("iw_lora/train", 0), ("sweep", 0), ("td_dpo/analysis", 1),
+     ("iw_lora/analysis", 1)],
+)
+def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
+    """`refused`: an analysis, where no study has been run, ends at its first cell and says what runs it."""
+    path = f"{notebook}.ipynb"
+    with browser() as page:
+        opened(page, server, f"/lab/workspaces/{lab.WORKSPACE}/tree/{path}?token=x")
+        click(page, ".lm-MenuBar-itemLabel", "Run")
+        click(page, ".lm-Menu-itemLabel", "Run All Cells")
+
+        def cells() -> list:
+            page.call("Input.dispatchKeyEvent", type="keyDown", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2)
+            page.call("Input.dispatchKeyEvent", type="keyUp", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2)
+            time.sleep(2)
+            return [c for c in server(f"contents/{path}")["content"]["cells"] if c["cell_type"] == "code"]
+
+        def errors() -> list:
+            return [o for c in cells() for o in c["outputs"] if o["output_type"] == "error"]
+
+        until(lambda: all(c["execution_count"] for c in cells()) or errors(), 400, path)
+        assert ["./run_all.sh" in o["evalue"] for o in errors()] == [True] * refused
+        assert not [o["text"] for c in cells() for o in c["outputs"] if o.get("name") == "stderr"]
