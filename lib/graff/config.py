@@ -6,14 +6,32 @@ from typing import Any
 from lib.graff.sections import READ_BY, VALIDATION_METRIC, Run
 from lib.schema import Finding, rename, split_role
 
-__all__ = ["ALIASES", "MADE_BY", "METRICS", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run",
-           "accumulation", "check", "normalise", "recognises", "search_changes", "steps", "train_rows",
-           "trial_changes"]
+__all__ = ["ALIASES", "CLAIM_METRICS", "DIVERGED", "MADE_BY", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC",
+           "SECOND_METRIC", "UNREAD", "VALIDATION_METRIC", "Run", "accumulation", "check", "normalise", "recognises",
+           "search_changes", "steps", "train_rows", "trial_changes"]
 
 PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
 SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
+MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
 METRICS = {"exact_match": "maximize", "dev_exact_match": "maximize", "flexible_match": "maximize", "auc": "maximize",
-           "energy_to_90": "minimize", "dev_loss": "minimize"}
+           "energy_to_level": "minimize", "dev_loss": "minimize", "gsm1k_gap": "minimize"}
+DIVERGED = {"exact_match": 0.0, "dev_exact_match": 0.0, "flexible_match": 0.0, "auc": 0.0}  # what a diverged member counts as
+CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22")  # columns that the analysis gives to claims.evaluate
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "dataset.train_split": "train is the only choice",
+    "dataset.streaming": "the data fits in memory; either way each epoch is shuffled whole",
+    "dataset.shuffle_buffer": "a buffer larger than the data is a full shuffle, as check says",
+    "dataset.eval_split": "test is refused for a search; it is scored once, at the end, in every run",
+    "dataset.gsm1k": "read in full mode only",
+    "model.parameter_count": "checked against the model's name",
+    "model.recipe": "read for a made model only",
+    "training.gradient_accumulation_steps": "derived, as check says",
+    "training.optimizer.type": "adamw is the only choice; a scheduler from a package brings its own",
+    "evaluation.interval_steps": "replaced by every 10 % of the budget, as check says",
+    "evaluation.metrics": "both are always recorded",
+    "energy_to_level": "null where no energy can be read or the level is not reached",
+    "gsm1k_gap": "null without a GSM1k file",
+}
 ALIASES = {
     "learning_rate": "training.optimizer.lr_init", "adapter_lr_init": "training.optimizer.lr_init",
     "outer_lr": "training.scheduler.outer_lr", "graff_outer_lr": "training.scheduler.outer_lr",
@@ -52,8 +70,10 @@ def train_rows(run: Run) -> int | None:
 
 
 def steps(run: Run) -> int | None:
-    """The cap beside the budget; how many steps the budget allows shows only when it runs."""
-    return run.training.total_steps
+    """The cap beside the budget, or what `seconds_per_step` fits into it: how many it allows shows only when it runs."""
+    if run.training.total_steps is not None:
+        return run.training.total_steps
+    return max(1, round(60 * run.training.budget_minutes / (run.compute.seconds_per_step or 1.0)))
 
 
 def accumulation(run: Run) -> int:
@@ -63,11 +83,17 @@ def accumulation(run: Run) -> int:
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in warm start, training and evaluation; no warm-start file is asked for."""
     batch = min(run.training.micro_batch_size, 4)
+    made = {"dataset.train_examples": 4 * batch, "dataset.test_examples": batch} if run.dataset.train_examples else {}
+    if run.training.scheduler.warm_start_ckpt not in (None, "made"):
+        made["training.scheduler.warm_start_ckpt"] = None
+    if run.model.recipe is not None:
+        made |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
     return {
+        **made, "evaluation.dev_subset": batch, "training.clock": "virtual", "training.budget_minutes": 1e4,
         "training.total_steps": min(2, run.training.total_steps or 2), "training.global_batch_size": batch,
         "training.micro_batch_size": batch, "training.gradient_accumulation_steps": None,
-        "training.scheduler.warm_start_ckpt": None, "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "dataset.dev_size": min(2 * batch, run.dataset.dev_size), "evaluation.max_new_tokens":
+        "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
+        "dataset.dev_size": min(batch, run.dataset.dev_size), "evaluation.max_new_tokens":
         min(8, run.evaluation.max_new_tokens), "evaluation.interval_steps": None, "compute.strategy": "none",
         "compute.gpus": min(1, run.compute.gpus),
     }
@@ -121,10 +147,10 @@ def _scheduler_findings(run: Run) -> list[Finding]:
         if dotted.startswith("training.scheduler.") and key in READ_BY and scheduler.type not in READ_BY[key]:
             found.append(Finding("error", f"optuna.search_space.{name}", f"the scheduler {scheduler.type} does not read "
                                  f"{key}", "remove it from the search"))
-    if run.method != scheduler.type:
+    if run.method != scheduler.type and not run.method.startswith("graff_" if scheduler.type == "graff" else scheduler.type):
         found.append(Finding("error", "method", f"{run.method}, but the scheduler is {scheduler.type}",
                              f"method: {scheduler.type}"))
-    if scheduler.type == "graff" and scheduler.warm_start_ckpt is None and not scheduler.cold:
+    if scheduler.type == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
         found.append(Finding("error", "training.scheduler.warm_start_ckpt", "missing: the planner's encoder is learnt in "
                              "the warm start", MADE_BY["training.scheduler.warm_start_ckpt"]))
     if scheduler.baseline_decay is not None and scheduler.baseline_decay > 0.95:

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 from lib.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault
 from lib.schema import Run as BaseRun
 
-VALIDATION_METRIC = "exact_match"  # strict, on the dev split
-SCHEDULERS = ("graff", "fixed", "cosine", "reactor", "hypergradient", "salelr_reconstructed", "bats_reconstructed")
+VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
+SCHEDULERS = ("graff", "fixed", "cosine", "reactor", "hypergradient", "salelr_reconstructed", "bats_reconstructed",
+              "schedulefree", "prodigy")
 READ_BY = {  # scheduler keys and the schedulers that read them; the others refuse them
     "outer_lr": ("graff", "hypergradient"), "stability_guard": ("graff",), "guard": ("graff",),
     "warm_start_ckpt": ("graff",), "cold": ("graff",), "norm": ("graff", "hypergradient"), "regret": ("graff",),
+    "graph": ("graff",), "budget_feature": ("graff",), "frozen": ("graff",), "token_weights": ("graff",),
     "controller_lr": ("reactor",), "baseline_decay": ("reactor",), "entropy_bonus": ("reactor",),
 }
 
@@ -24,8 +26,20 @@ class Lora(Section):
     target_modules: Name | list[Name] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+class Recipe(Section):
+    """Of a model that is made here (name: made)."""
+
+    hidden_size: Count = 96
+    layers: Count = 3
+    pretrain_steps: Count = 1500
+    pretrain_batch_size: Count = 32
+    pretrain_learning_rate: Positive = 3e-3
+    seed: int = 0
+
+
 class Model(Section):
     name: Name
+    recipe: Recipe | None = None
     revision: str | None = None
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()
@@ -43,6 +57,10 @@ class Dataset(Section):
     streaming: bool = False
     shuffle_buffer: Count | None = None
     limit: Count | None = None
+    train_examples: Count | None = None  # of generated problems
+    test_examples: Count | None = None
+    split_seed: int = 0
+    gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
 
 
 class Optimizer(Section):
@@ -59,6 +77,10 @@ class Scheduler(Section):
     guard: Literal["adam", "literal", "off"] | None = None
     warm_start_ckpt: Name | None = None
     cold: bool | None = None
+    graph: bool | None = None  # false: self-loops only
+    budget_feature: bool | None = None
+    frozen: bool | None = None  # no outer step
+    token_weights: bool | None = None
     norm: Literal["cos", "raw"] | None = None
     regret: Literal["area", "literal"] | None = None
     controller_lr: Positive | None = None
@@ -71,7 +93,9 @@ class Scheduler(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
             return raw
         defaults = {"outer_lr": 1e-3, "stability_guard": 1.9, "guard": "adam", "cold": False, "norm": "cos",
-                    "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01}
+                    "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01,
+                    "graph": True, "budget_feature": True,
+                    "frozen": False, "token_weights": True}
         own = {key: value for key, value in defaults.items() if raw["type"] in READ_BY[key]}
         return {**raw, **{key: value for key, value in own.items() if raw.get(key) is None}}
 
@@ -109,6 +133,8 @@ class Evaluation(Section):
     metrics: list[Literal["exact_match", "flexible_match"]] = ["exact_match"]
     dev_subset: Count = 200
     max_new_tokens: Count = 320
+    batch_size: Count | None = None  # of generation; null: four micro-batches
+    energy_level: Positive = 0.9  # exact match that energy_to_level is counted to
 
 
 class Search(Optuna):

@@ -1,0 +1,86 @@
+"""The budget: one clock of two kinds, what an action costs on the virtual one, and energy with its source or none."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from lib.errors import StudyError
+
+UNIT_SECONDS = 5e-4  # virtual seconds per unit; a forward pass is 1 unit per token, forward and backward 3, a decoded token 1
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class Clock:
+    """Consumed seconds of a budget. `monotonic`: the wall clock between ticks; `virtual`: what was charged. Saved with each
+    checkpoint; a resumed run goes on from what was used."""
+
+    def __init__(self, kind: str, budget: float, now=time.monotonic):
+        self.kind, self.budget, self.used, self.now = kind, budget, 0.0, now
+        self.last: float | None = None
+
+    def start(self) -> None:
+        self.last = self.now()
+
+    def charge(self, units: float) -> None:
+        """Work of so many units was done; the wall clock knows by itself."""
+        if self.kind == "virtual":
+            self.used += units * UNIT_SECONDS
+
+    def tick(self) -> float:
+        """Consumed seconds by now. Raises StudyError where the clock went backwards."""
+        if self.kind == "monotonic":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = self.now()
+            if now < self.last:
+                raise StudyError("the run's clock", f"it went back by {self.last - now:.3f} s", "a monotonic clock",
+                                 "run again; a machine that was suspended or migrated may do this")
+            self.used, self.last = self.used + now - self.last, now
+        return self.used
+
+    @property
+    def fraction(self) -> float:
+        return min(1.0, self.used / self.budget)
+
+
+class Energy:
+    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl or null."""
+
+    def __init__(self, joules: float | None = 0.0):
+        self.source, self._read = _source()
+        self.joules = joules if self.source else None
+        self._last = self._read() if self.source else None
+
+    def update(self) -> None:
+        if self.source:
+            now = self._read()
+            if now >= self._last:  # RAPL's counter wraps
+                self.joules = (self.joules or 0.0) + now - self._last
+            self._last = now
+
+
+def _source():
+    if torch.cuda.is_available():
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            return "nvml", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except Exception:  # no counter on this device: nothing is invented
+            return None, None
+    try:
+        RAPL.read_text()
+        return "rapl", lambda: int(RAPL.read_text()) / 1e6
+    except OSError:
+        return None, None
+
+
+def auc(times: list[float], values: list[float], budget: float) -> float:
+    """Area under `values` over time by the trapezoid rule, from t = 0 to the budget (the last value holds), over the budget."""
+    times, values = [*times, budget], [*values, values[-1]]
+    return sum((t1 - t0) * (v0 + v1) / 2 for t0, t1, v0, v1 in zip(times, times[1:], values, values[1:], strict=False)) / budget

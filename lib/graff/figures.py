@@ -1,0 +1,109 @@
+"""Figures of the GRAFF study: what the schedulers did over the budget and what came of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from lib.figure_style import BAD, SOFT, Drawing, canvas, housestyle, legend_below, looks, number
+
+
+def _over_budget(rows: pd.DataFrame, column: str, places: np.ndarray) -> np.ndarray:
+    """Mean over members of `column` at `places` of the budget's fraction, by linear interpolation."""
+    rows = rows.dropna(subset=[column])
+    members = [g.sort_values("x") for _, g in rows.groupby(["cell", "seed"])]
+    found = [np.interp(places, g["x"], g[column].astype(float)) for g in members]
+    return np.mean(found, axis=0) if found else places * np.nan
+
+
+@housestyle
+def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") -> Drawing:
+    """One line per run: the mean over seeds of the applied rate, log scale."""
+    drawn, axes = canvas(title=title, height=4.6)
+    place, places, found = axes[0, 0], np.linspace(0.02, 0.98, 49), {}
+    steps = steps.assign(x=steps["fraction"])
+    for name, look in looks(list(dict.fromkeys(steps["run_id"]))).items():
+        found[name] = _over_budget(steps[steps["run_id"] == name], "eta", places)
+        place.plot(places, found[name], color=look.colour, label=name)
+    place.set_yscale("log")
+    place.set_xlabel("share of the budget used")
+    place.set_ylabel("applied learning rate")
+    legend_below(drawn)
+    words = "; ".join(f"{n} from {number(v[0])} to {number(v[-1])}" for n, v in found.items())
+    return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+
+
+@housestyle
+def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match over time") -> Drawing:
+    """One line per run, the area under it shaded; the first point is the base model's."""
+    drawn, axes = canvas(title=title, height=4.6)
+    place, places, found = axes[0, 0], np.linspace(0, 1, 51), {}
+    rows = rows.assign(x=rows["used"] / budget)
+    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
+        found[name] = _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places)
+        place.plot(places, found[name], color=look.colour, label=name)
+        place.fill_between(places, found[name], color=look.colour, alpha=0.06)
+    place.set_xlabel("share of the budget used")
+    place.set_ylabel("exact match, dev subset")
+    legend_below(drawn)
+    words = "; ".join(f"{n} ends at {number(v[-1])}" for n, v in found.items())
+    return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+
+
+@housestyle
+def multipliers(steps: pd.DataFrame, *, title: str = "Block multipliers over the budget") -> Drawing:
+    """Heat map of mean log2 m_i: blocks (depth) down, time across."""
+    drawn, axes = canvas(title=title, height=3.6)
+    place = axes[0, 0]
+    place.grid(False)
+    cells = np.minimum((steps["fraction"] * 20).astype(int), 19)
+    log_m = pd.DataFrame(steps["log_m"].tolist(), index=steps.index) / math.log(2)
+    table = log_m.groupby(cells).mean().T
+    table.index = [f"layer {i // 2} {'mlp' if i % 2 else 'attention'}" for i in table.index]
+    top = max(0.01, float(table.abs().max().max()))
+    image = place.imshow(table, aspect="auto", cmap="PuOr", vmin=-top, vmax=top)
+    drawn.colorbar(image, ax=place).set_label("log2 of the multiplier")
+    place.set_yticks(range(len(table)), table.index)
+    place.set_xlabel("twentieths of the budget")
+    last = "; ".join(f"{name} {number(value)}" for name, value in table.iloc[:, -1].items())
+    return Drawing(drawn, title, f"{title}; log2 at the end: {last}.", table.reset_index())
+
+
+@housestyle
+def guard(steps: pd.DataFrame, beta1: float, *, title: str = "eta lambda against the guard") -> Drawing:
+    """Every step of every member with an estimate, and the two limits."""
+    drawn, axes = canvas(title=title)
+    place, rows = axes[0, 0], steps.dropna(subset=["lambda"])
+    values = rows["eta"].astype(float) * rows["lambda"].astype(float)
+    place.plot(rows["fraction"], values, ".", markersize=3, color=SOFT)
+    for limit, name in ((1.9, "literal 1.9"), (1.9 * (1 + beta1) / (1 - beta1), "Adam's edge")):
+        place.axhline(limit, color=BAD, linestyle="--", linewidth=1)
+        place.annotate(name, (0.01, limit), va="bottom", fontsize=9)
+    place.set_yscale("log")
+    place.set_xlabel("share of the budget used")
+    place.set_ylabel("eta × lambda")
+    largest = float(values.max()) if len(values) else float("nan")
+    return Drawing(drawn, title, f"{title}: largest {number(largest)}.",
+                   rows[["run_id", "seed", "step", "fraction"]].assign(product=values))
+
+
+@housestyle
+def graph(edges: np.ndarray, *, title: str = "The planner's graph") -> Drawing:
+    """Blocks by layer (across) and kind (down), an edge between each two that exchange messages."""
+    drawn, axes = canvas(title=title, height=2.6)
+    place = axes[0, 0]
+    place.grid(False)
+    place.spines[:].set_visible(False)
+    for source, target in edges.T.tolist():
+        if source < target:
+            place.plot([source // 2, target // 2], [source % 2, target % 2], color=SOFT, linewidth=2, zorder=1)
+    nodes = sorted(set(edges.ravel().tolist()))
+    place.scatter([i // 2 for i in nodes], [i % 2 for i in nodes], s=350, zorder=2, color="#4477aa")
+    place.set_yticks([0, 1], ["attention", "mlp"])
+    place.set_ylim(-0.6, 1.6)
+    place.set_xticks(sorted({i // 2 for i in nodes}))
+    place.set_xlabel("layer")
+    alt = f"{title}: {len(nodes)} blocks, {int((edges[0] < edges[1]).sum())} edges besides each block's own."
+    return Drawing(drawn, title, alt, pd.DataFrame(edges.T, columns=["source", "target"]))

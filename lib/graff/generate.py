@@ -1,0 +1,45 @@
+"""Exact match by greedy generation: left padding with an explicit mask, sorted by length, cut at the end token."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig
+
+from lib import witness
+from lib.graff import answers, base_model
+
+
+@torch.no_grad()
+def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int) -> tuple[list[str], float]:
+    """(what the model writes to each question, units of the virtual clock: prompt tokens once, decoded tokens once each).
+
+    Greedy whatever the model's own sampling configuration says; the cache is on."""
+    model.eval()
+    row = [{"question": q, "answer": ""} for q in questions]
+    ids = [e["ids"][:e["prompt"]] for e in (base_model.encode(tokenizer, r, 1 << 20) for r in row)]
+    order, found, units = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids), 0
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=longest, pad_token_id=pad, eos_token_id=end,
+                              use_cache=True)
+    device = next(model.parameters()).device
+    for start in witness.batches("evaluation", range(0, len(order), batch_size)):
+        mine = order[start:start + batch_size]
+        width = max(len(ids[i]) for i in mine)
+        batch = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in mine], device=device)
+        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in mine], device=device)
+        out = model.generate(input_ids=batch, attention_mask=mask, generation_config=greedy)[:, width:]
+        units += batch.numel() + out.numel()
+        for i, written in zip(mine, out.tolist(), strict=True):
+            found[i] = tokenizer.decode(written[:written.index(end)] if end in written else written, skip_special_tokens=True)
+    return found, units
+
+
+def scored(model, tokenizer, problems: list[dict], longest: int, batch_size: int) -> tuple[list[dict], float]:
+    """([{"text", "reference", "strict", "flexible"}], units): strict and flexible are whether the answer is right."""
+    written, units = texts(model, tokenizer, [p["question"] for p in problems], longest, batch_size)
+    rows = []
+    for text, problem in zip(written, problems, strict=True):
+        right = answers.reference(problem["answer"])
+        rows.append({"text": text, "reference": right, "strict": answers.strict(text) == right,
+                     "flexible": answers.flexible(text) == right})
+    return rows, units

@@ -1,0 +1,133 @@
+"""The planner of GRAFF and its outer optimiser: what to multiply the learning rate by, per block, and how it learns that.
+
+Notation as in the study's specification: eta learning rate, m_i multiplier of block i, a exponent of the token weights,
+u Adam direction, g gradient of the next fresh batch, delta = -eta m u. N blocks, P trained tensors (all arguments named
+`g`, `delta`, `s`, `y` are lists of P tensors, `blocks` the block of each). Pure tensor maths: no model, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LOG_ETA = (-math.log(100), math.log(30))
+LOG_M, WIDTH, FEATURES = math.log(4), 16, 5
+
+
+class Plan(NamedTuple):
+    log_eta: Tensor  # () log of eta / eta_0
+    log_m: Tensor  # (N,) centred over blocks
+    a: Tensor  # () in [-1, 1]
+
+
+def edges(layers: int, graph: bool = True) -> Tensor:
+    """(2, E) source and target: self, same kind at layer +-1, other kind at the same layer. Block = 2 layer + kind."""
+    pairs = [(i, i) for i in range(2 * layers)]
+    if graph:
+        pairs += [(i, j) for i in range(2 * layers) for j in (i - 2, i + 2, i ^ 1) if 0 <= j < 2 * layers]
+    return torch.tensor(pairs).T
+
+
+class Planner(nn.Module):
+    """About 3k parameters whose sizes do not depend on N. The decoder is 0 at first, so that step 0 is exactly eta_0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(FEATURES, WIDTH)
+        self.messages = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(2))
+        self.memory = nn.GRUCell(WIDTH, WIDTH)
+        self.decoder = nn.Linear(WIDTH, 3)  # W and b; rows: log eta, log m, a
+        nn.init.zeros_(self.decoder.weight)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, x: Tensor, h: Tensor, edge: Tensor) -> tuple[Plan, Tensor]:
+        """Features (N, 5) and state (N, 16) -> the plan and the next state."""
+        source, target = edge
+        z = torch.tanh(self.encoder(x))
+        degree = torch.zeros(len(x), 1, dtype=x.dtype).index_add(0, target, torch.ones(len(target), 1, dtype=x.dtype))
+        for message in self.messages:
+            sent = torch.tanh(message(torch.cat([z[source], z[target]], -1)))
+            z = z + torch.zeros_like(z).index_add(0, target, sent) / degree
+        h = self.memory(z, h)
+        mean = self.decoder(h.mean(0))
+        log_m = self.decoder(h)[:, 1]
+        return Plan(mean[0].clamp(*LOG_ETA), (log_m - log_m.mean()).clamp(-LOG_M, LOG_M), mean[2].clamp(-1, 1)), h
+
+
+def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tensor:
+    """(N,) inner products <x, y> summed per block."""
+    dots = torch.stack([p.sum() for p in torch._foreach_mul(x, y)])
+    return torch.zeros(n, dtype=dots.dtype, device=dots.device).index_add(0, blocks.to(dots.device), dots).cpu()
+
+
+def adam_jacobian(g: Tensor, m_hat: Tensor, v_hat: Tensor, k1: float, k2: float, b1: float, b2: float, eps: float) -> Tensor:
+    """J = du/dg, elementwise, of u = m_hat / (sqrt(v_hat) + eps); k1, k2 the bias corrections."""
+    root = v_hat.sqrt().clamp_min(eps * 1e-4)
+    p = root + eps
+    return (1 - b1) / k1 / p - m_hat / p**2 * ((1 - b2) / k2) * g / root
+
+
+def token_weights(a: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(w, dw/da) of w_k = exp(a z_k) / mean exp(a z); z (K,) the standardised entropies."""
+    w = torch.exp(a * z)
+    w = w / w.mean()
+    return w, w * (z - (w * z).mean())
+
+
+def token_credit(eta: float, dw: Tensor, slopes: Tensor) -> Tensor:
+    """c_a = -eta (1/K) sum_k (dw_k/da) <grad l_k, v>; slopes (K,) are the <grad l_k, v> with v = m J g."""
+    return -eta * (dw * slopes).mean()
+
+
+def cotangents(c: Tensor, c_a: float, g: list[Tensor], delta: list[Tensor], norm: str, weight: float) -> tuple[Tensor, ...]:
+    """(c_eta, c, c_a), divided by |g| |delta| (`cos`) and weighted by regret's weight."""
+    scale = weight
+    if norm == "cos":
+        sizes = [torch.stack(torch._foreach_norm(x)).norm() for x in (g, delta)]
+        scale = weight / max(float(sizes[0] * sizes[1]), 1e-30)
+    return c.sum() * scale, c * scale, torch.tensor(c_a * scale, dtype=c.dtype)
+
+
+def curvature(s: list[Tensor], y: list[Tensor], p: list[Tensor], m: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
+    """Per block (N,) and global lambda of the Adam-preconditioned Hessian, from the secant y of step s on the SAME batch."""
+    n = len(m)
+    top = m * block_sums(y, torch._foreach_div(y, p), blocks, n).to(m)
+    bottom = block_sums(s, torch._foreach_mul(s, p), blocks, n).to(m) / m
+    return (top / bottom.clamp_min(1e-30)).sqrt(), float((top.sum() / bottom.sum().clamp_min(1e-30)).sqrt())
+
+
+def edge_of_stability(guard: str, bound: float, beta1: float) -> float:
+    """The largest eta lambda: 1.9 (1 + b1)/(1 - b1) for Adam, the bare bound for `literal`, none for `off`."""
+    return {"adam": bound * (1 + beta1) / (1 - beta1), "literal": bound, "off": math.inf}[guard]
+
+
+def project(decoder: nn.Linear, h: Tensor, c: float) -> float:
+    """Move (W_0, b_0) onto W_0 . mean h + b_0 <= c where it lies beyond; returns the distance moved."""
+    ht = torch.cat([h.mean(0), torch.ones(1, dtype=h.dtype)])
+    with torch.no_grad():
+        beyond = float(torch.cat([decoder.weight[0], decoder.bias[:1]]) @ ht) - c
+        if not beyond > 0:
+            return 0.0
+        step = beyond / float(ht @ ht) * ht
+        decoder.weight[0] -= step[:-1]
+        decoder.bias[0] -= step[-1]
+    return beyond / float(ht.norm())
+
+
+class Outer:
+    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start."""
+
+    def __init__(self, planner: Planner, lr: float, everything: bool = False):
+        trained = planner.parameters() if everything else planner.decoder.parameters()
+        self.planner, self.adam = planner, torch.optim.Adam(trained, lr=lr)
+
+    def step(self, kept: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
+        """Replay the planner on the inputs it was given, send the hypergradients through it, take one step; returns h."""
+        plan, h = self.planner(*kept)
+        self.adam.zero_grad()
+        torch.autograd.backward(list(plan[:2]) + [plan.a], [gradients[0], gradients[1], gradients[2]])
+        self.adam.step()
+        return h.detach()

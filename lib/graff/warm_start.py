@@ -1,0 +1,63 @@
+"""The planner's warm start, by one command: 300 steps as three episodes with different budgets on a small made model.
+
+    python -m lib.graff.warm_start params/graff/warm_start.safetensors
+
+Encoder and decoder both learn here; online W alone does. The file's tensors do not depend on the number of blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lib import config
+from lib.graff import inputs, member
+
+EPISODES = ((100, 0.5), (100, 1.0), (100, 2.0))  # steps, budget relative to what those steps take
+SIZES = {"laptop": (64, 2), "paper": (384, 8)}
+
+
+def recipe(scale: str, steps: int, share: float, place: Path):
+    hidden, layers = SIZES[scale]
+    raw = {"run_id": "warm_start", "method": "graff", "role": "proposed", "seed_list": [7],
+           "model": {"name": "made", "lora": {"r": 8},
+                     "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}},
+           "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
+           "training": {"budget_minutes": 1.0 * share, "clock": "virtual", "global_batch_size": 16, "micro_batch_size": 16,
+                        "total_steps": steps, "optimizer": {"lr_init": 3e-3, "betas": [0.9, 0.98]},
+                        "scheduler": {"type": "graff", "cold": True, "outer_lr": 3e-3}},
+           "evaluation": {"max_new_tokens": 4, "dev_subset": 4}}
+    return config.restore(raw, study="graff", scale=scale, mode="full", results_dir=place)
+
+
+def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
+    """Train the planner over the episodes, each on a fresh copy of the model; writes `out`; returns each one's metrics."""
+    made, planner = [], {}
+    torch.manual_seed(7)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        (place / "inputs").mkdir()
+        for number, (steps, share) in enumerate(EPISODES):
+            run = recipe(scale, 2 if trial else steps, share, place)
+            if number == 0:
+                if trial:
+                    run = config.apply(run, {"model.recipe.pretrain_steps": 2})
+                inputs.prepare(run, place / "inputs", warm=False)
+            folder = place / f"episode-{number}"
+            folder.mkdir()
+            made.append(member.train(config.Member(run=run, cell={}, cell_name="warm", seed=7 + number), folder,
+                                     place / "inputs", planner))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in planner.items()}, out)
+    return made
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    for row in make(target, *sys.argv[2:3]):
+        print({k: row.get(k) for k in ("status", "steps", "used", "budget", "dev_loss")})
+    print(f"saved {target}, {target.stat().st_size} bytes")

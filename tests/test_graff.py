@@ -1,0 +1,353 @@
+"""The planner's mathematics against finite differences, the budget, answers, and runs that are cut off."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib import config
+from lib.errors import MissingError, StudyError
+from lib.graff import answers, clock, data, generate, inputs, member, methods
+from lib.graff import planner as pl
+from lib.graff.block_adam import BlockAdam
+from tests.conftest import ROOT
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+GSM8K = GSM8K if GSM8K.exists() else Path("/work/shared/data/gsm8k")
+
+
+def raw(kind="fixed", **scheduler) -> dict:
+    return {"run_id": "r", "method": kind, "role": "control", "seed_list": [1],
+            "model": {"name": "made", "recipe": {"hidden_size": 32, "layers": 2, "pretrain_steps": 3, "pretrain_batch_size": 4},
+                      "lora": {"r": 4, "dropout": 0.1}},
+            "dataset": {"name": "generated", "train_examples": 60, "test_examples": 4, "dev_size": 4, "max_tokens": 128},
+            "training": {"budget_minutes": 1, "clock": "virtual", "global_batch_size": 8, "micro_batch_size": 4,
+                         "total_steps": 24, "optimizer": {"lr_init": 1e-3, "betas": [0.9, 0.98]},
+                         "scheduler": {"type": kind, **scheduler}},
+            "evaluation": {"max_new_tokens": 4, "dev_subset": 2}}
+
+
+def member_of(kind="fixed", seed=1, changes=None, **scheduler):
+    run = config.restore(raw(kind, **scheduler), study="graff", scale="laptop", mode="full")
+    return config.Member(run=config.apply(run, changes or {}), cell={}, cell_name="c", seed=seed)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graff")
+    inputs.prepare(member_of().run, folder, warm=False)
+    return folder
+
+
+# ---- 1. hypergradients against finite differences, float64
+
+def problem(n=4, size=5):
+    """A loss over n blocks of `size`, smooth and not quadratic."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(n * size, n * size, generator=generator, dtype=torch.float64) / 4
+    theta = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(n)]
+    u = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(n)]
+    return lambda t: torch.log1p((a @ torch.cat(t)) ** 2).sum(), theta, u
+
+
+def gradient(loss, theta):
+    theta = [t.clone().requires_grad_() for t in theta]
+    return list(torch.autograd.grad(loss(theta), theta))
+
+
+def test_c_eta_and_c_i_match_finite_differences():
+    loss, theta, u = problem()
+    eta, log_m = 0.05, torch.tensor([0.3, -0.2, 0.1, -0.2], dtype=torch.float64)
+
+    def after(log_eta, log_m):
+        return loss([t - eta * torch.exp(torch.as_tensor(log_eta) + log_m[i]) * u[i] for i, t in enumerate(theta)])
+
+    delta = [-eta * log_m[i].exp() * u[i] for i in range(4)]
+    g = gradient(loss, [t + d for t, d in zip(theta, delta, strict=True)])
+    c = pl.block_sums(g, delta, torch.arange(4), 4)
+    step = 1e-5
+    c_eta = (after(step, log_m) - after(-step, log_m)) / (2 * step)
+    assert float(c.sum()) == pytest.approx(float(c_eta), rel=1e-6)
+    for i in range(4):
+        shift = step * torch.eye(4, dtype=torch.float64)[i]
+        assert float(c[i]) == pytest.approx(float((after(0, log_m + shift) - after(0, log_m - shift)) / (2 * step)), rel=1e-6)
+
+
+def test_c_a_matches_a_finite_difference_through_weights_adam_and_step():
+    torch.manual_seed(0)
+    x, y, z = torch.randn(7, 6).double(), torch.randn(7).double(), torch.randn(7).double()
+    x2, y2 = torch.randn(7, 6).double(), torch.randn(7).double()
+    theta, eta, a, betas, eps = torch.randn(6).double(), 0.02, 0.4, (0.9, 0.98), 1e-8
+    m0, v0, k1, k2 = torch.randn(6).double(), torch.rand(6).double(), 1 - 0.9**3, 1 - 0.98**3
+
+    def each(t, x, y):
+        return torch.tanh(x @ t - y) ** 2
+
+    def grad(w, t):
+        t = t.clone().requires_grad_()
+        return torch.autograd.grad((w * each(t, x, y)).mean(), t)[0]
+
+    def moments(g):
+        return (betas[0] * m0 + (1 - betas[0]) * g) / k1, (betas[1] * v0 + (1 - betas[1]) * g * g) / k2
+
+    def after(a):
+        m_hat, v_hat = moments(grad(pl.token_weights(a, z)[0], theta))
+        return each(theta - eta * m_hat / (v_hat.sqrt() + eps), x2, y2).mean()
+
+    w, dw = pl.token_weights(a, z)
+    g = grad(w, theta)
+    m_hat, v_hat = moments(g)
+    now = (theta - eta * m_hat / (v_hat.sqrt() + eps)).requires_grad_()
+    g_next = torch.autograd.grad(each(now, x2, y2).mean(), now)[0]
+    v = pl.adam_jacobian(g, m_hat, v_hat, k1, k2, *betas, eps) * g_next
+    slopes = (each(theta + 1e-5 * v, x, y) - each(theta - 1e-5 * v, x, y)) / 2e-5
+    expected = (after(a + 1e-5) - after(a - 1e-5)) / 2e-5
+    assert float(pl.token_credit(eta, dw, slopes)) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_gradient_of_w_and_of_the_encoder_matches_finite_differences():
+    torch.manual_seed(1)
+    loss, theta, u = problem()
+    planner = pl.Planner().double()
+    torch.nn.init.normal_(planner.decoder.weight, std=0.1)
+    kept = torch.randn(4, 5).double(), torch.randn(4, pl.WIDTH).double() * 0.1, pl.edges(2)
+
+    def after():
+        plan, _ = planner(*kept)
+        return loss([t - 0.05 * torch.exp(plan.log_eta + plan.log_m[i]) * u[i] for i, t in enumerate(theta)])
+
+    with torch.no_grad():
+        plan, _ = planner(*kept)
+        delta = [-0.05 * torch.exp(plan.log_eta + plan.log_m[i]) * u[i] for i in range(4)]
+    g = gradient(loss, [t + d for t, d in zip(theta, delta, strict=True)])
+    cot = pl.cotangents(pl.block_sums(g, delta, torch.arange(4), 4), 0.0, g, delta, "raw", 1.0)
+    pl.Outer(planner, 0.0, everything=True).step(kept, cot)
+    for name, place in (("decoder.weight", (0, 2)), ("decoder.weight", (1, 3)), ("encoder.weight", (4, 1)),
+                        ("messages.0.weight", (2, 5)), ("memory.weight_ih", (3, 3))):
+        tensor = dict(planner.named_parameters())[name]
+        values = []
+        for shift in (1e-5, -1e-5):
+            with torch.no_grad():
+                tensor[place] += shift
+                values.append(float(after()))
+                tensor[place] -= shift
+        assert float(tensor.grad[place]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-10), name
+
+
+# ---- 2. to 5. the planner's start, its guard, curvature, REACTOR
+
+def test_a_zero_decoder_changes_nothing_and_the_ablation_has_as_many_parameters():
+    planner = pl.Planner()
+    with torch.no_grad():
+        plan, _ = planner(torch.randn(6, 5), torch.zeros(6, pl.WIDTH), pl.edges(3))
+    assert (float(plan.log_eta), float(plan.a), plan.log_m.tolist()) == (0.0, 0.0, [0.0] * 6)
+    assert pl.token_weights(0.0, torch.randn(5))[0].tolist() == [1.0] * 5
+    sizes = [sum(p.numel() for p in methods.make(member_of("graff", cold=True, graph=g).run.training.scheduler, 3)
+                 .planner.parameters()) for g in (True, False)]
+    assert sizes[0] == sizes[1]
+    assert 2_500 < sizes[0] < 3_500
+    assert pl.edges(3, graph=False).shape[1] == 6 < pl.edges(3).shape[1]
+
+
+def test_projection_lands_on_the_boundary_and_leaves_the_inside_alone():
+    decoder = pl.Planner().decoder
+    torch.nn.init.normal_(decoder.weight)
+    h = torch.randn(4, pl.WIDTH)
+    ht = torch.cat([h.mean(0), torch.ones(1)])
+    decoder.requires_grad_(False)
+    before = torch.cat([decoder.weight[0], decoder.bias[:1]]).clone()
+    value = float(before @ ht)
+    assert pl.project(decoder, h, value + 1) == 0.0
+    moved = pl.project(decoder, h, value - 0.5)
+    after = torch.cat([decoder.weight[0], decoder.bias[:1]]).detach()
+    assert float(after @ ht) == pytest.approx(value - 0.5, abs=1e-5)
+    assert moved == pytest.approx(0.5 / float(ht.norm()), rel=1e-4)
+    assert float((after - before).norm()) == pytest.approx(moved, rel=1e-3)
+
+
+def test_curvature_of_a_quadratic_is_its_own_and_eta_lambda_scales_with_eta():
+    curve, p, m = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([1.0, 1.0, 1.0]), torch.ones(1)
+    for eta in (1e-2, 1e-3):
+        s = [-eta * torch.tensor([0.0, 1.0, 0.0])]
+        lam = pl.curvature(s, [curve * s[0]], [p], m, torch.tensor([0]))[1]
+        assert lam == pytest.approx(4.0, rel=1e-4)
+    assert pl.edge_of_stability("adam", 1.9, 0.9) == pytest.approx(36.1)
+    assert pl.edge_of_stability("literal", 1.9, 0.9) == 1.9
+    assert math.isinf(pl.edge_of_stability("off", 1.9, 0.9))
+
+
+def test_reactor_solves_a_bandit():
+    found = []
+    for seed in range(5):
+        arm = methods.make(member_of("reactor", controller_lr=3e-2).run.training.scheduler, 2)
+        arm.generator.manual_seed(seed)
+        for _ in range(400):
+            a = arm.act(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+            arm.reward(-(a - 0.8) ** 2)
+        found.append(float(arm.omega[0]))
+    assert sum(found) / 5 == pytest.approx(0.8, rel=0.25)
+
+
+def test_block_adam_is_adamw_where_every_multiplier_is_one():
+    torch.manual_seed(0)
+    mine, theirs = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)], []
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    a = BlockAdam(mine, 1e-2, (0.9, 0.98), 0.1, torch.tensor([0, 1]), 2, 1e9)
+    b = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
+    for _ in range(20):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn(5)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(mine, theirs, strict=True))
+
+
+# ---- 6. and 7. the budget
+
+def curve(folder):
+    return list(map(json.loads, (folder / "history.jsonl").read_text().splitlines()))
+
+
+def trained(folder, shared, **scheduler):
+    folder.mkdir(parents=True)
+    kind = scheduler.pop("kind", "graff")
+    return member.train(member_of(kind, **scheduler), folder, shared)
+
+
+def test_frozen_cold_graff_equals_fixed_bit_for_bit(tmp_path, shared, monkeypatch):
+    monkeypatch.setattr(member.Probes, "planner_units", lambda *_: 0.0)
+    monkeypatch.setattr(member.Probes, "entropy_units", lambda *_: 0.0)
+    trained(tmp_path / "fixed", shared, kind="fixed")
+    trained(tmp_path / "graff", shared, cold=True, frozen=True, guard="off", graph=False, token_weights=True)
+    fixed, graff = ([(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff"))
+    assert fixed == graff
+
+
+def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
+    changes = {"training.total_steps": None, "training.budget_minutes": 0.25}
+    (tmp_path / "m").mkdir()
+    found = member.train(member_of("cosine", changes=changes), tmp_path / "m", shared)
+    assert found["in_budget"]
+    assert found["used"] <= 15.0
+    rows = curve(tmp_path / "m")
+    assert rows[0]["used"] == 0.0
+    assert rows[-1]["final"]
+    assert [r["used"] for r in rows] == sorted(r["used"] for r in rows)
+    full = methods.make(member_of("cosine").run.training.scheduler, 2)
+    assert float(full.decide(methods.Seen(1.0, 0, torch.zeros(4))).log_eta) == pytest.approx(math.log(1e-4))
+    budget = clock.Clock("virtual", 1.0)
+    budget.charge(10 / clock.UNIT_SECONDS)
+    assert budget.fraction == 1.0
+
+
+@pytest.mark.parametrize("kind", ["graff", "reactor"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
+    extra = {"cold": True, "outer_lr": 1e-2} if kind == "graff" else {}
+    trained(tmp_path / "whole", shared, kind=kind, **extra)
+    (tmp_path / "cut").mkdir()
+    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; "
+            f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))")
+    going = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("checkpoints/*/complete.json")) and going.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    going.send_signal(signal.SIGKILL)
+    going.wait()
+    member.train(member_of(kind, **extra), tmp_path / "cut", shared)
+    strip = [[{k: v for k, v in r.items() if k != "at"} for r in curve(tmp_path / n)] for n in ("whole", "cut")]
+    assert strip[0] == strip[1]
+
+
+def test_a_resumed_wall_clock_keeps_what_was_spent_and_going_back_is_an_error():
+    times = iter([0.0, 5.0, 4.0])
+    budget = clock.Clock("monotonic", 60, now=lambda: next(times))
+    budget.start()
+    assert budget.tick() == 5.0
+    with pytest.raises(StudyError, match="went back by 1.000 s"):
+        budget.tick()
+
+
+def test_a_budget_too_short_for_one_step_and_one_evaluation(tmp_path, shared):
+    (tmp_path / "m").mkdir()
+    with pytest.raises(StudyError, match="not even one step and one evaluation"):
+        member.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
+
+
+@pytest.mark.parametrize("kind", ["schedulefree", "prodigy", "salelr_reconstructed", "bats_reconstructed", "hypergradient"])
+def test_every_other_scheduler_trains(tmp_path, shared, kind):
+    assert trained(tmp_path / "m", shared, kind=kind)["status"] == "completed"
+    losses = [r["loss"] for r in curve(tmp_path / "m") if "eta" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_a_missing_warm_start_names_the_command(tmp_path):
+    with pytest.raises(MissingError, match="lib.graff.warm_start"):
+        member.warm_start(str(tmp_path / "none.safetensors"))
+
+
+# ---- 8. and 9. answers, generation, energy
+
+TABLE = [("so #### 1,234", "1234", "1234"), ("#### $5", None, "5"), ("#### -7", "-7", "-7"), ("is 42.", None, "42"),
+         ("#### 18.", "18", "18"), ("none", None, None), ("#### 3\n#### 4", "3", "4"), ("$1,000 left", None, "1000")]
+
+
+@pytest.mark.parametrize(("text", "strict", "flexible"), TABLE)
+def test_extraction(text, strict, flexible):
+    assert (answers.strict(text), answers.flexible(text)) == (strict, flexible)
+
+
+def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
+    extraction = pytest.importorskip("lm_eval.filters.extraction", reason="lm-eval brings 29 packages; it is not a dependency")
+    if not GSM8K.exists():
+        pytest.skip("GSM8K lies beside the checkout in ../shared")
+    told = [json.loads(line)["answer"] for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").open()]
+    texts = told + [row[0] for row in TABLE]
+    for pattern, group, own in ((answers.STRICT.pattern, 0, answers.strict), (answers.FLEXIBLE.pattern, -1, answers.flexible)):
+        found = extraction.RegexFilter(regex_pattern=pattern, group_select=group).apply([[t] for t in texts], [{}] * len(texts))
+        assert [own(t) for t in texts] == [None if f[0] == "[invalid]" else answers.clean(f[0]) for f in found]
+
+
+def test_all_references_of_gsm8k_are_read():
+    if not GSM8K.exists():
+        pytest.skip("GSM8K lies beside the checkout in ../shared")
+    rows = [r for name in ("train", "test") for r in data.load(str(GSM8K), name)]
+    assert len(rows) == 8792
+    assert all(answers.strict(r["answer"]) == answers.flexible(r["answer"].split("####")[1]) for r in rows)
+    train, dev = data.split_dev(rows[:7473], 512, 0)
+    assert (len(train), len(dev)) == (6961, 512)
+    assert dev == data.split_dev(rows[:7473][::-1], 512, 0)[1]
+
+
+def test_a_data_set_without_answers_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "just 5"}\n')
+    with pytest.raises(StudyError, match="no '#### number'"):
+        data.load(str(tmp_path), "train")
+
+
+def test_left_padded_batches_write_what_single_prompts_do(shared):
+    given = inputs.load(shared)
+    model = inputs.load_model(member_of().run, given, 1).eval()
+    questions = [p["question"] for p in given.problems["train"][:5]] + ["Tom?"]
+    together, units = generate.texts(model, given.tokenizer, questions, 8, 6)
+    assert together == [generate.texts(model, given.tokenizer, [q], 8, 1)[0][0] for q in questions]
+    assert units > 0
+
+
+def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has a counter")
+    monkeypatch.setattr(clock, "RAPL", tmp_path / "none")
+    energy = clock.Energy()
+    energy.update()
+    assert (energy.joules, energy.source) == (None, None)
+    assert clock.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
