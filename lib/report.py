@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from lib import member_page
+from lib import lock, member_page
 from lib.errors import StudyError
 from lib.notebook_html import PAGES, POLICY, embedded, notebook_html, placed
 from lib.record import read_json, read_jsonl, redact, write_text
@@ -89,6 +89,8 @@ def _group(root: Path, folder: Path, study: Path) -> dict | None:
 
 def _run(root: Path, folder: Path) -> dict:
     status = _dict(read_json(folder / "status.json"))
+    if status.get("status") == "running" and not lock.running(folder.parent.parent):
+        status["status"] = "interrupted"  # its runner is gone
     links = [(text, _href(root, folder / name)) for text, name in (
         ("page", "run.html"), ("notebook", "run.ipynb"), ("log", "train.log"), ("config", "config.yaml"),
         ("sweep", "sweep/sweep.html"), ("error", "attempts/error.log")) if (folder / name).exists()
