@@ -457,10 +457,14 @@ def test_trial_shrinks_every_phase(path):
     run = config.load_run(path, scale=path.parent.name, mode="trial")
     members = config.members(run)
     assert len(members) == len(config.members(run, all_seeds=True)) == 1
-    assert (run.mode, run.optuna.n_trials, run.training.epochs) == ("trial", 0, 1)
+    assert (run.mode, run.optuna.n_trials, getattr(run.training, "epochs", 1)) == ("trial", 0, 1)  # a budget has no epochs
     assert config.steps(run) <= 2
     assert config.check(members[0].run) == []
     assert config.wandb_mode(run) == run.wandb.mode == "disabled"
+    if run.study == "graff":
+        assert run.dataset.limit <= 2 * run.training.global_batch_size
+        assert run.evaluation.dev_subset <= run.dataset.dev_size <= 4
+        return
     if run.study != "td_dpo":
         assert run.dataset.limit <= 2 * run.training.batch_size
         assert run.loss.penalty == "none" or run.loss.sensitivity_warmup_steps <= 2

@@ -63,7 +63,7 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
     elif run.mode == "trial" and _out_of_reach(base):
         texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
         base = str(stand_in.write_stand_in(base, folder / "base", texts))
-    if run.model.name == "made" and warm:
+    if warm:
         from lib.graff import warm_start  # which prepares inputs of its own
 
         warm_start.make(folder / "warm_start.safetensors", run.scale, run.mode == "trial")

@@ -17,7 +17,7 @@ from lib.graff import planner as pl
 
 WARM_UP = 0.03  # of the budget, shared by all methods
 EVERY = 10  # steps between secants and between token-weight probes
-PACKAGES = ("schedulefree", "prodigy")  # optimisers that bring their own rate
+BOUND = 1.9  # of eta lambda, before Adam's factor
 CONTROLLER_CLIP = 2.0
 
 
@@ -221,14 +221,14 @@ class Graff(Fixed):
         # self.kept: what the plan of the LAST step was made of, whose effect this batch's gradient tells
         if self.outer and c is not None and self.kept is not None:
             h = self.outer.step(self.kept, c)
-            edge = pl.edge_of_stability(self.scheduler.guard, self.scheduler.stability_guard, beta1)
+            edge = pl.edge_of_stability(self.scheduler.guard, self.scheduler.stability_guard or BOUND, beta1)
             if lam > 0 and math.isfinite(edge):
                 self.log["projected"] = pl.project(self.planner.decoder, h, math.log(edge / (lam * eta0)))
             self.log["gain"] = float(h.mean(0).abs().sum()) + 1
         self.kept = self.pending
 
     def cap(self, lam, beta1):
-        edge = pl.edge_of_stability(self.scheduler.guard, self.scheduler.stability_guard, beta1)
+        edge = pl.edge_of_stability(self.scheduler.guard, self.scheduler.stability_guard or BOUND, beta1)
         return edge / lam if lam > 0 else math.inf
 
     def state(self):

@@ -92,7 +92,7 @@ class Scheduler(Section):
     def _defaults(cls, raw):
         if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
             return raw
-        defaults = {"outer_lr": 1e-3, "stability_guard": 1.9, "guard": "adam", "cold": False, "norm": "cos",
+        defaults = {"outer_lr": 1e-3, "guard": "adam", "cold": False, "norm": "cos",
                     "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01,
                     "graph": True, "budget_feature": True,
                     "frozen": False, "token_weights": True}
@@ -123,9 +123,7 @@ class Training(Section):
 
 
 class Loss(Section):
-    """Cross-entropy of the answer's tokens; null: the scheduler's own choice (graff and bats weight tokens)."""
-
-    token_weights: bool | None = None
+    """Cross-entropy of the answer's tokens; what weights them belongs to the scheduler."""
 
 
 class Evaluation(Section):

@@ -10,8 +10,10 @@ KEYS = ["run_id", "method", "learning_rate", "seed"]
 
 
 def _keyed(rows: pd.DataFrame) -> pd.DataFrame:
-    """With `learning_rate`, the grid's adapter_lr_init."""
-    return rows.assign(learning_rate=rows.get("adapter_lr_init"))
+    """With `learning_rate`, under whichever of its names the grid set it."""
+    names = ["learning_rate", "adapter_lr_init", "lr_init", "training.optimizer.lr_init"]
+    found = [rows[name] for name in names if name in rows and rows[name].notna().any()]
+    return rows.assign(learning_rate=found[0] if found else None)
 
 
 def of_kind(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:

@@ -249,9 +249,7 @@ class BudgetTrainer(Trainer):
         place = Path(self.args.output_dir)
         mine = place / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(mine, {"step": self.state.global_step, "fingerprint": self.fingerprint, "done": self.final})
-        for other in checkpoints.checkpoint_folders(place):
-            if other != mine:
-                checkpoints.remove_checkpoint(other)
+        checkpoints.keep_last_and_best(place, mine, None)
 
 
 def restore_weights(model, checkpoint: Path) -> None:
