@@ -46,7 +46,7 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
             "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
         )
     shipped = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
-    members = pd.DataFrame([record.identity(_spec(member)) for run in runs for member in _members(run)])
+    members = pd.DataFrame([_row(member) for run in runs for member in _members(run)])
     for claim in published.claims:
         if scale not in claim.scales:
             continue
@@ -77,6 +77,13 @@ def _members(run) -> list:
         return config.members(run)
     except StudyError:
         return []
+
+
+def _row(member) -> dict:
+    """A member as the tables of an analysis name it: its cell's keys by their own names and by the study's short ones."""
+    aliases = config.study_module(member.run.study).ALIASES.items()
+    short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}
+    return short | record.identity(_spec(member))
 
 
 def _spec(member) -> dict:
