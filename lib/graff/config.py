@@ -18,6 +18,9 @@ METRICS = {"exact_match": "maximize", "dev_exact_match": "maximize", "flexible_m
 DIVERGED = {"exact_match": 0.0, "dev_exact_match": 0.0, "flexible_match": 0.0, "auc": 0.0}  # what a diverged member counts as
 CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22")  # columns that the analysis gives to claims.evaluate
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "training.scheduler.cold": "read by check: a full run without a warm start must say so",
+    "training.scheduler.baseline_decay": "read where REACTOR's window of 5 steps ends, which a trial of 2 does not reach",
+    "training.scheduler.entropy_bonus": "read where REACTOR's window of 5 steps ends",
     "dataset.train_split": "train is the only choice",
     "dataset.streaming": "the data fits in memory; either way each epoch is shuffled whole",
     "dataset.shuffle_buffer": "a buffer larger than the data is a full shuffle, as check says",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import checkpoints, record, witness
+from lib import checkpoints, record, trackers, witness
 from lib.errors import StudyError
 from lib.graff import base_model, methods
 from lib.graff import planner as pl
@@ -63,6 +63,7 @@ class BudgetTrainer(Trainer):
                          data_collator=lambda batch: base_model.collate(batch, pad), callbacks=[_Steps(self)],
                          optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)))
         self.remove_callback(PrinterCallback)
+        trackers.attach(self)
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 
     def _get_train_sampler(self, train_dataset=None):
