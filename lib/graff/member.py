@@ -90,8 +90,8 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
         output_dir=str(folder / "checkpoints"), max_steps=run.training.total_steps or trainer.NO_CAP,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation(run), max_grad_norm=0.0,
         bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(), seed=member.seed, save_strategy="no",
-        eval_strategy="no", report_to=trackers.names(run, folder), disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
-        use_cpu=not torch.cuda.is_available())
+        eval_strategy="no", report_to=trackers.names(run, folder), disable_tqdm=True, dataloader_pin_memory=False,
+        logging_strategy="no", use_cpu=not torch.cuda.is_available())
     identity = [config.dump(run)[part] for part in ("model", "training", "evaluation")]
     mark = hashlib.sha256(json.dumps([identity, member.seed], sort_keys=True, default=str).encode()).hexdigest()
     checkpoint = checkpoints.usable(folder / "checkpoints", mark)
