@@ -12,6 +12,7 @@ import torch
 from lib import hub, models, record, stand_in
 from lib.graff import answers, base_model, data
 
+STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
 FREQUENT = 4096  # vocabulary rows that the entropy is over
 
 
@@ -39,8 +40,8 @@ def load_problems(run) -> tuple[dict[str, list[dict]], str]:
     if run.mode == "trial" and _out_of_reach(source):
         source = f"generated, standing in for {source}"
     if source.startswith("generated"):
-        every, test = data.generated(dataset.train_examples + dataset.dev_size, dataset.split_seed, 2), \
-            data.generated(dataset.test_examples, dataset.split_seed + 1, 2)
+        every = data.generated((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
+        test = data.generated(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
     else:
         every, test = (data.load(dataset.name, split, dataset.revision) for split in ("train", "test"))
     train, dev = data.split_dev(every, dataset.dev_size, dataset.split_seed)
