@@ -148,8 +148,8 @@ def test_lab_opens_start_here_with_its_contents_and_nothing_else(server):
 @in_a_browser
 @pytest.mark.parametrize(
     ("notebook", "refused"),
-    [("start_here", 0), ("td_dpo/train", 0), ("iw_lora/train", 0), ("sweep", 0), ("td_dpo/analysis", 1),
-     ("iw_lora/analysis", 1)],
+    [("start_here", 0), ("td_dpo/train", 0), ("iw_lora/train", 0), ("graff/train", 0), ("sweep", 0),
+     ("td_dpo/analysis", 1), ("iw_lora/analysis", 1), ("graff/analysis", 1)],
 )
 def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
     """`refused`: an analysis, where no study has been run, ends at its first cell and says what runs it."""
