@@ -19,7 +19,7 @@ from lib.run_values import is_hub_id
 from lib.schema import Finding, Run
 
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
-NEEDED_GB = {"laptop": 1, "paper": 60}  # where no estimate can be made (lib/footprint.py)
+NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/footprint.py)
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
 
@@ -236,7 +236,7 @@ def _disk(runs: list[Run], machine: Machine) -> list[Finding]:
         free = machine.free_bytes(place)
         if free < wanted:
             parts = f" (downloads {sum(downloads.values()) / 1e9:.0f} GB, the rest checkpoints)" if downloads else ""
-            found.append(Finding("error", "results_dir", f"{free / 1e9:.1f} GB free at {place}, about {wanted / 1e9:.0f} GB "
+            found.append(Finding("error", "results_dir", f"{free / 1e9:.1f} GB free at {place}, about {wanted / 1e9:.3g} GB "
                                  f"needed{parts}", "free space there, STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk, "
                                  "or fewer runs at a time (--run)"))
     return found
