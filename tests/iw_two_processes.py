@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from lib.iw_lora import trainer
 from lib.iw_lora.sections import Training
@@ -25,3 +26,5 @@ def main(folder: str, batch: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    if dist.is_initialized():  # gloo's threads would else be alive when the interpreter ends, which aborts it now and then
+        dist.destroy_process_group()
