@@ -81,6 +81,8 @@ def training_bytes(run, model: Shape) -> float:
     """
     training, wide = run.training, BYTES[run.model.torch_dtype]
     tokens = training.per_device_train_batch_size * 2 * run.dataset.preprocessing.max_length
+    if getattr(training, "token_budget", None):
+        tokens = min(tokens, max(training.token_budget, 2 * run.dataset.preprocessing.max_length))
     inside = wide * (8 * model.hidden + 4 * model.inner)
     if getattr(run.model, "peft", None):
         inside += 4 * sum(i for i, _ in model.linear)

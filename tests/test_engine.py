@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib import checkpoints, training
 from lib.errors import StudyError
-from lib.td_dpo import logprobs, reference, tokens
+from lib.td_dpo import head, logprobs, reference, tokens
 from lib.td_dpo import trainer as engine
 from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost
@@ -228,7 +228,7 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
     with torch.no_grad():
         expected = plain_logprobs(model, ROWS)
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
-        monkeypatch.setattr(logprobs, "HEAD_ELEMENTS", elements)
+        monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
         got = logprobs.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
@@ -239,7 +239,7 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
     (plain_logprobs(model, rows) * torch.tensor([1.0, -0.5])).sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     for elements in (2**24, 360 * 7):
-        monkeypatch.setattr(logprobs, "HEAD_ELEMENTS", elements)
+        monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
         model.zero_grad()
         with logprobs.completion_head(model):
             chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD, layout)(rows))
@@ -328,6 +328,9 @@ def test_token_budget_batches_cover_every_row_once_within_the_budget():
     batches = list(logprobs.token_budget_batches(lengths, 120))
     assert sorted(i for b in batches for i in b) == list(range(201))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
+    fewer = list(logprobs.token_budget_batches(lengths, 120, rows=2))
+    assert sorted(i for b in fewer for i in b) == list(range(201))
+    assert max(map(len, fewer)) == 2 < max(map(len, batches))
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -457,6 +460,29 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
                  table=REFERENCE | {"train": REFERENCE["train"][:20]})[1]
     torch.testing.assert_close(torch.tensor(seen[3]), torch.tensor(
         [(r["loss"], r["grad_norm"], r["chosen_length"]) for r in nine if "loss" in r]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
+def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeypatch, layout):
+    """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's batch."""
+    collate, passes = logprobs.collator, []
+
+    def watched(*arguments):
+        made = collate(*arguments)
+        return lambda rows: passes.append(rows) or made(rows)
+
+    whole = train(tmp_path / "whole", rows=ROWS[:20], table=REFERENCE | {"train": REFERENCE["train"][:20]}, max_steps=6,
+                  options={"layout": layout})[1]
+    monkeypatch.setattr(engine, "collator", watched)
+    records = train(tmp_path / "cut", rows=ROWS[:20], table=REFERENCE | {"train": REFERENCE["train"][:20]}, max_steps=6,
+                    token_budget=150, per_device_train_batch_size=4, options={"layout": layout})[1]
+    seen = [[(r["loss"], r["grad_norm"], r["chosen_length"]) for r in rows if "loss" in r] for rows in (records, whole)]
+    torch.testing.assert_close(*map(torch.tensor, seen), rtol=1e-4, atol=1e-6)
+    widths = [[logprobs.row_tokens(row) for row in rows] for rows in passes]
+    assert len(widths) > 12, "6 steps of 8 or 4 pairs, at most 4 in a pass"
+    assert all(len(rows) == 1 or len(rows) <= 4 and len(rows) * max(rows) <= 150 for rows in widths)
+    assert any(len(rows) == 1 for rows in widths)
+    assert max(map(len, widths)) > 1
 
 
 def test_accumulation_follows_from_the_global_batch():

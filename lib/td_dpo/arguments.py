@@ -16,12 +16,17 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 
 def steps_and_accumulation(pairs: int, training: dict, world_size: int = 1, max_batches: int | None = None
                            ) -> tuple[int, int, int]:
-    """Optimizer steps, per-device batch and accumulation. The global batch is what is stated; accumulation follows."""
+    """Optimizer steps, per-device batch and accumulation. The global batch is what is stated; accumulation follows.
+
+    With a token budget the trainer is handed the whole global batch and cuts it by itself (trainer.cut_by_length).
+    """
     batch = training["global_batch_size"]
     device_batch = training.get("per_device_train_batch_size") or batch
     if batch % (device_batch * world_size):
         raise StudyError("training.global_batch_size", f"{batch} with {device_batch} per device on {world_size} devices",
                          "a multiple of per_device_train_batch_size x devices")
+    if training.get("token_budget"):
+        device_batch = batch // world_size
     steps = training.get("max_steps") or math.ceil(training["epochs"] * math.ceil(pairs / batch))
     return (min(steps, max_batches) if max_batches else steps), device_batch, batch // (device_batch * world_size)
 

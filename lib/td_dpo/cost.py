@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lib.td_dpo.arguments import steps_and_accumulation
-from lib.td_dpo.logprobs import batch_logprobs, collator, completion_head
+from lib.td_dpo.logprobs import batch_logprobs, collator, completion_head, on_device
 from lib.td_dpo.objective import objective, reference_columns, with_reference
 from lib.training import SeededOrder
 
@@ -49,7 +49,7 @@ def _batches(rows: list[dict], size: int, steps: int, seed: int, collate: Callab
             order.set_epoch(order.epoch + 1)
         chosen, indices = [rows[i] for i in indices[:size]], indices[size:]
         batch = {**collate(chosen), **reference_columns(chosen)}
-        yield {k: v.to(device) for k, v in batch.items()}
+        yield on_device(batch, device)
 
 
 def step_cost(model: Callable[[], torch.nn.Module] | str | os.PathLike, rows: list[dict], reference: Tensor, loss: dict,

@@ -10,26 +10,22 @@ lays them out as rows.
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lib import witness
-from lib.errors import StudyError
+from lib.td_dpo.head import IGNORE, completion_head
 
-IGNORE = -100
-HEAD_ELEMENTS = 2**24  # logits held at once by the head (64 MiB in float32); longer batches are scored in chunks
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Tensor | tuple[int, ...]]
 
 
 def _padded(lists: list[list[int]], fill: int) -> Tensor:
@@ -74,33 +70,29 @@ def shared_batch(rows: list[dict], pad: int, mask_dtype: torch.dtype | None = No
 
 
 def packed_batch(rows: list[dict], pad: int) -> Batch:
-    """The shared layout's real tokens end to end: input_ids, position_ids, labels (1, T), and `slots` (T,), the place of
-    each token in the (B, L) rows that segments and attention_mask keep."""
+    """The shared layout's real tokens end to end: input_ids, position_ids, labels (1, T), `lengths` of the B rows, and
+    `slots` (T,), the place of each token in the (B, L) rows that segments and attention_mask keep."""
     batch = shared_batch(rows, pad)
-    slots = (batch["segments"] != PADDING).flatten().nonzero()[:, 0]
+    real = batch["segments"] != PADDING
+    slots = real.flatten().nonzero()[:, 0]
     for name in ("input_ids", "position_ids", "labels"):
         batch[name] = batch[name].flatten()[slots][None]
-    return {**batch, "slots": slots}
+    return {**batch, "slots": slots, "lengths": tuple(real.sum(dim=1).tolist())}
 
 
 def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     dropout: float = 0.0, scaling: float | None = None, slots: Tensor | None = None, **kwargs):
-    """Attention over packed rows: (1, heads, T, d) is laid out as (B, heads, L, d) by `slots` and packed again.
+                     dropout: float = 0.0, scaling: float | None = None, lengths: tuple[int, ...] | None = None, **kwargs):
+    """Attention over packed rows (1, heads, T, d): each row by itself, so that none pays for the longest one's padding.
 
-    Without `slots` (generation) it is transformers' own.
+    Without `lengths` (generation) it is transformers' own.
     """
-    if slots is None:
+    if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    rows, width = attention_mask.shape[0], attention_mask.shape[-1]
-
-    def laid_out(x: Tensor) -> Tensor:
-        flat = x[0].transpose(0, 1)
-        places = flat.new_zeros(rows * width, *flat.shape[1:]).index_copy(0, slots, flat)
-        return places.view(rows, width, *flat.shape[1:]).transpose(1, 2)
-
-    out = scaled_dot_product_attention(*map(laid_out, (query, key, value)), attn_mask=attention_mask, dropout_p=dropout,
-                                       scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)[None], None
+    found = [scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[row : row + 1, :, :length, :length],
+                                          dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+             for row, (length, q, k, v) in enumerate(zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)),
+                                                         strict=True))]
+    return torch.cat(found, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register("packed_pairs", packed_attention)
@@ -124,63 +116,9 @@ def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
     return lambda rows: shared_batch(rows, pad, mask_dtype)
 
 
-def _score(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """log softmax(hidden W^T + b)[target] for each of N positions, in float32 or wider."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return -cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-
-
-@contextlib.contextmanager
-def completion_head(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model(..., score_labels=labels)` returns (R, L) log-probabilities of the labels, zero where there is none.
-
-    Only labelled positions meet the vocabulary, in chunks that are recomputed in the backward pass. It is reached through
-    `forward` (rather than by calling the backbone) so that PEFT, autocast, DDP and FSDP wrappers stay in force. Calls
-    without `score_labels` are the model's own, generation included. The patch is taken off at the end, because a
-    deep copy of a patched model would still run the original's weights.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(model, "_scores_completions", False):
-        yield
-        return
-    config = model.config.get_text_config()
-    rescaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-                if getattr(config, name, None) not in (None, 1.0)]
-    if rescaled:
-        raise StudyError("model.name", f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
-                         "a model whose log-probabilities are log softmax(hidden W^T + b)", "choose another model")
-    original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
-
-    def forward(self, *args, score_labels: Tensor | None = None, **kwargs):
-        if score_labels is None:
-            return original(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        head, scored = self.get_output_embeddings(), score_labels != IGNORE
-        hidden, targets = hidden[scored], score_labels[scored]
-        size = max(HEAD_ELEMENTS // head.weight.shape[0], 1)
-        if len(targets) <= size:
-            values = _score(hidden, head.weight, head.bias, targets)
-        else:
-            values = torch.cat([checkpoint(_score, h, head.weight, head.bias, t, use_reentrant=False)
-                                for h, t in zip(hidden.split(size), targets.split(size), strict=True)])
-        return values.new_zeros(scored.shape).masked_scatter(scored, values)
-
-    model.forward = types.MethodType(forward, model)
-    model._scores_completions = True
-    if attention == "sdpa":  # for as long as the head is on: recomputing a checkpointed layer needs it in the backward
-        config._attn_implementation = "packed_pairs"
-    try:
-        yield
-    finally:
-        config._attn_implementation = attention
-        del model.forward, model._scores_completions
-        if on_instance:
-            model.forward = original
-
-
 def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities (B,) of the chosen and of the rejected answers, in nats. Inside `completion_head(model)`."""
-    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "slots")}
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "lengths")}
     tokens = model(**inputs, score_labels=batch["labels"])
     if "position_ids" not in batch:
         return tuple(tokens.sum(dim=1).chunk(2))
@@ -190,16 +128,21 @@ def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor
     return tuple(torch.where(batch["segments"] == side, tokens, 0).sum(dim=1) for side in (CHOSEN, REJECTED))
 
 
-def token_budget_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices in order of length, cut so that rows x longest row stays within `budget` tokens (at least one row)."""
+def token_budget_batches(lengths: list[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
+    """Indices in order of length, cut so that rows x longest row stays within `budget` tokens, and the rows within `rows`
+    (but at least one row)."""
     chunk: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and (len(chunk) + 1) * lengths[index] > budget:
+        if chunk and ((len(chunk) + 1) * lengths[index] > budget or len(chunk) == rows):
             yield chunk
             chunk = []
         chunk.append(index)
     if chunk:
         yield chunk
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def row_tokens(row: dict) -> int:
@@ -246,7 +189,7 @@ def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, pad: int = 0,
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in witness.batches("scoring of pairs", batches):
-            batch = {k: v.to(device) for k, v in collate([rows[i] for i in indices]).items()}
+            batch = on_device(collate([rows[i] for i in indices]), device)
             values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
             if out is None:
                 out = values.new_empty(len(rows), 2)

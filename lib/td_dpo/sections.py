@@ -123,6 +123,7 @@ class Training(Section):
     max_steps: Count | None = None  # where given it decides, not the epochs
     global_batch_size: Count
     per_device_train_batch_size: Count
+    token_budget: Count | None = None  # of one forward pass (rows x longest row): a step's pairs, by length, in such passes
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
     learning_rate: Positive
     weight_decay: NonNegative = 0.0

@@ -7,6 +7,7 @@ objective is a function of four (B,) tensors (losses.py), batches depend on the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -33,6 +34,7 @@ from lib.td_dpo.logprobs import (
     keep_4bit_differentiable,
     row_tokens,
     sequence_logprobs,
+    token_budget_batches,
 )
 from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
 from lib.td_dpo.tokens import pad_token, rows_digest
@@ -59,8 +61,8 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
 
     def __init__(self, model, tokenizer, rows: list[dict], validation: list[dict], loss: dict, args: DPOConfig, *,
-                 layout: str | None, eval_steps: int | None, save_steps: int | None, fingerprint: str,
-                 on_record: Callable, on_timing: Callable, on_evaluate: Callable | None):
+                 training: dict, layout: str | None, fingerprint: str, on_record: Callable, on_timing: Callable,
+                 on_evaluate: Callable | None):
         self.loss_section, self.validation, self.layout, self.fingerprint = loss, validation, layout, fingerprint
         self.on_record, self.on_timing = (on_record, on_timing) if distributed.rank() == 0 else (lambda row: None,) * 2
         self.on_evaluate = on_evaluate
@@ -68,17 +70,22 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         self.tokens, self.started, self.diverged_at = 0, 0.0, None
         self.best_step, self.best_accuracy = None, None
         self.pad = pad_token(tokenizer)
+        self.limits = {key: training.get(key) for key in ("token_budget", "per_device_train_batch_size")}
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         collate = collator(model, self.pad, layout)
 
-        def collate_rows(rows: list[dict]) -> dict:
+        def collate_pass(rows: list[dict]) -> dict:
             mine = distributed.share(rows)
             rows = mine or rows[:1]  # a process without a row still takes part, with nothing
             return {**collate(rows), **reference_columns(rows, self.wide), "pairs": len(mine),
                     "tokens": sum(map(row_tokens, rows))}
 
+        def collate_rows(rows: list[dict]) -> dict:
+            passes = [collate_pass(part) for part in cut_by_length(rows, *self.limits.values())]
+            return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
+
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         data_collator=collate_rows, callbacks=[Intervals(eval_steps, save_steps)])
+                         data_collator=collate_rows, callbacks=[Intervals(training.get("eval_steps"), training.get("save_steps"))])
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
@@ -114,15 +121,24 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         return distributed.total(sum(batch["pairs"] for batch in batch_samples))  # pairs of this optimizer step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a batch, in one pass or, with a token budget, in several."""
+        *first, last = inputs["passes"]
+        losses = []
+        for part in first:
+            with distributed.deferred(self.model) if distributed.world() > 1 else contextlib.nullcontext():
+                losses.append(self._one_pass(model, part, num_items_in_batch))
+        return sum(losses, self._one_pass(model, last, num_items_in_batch))
+
+    def _one_pass(self, model, inputs, num_items_in_batch):
         tokens, pairs = inputs["tokens"], inputs["pairs"]
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
+            limit = "token_budget" if self.limits["token_budget"] else "per_device_train_batch_size"
             raise OutOfMemory(
                 f"step {self.state.global_step + 1}", f"no memory for a batch of {pairs} pairs with {tokens} tokens",
-                "a batch that fits the device", "lower training.per_device_train_batch_size "
-                f"({self.args.per_device_train_batch_size // distributed.world()}) or dataset.preprocessing.max_length"
-            ) from error
+                "a batch that fits the device", f"lower training.{limit} ({self.limits[limit]}) or "
+                "dataset.preprocessing.max_length") from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = batch_logprobs(model, inputs)
@@ -182,6 +198,16 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
                                                "best_step": self.best_step, "best_accuracy": self.best_accuracy})
         checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
+
+
+def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
+    """An optimiser step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for both
+    answers) and `largest` pairs per process; uncut without a budget."""
+    if not budget:
+        return [rows]
+    world = distributed.world()
+    batches = token_budget_batches([row_tokens(row) for row in rows], budget * world, largest and largest * world)
+    return [[rows[index] for index in batch] for batch in batches]
 
 
 def _float32_trainables(model: torch.nn.Module) -> None:
@@ -246,9 +272,8 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     keep_4bit_differentiable(model)
     with completion_head(model):
         trainer = PreferenceTrainer(
-            model, tokenizer, rows, validation, loss, args, layout=layout, eval_steps=training.get("eval_steps"),
-            save_steps=training.get("save_steps"), fingerprint=fingerprint,
-            on_record=told(on_record, training.get("logging_steps"), steps), on_timing=on_timing,
+            model, tokenizer, rows, validation, loss, args, training=training, layout=layout,
+            fingerprint=fingerprint, on_record=told(on_record, training.get("logging_steps"), steps), on_timing=on_timing,
             on_evaluate=on_evaluate)
         trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
         if checkpoint is None:

@@ -1,0 +1,323 @@
+"""The three ways of training DPO that preference_step.py compares, each a process that takes a step when it is told to.
+
+`naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`: trl.DPOTrainer.train()
+with its reference log-probabilities precomputed; `trl_completions`: the same with its head made to score completion tokens only,
+which TRL itself does on CUDA and not on the CPU. `ours`: lib.td_dpo.trainer.train_pairs. All draw the same adapters and see
+the same pairs in the same optimiser steps. The gate between two steps is the trainers' own log call, so a step is a whole turn
+of their loop: data, collation, forward, backward, optimiser, metrics, record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.gpu_checks import tokenizer
+from lib import models, random_model
+from lib.td_dpo.logprobs import keep_4bit_differentiable
+from lib.td_dpo.reference import sequence_logprobs
+from lib.td_dpo.trainer import train_pairs
+from lib.training import SeededOrder
+
+PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
+
+
+class End(Exception):
+    """The parent has seen enough: what is left of training (a checkpoint) is not run."""
+
+
+class Parts:
+    """Seconds per part of a step and tokens through the policy's backbone, while `on`; the device is waited for at each edge."""
+
+    def __init__(self):
+        self.on, self.seconds, self.tokens, self.started = False, Counter(), 0, {}
+
+    def begin(self, name: str) -> None:
+        if self.on:
+            self.started[name] = _now()
+
+    def end(self, name: str) -> None:
+        if self.on:
+            self.seconds[name] += _now() - self.started.pop(name)
+
+    @contextlib.contextmanager
+    def measured(self, name: str):
+        self.begin(name)
+        yield
+        self.end(name)
+
+    def watch(self, module: nn.Module, name: str, count: bool = False) -> None:
+        def before(_, args, kwargs):
+            if self.on and count:
+                found = kwargs.get("input_ids", args[0] if args else None)
+                self.tokens += (found if found is not None else kwargs["inputs_embeds"][..., 0]).numel()
+            self.begin(name)
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(lambda *_: self.end(name))
+
+    def watch_policy(self, model: nn.Module) -> None:
+        self.watch(model, "model")
+        self.watch(_causal(model).base_model, "backbone", count=True)
+
+    def watch_training(self) -> None:
+        """Backward passes, gradient clipping and optimiser steps of this process, whoever calls them."""
+        backward, clip = Tensor.backward, nn.utils.clip_grad_norm_
+
+        def timed(function: Callable, name: str) -> Callable:
+            def call(*args, **kwargs):
+                with self.measured(name):
+                    return function(*args, **kwargs)
+
+            return call
+
+        Tensor.backward, nn.utils.clip_grad_norm_ = timed(backward, "backward"), timed(clip, "clipping")
+        register_optimizer_step_pre_hook(lambda *_: self.begin("optimiser"))
+        register_optimizer_step_post_hook(lambda *_: self.end("optimiser"))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _resident(key: str) -> float:
+    """MB of this process: 'VmRSS' now, 'VmHWM' at most. Where there is no /proc both are the most since the process began."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class Peak:
+    """Peak memory in MB from `restart` on: allocated on the GPU, or resident beyond what the process held before its model."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.before = device.type == "cuda", _resident("VmRSS")
+
+    def restart(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # Linux: the peak becomes what is resident now
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def now(self) -> float:
+        return torch.cuda.max_memory_allocated() / 1e6 if self.cuda else _resident("VmHWM") - self.before
+
+
+class Gate:
+    """Between two steps: tell the parent what the last one took, and wait for the word to go on."""
+
+    def __init__(self, pipe, device: torch.device):
+        self.pipe, self.parts, self.peak = pipe, Parts(), Peak(device)
+        self.steps, self.started = 0, 0.0
+
+    def ready(self, reference_seconds: float | None) -> None:
+        self.pipe.send({"reference_seconds": reference_seconds})
+        self._wait()
+
+    def passed(self, loss: float) -> None:
+        seconds = _now() - self.started
+        self.steps += 1
+        self.pipe.send({"seconds": seconds, "loss": float(loss), "peak": self.peak.now(), "parts": dict(self.parts.seconds),
+                        "tokens": self.parts.tokens})
+        if self.steps == 1:  # loading, the reference and the first allocations are behind it
+            self.peak.restart()
+        self._wait()
+
+    def _wait(self) -> None:
+        word = self.pipe.recv()
+        if word == "end":
+            raise End
+        self.parts.on, self.parts.seconds, self.parts.tokens = word == "profile", Counter(), 0
+        self.started = _now()
+
+
+def base(spec: dict) -> nn.Module:
+    model = random_model.random_llama(spec["shape"], quantization=spec["quantization"], torch_dtype=spec["dtype"],
+                                      device=spec["device"], gradient_checkpointing=spec["checkpointing"])
+    keep_4bit_differentiable(model)  # for every arm: TRL's reference pass would else leave it without gradients on some CPUs
+    return model
+
+
+def _lora(spec: dict) -> dict:
+    return {"lora_r": spec["lora"], "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def same_start(model: nn.Module) -> None:
+    """The adapters' random half, drawn the same way in every arm (their other half is zero)."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and ".ref." not in name:
+            fan_in = parameter.shape[1]
+            drawn = torch.empty(parameter.shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+            parameter.data.copy_(drawn)
+
+
+def policy(spec: dict) -> nn.Module:
+    model = base(spec)
+    if spec["lora"]:
+        model = models.add_lora(model, _lora(spec), seed=SEED)
+        same_start(model)
+    return model
+
+
+def _arguments(spec: dict) -> dict:
+    return {"per_device_train_batch_size": spec["micro"], "learning_rate": LEARNING_RATE, "bf16": spec["dtype"] == "bfloat16",
+            "gradient_checkpointing": spec["checkpointing"], "max_steps": spec["steps"], "max_grad_norm": 1.0,
+            "lr_scheduler_type": "constant"}  # fmt: skip
+
+
+def ours(spec: dict, gate: Gate, folder: str) -> None:
+    model = policy(spec)
+    gate.parts.watch_policy(model)
+    started = _now()
+    with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
+        reference = sequence_logprobs(model, spec["rows"], pad=PAD)
+    gate.ready(_now() - started)
+    train_pairs(model, tokenizer(), spec["rows"], [], {"train": reference}, loss={"name": "dpo", "beta": BETA},
+                training={**_arguments(spec), "global_batch_size": spec["batch"]}, seed=SEED, folder=folder,
+                on_record=lambda row: gate.passed(row["loss"]))
+
+
+class Stock(DPOTrainer):
+    """TRL's trainer; only its tokenisation (the rows are token ids) and its telemetry are left out, and its reference is timed."""
+
+    reference_seconds = 0.0
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _send_telemetry(self):
+        pass
+
+    def _precompute_ref_logps(self, *args):
+        started = _now()
+        found = super()._precompute_ref_logps(*args)
+        self.reference_seconds = _now() - started
+        return found
+
+
+class _Passing(TrainerCallback):
+    def __init__(self, gate: Gate):
+        self.gate = gate
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.gate.passed(logs["loss"])
+
+
+def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
+    if completions:
+        import trl.trainer.utils as utils
+
+        utils._use_triton = lambda device: True  # in this module it decides one thing: which positions the head scores
+    peft = {}
+    if spec["lora"]:
+        from peft import LoraConfig
+
+        peft["peft_config"] = LoraConfig(r=spec["lora"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = DPOConfig(output_dir=folder, beta=BETA, precompute_ref_log_probs=True, precompute_ref_batch_size=spec["batch"],
+                     max_length=None, **_arguments(spec), gradient_accumulation_steps=spec["batch"] // spec["micro"],
+                     train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none",
+                     disable_tqdm=True, dataloader_pin_memory=False, use_cpu=spec["device"] == "cpu", seed=SEED)
+    # In the order in which the engine's sampler would draw them: the same pairs in every optimiser step.
+    rows = [spec["rows"][index] for index in SeededOrder(len(spec["rows"]), SEED)]
+    rows = Dataset.from_list([{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows])
+    trainer = Stock(base(spec), args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[_Passing(gate)], **peft)
+    trainer.remove_callback(transformers.PrinterCallback)
+    same_start(trainer.model)
+    gate.parts.watch_policy(trainer.model)
+    gate.ready(trainer.reference_seconds)
+    trainer.train()
+
+
+def trl_completions(spec: dict, gate: Gate, folder: str) -> None:
+    trl(spec, gate, folder, completions=True)
+
+
+def _answers(model: nn.Module, parts: Parts, rows: list[dict], side: str, head: str) -> Tensor:
+    """(B,) summed log-probabilities of one side's answers, the textbook way: every logit, then the one that is asked for."""
+    sequences = [torch.tensor(row["prompt_ids"] + row[side]) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=PAD)
+    place = torch.arange(ids.shape[1])
+    starts = torch.tensor([len(row["prompt_ids"]) for row in rows])[:, None]
+    ends = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    device = model.device
+    ids, scored, real = ids.to(device), ((place >= starts) & (place < ends)).to(device), (place < ends).long().to(device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+    with parts.measured(head):
+        found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return torch.where(scored[:, 1:], found, 0).sum(dim=1)
+
+
+def naive(spec: dict, gate: Gate, folder: str) -> None:
+    model, reference, parts = policy(spec).train(), base(spec).requires_grad_(False), gate.parts
+    parts.watch_policy(model)
+    parts.watch(reference, "reference")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    order = list(SeededOrder(len(spec["rows"]), SEED))
+    gate.ready(None)
+    for step in range(spec["steps"]):
+        total = 0.0
+        for start in range(step * spec["batch"], (step + 1) * spec["batch"], spec["micro"]):
+            rows = [spec["rows"][index] for index in order[start : start + spec["micro"]]]
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+                chosen, rejected = (_answers(model, parts, rows, side, "scoring") for side in ("chosen_ids", "rejected_ids"))
+                with torch.no_grad():
+                    old = [_answers(reference, parts, rows, side, "reference") for side in ("chosen_ids", "rejected_ids")]
+            loss = -logsigmoid(BETA * (chosen - old[0] - rejected + old[1])).sum() / spec["batch"]
+            loss.backward()
+            total += float(loss.detach())
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        gate.passed(total)
+
+
+def work(pipe, arm: str, spec: dict) -> None:
+    """Body of an arm's process; what goes wrong is sent to the parent."""
+    os.environ["TQDM_DISABLE"] = "1"
+    warnings.simplefilter("ignore", FutureWarning)  # transformers renames arguments that TRL still sets
+    torch.set_num_threads(spec["threads"])
+    disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            gate = Gate(pipe, torch.device(spec["device"]))
+            gate.parts.watch_training()
+            ARMS[arm](spec, gate, folder)
+        except (End, EOFError):
+            pass
+        except torch.OutOfMemoryError:
+            pipe.send({"out_of_memory": True})
+        except BaseException:
+            pipe.send({"error": traceback.format_exc()})
+
+
+ARMS = {"naive": naive, "trl": trl, "trl_completions": trl_completions, "ours": ours}
