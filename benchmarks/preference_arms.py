@@ -1,35 +1,29 @@
-"""The three ways of training DPO that preference_step.py compares, each a process that takes a step when it is told to.
+"""The ways of training DPO that preference_step.py compares, each a process that takes a step when it is told to.
 
-`naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`: trl.DPOTrainer.train()
-with its reference log-probabilities precomputed; `trl_completions`: the same with its head made to score completion tokens only,
-which TRL itself does on CUDA and not on the CPU. `ours`: lib.td_dpo.trainer.train_pairs. All draw the same adapters and see
-the same pairs in the same optimiser steps. The gate between two steps is the trainers' own log call, so a step is a whole turn
-of their loop: data, collation, forward, backward, optimiser, metrics, record.
+`naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`:
+trl.DPOTrainer.train() with its reference log-probabilities precomputed; `trl_completions`: the same with its head made to
+score completion tokens only, which TRL itself does on CUDA and not on the CPU. `ours`: lib.td_dpo.trainer.train_pairs. All
+draw the same adapters and see the same pairs in the same optimiser steps. The gate between two steps is the trainers' own
+log call, so a step is a whole turn of their loop: data, collation, forward, backward, optimiser, metrics, record.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models, random_model
 from lib.td_dpo.logprobs import keep_4bit_differentiable
@@ -38,122 +32,6 @@ from lib.td_dpo.trainer import train_pairs
 from lib.training import SeededOrder
 
 PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
-
-
-class End(Exception):
-    """The parent has seen enough: what is left of training (a checkpoint) is not run."""
-
-
-class Parts:
-    """Seconds per part of a step and tokens through the policy's backbone, while `on`; the device is waited for at each edge."""
-
-    def __init__(self):
-        self.on, self.seconds, self.tokens, self.started = False, Counter(), 0, {}
-
-    def begin(self, name: str) -> None:
-        if self.on:
-            self.started[name] = _now()
-
-    def end(self, name: str) -> None:
-        if self.on:
-            self.seconds[name] += _now() - self.started.pop(name)
-
-    @contextlib.contextmanager
-    def measured(self, name: str):
-        self.begin(name)
-        yield
-        self.end(name)
-
-    def watch(self, module: nn.Module, name: str, count: bool = False) -> None:
-        def before(_, args, kwargs):
-            if self.on and count:
-                found = kwargs.get("input_ids", args[0] if args else None)
-                self.tokens += (found if found is not None else kwargs["inputs_embeds"][..., 0]).numel()
-            self.begin(name)
-
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(lambda *_: self.end(name))
-
-    def watch_policy(self, model: nn.Module) -> None:
-        self.watch(model, "model")
-        self.watch(_causal(model).base_model, "backbone", count=True)
-
-    def watch_training(self) -> None:
-        """Backward passes, gradient clipping and optimiser steps of this process, whoever calls them."""
-        backward, clip = Tensor.backward, nn.utils.clip_grad_norm_
-
-        def timed(function: Callable, name: str) -> Callable:
-            def call(*args, **kwargs):
-                with self.measured(name):
-                    return function(*args, **kwargs)
-
-            return call
-
-        Tensor.backward, nn.utils.clip_grad_norm_ = timed(backward, "backward"), timed(clip, "clipping")
-        register_optimizer_step_pre_hook(lambda *_: self.begin("optimiser"))
-        register_optimizer_step_post_hook(lambda *_: self.end("optimiser"))
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _causal(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _resident(key: str) -> float:
-    """MB of this process: 'VmRSS' now, 'VmHWM' at most. Where there is no /proc both are the most since the process began."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-class Peak:
-    """Peak memory in MB from `restart` on: allocated on the GPU, or resident beyond what the process held before its model."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.before = device.type == "cuda", _resident("VmRSS")
-
-    def restart(self) -> None:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):  # Linux: the peak becomes what is resident now
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def now(self) -> float:
-        return torch.cuda.max_memory_allocated() / 1e6 if self.cuda else _resident("VmHWM") - self.before
-
-
-class Gate:
-    """Between two steps: tell the parent what the last one took, and wait for the word to go on."""
-
-    def __init__(self, pipe, device: torch.device):
-        self.pipe, self.parts, self.peak = pipe, Parts(), Peak(device)
-        self.steps, self.started = 0, 0.0
-
-    def ready(self, reference_seconds: float | None) -> None:
-        self.pipe.send({"reference_seconds": reference_seconds})
-        self._wait()
-
-    def passed(self, loss: float) -> None:
-        seconds = _now() - self.started
-        self.steps += 1
-        self.pipe.send({"seconds": seconds, "loss": float(loss), "peak": self.peak.now(), "parts": dict(self.parts.seconds),
-                        "tokens": self.parts.tokens})
-        if self.steps == 1:  # loading, the reference and the first allocations are behind it
-            self.peak.restart()
-        self._wait()
-
-    def _wait(self) -> None:
-        word = self.pipe.recv()
-        if word == "end":
-            raise End
-        self.parts.on, self.parts.seconds, self.parts.tokens = word == "profile", Counter(), 0
-        self.started = _now()
 
 
 def base(spec: dict) -> nn.Module:
@@ -194,17 +72,17 @@ def _arguments(spec: dict) -> dict:
 def ours(spec: dict, gate: Gate, folder: str) -> None:
     model = policy(spec)
     gate.parts.watch_policy(model)
-    started = _now()
+    started = now()
     with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
         reference = sequence_logprobs(model, spec["rows"], pad=PAD)
-    gate.ready(_now() - started)
+    gate.ready(now() - started)
     train_pairs(model, tokenizer(), spec["rows"], [], {"train": reference}, loss={"name": "dpo", "beta": BETA},
                 training={**_arguments(spec), "global_batch_size": spec["batch"]}, seed=SEED, folder=folder,
                 on_record=lambda row: gate.passed(row["loss"]))
 
 
 class Stock(DPOTrainer):
-    """TRL's trainer; only its tokenisation (the rows are token ids) and its telemetry are left out, and its reference is timed."""
+    """TRL's trainer; only its tokenisation (rows are token ids) and its telemetry are left out, and its reference is timed."""
 
     reference_seconds = 0.0
 
@@ -215,9 +93,9 @@ class Stock(DPOTrainer):
         pass
 
     def _precompute_ref_logps(self, *args):
-        started = _now()
+        started = now()
         found = super()._precompute_ref_logps(*args)
-        self.reference_seconds = _now() - started
+        self.reference_seconds = now() - started
         return found
 
 

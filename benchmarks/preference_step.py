@@ -1,8 +1,8 @@
 """Optimiser steps of DPO by a naive loop, by TRL and by this repository's engine, in turns on the same pairs.
 
-    python -m benchmarks.preference_step                                                     CPU, 32k vocabulary, generated pairs
-    python -m benchmarks.preference_step --data PATH                                         the same on real chat pairs
-    python -m benchmarks.preference_step --device cuda --shape llama-2-7b --nf4 --longest 2048      for one H100
+    python -m benchmarks.preference_step                   CPU, 32k vocabulary, generated pairs
+    python -m benchmarks.preference_step --data PATH       the same on real chat pairs
+    python -m benchmarks.preference_step --device cuda --shape llama-2-7b --nf4 --longest 2048 --micro 1 2 4 --arms trl ours
 
 Each arm is a process of its own that takes a step when it is its turn (preference_arms.py says what each does), so speed ratios
 hold whatever else the machine does and the peak memory is the arm's own. Every arm is tried at each micro-batch of `--micro`
@@ -174,8 +174,9 @@ def table(found: dict[tuple[str, int], dict], useful: float, peak: float) -> lis
         if arm not in best or result["pairs_per_second"] > best[arm][1]["pairs_per_second"]:
             best[arm] = (micro, result)
     ours = best["ours"][1]
-    lines = ["| | micro-batch | pairs/s (median) | ours is faster by (same round; middle half) | peak memory, MB | tokens through "
-             "the backbone per pair | useful products, of the matmul peak | loss against ours, worst step |", "|---" * 8 + "|"]
+    lines = ["| | micro-batch | pairs/s (median) | ours is faster by (same round; middle half) | peak memory, MB | tokens "
+             "through the backbone per pair | useful products, of the matmul peak | loss against ours, worst step |",
+             "|---" * 8 + "|"]
     for arm, (micro, result) in best.items():
         ratio = middle([a / b for a, b in zip(result["seconds"], ours["seconds"], strict=True)])
         gap = max(abs(a / b - 1) for a, b in zip(result["losses"], ours["losses"], strict=True))
@@ -187,6 +188,26 @@ def table(found: dict[tuple[str, int], dict], useful: float, peak: float) -> lis
         once = "in every step" if result["reference_seconds"] is None else f"{result['reference_seconds']:.1f} s"
         lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{result['shares'][part]:.0%}" for part in PARTS) + f" | {once} |")
     return lines
+
+
+def conditions(options: argparse.Namespace, spec: dict, peak: float) -> str:
+    """The machine, the packages, the model and the pairs of a measurement, in one line."""
+    import torch
+    import transformers
+    import trl
+
+    cores = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else cores
+    lengths = zip(*((len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in spec["rows"]), strict=True)
+    medians = ", ".join(f"{name} {statistics.median(column):.0f}"
+                        for name, column in zip(("prompt", "chosen", "rejected"), lengths, strict=True))
+    return "; ".join([
+        f"{machine}, {options.threads} threads, load {os.getloadavg()[0]:.1f}",
+        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
+        f"{options.shape} shape, {spec['shape']['vocab_size']} vocabulary, {spec['dtype']}{', NF4' * options.nf4}, "
+        + (f"LoRA r {spec['lora']}" if spec["lora"] else "all weights trained"),
+        f"{options.data or 'generated pairs'}, median tokens {medians}",
+        f"{options.batch} pairs per step, {options.rounds} rounds", f"matmul peak {peak / 1e12:.3f} TFLOP/s"])
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
@@ -204,7 +225,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, help="of generated lengths (default: longest / 2048)")
     parser.add_argument("--batch", type=int, default=8, help="pairs per optimiser step")
     parser.add_argument("--micro", type=int, nargs="+", default=[2, 8], help="pairs per forward pass to try")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))
     parser.add_argument("--arms", nargs="+", choices=list(NAMES), default=None)
     options = parser.parse_args(argv)
@@ -218,8 +239,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parsed(argv)
     import torch
-    import transformers
-    import trl
 
     from benchmarks.gpu_checks import pairs
 
@@ -250,15 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     peak = max(peak, matmul_peak(options.device, dtype))
     found = {name: measured(variant, options.rounds, options.batch) for name, variant in running.items()
              if "out_of_memory" not in variant}  # fmt: skip
-    lengths = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-    middles = ", ".join(f"{name} {statistics.median(column):.0f}"
-                        for name, column in zip(("prompt", "chosen", "rejected"), zip(*lengths, strict=True), strict=True))
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"`python -m benchmarks.preference_step {shlex.join(sys.argv[1:] if argv is None else argv)}`\n")
-    print(f"{machine}, {options.threads} threads, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, trl {trl.__version__}; {options.shape} shape, {shape['vocab_size']} vocabulary, {dtype}"
-          f"{', NF4' * options.nf4}, {f'LoRA r {lora}' if lora else 'all weights trained'}; {options.data or 'generated pairs'}, "
-          f"median tokens {middles}; {options.batch} pairs per step, {options.rounds} rounds; matmul peak {peak / 1e12:.3f} TFLOP/s\n")
+    print(conditions(options, spec, peak) + "\n")
     print("\n".join(table(found, useful_flops(shape, rows, lora), peak)) if any(a == "ours" for a, _ in found) else "")
     for arm, micro in (name for name, variant in running.items() if "out_of_memory" in variant):
         print(f"\n{NAMES[arm]}, micro-batch {micro}: out of memory")

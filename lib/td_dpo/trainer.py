@@ -84,8 +84,9 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
             passes = [collate_pass(part) for part in cut_by_length(rows, *self.limits.values())]
             return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
+        intervals = Intervals(training.get("eval_steps"), training.get("save_steps"))
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         data_collator=collate_rows, callbacks=[Intervals(training.get("eval_steps"), training.get("save_steps"))])
+                         data_collator=collate_rows, callbacks=[intervals])
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
