@@ -36,10 +36,10 @@ PARTS = {"backbone": "backbone forward", "head": "head forward", "reference": "r
          "optimiser": "clip + optimiser", "rest": "the rest"}  # fmt: skip
 
 
-def shape_of(name: str, vocabulary: int | None) -> dict:
-    size, hidden, intermediate, layers, heads = SHAPES[name]
+def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
+    size, hidden, intermediate, depth, heads = SHAPES[name]
     return {"vocab_size": vocabulary or size, "hidden_size": hidden, "intermediate_size": intermediate,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "num_hidden_layers": layers or depth, "num_attention_heads": heads, "num_key_value_heads": heads,
             "max_position_embeddings": 4096}  # fmt: skip
 
 
@@ -135,6 +135,17 @@ def take_turns(running: dict, rounds: int) -> None:
                 variant["steps"].append(message)
 
 
+def run(arms: list[str], micros: list[int], spec: dict, rounds: int) -> dict[tuple[str, int], dict]:
+    """The steps that every variant took, by (arm, micro-batch)."""
+    running: dict = {}
+    try:
+        running = start(arms, micros, spec)
+        take_turns(running, rounds)
+    finally:
+        stop(running)
+    return running
+
+
 def stop(running: dict) -> None:
     for variant in running.values():
         variant["pipe"].close()  # the arm reads the end of its pipe
@@ -215,6 +226,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="default: float32 on the CPU, bfloat16 on a GPU or with --nf4")
     parser.add_argument("--nf4", action="store_true", help="4-bit base with double quantisation")
@@ -236,42 +248,44 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parsed(argv)
-    import torch
-
+def spec_of(options: argparse.Namespace) -> dict:
+    """What every arm is told: the model's shape, the tokenised pairs, the device and the batch."""
     from benchmarks.gpu_checks import pairs
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: leave --device out to measure the CPU", file=sys.stderr)
-        return 3
-    torch.set_num_threads(options.threads)
-    cuda, shape = options.device == "cuda", shape_of(options.shape, options.vocabulary)
+    cuda, shape = options.device == "cuda", shape_of(options.shape, options.vocabulary, options.layers)
     dtype = options.dtype or ("bfloat16" if cuda or options.nf4 else "float32")
-    lora = options.lora if options.lora is not None else 64 * options.nf4
     steps = WARM_UP + options.rounds + PROFILED
     if options.data:
         rows = real_rows(options.data, steps * options.batch, shape["vocab_size"], options.longest)
     else:
         rows = pairs(steps * options.batch, shape["vocab_size"], options.longest, options.scale or options.longest / 2048)
-    spec = {"shape": shape, "rows": rows, "device": options.device, "dtype": dtype, "lora": lora, "batch": options.batch,
-            "quantization": "nf4" if options.nf4 else "none", "steps": steps, "threads": options.threads,
+    return {"shape": shape, "rows": rows, "device": options.device, "dtype": dtype, "batch": options.batch,
+            "lora": options.lora if options.lora is not None else 64 * options.nf4, "steps": steps,
+            "quantization": "nf4" if options.nf4 else "none", "threads": options.threads,
             "checkpointing": cuda if options.checkpointing is None else options.checkpointing}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parsed(argv)
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: leave --device out to measure the CPU", file=sys.stderr)
+        return 3
+    torch.set_num_threads(options.threads)
+    spec = spec_of(options)
+    cuda, rows = options.device == "cuda", spec["rows"]
     # On CUDA TRL's head scores completions only by itself, so the second TRL arm would be the first.
     arms = options.arms or [arm for arm in NAMES if not (cuda and arm == "trl_completions")]
-    peak = matmul_peak(options.device, dtype)
-    running = {}
-    try:
-        running = start(arms, options.micro, spec)
-        take_turns(running, options.rounds)
-    finally:
-        stop(running)
-    peak = max(peak, matmul_peak(options.device, dtype))
+    peak = matmul_peak(options.device, spec["dtype"])
+    running = run(arms, options.micro, spec, options.rounds)
+    peak = max(peak, matmul_peak(options.device, spec["dtype"]))
     found = {name: measured(variant, options.rounds, options.batch) for name, variant in running.items()
              if "out_of_memory" not in variant}  # fmt: skip
     print(f"`python -m benchmarks.preference_step {shlex.join(sys.argv[1:] if argv is None else argv)}`\n")
     print(conditions(options, spec, peak) + "\n")
-    print("\n".join(table(found, useful_flops(shape, rows, lora), peak)) if any(a == "ours" for a, _ in found) else "")
+    if any(arm == "ours" for arm, _ in found):
+        print("\n".join(table(found, useful_flops(spec["shape"], rows, spec["lora"]), peak)))
     for arm, micro in (name for name, variant in running.items() if "out_of_memory" in variant):
         print(f"\n{NAMES[arm]}, micro-batch {micro}: out of memory")
     return 0

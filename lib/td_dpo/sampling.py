@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from lib import witness
+from lib.td_dpo.tokens import conversation_ids
 
 
 class _InverseTransform(LogitsProcessor):
@@ -74,9 +75,7 @@ def sample(
     Each answer: "prompt_ids"; "ids", with the end token if the model gave one; "text" without special tokens;
     "finished", whether it ended by itself. temperature 0 is greedy.
     """
-    prompt_ids = [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False) for prompt in prompts
-    ]
+    prompt_ids = conversation_ids(tokenizer, [list(prompt) for prompt in prompts], add_generation_prompt=True)
     uniforms = torch.rand(
         (len(prompts), max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )

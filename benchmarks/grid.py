@@ -1,0 +1,207 @@
+"""Wall-clock of a whole grid: this repository's runner against trl.DPOTrainer run cell by cell.
+
+    python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop scale
+    python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the others
+
+Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation implicit
+accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the model; ours
+also scores the test pairs, analyses and writes its pages.
+
+Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is one process that loops
+over the cells with all cores, its reference precomputed with its own cache on disk and its head made to score completion
+tokens only; every cell has its sigmoid loss, since the objective's share of a step is small. It is not charged for imports nor
+for tokenisation (rows are handed over as token ids).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("dpo", "td_dpo")
+
+
+def study(folder: Path, smallest: bool) -> None:
+    """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out."""
+    folder.mkdir(parents=True)
+    for method in METHODS:
+        run = yaml.safe_load((ROOT / "params/td_dpo/laptop" / f"{method}.yaml").read_text())
+        grid = {"beta": [0.01, 0.05, 0.5, 2.5]} | ({"tau": [0.5, 1.0, 2.0]} if method == "td_dpo" else {})
+        run |= {"role": "comparative", "grid": [{"product": grid}]}  # the proposed run also times steps against DPO's
+        run["evaluation"] |= {"judge": "none", "kl_prompts": 0}
+        run["optuna"] |= {"n_trials": 0}
+        if smallest:
+            run |= {"grid": [{"product": {key: values[:1] for key, values in grid.items()}}], "seed_list": [42]}
+            run["training"] |= {"max_steps": 4, "eval_steps": 2, "save_steps": 2}
+            run["model"]["recipe"] |= {"vocab_size": 384, "hidden_size": 32, "layers": 2, "sft_steps": 2}
+            run["dataset"] |= {"train_pairs": 32, "validation_pairs": 8, "test_pairs": 8}
+        (folder / f"{method}.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+
+
+def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[str], dict]:
+    environment = {**os.environ, "STUDY_OUTPUTS": str(home / "outputs"), "STUDY_CACHE": str(home / "cache"),
+                   "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
+    environment.pop("STUDY_POOL", None)
+    slots = ["--jobs", str(jobs)] if jobs else []
+    return [sys.executable, "-m", "lib", *arguments, "--scale", "laptop", "--params", str(home / "params"), *slots], environment
+
+
+def prepare(home: Path, jobs: int | None) -> None:
+    """One cell of ours: it makes the model and its reference, which both arms then find, and warms the disk's cache."""
+    line, environment = command(home, "full", "--run", "dpo", "--set", "seed_list=[42]", jobs=jobs)
+    subprocess.run(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+
+def ours(home: Path, jobs: int | None) -> dict:
+    """One `full` of the grid in a fresh outputs folder: seconds, and where they went."""
+    shutil.rmtree(home / "outputs", ignore_errors=True)
+    line, environment = command(home, "full", jobs=jobs)
+    starts: dict[str, dict] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        """When each run's turn came, and when its first optimiser step was recorded."""
+        while not over.wait(0.02):
+            for method in METHODS:
+                folder, seen = home / "outputs/laptop-full/td_dpo" / method, starts.setdefault(method, {})
+                if "turn" not in seen and (folder / "status.json").exists():
+                    seen["turn"] = json.loads((folder / "status.json").read_text()).get("started") or time.time()
+                if "first" not in seen and any(path.stat().st_size for path in folder.glob("members/*/history.jsonl")):
+                    seen["first"] = time.time()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.time()
+    done = subprocess.run(line, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ended = time.time()
+    over.set()
+    watcher.join()
+    if done.returncode:
+        sys.exit(f"the grid failed with {done.returncode}:\n{done.stdout[-3000:]}")
+    records = home / "outputs/laptop-full/td_dpo"
+    members = [path.parent for path in records.glob("*/members/*/metrics.json")]
+    whole = sum(json.loads((m / "metrics.json").read_text())["seconds"] for m in members)
+    steps = sum(json.loads(row)["seconds"] for m in members for row in (m / "timing.jsonl").read_text().splitlines())
+    runs = [json.loads((records / method / "status.json").read_text()) for method in METHODS]
+    return {"seconds": ended - began, "members": len(members), "member_seconds": whole, "step_seconds": steps,
+            "first_step": {m: s["first"] - s["turn"] for m, s in starts.items()},
+            "before": min(run["started"] for run in runs) - began, "after": ended - max(run["ended"] for run in runs)}
+
+
+def trl(spec: dict) -> None:
+    """Train the cells in this process, one after the other; prints each one's seconds and best accuracy as a JSON line."""
+    import torch
+    import transformers
+    import trl.trainer.utils
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig
+
+    from benchmarks.preference_arms import Stock
+    from lib.td_dpo import inputs
+
+    torch.set_num_threads(spec["threads"])
+    disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
+    given, training = inputs.load(Path(spec["shared"])), spec["training"]
+    rows = {split: Dataset.from_list([{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in table])
+            for split, table in given.rows.items()}  # fmt: skip
+
+    class Cell(Stock):
+        _precompute_ref_logps = Stock.__mro__[1]._precompute_ref_logps  # with its cache
+
+    for beta, seed in spec["cells"]:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            args = DPOConfig(
+                output_dir=folder, beta=beta, seed=seed, max_steps=training["max_steps"], max_length=None,
+                per_device_train_batch_size=training["per_device_train_batch_size"], per_device_eval_batch_size=64,
+                learning_rate=training["learning_rate"], weight_decay=training["weight_decay"], optim="adamw_torch_fused",
+                lr_scheduler_type=training["lr_scheduler_type"], max_grad_norm=training["max_grad_norm"],
+                warmup_steps=round(training["warmup_ratio"] * training["max_steps"]), precompute_ref_log_probs=True,
+                precompute_ref_batch_size=64, eval_strategy="steps", eval_steps=training["eval_steps"],
+                save_strategy="steps", save_steps=training["save_steps"], save_total_limit=2, load_best_model_at_end=True,
+                metric_for_best_model="eval_rewards/accuracies", logging_steps=1, report_to="none", disable_tqdm=True,
+                dataloader_pin_memory=False, use_cpu=True, gradient_checkpointing=False, bf16=False)
+            model = AutoModelForCausalLM.from_pretrained(given.base)
+            trainer = Cell(model, args=args, train_dataset=rows["train"],
+                           eval_dataset=rows["validation"], processing_class=given.tokenizer)
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        print(json.dumps({"beta": beta, "seed": seed, "seconds": time.perf_counter() - began,
+                          "accuracy": trainer.state.best_metric}), flush=True)
+
+
+def cells(home: Path) -> list[tuple[float, int]]:
+    """(beta, seed) of every member, spread so that the first few are of all kinds."""
+    records = home / "outputs/laptop-full/td_dpo"
+    found = [json.loads(path.read_text()) for path in sorted(records.glob("*/members/*/member.json"))]
+    found = [(m["cell"]["loss.beta"], m["seed"]) for m in found]
+    return found[::7] + [cell for index, cell in enumerate(found) if index % 7]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, help="members at a time of ours (default: one per core)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TRL's process (default: all cores)")
+    parser.add_argument("--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them")
+    parser.add_argument("--smallest", action="store_true", help="two cells of a few steps: does the benchmark run")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.worker:
+        trl(json.loads(Path(options.worker).read_text()))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="grid-") as place:
+        home = Path(place)
+        study(home / "params/td_dpo/laptop", options.smallest)
+        prepare(home, options.jobs)
+        found = ours(home, options.jobs)
+        todo = cells(home)
+        training = yaml.safe_load((home / "params/td_dpo/laptop/dpo.yaml").read_text())["training"]
+        shared = next((home / "cache").glob("td_dpo/*/complete.json")).parent
+        spec = {"cells": todo[: options.trl_cells], "threads": options.threads, "shared": str(shared),
+                "training": training | {"learning_rate": float(training["learning_rate"])}}
+        (home / "spec.json").write_text(json.dumps(spec))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
+        told = subprocess.run([sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")], cwd=ROOT,
+                              env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    theirs = [json.loads(row) for row in told.splitlines() if row.startswith("{")]
+    print(report(found, theirs, len(todo), options))
+    return 0
+
+
+def report(found: dict, theirs: list[dict], count: int, options: argparse.Namespace) -> str:
+    seconds = [cell["seconds"] for cell in theirs]
+    whole = statistics.mean(seconds) * count
+    share = 100 / (found["member_seconds"] or 1)
+    jobs = options.jobs or os.cpu_count()
+    measured = "measured" if len(theirs) == count else f"mean of {len(theirs)} cells x {count}"
+    return "\n".join([
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", "",
+        f"| {count} cells | seconds | per cell |", "|---|---|---|",
+        f"| ours, {jobs} members at a time | {found['seconds']:.0f} | {found['seconds'] / count:.1f} |",
+        f"| TRL, cell by cell, {options.threads} threads ({measured}) | {whole:.0f} | {whole / count:.1f} |",
+        f"| ratio | {whole / found['seconds']:.1f} | |", "",
+        f"Ours: {found['before']:.1f} s before the first run's turn (imports, plan, preflight), {found['after']:.1f} s after "
+        f"the last (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} slots, of which optimiser steps "
+        f"{found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and saving. From a run's turn to its "
+        "first recorded step: " + ", ".join(f"{m} {s:.1f} s" for m, s in found["first_step"].items()) + "."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
