@@ -229,6 +229,7 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
         expected = plain_logprobs(model, ROWS)
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
         monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
+        monkeypatch.setattr(head, "LEAST", 1)
         got = logprobs.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
@@ -240,12 +241,36 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     for elements in (2**24, 360 * 7):
         monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
+        monkeypatch.setattr(head, "LEAST", 1)
         model.zero_grad()
         with logprobs.completion_head(model):
             chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD, layout)(rows))
         (chosen.sum() - 0.5 * rejected.sum()).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("kept", [10**6, 0])
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
+def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, weight, bias, kept, chunk):
+    """Trained or frozen, with a bias or without, in chunks or whole, probabilities kept or computed again."""
+    monkeypatch.setattr(head, "CHUNK", {"cpu": chunk * 50})
+    monkeypatch.setattr(head, "LEAST", 1)
+    monkeypatch.setattr(head, "KEPT", kept)
+    draw = torch.Generator().manual_seed(0)
+    hidden, matrix, offset = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,)))
+    hidden *= 30  # log-probabilities below -100, where a float32 probability would be zero
+    targets, slope = torch.randint(50, (17,), generator=draw), torch.randn(17, generator=draw, dtype=torch.float64)
+    seen = []
+    for scored in (head.token_scores, lambda h, w, b, t: -torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(h, w, b), t, reduction="none")):
+        leaves = [hidden.clone().requires_grad_(), matrix.clone().requires_grad_(weight), offset.clone().requires_grad_(bias)]
+        scores = scored(leaves[0], leaves[1], leaves[2] if bias else None, targets)
+        seen.append([scores.detach(), *torch.autograd.grad(scores, [leaf for leaf in leaves if leaf.requires_grad], slope)])
+    assert seen[0][0].min() < -100
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture

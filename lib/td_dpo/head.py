@@ -20,6 +20,7 @@ from lib.errors import StudyError
 
 IGNORE = -100
 CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of a chunk: on a CPU 16 MiB in float32, so that they stay in the cache
+LEAST = 128  # tokens of a chunk all the same: with fewer, each reads the whole weight for too few products
 KEPT = 2**27  # probabilities that a trained head keeps for its own gradient; beyond, each chunk is computed again
 
 
@@ -75,7 +76,7 @@ class _TokenScores(torch.autograd.Function):
 
 def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """log softmax(hidden W^T + b)[target], in nats: (N,) in float32 or wider, from (N, H), (V, H), (V,) and (N,)."""
-    size = max(CHUNK[weight.device.type if weight.device.type in CHUNK else "cuda"] // len(weight), 1)
+    size = max(CHUNK[weight.device.type if weight.device.type in CHUNK else "cuda"] // len(weight), LEAST)
     if torch.is_autocast_enabled(weight.device.type):
         kind = torch.get_autocast_dtype(weight.device.type)
         hidden, weight, bias = (x if x is None else x.to(kind) for x in (hidden, weight, bias))
