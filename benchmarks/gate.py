@@ -108,17 +108,17 @@ class Gate:
 
     def __init__(self, pipe, device: torch.device):
         self.pipe, self.parts, self.peak = pipe, Parts(), Peak(device)
-        self.steps, self.started = 0, 0.0
+        self.steps, self.started, self.cpu_started = 0, 0.0, 0.0
 
     def ready(self, reference_seconds: float | None) -> None:
         self.pipe.send({"reference_seconds": reference_seconds})
         self._wait()
 
     def passed(self, loss: float) -> None:
-        seconds = now() - self.started
+        seconds, cpu = now() - self.started, time.process_time() - self.cpu_started
         self.steps += 1
-        self.pipe.send({"seconds": seconds, "loss": float(loss), "peak": self.peak.now(), "parts": dict(self.parts.seconds),
-                        "tokens": self.parts.tokens})
+        self.pipe.send({"seconds": seconds, "cpu_seconds": cpu, "loss": float(loss), "peak": self.peak.now(),
+                        "parts": dict(self.parts.seconds), "tokens": self.parts.tokens})
         if self.steps == 1:  # loading, the reference and the first allocations are behind it
             self.peak.restart()
         self._wait()
@@ -128,4 +128,4 @@ class Gate:
         if word == "end":
             raise End
         self.parts.on, self.parts.seconds, self.parts.tokens = word == "profile", Counter(), 0
-        self.started = now()
+        self.started, self.cpu_started = now(), time.process_time()

@@ -3,8 +3,9 @@
     python -m benchmarks.size [--plot size.png]
 
 Around one middle setting each axis is varied alone. At every size the engine and trl.DPOTrainer (reference precomputed, head
-made completion-only) take turns on the same pairs, so their ratio holds on a busy machine; absolute seconds do not. Slopes
-are of log(seconds) against log(size): 1 is proportional. Memory is resident, beyond what the process held before its model.
+made completion-only) take turns on the same pairs. On a CPU the seconds are those of one thread's own work, which a busy
+machine stretches little. Slopes are of log(seconds) against log(size): 1 is proportional. Memory is resident, beyond what
+the process held before its model.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ ARMS = ["trl_completions", "ours"]
 def measure(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, dict]:
     """{arm: {"seconds", "peak"}}, medians over the rounds; None for an arm without the memory."""
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    told = preference_step.parsed([*flags, "--micro", str(sizes["batch"]), "--rounds", str(options.rounds), "--threads",
-                                   str(options.threads), "--device", options.device])
+    told = preference_step.parsed([*flags, "--micro", str(sizes["batch"]), "--rounds", str(options.rounds), "--threads", "1",
+                                   "--device", options.device])
     arms = ["trl", "ours"] if options.device == "cuda" else ARMS
     running = preference_step.run(arms, told.micro, preference_step.spec_of(told), told.rounds)
     found = {}
     for (arm, _), variant in running.items():
         made = None if "out_of_memory" in variant else preference_step.measured(variant, told.rounds, told.batch)
         found["ours" if arm == "ours" else "trl"] = made and {
-            "seconds": statistics.median(made["seconds"]), "peak": made["peak"]}
+            "seconds": statistics.median(made["seconds" if told.device == "cuda" else "cpu_seconds"]), "peak": made["peak"]}
     return found
 
 
@@ -81,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--axis", choices=list(AXES), action="append", help="only this one (may be repeated)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sizes", type=int, help="only the first so many sizes of an axis")
     parser.add_argument("--plot", help="a PNG of it")
     options = parser.parse_args(argv)

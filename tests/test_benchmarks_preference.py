@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import preference_step
+from benchmarks import preference_step, size
 
 SMALLEST = ["--shape", "tiny", "--longest", "48", "--batch", "2", "--micro", "2", "--rounds", "1", "--threads", "1"]
 
@@ -39,3 +39,13 @@ def test_useful_products_count_each_prompt_once_and_the_head_at_answers_only():
     row = {"prompt_ids": [0] * 5, "chosen_ids": [0] * 2, "rejected_ids": [0]}
     tokens, answers, layer = 4 + 3, 3, 4 * 2 * 2 + 3 * 2 * 3
     assert preference_step.useful_flops(shape, [row], 0) == 6 * (tokens * layer + answers * 10 * 2)
+
+
+def test_cost_against_size_is_a_table_and_a_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(size, "MIDDLE", {"batch": 1, "longest": 48, "vocabulary": 384, "layers": 1})
+    monkeypatch.setattr(size, "AXES", {"layers": [1, 2]})
+    size.main(["--rounds", "1", "--plot", str(tmp_path / "size.png")])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["1", "2", "slope"]
+    assert all(float(cell) > 0 for row in rows[:2] for cell in row[2:4])
+    assert (tmp_path / "size.png").stat().st_size > 10_000
