@@ -31,10 +31,11 @@ def findings(loaded: Loaded) -> Iterator[Finding]:
                 yield of_error(error, named(path))
 
 
-def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
-    """The study's claims: they load, their metrics exist and, where `runs` are the study's own as they are shipped, at this
-    scale their cells are trained. Of somebody's own runs, or with --set, claims may stay open: their analysis says so."""
-    path = config.ROOT / "params" / study / "claims.yaml"
+def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iterator[Finding]:
+    """The study's claims (in `path`, or as shipped): they load, their metrics exist and, where `runs` are the study's own as
+    they lie beside it, at this scale their cells are trained. Of somebody's own runs, or with --set, claims may stay open:
+    their analysis says so."""
+    path = path or config.ROOT / "params" / study / "claims.yaml"
     try:
         published = claim_types.load(path)
     except StudyError as error:

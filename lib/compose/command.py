@@ -1,0 +1,153 @@
+"""`./run_all.sh compose design.yaml`: a design's run YAMLs and claims.yaml, validated as `plan` and `check` do, then
+written: all of them, or none. A file that differs from what its design writes is kept without --force, and what differs is said."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from lib import config, record
+from lib.check import yamls
+from lib.check.finding import named
+from lib.compose import claims, runs
+from lib.compose.design import load
+from lib.errors import StudyError
+from lib.yaml_file import parse_yaml
+
+SHOWN = 6  # differing keys of a file that are named
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="./run_all.sh compose", description="Write the run YAMLs and claims.yaml of a design.")
+    top.add_argument("design", nargs="*", type=Path, help="a design.yaml (default: those of all studies in params/)")
+    top.add_argument("--out", type=Path, metavar="DIR", help="write into DIR/laptop, DIR/paper and DIR/claims.yaml (default: "
+                     "beside the design); --params DIR runs them")
+    top.add_argument("--force", action="store_true", help="overwrite files that differ")
+    top.add_argument("--dry-run", action="store_true", help="write nothing; show the lines that would change")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """The command: nothing is written before every design's files are known to be valid, and to be new or as they are."""
+    options = parser().parse_args(argv)
+    paths = options.design or sorted((config.ROOT / "params").glob("*/design.yaml"))
+    if options.out and len(paths) > 1:
+        raise StudyError("--out", f"{len(paths)} designs", "one: their runs would share a folder", "name the design")
+    to_write: dict[Path, str] = {}
+    for path in paths:
+        out = (options.out or path.parent).absolute()
+        files = {out / name: text for name, text in composed(path).items()}
+        validate(load(path).study, path, out, files)
+        changed = {file: text for file, text in files.items() if _old(file) != text}
+        differing = [file for file in changed if file.exists()]
+        if differing and not options.force and not options.dry_run:
+            refuse(path, {file: changed[file] for file in differing})
+        print(f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
+              f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are")
+        for file, text in changed.items():
+            print(f"  {'differs' if file in differing else 'new'}: {named(file)}")
+            if options.dry_run:
+                print(*difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm=""),
+                      sep="\n")
+        for file in strangers(out, files):
+            print(f"  not in this design, left alone: {named(file)}")
+        to_write |= changed
+    if options.dry_run:
+        print("nothing was written (--dry-run)")
+        return 0
+    write(to_write)
+    print(f"{len(to_write)} files written" if to_write else "nothing to do: every file is as its design writes it")
+    return 0
+
+
+def composed(path: Path) -> dict[str, str]:
+    """{laptop/<run_id>.yaml, paper/<run_id>.yaml, claims.yaml: text} of a design."""
+    design = load(path)
+    made, text = runs.texts(design), claims.text(design)
+    return made if text is None else made | {"claims.yaml": text}
+
+
+def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> None:
+    """Refuse what `plan` or `check` would refuse, before anything is written: the files are loaded from another folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve() / study
+        for file, text in files.items():
+            place = folder / file.relative_to(out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text, "utf-8")
+        wrong = []
+        for scale in ("laptop", "paper"):
+            if (folder / scale).is_dir():
+                found = config.load_folder(folder / scale, scale, "full")
+                wrong += yamls.findings(found)
+                if (folder / "claims.yaml").exists():
+                    read = [run for _, run, _ in found if not isinstance(run, StudyError)]
+                    wrong += yamls.claims(study, read, scale, folder / "claims.yaml")
+        wrong = [finding for finding in dict.fromkeys(wrong) if finding.severity == "error"]
+        if wrong:
+            told = "".join(f"\n  {finding.file}: {finding.place}: {finding.what}" for finding in wrong)
+            raise StudyError(str(path), f"{len(wrong)} faults in what it writes{told.replace(str(folder), named(out))}",
+                             "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
+
+
+def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
+    """Run YAMLs that lie where this design writes, and that it does not write."""
+    return [file for scale in ("laptop", "paper") for file in sorted((out / scale).glob("*.y*ml")) if file not in files]
+
+
+def refuse(path: Path, differing: Mapping[Path, str]) -> None:
+    told = "".join(f"\n  {named(file)}: {difference(_old(file), text)}" for file, text in differing.items())
+    raise StudyError(str(path), f"{len(differing)} files differ from what it writes (file -> design){told}",
+                     "files that nobody has changed by hand", "--force overwrites them; --dry-run shows the lines; or change "
+                     "the design to what the files say")
+
+
+def difference(old: str, new: str) -> str:
+    """What is different, by keys where it is in the values, else by the first line."""
+    try:
+        before, after = _flat(parse_yaml(old, "")), _flat(parse_yaml(new, ""))
+    except StudyError as error:
+        return f"cannot be read ({error.found})"
+    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _flat) != after.get(key, _flat)]
+    told = [f"{key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}" for key in keys[:SHOWN]]
+    if keys:
+        return "; ".join(told) + (f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    pairs = enumerate(zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False), 1)
+    return f"comments or layout, from line {next((i for i, (a, b) in pairs if a != b), 1)}"
+
+
+def write(files: Mapping[Path, str]) -> None:
+    """All of them or, where one cannot be written, none: what was there is put back."""
+    before: dict[Path, bytes | None] = {}
+    made = [folder for folder in dict.fromkeys(f.parent for f in files) if not folder.exists()]
+    try:
+        for file, text in files.items():
+            old = file.read_bytes() if file.exists() else None
+            record.write_text(file, text)
+            before[file] = old
+    except BaseException:
+        for file, old in before.items():
+            with contextlib.suppress(OSError):
+                file.unlink() if old is None else record.write_bytes(file, old)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not made, or somebody put something into it
+                folder.rmdir()
+        raise
+
+
+def _old(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.exists() else ""
+
+
+def _flat(value, prefix: str = "") -> dict:
+    """{dotted key: value}; a list of claims by their ids."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "id" in item for item in value):
+        value = {item["id"]: item for item in value}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    dotted = {f"{prefix}.{name}" if prefix else str(name): item for name, item in value.items()}
+    return {key: leaf for name, item in dotted.items() for key, leaf in _flat(item, name).items()}
