@@ -1,5 +1,5 @@
 """`./run_all.sh compose design.yaml`: a design's run YAMLs and claims.yaml, validated as `plan` and `check` do, then
-written: all of them, or none. A file that differs from what its design writes is kept without --force, and what differs is said."""
+written: all of them, or none. A file that differs from what its design writes is kept without --force; what differs is said."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def main(argv: list[str]) -> int:
     if options.out and len(paths) > 1:
         raise StudyError("--out", f"{len(paths)} designs", "one: their runs would share a folder", "name the design")
     to_write: dict[Path, str] = {}
+    told: list[str] = []
     for path in paths:
         out = (options.out or path.parent).absolute()
         files = {out / name: text for name, text in composed(path).items()}
         validate(load(path).study, path, out, files)
         changed = {file: text for file, text in files.items() if _old(file) != text}
-        differing = [file for file in changed if file.exists()]
+        differing = {file: text for file, text in changed.items() if file.exists()}
         if differing and not options.force and not options.dry_run:
-            refuse(path, {file: changed[file] for file in differing})
-        print(f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
-              f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are")
+            refuse(path, differing)
+        told.append(f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
+                    f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are")
         for file, text in changed.items():
-            print(f"  {'differs' if file in differing else 'new'}: {named(file)}")
+            told.append(f"  {'differs' if file in differing else 'new'}: {named(file)}")
             if options.dry_run:
-                print(*difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm=""),
-                      sep="\n")
-        for file in strangers(out, files):
-            print(f"  not in this design, left alone: {named(file)}")
+                told += difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm="")
+        told += [f"  not in this design, left alone: {named(file)}" for file in strangers(out, files)]
         to_write |= changed
     if options.dry_run:
-        print("nothing was written (--dry-run)")
-        return 0
-    write(to_write)
-    print(f"{len(to_write)} files written" if to_write else "nothing to do: every file is as its design writes it")
+        told.append("nothing was written (--dry-run)")
+    else:
+        write(to_write)
+        told.append(f"{len(to_write)} files written" if to_write else "nothing to do: every file is as its design writes it")
+    print("\n".join(told))
     return 0
 
 
