@@ -4,7 +4,7 @@
     methods: {<name>: <level>, ...}        in the order of their numbers: comparative-1, comparative-2, ...
     scales:
       laptop | paper:
-        name: <role>-<model>-<dataset>     a run's name; also <method> and <variant>
+        name: <role>-<model>-<dataset>     a run's name (also <method>, <variant>); this is the default: proposed-made-generated
         models: {<name>: <level>}, datasets: {<name>: <level>}, variants: {<name>: <level>}
         base: the sections of a complete run YAML, with their comments
     claims: what claims.yaml holds, without `study` and `names`
@@ -31,7 +31,6 @@ from lib.schema import CONTEXT, Frozen, RunId
 
 FACTORS = ("method", "model", "dataset", "variant")
 HEAD = ("run_id", "method", "role")  # written for each run
-NAME = "<role>-<model>-<dataset>"
 
 
 def _empty(value: Any) -> Any:
@@ -62,7 +61,7 @@ Levels = dict[RunId, Annotated[dict[str, Any], BeforeValidator(_empty)]]  # each
 
 
 class Scale(Frozen):
-    name: str = NAME
+    name: str | None = None
     models: Annotated[Levels, Field(min_length=1)]
     datasets: Annotated[Levels, Field(min_length=1)]
     variants: Levels = {}
@@ -137,7 +136,8 @@ def load(path: str | Path) -> Design:
         for key in (*HEAD, *CONTEXT):
             if key in scale.base:
                 raise StudyError(f"{place}.base.{key}", "written for each run by compose", "no such key", "remove it")
-        scales[name] = ScaleDesign(scale.name, factors, text.get("base"), scale.base)
+        pattern = scale.name or "-".join(f"<{kind}>" for kind in ("role", *factors))
+        scales[name] = ScaleDesign(pattern, factors, text.get("base"), scale.base)
     design = Design(path, top.study, methods, scales, top.claims, tree)
     _names(design)
     return design

@@ -90,7 +90,7 @@ def texts(design: Design) -> dict[str, str]:
         file = f"{cell.scale}/{name}.yaml"
         if file in owner:
             raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name} is the name of {owner[file]} and of {cell}",
-                             "a name of its own for each run", "name: <method>-<model>-<dataset>, and -<variant>")
+                             "a name of its own for each run", "<role>-<model>-<dataset>-<variant> tells all apart")
         owner[file] = cell
         made[file] = text(design, cell, name)
     if not made:
