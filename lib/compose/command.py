@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +114,7 @@ def difference(old: str, new: str) -> str:
     except StudyError as error:
         return f"cannot be read ({error.found})"
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _flat) != after.get(key, _flat)]
-    told = [f"{key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}" for key in keys[:SHOWN]]
+    told = [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys[:SHOWN]]
     if keys:
         return "; ".join(told) + (f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
     pairs = enumerate(zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False), 1)
@@ -141,6 +142,11 @@ def write(files: Mapping[Path, str]) -> None:
 
 def _old(file: Path) -> str:
     return file.read_text("utf-8", errors="replace") if file.exists() else ""
+
+
+def _shown(values: dict, key: str) -> str:
+    value = values.get(key, "(not there)")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(value, prefix: str = "") -> dict:

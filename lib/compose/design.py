@@ -162,9 +162,10 @@ def _levels(raw: dict, tree: layout.Tree, where: str) -> dict[str, Factor]:
         own = _own(level, tree.get(name), place)
         if level.like is not None:
             if level.like not in typed or level.like in chain:
-                near = did_you_mean(level.like, [n for n in typed if n not in chain])
-                raise StudyError(f"{place}.like", repr(level.like), "another of " + ", ".join(typed),
-                                 near if near != "remove it" else "name one of them, without a circle")
+                others = [other for other in typed if other not in chain]
+                near = did_you_mean(level.like, others)
+                raise StudyError(f"{place}.like", repr(level.like), f"one of {', '.join(others) or 'none'}",
+                                 near if near != "remove it" else "name one that is not like this one")
             own = _over(follow(level.like, (*chain, level.like)), own)
         _lost(own)
         whole[name] = own

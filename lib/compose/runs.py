@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lib import config
 from lib.compose import layout
 from lib.compose.design import FACTORS, Design, Edit, Factor
 from lib.errors import StudyError
 from lib.faults import did_you_mean
-from lib.schema import section_type
+from lib.schema import RunId, section_type
 from lib.yaml_file import parse_yaml
 
 MARK = re.compile(r"<(\w+)>")
@@ -79,7 +79,12 @@ def run_id(design: Design, cell: Cell, numbers: dict[str, str]) -> str:
             near = did_you_mean(found, list(known))
             raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"<{found}>", "<" + ">, <".join(known) + ">",
                              near if near != "remove it" else "")
-    return MARK.sub(lambda match: known[match[1]], pattern)
+    name = MARK.sub(lambda match: known[match[1]], pattern)
+    try:
+        return TypeAdapter(RunId).validate_python(name)
+    except ValidationError:  # a path, say
+        raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name!r} as a run_id",
+                         "a file name of letters, digits and . _ + -", "change the name") from None
 
 
 def texts(design: Design) -> dict[str, str]:
@@ -88,10 +93,9 @@ def texts(design: Design) -> dict[str, str]:
     for cell in cells(design):
         name = run_id(design, cell, numbers)
         file = f"{cell.scale}/{name}.yaml"
-        if file in owner:
-            raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name} is the name of {owner[file]} and of {cell}",
+        if (first := owner.setdefault(file.lower(), cell)) is not cell:  # some disks do not tell A from a
+            raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name} is the name of {first} and of {cell}",
                              "a name of its own for each run", "<role>-<model>-<dataset>-<variant> tells all apart")
-        owner[file] = cell
         made[file] = text(design, cell, name)
     if not made:
         raise StudyError(f"{design.path}: only", "rules out every run", "a method for some scale", "remove an `only`")
