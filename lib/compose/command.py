@@ -41,21 +41,9 @@ def main(argv: list[str]) -> int:
     to_write: dict[Path, str] = {}
     told: list[str] = []
     for path in paths:
-        out = (options.out or path.parent).absolute()
-        files = {out / name: text for name, text in composed(path).items()}
-        validate(load(path).study, path, out, files)
-        changed = {file: text for file, text in files.items() if _old(file) != text}
-        differing = {file: text for file, text in changed.items() if file.exists()}
-        if differing and not options.force and not options.dry_run:
-            refuse(path, differing)
-        told.append(f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
-                    f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are")
-        for file, text in changed.items():
-            told.append(f"  {'differs' if file in differing else 'new'}: {named(file)}")
-            if options.dry_run:
-                told += difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm="")
-        told += [f"  not in this design, left alone: {named(file)}" for file in strangers(out, files)]
+        changed, lines = changes(path, (options.out or path.parent).absolute(), options)
         to_write |= changed
+        told += lines
     if options.dry_run:
         told.append("nothing was written (--dry-run)")
     else:
@@ -63,6 +51,29 @@ def main(argv: list[str]) -> int:
         told.append(f"{len(to_write)} files written" if to_write else "nothing to do: every file is as its design writes it")
     print("\n".join(told))
     return 0
+
+
+def changes(path: Path, out: Path, options: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
+    """({file: text} that this design would write and that is not there like that, what to say of it). Refused: a design with a
+    fault, and one that would overwrite what differs without being told to."""
+    files = {out / name: text for name, text in composed(path).items()}
+    study = load(path).study
+    validate(study, path, out, files)
+    changed = {file: text for file, text in files.items() if _old(file) != text}
+    differing = {file: text for file, text in changed.items() if file.exists()}
+    if differing and not options.force and not options.dry_run:
+        refuse(path, differing)
+    told = [f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
+            f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are"]
+    for file, text in changed.items():
+        told.append(f"  {'differs' if file in differing else 'new'}: {named(file)}")
+        if options.dry_run:
+            told += difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm="")
+    told += [f"  not in this design, left alone: {named(file)}" for file in strangers(out, files)]
+    read = config.ROOT / "params" / study / "claims.yaml"
+    if out / "claims.yaml" in files and out / "claims.yaml" != read:
+        told.append(f"  {named(out / 'claims.yaml')} is not what an analysis reads: that is {named(read)}")
+    return changed, told
 
 
 def composed(path: Path) -> dict[str, str]:
