@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from lib import cli, config, record
 from lib.check import designs
 from lib.compose import command, layout
 from lib.errors import StudyError
+from lib.td_dpo import figures
 from tests.conftest import ROOT
 
 DESIGNS = sorted((ROOT / "params").glob("*/design.yaml"))
@@ -482,6 +484,13 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
     assert "4 new, 0 overwritten, 11 as they are" in composed
     assert "td_dpo/ipo " in planned
     assert json.loads(checked)["findings"] == []
+
+
+def test_an_added_method_is_drawn_beside_the_others():
+    rows = [("ipo", 0.05, None), ("dpo", 0.05, None), ("td_dpo", 0.05, 1.0), ("td_dpo", 0.05, 2.0), ("discopop_card", 2.5, None)]
+    table = pd.DataFrame(rows, columns=["method", "beta", "tau"])
+    kept = figures.claim_arms(table, {0.05: 1.0})
+    assert list(zip(kept["method"], kept["tau"].fillna(0), strict=True)) == [("ipo", 0), ("dpo", 0), ("td_dpo", 1)]
 
 
 def test_the_readmes_loss_is_a_loss():

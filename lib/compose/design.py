@@ -11,7 +11,7 @@
 
 A level sets what it makes different: `set` (keys that the base has), `add` (keys that it has not), `drop`, each by dotted keys;
 `when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its kind, `only`
-names the levels and scales it is for. `label` is its name in figures and sentences, `about` the comment at the head of its
+names the levels and scales it is for. `label` is its name in claims and verdicts, `about` the comment at the head of its
 runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data set and variant say.
 """
 
