@@ -487,8 +487,8 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
 
 
 def test_an_added_method_is_drawn_beside_the_others():
-    rows = [("ipo", 0.05, None), ("dpo", 0.05, None), ("td_dpo", 0.05, 1.0), ("td_dpo", 0.05, 2.0), ("discopop_card", 2.5, None)]
-    table = pd.DataFrame(rows, columns=["method", "beta", "tau"])
+    methods, taus = ["ipo", "dpo", "td_dpo", "td_dpo", "discopop_card"], [None, None, 1.0, 2.0, None]
+    table = pd.DataFrame({"method": methods, "beta": 0.05, "tau": taus})
     kept = figures.claim_arms(table, {0.05: 1.0})
     assert list(zip(kept["method"], kept["tau"].fillna(0), strict=True)) == [("ipo", 0), ("dpo", 0), ("td_dpo", 1)]
 
