@@ -32,8 +32,8 @@ def test_a_shipped_design_writes_the_shipped_files_byte_for_byte(design):
     assert 2 * design.read_text().count("\n") < sum(text.count("\n") for text in there.values())
 
 
-def test_every_study_has_a_design():
-    assert [design.parent.name for design in DESIGNS] == config.studies()
+def test_each_of_the_three_studies_has_a_design():
+    assert {"graff", "iw_lora", "td_dpo"} <= {design.parent.name for design in DESIGNS}
 
 
 # ---- a design of its own: TD-DPO's laptop runs on two data sets
@@ -148,7 +148,7 @@ def test_runs_are_named_commented_and_complete(design, capsys):
     assert [c["id"] + c["sentence"] for c in yaml.safe_load(claims)["claims"]] == [
         "C1On generated it matches DPO.", "C2On small it matches DPO."]
     assert claims.count("margin: 0.3   # points") == 2
-    assert capsys.readouterr().out.endswith("7 files written\n")
+    assert capsys.readouterr().out.endswith("written: 7\n")
 
     before = {p: p.stat().st_mtime_ns for p in design.folder.rglob("*.yaml")}
     assert compose(design.path) == 0

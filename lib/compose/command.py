@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         told.append("nothing was written (--dry-run)")
     else:
         write(to_write)
-        told.append(f"{len(to_write)} files written" if to_write else "nothing to do: every file is as its design writes it")
+        told.append(f"written: {len(to_write)}" if to_write else "nothing to do: every file is as its design writes it")
     print("\n".join(told))
     return 0
 
@@ -102,8 +102,8 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
         wrong = [finding for finding in dict.fromkeys(wrong) if finding.severity == "error"]
         if wrong:
             told = "".join(f"\n  {finding.file}: {finding.place}: {finding.what}" for finding in wrong)
-            raise StudyError(str(path), f"{len(wrong)} faults in what it writes{told.replace(str(folder), named(out))}",
-                             "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
+            told = told.replace(str(folder), named(out))
+            raise StudyError(named(path.absolute()), f"in what it writes, faults: {len(wrong)}{told}", "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
 
 
 def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
@@ -113,9 +113,10 @@ def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
 
 def refuse(path: Path, differing: Mapping[Path, str]) -> None:
     told = "".join(f"\n  {named(file)}: {difference(_old(file), text)}" for file, text in differing.items())
-    raise StudyError(str(path), f"{len(differing)} files differ from what it writes (file -> design){told}",
-                     "files that nobody has changed by hand", "--force overwrites them; --dry-run shows the lines; or change "
-                     "the design to what the files say")
+    many = "1 file differs" if len(differing) == 1 else f"{len(differing)} files differ"
+    raise StudyError(named(path.absolute()), f"{many} from what it writes (file -> design){told}",
+                     "new files, or files as they are", "--force, to overwrite; --dry-run, to see the lines; or bring into the "
+                     "design what was changed in the files by hand")
 
 
 def difference(old: str, new: str) -> str:
