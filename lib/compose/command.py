@@ -103,7 +103,8 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
         if wrong:
             told = "".join(f"\n  {finding.file}: {finding.place}: {finding.what}" for finding in wrong)
             told = told.replace(str(folder), named(out))
-            raise StudyError(named(path.absolute()), f"in what it writes, faults: {len(wrong)}{told}", "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
+            raise StudyError(named(path.absolute()), f"in what it writes, faults: {len(wrong)}{told}",
+                             "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
 
 
 def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
