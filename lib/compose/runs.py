@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def text(design: Design, cell: Cell, name: str) -> str:
     head = {"run_id": name, "method": cell.names["method"], "role": cell.last("role")}
     about = [line for level in cell.levels.values() for line in (level.level.about or "").strip().splitlines()]
     lines = [f"# {line}".rstrip() for line in (*about, MADE.format("../design.yaml"))]
-    lines += [f"{key}: {value}" for key, value in head.items()]
+    lines += [f"{key}: {value if parse_yaml(value, key) == value else json.dumps(value)}" for key, value in head.items()]
     body = layout.write(tree)
     written = "\n".join([*lines, *([] if body[0] == "" else [""]), *body]) + "\n"
     if parse_yaml(written, f"{design.path}: {name}") != {**head, **values}:
