@@ -158,8 +158,7 @@ def test_runs_are_named_commented_and_complete(design, capsys):
 
 def test_a_name_that_yaml_would_read_as_a_number_is_quoted(design):
     design("  ipo:\n", '  "30":\n')
-    compose(design.path)
-    made = written(design.folder)["laptop/comparative-2-made-small.yaml"]
+    made = command.composed(design.path)["laptop/comparative-2-made-small.yaml"]
     assert 'run_id: comparative-2-made-small\nmethod: "30"\n' in made
 
 
