@@ -255,6 +255,18 @@ REFUSED = {
         "loss.name: dpo", "loss.name: &x dpo",
         ["design.yaml:11:", "anchor"],
     ),
+    "a mapping in braces over several lines": (
+        "set: {loss.name: ipo}", "set: {loss.name: ipo,\n      loss.beta: 1.0}",
+        ["methods.ipo.set.loss.name", "several lines", "block form"],
+    ),
+    "a list of lines for a place in braces": (
+        "    set: {loss.name: ipo}", "    set:\n      model.recipe.layers:\n        - 3",
+        ["methods.ipo.set.model.recipe.layers", "several lines", "[list]"],
+    ),
+    "a claim that is a word": (
+        "    - each:", "    - C0\n    - each:",
+        ["claims.0", "'C0'"],
+    ),
     "a claim's metric": (
         "margin: 0.3", "metric: scores\n      margin: 0.3",
         ["C1.metric", "scores is in no table"],

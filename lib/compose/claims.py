@@ -27,7 +27,7 @@ def text(design: Design) -> str | None:
     tree = design.tree.get("claims")
     body = layout.Tree([entry for entry in tree.entries if entry.key != "about"], tail=tree.tail)
     listed = next((entry for entry in body.entries if entry.key == "claims"), None)
-    if listed and isinstance(listed.value, list):
+    if listed and isinstance(listed.value, list) and all(isinstance(claim, dict) for claim in design.claims["claims"]):
         listed.value = [listed.value[0], *_expanded(design, listed.value[1:], where)]
     names = {name: factor.level.label for name, factor in design.methods.items() if factor.level.label}
     flow = yaml.safe_dump(names, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
@@ -60,12 +60,12 @@ def _expanded(design: Design, lines: list[str], where: str) -> list[str]:
 
 def _items(lines: list[str]) -> list[tuple[list[str], list[str]]]:
     """(blank and comment lines before it, its lines) of each item of a block sequence; the first column is its dash."""
-    column = next(len(line) - len(line.lstrip()) for line in lines if line.lstrip().startswith("- "))
+    column = next(len(line) - len(line.lstrip()) for line in lines if line.lstrip()[:2] in ("- ", "-"))
     found: list[tuple[list[str], list[str]]] = []
     above: list[str] = []
     for line in lines:
         line = line[column:]
-        if line.startswith("- "):
+        if line[:2] in ("- ", "-"):
             found.append((above, [line]))
             above = []
         elif not line.strip() or line.startswith("#"):

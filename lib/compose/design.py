@@ -136,6 +136,8 @@ def load(path: str | Path) -> Design:
         for key in (*HEAD, *CONTEXT):
             if key in scale.base:
                 raise StudyError(f"{place}.base.{key}", "written for each run by compose", "no such key", "remove it")
+        for key in scale.base:
+            text.get("base").entry(key, f"{place}.base.{key}")
         pattern = scale.name or "-".join(f"<{kind}>" for kind in ("role", *factors))
         scales[name] = ScaleDesign(pattern, factors, text.get("base"), scale.base)
     design = Design(path, top.study, methods, scales, top.claims, tree)
@@ -185,8 +187,9 @@ def _own(level: Level, tree: layout.Tree, where: str) -> Factor:
     edits = []
     for other, change, text, place in parts:
         for verb in ("set", "add"):
-            edits += [Edit(verb, other, key, f"{place}.{verb}.{key}", text.get(verb)[key], value)
-                      for key, value in getattr(change, verb).items()]
+            for key, value in getattr(change, verb).items():
+                spot = f"{place}.{verb}.{key}"
+                edits.append(Edit(verb, other, key, spot, text.get(verb).entry(key, spot), value))
         edits += [Edit("drop", other, key, f"{place}.drop") for key in change.drop]
         keys = [edit.key for edit in edits if edit.other == other]
         if twice := [key for key in keys if keys.count(key) > 1]:

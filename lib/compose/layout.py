@@ -37,8 +37,12 @@ class Tree:
     flow: bool = False
     tail: list[str] = field(default_factory=list)
 
-    def __getitem__(self, key: str) -> Entry:
-        return next(entry for entry in self.entries if entry.key == key)
+    def entry(self, key: str, where: str) -> Entry:
+        """The entry of a key that the file has. Refused: a {mapping} over several lines, whose parts are not told apart."""
+        for entry in self.entries:
+            if entry.key == key:
+                return entry
+        raise StudyError(where, "inside a {mapping} over several lines", "a mapping on one line, or in block form", "")
 
     def get(self, *keys: str) -> Tree:
         """The mapping under these keys, one inside the other; an empty one where there is none."""
@@ -153,11 +157,12 @@ def locate(tree: Tree, dotted: str, line: Entry | None = None) -> tuple[Tree, En
     return None
 
 
-def put(tree: Tree, dotted: str, given: Entry) -> None:
+def put(tree: Tree, dotted: str, given: Entry, where: str = "") -> None:
     """Another value for a key that is there. Without a comment of its own a value on one line keeps the comment of the one
     it replaces; an empty one (#) takes it away."""
-    _, entry, line = locate(tree, dotted)
-    short = [isinstance(e.value, str) or (isinstance(e.value, Tree) and e.value.flow) for e in (entry, given)]
+    home, entry, line = locate(tree, dotted)
+    _fits(home, given, where or dotted)
+    short = [_short(entry), _short(given)]
     entry.value = copy.deepcopy(given.value)
     if line is not entry:
         _remark(line, given)
@@ -166,9 +171,10 @@ def put(tree: Tree, dotted: str, given: Entry) -> None:
     entry.above = [blank for blank in entry.above if not blank] + own_lines(given) if own_lines(given) else entry.above
 
 
-def add(tree: Tree, dotted: str, given: Entry, order: Callable[[str], list[str]]) -> None:
+def add(tree: Tree, dotted: str, given: Entry, order: Callable[[str], list[str]], where: str = "") -> None:
     """A key that is not there, before the first of its neighbours that `order(mapping's dotted key)` has behind it."""
     home, rest, line = _home(tree, dotted)
+    _fits(home, given, where or dotted)
     names = order(dotted[: -len(rest) - 1])
     later = names[names.index(rest) + 1 :] if rest in names else []
     at = next((i for i, entry in enumerate(home.entries) if entry.key in later), len(home.entries))
@@ -183,6 +189,15 @@ def add(tree: Tree, dotted: str, given: Entry, order: Callable[[str], list[str]]
 def drop(tree: Tree, dotted: str) -> None:
     home, entry, _ = locate(tree, dotted)
     home.entries.remove(entry)
+
+
+def _short(entry: Entry) -> bool:
+    return isinstance(entry.value, str) or (isinstance(entry.value, Tree) and entry.value.flow)
+
+
+def _fits(home: Tree, given: Entry, where: str) -> None:
+    if home.flow and not _short(given):
+        raise StudyError(where, "a value of several lines", "one line: it goes inside a {mapping}", "a [list] or {mapping}")
 
 
 def _home(tree: Tree, dotted: str, line: Entry | None = None) -> tuple[Tree, str, Entry | None]:

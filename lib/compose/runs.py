@@ -122,16 +122,16 @@ def text(design: Design, cell: Cell, name: str) -> str:
             del home[last]
             continue
         if there:
-            layout.put(tree, edit.key, edit.entry)
+            layout.put(tree, edit.key, edit.entry, edit.where)
         else:
-            layout.add(tree, edit.key, edit.entry, order)
+            layout.add(tree, edit.key, edit.entry, order, edit.where)
         home[last] = copy.deepcopy(edit.value)
     head = {"run_id": name, "method": cell.names["method"], "role": cell.last("role")}
     about = [line for level in cell.levels.values() for line in (level.level.about or "").strip().splitlines()]
     lines = [f"# {line}".rstrip() for line in (*about, MADE.format("../design.yaml"))]
     lines += [f"{key}: {value if parse_yaml(value, key) == value else json.dumps(value)}" for key, value in head.items()]
     body = layout.write(tree)
-    written = "\n".join([*lines, *([] if body[0] == "" else [""]), *body]) + "\n"
+    written = "\n".join([*lines, *([] if body[:1] == [""] else [""]), *body]) + "\n"
     if parse_yaml(written, f"{design.path}: {name}") != {**head, **values}:
         raise StudyError(f"{design.path}: {name}", "a layout that compose cannot carry over",
                          "a value on its key's line, or as a block below it", "write values of several lines in block form")
