@@ -156,6 +156,18 @@ def test_runs_are_named_commented_and_complete(design, capsys):
     assert {p: p.stat().st_mtime_ns for p in design.folder.rglob("*.yaml")} == before
 
 
+def test_like_takes_over_what_the_method_does_not_write_itself(design):
+    design("        scales:\n".strip(" "), textwrap.indent(textwrap.dedent("""\
+        hinge:
+          like: ipo
+          set: {loss.name: hinge, training.max_steps: 30}
+    """), "  ") + "scales:\n")
+    made = {name: yaml.safe_load(text) for name, text in command.composed(design.path).items() if "comparative-3" in name}
+    assert {run["training"]["max_steps"] for run in made.values()} == {30}, "also where ipo has a `when` for it"
+    assert {run["training"]["learning_rate"] for run in made.values()} == {"4e-4"}, "dpo's, by way of ipo"
+    assert {run["role"] for run in made.values()} == {"comparative"}
+
+
 def test_a_name_that_yaml_would_read_as_a_number_is_quoted(design):
     design("  ipo:\n", '  "30":\n')
     made = command.composed(design.path)["laptop/comparative-2-made-small.yaml"]

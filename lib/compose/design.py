@@ -10,9 +10,9 @@
     claims: what claims.yaml holds, without `study` and `names`
 
 A level sets what it makes different: `set` (keys that the base has), `add` (keys that it has not), `drop`, each by dotted keys;
-`when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its kind, `only`
-names the levels and scales it is for. `label` is its name in claims and verdicts, `about` the comment at the head of its
-runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data set and variant say.
+`when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its kind, save
+what it writes itself, `only` names the levels and scales it is for. `label` is its name in claims and verdicts, `about` the
+comment at the head of its runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data set and variant say.
 """
 
 from __future__ import annotations
@@ -198,11 +198,12 @@ def _own(level: Level, tree: layout.Tree, where: str) -> Factor:
 
 
 def _over(old: Factor, new: Factor) -> Factor:
-    """`old` with what `new` writes in its place."""
+    """`old` with what `new` writes in its place: a key that it changes for always, `old` changes nowhere any more."""
     mine = {(edit.other, edit.key) for edit in new.edits}
+    always = tuple(f"{edit.key}." for edit in new.edits if not edit.other)
     given = new.level.model_fields_set
     taken = {name: getattr(old.level, name) for name in ("role", "only", "name") if name not in given}
-    kept = (edit for edit in old.edits if (edit.other, edit.key) not in mine)
+    kept = (edit for edit in old.edits if (edit.other, edit.key) not in mine and not f"{edit.key}.".startswith(always))
     return Factor(new.level.model_copy(update=taken), (*kept, *new.edits))
 
 
