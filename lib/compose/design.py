@@ -12,7 +12,8 @@
 A level sets what it makes different: `set` (keys that the base has), `add` (keys that it has not), `drop`, each by dotted keys;
 `when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its kind, save
 what it writes itself, `only` names the levels and scales it is for. `label` is its name in claims and verdicts, `about` the
-comment at the head of its runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data set and variant say.
+comment at the head of its runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data
+set and variant say.
 """
 
 from __future__ import annotations
