@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         from lib import lab
 
         return lab.lab(argv[1:])
+    if argv[:1] == ["compose"]:
+        from lib.compose import command
+
+        return guarded(lambda: command.main(argv[1:]))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
@@ -40,14 +44,23 @@ def main(argv: list[str] | None = None) -> int:
     if options.jobs is not None and options.jobs < 1:
         print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
         return 2
+    return guarded(lambda: dispatch(options))
+
+
+def dispatch(options) -> int:
+    if options.command == "status":
+        return show.status(root_of(options), options.study)
+    if options.command == "report":
+        return rebuild(options)
+    if options.command in ("sync", "pull"):
+        return mirror(options)
+    return run(options)
+
+
+def guarded(work) -> int:
+    """The exit code of `work()`, or of what it raised, which is told to the person and not as a traceback."""
     try:
-        if options.command == "status":
-            return show.status(root_of(options), options.study)
-        if options.command == "report":
-            return rebuild(options)
-        if options.command in ("sync", "pull"):
-            return mirror(options)
-        return run(options)
+        return work()
     except StudyError as error:
         print(record.inert(record.redact(str(error))), file=sys.stderr)
         return error.exit_code

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import typing
 
@@ -11,8 +12,13 @@ from lib.errors import StudyError
 from lib.schema import CONTEXT, section_type
 
 
-def keys(run_type: type[BaseModel], prefix: str = "") -> list[str]:
+def keys(run_type: type[BaseModel]) -> list[str]:
     """Every dotted key of a run's YAML, sections included."""
+    return list(_keys(run_type, ""))
+
+
+@functools.cache  # asked for every key of every grid cell
+def _keys(run_type: type[BaseModel], prefix: str) -> tuple[str, ...]:
     found = []
     for name, field in run_type.model_fields.items():
         if not prefix and name in CONTEXT:
@@ -20,8 +26,8 @@ def keys(run_type: type[BaseModel], prefix: str = "") -> list[str]:
         found.append(prefix + name)
         inner = section_type(field.annotation)
         if inner is not None:
-            found += keys(inner, f"{prefix}{name}.")
-    return found
+            found += _keys(inner, f"{prefix}{name}.")
+    return tuple(found)
 
 
 def did_you_mean(key: str, known: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-COMMANDS = ("full", "trial", "plan", "check", "status", "report", "sync", "pull", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; status; "
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
+        "compose: write the run YAMLs of a design; status; "
         "report: rebuild the pages; sync: bring W&B up to date with the records; pull: judge the studies from W&B; "
         "lab: JupyterLab; test: the tests",
     )

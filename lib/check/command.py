@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lib import config, forecast, keys, plan, progress, record, show
-from lib.check import notebooks, sources, trial, yamls
+from lib.check import designs, notebooks, sources, trial, yamls
 from lib.check.finding import Finding
 from lib.errors import StudyError
 
@@ -33,7 +33,7 @@ def notebooks_of(study: str) -> list[Path]:
 def static(found: Found, scale: str, whole: Found) -> list[Finding]:
     """What can be seen without running anything: YAMLs, claims, notebooks and code of the studies in `found`. `whole`: the
     same with all runs of these studies, which the claims are about whichever runs are picked."""
-    told = list(yamls.findings(found))
+    told = [*yamls.findings(found), *designs.findings(found)]
     runs = [run for _, run, _ in whole if not isinstance(run, StudyError)]
     studies = list(dict.fromkeys(run.study for _, run, _ in found if not isinstance(run, StudyError)))
     try:

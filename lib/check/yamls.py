@@ -31,10 +31,11 @@ def findings(loaded: Loaded) -> Iterator[Finding]:
                 yield of_error(error, named(path))
 
 
-def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
-    """The study's claims: they load, their metrics exist and, where `runs` are the study's own as they are shipped, at this
-    scale their cells are trained. Of somebody's own runs, or with --set, claims may stay open: their analysis says so."""
-    path = config.ROOT / "params" / study / "claims.yaml"
+def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iterator[Finding]:
+    """The study's claims (in `path`, or as shipped): they load, their metrics exist and, where `runs` are the study's own as
+    they lie beside it, at this scale their cells are trained. Of somebody's own runs, or with --set, claims may stay open:
+    that is a warning, and their analysis says so too."""
+    path = path or config.ROOT / "params" / study / "claims.yaml"
     try:
         published = claim_types.load(path)
     except StudyError as error:
@@ -45,6 +46,7 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
         yield Finding(
             "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
         )
+    open_claims: dict[str, str] = {}
     shipped = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
     members = pd.DataFrame([_row(member) for run in runs for member in _members(run)])
     for claim in published.claims:
@@ -61,7 +63,11 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
         for side in ("treatment", "baseline"):
             for cell in published.levels(claim, side) if getattr(claim, side) else ():
                 known = {key: value for key, value in cell.items() if value != claim_types.BEST}
-                if shipped and select(members, known).empty:
+                if members.empty or not select(members, known).empty:
+                    continue
+                if not shipped:
+                    open_claims.setdefault(claim.id, published.label(cell))
+                else:
                     yield Finding(
                         "error",
                         named(path),
@@ -69,6 +75,15 @@ def claims(study: str, runs: list, scale: str) -> Iterator[Finding]:
                         f"no run at {scale} scale trains {published.label(cell)}",
                         f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}",
                     )
+    if open_claims:
+        first = next(iter(open_claims.values()))
+        yield Finding(
+            "warning",
+            named(path),
+            ", ".join(open_claims),
+            f"not decided by these runs, of which none trains {first}" + (" and others" if len(open_claims) > 1 else ""),
+            "nothing, if they are not what these runs are for",
+        )
 
 
 def _members(run) -> list:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -39,18 +39,18 @@ LOOKS = {
     "discopop_card": Look("DiscoPOP (card)", PALETTE[4], "v"),
 }
 TEMPERED = ("td_dpo", "td_dpo_anchored")
+BESIDE = ("td_dpo_anchored", "discopop_card")  # trained where one claim looks, not over beta
 
 
-def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float],
-               methods: Sequence[str] = ("dpo", "discopop", "td_dpo")) -> pd.DataFrame:
-    """The rows that the claims compare: one cell per method and beta, the tempered methods at the tau fixed in advance
-    for each beta (params/td_dpo/claims.yaml)."""
+def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.DataFrame:
+    """The rows of the methods that are compared over beta, those that somebody added included: one cell per method and beta,
+    the tempered ones at the tau fixed in advance for each beta (params/td_dpo/claims.yaml)."""
     if table.empty:
         return table
     taus = {float(beta): tau for beta, tau in fixed_tau.items()}
     fixed = table["beta"].map(lambda beta: taus.get(beta, np.nan)).astype(float)
-    chosen = ~table["method"].isin(TEMPERED) | np.isclose(table["tau"].astype(float), fixed)
-    return table[table["method"].isin(methods) & chosen]
+    tau = table["tau"].astype(float)
+    return table[~table["method"].isin(BESIDE) & (tau.isna() | np.isclose(tau, fixed))]
 
 
 @housestyle
