@@ -42,7 +42,7 @@ __all__ = ["ROOT", "TUNABLE", "Finding", "Marker", "Member", "Run", "apply", "ch
            "is_hub_id", "is_local", "load_folder", "load_run", "load_yaml", "markers", "member", "members", "parameters",
            "resolve", "restore", "search_space", "steps", "studies", "study_module", "trial", "wandb_mode"]
 
-NOT_RUNS = {"claims.yaml", "design.yaml", "wandb.yaml"}
+NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
 NOTEBOOK_OWN = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 

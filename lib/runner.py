@@ -216,6 +216,8 @@ def how(step: plan.Step, state: str) -> str:
 
 def command(step: plan.Step) -> str:
     """The command that runs exactly this step's run (for an analysis: its study) again."""
+    if step.again:
+        return step.again
     run = step.run or (step.needs[0].run if step.needs else None)
     sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items())
     return (f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"

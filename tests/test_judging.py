@@ -114,7 +114,7 @@ def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(
     assert before["price"] == pytest.approx((before["prompt_tokens"] + 2 * 8 * judging.REPLY_TOKENS) / 1e6)
     rows, spent = graded(data, cache, workers=4)
     assert [r["score"] for r in rows] == [7.0] * 8
-    assert spent == {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16}
+    assert spent == {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16, "refused": 0}
     assert {r["temperature"] for r in judge_server.seen} == {0}
     assert graded(data, cache)[1]["calls"] == 0
     assert len(judge_server.seen) == 8
