@@ -194,6 +194,7 @@ def _log(job: Job, given: Settings, at_first: dict, kept: dict, started: float, 
     spent = {name: sum(kept[key][name] - at_first.get(key, {}).get(name, 0) for key in mine if key in kept)
              for name in job.judging.COUNTED}
     cost = job.judging.price(spent["prompt_tokens"], spent["completion_tokens"], *given.prices)
+    (job.results / "comparison").mkdir(exist_ok=True)
     record.append_jsonl(job.results / "comparison" / LOG, {
         "model": given.model, "endpoint": job.judging.host(job.judging.endpoint()[0]), "started": started,
         "seconds": round(time.time() - started, 1), "members": len(job.asked), "told_before": job.before, "spent": spent,
