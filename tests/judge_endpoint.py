@@ -12,6 +12,27 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from lib import record
+
+SINGLE = {"system_prompt": "Be fair.", "prompt_template": "Q {question} A {answer}"}
+TURNS = {"system_prompt": "Be fair.", "prompt_template": "{question_1} {answer_1} {question_2} {answer_2}"}
+
+
+def write_bench(folder: Path) -> Path:
+    """Four questions in FastChat's layout: 81 writing, 104 reasoning (its reference is known to be wrong), 106, 111."""
+    kinds = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
+    record.write_jsonl(folder / "question.jsonl", [
+        {"question_id": i, "category": c, "turns": [f"first {i}?", f"second {i}?"]} for i, c in kinds.items()])
+    record.write_jsonl(folder / "reference_answer/gpt-4.jsonl", [
+        {"question_id": i, "choices": [{"turns": [f"ref-one-{i}", f"ref-two-{i}"]}]} for i in kinds if i != 81])
+    guided = [{**p, "prompt_template": p["prompt_template"] + refs} for p, refs in
+              ((SINGLE, " R {ref_answer_1}"), (TURNS, " R {ref_answer_1} {ref_answer_2}"))]
+    names = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+    record.write_jsonl(folder / "judge_prompts.jsonl",
+                       [{"name": n, **p} for n, p in zip(names, (SINGLE, TURNS, *guided), strict=True)])
+    return folder
 
 
 def completion(text: str, usage: bool = True) -> str:

@@ -13,28 +13,14 @@ from lib import claim_types, claims, cli, config, judge_command, plan, preflight
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import judge_client, judging, mt_answers, mt_bench, sampling, tables
 from tests.conftest import ROOT
-from tests.judge_endpoint import Endpoint, completion, grade_of
+from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
 KEY = "sk-planted-0123456789"
-SINGLE = {"system_prompt": "Be fair.", "prompt_template": "Q {question} A {answer}"}
-TURNS = {"system_prompt": "Be fair.", "prompt_template": "{question_1} {answer_1} {question_2} {answer_2}"}
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Four questions in FastChat's layout: 81 writing, 104 reasoning (its reference is known to be wrong), 106, 111."""
-    folder = tmp_path / "bench"
-    kinds = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
-    record.write_jsonl(folder / "question.jsonl", [
-        {"question_id": i, "category": c, "turns": [f"first {i}?", f"second {i}?"]} for i, c in kinds.items()])
-    record.write_jsonl(folder / "reference_answer/gpt-4.jsonl", [
-        {"question_id": i, "choices": [{"turns": [f"ref-one-{i}", f"ref-two-{i}"]}]} for i in kinds if i != 81])
-    guided = [{**p, "prompt_template": p["prompt_template"] + refs} for p, refs in
-              ((SINGLE, " R {ref_answer_1}"), (TURNS, " R {ref_answer_1} {ref_answer_2}"))]
-    names = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
-    record.write_jsonl(folder / "judge_prompts.jsonl",
-                       [{"name": n, **p} for n, p in zip(names, (SINGLE, TURNS, *guided), strict=True)])
-    return folder
+    return write_bench(tmp_path / "bench")
 
 
 @pytest.fixture
