@@ -205,8 +205,10 @@ def _log(job: Job, given: Settings, at_first: dict, kept: dict, started: float, 
 
 def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
     """What was made of the members: their pages, their runs' metrics, and the study's analysis."""
-    from lib import member_page
+    from lib import member_page, model_card
 
+    for folder in folders:
+        model_card.write(folder)
     listed = (results / "comparison" / "runs.json").exists()
     planned = runs.planned(results) if listed else []
     for run in (run for run in planned if any(folder.parents[1].name == run.run_id for folder in folders)):
