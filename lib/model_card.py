@@ -51,7 +51,7 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
         lines += ["", f"**This run diverged at step {metrics.get('diverged_at')}**: its end was not measured."]
     elif step != measured:
         lines += ["", f"These are not the weights whose metrics are in the record: those are of step {measured}."]
-    lines += ["", "## Loading", "", *_loading(checkpoint, settings), "", "## Data", "",
+    lines += ["", "## Loading", "", *_loading(checkpoint, settings, spec["study"]), "", "## Data", "",
               *_table(_data(spec, metrics)), "", "## Configuration", "",
               *_table(row for name in SECTIONS if isinstance(settings.get(name), dict)
                       for row in _flat(settings[name], f"{name}."))]
@@ -77,7 +77,7 @@ def _what(checkpoint: Path) -> str:
     return "All weights" if (checkpoint / "config.json").exists() else "The trained parameters"
 
 
-def _loading(checkpoint: Path, settings: dict) -> list[str]:
+def _loading(checkpoint: Path, settings: dict, study: str) -> list[str]:
     model, here = settings["model"], checkpoint.name
     if (checkpoint / "adapter_config.json").exists():
         base = (record.read_json(checkpoint / "adapter_config.json") or {}).get("base_model_name_or_path") or model["name"]
@@ -95,7 +95,8 @@ def _loading(checkpoint: Path, settings: dict) -> list[str]:
         return ["```python", "from transformers import AutoModelForCausalLM", "",
                 f'model = AutoModelForCausalLM.from_pretrained("{here}").eval()', "```"]
     return ["`model.safetensors` holds the trained parameters under their names in the model that the study builds from the "
-            "base model and the configuration below; everything else is the base model's."]
+            "base model and the configuration below; everything else is the base model's. "
+            f"`lib/{study}/trainer.py` puts them back."]
 
 
 def _data(spec: dict, metrics: dict) -> Iterator[tuple[str, object]]:

@@ -117,17 +117,26 @@ def finish(folder: Path, metrics: dict, nonce: str | None) -> None:
 
 
 def refresh(run) -> None:
-    """A finished run's metrics.json made again from its members' (a judge has graded them since)."""
+    """A finished run's metrics.json, and what its search says of its best, made again from the members' (a judge has graded
+    them since)."""
     folder = Path(run.results_dir) / run.run_id
+
+    def metrics_of(member: str) -> dict:
+        return record.read_json(folder / "members" / member / "metrics.json") or {}
+
     before, status = record.read_json(folder / "metrics.json"), record.read_json(folder / "status.json")
     found = [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **made} for m in config.members(run)
-             if (made := record.read_json(folder / "members" / m.id / "metrics.json"))]
-    if not before or not found:
-        return
-    made = before | summary(run, found)
-    record.write_json(folder / "metrics.json", made)
-    if status:
-        record.write_json(folder / "status.json", {**status, "key_metric": made["key_metric"]})
+             if (made := metrics_of(m.id))]
+    if before and found:
+        made = before | summary(run, found)
+        record.write_json(folder / "metrics.json", made)
+        if status:
+            record.write_json(folder / "status.json", {**status, "key_metric": made["key_metric"]})
+    searched = record.read_json(folder / "sweep" / "metrics.json") or {}
+    if searched.get("final"):
+        rows = [{"cell": searched["final"]["cell"], **metrics_of(member)} for member in searched["final_members"]]
+        final = by_cell(rows, list(config.study_module(run.study).METRICS))[0]
+        record.write_json(folder / "sweep" / "metrics.json", {**searched, "final": final})
 
 
 def planned(results_dir: Path) -> list:

@@ -9,7 +9,7 @@ import time
 import pandas as pd
 import pytest
 
-from lib import claim_types, claims, cli, config, judge_command, plan, preflight, record
+from lib import claim_types, claims, cli, config, judge_command, plan, preflight, record, runs
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import judge_client, judging, mt_answers, mt_bench, sampling, tables
 from tests.conftest import ROOT
@@ -298,6 +298,18 @@ def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_s
     assert not list(outputs.rglob("judged.json"))
 
 
+@pytest.mark.parametrize(("base", "name"), [
+    ("https://me:pass@api.example.com/v1", "api.example.com"), ("http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
+    ("localhost:8000/v1", "localhost:8000"), ("http://odd:port/v1", "odd"),
+])
+def test_records_name_an_endpoint_without_user_or_path(base, name, monkeypatch):
+    assert judge_client.host(base) == name
+    if "port" in base or "//" not in base:  # no address: said before anything is sent
+        monkeypatch.setenv("OPENAI_BASE_URL", base)
+        with pytest.raises(MissingError, match="correct OPENAI_BASE_URL"):
+            judge_client.probe()
+
+
 def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge_server, capsys):
     folder = folders(outputs)[0]
     rows = [{**row, "asked": "another"} for row in record.read_jsonl(folder / "answers.jsonl")]
@@ -464,3 +476,30 @@ def test_the_prompts_may_lie_beside_the_folder_as_in_a_fastchat_checkout(data):
     (data / "judge_prompts.jsonl").rename(data.parent / "judge_prompts.jsonl")
     assert set(mt_bench.read(data)["prompts"]) == {"single-v1", "single-v1-multi-turn", "single-math-v1",
                                                    "single-math-v1-multi-turn"}
+
+
+def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
+    run = tiny(evaluation={"questions": 2, "max_new_tokens": 8, "judge": "mt_bench", "mt_bench": str(data)})
+    folder = run.results_dir / "tiny"
+    runs.refresh(run)
+    assert not folder.exists(), "nothing is made where there is no record"
+    scores = {"default-s1": 4.0, "default-s2": 7.0}
+    for member in scores:
+        record.write_json(folder / "members" / member / "metrics.json", {
+            "status": "completed", "implicit_accuracy": 0.5, "validation_implicit_accuracy": 0.5})
+    record.write_json(folder / "metrics.json", {"base_oracle_score": 6.0, "key_metric": {"name": "implicit_accuracy"}})
+    record.write_json(folder / "status.json", {"status": "succeeded", "key": "k", "key_metric": None})
+    record.write_json(folder / "sweep" / "metrics.json", {
+        "trials": 3, "final": {"cell": "default", "seeds": 2, "mt_bench_score": None}, "final_members": list(scores)})
+    runs.refresh(run)
+    assert record.read_json(folder / "metrics.json")["key_metric"] == {"name": "implicit_accuracy", "value": 0.5}
+    for member, score in scores.items():
+        path = folder / "members" / member / "metrics.json"
+        record.write_json(path, record.read_json(path) | {"mt_bench_score": score})
+    runs.refresh(run)
+    made = record.read_json(folder / "metrics.json")
+    assert (made["key_metric"], made["base_oracle_score"]) == ({"name": "mt_bench_score", "value": 5.5}, 6.0)
+    status = record.read_json(folder / "status.json")
+    assert (status["key"], status["key_metric"]["value"]) == ("k", 5.5), "its notebook is not to be executed again"
+    searched = record.read_json(folder / "sweep" / "metrics.json")
+    assert (searched["trials"], searched["final"]["mt_bench_score"], searched["final"]["seeds"]) == (3, 5.5, 2)

@@ -126,3 +126,15 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
     assert cards
     assert "The trained parameters" in cards[-1].read_text()
     assert "A trial" in cards[-1].read_text()
+    if study == "iw_lora":
+        from lib.iw_lora import inputs as theirs
+        from lib.iw_lora import member as training
+        from lib.iw_lora import trainer as restoring
+
+        given = theirs.load(members.prepared(run))
+        model = training.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until they are restored
+        pad, size = given.tokenizer.pad_token_id, run.evaluation.batch_size
+        recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]
+        assert training.predictions(model, given.rows["validation"], pad, size)[1] != pytest.approx(recorded, rel=1e-5)
+        restoring.restore(model, cards[-1].parent)
+        assert training.predictions(model, given.rows["validation"], pad, size)[1] == pytest.approx(recorded, rel=1e-5)

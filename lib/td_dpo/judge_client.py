@@ -46,8 +46,11 @@ def endpoint(environ=os.environ) -> tuple[str, dict]:
 
 def host(base: str) -> str:
     """The endpoint as records name it: host and port, no user, no path."""
-    parts = urlsplit(base)
-    return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
+    parts = urlsplit(base if "//" in base else f"//{base}")
+    try:
+        return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
+    except ValueError:  # no port number
+        return parts.hostname or ""
 
 
 def probe(seconds: float = 10.0) -> None:
