@@ -27,6 +27,7 @@ __all__ = ["VERDICTS", "Claim", "Claims", "Verdict", "coverage", "evaluate", "lo
 DRAWS = 10_000
 MIN_COST_PAIRS = 20
 HOLM_LEVEL = 0.05
+MISSING = "missing: "  # how the reason of a claim begins whose scores are not all there
 
 
 class Data(NamedTuple):
@@ -42,17 +43,22 @@ class Data(NamedTuple):
 
 def evaluate(study: Claims, rows: pd.DataFrame, *, scale: str, mode: str, members: pd.DataFrame | None = None,
              accuracy: pd.DataFrame | None = None, costs: pd.DataFrame | None = None, seeds: Iterable[int] = (),
-             draws: int = DRAWS) -> list[Verdict]:
+             draws: int = DRAWS, scored_by: str = "", mend: str = "") -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs: pairs
     `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they have.
+    scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get them).
     """
     if members is None:
         members = members_of(rows, study.keys)
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, tuple(seeds), draws)
     verdicts = [_evaluate_one(study, claim, data, scale, mode) for claim in study.claims]
+    for verdict in verdicts:
+        if verdict.test != "cost_ratio":
+            verdict.scored_by = scored_by
+            verdict.reason += f". {mend}" if mend and verdict.reason.startswith(MISSING) else ""
     family = [v for v in verdicts if v.p is not None]
     for verdict, adjusted in zip(family, st.holm([v.p for v in family]) if family else (), strict=True):
         verdict.holm_p = float(adjusted)
@@ -108,7 +114,7 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     chosen = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
     pairs = ["a run with " + str(study.choose_on)] if None in chosen else _pairs(study, claim, data, chosen, all_seeds=True)
     if not isinstance(pairs, Paired):
-        verdict.reason = "missing: " + "; ".join(pairs)
+        verdict.reason = MISSING + "; ".join(pairs)
         return
     if len(pairs.seeds) < 2:
         verdict.reason = "one seed tells nothing about seeds: at least 2 are needed"

@@ -54,6 +54,8 @@ def dispatch(options) -> int:
         return rebuild(options)
     if options.command in ("sync", "pull"):
         return mirror(options)
+    if options.command == "judge":
+        return judge(options)
     return run(options)
 
 
@@ -293,7 +295,20 @@ def mirror(options) -> int:
     from lib import wandb_command
 
     if options.command == "sync":
-        roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
-        return wandb_command.sync([root for root in roots if root.is_dir()], options)
+        return wandb_command.sync(roots_of(options), options)
     runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
     return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)
+
+
+def roots_of(options) -> list[Path]:
+    """Every scale's records, or those that --scale, --set and --grid name."""
+    roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+    return [root for root in roots if root.is_dir()]
+
+
+def judge(options) -> int:
+    """Have saved answers graded; --params: those of its YAMLs' runs."""
+    from lib import judge_command
+
+    named = {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)} if options.params else None
+    return judge_command.command(options, roots_of(options), named, OUTPUTS)

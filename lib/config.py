@@ -4,7 +4,7 @@ A run YAML is complete: nothing is merged into it except params/wandb.yaml (enti
 Studies are the folders of lib/ that hold a config.py, which gives: Run (the typed sections), ALIASES (short name ->
 dotted key), METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file),
 recognises(raw), normalise(raw) (published names -> ours), steps(run), trial_changes(run), search_changes(run) and
-check(run).
+check(run); and, where it has them, primary_metric(run) and needs(run), what only it needs on the machine before a full run.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["ROOT", "TUNABLE", "Finding", "Marker", "Member", "Run", "apply", "ch
            "is_hub_id", "is_local", "load_folder", "load_run", "load_yaml", "markers", "member", "members", "parameters",
            "resolve", "restore", "search_space", "steps", "studies", "study_module", "trial", "wandb_mode"]
 
-NOT_RUNS = {"claims.yaml", "design.yaml", "wandb.yaml"}
+NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
 NOTEBOOK_OWN = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 

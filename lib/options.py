@@ -2,7 +2,7 @@
 
 import argparse
 
-COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "lab", "test")
+COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
         "compose: write the run YAMLs of a design; status; "
         "report: rebuild the pages; sync: bring W&B up to date with the records; pull: judge the studies from W&B; "
-        "lab: JupyterLab; test: the tests",
+        "judge: have saved answers graded; lab: JupyterLab; test: the tests",
     )
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
@@ -40,7 +40,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
-    top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost")
+    top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost; "
+                     "for judge: of a million tokens")
+    grading = top.add_argument_group("for judge")
+    grading.add_argument("--model", help="the judge at its endpoint, OPENAI_BASE_URL (default: params/judge.yaml)")
+    grading.add_argument("--price-in", type=positive, metavar="P", help="of a million prompt tokens")
+    grading.add_argument("--price-out", type=positive, metavar="P", help="of a million reply tokens")
+    grading.add_argument("--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with")
+    grading.add_argument("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
+    grading.add_argument("--dry", action="store_true", help="say what it would take, and send nothing")
+    grading.add_argument("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
     top.add_argument("--json", action="store_true", help="`check` as one JSON object")
     top.add_argument("--static", action="store_true", help="`check` without its trial")
     top.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
@@ -55,3 +64,9 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
     return value
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number above 0")
+    return int(text)

@@ -31,6 +31,7 @@ class Step:
     training: float = 0.0  # predicted seconds of its members, on one slot
     seconds: float = 0.0  # the same with the notebook's own
     prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
+    again: str = ""  # the command that executes it, where its run does not say
 
     @property
     def title(self) -> str:
@@ -108,8 +109,7 @@ def _sweep(train: Step, force: bool) -> Step:
 def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
     results = Path(train[0].run.results_dir)
     folder, notebook = results / "comparison", NOTEBOOKS / study / "analysis.ipynb"
-    claims = config.ROOT / "params" / study / "claims.yaml"
-    key = keys.digest([[s.key for s in [*train, *sweeps]], keys.notebook_code(notebook, imports=True), claims.read_text()])
+    key = _analysis_key(study, results, [s.key for s in [*train, *sweeps]])
     before = any(s.reason for s in [*train, *sweeps])
     reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
@@ -120,8 +120,19 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     return step
 
 
-def analysis(study: str, results: Path, scale: str, mode: str) -> Step:
-    """The analysis of a folder of records that nothing here has made (they came from W&B)."""
+def _analysis_key(study: str, results: Path, before: list[str]) -> str:
+    """What an analysis depends on: the keys of its runs and searches, its code, its claims, and what a judge graded since."""
+    claims, graded = config.ROOT / "params" / study / "claims.yaml", sorted(results.glob("*/members/*/judged.json"))
+    return keys.digest([before, keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True), claims.read_text(),
+                        *([[path.read_text() for path in graded]] if graded else [])])
+
+
+def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "its records came from W&B") -> Step:
+    """The analysis of a folder of records as they are, whoever made them; its key is that of the runs' last notebooks."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, "",
-                "its records came from W&B")
+    made = [run["run_id"] for run in record.read_json(results / "comparison" / "runs.json", [])]
+    last = [record.read_json(results / name / part / "status.json", {}) for part in ("", "sweep") for name in made]
+    key = _analysis_key(study, results, [status["key"] for status in last if status.get("key")])
+    again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
+    return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, key,
+                why, again=again)

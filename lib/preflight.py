@@ -15,7 +15,7 @@ from lib.errors import StudyError
 from lib.grid import members
 from lib.probe import SECONDS, Gpu, Machine, ask_hub, visible_gpus  # noqa: F401 (part of this module's interface)
 from lib.record import read_json
-from lib.run_values import is_hub_id
+from lib.run_values import is_hub_id, study_module
 from lib.schema import Finding, Run
 
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
@@ -41,8 +41,9 @@ def missing_for(runs: list[Run], machine: Machine | None = None) -> list[Finding
     wanted = [run for run in runs if run.mode != "trial"]
     for run in wanted:
         model = footprint.shape(settings(run, machine) or {})
+        own = getattr(study_module(run.study), "needs", lambda run: [])  # what only this study knows of
         found += [*_gpus(run, machine, model), *_hub(run, machine), *_storage(run), *wandb(run, machine),
-                  *_judge(run, machine)]
+                  *_judge(run, machine), *own(run)]
     return list(dict.fromkeys([*found, *_disk(wanted, machine)]))
 
 
@@ -268,4 +269,4 @@ def _judge(run: Run, machine: Machine) -> list[Finding]:
     if any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
         return []
     return [Finding("warning", "evaluation.judge", "no judge endpoint: training goes on and judging stays pending",
-                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, and grade the answers (see the README)")]
+                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge")]

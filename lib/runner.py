@@ -18,7 +18,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, member_page, members, plan, pool, progress, record, report, resources, tracking
+from lib import config, member_page, members, model_card, plan, pool, progress, record, report, resources, tracking
 from lib.errors import MissingError, StudyError
 from lib.lock import locked  # noqa: F401 (part of this module's interface)
 
@@ -177,6 +177,8 @@ class Runner:
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
                 self.mirrors.end(step.folder, config.wandb_mode(step.run))
+            else:
+                model_card.write_all(step.folder.parent)
             return
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
@@ -216,6 +218,8 @@ def how(step: plan.Step, state: str) -> str:
 
 def command(step: plan.Step) -> str:
     """The command that runs exactly this step's run (for an analysis: its study) again."""
+    if step.again:
+        return step.again
     run = step.run or (step.needs[0].run if step.needs else None)
     sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items())
     return (f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"

@@ -95,7 +95,7 @@ def summary(run, records: list[dict]) -> dict:
     cell = chosen_cell(run, records)
     mine = [r for r in records if r["cell"] == cell]
     means = {m: _mean([r.get(m) for r in mine]) for m in metrics}
-    primary = study.PRIMARY_METRIC[run.scale]
+    primary = getattr(study, "primary_metric", lambda run: study.PRIMARY_METRIC[run.scale])(run)
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
     return {
         "run_id": run.run_id,
@@ -114,6 +114,29 @@ def finish(folder: Path, metrics: dict, nonce: str | None) -> None:
     record.write_json(Path(folder) / "metrics.json", metrics)
     (Path(folder) / "progress.json").unlink(missing_ok=True)
     record.write_json(Path(folder) / "done.json", {"nonce": nonce})
+
+
+def refresh(run) -> None:
+    """A finished run's metrics.json, and what its search says of its best, made again from the members' (a judge has graded
+    them since)."""
+    folder = Path(run.results_dir) / run.run_id
+
+    def metrics_of(member: str) -> dict:
+        return record.read_json(folder / "members" / member / "metrics.json") or {}
+
+    before, status = record.read_json(folder / "metrics.json"), record.read_json(folder / "status.json")
+    found = [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **made} for m in config.members(run)
+             if (made := metrics_of(m.id))]
+    if before and found:
+        made = before | summary(run, found)
+        record.write_json(folder / "metrics.json", made)
+        if status:
+            record.write_json(folder / "status.json", {**status, "key_metric": made["key_metric"]})
+    searched = record.read_json(folder / "sweep" / "metrics.json") or {}
+    if searched.get("final"):
+        rows = [{"cell": searched["final"]["cell"], **metrics_of(member)} for member in searched["final_members"]]
+        final = by_cell(rows, list(config.study_module(run.study).METRICS))[0]
+        record.write_json(folder / "sweep" / "metrics.json", {**searched, "final": final})
 
 
 def planned(results_dir: Path) -> list:

@@ -18,7 +18,8 @@ class Verdict:
 
     `p` is the one-sided p of the claim's own primary test, `holm_p` adjusted over the claims evaluated with it, `p_companion`
     that of the t test over seeds. `per_seed` maps a seed to its own estimate. `level` is that of the interval which
-    supports the claim. `n_pairs` counts pairs of costs, `n_dropped` questions left out for want of a score.
+    supports the claim. `scored_by` names what gave the scores. `n_pairs` counts pairs of costs, `n_dropped` questions left
+    out for want of a score.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Verdict:
     n_dropped: int = 0
     premise: dict | None = None
     note: str = ""
+    scored_by: str = ""
     beside: list[dict] = field(default_factory=list)
     sensitivity: dict | None = None
 
@@ -71,5 +73,6 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
 
 
 def sentence(verdict: Verdict) -> str:
-    """`C1 refuted at laptop scale: ...`."""
-    return f"{verdict.id} {verdict.verdict} at {verdict.scale} scale: {verdict.reason}"
+    """`C1 refuted at laptop scale (oracle score): ...`."""
+    by = f" ({verdict.scored_by})" if verdict.scored_by else ""
+    return f"{verdict.id} {verdict.verdict} at {verdict.scale} scale{by}: {verdict.reason}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lib import config, forecast, record, resources
+from lib import config, forecast, model_card, record, resources
 from lib.errors import StudyError, ended_as
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
@@ -40,6 +40,7 @@ def train(argument: dict) -> None:
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
         record.write_json(folder / "metrics.json", metrics)
+        model_card.write(folder)
         record.write_json(
             folder / "done.json",
             {

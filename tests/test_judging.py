@@ -1,82 +1,37 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
-import contextlib
-import json
+import os
+import subprocess
+import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 
-from lib import config, record
+from lib import claim_types, claims, cli, config, judge_command, plan, preflight, record, runs
 from lib.errors import MissingError, StudyError
-from lib.td_dpo import judging, mt_answers, mt_bench, sampling
+from lib.td_dpo import judge_client, judging, mt_answers, mt_bench, sampling, tables
+from tests.conftest import ROOT
+from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
 KEY = "sk-planted-0123456789"
-SINGLE = {"system_prompt": "Be fair.", "prompt_template": "Q {question} A {answer}"}
-TURNS = {"system_prompt": "Be fair.", "prompt_template": "{question_1} {answer_1} {question_2} {answer_2}"}
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Four questions in FastChat's layout: 81 writing, 104 reasoning (its reference is known to be wrong), 106, 111."""
-    folder = tmp_path / "bench"
-    kinds = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
-    record.write_jsonl(folder / "question.jsonl", [
-        {"question_id": i, "category": c, "turns": [f"first {i}?", f"second {i}?"]} for i, c in kinds.items()])
-    record.write_jsonl(folder / "reference_answer/gpt-4.jsonl", [
-        {"question_id": i, "choices": [{"turns": [f"ref-one-{i}", f"ref-two-{i}"]}]} for i in kinds if i != 81])
-    guided = [{**p, "prompt_template": p["prompt_template"] + refs} for p, refs in
-              ((SINGLE, " R {ref_answer_1}"), (TURNS, " R {ref_answer_1} {ref_answer_2}"))]
-    names = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
-    record.write_jsonl(folder / "judge_prompts.jsonl",
-                       [{"name": n, **p} for n, p in zip(names, (SINGLE, TURNS, *guided), strict=True)])
-    return folder
+    return write_bench(tmp_path / "bench")
 
 
 @pytest.fixture
 def judge_server(monkeypatch):
-    """`served.script`: (number of the call, request) -> (status, body); `served.seen`: the requests."""
-    class Served:
-        seen, headers, lock = [], [], threading.Lock()
-
-        def script(self, number, request):
-            return 200, completion("[[7]]")
-
-    served = Served()
-    served.seen, served.headers = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with served.lock:
-                served.seen.append(request)
-                served.headers.append(self.headers.get("Authorization"))
-                number = len(served.seen)
-            status, body = served.script(number, request)
-            if status is None:  # dies: the connection is closed without a word
-                return
-            self.send_response(status)
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):  # a client that has given up
-                self.wfile.write(body.encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
+    served = Endpoint()
+    monkeypatch.setenv("OPENAI_BASE_URL", served.url)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield served
-    server.shutdown()
-    server.server_close()
-
-
-def completion(text):
-    return json.dumps({"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}})
+    served.close()
 
 
 def answers(ids=(81, 104, 106, 111)):
@@ -114,7 +69,7 @@ def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(
     assert before["price"] == pytest.approx((before["prompt_tokens"] + 2 * 8 * judging.REPLY_TOKENS) / 1e6)
     rows, spent = graded(data, cache, workers=4)
     assert [r["score"] for r in rows] == [7.0] * 8
-    assert spent == {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16}
+    assert spent == {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16, "refused": 0}
     assert {r["temperature"] for r in judge_server.seen} == {0}
     assert graded(data, cache)[1]["calls"] == 0
     assert len(judge_server.seen) == 8
@@ -193,7 +148,7 @@ def test_the_command_shows_the_cost_first_and_never_writes_the_key(data, judge_s
     assert judge_server.seen == []
     judge_server.script = lambda n, request: (200, completion(f"your key is {KEY} [[7]]"))
     assert judging.main(command) == 0
-    assert set(judge_server.headers) == {f"Bearer {KEY}"}
+    assert set(judge_server.keys) == {f"Bearer {KEY}"}
     written = "".join(p.read_text() for p in path.parent.iterdir() if p.is_file())
     assert judging.main(command) == 0
     made = record.read_json(path.with_name("mt_bench.json"))
@@ -213,9 +168,18 @@ def test_what_is_missing_is_named_with_its_mend(data, tmp_path, monkeypatch, cap
     assert judging.main([str(path), "--data", str(tmp_path / "none"), "--model", "judge"]) == 3
     assert "question.jsonl" in capsys.readouterr().err
     shipped = config.load_run(config.ROOT / "params/td_dpo/paper/dpo.yaml", study="td_dpo", scale="paper", mode="full")
-    for place, levels in ((data, []), (tmp_path / "none", ["error"])):  # found before training, not after it
-        run = config.apply(shipped, {"evaluation.mt_bench": str(place)})
-        assert [f.level for f in config.study_module("td_dpo").check(run) if f.key == "evaluation.mt_bench"] == levels
+    module = config.study_module("td_dpo")
+    machine = preflight.Machine(environ={}, gpus=lambda e: [], hub=lambda u, t: (200, ""), read=lambda u, t: None)
+    (tmp_path / "odd/reference_answer").mkdir(parents=True)
+    for name in ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"):
+        (tmp_path / "odd" / name).write_text("")
+    for place, faulty, missing in ((data, 0, 0), (tmp_path / "none", 0, 1), (tmp_path / "odd", 1, 0), (None, 1, 0)):
+        run = config.apply(shipped, {"evaluation.mt_bench": place and str(place)})  # found before training, not after it
+        assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
+        found = [f for f in preflight.missing(run, machine) if f.key == "evaluation.mt_bench"]
+        assert len(found) == missing
+        assert not found or "git clone" in found[0].mend
+        assert config.trial(run).evaluation.judge == ("mt_bench" if place == data or faulty else "none")
 
 
 def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp_path, monkeypatch):
@@ -245,3 +209,297 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
     assert mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
     assert len(asked) == 4
     assert len(record.read_jsonl(tmp_path / "b.jsonl")) == 8
+
+
+# ---- ./run_all.sh judge
+
+
+@pytest.fixture
+def outputs(data, tmp_path, monkeypatch):
+    """Records of two runs with two seeds each, as training leaves them: answers saved, nothing graded; one diverged member."""
+    place = tmp_path / "outputs"
+    monkeypatch.setattr(cli, "OUTPUTS", place)
+    monkeypatch.setattr(judge_command.members, "CACHE", tmp_path / "cache")
+    evaluation = {"judge": "mt_bench", "mt_bench": str(data)}
+    for method in ("dpo", "td_dpo"):
+        for seed in (1, 2, 3):
+            folder = place / "laptop-full" / "td_dpo" / method / "members" / f"default-s{seed}"
+            settings = {"evaluation": evaluation, "method": method, "loss": {"beta": 0.05, "tau": 1.0}}
+            made = {"config": settings, "run_id": method, "study": "td_dpo", "cell": {}, "cell_name": "default", "seed": seed,
+                    "key": {"code": "c", "all": "k"}}
+            status = "diverged" if seed == 3 else "completed"
+            record.write_json(folder / "member.json", made)
+            record.write_json(folder / "done.json", {"status": status, "run_id": method, "key": made["key"]})
+            record.write_json(folder / "metrics.json", {"status": status, "implicit_accuracy": 0.6})
+            record.write_jsonl(folder / "predictions.jsonl", [{"kind": "pair", "pair": 0, "rho": 1.0}])
+            if seed != 3:
+                record.write_jsonl(folder / "answers.jsonl", [
+                    {**row, "text": f"{method} {seed} {row['text']}", "length": 5} for row in answers()])
+    return place
+
+
+def folders(outputs):
+    return [p.parent for p in sorted(outputs.glob("*/*/*/members/*/answers.jsonl"))]
+
+
+def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_once(outputs, judge_server, capsys):
+    judge_server.script = lambda n, request: (200, completion(f"[[{grade_of(request):g}]]"))
+    assert cli.main(["judge", "--dry", "--model", "m", "--price-in", "30", "--price-out", "60"]) == 0
+    told = capsys.readouterr().out
+    assert "32 judge calls, 0 cached" in told
+    assert "9600 reply tokens; about 0.59 in all" in told  # 32 replies of 300 tokens are 0.576, the short prompts 0.02
+    assert not judge_server.seen
+    assert cli.main(["judge", "--model", "m", "--price", "1000000"]) == 0
+    assert len(judge_server.seen) == 32
+    told = capsys.readouterr().out
+    assert "32 calls, 320 prompt and 64 reply tokens, 384.00 in all" in told
+    for folder in folders(outputs):
+        asked = judging.requests(mt_bench.read(outputs.parent / "bench"), record.read_jsonl(folder / "answers.jsonl"), "m")
+        wanted = {(row["question"], row["turn"]): grade_of(row) for row in asked}
+        rows = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] == "answer"]
+        assert {(row["question"], row["turn"]): row["score"] for row in rows} == wanted
+        assert rows[0]["category"] == "writing"
+        assert rows[0]["length"] == 5
+        metrics = record.read_json(folder / "metrics.json")
+        assert metrics["implicit_accuracy"] == 0.6
+        assert metrics["mt_bench_score"] == pytest.approx(sum(wanted.values()) / 8)
+        assert metrics["mt_bench_score_corrected"] == pytest.approx(
+            sum(v for (q, _), v in wanted.items() if q not in (104, 111)) / 4)
+        assert len(record.read_jsonl(folder / "judgements.jsonl")) == 8
+    (log,) = record.read_jsonl(outputs / "laptop-full/td_dpo/comparison/judging.jsonl")
+    assert (log["spent"]["calls"], log["cost"], log["told_before"]["calls"]) == (32, 384.0, 32)
+    before = {p: p.read_bytes() for p in outputs.rglob("*.json*") if p.is_file()}
+    assert cli.main(["judge", "--model", "m"]) == 0
+    assert before == {p: p.read_bytes() for p in outputs.rglob("*.json*") if p.is_file()}
+    for path in (outputs.parent / "cache").rglob("*.jsonl"):  # a lost cache: the records still hold what was paid for
+        path.unlink()
+    for folder in folders(outputs):
+        (folder / "judged.json").unlink()
+    assert cli.main(["judge", "--model", "m"]) == 0
+    assert len(judge_server.seen) == 32
+
+
+def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_server, capsys, monkeypatch):
+    def lines(*arguments):
+        assert cli.main(["judge", "--model", "m", *arguments]) == 3
+        return capsys.readouterr().err.strip().splitlines()
+
+    (line,) = lines("--data", str(outputs / "nowhere"))
+    assert "question.jsonl" in line
+    assert "git clone" in line
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    (line,) = lines()
+    assert "127.0.0.1:9 does not answer" in line
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    (line,) = lines()
+    assert "OPENAI_BASE_URL" in line
+    assert not judge_server.seen
+    assert not list(outputs.rglob("judged.json"))
+
+
+@pytest.mark.parametrize(("base", "name"), [
+    ("https://me:pass@api.example.com/v1", "api.example.com"), ("http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
+    ("localhost:8000/v1", "localhost:8000"), ("http://odd:port/v1", "odd"),
+])
+def test_records_name_an_endpoint_without_user_or_path(base, name, monkeypatch):
+    assert judge_client.host(base) == name
+    if "port" in base or "//" not in base:  # no address: said before anything is sent
+        monkeypatch.setenv("OPENAI_BASE_URL", base)
+        with pytest.raises(MissingError, match="correct OPENAI_BASE_URL"):
+            judge_client.probe()
+
+
+def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge_server, capsys):
+    folder = folders(outputs)[0]
+    rows = [{**row, "asked": "another"} for row in record.read_jsonl(folder / "answers.jsonl")]
+    record.write_jsonl(folder / "answers.jsonl", rows)
+    assert cli.main(["judge", "--model", "m"]) == 2
+    assert "other words" in capsys.readouterr().err
+    assert not judge_server.seen
+
+
+def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_server):
+    reached = threading.Event()
+
+    def slowly(number, request):
+        if number == 12:
+            reached.set()
+            time.sleep(30)  # under way when it is killed
+        return 200, completion(f"[[{grade_of(request):g}]]")
+
+    judge_server.script = slowly
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lib", "judge", "--model", "m", "--workers", "1"], cwd=ROOT, stdout=subprocess.DEVNULL,
+        env=os.environ | {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": str(outputs.parent / "cache"), "PYTHONPATH": str(ROOT)})
+    try:
+        assert reached.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    assert not list(outputs.rglob("judged.json"))
+    paid = [request["messages"] for request in judge_server.seen[:11]]
+    judge_server.seen.clear()
+    judge_server.script = lambda number, request: (200, completion(f"[[{grade_of(request):g}]]"))
+    assert cli.main(["judge", "--model", "m"]) == 0
+    again = [request["messages"] for request in judge_server.seen]
+    assert len(again) == 32 - 11
+    assert not [messages for messages in again if messages in paid]
+    assert len(list(outputs.rglob("judged.json"))) == 4
+
+
+def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs, judge_server, monkeypatch, capsys):
+    monkeypatch.setattr(judging, "ask", lambda *a: judge_client.ask(*a[:4], 2, 0.001, a[6]))  # gives up soon
+    judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 20 else (None, "")
+    assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
+    assert "the same command again" in capsys.readouterr().err
+    assert len(list(outputs.rglob("judged.json"))) == 2
+    judge_server.script = lambda n, request: (200, completion("[[6]]"))
+    judge_server.seen.clear()
+    assert cli.main(["judge", "--model", "m"]) == 0
+    assert len(judge_server.seen) == 12
+
+
+def test_a_refused_answer_is_counted_and_asked_about_again_and_has_no_score(outputs, judge_server, capsys):
+    judge_server.script = lambda n, request: (400, "{}") if "dpo 1 answer 81 turn 2" in request["messages"][1]["content"] else (
+        200, completion("[[6]]", usage=False))
+    assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 1
+    assert "1 of these refused" in capsys.readouterr().out
+    made = record.read_json(folders(outputs)[0] / "judged.json")
+    assert (made["refused"], made["unparsed"], made["graded"], made["spent"]["estimated"]) == (1, 1, 7, True)
+    judge_server.seen.clear()
+    judge_server.script = lambda n, request: (200, completion("[[8]]"))
+    assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0
+    assert len(judge_server.seen) == 1
+    assert record.read_json(folders(outputs)[0] / "judged.json")["mt_bench_score"] == (7 * 6 + 8) / 8
+
+
+def test_an_endpoint_that_refuses_everything_is_not_asked_for_all_of_it(outputs, judge_server, capsys):
+    judge_server.script = lambda n, request: (400, "{}")
+    assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
+    assert len(judge_server.seen) == 3
+    assert not list(outputs.rglob("judged.json"))
+
+
+@pytest.mark.parametrize(("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)])
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_waited_for(judge_server, header, wait, status):
+    """A wait is asked of an event, which notes it and does not wait."""
+    class Noted:
+        def __init__(self):
+            self.waited = []
+
+        def is_set(self):
+            return False
+
+        def wait(self, timeout):
+            self.waited.append(timeout)
+
+    stopped = Noted()
+    judge_server.script = lambda n, request: (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (
+        200, completion("[[5]]"))
+    with judge_client.httpx.Client() as client:
+        ask = (client, judge_server.url, "m", [{"role": "user", "content": "x"}], 3, 0.01, stopped)
+        if wait is None:  # too far off: left for a later call
+            with pytest.raises(MissingError, match="to be asked again in"):
+                judge_client.ask(*ask)
+            return
+        assert judge_client.ask(*ask)["text"] == "[[5]]"
+    assert len(stopped.waited) == 1
+    assert wait <= stopped.waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
+
+
+def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
+    """(what judged, scores, verdict on 'TD-DPO is at most 0.3 below DPO') as the analysis notebook makes them."""
+    shipped = {m: config.load_run(ROOT / f"params/td_dpo/paper/{m}.yaml", study="td_dpo", scale="paper", mode="full")
+               for m in ("dpo", "td_dpo")}
+    planned = [config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)]
+    loaded = record.load(outputs / "laptop-full/td_dpo")
+    by = tables.judged(planned, loaded)
+    rows = tables.question_scores(loaded, by, leave_out)
+    published = claim_types.load(ROOT / "params/td_dpo/claims.yaml")
+    only = published.model_copy(update={"claims": tuple(c for c in published.claims if c.id == "C3")})
+    done = loaded.members[loaded.members["status"] == "completed"]
+    (verdict,) = claims.evaluate(only, rows, scale="paper", mode="full", members=done, scored_by=by.label, mend=by.mend,
+                                 draws=200)
+    return by, rows, verdict, loaded
+
+
+def test_claims_wait_for_the_grades_and_never_take_another_score(outputs, judge_server):
+    judge_server.script = lambda n, request: (200, completion(f"[[{grade_of(request):g}]]"))
+    by, rows, verdict, loaded = analysed(outputs)
+    assert rows.empty
+    assert (verdict.verdict, verdict.estimate) == ("not evaluated", None)
+    assert "4 of 4 members have answers that are not graded: ./run_all.sh judge --study td_dpo" in verdict.reason
+    assert tables.primary(loaded, by) == "implicit_accuracy"
+    assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0  # half of it is not enough
+    assert analysed(outputs)[2].verdict == "not evaluated"
+    assert cli.main(["judge", "--model", "m"]) == 0
+    by, rows, verdict, loaded = analysed(outputs)
+    assert (by.label, by.mend, tables.primary(loaded, by)) == ("MT-Bench score, judge m", "", "mt_bench_score")
+    assert verdict.scored_by == by.label
+    means = rows.groupby(["method", "seed"])["score"].mean()
+    assert verdict.estimate == pytest.approx((means["td_dpo"] - means["dpo"]).mean())
+    assert set(analysed(outputs, leave_out=mt_bench.WRONG_REFERENCES)[1]["question"]) == {81, 106}
+    without = analysed(outputs, leave_out=mt_bench.WRONG_REFERENCES)[2]
+    tables.beside_corrected([verdict], [without])
+    assert (verdict.beside[-1]["estimate"], verdict.beside[-1]["decides"]) == (without.estimate, False)
+
+
+def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
+    assert cli.main(["judge", "--model", "one", "--run", "dpo"]) == 0
+    assert cli.main(["judge", "--model", "two", "--run", "td_dpo"]) == 0
+    by, rows, verdict, loaded = analysed(outputs)
+    assert rows.empty
+    assert verdict.verdict == "not evaluated"
+    assert "one: 2 members" in verdict.reason
+    assert tables.primary(loaded, by) == "implicit_accuracy"
+    assert cli.main(["judge", "--model", "one"]) == 0
+    assert analysed(outputs)[2].estimate is not None
+    assert {row["model"] for row in record.read_jsonl(folders(outputs)[-1] / "judgements.jsonl")} == {"one", "two"}
+    by, rows, verdict, _ = analysed(outputs, judges=("mt_bench", "oracle"))
+    assert rows.empty
+    assert "different judges" in verdict.reason
+
+
+def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server):
+    results = outputs / "laptop-full/td_dpo"
+    before = plan._analysis_key("td_dpo", results, ["a"])
+    assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0
+    between = plan._analysis_key("td_dpo", results, ["a"])
+    assert cli.main(["judge", "--model", "m"]) == 0
+    assert len({before, between, plan._analysis_key("td_dpo", results, ["a"])}) == 3
+    assert pd.isna(record.load(results).members.set_index("status").loc["diverged", "mt_bench_score"]).all()
+
+
+def test_the_prompts_may_lie_beside_the_folder_as_in_a_fastchat_checkout(data):
+    (data / "judge_prompts.jsonl").rename(data.parent / "judge_prompts.jsonl")
+    assert set(mt_bench.read(data)["prompts"]) == {"single-v1", "single-v1-multi-turn", "single-math-v1",
+                                                   "single-math-v1-multi-turn"}
+
+
+def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
+    run = tiny(evaluation={"questions": 2, "max_new_tokens": 8, "judge": "mt_bench", "mt_bench": str(data)})
+    folder = run.results_dir / "tiny"
+    runs.refresh(run)
+    assert not folder.exists(), "nothing is made where there is no record"
+    scores = {"default-s1": 4.0, "default-s2": 7.0}
+    for member in scores:
+        record.write_json(folder / "members" / member / "metrics.json", {
+            "status": "completed", "implicit_accuracy": 0.5, "validation_implicit_accuracy": 0.5})
+    record.write_json(folder / "metrics.json", {"base_oracle_score": 6.0, "key_metric": {"name": "implicit_accuracy"}})
+    record.write_json(folder / "status.json", {"status": "succeeded", "key": "k", "key_metric": None})
+    record.write_json(folder / "sweep" / "metrics.json", {
+        "trials": 3, "final": {"cell": "default", "seeds": 2, "mt_bench_score": None}, "final_members": list(scores)})
+    runs.refresh(run)
+    assert record.read_json(folder / "metrics.json")["key_metric"] == {"name": "implicit_accuracy", "value": 0.5}
+    for member, score in scores.items():
+        path = folder / "members" / member / "metrics.json"
+        record.write_json(path, record.read_json(path) | {"mt_bench_score": score})
+    runs.refresh(run)
+    made = record.read_json(folder / "metrics.json")
+    assert (made["key_metric"], made["base_oracle_score"]) == ({"name": "mt_bench_score", "value": 5.5}, 6.0)
+    status = record.read_json(folder / "status.json")
+    assert (status["key"], status["key_metric"]["value"]) == ("k", 5.5), "its notebook is not to be executed again"
+    searched = record.read_json(folder / "sweep" / "metrics.json")
+    assert (searched["trials"], searched["final"]["mt_bench_score"], searched["final"]["seeds"]) == (3, 5.5, 2)

@@ -6,14 +6,16 @@ import pytest
 
 from lib import config, footprint, hub, preflight
 from lib.preflight import Gpu, Machine
+from tests.judge_endpoint import write_bench
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))
 LLAMA_PAGE = "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf"
 
 
 @pytest.fixture
-def run():
-    return config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+def run(tmp_path):
+    shipped = config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+    return config.apply(shipped, {"evaluation.mt_bench": str(write_bench(tmp_path / "mt_bench"))})
 
 
 LLAMA = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,

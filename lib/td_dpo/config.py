@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lib.errors import StudyError
+from lib.errors import MissingError, StudyError
 from lib.schema import Finding, split_role
 from lib.td_dpo import mt_bench
 from lib.td_dpo.sections import OWN_LOSSES, TRL_LOSSES, VALIDATION_METRIC, WITH_TAU, Run
@@ -14,21 +14,25 @@ __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_L
            "trial_changes", "warmup"]
 
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
+JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
-    "oracle_score": 1.0, "mt_bench_score": 1.0, "implicit_accuracy": 0.5, "raw_accuracy": 0.5,
+    "oracle_score": 1.0, "mt_bench_score": 1.0, "mt_bench_score_corrected": 1.0, "implicit_accuracy": 0.5, "raw_accuracy": 0.5,
     "validation_implicit_accuracy": 0.5, "validation_raw_accuracy": 0.5,
 }
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 METRICS = {
-    "oracle_score": "maximize", "mt_bench_score": "maximize", "implicit_accuracy": "maximize",
-    "raw_accuracy": "maximize", "validation_implicit_accuracy": "maximize", "validation_raw_accuracy": "maximize",
+    "oracle_score": "maximize", "mt_bench_score": "maximize", "mt_bench_score_corrected": "maximize",
+    "implicit_accuracy": "maximize", "raw_accuracy": "maximize", "validation_implicit_accuracy": "maximize",
+    "validation_raw_accuracy": "maximize",
     "validation_loss": "minimize", "sampled_kl": "minimize",
 }
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
     "model.torch_dtype": "a made model is float32; check refuses another",
     "mt_bench_score": "graded by a judge, whom a trial does not ask",
+    "mt_bench_score_corrected": "graded by a judge, whom a trial does not ask",
+    "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
     "dataset.on_bad_row": "generated rows are never bad",
 }
 ALIASES = {  # the order is the order in a cell's name
@@ -176,7 +180,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "evaluation.questions": min(2, run.evaluation.questions),
         "evaluation.kl_prompts": min(2, run.evaluation.kl_prompts),
         "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),
-        "evaluation.judge": "none" if run.evaluation.judge == "mt_bench" else run.evaluation.judge,
+        "evaluation.judge": "none" if needs(run) else run.evaluation.judge,
     }
     if run.training.warmup_steps is not None:
         changes["training.warmup_steps"] = min(1, run.training.warmup_steps)
@@ -250,12 +254,36 @@ def _other_findings(run: Run) -> list[Finding]:
     if run.evaluation.judge == "oracle" and run.dataset.name != "generated":
         found.append(Finding("warning", "evaluation.judge", f"no oracle reward is known for {run.dataset.name}: answers "
                              "are not scored, accuracies are", "judge: none"))
-    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:
-        try:
-            mt_bench.read(run.evaluation.mt_bench)
-        except StudyError as error:
-            found.append(Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.mend or error.expected))
+    if run.evaluation.judge == "mt_bench" and not run.evaluation.mt_bench:
+        found.append(Finding("error", "evaluation.mt_bench", "none, with judge: mt_bench: no answers would be saved to grade",
+                             "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"))
+    if fault := _mt_bench_fault(run, StudyError):
+        found.append(fault)
     if run.loss.average_log_probs:
         found.append(Finding("warning", "loss.average_log_probs", "an ablation: log-probabilities are averaged, not summed",
                              "false for the study's own definition"))
     return found
+
+
+def primary_metric(run: Run) -> str:
+    """What the run's own judge gives; no other score stands in for it."""
+    return JUDGED.get(run.evaluation.judge, SECOND_METRIC)
+
+
+def needs(run: Run) -> list[Finding]:
+    """What must be on this machine before a full run: the questions that its members are to answer."""
+    fault = _mt_bench_fault(run, MissingError)
+    return [fault] if fault else []
+
+
+def _mt_bench_fault(run: Run, kind: type[StudyError]) -> Finding | None:
+    """What is wrong with the folder of MT-Bench: StudyError, its files do not hold what they should; MissingError, it is not
+    there."""
+    if run.evaluation.judge != "mt_bench" or not run.evaluation.mt_bench:
+        return None
+    try:
+        mt_bench.read(run.evaluation.mt_bench)
+    except StudyError as error:
+        if type(error) is kind:
+            return Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.mend or error.expected)
+    return None

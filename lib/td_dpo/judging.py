@@ -1,46 +1,32 @@
-"""Grading saved MT-Bench answers by an OpenAI-compatible endpoint. Every judgement is kept for ever, so nothing is asked twice.
+"""Asking an OpenAI-compatible endpoint for grades. Every reply is kept as it comes, so nothing is asked or paid twice.
+
+`./run_all.sh judge` grades the members of a study with it (lib/td_dpo/grading.py). Answers from elsewhere:
 
     python -m lib.td_dpo.judging ANSWERS.jsonl --data DIR --model NAME [--dry] [--price-in X --price-out Y]
 
-ANSWERS.jsonl has one row per question and turn: question (id), turn (1 or 2), text. The endpoint is OPENAI_BASE_URL
-(a local vLLM server will do), its key OPENAI_API_KEY; the key is sent as a header and written nowhere.
+ANSWERS.jsonl has one row per question and turn: question (id), turn (1 or 2), text.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import filelock
 import httpx
-import tenacity
-from filelock import FileLock
 
 from lib import keys, record
-from lib.errors import MissingError, StudyError
+from lib.errors import StudyError
 from lib.td_dpo import mt_bench
+from lib.td_dpo.judge_client import Refused, ask, endpoint, host, probe  # noqa: F401 (part of this module's interface)
 
 ASKED_AGAIN = 2  # further calls where a reply holds no grade
 REPLY_TOKENS = 300  # what one judgement is taken to be long, for the cost told before
-MAX_TOKENS = 2048
-_TRANSIENT = {408, 409, 429, 500, 502, 503, 504}
-
-
-class _Transient(Exception):
-    """An answer that another attempt may better."""
-
-
-def endpoint(environ=os.environ) -> tuple[str, dict]:
-    """(address of the chat completions, headers). MissingError where neither address nor key is set."""
-    base, secret = environ.get("OPENAI_BASE_URL", "").strip(), environ.get("OPENAI_API_KEY", "").strip()
-    if not base and not secret:
-        raise MissingError("the judge", "neither OPENAI_BASE_URL nor OPENAI_API_KEY is set", "an OpenAI-compatible endpoint",
-                           "export OPENAI_BASE_URL=http://localhost:8000/v1, or OPENAI_API_KEY; the answers are kept")
-    address = (base or "https://api.openai.com/v1").rstrip("/") + "/chat/completions"
-    return address, {"Authorization": f"Bearer {secret}"} if secret else {}
+COUNTED = ("calls", "prompt_tokens", "completion_tokens")
 
 
 def requests(bench: dict, answers: list[dict], model: str) -> list[dict]:
@@ -57,103 +43,141 @@ def requests(bench: dict, answers: list[dict], model: str) -> list[dict]:
     return made
 
 
-def load_cache(path: Path) -> dict[str, dict]:
-    """{key: judgement}. A torn last line is cut off, so that the next one does not continue it."""
+def replies(path: Path) -> list[dict]:
+    """The rows of a file of judgements. A torn last line is cut off, so that the next one does not continue it."""
     rows = record.read_jsonl(path)
     if rows and not path.read_bytes().endswith(b"\n"):
         record.write_jsonl(path, rows)
-    return {row["key"]: row for row in rows}
+    return rows
 
 
-def cost(asked: list[dict], cache: dict, price_in: float | None, price_out: float | None) -> dict:
+def folded(rows: Iterable[dict]) -> dict[str, dict]:
+    """{key: judgement} of replies: the grade of the last that holds one, and what all of them took."""
+    made: dict[str, dict] = {}
+    for row in rows:
+        before = made.get(row["key"])
+        made[row["key"]] = {**row, **{name: row[name] + (before[name] if before else 0) for name in COUNTED}}
+        if before and row["score"] is None:
+            made[row["key"]]["score"] = before["score"]
+    return made
+
+
+def load_cache(path: Path) -> dict[str, dict]:
+    """{key: judgement} of a file of replies."""
+    return folded(replies(path))
+
+
+def settled(kept: dict[str, dict], key: str) -> bool:
+    """Whether this answer is not to be asked about any more: it has a grade, or every reply allowed was without."""
+    return key in kept and (kept[key]["score"] is not None or kept[key]["calls"] > ASKED_AGAIN)
+
+
+def cost(asked: list[dict], kept: dict, price_in: float | None, price_out: float | None) -> dict:
     """What grading would take: calls and tokens (estimated, four characters each); price in the unit of the prices per
     million tokens, None where these are not given."""
-    open_ = {row["key"]: row for row in asked if row["key"] not in cache}
-    prompt = sum(len(m["content"]) for row in open_.values() for m in row["messages"]) // 4
+    open_ = {row["key"]: row for row in asked if not settled(kept, row["key"])}
+    prompt = sum(_tokens("".join(m["content"] for m in row["messages"])) for row in open_.values())
     reply = REPLY_TOKENS * len(open_)
-    price = None if None in (price_in, price_out) else (prompt * price_in + reply * price_out) / 1e6
-    return {"calls": len(open_), "cached": len(asked) - len(open_), "prompt_tokens": prompt, "reply_tokens": reply,
-            "price": price}
+    return {"calls": len(open_), "cached": len(asked) - sum(row["key"] in open_ for row in asked), "prompt_tokens": prompt,
+            "reply_tokens": reply, "price": price(prompt, reply, price_in, price_out)}
 
 
-def ask(client: httpx.Client, address: str, model: str, body: list[dict], attempts: int, wait: float) -> dict:
-    """One reply of the judge at temperature 0, retried with exponential backoff where the endpoint may recover."""
-    def once() -> dict:
-        try:
-            answer = client.post(address, json={"model": model, "messages": body, "temperature": 0,
-                                                "max_tokens": MAX_TOKENS})
-        except httpx.TransportError as error:
-            raise _Transient(type(error).__name__) from None
-        if answer.status_code in _TRANSIENT:
-            raise _Transient(f"HTTP {answer.status_code}")
-        if answer.status_code != 200:
-            raise StudyError("the judge", f"HTTP {answer.status_code}", "an answer", "check the model's name and the key")
-        try:
-            made = answer.json()
-            return {"text": made["choices"][0]["message"]["content"] or "", "usage": made.get("usage") or {}}
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise _Transient("a reply that is not a chat completion") from None
-
-    retry = tenacity.Retrying(stop=tenacity.stop_after_attempt(attempts), retry=tenacity.retry_if_exception_type(_Transient),
-                              wait=tenacity.wait_exponential_jitter(initial=wait, max=60 * wait), reraise=True)
-    try:
-        return retry(once)
-    except _Transient as error:
-        raise MissingError("the judge", f"{error}, {attempts} times", "an endpoint that answers",
-                           "the same command again: what is graded is kept and not asked again") from None
+def price(prompt: int, reply: int, price_in: float | None, price_out: float | None) -> float | None:
+    """Of so many tokens, at prices per million; None where a price is not known."""
+    return None if None in (price_in, price_out) else (prompt * price_in + reply * price_out) / 1e6
 
 
-def judge(client: httpx.Client, address: str, model: str, row: dict, attempts: int, wait: float) -> dict:
-    """The judgement of one request; its score is None where no reply held a grade."""
-    used = {"prompt_tokens": 0, "completion_tokens": 0}
-    calls, score = 0, None
-    while score is None and calls <= ASKED_AGAIN:
-        calls += 1
-        reply = ask(client, address, model, row["messages"], attempts, wait)
-        used = {name: n + int(reply["usage"].get(name) or 0) for name, n in used.items()}
-        score = mt_bench.rating(reply["text"])
-    return {"key": row["key"], "model": model, "question": row["question"], "turn": row["turn"], "score": score,
-            "calls": calls, **used, "reply": record.redact(reply["text"])}
+def _tokens(text: str) -> int:
+    return len(text) // 4
 
 
-def grade(bench: dict, answers: list[dict], model: str, cache_path: Path, *, workers: int = 8, attempts: int = 6,
-          wait: float = 1.0, timeout: float = 120.0) -> tuple[list[dict], dict]:
-    """(answers with category and score, what it took). Raises MissingError when the judge stays away; every judgement
-    made until then is kept."""
-    address, headers = endpoint()
-    asked, spent = requests(bench, answers, model), {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+def reply_row(row: dict, model: str, base: str, reply: dict) -> dict:
+    """A reply as it is kept; its score is None where it holds no grade. Tokens are estimated where they are not reported."""
+    usage = reply["usage"]
+    counted = {"prompt_tokens": usage.get("prompt_tokens"), "completion_tokens": usage.get("completion_tokens")}
+    known = all(isinstance(n, int) for n in counted.values())
+    if not known:
+        counted = {"prompt_tokens": _tokens("".join(m["content"] for m in row["messages"])),
+                   "completion_tokens": _tokens(reply["text"])}
+    return {"key": row["key"], "model": model, "endpoint": host(base), "question": row["question"], "turn": row["turn"],
+            "score": mt_bench.rating(reply["text"]), "calls": 1, **counted, "estimated": not known,
+            "reply": record.redact(reply["text"])}
+
+
+def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: int = 8, attempts: int = 6,
+                   wait: float = 1.0, timeout: float = 120.0,
+                   on_graded: Callable[[int, int], None] = lambda done, of: None) -> tuple[dict, dict]:
+    """({key: judgement} of the cache, what this call took). A refused answer has no judgement there.
+
+    Raises MissingError when the judge stays away, StudyError when it refuses everything; every reply until then is kept.
+    """
+    base, headers = endpoint()
+    spent, refused, guard, stopped = dict.fromkeys(COUNTED, 0), {}, threading.Lock(), threading.Event()
     cache_path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cache_path}.lock"):
-        cache = load_cache(cache_path)
-        todo = {row["key"]: row for row in asked if row["key"] not in cache}
+    with _alone(cache_path):
+        kept = load_cache(cache_path)
+        todo = {row["key"]: row for row in asked if not settled(kept, row["key"])}
+
+        def one(row: dict, client: httpx.Client) -> None:
+            try:
+                while not settled(kept, row["key"]) and not stopped.is_set():
+                    made = reply_row(row, model, base, ask(client, base, model, row["messages"], attempts, wait, stopped))
+                    with guard:  # at once: a kill costs no more than the calls that are under way
+                        record.append_jsonl(cache_path, made)
+                        kept.update(folded([*([kept[row["key"]]] if row["key"] in kept else []), made]))
+                        spent.update({name: spent[name] + made[name] for name in COUNTED})
+            except Refused as error:
+                with guard:
+                    refused[row["key"]] = str(error)
+                    if len(refused) > ASKED_AGAIN and not spent["calls"]:
+                        stopped.set()
+                        raise StudyError("the judge", f"{error} for every request", "an answer",
+                                         "check the model's name and what the endpoint's log says") from None
+            except BaseException:
+                stopped.set()  # a worker takes its next task before anyone could cancel it
+                raise
+
         with httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(workers) as pool:
-            stopped, failed = threading.Event(), None
+            waiting, failed = [pool.submit(one, row, client) for row in todo.values()], None
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    if future.exception() is not None:  # asks no more, but keeps what is under way
+                        failed = failed or future.exception()
+                    elif failed is None:
+                        on_graded(done, len(waiting))
+            finally:
+                stopped.set()  # interrupted: the pool would otherwise work off its whole queue
+    if failed is not None:
+        raise failed
+    return kept, {**spent, "refused": len(refused)}
 
-            def one(row: dict) -> dict | None:
-                if stopped.is_set():  # a worker takes its next task before anyone could cancel it
-                    return None
-                try:
-                    return judge(client, address, model, row, attempts, wait)
-                except BaseException:
-                    stopped.set()
-                    raise
 
-            waiting = [pool.submit(one, row) for row in todo.values()]
-            for future in as_completed(waiting):
-                if future.exception() is not None:  # asks no more, but keeps what is under way
-                    failed = failed or future.exception()
-                    continue
-                made = future.result()
-                if made is None:
-                    continue
-                record.append_jsonl(cache_path, made)
-                cache[made["key"]] = made
-                spent = {name: n + made[name] for name, n in spent.items()}
-        if failed is not None:
-            raise failed
-    graded = [{name: row[name] for name in ("question", "category", "turn")} | {"score": cache[row["key"]]["score"]}
-              for row in asked]
-    return graded, spent
+def _alone(cache_path: Path):
+    """A file of replies, locked until the end of the `with`. Raises StudyError where another process is grading into it."""
+    try:
+        return filelock.FileLock(f"{cache_path}.lock").acquire(timeout=2)
+    except filelock.Timeout:
+        raise StudyError(str(cache_path), "another process is grading into it", "one at a time", "wait for it") from None
+
+
+def grade(bench: dict, answers: list[dict], model: str, cache_path: Path, **settings) -> tuple[list[dict], dict]:
+    """(answers with category and score, what it took); `settings` as in `grade_requests`."""
+    asked = requests(bench, answers, model)
+    kept, spent = grade_requests(asked, model, cache_path, **settings)
+    return [scored(row, kept) for row in asked], spent
+
+
+def scored(row: dict, kept: dict[str, dict]) -> dict:
+    """A request as a graded answer: question, category, turn, score (None where no reply held a grade)."""
+    return {name: row[name] for name in ("question", "category", "turn")} | {"score": kept.get(row["key"], {}).get("score")}
+
+
+def told(before: dict) -> str:
+    """What `cost` found, in one line."""
+    about = "cost unknown (--price-in, --price-out per million tokens)" if before["price"] is None else \
+        f"about {before['price']:.2f} in all"
+    return (f"{before['calls']} judge calls, {before['cached']} cached; about {before['prompt_tokens']} prompt and "
+            f"{before['reply_tokens']} reply tokens; {about}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,10 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             raise StudyError(str(given.answers), "no answers", "a row per question and turn: question, turn, text")
         cache = given.cache or given.answers.with_name("judgements.jsonl")
         asked = requests(bench, answers, given.model)
-        told = cost(asked, load_cache(cache), given.price_in, given.price_out)
-        price = "price unknown (--price-in, --price-out)" if told["price"] is None else f"about {told['price']:.2f}"
-        print(f"{told['calls']} judge calls, {told['cached']} cached; about {told['prompt_tokens']} prompt and "
-              f"{told['reply_tokens']} reply tokens; {price}")
+        print(told(cost(asked, load_cache(cache), given.price_in, given.price_out)))
         if given.dry:
             return 0
         graded, spent = grade(bench, answers, given.model, cache, workers=given.workers)
@@ -184,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         print(record.redact(str(error)), file=sys.stderr)
         return error.exit_code
     kept, of_these = load_cache(cache), {row["key"] for row in asked}  # all they ever took, in this call or an earlier one
-    total = {name: sum(kept[key][name] for key in of_these) for name in spent}
+    total = {name: sum(kept[key][name] for key in of_these if key in kept) for name in COUNTED}
     made = {"judge": given.model, **mt_bench.summary(graded), "spent": total, "answers": graded}
     record.write_json(given.answers.with_name("mt_bench.json"), made)
     print(f"score {made['mt_bench_score']}, without wrong references {made['mt_bench_score_corrected']}; "

@@ -43,8 +43,8 @@ def train(member, folder: Path, shared: Path) -> dict:
         trainer.load_checkpoint(model, kept)
     return {
         **metrics,
-        **evaluate(run, model, frozen, given, member.seed, folder),
         **_validation(folder, outcome.best_step),
+        **evaluate(run, model, frozen, given, member.seed, folder),
         "step_seconds": _step_seconds(folder),
     }
 
@@ -161,8 +161,8 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
             "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"]),
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
-    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: lib/td_dpo/judging.py
-        mt_answers.answer(
+    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
+        answers = mt_answers.answer(
             model,
             given.tokenizer,
             mt_bench.read(run.evaluation.mt_bench),
@@ -172,6 +172,7 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
             batch_size=MT_BATCH,
             count=run.evaluation.questions,
         )
+        metrics["answer_length"] = _mean([a["length"] for a in answers])
     return metrics
 
 
@@ -198,13 +199,14 @@ def base_score(run, given: inputs.Inputs) -> float:
 
 
 def _validation(folder: Path, step: int | None) -> dict:
-    """Validation metrics at the checkpoint that is kept, from the member's own history."""
+    """Validation metrics at the checkpoint that is kept, from the member's own history; the sampled KL is that of answers to
+    validation prompts."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
     return (
         {
             k: v
             for k, v in rows[-1].items()
-            if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss")
+            if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss", "sampled_kl")
         }
         if rows
         else {}

@@ -23,8 +23,8 @@ def answer(model, tokenizer, bench: dict, path: Path, *, seed: int, max_new_toke
     """Both turns of every question in the model's chat template, the second after its own first answer; appended to
     `path` batch by batch. Questions with both answers there are not asked again: a kill costs at most one batch.
 
-    Each row: question (id), category, turn, text, length (tokens, the end token included), finished, temperature. The
-    answers depend on `seed`, the batch size and the model; not on where a run was interrupted.
+    Each row: question (id), category, turn, text, length (tokens, the end token included), finished, temperature, asked
+    (digest of the question). The answers depend on `seed`, the batch size and the model; not on where a run was interrupted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {(row["question"], row["turn"]): row for row in record.read_jsonl(path)}
@@ -36,7 +36,8 @@ def answer(model, tokenizer, bench: dict, path: Path, *, seed: int, max_new_toke
         made = sampling.answer_questions(model, tokenizer, questions, seed=1000 * seed + number, temperature=heat,
                                          max_new_tokens=max_new_tokens, batch_size=batch_size)
         for row in made:
-            saved = {k: row[k] for k in ("question", "category", "turn", "text", "length", "finished")} | {"temperature": heat}
+            saved = {k: row[k] for k in ("question", "category", "turn", "text", "length", "finished")} | {
+                "temperature": heat, "asked": mt_bench.digest(bench["questions"][row["question"]])}
             if (row["question"], row["turn"]) not in kept:
                 record.append_jsonl(path, saved)
                 kept[row["question"], row["turn"]] = saved

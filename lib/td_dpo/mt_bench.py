@@ -1,7 +1,7 @@
 """MT-Bench: its questions, references and grading prompts read from a folder, and its ratings read from a judge's reply.
 
-The folder holds question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl (a FastChat checkout's, or a copy).
-Nothing of it is part of this repository.
+The folder holds question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl (a copy of a FastChat checkout's
+fastchat/llm_judge/data/mt_bench, beside which the prompts lie there). Nothing of it is part of this repository.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib import record
+from lib import hub, keys, record
 from lib.errors import MissingError, StudyError
 
 # FastChat's per-category sampling temperatures; what it does not name it samples at 0.7.
@@ -22,14 +22,24 @@ _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)
 _FILES = ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl")
 
 
+HOW_TO_GET = ("git clone --depth 1 https://github.com/lm-sys/FastChat && mkdir -p .cache && "
+              "cp -r FastChat/fastchat/llm_judge/data/{mt_bench,judge_prompts.jsonl} .cache/")
+
+
+def _place(folder: Path, name: str) -> Path:
+    """A file of MT-Bench's; the prompts may lie beside the folder, as in a FastChat checkout."""
+    beside = folder.parent / name
+    return beside if name == "judge_prompts.jsonl" and not (folder / name).exists() and beside.is_file() else folder / name
+
+
 def read(folder: str | Path) -> dict:
-    """{"questions": {id: row}, "references": {id: two turns}, "prompts": {name: row}}; every fault names its file."""
-    folder = Path(folder)
+    """{"questions": {id: row}, "references": {id: two turns}, "prompts": {name: row}}; every fault names its file. A relative
+    path is looked for in the working directory, then in the repository."""
+    folder = hub.local_path(str(folder), root=keys.ROOT) or Path(folder).expanduser()
     for name in _FILES:
-        if not (folder / name).is_file():
-            raise MissingError(str(folder / name), "not there", "MT-Bench's files",
-                               "--data DIR: the folder fastchat/llm_judge/data/mt_bench of a FastChat checkout")
-    questions, prompts, references = (record.read_jsonl(folder / name) for name in _FILES)
+        if not _place(folder, name).is_file():
+            raise MissingError(str(folder / name), "not there", "MT-Bench's files", f"{HOW_TO_GET}, or name another folder")
+    questions, prompts, references = (record.read_jsonl(_place(folder, name)) for name in _FILES)
     try:
         made = {
             "questions": {q["question_id"]: {"id": q["question_id"], "category": q["category"], "turns": q["turns"]}
@@ -44,6 +54,11 @@ def read(folder: str | Path) -> dict:
         raise StudyError(str(folder), f"no reference for questions {without}" if without else "no question",
                          "questions, and a reference for each of math, reasoning and coding")
     return made
+
+
+def digest(question: dict) -> str:
+    """Of what a question asks in its two turns: whether it is the one that was answered."""
+    return keys.digest(question["turns"])
 
 
 def messages(bench: dict, question: dict, answers: Sequence[str], turn: int) -> list[dict]:

@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lib import comparison, power, record
 from lib.claim_types import Claims
-from lib.td_dpo.config import METRICS, PRIMARY_METRIC, SECOND_METRIC
+from lib.td_dpo.config import METRICS, SECOND_METRIC
+from lib.verdicts import Verdict
 
 TITLES = {
     "oracle_score": "Oracle score (1-10)",
     "mt_bench_score": "MT-Bench score",
+    "mt_bench_score_corrected": "MT-Bench score without wrong references",
     "implicit_accuracy": "Implicit accuracy on test pairs",
     "raw_accuracy": "Raw accuracy on test pairs",
     "sampled_kl": "Sampled KL (nats)",
     "answer_length": "Answer length (tokens)",
 }
 
+BESIDE = ("mt_bench_score_corrected", "implicit_accuracy", "raw_accuracy")  # drawn beside the judge's own score
 
-def question_scores(loaded: record.Records) -> pd.DataFrame:
-    """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it."""
-    if loaded.answers.empty:
+
+class Judged(NamedTuple):
+    """What judged the answers: the runs' own `evaluation.judge` and nothing else.
+
+    `metric` of a member; `label` for people; `mend` what is missing of the scores, with the command that gets it; `known`
+    False where the scores of several judges would be mixed, so that none can be used.
+    """
+
+    metric: str | None
+    label: str
+    mend: str = ""
+    known: bool = True
+
+
+def judged(planned: list, loaded: record.Records) -> Judged:
+    """What judged the answers of these runs (config.Run objects)."""
+    kinds = sorted({run.evaluation.judge for run in planned})
+    if len(kinds) > 1:
+        return Judged(None, "", f"The runs name different judges ({', '.join(kinds)}): one evaluation.judge for all", False)
+    if kinds == ["oracle"]:
+        return Judged("oracle_score", "oracle score")
+    if kinds != ["mt_bench"]:
+        return Judged(None, "", "No answers are judged: evaluation.judge is none")
+    study, done = planned[0].study, loaded.members
+    done = [] if done.empty else [Path(folder) for folder in done.loc[done["status"] == "completed", "folder"]]
+    graders = {folder: record.read_json(folder / "judged.json", {}).get("model") for folder in done}
+    models = sorted({model for model in graders.values() if model})
+    if len(models) > 1:
+        counted = ", ".join(f"{model}: {list(graders.values()).count(model)} members" for model in models)
+        return Judged("mt_bench_score", "MT-Bench", f"Graded by several judges ({counted}): ./run_all.sh judge --study {study} "
+                      f"--model {models[0]} has all graded by one", False)
+    label = f"MT-Bench score, judge {models[0]}" if models else "MT-Bench"
+    unsaved = sum(not (folder / "answers.jsonl").exists() for folder in done)
+    left = sum(not model for model in graders.values()) - unsaved
+    mends = [*([f"{left} of {len(done)} members have answers that are not graded: ./run_all.sh judge --study {study}"]
+               if left else []),
+             *([f"{unsaved} of {len(done)} members saved no answers: train them again with evaluation.mt_bench"]
+               if unsaved else [])]
+    return Judged("mt_bench_score", label, "; ".join(mends))
+
+
+def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int] = ()) -> pd.DataFrame:
+    """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it. `leave_out`: questions."""
+    if loaded.answers.empty or not by.metric or not by.known:
         return pd.DataFrame(columns=["method", "beta", "tau", "seed", "status", "question", "score"])
     keys = ["method", "beta", "tau", "seed", "question"]
-    scores = loaded.answers.groupby(keys, dropna=False, as_index=False)["score"].agg(lambda turns: turns.mean(skipna=False))
+    kept = loaded.answers[~loaded.answers["question"].isin(list(leave_out))]
+    scores = kept.groupby(keys, dropna=False, as_index=False)["score"].agg(lambda turns: turns.mean(skipna=False))
     return scores.assign(status="completed")
+
+
+def beside_corrected(found: list[Verdict], corrected: list[Verdict]) -> None:
+    """Put what the same rules say without the questions whose reference is wrong beside each verdict; it decides nothing."""
+    for verdict, other in zip(found, corrected, strict=True):
+        fewer = verdict.n_questions - other.n_questions
+        if fewer > 0 and other.estimate is not None:
+            verdict.beside.append({
+                "name": f"without the {fewer} questions whose reference answer is wrong", "decides": False,
+                "by_the_same_rule": other.verdict, "reason": other.reason, "estimate": other.estimate,
+                "interval95": other.interval95, "n_questions": other.n_questions})
 
 
 def all_members(loaded: record.Records) -> pd.DataFrame:
@@ -45,9 +103,9 @@ def present(loaded: record.Records, metrics: list[str]) -> list[str]:
     return [m for m in metrics if m in loaded.members and loaded.members[m].notna().any()]
 
 
-def primary(loaded: record.Records, scale: str) -> str:
-    """The study's primary metric, or the second where no answer has been judged."""
-    return (present(loaded, [PRIMARY_METRIC[scale]]) or [SECOND_METRIC])[0]
+def primary(loaded: record.Records, by: Judged) -> str:
+    """The judge's metric, or the study's second one where no answer has been judged."""
+    return (present(loaded, [by.metric] if by.metric and by.known else []) or [SECOND_METRIC])[0]
 
 
 def base_score(results: Path) -> float | None:
