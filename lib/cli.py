@@ -302,8 +302,7 @@ def mirror(options) -> int:
 
 def roots_of(options) -> list[Path]:
     """Every scale's records, or those that --scale, --set and --grid name."""
-    roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
-    return [root for root in roots if root.is_dir()]
+    return [root for root in (sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]) if root.is_dir()]
 
 
 def judge(options) -> int:

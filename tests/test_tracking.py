@@ -259,7 +259,8 @@ def judged(results, planned):
     """What the study's analysis makes of a folder of records: its tables, verdicts and aggregated metrics."""
     loaded = record.load(results, [m for run in planned for m in config.members(run)])
     published = claim_types.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
-    verdict = claims.evaluate(published, tables.question_scores(loaded), scale="laptop", mode="full", draws=500,
+    rows = tables.question_scores(loaded, tables.judged(planned, loaded))
+    verdict = claims.evaluate(published, rows, scale="laptop", mode="full", draws=500,
                               members=tables.all_members(loaded), costs=loaded.costs)
     frames = {name: getattr(loaded, name).drop(columns="folder", errors="ignore")
               for name in ("members", "history", "answers", "pairs", "costs")}
