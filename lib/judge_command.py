@@ -71,7 +71,7 @@ def command(options, roots: list[Path], wanted: set[tuple[str, str]] | None, out
     except MissingError as error:
         print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
         return error.exit_code
-    if roots and not options.dry:
+    if roots and not options.dry_run:
         print(os.path.relpath(report.index_html(outputs), os.getcwd()))
     return code
 
@@ -85,13 +85,13 @@ def judge(roots: list[Path], options, wanted: set[tuple[str, str]] | None) -> in
         print("nothing to grade: no finished member with evaluation.judge: mt_bench in", *(roots or ["outputs"]))
         return 0
     with contextlib.ExitStack() as locks:
-        if not options.dry:
+        if not options.dry_run:
             for root in dict.fromkeys(folder.parents[3] for folder in found):
                 locks.enter_context(runner.locked(root))
         jobs = [job for results in dict.fromkeys(folder.parents[2] for folder in found)
                 if (job := _job(results, [f for f in found if f.parents[2] == results], given, options))]
         code = max((1 for job in jobs if job.unsaved), default=0)
-        if options.dry:
+        if options.dry_run:
             return code
         for job in jobs:  # nothing is sent before all of it has been told
             if job.before["calls"]:
@@ -139,10 +139,10 @@ def _job(results: Path, folders: list[Path], given: Settings, options) -> Job:
           f"{len(reasons)} to grade" + (f" ({why})" if why else ""))
     if unsaved := len(folders) - len(saved):
         print(f"{name}: {unsaved} members saved no answers (trained without evaluation.mt_bench): train them again with it")
-    if reasons and not options.dry:
+    if reasons and not options.dry_run:
         judging.endpoint()  # before the long work of looking at what is to be asked
     asked = grading.read(reasons, given.model, options.data)
-    grading.gather(saved if reasons and not options.dry else (), given.cache)
+    grading.gather(saved if reasons and not options.dry_run else (), given.cache)
     before = judging.cost([row for rows in asked.values() for row in rows], judging.load_cache(given.cache), *given.prices)
     if reasons:
         print(f"{name}: {judging.told(before)}", flush=True)

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     grading.add_argument("--price-out", type=positive, metavar="P", help="of a million reply tokens")
     grading.add_argument("--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with")
     grading.add_argument("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
-    grading.add_argument("--dry", action="store_true", help="say what it would take, and send nothing")
+    grading.add_argument("--dry-run", action="store_true", help="say what it would take, and send nothing")
     grading.add_argument("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
     top.add_argument("--json", action="store_true", help="`check` as one JSON object")
     top.add_argument("--static", action="store_true", help="`check` without its trial")

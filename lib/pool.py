@@ -24,6 +24,7 @@ from lib import redaction
 
 FORKSERVER = Path(__file__).with_name("forkserver.py")
 PREFIX = "study-pool-"
+SOCKET_PATH = 103  # bytes that a Unix socket's path may have: 107 on Linux, 103 on macOS
 PROBE = 0.25  # seconds between two looks at what runs
 
 
@@ -45,10 +46,16 @@ def gpus() -> list[str]:
     return []
 
 
+def place() -> str:
+    """Where pools have their folders: the temporary directory, unless a socket's path would be too long there."""
+    here = tempfile.gettempdir()
+    return here if len(os.fsencode(here)) <= SOCKET_PATH - len(f"/{PREFIX}xxxxxxxx/s") else "/tmp"
+
+
 def own_folder() -> tuple[str, int]:
     """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server (or a child) lives."""
     while True:
-        folder = tempfile.mkdtemp(prefix=PREFIX)
+        folder = tempfile.mkdtemp(prefix=PREFIX, dir=place())
         held = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(held, fcntl.LOCK_EX)
         if os.path.exists(folder):  # a sweep may have come between
@@ -58,7 +65,7 @@ def own_folder() -> tuple[str, int]:
 
 def sweep() -> None:
     """Remove the folders of pools whose server was killed together with its owner: nobody holds their lock."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+    for lock in Path(place()).glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), open(lock) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)

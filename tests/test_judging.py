@@ -143,7 +143,7 @@ def test_the_command_shows_the_cost_first_and_never_writes_the_key(data, judge_s
     path = tmp_path / "run" / "answers.jsonl"
     record.write_jsonl(path, answers())
     command = [str(path), "--data", str(data), "--model", "judge", "--workers", "2"]
-    assert judging.main([*command, "--dry", "--price-in", "1", "--price-out", "1"]) == 0
+    assert judging.main([*command, "--dry-run", "--price-in", "1", "--price-out", "1"]) == 0
     assert "8 judge calls, 0 cached" in capsys.readouterr().out
     assert judge_server.seen == []
     judge_server.script = lambda n, request: (200, completion(f"your key is {KEY} [[7]]"))
@@ -244,7 +244,7 @@ def folders(outputs):
 
 def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_once(outputs, judge_server, capsys):
     judge_server.script = lambda n, request: (200, completion(f"[[{grade_of(request):g}]]"))
-    assert cli.main(["judge", "--dry", "--model", "m", "--price-in", "30", "--price-out", "60"]) == 0
+    assert cli.main(["judge", "--dry-run", "--model", "m", "--price-in", "30", "--price-out", "60"]) == 0
     told = capsys.readouterr().out
     assert "32 judge calls, 0 cached" in told
     assert "9600 reply tokens; about 0.59 in all" in told  # 32 replies of 300 tokens are 0.576, the short prompts 0.02

@@ -167,6 +167,17 @@ def test_the_pool_gets_no_secret_unless_it_is_told_to_keep_them(monkeypatch):
         own.close()
 
 
+def test_a_temporary_directory_too_deep_for_a_socket_is_not_used(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    own = pool.Pool(1, bare=True)
+    assert own.alive()
+    assert own.folder.startswith("/tmp/study-pool-")
+    own.close()
+    assert not folders(deep)
+
+
 def folders(where):
     return sorted(where.glob("study-pool-*"))
 

@@ -2,7 +2,7 @@
 
 `./run_all.sh judge` grades the members of a study with it (lib/td_dpo/grading.py). Answers from elsewhere:
 
-    python -m lib.td_dpo.judging ANSWERS.jsonl --data DIR --model NAME [--dry] [--price-in X --price-out Y]
+    python -m lib.td_dpo.judging ANSWERS.jsonl --data DIR --model NAME [--dry-run] [--price-in X --price-out Y]
 
 ANSWERS.jsonl has one row per question and turn: question (id), turn (1 or 2), text.
 """
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--workers", type=int, default=8, help="calls at a time")
     top.add_argument("--price-in", type=float, help="price of a million prompt tokens")
     top.add_argument("--price-out", type=float, help="price of a million reply tokens")
-    top.add_argument("--dry", action="store_true", help="show the cost and ask nothing")
+    top.add_argument("--dry-run", action="store_true", help="show the cost and ask nothing")
     given = top.parse_args(argv)
     try:
         bench, answers = mt_bench.read(given.data), record.read_jsonl(given.answers)
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         cache = given.cache or given.answers.with_name("judgements.jsonl")
         asked = requests(bench, answers, given.model)
         print(told(cost(asked, load_cache(cache), given.price_in, given.price_out)))
-        if given.dry:
+        if given.dry_run:
             return 0
         graded, spent = grade(bench, answers, given.model, cache, workers=given.workers)
     except StudyError as error:
