@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
@@ -128,7 +129,7 @@ def test_gradient_of_w_and_of_the_encoder_matches_finite_differences():
         delta = [-0.05 * torch.exp(plan.log_eta + plan.log_m[i]) * u[i] for i in range(4)]
     g = gradient(loss, [t + d for t, d in zip(theta, delta, strict=True)])
     cot = pl.cotangents(pl.block_sums(g, delta, torch.arange(4), 4), 0.0, g, delta, "raw", 1.0)
-    pl.Outer(planner, 0.0, everything=True).step(kept, cot)
+    pl.Outer(planner, 0.0, encoder_lr=0.0).step(kept, cot)
     for name, place in (("decoder.weight", (0, 2)), ("decoder.weight", (1, 3)), ("encoder.weight", (4, 1)),
                         ("messages.0.weight", (2, 5)), ("memory.weight_ih", (3, 3))):
         tensor = dict(planner.named_parameters())[name]
@@ -154,6 +155,56 @@ def test_a_zero_decoder_changes_nothing_and_the_ablation_has_as_many_parameters(
     assert sizes[0] == sizes[1]
     assert 2_500 < sizes[0] < 3_500
     assert pl.edges(3, graph=False).shape[1] == 6 < pl.edges(3).shape[1]
+
+
+@pytest.mark.parametrize(("row", "low", "high"), [(0, *pl.LOG_ETA), (2, -1.0, 1.0)])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_an_output_at_its_bound_is_held_there_and_comes_back(row, low, high, side):
+    """clamp's gradient is 0 beyond the bound: the exponent stood at 1 for good in the laptop runs."""
+    planner, kept = pl.Planner(), (torch.randn(4, 5), torch.zeros(4, pl.WIDTH), pl.edges(2))
+    with torch.no_grad():
+        planner.decoder.bias[row] = (high if side > 0 else low) + side * 0.05
+    before = planner.decoder.bias[row].item()
+    push = [torch.zeros(()), torch.zeros(4), torch.zeros(())]
+    push[row] = torch.tensor(-1.0 * side)  # descent would go further out
+    pl.Outer(planner, 1e-2).step(kept, tuple(push))
+    assert planner.decoder.bias[row].item() == before
+    outer = pl.Outer(planner, 1e-2)
+    push[row] = torch.tensor(1.0 * side)
+    for _ in range(20):
+        outer.step(kept, tuple(push))
+    with torch.no_grad():
+        value = float(planner(*kept)[0][row])
+    assert low < value < high
+
+
+def test_the_warm_start_keeps_the_blocks_apart():
+    """With the encoder at W's own rate all states run into +-1 alike, and the multipliers stay at 1 whatever they are told."""
+    spread = {}
+    for encoder_lr in (member.ENCODER_LR, 3e-3):
+        torch.manual_seed(7)
+        planner = pl.Planner()
+        outer, h = pl.Outer(planner, 3e-3, encoder_lr), torch.zeros(4, pl.WIDTH)
+        for step in range(300):
+            x = torch.stack([torch.zeros(4), torch.full((4,), 0.5), torch.full((4,), 1 - step / 300),
+                             torch.tensor([0.0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1])], 1)
+            kept = (x, h, pl.edges(2))
+            with torch.no_grad():
+                h = planner(*kept)[1]
+            outer.step(kept, (torch.tensor(-0.3 if step < 150 else 0.1), torch.tensor([0.01, -0.01, 0.02, -0.02]),
+                              torch.tensor(0.0)))
+        spread[encoder_lr] = float((h - h.mean(0)).abs().sum(1).mean())
+    assert spread[3e-3] < 0.05 < 0.5 < spread[member.ENCODER_LR], spread
+
+
+def test_matched_hypergradient_descent_has_the_gain_of_the_warm_start(tmp_path):
+    planner = pl.Planner()
+    save_file(planner.state_dict(), tmp_path / "warm_start.safetensors")
+    method = member.build_method(member_of("hypergradient").run, 3, tmp_path)
+    assert method.gain == pl.gain(planner, 3)
+    assert 1 < method.gain < 1 + pl.WIDTH
+    method.learn(1.0, (torch.tensor(-2.0), None, None), 0.0, 1e-3, 0.9)
+    assert method.log_eta == pytest.approx(method.gain * 1e-3, rel=1e-4)  # Adam's first step is the rate
 
 
 def test_projection_lands_on_the_boundary_and_leaves_the_inside_alone():

@@ -13,9 +13,12 @@ from transformers import TrainingArguments, set_seed
 from lib import checkpoints, config, models, record, trackers
 from lib.errors import MissingError, StudyError
 from lib.graff import base_model, clock, generate, inputs, methods, trainer
+from lib.graff import planner as planner_maths
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes
+
+ENCODER_LR = 3e-4  # of the warm start
 
 
 def build_optimizer(run, probes: Probes):
@@ -48,13 +51,18 @@ def build_method(run, layers: int, shared: Path, planner: dict | None = None):
     """The scheduler's object; `planner`: tensors that the warm start goes on from, learning the encoder too."""
     scheduler = run.training.scheduler
     if planner is not None:
-        method = methods.Graff(scheduler, layers, everything=True)
+        method = methods.Graff(scheduler, layers, encoder_lr=ENCODER_LR)
         if planner:
             method.planner.load_state_dict(planner)
         return method
     method, path = methods.make(scheduler, layers), scheduler.warm_start_ckpt
+    made = Path(shared) / "warm_start.safetensors"
     if path:
-        method.planner.load_state_dict(warm_start(str(Path(shared) / "warm_start.safetensors") if path == "made" else path))
+        method.planner.load_state_dict(warm_start(str(made) if path == "made" else path))
+    if isinstance(method, methods.Hypergradient) and made.exists():
+        like = planner_maths.Planner()
+        like.load_state_dict(load_file(made))
+        method.gain = planner_maths.gain(like, layers)
     return method
 
 
@@ -156,6 +164,8 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
     batch = run.evaluation.batch_size or 4 * run.training.micro_batch_size
     found = {name: generate.scored(model, given.tokenizer, given.problems[name], run.evaluation.max_new_tokens, batch)[0]
              for name in ("test", "gsm1k")}
+    if rows[-1]["used"] > budget:  # the last evaluation ended after the budget: nothing counts as reached by then
+        found, final = dict.fromkeys(found, []), []
     times = [r["used"] for r in rows]
     areas = [clock.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
     record.write_jsonl(folder / "predictions.jsonl", [
@@ -178,4 +188,4 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
             "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
             "energy": its.energy.joules, "energy_source": its.energy.source,
             "energy_to_level": reached["joules"] if reached and its.energy.source else None,
-            "gsm1k_gap": None if extra is None else test - extra, "regret": steps[-1]["regret"]}
+            "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}
