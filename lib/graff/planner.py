@@ -74,7 +74,7 @@ class Planner(nn.Module):
 
 def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tensor:
     """(N,) inner products <x, y> summed per block."""
-    dots = torch.stack([p.sum() for p in torch._foreach_mul(x, y)])
+    dots = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)])
     return torch.zeros(n, dtype=dots.dtype, device=dots.device).index_add(0, blocks.to(dots.device), dots).cpu()
 
 
