@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -349,7 +350,10 @@ def test_a_missing_warm_start_names_the_command(tmp_path):
 # ---- 8. and 9. answers, generation, energy
 
 TABLE = [("so #### 1,234", "1234", "1234"), ("#### $5", None, "5"), ("#### -7", "-7", "-7"), ("is 42.", None, "42"),
-         ("#### 18.", "18", "18"), ("none", None, None), ("#### 3\n#### 4", "3", "4"), ("$1,000 left", None, "1000")]
+         ("#### 18.", "18", "18"), ("none", None, None), ("#### 3\n#### 4", "3", "4"), ("$1,000 left", None, "1000"),
+         ("#### -1,234.50", "-1234.50", "-1234.50"), ("####5", None, "5"), ("#### 7 apples", "7", "7"),
+         ("#### .", "", None), ("5 and then ...", None, ".."), ("#### 1,000,000.", "1000000", "1000000"),
+         ("so -3", None, "-3"), ("$$", None, ""), ("Tom has 12 pens", None, "12"), ("3-4=-1", None, "-1")]
 
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), TABLE)
@@ -357,15 +361,40 @@ def test_extraction(text, strict, flexible):
     assert (answers.strict(text), answers.flexible(text)) == (strict, flexible)
 
 
-def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
+def harness():
+    """({name: its filters of the task gsm8k as one function}, its exact match), from lm-evaluation-harness's own task file."""
     extraction = pytest.importorskip("lm_eval.filters.extraction", reason="lm-eval brings 29 packages; it is not a dependency")
+    import lm_eval
+    import yaml
+
+    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+
+    def ignored(text: str) -> str:
+        for regex in task["metric_list"][0]["regexes_to_ignore"]:
+            text = re.sub(regex, "", text)
+        return text.lower()
+
+    made = {f["name"]: extraction.RegexFilter(**{k: v for k, v in f["filter"][0].items() if k != "function"})
+            for f in task["filter_list"]}
+    return made, lambda found, reference: ignored(found) == ignored(reference)
+
+
+def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
+    """As extracted, and as judged: every answer against every reference of the table, and each reference of the data set
+    against itself and the one after it, by the harness's own filters and by ours."""
+    made, equal = harness()
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
     told = [json.loads(line)["answer"] for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").open()]
     texts = told + [row[0] for row in TABLE]
-    for pattern, group, own in ((answers.STRICT.pattern, 0, answers.strict), (answers.FLEXIBLE.pattern, -1, answers.flexible)):
-        found = extraction.RegexFilter(regex_pattern=pattern, group_select=group).apply([[t] for t in texts], [{}] * len(texts))
-        assert [own(t) for t in texts] == [None if f[0] == "[invalid]" else answers.clean(f[0]) for f in found]
+    references = [*told[:40], "#### 1,234", "#### 5", "#### -7", "#### 42", "#### 1000"]
+    for name, own in (("strict-match", answers.strict), ("flexible-extract", answers.flexible)):
+        found = [f[0] for f in made[name].apply([[t] for t in texts], [{}] * len(texts))]
+        assert [own(t) for t in texts] == [None if f == "[invalid]" else answers.clean(f) for f in found]
+        pairs = [(i, told[i + shift]) for i in range(len(told) - 1) for shift in (0, 1)]
+        pairs += [(len(told) + i, r) for i in range(len(TABLE)) for r in references]
+        for i, reference in pairs:
+            assert equal(found[i], reference) == (own(texts[i]) == answers.reference(reference)), (texts[i], reference)
 
 
 def test_all_references_of_gsm8k_are_read():
@@ -401,4 +430,62 @@ def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
     energy = clock.Energy()
     energy.update()
     assert (energy.joules, energy.source) == (None, None)
+    assert "cannot be read" in energy.reason
     assert clock.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
+
+
+class FakeNvml:
+    """Devices that tell their total energy, their power only, or nothing."""
+
+    def __init__(self, total: bool, power: bool):
+        self.total, self.power, self.joules = total, power, 7.0
+
+    def nvmlInit(self):
+        """As the library's own."""
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        if not self.total:
+            raise RuntimeError("Not Supported")
+        return 1e3 * self.joules
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        if not self.power:
+            raise RuntimeError("Not Supported")
+        return 250_000  # mW
+
+
+def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monkeypatch):
+    library = FakeNvml(True, True)
+    source, read, reason = clock.nvml(library, "GPU-1")
+    assert (source, reason) == ("nvml", None)
+    monkeypatch.setattr(clock, "_source", lambda: (source, read, reason))
+    energy = clock.Energy()
+    library.joules = 19.5
+    energy.update()
+    library.joules = 1.0  # the driver was loaded again
+    energy.update()
+    library.joules = 4.0
+    energy.update()
+    assert energy.joules == pytest.approx(15.5)
+    times = iter([0.0, 2.0, 3.0])
+    source, read, _ = clock.nvml(FakeNvml(False, True), "GPU-1", lambda watts: clock.Polled(watts, lambda: next(times), False))
+    assert source == "polled"
+    assert [read(), read()] == [500.0, 750.0]
+    assert clock.Polled.INTERVAL <= 1.0
+    source, read, reason = clock.nvml(FakeNvml(False, False), "GPU-1")
+    assert (source, read) == (None, None)
+    assert "neither total energy" in reason
+
+
+def test_polled_power_is_read_without_being_asked(monkeypatch):
+    monkeypatch.setattr(clock.Polled, "INTERVAL", 0.01)
+    watts = iter(range(1, 10**6))
+    polled = clock.Polled(lambda: float(next(watts)))
+    deadline = time.monotonic() + 20
+    while polled.power < 4:  # somebody else read it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert polled.joules > 0

@@ -100,7 +100,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
         bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(), seed=member.seed, save_strategy="no",
         eval_strategy="no", report_to=trackers.names(run, folder), disable_tqdm=True, dataloader_pin_memory=False,
         logging_strategy="no", use_cpu=not torch.cuda.is_available())
-    identity = [config.dump(run)[part] for part in ("model", "training", "evaluation")]
+    identity = [config.dump(run)[part] for part in ("model", "dataset", "training", "evaluation")]
     mark = hashlib.sha256(json.dumps([identity, member.seed], sort_keys=True, default=str).encode()).hexdigest()
     checkpoint = checkpoints.usable(folder / "checkpoints", mark)
     marker = checkpoints.read_marker(checkpoint) if checkpoint else {"step": -1, "done": False}
@@ -187,5 +187,6 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
             "auc": clock.auc(times, [r["exact_match_subset"] for r in rows], budget),
             "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
             "energy": its.energy.joules, "energy_source": its.energy.source,
+            "energy_reason": its.energy.reason,
             "energy_to_level": reached["joules"] if reached and its.energy.source else None,
             "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}

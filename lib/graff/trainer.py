@@ -19,8 +19,8 @@ from lib.graff import base_model, methods
 from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 from lib.graff.clock import Clock, Energy
+from lib.graff.order import Bucketed
 from lib.graff.probes import Probes
-from lib.training import SeededOrder
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget
@@ -54,6 +54,7 @@ class BudgetTrainer(Trainer):
                  pad: int, optimizer, fingerprint: str, on_record: Callable, evaluate_now: Callable, energy: Energy):
         self.run, self.probes, self.method, self.clock, self.energy = run, probes, method, clock, energy
         self.fingerprint, self.on_record, self.evaluate_now = fingerprint, on_record, evaluate_now
+        self.lengths = [len(row["ids"]) for row in rows]
         self.spent = Path(args.output_dir).parent / "spent.json"
         self.lam, self.lambdas, self.log_mean = 0.0, None, None  # curvature: largest, per block, running mean of its log
         self.recent, self.eval_seconds, self.evaluations = [], 0.0, 0  # seconds of the last steps, one with a secant among them
@@ -67,7 +68,9 @@ class BudgetTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 
     def _get_train_sampler(self, train_dataset=None):
-        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+        data = self.run.dataset
+        return Bucketed(self.lengths, self.args.per_device_train_batch_size, self.args.seed,
+                        data.shuffle_buffer if data.streaming else None)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["ids", "prompt"]
