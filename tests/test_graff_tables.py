@@ -81,3 +81,13 @@ def test_energy_is_drawn_over_joules():
     drawn = plots.energy(rows, 0.9)
     assert drawn.canvas.axes[0].lines[0].get_xdata()[-1] == pytest.approx(2.0)
     assert "graff ends at" in drawn.alt
+
+
+def test_where_nothing_has_finished_the_tables_are_empty_and_keep_their_columns():
+    none = records([])
+    steps, rows = tables.steps(none), tables.evaluations(none)
+    assert steps.empty
+    assert {"run_id", "cell", "eta", "log_m"} <= set(steps)
+    assert {"run_id", "cell", "used", "exact_match_subset"} <= set(rows)
+    assert list(tables.gsm1k(none)) == ["run_id", "cell", "gap", "low", "high", "models", "problems"]
+    assert tables.anytime(rows, {}).empty

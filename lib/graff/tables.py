@@ -63,7 +63,7 @@ def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float =
 def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
     """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's problems."""
     rows = []
-    pairs = loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind"])
+    pairs = loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind", "run_id", "cell"])
     for (run_id, cell), extra in pairs[pairs["kind"] == "gsm1k"].groupby(["run_id", "cell"], sort=False):
         mine = pairs[(pairs["kind"] == "example") & (pairs["run_id"] == run_id) & (pairs["cell"] == cell)]
         sets = [f.pivot(index="seed", columns="example", values="exact_match").astype(float) for f in (mine, extra)]
@@ -80,12 +80,16 @@ def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run_id", "cell", "gap", "low", "high", "models", "problems"])
 
 
+def _rows_with(rows: pd.DataFrame, column: str, columns: list[str]) -> pd.DataFrame:
+    """The rows of a history that have `column`; none, with `columns`, where nothing has finished."""
+    return _keyed(rows.dropna(subset=[column])) if column in rows else pd.DataFrame(columns=[*KEYS, "cell", *columns])
+
+
 def steps(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are steps (learning rate, multipliers, loss), with the base rate."""
-    return _keyed(loaded.history.dropna(subset=["eta"])) if "eta" in loaded.history else loaded.history
+    return _rows_with(loaded.history, "eta", ["eta", "fraction", "log_m", "a", "gain", "lambda"])
 
 
 def evaluations(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are evaluations (exact match over consumed time)."""
-    rows = loaded.history
-    return _keyed(rows.dropna(subset=["exact_match_subset"])) if "exact_match_subset" in rows else rows
+    return _rows_with(loaded.history, "exact_match_subset", ["used", "joules", "exact_match_subset", "dev_loss"])
