@@ -23,6 +23,7 @@ from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 
 KINDS = ("fixed", "ordinary", "due")
+DUE = ("secant", "token credit", "Jacobian of Adam", "copy of the gradients, for the secant")  # in one step of ten
 
 
 def now() -> float:
@@ -94,6 +95,25 @@ def stepper(model, around, kind: str):
     return step, parts
 
 
+def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[float]]) -> dict[str, float]:
+    """Prints and returns the overhead over whole rounds, the first left out, and each part's share of a fixed step."""
+    whole = list(zip(*(seconds[name][1:] for name in KINDS), strict=False))
+    every, fixed = methods.EVERY, statistics.median(f for f, _, _ in whole)
+    ratios = [((every - 1) * ordinary + due) / every / f for f, ordinary, due in whole]
+    middle = {name: statistics.median(found) for name, found in zip(KINDS, zip(*whole, strict=True), strict=True)}
+    both = ((every - 1) * middle["ordinary"] + middle["due"]) / every / middle["fixed"]
+    print(f"{arguments}, {torch.get_num_threads()} threads, {models.device()}: a fixed step takes {fixed:.2f} s; "
+          f"GRAFF / fixed: {both:.4f} by the medians of {len(whole)} rounds (by round {min(ratios):.4f} to {max(ratios):.4f})")
+    shares = {}
+    for name, found in parts.items():
+        calls = len(found) / (len(whole) + 1)  # a round has one ordinary step and one that is due
+        shares[name] = statistics.median(found) * calls * (1 / every if name in DUE else 1 / 2) / fixed
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"  {name}: {100 * share:.2f} % of a fixed step")
+    print(f"  together: {100 * sum(shares.values()):.2f} %")
+    return {"ratio": both, **shares}
+
+
 def main(given=None) -> dict[str, float]:
     parser = argparse.ArgumentParser()
     for name, default in (("layers", 28), ("length", 256), ("micros", 8), ("micro", 8), ("rounds", 20)):
@@ -115,20 +135,9 @@ def main(given=None) -> dict[str, float]:
             (fixed if name == "fixed" else graff)(batches, name == "due")
             seconds[name].append(now() - started)
         print(f"round {number}: " + ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items()), flush=True)
-    middle = {name: statistics.median(found[1:]) for name, found in seconds.items()}
-    every = methods.EVERY
-    per_round = [((every - 1) * o + d) / every / f for f, o, d in zip(*(seconds[k][1:] for k in KINDS), strict=True)]
-    print(f"{arguments}, {torch.get_num_threads()} threads, {models.device()}: a fixed step takes {middle['fixed']:.2f} s; "
-          f"GRAFF / fixed, median of the rounds' ratios: {statistics.median(per_round):.4f} "
-          f"({min(per_round):.4f} to {max(per_round):.4f})")
-    dues = {"secant", "token credit", "Jacobian of Adam", "copy of the gradients, for the secant"}
-    shares = {}
-    for name, found in parts.items():
-        one = statistics.median(found) * len(found) / max(1, arguments.rounds + 1) / (1 if name in dues else 2)
-        shares[name] = one / (every if name in dues else 1) / middle["fixed"]
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        print(f"  {name}: {100 * share:.2f} % of a fixed step")
-    return {"ratio": statistics.median(per_round), **shares}
+        if number:
+            made = report(arguments, seconds, parts)  # after each round: it may be cut off
+    return made
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def warm_start(path: str) -> dict:
     file = Path(path)
     if not file.exists():
         raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a planner's warm start",
-                           f"python -m lib.graff.warm_start {path}; or {MADE_BY['training.scheduler.warm_start_ckpt']}")
+                           MADE_BY["training.scheduler.warm_start_ckpt"].replace("FILE.safetensors", path))
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 

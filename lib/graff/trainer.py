@@ -143,7 +143,8 @@ class BudgetTrainer(Trainer):
                 optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
 
     def weight(self) -> float:
-        """What regret weights the hypergradients by: the step's time over its running mean, or 1 / time (literal)."""
+        """What regret weights the hypergradients by: a step's time (the last one's: this one is not over) over its running
+        mean, or 1 / time (literal)."""
         if (self.run.training.scheduler.regret or "area") == "literal":
             return 1.0 / max(self.clock.used, 1e-9)
         return 1.0 if not self.dtau_mean else self.dtau / self.dtau_mean
