@@ -34,7 +34,8 @@ class Probes:
         self.hidden: Tensor | None = None
         self.base.model.layers[0].register_forward_hook(self._keep)
         # logits_to_keep hands the head a slice; in bfloat16 on a CPU that takes a hundred times as long as a copy of it
-        self.base.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
+        copy = torch.contiguous_format
+        self.base.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].clone(memory_format=copy),))
 
     def _keep(self, _module, _inputs, output) -> None:
         self.hidden = (output[0] if isinstance(output, tuple) else output).detach()
