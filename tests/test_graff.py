@@ -345,6 +345,22 @@ def test_every_other_scheduler_trains(tmp_path, shared, kind):
 def test_a_missing_warm_start_names_the_command(tmp_path):
     with pytest.raises(MissingError, match="lib.graff.warm_start"):
         member.warm_start(str(tmp_path / "none.safetensors"))
+    run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
+    found = [f for f in config.check(run) if f.key == "training.scheduler.warm_start_ckpt"]
+    assert [f.level for f in found] == ["error"]  # before anything is started
+    assert "lib.graff.warm_start" in found[0].mend
+
+
+def test_a_warm_start_of_another_size_is_read_from_either_format(tmp_path):
+    planner = pl.Planner()
+    torch.nn.init.normal_(planner.decoder.weight)
+    save_file(planner.state_dict(), tmp_path / "w.safetensors")
+    torch.save(planner.state_dict(), tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        run = member_of("graff", warm_start_ckpt=str(tmp_path / name)).run
+        for layers in (2, 28):
+            mine = member.build_method(run, layers, tmp_path).planner.state_dict()
+            assert all(torch.equal(mine[k], v) for k, v in planner.state_dict().items())
 
 
 # ---- 8. and 9. answers, generation, energy

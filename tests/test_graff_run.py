@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lib.errors import StudyError
-from lib.graff import base_model, clock, inputs, member, methods, trainer
+from lib.graff import base_model, clock, data, inputs, member, methods, trainer
 from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 from lib.graff.probes import Probes
@@ -248,3 +248,16 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
     changes = {"training.total_steps": None, "training.budget_minutes": minutes}
     found = member.train(member_of(kind, changes=changes, **({"cold": True} if kind == "graff" else {})), tmp_path, shared)
     assert found["in_budget"], (found["used"], found["budget"])
+
+
+def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):
+    file = tmp_path / "gsm1k.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in data.generated(3, 99, 2)))
+    mine = member_of("fixed", changes={"training.total_steps": 2, "dataset.gsm1k": str(file)})
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "m").mkdir()
+    inputs.prepare(mine.run, tmp_path / "inputs", warm=False)
+    found = member.train(mine, tmp_path / "m", tmp_path / "inputs")
+    assert found["gsm1k_gap"] is not None
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "m" / "predictions.jsonl").open()]
+    assert (kinds.count("gsm1k"), kinds.count("example")) == (3, 4)
