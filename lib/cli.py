@@ -6,7 +6,6 @@ started), 4 something was left for lack of time (--max-hours), 130 interrupted. 
 
 import argparse
 import contextlib
-import fnmatch
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
 from lib.errors import StudyError
-from lib.options import parser
+from lib.options import parser, wants
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
@@ -106,10 +105,10 @@ def chosen(options) -> list[tuple]:
         results = root_of(options)
         for path, loaded, findings in config.load_folder(folder, options.scale, options.mode, overrides):
             if isinstance(loaded, StudyError):
-                if fnmatch.fnmatch(path.stem, options.run):
+                if wants(options, path.stem):
                     found.append((path, loaded, findings))
                 continue
-            if (options.study and loaded.study not in options.study) or not fnmatch.fnmatch(loaded.run_id, options.run):
+            if (options.study and loaded.study not in options.study) or not wants(options, loaded.run_id):
                 continue
             loaded = loaded.model_copy(update={"results_dir": results / loaded.study})
             if options.grid:
@@ -120,7 +119,7 @@ def chosen(options) -> list[tuple]:
     if not found:
         raise StudyError(
             "the run YAMLs",
-            f"none for --study {options.study or 'any'} --run {options.run!r} --scale {options.scale}",
+            f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}",
             f"files below {', '.join(map(str, folders))}",
             "./run_all.sh plan lists them",
         )

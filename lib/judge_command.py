@@ -7,7 +7,6 @@ lib/<study>/judging.py, which asks the endpoint. Which judge, at which price, is
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import importlib
 import importlib.util
 import os
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from lib import config, members, plan, record, runner, runs, show, tracking
 from lib.errors import MissingError, StudyError
+from lib.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
 SAID_EVERY = 20.0  # seconds between two lines while it grades
@@ -106,7 +106,7 @@ def finished(root: Path, options, wanted: set | None) -> list[Path]:
     found = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
         folder, run, study = done.parent, done.parents[2].name, done.parents[3].name
-        if (study not in config.studies() or not fnmatch.fnmatch(run, options.run)
+        if (study not in config.studies() or not wants(options, run)
                 or options.study and study not in options.study or wanted is not None and (study, run) not in wanted):
             continue
         grading, spec = part(study, "grading"), record.read_json(folder / "member.json")

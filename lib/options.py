@@ -1,6 +1,7 @@
 """What ./run_all.sh can be told: its commands and options."""
 
 import argparse
+import fnmatch
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     top.add_argument("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
     top.add_argument("--study", action="append", help="only this study (may be repeated)")
-    top.add_argument("--run", metavar="GLOB", default="*", help="only runs whose run_id matches")
+    top.add_argument("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
     top.add_argument("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
     top.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run"
@@ -70,3 +71,8 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number above 0")
     return int(text)
+
+
+def wants(options: argparse.Namespace, run_id: str) -> bool:
+    """Whether --run names this run: any of its patterns, or none given."""
+    return any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])

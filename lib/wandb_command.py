@@ -1,12 +1,12 @@
 """The commands `sync` and `pull`: W&B brought up to date with the records, and the studies judged from what W&B holds."""
 
 import contextlib
-import fnmatch
 import subprocess
 import sys
 from pathlib import Path
 
 from lib import plan, runner, show, tracking, wandb_read
+from lib.options import wants
 
 
 def sync(roots: list[Path], options) -> int:
@@ -17,7 +17,7 @@ def sync(roots: list[Path], options) -> int:
         folder
         for root in roots
         for folder in sorted(p.parent for p in root.glob("*/*/members"))
-        if fnmatch.fnmatch(folder.name, options.run) and (not options.study or folder.parent.name in options.study)
+        if wants(options, folder.name) and (not options.study or folder.parent.name in options.study)
         and any(folder.glob("members/*/done.json"))
     ]
     if not found:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import config
+from lib import config, options
 from lib.errors import StudyError
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
@@ -599,3 +599,10 @@ def test_importing_and_loading_is_light():
     code = ("import sys; from lib import config, preflight; config.load_folder('params', 'paper', 'full');"
             "heavy = {'torch', 'transformers', 'trl', 'pandas', 'huggingface_hub'} & set(sys.modules); assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True, timeout=60)
+
+
+def test_several_runs_may_be_named():
+    """The last --run used to win without a word."""
+    told = options.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
+    assert [name for name in ("fixed", "cosine", "graff_mlp") if options.wants(told, name)] == ["fixed", "graff_mlp"]
+    assert options.wants(options.parser().parse_args(["plan"]), "anything")

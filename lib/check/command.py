@@ -138,6 +138,6 @@ def check(found: Found, whole: Found, options, root: Path, slots: int) -> int:
 
 def told_again(options) -> list[str]:
     """The options that choose the runs, for the trial."""
-    chosen = [*(part for study in options.study or [] for part in ("--study", study)), "--run", options.run]
+    chosen = [part for name in ("study", "run") for value in getattr(options, name) or [] for part in (f"--{name}", value)]
     chosen += ["--params", os.path.abspath(options.params)] if options.params else []
     return chosen + [part for text in options.sets for part in ("--set", text)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -47,10 +48,10 @@ class Clock:
 
 
 class Energy:
-    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl or null."""
+    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl; or null with its reason."""
 
     def __init__(self, joules: float | None = 0.0):
-        self.source, self._read = _source()
+        self.source, self._read, self.reason = _source()
         self.joules = joules if self.source else None
         self._last = self._read() if self.source else None
 
@@ -62,22 +63,61 @@ class Energy:
             self._last = now
 
 
+class Polled:
+    """Power in watts, read twice a second by a thread of its own and integrated by the trapezoid rule; a call reads it once
+    more and gives the joules so far."""
+
+    INTERVAL = 0.5
+
+    def __init__(self, watts, now=time.monotonic, thread: bool = True):
+        self.watts, self.now, self.joules, self.lock = watts, now, 0.0, threading.Lock()
+        self.at, self.power = now(), watts()
+        if thread:
+            threading.Thread(target=self._forever, daemon=True).start()
+
+    def __call__(self) -> float:
+        with self.lock:
+            at, power = self.now(), self.watts()
+            self.joules += (at - self.at) * (power + self.power) / 2
+            self.at, self.power = at, power
+            return self.joules
+
+    def _forever(self) -> None:
+        while True:
+            time.sleep(self.INTERVAL)
+            self()
+
+
+def nvml(library, uuid: str, poll=Polled):
+    """(source, joules so far, reason for none): NVML's total energy counter, else its power, polled."""
+    try:
+        library.nvmlInit()
+        handle = library.nvmlDeviceGetHandleByUUID(uuid)  # an index would not heed CUDA_VISIBLE_DEVICES
+    except Exception as error:
+        return None, None, f"NVML could not be asked: {error}"
+    try:
+        library.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return "nvml", lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, None
+    except Exception as error:  # older than Volta, or a virtual device
+        total = error
+    try:
+        return "polled", poll(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1e3), None
+    except Exception as error:
+        return None, None, f"NVML gives neither total energy ({total}) nor power ({error})"
+
+
 def _source():
     if torch.cuda.is_available():
         try:
             import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            return "nvml", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        except Exception:  # no counter on this device: nothing is invented
-            return None, None
+        except ImportError:
+            return None, None, "pynvml is not installed"
+        return nvml(pynvml, f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
     try:
         RAPL.read_text()
-        return "rapl", lambda: int(RAPL.read_text()) / 1e6
-    except OSError:
-        return None, None
+        return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
+    except OSError as error:
+        return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
 
 
 def auc(times: list[float], values: list[float], budget: float) -> float:

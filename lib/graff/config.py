@@ -22,8 +22,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "training.scheduler.baseline_decay": "read where REACTOR's window of 5 steps ends, which a trial of 2 does not reach",
     "training.scheduler.entropy_bonus": "read where REACTOR's window of 5 steps ends",
     "dataset.train_split": "train is the only choice",
-    "dataset.streaming": "the data fits in memory; either way each epoch is shuffled whole",
-    "dataset.shuffle_buffer": "a buffer larger than the data is a full shuffle, as check says",
+    "dataset.shuffle_buffer": "read when streaming; a buffer larger than the data is a full shuffle, as check says",
     "dataset.eval_split": "test is refused for a search; it is scored once, at the end, in every run",
     "dataset.gsm1k": "read in full mode only",
     "model.parameter_count": "checked against the model's name",
@@ -42,8 +41,9 @@ ALIASES = {
     "method": "training.scheduler.type", "lora_r": "model.lora.r",
 }
 PATHS = ("model.name", "dataset.name", "training.scheduler.warm_start_ckpt")
-MADE_BY = {"training.scheduler.warm_start_ckpt": "--set training.scheduler.warm_start_ckpt=<file of a warm start>, or null "
-                                                 "with --set training.scheduler.cold=true for an untrained planner"}
+MADE_BY = {"training.scheduler.warm_start_ckpt": "python -m lib.graff.warm_start FILE.safetensors makes one, then --set "
+                                                 "training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
+                                                 "--set training.scheduler.cold=true for an untrained planner"}
 GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 
 

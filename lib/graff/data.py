@@ -56,8 +56,9 @@ def checked(rows: list[dict], where: str) -> list[dict]:
     return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 
-def load(name: str, split: str, revision: str | None = None) -> list[dict]:
-    """A split of GSM8K (or of a set in its form) from a folder of <split>.jsonl, a file, or the hub."""
+def load(name: str, split: str, revision: str | None = None, streaming: bool = False) -> list[dict]:
+    """A split of GSM8K (or of a set in its form) from a folder of <split>.jsonl, a file, or the hub (`streaming`: row by row,
+    without the hub's file on disk; the rows are held in memory either way)."""
     path = Path(name)
     if path.exists():
         file = path / f"{split}.jsonl" if path.is_dir() else path
@@ -68,7 +69,8 @@ def load(name: str, split: str, revision: str | None = None) -> list[dict]:
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision)
+        rows = load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision,
+                            streaming=streaming)
         return checked(list(rows), name)
     except Exception as error:
         if isinstance(error, MissingError) or type(error).__name__ == "StudyError":

@@ -44,12 +44,46 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
     for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
         found[name] = _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places)
         place.plot(places, found[name], color=look.colour, label=name)
-        place.fill_between(places, found[name], color=look.colour, alpha=0.06)
+        place.fill_between(places, found[name], color=look.colour, alpha=0.08, linewidth=0)
     place.set_xlabel("share of the budget used")
     place.set_ylabel("exact match, dev subset")
     legend_below(drawn)
     words = "; ".join(f"{n} ends at {number(v[-1])}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+
+
+@housestyle
+def energy(rows: pd.DataFrame, level: float, *, title: str = "Exact match over energy") -> Drawing:
+    """One line per run over the joules used (mean over seeds at the same share of them), and the level counted to."""
+    drawn, axes = canvas(title=title, height=4.6)
+    place, places, found = axes[0, 0], np.linspace(0, 1, 51), {}
+    rows = rows.dropna(subset=["joules"])
+    whole = rows.groupby(["run_id", "cell", "seed"])["joules"].transform("max").clip(lower=1e-9)
+    rows = rows.assign(x=rows["joules"].astype(float) / whole.astype(float))
+    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
+        mine = rows[rows["run_id"] == name]
+        joules = float(mine.groupby(["cell", "seed"])["joules"].max().mean())
+        found[name] = _over_budget(mine, "exact_match_subset", places)
+        place.plot(places * joules / 1e3, found[name], color=look.colour, label=name)
+    place.axhline(level, color=BAD, linestyle="--", linewidth=1)
+    place.set_xlabel("energy used, kJ")
+    place.set_ylabel("exact match, dev subset")
+    legend_below(drawn)
+    words = "; ".join(f"{n} ends at {number(v[-1])}" for n, v in found.items())
+    return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"share of the energy": places, **found}))
+
+
+@housestyle
+def gaps(table: pd.DataFrame, *, title: str = "EM(GSM8K test) less EM(GSM1k)") -> Drawing:
+    """A run a line: the gap and its bootstrap interval over models and problems."""
+    drawn, axes = canvas(title=title, height=1.2 + 0.4 * len(table))
+    place, rows = axes[0, 0], range(len(table))
+    place.errorbar(table["gap"], rows, xerr=[table["gap"] - table["low"], table["high"] - table["gap"]], fmt="o", capsize=3)
+    place.axvline(0, color=SOFT, linewidth=1)
+    place.set_yticks(rows, table["run_id"])
+    place.set_xlabel("gap (above 0: better on the public problems)")
+    words = "; ".join(f"{r.run_id} {number(r.gap)} [{number(r.low)}, {number(r.high)}]" for r in table.itertuples())
+    return Drawing(drawn, title, f"{title}: {words}.", table)
 
 
 @housestyle

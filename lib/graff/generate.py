@@ -30,7 +30,8 @@ def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int)
         out = model.generate(input_ids=batch, attention_mask=mask, generation_config=greedy)[:, width:]
         units += batch.numel() + out.numel()
         for i, written in zip(mine, out.tolist(), strict=True):
-            found[i] = tokenizer.decode(written[:written.index(end)] if end in written else written, skip_special_tokens=True)
+            text = tokenizer.decode(written[:written.index(end)] if end in written else written, skip_special_tokens=True)
+            found[i] = text.split("Question:")[0]  # as the harness: what follows is a question the model asks itself
     return found, units
 
 

@@ -43,7 +43,7 @@ def load_problems(run) -> tuple[dict[str, list[dict]], str]:
         every = data.generated((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = data.generated(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
     else:
-        every, test = (data.load(dataset.name, split, dataset.revision) for split in ("train", "test"))
+        every, test = (data.load(dataset.name, split, dataset.revision, dataset.streaming) for split in ("train", "test"))
     train, dev = data.split_dev(every, dataset.dev_size, dataset.split_seed)
     limit = dataset.limit
     extra = data.load(dataset.gsm1k, "test") if dataset.gsm1k and run.mode == "full" else []

@@ -13,9 +13,12 @@ from transformers import TrainingArguments, set_seed
 from lib import checkpoints, config, models, record, trackers
 from lib.errors import MissingError, StudyError
 from lib.graff import base_model, clock, generate, inputs, methods, trainer
+from lib.graff import planner as planner_maths
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes
+
+ENCODER_LR = 3e-4  # of the warm start
 
 
 def build_optimizer(run, probes: Probes):
@@ -40,7 +43,7 @@ def warm_start(path: str) -> dict:
     file = Path(path)
     if not file.exists():
         raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a planner's warm start",
-                           f"python -m lib.graff.warm_start {path}; or {MADE_BY['training.scheduler.warm_start_ckpt']}")
+                           MADE_BY["training.scheduler.warm_start_ckpt"].replace("FILE.safetensors", path))
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
@@ -48,13 +51,18 @@ def build_method(run, layers: int, shared: Path, planner: dict | None = None):
     """The scheduler's object; `planner`: tensors that the warm start goes on from, learning the encoder too."""
     scheduler = run.training.scheduler
     if planner is not None:
-        method = methods.Graff(scheduler, layers, everything=True)
+        method = methods.Graff(scheduler, layers, encoder_lr=ENCODER_LR)
         if planner:
             method.planner.load_state_dict(planner)
         return method
     method, path = methods.make(scheduler, layers), scheduler.warm_start_ckpt
+    made = Path(shared) / "warm_start.safetensors"
     if path:
-        method.planner.load_state_dict(warm_start(str(Path(shared) / "warm_start.safetensors") if path == "made" else path))
+        method.planner.load_state_dict(warm_start(str(made) if path == "made" else path))
+    if isinstance(method, methods.Hypergradient) and made.exists():
+        like = planner_maths.Planner()
+        like.load_state_dict(load_file(made))
+        method.gain = planner_maths.gain(like, layers)
     return method
 
 
@@ -92,7 +100,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
         bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(), seed=member.seed, save_strategy="no",
         eval_strategy="no", report_to=trackers.names(run, folder), disable_tqdm=True, dataloader_pin_memory=False,
         logging_strategy="no", use_cpu=not torch.cuda.is_available())
-    identity = [config.dump(run)[part] for part in ("model", "training", "evaluation")]
+    identity = [config.dump(run)[part] for part in ("model", "dataset", "training", "evaluation")]
     mark = hashlib.sha256(json.dumps([identity, member.seed], sort_keys=True, default=str).encode()).hexdigest()
     checkpoint = checkpoints.usable(folder / "checkpoints", mark)
     marker = checkpoints.read_marker(checkpoint) if checkpoint else {"step": -1, "done": False}
@@ -156,6 +164,8 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
     batch = run.evaluation.batch_size or 4 * run.training.micro_batch_size
     found = {name: generate.scored(model, given.tokenizer, given.problems[name], run.evaluation.max_new_tokens, batch)[0]
              for name in ("test", "gsm1k")}
+    if rows[-1]["used"] > budget:  # the last evaluation ended after the budget: nothing counts as reached by then
+        found, final = dict.fromkeys(found, []), []
     times = [r["used"] for r in rows]
     areas = [clock.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
     record.write_jsonl(folder / "predictions.jsonl", [
@@ -177,5 +187,6 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
             "auc": clock.auc(times, [r["exact_match_subset"] for r in rows], budget),
             "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
             "energy": its.energy.joules, "energy_source": its.energy.source,
+            "energy_reason": its.energy.reason,
             "energy_to_level": reached["joules"] if reached and its.energy.source else None,
-            "gsm1k_gap": None if extra is None else test - extra, "regret": steps[-1]["regret"]}
+            "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}

@@ -71,9 +71,9 @@ class Cosine(Fixed):
 
 class Hypergradient(Fixed):
     """One scalar log eta, moved by its own hypergradient through Adam (Baydin et al. 2018). Matched gain: GRAFF's outer step
-    moves log eta by outer_lr * |(mean h, 1)|_1, here by as much at the |h| that a warm-started planner has."""
+    moves log eta by outer_lr * |(mean h, 1)|_1, here by as much at the |h| of the warm start that lies with the inputs."""
 
-    GAIN = 4.0
+    gain = 4.0  # where there is no warm start
     wants_gradient = True
 
     def __post_init__(self):
@@ -86,7 +86,8 @@ class Hypergradient(Fixed):
         g, self.count = float(c[0]), self.count + 1
         self.m, self.v = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g * g
         step = self.m / (1 - 0.9**self.count) / (math.sqrt(self.v / (1 - 0.999**self.count)) + 1e-8)
-        self.log_eta = min(max(self.log_eta - self.GAIN * self.scheduler.outer_lr * step, pl.LOG_ETA[0]), pl.LOG_ETA[1])
+        self.log_eta = min(max(self.log_eta - self.gain * self.scheduler.outer_lr * step, pl.LOG_ETA[0]), pl.LOG_ETA[1])
+        self.log["gain"] = self.gain
 
     def state(self):
         return {k: getattr(self, k) for k in ("log_eta", "m", "v", "count")}
@@ -193,14 +194,14 @@ class Bats(Fixed):
 
 
 class Graff(Fixed):
-    """The planner. `frozen`: no outer step; `everything`: the warm start, which learns the encoder too."""
+    """The planner. `frozen`: no outer step; `encoder_lr`: the warm start's, which learns the encoder too."""
 
     wants_entropy = True
 
-    def __init__(self, scheduler, layers: int, everything: bool = False):
+    def __init__(self, scheduler, layers: int, encoder_lr: float | None = None):
         super().__init__(scheduler, layers)
         self.planner = pl.Planner()
-        self.outer = None if scheduler.frozen else pl.Outer(self.planner, scheduler.outer_lr, everything)
+        self.outer = None if scheduler.frozen else pl.Outer(self.planner, scheduler.outer_lr, encoder_lr)
         self.edge = pl.edges(layers, scheduler.graph)
         self.h, self.kept = torch.zeros(2 * layers, pl.WIDTH), None
         self.wants_gradient = not scheduler.frozen

@@ -31,6 +31,20 @@ def edges(layers: int, graph: bool = True) -> Tensor:
     return torch.tensor(pairs).T
 
 
+class Bounded(torch.autograd.Function):
+    """clamp whose gradient passes unless descent would go further out: clamp's own is 0 beyond the bound, so that a value
+    that once ran out never came back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.out = (x <= low).to(x.dtype) - (x >= high).to(x.dtype)  # 1 below, -1 above
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        return gradient.masked_fill(gradient * ctx.out > 0, 0.0), None, None
+
+
 class Planner(nn.Module):
     """About 3k parameters whose sizes do not depend on N. The decoder is 0 at first, so that step 0 is exactly eta_0."""
 
@@ -54,12 +68,13 @@ class Planner(nn.Module):
         h = self.memory(z, h)
         mean = self.decoder(h.mean(0))
         log_m = self.decoder(h)[:, 1]
-        return Plan(mean[0].clamp(*LOG_ETA), (log_m - log_m.mean()).clamp(-LOG_M, LOG_M), mean[2].clamp(-1, 1)), h
+        bounded = Bounded.apply
+        return Plan(bounded(mean[0], *LOG_ETA), bounded(log_m - log_m.mean(), -LOG_M, LOG_M), bounded(mean[2], -1.0, 1.0)), h
 
 
 def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tensor:
     """(N,) inner products <x, y> summed per block."""
-    dots = torch.stack([p.sum() for p in torch._foreach_mul(x, y)])
+    dots = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)])
     return torch.zeros(n, dtype=dots.dtype, device=dots.device).index_add(0, blocks.to(dots.device), dots).cpu()
 
 
@@ -118,11 +133,15 @@ def project(decoder: nn.Linear, h: Tensor, c: float) -> float:
 
 
 class Outer:
-    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start."""
+    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start, where what lies
+    before W has the rate `encoder_lr`: at W's own the states h_i run into +-1 alike, and no multiplier can differ any more."""
 
-    def __init__(self, planner: Planner, lr: float, everything: bool = False):
-        trained = planner.parameters() if everything else planner.decoder.parameters()
-        self.planner, self.adam = planner, torch.optim.Adam(trained, lr=lr)
+    def __init__(self, planner: Planner, lr: float, encoder_lr: float | None = None):
+        groups = [{"params": list(planner.decoder.parameters()), "lr": lr}]
+        if encoder_lr is not None:
+            rest = [p for name, p in planner.named_parameters() if not name.startswith("decoder")]
+            groups.append({"params": rest, "lr": encoder_lr})
+        self.planner, self.adam = planner, torch.optim.Adam(groups)
 
     def step(self, kept: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
         """Replay the planner on the inputs it was given, send the hypergradients through it, take one step; returns h."""
@@ -131,3 +150,15 @@ class Outer:
         torch.autograd.backward(list(plan[:2]) + [plan.a], [gradients[0], gradients[1], gradients[2]])
         self.adam.step()
         return h.detach()
+
+
+def gain(planner: Planner, layers: int, steps: int = 100) -> float:
+    """Mean |(mean h, 1)|_1 over a budget of `steps` with neutral features: what one outer step of W multiplies by outer_lr."""
+    n, edge, h, found = 2 * layers, edges(layers), torch.zeros(2 * layers, WIDTH), []
+    place = torch.arange(n) // 2 / max(1, layers - 1)
+    with torch.no_grad():
+        for step in range(steps):
+            same = torch.tensor([0.0, 0.5, 1 - step / steps]).expand(n, 3)
+            h = planner(torch.cat([same, torch.stack([place, torch.arange(n) % 2], 1)], 1), h, edge)[1]
+            found.append(float(h.mean(0).abs().sum()) + 1)
+    return sum(found) / steps

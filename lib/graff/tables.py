@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from lib import record
@@ -41,17 +42,54 @@ def all_members(loaded: record.Records) -> pd.DataFrame:
 def grid(loaded: record.Records) -> pd.DataFrame:
     """Every run at every base rate: mean over seeds."""
     names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "steps", "energy"]
-    members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", *names])
+    members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", *names])
     members[names] = members[names].apply(pd.to_numeric, errors="coerce")
-    return members.groupby(["run_id", "learning_rate"], sort=False)[names].mean().reset_index()
+    return members.groupby(["budget", "run_id", "learning_rate"], sort=False)[names].mean().reset_index()
+
+
+def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float = 0.5) -> pd.DataFrame:
+    """What each run had reached at `share` of its OWN budget ({run_id: seconds}): the last evaluation that had ended by then,
+    mean over seeds. Not a run of that shorter budget, whose cosine and budget feature end there: hence the label."""
+    rows = []
+    for (run_id, cell), mine in evaluations.groupby(["run_id", "cell"], sort=False):
+        at = share * budgets[run_id]
+        each = [g[g["used"] <= at].sort_values("used").iloc[-1] for _, g in mine.groupby("seed")]
+        rows.append({"run_id": run_id, "cell": cell, "label": f"anytime: {at / 60:g} of {budgets[run_id] / 60:g} minutes",
+                     "exact_match_subset": float(np.mean([r["exact_match_subset"] for r in each])),
+                     "dev_loss": float(np.mean([r["dev_loss"] for r in each])), "seeds": len(each)})
+    return pd.DataFrame(rows, columns=["run_id", "cell", "label", "exact_match_subset", "dev_loss", "seeds"])
+
+
+def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
+    """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's problems."""
+    rows = []
+    pairs = loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind", "run_id", "cell"])
+    for (run_id, cell), extra in pairs[pairs["kind"] == "gsm1k"].groupby(["run_id", "cell"], sort=False):
+        mine = pairs[(pairs["kind"] == "example") & (pairs["run_id"] == run_id) & (pairs["cell"] == cell)]
+        sets = [f.pivot(index="seed", columns="example", values="exact_match").astype(float) for f in (mine, extra)]
+        seeds = sorted(set(sets[0].index) & set(sets[1].index))
+        test, other = (s.loc[seeds].to_numpy() for s in sets)
+        rng, found = np.random.default_rng(0), []
+        for _ in range(draws):
+            models = rng.integers(len(seeds), size=len(seeds))
+            a, b = (x[np.ix_(models, rng.integers(x.shape[1], size=x.shape[1]))].mean() for x in (test, other))
+            found.append(a - b)
+        low, high = np.quantile(found, [0.025, 0.975])
+        rows.append({"run_id": run_id, "cell": cell, "gap": test.mean() - other.mean(), "low": low, "high": high,
+                     "models": len(seeds), "problems": other.shape[1]})
+    return pd.DataFrame(rows, columns=["run_id", "cell", "gap", "low", "high", "models", "problems"])
+
+
+def _rows_with(rows: pd.DataFrame, column: str, columns: list[str]) -> pd.DataFrame:
+    """The rows of a history that have `column`; none, with `columns`, where nothing has finished."""
+    return _keyed(rows.dropna(subset=[column])) if column in rows else pd.DataFrame(columns=[*KEYS, "cell", *columns])
 
 
 def steps(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are steps (learning rate, multipliers, loss), with the base rate."""
-    return _keyed(loaded.history.dropna(subset=["eta"])) if "eta" in loaded.history else loaded.history
+    return _rows_with(loaded.history, "eta", ["eta", "fraction", "log_m", "a", "gain", "lambda"])
 
 
 def evaluations(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are evaluations (exact match over consumed time)."""
-    rows = loaded.history
-    return _keyed(rows.dropna(subset=["exact_match_subset"])) if "exact_match_subset" in rows else rows
+    return _rows_with(loaded.history, "exact_match_subset", ["used", "joules", "exact_match_subset", "dev_loss"])

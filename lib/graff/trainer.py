@@ -19,8 +19,8 @@ from lib.graff import base_model, methods
 from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 from lib.graff.clock import Clock, Energy
+from lib.graff.order import Bucketed
 from lib.graff.probes import Probes
-from lib.training import SeededOrder
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget
@@ -54,9 +54,10 @@ class BudgetTrainer(Trainer):
                  pad: int, optimizer, fingerprint: str, on_record: Callable, evaluate_now: Callable, energy: Energy):
         self.run, self.probes, self.method, self.clock, self.energy = run, probes, method, clock, energy
         self.fingerprint, self.on_record, self.evaluate_now = fingerprint, on_record, evaluate_now
+        self.lengths = [len(row["ids"]) for row in rows]
         self.spent = Path(args.output_dir).parent / "spent.json"
         self.lam, self.lambdas, self.log_mean = 0.0, None, None  # curvature: largest, per block, running mean of its log
-        self.step_seconds, self.eval_seconds, self.evaluations = 0.0, 0.0, 0
+        self.recent, self.eval_seconds, self.evaluations = [], 0.0, 0  # seconds of the last steps, one with a secant among them
         self.dtau_mean, self.best, self.regret = None, math.inf, 0.0
         self.final, self.diverged_at, self.credit = False, None, None
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows),
@@ -67,7 +68,9 @@ class BudgetTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 
     def _get_train_sampler(self, train_dataset=None):
-        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+        data = self.run.dataset
+        return Bucketed(self.lengths, self.args.per_device_train_batch_size, self.args.seed,
+                        data.shuffle_buffer if data.streaming else None)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["ids", "prompt"]
@@ -140,7 +143,8 @@ class BudgetTrainer(Trainer):
                 optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
 
     def weight(self) -> float:
-        """What regret weights the hypergradients by: the step's time over its running mean, or 1 / time (literal)."""
+        """What regret weights the hypergradients by: a step's time (the last one's: this one is not over) over its running
+        mean, or 1 / time (literal)."""
         if (self.run.training.scheduler.regret or "area") == "literal":
             return 1.0 / max(self.clock.used, 1e-9)
         return 1.0 if not self.dtau_mean else self.dtau / self.dtau_mean
@@ -166,7 +170,7 @@ class BudgetTrainer(Trainer):
         self.energy.update()
         self.dtau = used - self.before
         self.dtau_mean = self.dtau if self.dtau_mean is None else 0.9 * self.dtau_mean + 0.1 * self.dtau
-        self.step_seconds = max(self.dtau, 0.9 * self.step_seconds)
+        self.recent = [*self.recent, self.dtau][-2 * methods.EVERY:]
         self.best = min(self.best, self.loss)
         self.regret += (self.loss - self.best) / max(used, 1e-9)
         step = self.state.global_step + 1
@@ -181,6 +185,11 @@ class BudgetTrainer(Trainer):
         if not math.isfinite(self.loss):
             self.diverged_at = step
 
+    def next_step(self) -> float:
+        """Seconds that the next step may take: as the longest of the last ones, and a micro-batch more for the first secant."""
+        first = self.due(self.method.wants_secant) and self.lambdas is None
+        return max(self.recent) * (1 + first / self.micros)
+
     def schedule(self, control) -> None:
         """Evaluate ten times over the budget, and stop where another step would leave no time for the last evaluation."""
         if self.diverged_at is not None:
@@ -192,9 +201,9 @@ class BudgetTrainer(Trainer):
             raise StudyError("training.budget_minutes", f"{budget:.3g} s hold not even one step and one evaluation "
                              f"({used:.3g} s and {self.eval_seconds:.3g} s)", "a budget for at least that",
                              f"--set training.budget_minutes={2 * (used + 1.2 * self.eval_seconds) / 60:.2g}")
-        self.final = last or used + self.step_seconds + 1.2 * self.eval_seconds >= budget
+        self.final = last or used + self.next_step() + 1.2 * self.eval_seconds >= budget
         place = int(EVALUATIONS * self.clock.fraction)
-        room = used + self.step_seconds + 1.2 * self.eval_seconds * (1 + self.probes.subset_share) < budget
+        room = used + self.next_step() + 1.2 * self.eval_seconds * (1 + self.probes.subset_share) < budget
         control.should_evaluate = self.final or (place > self.evaluations and room)
         control.should_save = control.should_evaluate
         control.should_training_stop = self.final
@@ -219,7 +228,7 @@ class BudgetTrainer(Trainer):
     # ---- checkpoints: the trained parameters, the optimiser (Trainer's), and everything a decision depends on
 
     def state_to_save(self) -> dict:
-        names = ("lam", "lambdas", "log_mean", "step_seconds", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best",
+        names = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best",
                  "regret", "credit", "final")
         optimizer = self.inner()
         kept = {k: getattr(optimizer, k) for k in ("delta", "eta", "m")} if isinstance(optimizer, BlockAdam) else {}

@@ -17,17 +17,19 @@ from safetensors.torch import save_file
 from lib import config
 from lib.graff import inputs, member
 
-EPISODES = ((100, 0.5), (100, 1.0), (100, 2.0))  # steps, budget relative to what those steps take
+STEPS, BATCHES = 100, (4, 8, 16)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
+BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
 SIZES = {"laptop": (64, 2), "paper": (384, 8)}
 
 
-def recipe(scale: str, steps: int, share: float, place: Path):
+def recipe(scale: str, steps: int, batch: int, place: Path):
     hidden, layers = SIZES[scale]
     raw = {"run_id": "warm_start", "method": "graff", "role": "proposed", "seed_list": [7],
            "model": {"name": "made", "lora": {"r": 8},
                      "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}},
            "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
-           "training": {"budget_minutes": 1.0 * share, "clock": "virtual", "global_batch_size": 16, "micro_batch_size": 16,
+           "training": {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "global_batch_size": batch,
+                        "micro_batch_size": batch,
                         "total_steps": steps, "optimizer": {"lr_init": 3e-3, "betas": [0.9, 0.98]},
                         "scheduler": {"type": "graff", "cold": True, "outer_lr": 3e-3}},
            "evaluation": {"max_new_tokens": 4, "dev_subset": 4}}
@@ -41,8 +43,8 @@ def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "inputs").mkdir()
-        for number, (steps, share) in enumerate(EPISODES):
-            run = recipe(scale, 2 if trial else steps, share, place)
+        for number, batch in enumerate(BATCHES):
+            run = recipe(scale, 2 if trial else STEPS, batch, place)
             if number == 0:
                 if trial:
                     run = config.apply(run, {"model.recipe.pretrain_steps": 2})

@@ -1,0 +1,93 @@
+"""GRAFF's order of rows, anytime points, GSM1k's gap, figures: on made records."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import config, record
+from lib.graff import figures as plots
+from lib.graff import order, tables
+from tests.conftest import ROOT
+
+
+def test_every_epoch_is_a_permutation_with_rows_of_like_length_together():
+    lengths = np.random.default_rng(0).integers(20, 200, 1003).tolist()
+    sampler = order.Bucketed(lengths, 8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003))
+    assert first == list(order.Bucketed(lengths, 8, seed=3))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    padded = lambda rows: sum(8 * max(lengths[i] for i in rows[s:s + 8]) for s in range(0, 1000, 8))  # noqa: E731
+    assert padded(first) < 0.75 * padded(np.random.default_rng(0).permutation(1003).tolist())
+    window = first[:16 * 8]
+    assert [np.mean([lengths[i] for i in window[s:s + 8]]) for s in range(0, 128, 8)] != sorted(
+        np.mean([lengths[i] for i in window[s:s + 8]]) for s in range(0, 128, 8)), "batches of a window are shuffled"
+
+
+def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shuffle():
+    def rng():
+        return np.random.default_rng(1)
+
+    assert order.buffered(50, 1, rng()) == list(range(50))
+    some = order.buffered(1000, 100, rng())
+    assert sorted(some) == list(range(1000))
+    assert max(row - place for place, row in enumerate(some)) <= 100  # no row comes earlier than the buffer reaches
+    assert order.buffered(50, 10_000, rng()) == order.buffered(50, 50, rng()) == rng().permutation(50).tolist()
+
+
+def evaluations(run_id: str, budget: float) -> list[dict]:
+    return [{"run_id": run_id, "method": "graff", "cell": "c", "seed": seed, "used": share * budget, "joules": None,
+             "exact_match_subset": share + seed / 100, "dev_loss": 1 - share} for seed in (1, 2) for share in
+            (0.0, 0.25, 0.49, 0.51, 1.0)]
+
+
+def test_the_point_at_half_a_long_budget_is_labelled_anytime_and_is_not_the_short_run():
+    rows = pd.DataFrame(evaluations("graff_30", 1800) + evaluations("graff_60", 3600))
+    found = tables.anytime(rows, {"graff_30": 1800, "graff_60": 3600}).set_index("run_id")
+    assert found.loc["graff_60", "label"] == "anytime: 30 of 60 minutes"
+    assert found.loc["graff_30", "label"] == "anytime: 15 of 30 minutes"
+    assert found.loc["graff_60", "exact_match_subset"] == pytest.approx(0.49 + 0.015)  # never what came later
+
+
+def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():
+    found = sorted((ROOT / "params" / "graff" / "paper").glob("*_60.yaml"))
+    assert found
+    for path in found:
+        run = config.load_run(path, study="graff", scale="paper", mode="full")
+        assert (run.training.budget_minutes, run.role) == (60, "control"), path.name
+
+
+def records(pairs: list[dict]) -> record.Records:
+    empty = pd.DataFrame()
+    return record.Records(empty, empty, empty, pd.DataFrame(pairs), empty)
+
+
+def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():
+    rng = np.random.default_rng(0)
+    pairs = [{"run_id": "graff", "cell": "c", "seed": seed, "kind": kind, "example": f"{kind}-{i}",
+              "exact_match": float(rng.random() < chance)}
+             for seed in (1, 2, 3) for kind, chance, n in (("example", 0.6, 400), ("gsm1k", 0.4, 300)) for i in range(n)]
+    found = tables.gsm1k(records(pairs)).iloc[0]
+    assert found["low"] < 0.2 < found["high"]
+    assert found["low"] > 0.05
+    assert (found["models"], found["problems"]) == (3, 300)
+    assert "graff 0" in plots.gaps(tables.gsm1k(records(pairs))).alt
+    assert tables.gsm1k(records([p for p in pairs if p["kind"] == "example"])).empty
+
+
+def test_energy_is_drawn_over_joules():
+    rows = pd.DataFrame(evaluations("graff", 60)).assign(joules=lambda f: 2000 * f["used"] / 60)
+    drawn = plots.energy(rows, 0.9)
+    assert drawn.canvas.axes[0].lines[0].get_xdata()[-1] == pytest.approx(2.0)
+    assert "graff ends at" in drawn.alt
+
+
+def test_where_nothing_has_finished_the_tables_are_empty_and_keep_their_columns():
+    none = records([])
+    steps, rows = tables.steps(none), tables.evaluations(none)
+    assert steps.empty
+    assert {"run_id", "cell", "eta", "log_m"} <= set(steps)
+    assert {"run_id", "cell", "used", "exact_match_subset"} <= set(rows)
+    assert list(tables.gsm1k(none)) == ["run_id", "cell", "gap", "low", "high", "models", "problems"]
+    assert tables.anytime(rows, {}).empty
