@@ -6,7 +6,6 @@ so: they find what cannot fit, and they are no promise that what they let pass w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, an 8-bit scale per 64 weights, a float per 256 scales
@@ -98,14 +97,19 @@ def member_bytes(run, model: Shape, *, finished: bool) -> float:
     return 2 * weights if finished else KEPT_CHECKPOINTS * 3 * weights
 
 
+def batch_limit(run) -> str:
+    """The setting that bounds a micro-batch: of pairs or, where there is a budget, of tokens."""
+    return "token_budget" if getattr(run.training, "token_budget", None) else "per_device_train_batch_size"
+
+
 def smaller_batch(run, model: Shape, available: float) -> int | None:
-    """The largest per-device batch (of half, a quarter, ...) that would fit in `available` bytes; None where none does."""
-    size = run.training.per_device_train_batch_size
-    one = run.model_copy(update={"training": run.training.model_copy(update={"per_device_train_batch_size": 1})})
-    least = training_bytes(one, model)
-    each = (training_bytes(run, model) - least) / max(1, size - 1) if size > 1 else math.inf
-    while size > 1:
-        size //= 2
-        if least + each * (size - 1) <= available:
+    """The largest value (a half, a quarter, ...) of `batch_limit` that would fit in `available` bytes; None where none does."""
+    key = batch_limit(run)
+    least = 2 * run.dataset.preprocessing.max_length if key == "token_budget" else 1
+    size = getattr(run.training, key)
+    while size > least:
+        size = max(size // 2, least)
+        smaller = run.model_copy(update={"training": run.training.model_copy(update={key: size})})
+        if training_bytes(smaller, model) <= available:
             return size
     return None

@@ -61,17 +61,17 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
     if sum(gpu.memory_gb >= 0.98 * floor for gpu in found) < run.compute.gpus:
         there = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in found)
         return [Finding("error", "compute.min_gpu_memory_gb", f"{needed} needed for each member, found {there}",
-                        elsewhere + ", or lower training.per_device_train_batch_size and then compute.min_gpu_memory_gb")]
+                        elsewhere + f", or lower training.{footprint.batch_limit(run)} and then compute.min_gpu_memory_gb")]
     if model and hasattr(run.model, "peft"):
         largest = sorted((gpu.memory_gb for gpu in found), reverse=True)[run.compute.gpus - 1]
         needed = footprint.training_bytes(run, model) / 1e9
         if needed > largest:
             size = footprint.smaller_batch(run, model, largest * 1e9)
-            lower = (f"--set training.per_device_train_batch_size={size}" if size else
+            key = f"training.{footprint.batch_limit(run)}"
+            lower = (f"--set {key}={size}" if size else
                      "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length")
-            return [Finding("error", "training.per_device_train_batch_size", f"about {needed:.0f} GB of GPU memory for "
-                            f"full-length batches of {run.training.per_device_train_batch_size} pairs, the GPU has "
-                            f"{largest:.0f}", lower)]
+            return [Finding("error", key, f"about {needed:.0f} GB of GPU memory for a batch of full length at {key}: "
+                            f"{getattr(run.training, footprint.batch_limit(run))}, the GPU has {largest:.0f}", lower)]
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
     other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
