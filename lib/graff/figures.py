@@ -38,23 +38,23 @@ def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") 
 
 @housestyle
 def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match over time") -> Drawing:
-    """A panel a run, the area under its line shaded, whose share of the panel's unit height is AUC/B; the first run in grey
-    behind the others. The first point is the base model's."""
+    """A panel a run, the area under its line shaded, which is AUC/B; the fixed rate's line in grey behind the others. The
+    first point is the base model's."""
     names = list(dict.fromkeys(rows["run_id"]))
-    columns = min(4, len(names))
+    columns, grey = min(4, len(names)), "fixed" if "fixed" in names else names[0]
     drawn, axes = canvas(-(-len(names) // columns), columns, title=title, height=0.6 + 2.2 * -(-len(names) // columns),
                          sharex=True, sharey=True)
-    places, found, rows = np.linspace(0, 1, 51), {}, rows.assign(x=rows["used"] / budget)
+    places, rows = np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
+    found = {name: _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places) for name in names}
     for place, (name, look) in zip(axes.flat, looks(names).items(), strict=False):
-        found[name] = _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places)
-        if name != names[0]:
-            place.plot(places, found[names[0]], color=SOFT, linewidth=1)
+        if name != grey:
+            place.plot(places, found[grey], color=SOFT, linewidth=1)
         place.plot(places, found[name], color=look.colour)
         place.fill_between(places, found[name], color=look.colour, alpha=0.25, linewidth=0)
         place.set_title(f"{name}: {number(np.trapezoid(found[name], places))}", fontsize=10)
     for place in axes.flat[len(names):]:
         place.set_axis_off()
-    drawn.supxlabel(f"share of the budget used (grey: {names[0]})", fontsize=10)
+    drawn.supxlabel(f"share of the budget used (grey: {grey})", fontsize=10)
     drawn.supylabel("exact match, dev subset", fontsize=10)
     words = "; ".join(f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
