@@ -76,6 +76,14 @@ def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():
     assert tables.gsm1k(records([p for p in pairs if p["kind"] == "example"])).empty
 
 
+def test_exact_match_has_a_panel_a_run_with_its_area():
+    rows = pd.DataFrame(evaluations("graff", 60) + evaluations("fixed", 60))
+    drawn = plots.exact_match(rows, 60)
+    assert [axes.get_title(loc="left") for axes in drawn.canvas.axes[:2]] == ["graff: 0.515", "fixed: 0.515"]  # of x + 0.015
+    assert [len(axes.lines) for axes in drawn.canvas.axes[:2]] == [2, 1]  # the fixed rate behind the others
+    assert len(drawn.canvas.axes[0].collections) == 1
+
+
 def test_energy_is_drawn_over_joules():
     rows = pd.DataFrame(evaluations("graff", 60)).assign(joules=lambda f: 2000 * f["used"] / 60)
     drawn = plots.energy(rows, 0.9)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from lib.figure_style import BAD, SOFT, Drawing, canvas, housestyle, legend_below, looks, number
 
@@ -37,18 +38,25 @@ def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") 
 
 @housestyle
 def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match over time") -> Drawing:
-    """One line per run, the area under it shaded; the first point is the base model's."""
-    drawn, axes = canvas(title=title, height=4.6)
-    place, places, found = axes[0, 0], np.linspace(0, 1, 51), {}
-    rows = rows.assign(x=rows["used"] / budget)
-    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
-        found[name] = _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places)
-        place.plot(places, found[name], color=look.colour, label=name)
-        place.fill_between(places, found[name], color=look.colour, alpha=0.08, linewidth=0)
-    place.set_xlabel("share of the budget used")
-    place.set_ylabel("exact match, dev subset")
-    legend_below(drawn)
-    words = "; ".join(f"{n} ends at {number(v[-1])}" for n, v in found.items())
+    """A panel a run, the area under its line shaded, which is AUC/B; the fixed rate's line in grey behind the others. The
+    first point is the base model's."""
+    names = list(dict.fromkeys(rows["run_id"]))
+    columns, grey = min(4, len(names)), "fixed" if "fixed" in names else names[0]
+    drawn, axes = canvas(-(-len(names) // columns), columns, title=title, height=0.6 + 2.2 * -(-len(names) // columns),
+                         sharex=True, sharey=True)
+    places, rows = np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
+    found = {name: _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places) for name in names}
+    for place, (name, look) in zip(axes.flat, looks(names).items(), strict=False):
+        if name != grey:
+            place.plot(places, found[grey], color=SOFT, linewidth=1)
+        place.plot(places, found[name], color=look.colour)
+        place.fill_between(places, found[name], color=look.colour, alpha=0.25, linewidth=0)
+        place.set_title(f"{name}: {number(np.trapezoid(found[name], places))}", fontsize=10)
+    for place in axes.flat[len(names):]:
+        place.set_axis_off()
+    drawn.supxlabel(f"share of the budget used (grey: {grey})", fontsize=10)
+    drawn.supylabel("exact match, dev subset", fontsize=10)
+    words = "; ".join(f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
 
 
@@ -97,25 +105,29 @@ def multipliers(steps: pd.DataFrame, *, title: str = "Block multipliers over the
     table = log_m.groupby(cells).mean().T
     table.index = [f"layer {i // 2} {'mlp' if i % 2 else 'attention'}" for i in table.index]
     top = max(0.01, float(table.abs().max().max()))
-    image = place.imshow(table, aspect="auto", cmap="PuOr", vmin=-top, vmax=top)
+    image = place.imshow(table, aspect="auto", cmap="PuOr", vmin=-top, vmax=top, extent=(0, 1, len(table) - 0.5, -0.5))
     drawn.colorbar(image, ax=place).set_label("log2 of the multiplier")
     place.set_yticks(range(len(table)), table.index)
-    place.set_xlabel("twentieths of the budget")
+    place.set_xlabel("share of the budget used")
     last = "; ".join(f"{name} {number(value)}" for name, value in table.iloc[:, -1].items())
     return Drawing(drawn, title, f"{title}; log2 at the end: {last}.", table.reset_index())
 
 
 @housestyle
 def guard(steps: pd.DataFrame, beta1: float, *, title: str = "eta lambda against the guard") -> Drawing:
-    """Every step of every member with an estimate, and the two limits."""
+    """Every step of every member with an estimate, and the two limits. The estimate is made after the step, so that a step may
+    lie above the limit that caps the next."""
     drawn, axes = canvas(title=title)
     place, rows = axes[0, 0], steps.dropna(subset=["lambda"])
     values = rows["eta"].astype(float) * rows["lambda"].astype(float)
     place.plot(rows["fraction"], values, ".", markersize=3, color=SOFT)
     for limit, name in ((1.9, "literal 1.9"), (1.9 * (1 + beta1) / (1 - beta1), "Adam's edge")):
         place.axhline(limit, color=BAD, linestyle="--", linewidth=1)
-        place.annotate(name, (0.01, limit), va="bottom", fontsize=9)
+        place.annotate(name, (0.01, limit), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     place.set_yscale("log")
+    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    place.yaxis.set_major_formatter(ScalarFormatter())
+    place.yaxis.set_minor_formatter(NullFormatter())
     place.set_xlabel("share of the budget used")
     place.set_ylabel("eta × lambda")
     largest = float(values.max()) if len(values) else float("nan")
