@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 from pathlib import Path
 
-from lib import config, trackers
+from lib import claim_types, config, trackers
 from lib.errors import StudyError
 from lib.faults import did_you_mean
 from lib.schema import Finding, Run
@@ -121,6 +122,22 @@ def _how_to_get(run: Run, key: str) -> str:
     return making.get(key, f"--set {key}=<path>, or a hub id")
 
 
+def _shared_cells(run: Run, runs: list[Run]) -> list[Finding]:
+    """Runs of one method, cell and seed are one and the same to claims that do not name runs."""
+    with contextlib.suppress(StudyError, OSError):  # claims that are not there, or that say themselves what is wrong with them
+        if "run_id" in claim_types.load(config.ROOT / "params" / run.study / "claims.yaml").keys:
+            return []
+        own = {(member.cell_name, member.seed) for member in config.members(run)}
+        for other in runs:
+            if (other.study, other.method) != (run.study, run.method) or other.run_id >= run.run_id:
+                continue
+            if shared := own & {(member.cell_name, member.seed) for member in config.members(other)}:
+                cell, seed = sorted(shared)[0]
+                return [Finding("warning", "method", f"{run.method} trains {cell} with seed {seed} as {other.run_id} does: no "
+                                "claim about it can be evaluated", "claims.yaml: run_id among `keys`, and in the claim's cell")]
+    return []
+
+
 Loaded = tuple[Path, Run | StudyError, list[Finding]]
 
 
@@ -144,5 +161,6 @@ def folder_findings(found: list[Loaded]) -> list[Loaded]:
             if 0 < run.optuna.n_trials < most:
                 extra.append(Finding("warning", "optuna.n_trials", f"{run.optuna.n_trials}, where another method of the "
                                      f"study gets {most}: it is tuned less", f"n_trials: {most}"))
+            extra += _shared_cells(run, [other for _, other, _ in found if isinstance(other, Run)])
         result.append((path, run, findings + extra))
     return result

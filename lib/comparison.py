@@ -86,15 +86,15 @@ def pair_up(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: lis
     `all_seeds`: every seed that any of the cells has, and every one in `seeds`, must be there in all of them; otherwise
     the seeds they share are taken.
     """
-    tables, states = [], []
+    tables, states, gaps = [], [], []
     for cell in cells:
         runs = select(members, cell)
+        gaps += _mixed(study, cell, runs)
         states.append(dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {})
         tables.append(_scores(rows, cell, metric))
     ready = [{seed for seed, status in state.items() if status == "diverged" or (status == "completed" and seed in table.index)}
              for state, table in zip(states, tables, strict=True)]
     wanted = set().union(*states, seeds) if all_seeds else set.intersection(*ready)
-    gaps = []
     for cell, state, there in zip(cells, states, ready, strict=True):
         if not there:
             why = f": {_why(next(iter(state.values())))}" if state else ""
@@ -106,6 +106,16 @@ def pair_up(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: lis
     if not wanted:
         return ["seeds that " + " and ".join(study.label(cell) for cell in cells) + " share"]
     return _stack(study, tables, states, sorted(wanted), metric)
+
+
+def _mixed(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
+    """What to say where several members of one seed answer to `cell`: their mean would be nobody's score."""
+    twice = runs[runs["seed"].duplicated(keep=False)] if len(runs) else runs
+    if twice.empty:
+        return []
+    twice = twice[twice["seed"] == twice["seed"].iloc[0]]
+    names = f" ({', '.join(sorted(set(twice['run_id'])))})" if "run_id" in twice else ""
+    return [f"{study.label(cell)}, seed {twice['seed'].iloc[0]:g}: one member, of the {len(twice)}{names} that answer to it"]
 
 
 def _why(status: str | None) -> str:

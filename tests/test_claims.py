@@ -213,6 +213,15 @@ def test_missing_cells_are_named_and_nothing_is_guessed():
     assert v["C1"].holm_p is None
 
 
+def test_two_runs_of_one_cell_are_never_averaged():
+    rows, members = made()
+    twin = (members.method == "dpo") & (members.beta == 0.05)
+    members = pd.concat([members.assign(run_id="dpo"), members[twin].assign(run_id="dpo_fast")], ignore_index=True)
+    verdict = judge(rows, members)["C1"]
+    assert verdict.verdict == "not evaluated"
+    assert "DPO (beta 0.05), seed 42: one member, of the 2 (dpo, dpo_fast) that answer to it" in verdict.reason
+
+
 def test_expected_seeds_that_nobody_ran_are_missing():
     rows, members = made()
     assert "seed 45: no run" in judge(rows, members, seeds=(42, 43, 44, 45))["C1"].reason

@@ -246,6 +246,19 @@ def test_members_of_the_laptop_study():
     assert ("td_dpo", "beta0.05-tau2-s43") not in ids
 
 
+def test_two_runs_of_one_method_that_train_the_same_cell_are_told(write, raw):
+    """The claims name methods and cells, not runs: they are not evaluated where two answer to one."""
+    first = write(raw)
+    second = first.with_name("fast.yaml")
+    changed = {**raw, "run_id": "fast", "training": {**raw["training"], "learning_rate": 1e-4}}
+    second.write_text(yaml.safe_dump(changed))
+    found = {path.name: findings for path, _, findings in config.load_folder(first.parent, "laptop", "full")}
+    told = [f for findings in found.values() for f in findings if f.key == "method"]
+    assert len(told) == 1
+    assert told[0].level == "warning"
+    assert "no claim about it can be evaluated" in told[0].what
+
+
 def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
     own = {p.stem for p in SHIPPED if p.parts[-3] == "td_dpo"}
     for scale, tuned in (("laptop", {"dpo", "discopop", "td_dpo"}), ("paper", own)):

@@ -44,9 +44,13 @@ BESIDE = ("td_dpo_anchored", "discopop_card")  # trained where one claim looks, 
 
 def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.DataFrame:
     """The rows of the methods that are compared over beta, those that somebody added included: one cell per method and beta,
-    the tempered ones at the tau fixed in advance for each beta (params/td_dpo/claims.yaml)."""
+    the tempered ones at the tau fixed in advance for each beta (params/td_dpo/claims.yaml). Runs of one method (of several
+    models, say) stand under their own names."""
     if table.empty:
         return table
+    if "run_id" in table:
+        several = table.groupby("method")["run_id"].transform("nunique") > 1
+        table = table.assign(method=table["method"].where(~several, table["run_id"]))
     taus = {float(beta): tau for beta, tau in fixed_tau.items()}
     fixed = table["beta"].map(lambda beta: taus.get(beta, np.nan)).astype(float)
     tau = table["tau"].astype(float)
