@@ -42,7 +42,7 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
     first point is the base model's."""
     names = list(dict.fromkeys(rows["run_id"]))
     columns, grey = min(4, len(names)), "fixed" if "fixed" in names else names[0]
-    drawn, axes = canvas(-(-len(names) // columns), columns, title=title, height=0.6 + 2.2 * -(-len(names) // columns),
+    drawn, axes = canvas(-(-len(names) // columns), columns, title=title, height=max(4, 0.6 + 2.2 * -(-len(names) // columns)),
                          sharex=True, sharey=True)
     places, rows = np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
     found = {name: _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places) for name in names}
@@ -54,7 +54,7 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
         place.set_title(f"{name}: {number(np.trapezoid(found[name], places))}", fontsize=10)
     for place in axes.flat[len(names):]:
         place.set_axis_off()
-    drawn.supxlabel(f"share of the budget used (grey: {grey})", fontsize=10)
+    drawn.supxlabel("share of the budget used" + (f" (grey: {grey})" if len(names) > 1 else ""), fontsize=10)
     drawn.supylabel("exact match, dev subset", fontsize=10)
     words = "; ".join(f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
