@@ -167,7 +167,8 @@ def measured(variant: dict, rounds: int, batch: int) -> dict:
     shares = {name: value / whole for name, value in shares.items()}
     seconds = [step["seconds"] for step in timed]
     return {"seconds": seconds, "cpu_seconds": [step["cpu_seconds"] for step in timed],
-            "pairs": batch, "peak": max(step["peak"] for step in variant["steps"][1:]), "losses": [step["loss"] for step in variant["steps"]],
+            "pairs": batch, "peak": max(step["peak"] for step in variant["steps"][1:]),
+            "losses": [step["loss"] for step in variant["steps"]],
             "tokens": statistics.mean(step["tokens"] for step in profiled) / batch,
             "reference_seconds": variant["reference_seconds"], "shares": {**shares, "rest": 1 - sum(shares.values())}}
 
