@@ -74,6 +74,7 @@ class Claim(Frozen):
     test: Test
     treatment: Cell
     baseline: Cell | None = None
+    baseline_name: str = ""  # what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's)
     across: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     metric: str = "score"
     margin: float

@@ -128,6 +128,10 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     if claim.no_divergence and lost and verdict.verdict == "supported":
         verdict.verdict = "inconclusive"
         verdict.reason += f" But {names[0]} diverged (seed {', '.join(map(str, lost))})."
+    elif lost:
+        verdict.reason += f" {names[0]} diverged (seed {', '.join(map(str, lost))})."
+    if verdict.verdict == "supported" and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged[:n]):
+        verdict.verdict = "inconclusive"  # what stands for its scores is ours, not measured
     if baseline and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
     if claim.premise:
@@ -142,6 +146,8 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
 def _baseline_name(study: Claims, claim: Claim, cells: list[Cell]) -> str:
     if claim.baseline is None:
         return "the reported figure"
+    if claim.baseline_name:
+        return claim.baseline_name
     return study.label(cells[0] if len(cells) == 1 else claim.baseline)
 
 
@@ -155,7 +161,8 @@ def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
 def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
     """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
     asked = claim.model_copy(update={"treatment": other.treatment or claim.treatment,
-                                     "baseline": other.baseline or claim.baseline})
+                                     "baseline": other.baseline or claim.baseline,
+                                     "baseline_name": "" if other.baseline else claim.baseline_name})
     out = {"name": other.name, "decides": False}
     try:
         treatment, baseline = study.levels(asked, "treatment"), study.levels(asked, "baseline")

@@ -51,7 +51,7 @@ def members_of(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
 
 def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     """`cell` with each `best` replaced by the value whose runs have the best mean of the validation metric `choose_on`;
-    None where no run has that metric. A diverged run counts as guessing."""
+    None where a run lacks it: which would have been best is then not known. A diverged run counts as guessing."""
     open_keys = [key for key, value in cell.items() if value == BEST]
     if not open_keys:
         return study.filled(cell)
@@ -61,7 +61,9 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
         return None
     metric = pd.to_numeric(found[study.choose_on], errors="coerce")
     metric = metric.mask(found["status"] == "diverged", study.diverged.get("accuracy", 0.5))
-    means = metric.groupby([found[key] for key in open_keys]).mean().dropna()
+    if found.empty or metric[found[open_keys].notna().all(axis=1)].isna().any():
+        return None
+    means = metric.groupby([found[key] for key in open_keys]).mean()
     if means.empty:
         return None
     best = means.idxmax()

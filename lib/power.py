@@ -73,10 +73,12 @@ def _scores(noise: Noise, seed_sd: float, shape: tuple[int, ...], rng: np.random
     return x + noise.answer_sd * rng.standard_normal((two, n, levels, s, q), dtype=np.float32)
 
 
-def table(study: Claims, *, seeds: int | None = None, questions: int | None = None, n_sim: int | None = None, seed: int = 0
-          ) -> pd.DataFrame:
+def table(study: Claims, *, seeds: int | None = None, questions: int | None = None, n_sim: int | None = None, seed: int = 0,
+          scale: str | None = None) -> pd.DataFrame:
     """For each claim and stated seed standard deviation, the share of simulated studies that support it: `power` if it is
     true as claimed (alone, and by Holm with the study's other claims true as claimed), `false supported` on the boundary."""
+    if scale:  # Holm's family is the claims that this scale evaluates
+        study = study.model_copy(update={"claims": tuple(claim for claim in study.claims if scale in claim.scales)})
     noise, rng = study.noise, np.random.default_rng(seed)
     size = {"seeds": seeds or noise.seeds, "questions": questions or noise.questions, "n_sim": n_sim or noise.simulations}
     out = []

@@ -277,10 +277,38 @@ def test_absolute_figures_belong_to_the_papers_scale():
 
 
 def test_best_is_chosen_on_validation_with_diverged_runs_as_guesses():
-    _, members = made(diverged=[("dpo", 0.5, s) for s in SEEDS])
+    _, members = made({**GOOD, "dpo": (4.0, 6.0, 7.5, 7.0)}, diverged=[("dpo", 0.5, s) for s in SEEDS])
     assert choose(STUDY, {"method": "dpo", "beta": "best"}, members) == {"method": "dpo", "beta": 2.5}
+    one = made({**GOOD, "dpo": (4.0, 6.0, 7.5, 7.0)}, diverged=[("dpo", 0.5, 42)])[1]
+    assert choose(STUDY, {"method": "dpo", "beta": "best"}, one)["beta"] == 2.5, "(.5 + .575 + .575) / 3 is below .57"
+    assert choose(STUDY, {"method": "dpo", "beta": "best"}, one[one.status == "completed"])["beta"] == 0.5
     assert choose(STUDY, {"method": "dpo", "beta": "best"}, members.drop(columns="validation_implicit_accuracy")) is None
     assert choose(STUDY, {"method": "td_dpo", "beta": 0.5}, members) == {"method": "td_dpo", "beta": 0.5, "tau": 1.0}
+
+
+@pytest.mark.parametrize("status", ["failed", "lost", "missing", "completed"])
+def test_the_next_best_never_stands_for_a_best_that_is_not_known(status):
+    """A failed run of the best cell would else make a rival of what is second best."""
+    rows, members = made()
+    gone = (members.method == "dpo") & (members.beta == 0.5)
+    members.loc[gone, ["status", "validation_implicit_accuracy"]] = [status, None]
+    assert choose(STUDY, {"method": "dpo", "beta": "best"}, members) is None
+
+
+def test_what_diverged_is_said_and_supports_nothing_by_itself():
+    """The score that stands for a diverged run is ours: whatever it is, a treatment that has no other supports no claim."""
+    high = STUDY.model_copy(update={"diverged": {"score": 9.0}, "claims": (BY_ID["C1"],)})
+    rows, members = made(diverged=[("td_dpo", 0.01, seed) for seed in SEEDS])
+    verdict = judge(rows, members, study=high)["C1"]
+    assert verdict.verdict == "inconclusive"
+    assert "TD-DPO (beta 0.01, tau 0.5) diverged (seed 42, 43, 44)" in verdict.reason
+
+
+def test_a_claim_may_name_what_its_metric_is_less_of():
+    named = BY_ID["C1"].model_copy(update={"baseline_name": "1.22 times the area of DPO"})
+    rows, members = made()
+    verdict = judge(rows, members, study=STUDY.model_copy(update={"claims": (named,)}))["C1"]
+    assert "1.22 times the area of DPO" in verdict.reason
 
 
 def test_beside_with_one_seed_has_no_interval():

@@ -247,6 +247,21 @@ def test_reactor_solves_a_bandit():
     assert sum(found) / 5 == pytest.approx(0.8, rel=0.25)
 
 
+def test_reactor_sees_where_the_loss_is_going(monkeypatch):
+    """Its third input is tanh of the relative drop between the last two windows: positive while the loss falls."""
+    arm, seen = methods.make(member_of("reactor").run.training.scheduler, 2), []
+    act = arm.act
+    monkeypatch.setattr(arm, "act", lambda s: seen.append(float(s[2])) or act(s))
+    for step in range(30):
+        arm.decide(methods.Seen(fraction=step / 30, entropy=0.5, log_lambda=torch.zeros(2)))
+        arm.learn(3.0 * 0.98**step, None, None, 1e-3, 0.9)
+    assert seen[:2] == [0.0, 0.0], "two windows make the first drop"
+    assert all(trend == pytest.approx(math.tanh(1 - 0.98**5), rel=1e-6) for trend in seen[2:])
+    again = methods.make(member_of("reactor").run.training.scheduler, 2)
+    again.restore(arm.state())
+    assert again.trend == arm.trend != 0
+
+
 def test_block_adam_is_adamw_where_every_multiplier_is_one():
     torch.manual_seed(0)
     mine, theirs = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)], []

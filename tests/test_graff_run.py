@@ -64,6 +64,34 @@ def stepped(engine, a: float, eta: float, log_m: torch.Tensor, batch):
     return losses.mean().item(), g, optimizer.delta, credit
 
 
+def test_the_secants_two_gradients_have_the_same_dropout(shared, monkeypatch):  # noqa: F811
+    """Where the step moved nothing they are equal, whatever was drawn in between."""
+    run = member_of("graff", cold=True, changes={"model.lora.dropout": 0.3}).run
+    given = inputs.load(shared)
+    model = inputs.load_model(run, given, 1).train()
+    probes = Probes(model, given.frequent, 1.0)
+    optimizer = BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
+    batch = base_model.collate(given.rows["train"][:4], given.tokenizer.pad_token_id)
+    with torch.no_grad():  # B begins at zero, where no dropout shows in the gradient of A
+        for p in probes.parameters:
+            p.add_(0.02 * torch.randn_like(p))
+    differences = []
+    monkeypatch.setattr(pl, "curvature", lambda delta, y, *_: differences.append(y) or (torch.zeros(4), 0.0))
+    for redrawn in (False, True):
+        optimizer.zero_grad()
+        probes.before_last_micro(model)
+        losses, _, _ = probes.token_losses(model, batch, False)
+        losses.mean().backward()
+        torch.rand(7)
+        if redrawn:
+            probes.rng = (torch.get_rng_state(), probes.rng[1])
+        optimizer.delta = optimizer.p = [torch.zeros_like(p) for p in probes.parameters]
+        probes.secant(model, (batch, torch.ones_like(losses), None, len(losses)), optimizer, torch.ones(4))
+    same, other = (max(float(y.abs().max()) for y in ys) for ys in differences)
+    assert same == pytest.approx(0, abs=1e-7)
+    assert other > 1e-4
+
+
 # ---- 1. and 4. on the model that is trained
 
 def test_hypergradients_of_a_real_step_match_finite_differences(engine):

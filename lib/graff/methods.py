@@ -103,12 +103,11 @@ class Reactor(Fixed):
         self.adam = torch.optim.Adam([self.omega, self.log_sigma], lr=self.scheduler.controller_lr)
         self.generator = torch.Generator().manual_seed(0)
         self.s, self.a, self.count, self.losses, self.last, self.mean, self.var = None, 0.0, 0, [], None, 0.0, 0.0
+        self.trend = 0.0  # tanh of the last window's relative loss drop
 
     def decide(self, seen):
         if self.count % self.HOLD == 0:
-            now = statistics.fmean(self.losses[-self.HOLD:]) if self.losses else 0.0
-            trend = math.tanh((self.last - now) / max(abs(self.last), 1e-8)) if self.last is not None and self.losses else 0.0
-            self.act(torch.tensor([1.0, 1 - seen.fraction, trend, seen.entropy]))
+            self.act(torch.tensor([1.0, 1 - seen.fraction, self.trend, seen.entropy]))
         self.log_eta = min(max(self.a, -CONTROLLER_CLIP), CONTROLLER_CLIP)
         return super().decide(seen)
 
@@ -135,13 +134,15 @@ class Reactor(Fixed):
         if self.count % self.HOLD == 0:
             now = statistics.fmean(self.losses)
             if self.last is not None:
-                self.reward((self.last - now) / max(abs(self.last), 1e-8))
+                drop = (self.last - now) / max(abs(self.last), 1e-8)
+                self.reward(drop)
+                self.trend = math.tanh(drop)
             self.last = now
 
     def state(self):
         return {"log_eta": self.log_eta, "omega": self.omega.detach(), "log_sigma": self.log_sigma.detach(),
                 "adam": self.adam.state_dict(), "generator": self.generator.get_state(), "s": self.s,
-                **{k: getattr(self, k) for k in ("a", "count", "losses", "last", "mean", "var")}}
+                **{k: getattr(self, k) for k in ("a", "count", "losses", "last", "trend", "mean", "var")}}
 
     def restore(self, state):
         state = dict(state)

@@ -87,7 +87,7 @@ class Probes:
     def before_last_micro(self, model) -> None:
         """Remember the sum of gradients so far and the dropout's state, for `secant`."""
         self.so_far = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
-        self.rng = torch.get_rng_state()
+        self.rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def secant(self, model, held: tuple, optimizer, m: Tensor) -> tuple[Tensor, float]:
         """(lambda per block (N,), global lambda) from the last micro-batch at theta_t (its share of the summed gradient) and
@@ -95,7 +95,8 @@ class Probes:
         inputs, w, _, tokens = held
         first = [p.grad if s is None else p.grad - s for p, s in zip(self.parameters, self.so_far, strict=True)]
         with torch.random.fork_rng():
-            torch.set_rng_state(self.rng)
+            torch.set_rng_state(self.rng[0])
+            torch.cuda.set_rng_state_all(self.rng[1])  # a GPU's dropout draws from its own generator
             losses = self.token_losses(model, inputs, False)[0]
             second = torch.autograd.grad((w * losses).sum() / tokens, self.parameters)
         y = torch._foreach_sub(list(second), first)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib import record
+from lib.graff.config import DIVERGED
 
 KEYS = ["run_id", "method", "learning_rate", "seed"]
 
@@ -40,11 +41,18 @@ def all_members(loaded: record.Records) -> pd.DataFrame:
 
 
 def grid(loaded: record.Records) -> pd.DataFrame:
-    """Every run at every base rate: mean over seeds."""
+    """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have none of
+    (dev_loss) is null where one diverged."""
     names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "steps", "energy"]
-    members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", *names])
+    members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", "status", *names])
     members[names] = members[names].apply(pd.to_numeric, errors="coerce")
-    return members.groupby(["budget", "run_id", "learning_rate"], sort=False)[names].mean().reset_index()
+    lost = members["status"] == "diverged"
+    members.loc[lost, list(names)] = [DIVERGED.get(name, np.nan) for name in names]
+    members["budget"] = members["budget"].fillna(members.groupby("run_id")["budget"].transform("first"))
+    groups = members.assign(diverged=lost).groupby(["budget", "run_id", "learning_rate"], sort=False, dropna=False)
+    means = groups[names].agg(lambda x: x.mean())
+    means.loc[groups["diverged"].any(), "dev_loss"] = np.nan
+    return means.assign(seeds=groups.size(), diverged=groups["diverged"].sum()).reset_index()
 
 
 def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float = 0.5) -> pd.DataFrame:
