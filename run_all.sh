@@ -18,7 +18,9 @@ if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$
     exit 3
   fi
   echo "making the environment in $venv (once; a minute or two)"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  # A venv without pip is one that was not made to its end.
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" \
+    || { echo "making $venv failed (on Debian and Ubuntu: apt install python3-venv); the same command again goes on" >&2; exit 3; }
   # torch first and alone: a range in another package must not choose a different build.
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch \
     && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]" \

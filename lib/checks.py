@@ -5,7 +5,7 @@ import codecs
 import contextlib
 from pathlib import Path
 
-from lib import claim_types, config, trackers
+from lib import claim_types, config, storage, trackers
 from lib.errors import StudyError
 from lib.faults import did_you_mean
 from lib.schema import Finding, Run
@@ -14,7 +14,7 @@ TEXT = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def shared_findings(run: Run) -> list[Finding]:
-    return [*_objective(run), *_search_space(run), *_grid(run), *_files(run), *trackers.findings(run)]
+    return [*_objective(run), *_search_space(run), *_storage(run), *_grid(run), *_files(run), *trackers.findings(run)]
 
 
 def _objective(run: Run) -> list[Finding]:
@@ -27,6 +27,15 @@ def _objective(run: Run) -> list[Finding]:
     if run.optuna.direction != metrics[name]:
         return [Finding("error", "optuna.direction", f"the search would {run.optuna.direction} {name}, of which "
                         f"{'more' if metrics[name] == 'maximize' else 'less'} is better", f"direction: {metrics[name]}")]
+    return []
+
+
+def _storage(run: Run) -> list[Finding]:
+    """No password stands in the YAML, where records and pages would show it: in a trial, too."""
+    try:
+        storage.written(run.optuna.storage or "postgresql://")
+    except StudyError as error:
+        return [Finding("error", "optuna.storage", f"{error.found}; expected {error.expected}", error.mend)]
     return []
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
 from lib.errors import StudyError
-from lib.options import parser, wants
+from lib.options import parser, short, wants
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
@@ -75,10 +75,12 @@ def guarded(work) -> int:
 
 
 def root_of(options) -> Path:
-    """outputs/<scale>-<mode>, with what --set changed behind it, so that a variation never overwrites the study. Where a run
-    is mirrored is no variation of it."""
-    sets = sorted(s.partition("=") for s in options.sets if not s.startswith("wandb."))
-    changed = ",".join(f"{key}={Path(value).name}" for key, _, value in sets)
+    """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
+    overwrites the study. Where a run is mirrored or searched is no variation of it."""
+    sets = sorted(s.partition("=") for s in options.sets if not s.startswith(("wandb.", "optuna.storage")))
+    changed = ",".join(f"{key}={short(value)}" for key, _, value in sets)
+    if options.params and "STUDY_OUTPUTS" not in os.environ:  # who names the outputs has chosen a place already
+        changed += f",params={short(os.path.abspath(options.params))}"
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""

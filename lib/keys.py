@@ -13,7 +13,8 @@ import platform
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate", "numpy",
+            "datasets", "safetensors", "scikit-learn", "schedulefree", "prodigyopt")
 # Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's numbers.
 NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "optuna", "wandb", "compute")
 
@@ -97,7 +98,7 @@ def _content(path: Path, stamp: tuple) -> str:
 def source(name: str, revision: str | None) -> str:
     """Fingerprint of a data set or model by its name: content of a local path, name and revision of a hub id."""
     path = Path(name)
-    if not path.exists():
+    if not path.is_absolute() or not path.exists():  # the configuration keeps local paths absolute
         return f"{name}@{revision or 'unpinned'}"
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return _content(path, tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
@@ -109,6 +110,8 @@ def device_kind() -> str:
     kinds of its GPUs."""
     if os.environ.get("STUDY_DEVICES"):
         return os.environ["STUDY_DEVICES"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # GPUs that nobody may use
+        return f"cpu-{platform.machine()}"
     try:
         import pynvml
 
@@ -129,9 +132,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
+def member_key(config: dict, seed: int, module: str, mode: str, files: dict[str, str] | None = None) -> dict:
     """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`: where
-    its training lives."""
+    its training lives; `files`: what other local files it names hold."""
     numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
     if config.get("compute", {}).get("strategy") == "fsdp":
@@ -144,6 +147,7 @@ def member_key(config: dict, seed: int, module: str, mode: str) -> dict:
         "model": source(model["name"], model.get("revision")),
         "versions": versions(),
         "device": device_kind(),
+        **({"files": files} if files else {}),
     }
     return {**parts, "all": digest(parts)}
 
@@ -168,7 +172,8 @@ def difference(old: dict | None, new: dict) -> str:
     before, after = old.get("config", {}), new["config"]
     changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
     reasons += [f"{k} {before.get(k)} -> {after.get(k)}" for k in changed[:2]] + (["…"] if len(changed) > 2 else [])
-    reasons += [f"{part} changed" for part in ("code", "data", "model", "device") if old.get(part) != new[part]]
+    reasons += [f"{part} changed" for part in ("code", "data", "model", "device", "files")
+                if old.get(part) != new.get(part)]
     if old.get("versions") != new["versions"]:
         reasons += [
             f"{k} {old.get('versions', {}).get(k)} -> {v}"

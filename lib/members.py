@@ -28,13 +28,21 @@ CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 def key(member) -> dict:
     """What this member's numbers depend on, in parts."""
-    return keys.member_key(config.dump(member.run), member.seed, f"lib.{member.run.study}.member", member.run.mode)
+    run = member.run
+    return keys.member_key(config.dump(run), member.seed, f"lib.{run.study}.member", run.mode, other_files(run))
+
+
+def other_files(run) -> dict[str, str]:
+    """What the local files hold that the run names besides its model and its data."""
+    named = set(config.study_module(run.study).PATHS) - {"model.name", "dataset.name"}
+    values = {key: config.get(config.dump(run), key) for key in sorted(named)}
+    return {key: keys.source(value, None) for key, value in values.items() if config.is_local(value)}
 
 
 def stale(member, folder: Path) -> str:
     """Why this member has to be trained; the empty string where its record stands."""
     done = record.read_json(folder / "done.json")
-    if not done or done.get("status") not in record.FINISHED or not (folder / "metrics.json").exists():
+    if not done or done.get("status") not in record.FINISHED or record.read_json(folder / "metrics.json") is None:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
     return keys.difference(done["key"], key(member))
 
@@ -73,6 +81,7 @@ def inputs_folder(run) -> Path:
         "code": keys.closure(f"lib.{run.study}.inputs"),
         "device": keys.device_kind(),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
+        **({"files": files} if (files := other_files(run)) else {}),
     }
     return CACHE / run.study / keys.digest(parts)
 

@@ -2,6 +2,9 @@
 
 import argparse
 import fnmatch
+import hashlib
+import os
+from pathlib import Path
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 
@@ -76,3 +79,10 @@ def count(text: str) -> int:
 def wants(options: argparse.Namespace, run_id: str) -> bool:
     """Whether --run names this run: any of its patterns, or none given."""
     return any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])
+
+
+def short(value: str) -> str:
+    """A value in a folder's name: of a path its last part, and what tells it from others of that name."""
+    if "/" not in value:
+        return value[:60]
+    return f"{Path(value).name[:40]}-{hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:6]}"

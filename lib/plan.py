@@ -3,6 +3,7 @@
 Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,10 +53,12 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for kind in ("train.ipynb", "analysis.ipynb"):
-            if not (NOTEBOOKS / study / kind).exists():
-                raise StudyError(f"notebooks/{study}/{kind}", "not there", "the study's notebooks",
-                                 f"leave this study out (--study), or add notebooks/{study}/")
+        for path in (NOTEBOOKS / study / "train.ipynb", NOTEBOOKS / "sweep.ipynb", NOTEBOOKS / study / "analysis.ipynb",
+                     config.ROOT / "params" / study / "claims.yaml"):
+            if not path.exists():
+                name = os.path.relpath(path, config.ROOT)
+                raise StudyError(name, "not there", "the study's notebooks and claims",
+                                 f"leave this study out (--study), or add it (git checkout -- {name})")
         train = [_train(run, force) for run in mine]
         unmade = {members.inputs_folder(s.run): s for s in reversed(train) if s.members}
         for folder, first in unmade.items():
@@ -76,6 +79,8 @@ def _why(step_key: str, folder: Path, output: Path, status_name: str, force: boo
         return f"last attempt {status.get('status')}"
     if not output.exists():
         return f"{output.name} is gone"
+    if not record.read_json(folder / "done.json") or record.read_json(folder / "metrics.json") is None:
+        return "its record is incomplete"
     return "" if status.get("key") == step_key else "its notebook or what it reads changed"
 
 

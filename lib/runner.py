@@ -140,6 +140,9 @@ class Runner:
 
     def execute(self, step: plan.Step) -> None:
         started = time.time()
+        if self.stopping:  # still in the queue when the run was interrupted: its record stays as it is
+            self.state[id(step)] = "interrupted"
+            return
         try:
             if self.force:
                 archive(step)

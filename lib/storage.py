@@ -20,6 +20,22 @@ DRIVERS = {"postgresql": "psycopg", "postgresql+psycopg": "psycopg", "sqlite": "
 MEND = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
 
 
+def written(text: str) -> tuple[str, str]:
+    """Scheme and rest of a URL as the YAML has it. Raises StudyError, without the URL, for one that holds a secret."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in DRIVERS:
+        found = f"a URL of {scheme!r}" if separator else "no URL"
+        raise StudyError("optuna.storage", found, f"a URL of {', '.join(DRIVERS)}", MEND)
+    account = rest.rpartition("@")[0] if "@" in rest.split("/", 1)[0] else ""
+    if account.partition(":")[2] and REFERENCE.sub("", account.partition(":")[2]):
+        raise StudyError("optuna.storage", "a password written in the YAML", "a reference to an environment variable", MEND)
+    for name in REFERENCE.findall(text):
+        if not record.is_secret(name):  # else its value would not be taken out of logs and pages
+            raise StudyError("optuna.storage", f"${{env.{name}}}", "a variable whose name says that it is secret, such as "
+                             "DB_PASSWORD", MEND)
+    return scheme, rest
+
+
 def url_of(run) -> str | None:
     """The run's data base URL with its secrets in place (never show it); None for a journal file.
 
@@ -28,16 +44,8 @@ def url_of(run) -> str | None:
     text = run.optuna.storage
     if text is None:
         return None
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme not in DRIVERS:
-        raise StudyError("optuna.storage", repr(record.redact(text))[:80], f"a URL of {', '.join(DRIVERS)}", MEND)
-    account = rest.rpartition("@")[0] if "@" in rest.split("/", 1)[0] else ""
-    if account.partition(":")[2] and REFERENCE.sub("", account.partition(":")[2]):
-        raise StudyError("optuna.storage", "a password written in the YAML", "a reference to an environment variable", MEND)
+    scheme, rest = written(text)
     for name in REFERENCE.findall(text):
-        if not record.is_secret(name):  # else its value would not be taken out of logs and pages
-            raise StudyError("optuna.storage", f"${{env.{name}}}", "a variable whose name says that it is secret, such as "
-                             "DB_PASSWORD", MEND)
         if not os.environ.get(name):
             raise MissingError("optuna.storage", f"{name} is not set", "the variable that the URL names", f"export {name}=…")
     if importlib.util.find_spec(DRIVERS[scheme]) is None:

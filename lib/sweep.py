@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import psutil
 
-from lib import config, members, record, storage
+from lib import config, keys, members, record, storage
 from lib.errors import StudyError
 
 BATCH = 4  # trials proposed at a time; fixed, or the same seed would search differently on another machine
@@ -36,10 +36,16 @@ def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
     return made
 
 
+def made_of(run) -> str:
+    """What a trial's value depends on besides its point: trials of other settings, data, code or objective do not count."""
+    return keys.digest([members.key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"],
+                        run.optuna.objective_metric])
+
+
 def open_study(run, folder: Path) -> optuna.Study:
     """The run's study in its journal or data base. Raises StudyError where it was made with another direction."""
     study = optuna.create_study(
-        study_name=storage.name_of(run),
+        study_name=f"{storage.name_of(run)}@{made_of(run)}",
         storage=storage.opened(run, folder),
         direction=run.optuna.direction,
         load_if_exists=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import config, options
+from lib import config, members, options
 from lib.errors import StudyError
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
@@ -244,6 +244,39 @@ def test_members_of_the_laptop_study():
     assert {("td_dpo", f"beta0.05-tau1-s{seed}") for seed in (42, 43, 44)} < ids  # a claim's cell has every seed
     assert ("td_dpo", "beta0.05-tau2-s42") in ids
     assert ("td_dpo", "beta0.05-tau2-s43") not in ids
+
+
+def test_a_folder_of_the_models_name_where_one_stands_changes_no_key(write, raw, tmp_path, monkeypatch):
+    member = config.members(load(write(raw)))[0]
+    before = members.key(member)["all"]
+    for name in ("made", "generated"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert members.key(member)["all"] == before
+
+
+def test_a_file_that_a_run_names_is_part_of_its_members_key(tmp_path):
+    """A warm start that is made again under the same name is another one."""
+    path, found = tmp_path / "warm.safetensors", []
+    raw = config.load_yaml(config.ROOT / "params/graff/laptop/graff.yaml")
+    raw["training"]["scheduler"]["warm_start_ckpt"] = str(path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    for content in ("one", "other, longer"):
+        path.write_text(content)
+        run = config.load_run(tmp_path / "run.yaml", study="graff", scale="laptop", mode="full")
+        found.append((members.key(config.members(run)[0])["all"], members.inputs_folder(run)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize("mode", ["full", "trial"])
+def test_a_password_in_the_yaml_is_refused_in_every_mode_and_not_shown(write, raw, mode):
+    raw["optuna"]["storage"] = "postgresql://me:hunter2hunter2@h/db"
+    path = write(raw)
+    (found,) = [findings for _, _, findings in config.load_folder(path.parent, "laptop", mode)]
+    told = [finding for finding in found if finding.key == "optuna.storage"]
+    assert [finding.level for finding in told] == ["error"]
+    assert "hunter2" not in str(told)
 
 
 def test_two_runs_of_one_method_that_train_the_same_cell_are_told(write, raw):

@@ -112,6 +112,12 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     again = members.submit(run)
     assert again.tasks == {}
     assert len(members.collect(again)) == 1
+    (member,), folder = config.members(run), Path(run.results_dir) / "tiny" / "members" / "default-s1"
+    kept = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text("")
+    assert members.stale(member, folder) == "resumes", "a record without its numbers is none"
+    (folder / "metrics.json").write_text(kept)
+    assert members.stale(member, folder) == ""
     changed = config.apply(run, {"learning_rate": 2e-3})
     (member,) = config.members(changed)
     reason = members.stale(member, Path(run.results_dir) / "tiny" / "members" / member.id)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import nbformat
 import pytest
@@ -15,6 +16,7 @@ import yaml
 
 from lib import cli, plan, progress, record, runner, show
 from lib.errors import MissingError, StudyError
+from lib.options import parser
 from tests.conftest import ROOT, TINY
 from tests.faults import SITECUSTOMIZE
 
@@ -205,6 +207,37 @@ def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code
     said = capsys.readouterr().err
     assert told in said
     assert not_told not in said
+
+
+def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
+    step = types.SimpleNamespace(folder=tmp_path)
+    mine = types.SimpleNamespace(stopping=True, state={}, force=True)
+    monkeypatch.setattr(runner, "archive", lambda step: pytest.fail("archived"))
+    runner.Runner.execute(mine, step)
+    assert mine.state == {id(step): "interrupted"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gone", ["done.json", "metrics.json", None])
+def test_a_record_with_a_hole_does_not_stand(tmp_path, gone):
+    for name in ("run.ipynb", "status.json", "done.json", "metrics.json"):
+        record.write_json(tmp_path / name, {"status": "succeeded", "key": "k"})
+    if gone:
+        (tmp_path / gone).write_text("")
+    why = plan._why("k", tmp_path, tmp_path / "run.ipynb", "status.json", False)
+    assert why == ("its record is incomplete" if gone else "")
+
+
+def test_outputs_of_other_params_and_other_paths_have_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.delenv("STUDY_OUTPUTS", raising=False)
+
+    def root(*arguments):
+        return cli.root_of(parser().parse_args(["full", "--scale", "laptop", "--mode", "full", *arguments])).name
+
+    assert root() == "laptop-full"
+    assert root("--params", str(tmp_path)).startswith("laptop-full,params=")
+    assert root("--set", "dataset.name=/a/pairs.jsonl") != root("--set", "dataset.name=/b/pairs.jsonl")
+    assert "hunter2" not in root("--set", "optuna.storage=postgresql://me:hunter2@h/db")
 
 
 def test_a_number_is_not_given_twice(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from lib import aggregate, config, members, record, runs, storage, sweep
 from lib.errors import MissingError, StudyError
+from tests.conftest import TINY
 
 SPACE = {
     "beta": {"type": "categorical", "choices": [0.05, 0.5]},
@@ -55,6 +56,19 @@ def test_cells_first_each_once_and_the_number_of_trials_is_kept(tiny, tmp_path, 
     )
     assert len(fake_training) == len(set(fake_training)) == 6
     assert table["value"].is_monotonic_decreasing
+
+
+def test_trials_of_other_settings_do_not_count(tiny, tmp_path, fake_training):
+    """A finished search whose run has changed is made anew: its values were those of another training."""
+    folder = tmp_path / "sweep"
+    sweep.search(searchable(tiny), folder)
+    training = {**TINY["training"], "weight_decay": 0.3}
+    changed = tiny(training=training, grid=GRID, seed_list=[1], optuna={"n_trials": 6, "search_space": SPACE})
+    before = len(fake_training)
+    assert len(sweep.searched(sweep.search(changed, folder))) == 6
+    assert len(fake_training) >= before
+    assert sweep.open_study(changed, folder).study_name != sweep.open_study(searchable(tiny), folder).study_name
+    assert sweep.made_of(searchable(tiny)) == sweep.made_of(searchable(tiny, trials=9)), "a longer search goes on"
 
 
 def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_path, fake_training):
@@ -138,7 +152,7 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
     has passed; what a dead process of this machine left is queued again."""
     run = searchable(tiny, storage=f"sqlite:///{tmp_path}/trials.db")
     study = sweep.open_study(run, tmp_path / "sweep")
-    assert study.study_name == f"{tmp_path.name}/td_dpo/tiny", "unique in a data base that holds other searches"
+    assert study.study_name.startswith(f"{tmp_path.name}/td_dpo/tiny@"), "unique in a data base that holds other searches"
     sweep.enqueue_cells(study, run)
     with monkeypatch.context() as away:
         away.setattr(sweep.platform, "node", lambda: "another-machine")

@@ -40,7 +40,7 @@ ALIASES = {
     "controller_lr": "training.scheduler.controller_lr", "budget_minutes": "training.budget_minutes",
     "method": "training.scheduler.type", "lora_r": "model.lora.r",
 }
-PATHS = ("model.name", "dataset.name", "training.scheduler.warm_start_ckpt")
+PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
 MADE_BY = {"training.scheduler.warm_start_ckpt": "python -m lib.graff.warm_start FILE.safetensors makes one, then --set "
                                                  "training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
                                                  "--set training.scheduler.cold=true for an untrained planner"}

@@ -79,6 +79,7 @@ def finish(folder: Path, asked: list[dict], kept: dict[str, dict], cache: Path, 
     mine = {row["key"] for row in asked}
     own = [row for row in judging.replies(cache) if row["key"] in mine]
     others = [row for row in record.read_jsonl(folder / REPLIES) if row["key"] not in mine]
+    (folder / JUDGED).unlink(missing_ok=True)  # from here to its end the record is neither the old judge's nor the new one's
     record.write_jsonl(folder / REPLIES, [*others, *own])
     kind = {"kind": "answer", "judge": "mt_bench"}
     before = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
