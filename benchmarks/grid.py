@@ -97,9 +97,10 @@ def ours(home: Path, jobs: int | None) -> dict:
     runs = [json.loads((records / method / "status.json").read_text()) for method in METHODS]
     cells = {method: notebook_start(records / method / "run.ipynb") for method in METHODS}
     asked, came = notebook_start(records / "comparison" / "analysis.ipynb")
+    leader = min(METHODS, key=first.__getitem__)  # the other's members wait for its slots
     kernel = came - asked  # of a notebook whose turn comes while the pool is there; the first ones wait for its imports
     return {"seconds": ended - began, "members": len(members), "member_seconds": whole, "step_seconds": steps,
-            "first_step": {method: kernel + first[method] - cells[method][1] for method in METHODS},
+            "first_step": kernel + first[leader] - cells[leader][1],
             "before": min(start for _, start in cells.values()) - began,
             "after": ended - max(run["ended"] for run in runs)}
 
@@ -211,7 +212,7 @@ def report(found: dict, theirs: list[dict], count: int, options: argparse.Namesp
         f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
         f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
         "saving. From a run's turn, the pool being there, to its first recorded step: "
-        + ", ".join(f"{m} {s:.1f} s" for m, s in found["first_step"].items()) + "."])
+        f"{found['first_step']:.1f} s."])
 
 
 if __name__ == "__main__":

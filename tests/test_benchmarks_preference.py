@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import preference_step, size
+from benchmarks import grid, preference_step, size
 
 SMALLEST = ["--shape", "tiny", "--longest", "48", "--batch", "2", "--micro", "2", "--rounds", "1", "--threads", "1"]
 
@@ -49,3 +49,12 @@ def test_cost_against_size_is_a_table_and_a_plot(tmp_path, capsys, monkeypatch):
     assert [row[1] for row in rows] == ["1", "2", "slope"]
     assert all(float(cell) > 0 for row in rows[:2] for cell in row[2:4])
     assert (tmp_path / "size.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_grid_of_two_cells_is_run_both_ways(capsys):
+    grid.main(["--smallest", "--jobs", "2", "--threads", "1"])
+    said = capsys.readouterr().out
+    assert "| 2 cells | seconds | per cell |" in said
+    assert "(measured)" in said
+    assert 0 < float(said.split("first recorded step: ")[1].split(" s.")[0]) < 120
