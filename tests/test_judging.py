@@ -11,7 +11,7 @@ import pytest
 
 from lib import claim_types, claims, cli, config, judge_command, plan, preflight, record, runs
 from lib.errors import MissingError, StudyError
-from lib.td_dpo import judge_client, judging, mt_answers, mt_bench, sampling, tables
+from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
 from tests.conftest import ROOT
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -503,3 +503,33 @@ def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
     assert (status["key"], status["key_metric"]["value"]) == ("k", 5.5), "its notebook is not to be executed again"
     searched = record.read_json(folder / "sweep" / "metrics.json")
     assert (searched["trials"], searched["final"]["mt_bench_score"], searched["final"]["seeds"]) == (3, 5.5, 2)
+
+
+def test_a_second_judge_that_dies_half_way_leaves_no_score_under_the_firsts_name(tmp_path, monkeypatch):
+    folder, cache = tmp_path / "run" / "members" / "x-s1", tmp_path / "cache.jsonl"
+    folder.mkdir(parents=True)
+    record.write_jsonl(folder / "answers.jsonl", [{"question": 81, "turn": 1, "text": "a", "length": 1}])
+    record.write_json(folder / "metrics.json", {"status": "completed"})
+    record.write_jsonl(folder / "predictions.jsonl", [])
+
+    def grade(model, score):
+        asked = [{"question": 81, "category": "writing", "turn": 1, "messages": [], "key": model}]
+        record.append_jsonl(cache, {
+            "key": model, "model": model, "endpoint": "e", "question": 81, "turn": 1, "score": score, "calls": 1,
+            "prompt_tokens": 1, "completion_tokens": 1, "estimated": False, "reply": ""})
+        grading.finish(folder, asked, judging.load_cache(cache), cache, model, (None, None))
+
+    grade("first", 9.0)
+    assert grading.due(folder, "first") == ""
+    write = record.write_json
+
+    def dies(path, value):
+        if path.name == grading.JUDGED:
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(record, "write_json", dies)
+    with pytest.raises(KeyboardInterrupt):
+        grade("second", 2.0)
+    assert record.read_json(folder / "metrics.json")["mt_bench_score"] == 2.0
+    assert grading.due(folder, "first") != "", "what is in the record is not the first judge's"
