@@ -65,7 +65,8 @@ class Claim(Frozen):
 
     margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
     (cost_ratio) or the largest point estimate of the ratio of variances (variance_ratio). claimed: the size that was
-    claimed, on the same scale, planted in the power table.
+    claimed, on the same scale, planted in the power table. floor: a mean score that neither side reaching makes the claim
+    vacuous: models that do next to nothing differ by nothing. not_evaluated: why no record can decide it.
     """
 
     id: str
@@ -83,6 +84,8 @@ class Claim(Frozen):
     no_divergence: bool = False
     premise: bool = False
     guard: float | None = None
+    floor: float | None = None
+    not_evaluated: str = ""
     reachable: bool = True
     note: str = ""
     scales: tuple[str, ...] = ("laptop", "paper")

@@ -11,7 +11,7 @@ do; the companion is what keeps that at 5 %, at the price of power (lib/power.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -43,18 +43,19 @@ class Data(NamedTuple):
 
 def evaluate(study: Claims, rows: pd.DataFrame, *, scale: str, mode: str, members: pd.DataFrame | None = None,
              accuracy: pd.DataFrame | None = None, costs: pd.DataFrame | None = None, seeds: Iterable[int] = (),
-             draws: int = DRAWS, scored_by: str = "", mend: str = "") -> list[Verdict]:
+             draws: int = DRAWS, scored_by: str = "", mend: str = "", absent: Mapping[str, str] | None = None) -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs: pairs
     `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they have.
     scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get them).
+    absent: {metric: why it has no values}, the reason of the claims about it.
     """
     if members is None:
         members = members_of(rows, study.keys)
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, tuple(seeds), draws)
-    verdicts = [_evaluate_one(study, claim, data, scale, mode) for claim in study.claims]
+    verdicts = [_evaluate_one(study, claim, data, scale, mode, absent or {}) for claim in study.claims]
     for verdict in verdicts:
         if verdict.test != "cost_ratio":
             verdict.scored_by = scored_by
@@ -83,7 +84,7 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str) -> Verdict:
+def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
     verdict = Verdict(claim.id, claim.sentence, claim.test, claim.metric, scale, "not evaluated", "", claim.estimand,
                       claim.margin, claim.claimed, note=claim.note)
     if mode == "trial":
@@ -92,6 +93,8 @@ def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str
         verdict.reason = "a figure of a named model says nothing about the models made at laptop scale"
     elif scale not in claim.scales:
         verdict.reason = f"this claim is about {' and '.join(claim.scales)} scale"
+    elif claim.not_evaluated or claim.metric in absent:
+        verdict.reason = claim.not_evaluated or absent[claim.metric]
     elif claim.test == "cost_ratio":
         _judge_cost(study, claim, data, verdict)
     else:
@@ -134,6 +137,11 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.verdict = "inconclusive"  # what stands for its scores is ours, not measured
     if baseline and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
+    highest = float(pairs.values.mean((1, 2)).max())
+    if claim.floor is not None and verdict.verdict != "vacuous" and highest < claim.floor:
+        verdict.verdict = "vacuous"
+        verdict.reason = (f"{names[0]} and {names[1]} score {highest:.4f} at most, below {claim.floor:g}: where next to "
+                          f"nothing is scored no difference can show (here {verdict.estimate:+.4f})")
     if claim.premise:
         verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
     if pairs.dropped:

@@ -72,6 +72,10 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
                                       trust_remote_code=run.model.trust_remote_code)
     rows = {name: [base_model.encode(tokenizer, r, run.dataset.max_tokens) for r in problems[name]]
             for name in ("train", "dev")}
+    longest = run.dataset.max_tokens
+    cut = {name: sum(len(row["ids"]) == longest and row["ids"][-1] != tokenizer.eos_token_id for row in mine)
+           for name, mine in rows.items()}
+    rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]  # the others have nothing to learn from
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"]:])
     frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -81,7 +85,14 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
     record.write_json(folder / "report.json", {
         "base": base, "stand_in": base != run.model.name != "made", "source": source, "pretraining_loss": closing,
         "examples": {name: len(mine) for name, mine in problems.items()},
+        "cut_at_max_tokens": cut, "answer_tokens": answer_tokens(rows["train"]),
         "answers_with_annotations": sum(bool(answers.ANNOTATION.search(r["answer"])) for r in problems["train"])})
+
+
+def answer_tokens(rows: list[dict]) -> dict[str, int]:
+    """Of the answers as they are trained on: the middle one's length and the longest's, beside evaluation.max_new_tokens."""
+    found = sorted(len(row["ids"]) - row["prompt"] for row in rows)
+    return {"median": found[len(found) // 2], "longest": found[-1]} if found else {}
 
 
 def load(folder: Path) -> Inputs:

@@ -1,0 +1,108 @@
+"""Energy to reach a level of exact match: of a run from its evaluations, and of all runs as rows that a claim is judged by.
+
+A run has one such figure, log E. The crossed bootstrap wants one value per seed and problem whose mean it is: what leaving one
+problem of the dev subset out does to log E (the jackknife's influence values), so that the interval holds the chance of the
+problems as well as the seeds'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+KEYS = ["run_id", "method", "learning_rate", "seed"]
+FACTOR = 0.83  # of REACTOR's energy, as was claimed
+METRIC = "energy_reactor_83"
+
+
+class Level(NamedTuple):
+    """The exact match that energy is counted to, or None, and why."""
+
+    value: float | None
+    why: str
+
+
+def to_level(joules: list, exact_match: list, level: float | None) -> float | None:
+    """Joules when exact match first reaches `level`, between two evaluations by linear interpolation. None where no level is
+    stated, nothing was read, it is never reached, or the base model (the first evaluation) is there already: then nothing was
+    spent on reaching it."""
+    if level is None or any(j is None or j != j for j in joules) or exact_match[0] >= level:
+        return None
+    for j0, j1, e0, e1 in zip(joules, joules[1:], exact_match, exact_match[1:], strict=False):
+        if e1 >= level:
+            return j0 + (j1 - j0) * (level - e0) / (e1 - e0)
+    return None
+
+
+def choose_level(evaluations: pd.DataFrame, stated: float | None) -> Level:
+    """The stated level; where none is, half-way from the base model's exact match to what the tuned fixed rate ends at (mean
+    over seeds; `evaluations` are of the runs at their chosen rates), which neither side of the claim has a say in. A level that
+    the base model has already is refused: no energy is spent on reaching it."""
+    first = evaluations.sort_values("used").groupby(["run_id", "cell", "seed"])["exact_match_subset"]
+    base = float(first.first().max()) if len(evaluations) else math.nan
+    if stated is not None:
+        if base >= stated:
+            return Level(None, f"the base model's exact match is {base:.3f} already, the level {stated:g}")
+        return Level(stated, f"{stated:g}, as evaluation.energy_level states")
+    fixed = evaluations[evaluations["method"] == "fixed"]
+    if fixed.empty:
+        return Level(None, "no level is stated (evaluation.energy_level), and no fixed rate's record is there to choose one by")
+    end = float(fixed.sort_values("used").groupby(["run_id", "cell", "seed"])["exact_match_subset"].last().mean())
+    if end <= base:
+        return Level(None, f"the fixed rate ends at {end:.3f}, not above the base model's {base:.3f}: no level lies between")
+    half = (base + end) / 2
+    return Level(half, f"{half:.3f}, half-way from the base model's {base:.3f} to the {end:.3f} the tuned fixed rate ends at")
+
+
+def rows(evaluations: pd.DataFrame, level: float, reference: str = "reactor") -> pd.DataFrame:
+    """One row per member and dev problem: METRIC is -log of the energy to the level, of `reference` of FACTOR times it, in
+    units of `reference`'s mean whole run: larger is better, and 0 is the claimed ratio in a difference. And `reached`: a run
+    that never got there counts with its whole energy, the least that it can have taken."""
+    found, whole = [], evaluations.groupby(["run_id", "cell", "seed"])["joules"].transform("max").astype(float)
+    its = evaluations["method"] == reference
+    unit = float(whole[its].mean() if its.any() else whole.mean())
+    for _, mine in evaluations.groupby(["run_id", "cell", "seed"], sort=False):
+        mine = mine.sort_values("used")
+        joules, hits = mine["joules"].astype(float).tolist(), np.array(mine["hits"].tolist(), dtype=float)
+        without = (hits.sum(1, keepdims=True) - hits) / (hits.shape[1] - 1)
+        every = to_level(joules, hits.mean(1).tolist(), level)
+        log_e = math.log((joules[-1] if every is None else every) / unit)
+        left = np.log([(to_level(joules, column.tolist(), level) or joules[-1]) / unit for column in without.T])
+        influence = (hits.shape[1] - 1) * (left.mean() - left)
+        factor = math.log(FACTOR) if mine["method"].iloc[0] == reference else 0.0
+        keys = {key: mine[key].iloc[0] for key in KEYS}
+        found += [{**keys, "example": f"dev-{i}", METRIC: -(log_e + value) - factor, "reached": every is not None}
+                  for i, value in enumerate(influence)]
+    return pd.DataFrame(found, columns=[*KEYS, "example", METRIC, "reached"])
+
+
+def unread(members: pd.DataFrame) -> str:
+    """Why no energy can be compared, '' where every member's was read from one source."""
+    done = members[members["status"] == "completed"]
+    if done.empty:
+        return "no run has finished"
+    sources = done["energy_source"].map(lambda s: s if isinstance(s, str) else None)
+    if sources.isna().any():
+        reasons = sorted({str(r) for r in done.loc[sources.isna(), "energy_reason"].dropna()}) or ["no reason recorded"]
+        return f"energy could not be read ({'; '.join(reasons)})"
+    if sources.nunique() > 1:
+        return f"energy comes from different sources ({', '.join(sorted(set(sources)))})"
+    return ""
+
+
+def heed_what_was_not_reached(verdict, names: tuple[str, str], treatment: pd.DataFrame, baseline: pd.DataFrame) -> None:
+    """What never reached the level stands with the least it can have taken: a verdict that rests on that is inconclusive, and
+    vacuous where neither side got there in any seed. Changes `verdict`."""
+    lost = [sorted(int(s) for s in side.loc[~side["reached"].astype(bool), "seed"].unique()) for side in (treatment, baseline)]
+    told = "; ".join(f"{name} did not reach the level with seed {', '.join(map(str, seeds))}"
+                     for name, seeds in zip(names, lost, strict=True) if seeds)
+    if not told:
+        return
+    if not treatment["reached"].any() and not baseline["reached"].any():
+        verdict.verdict = "vacuous"
+    elif (verdict.verdict == "supported" and lost[0]) or (verdict.verdict == "refuted" and lost[1]):
+        verdict.verdict = "inconclusive"
+    verdict.reason += f" {told}: counted with all its energy, the least it can be."
