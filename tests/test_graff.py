@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import answers, clock, data, generate, inputs, member, methods
+from lib.graff import answers, clock, curves, data, generate, inputs, member, methods
 from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 from tests.conftest import ROOT
@@ -462,7 +462,7 @@ def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
     energy.update()
     assert (energy.joules, energy.source) == (None, None)
     assert "cannot be read" in energy.reason
-    assert clock.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
+    assert curves.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
 
 
 class FakeNvml:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lib.graff.curves import to_level
+
 KEYS = ["run_id", "method", "learning_rate", "seed"]
 FACTOR = 0.83  # of REACTOR's energy, as was claimed
 METRIC = "energy_reactor_83"
@@ -23,18 +25,6 @@ class Level(NamedTuple):
 
     value: float | None
     why: str
-
-
-def to_level(joules: list, exact_match: list, level: float | None) -> float | None:
-    """Joules when exact match first reaches `level`, between two evaluations by linear interpolation. None where no level is
-    stated, nothing was read, it is never reached, or the base model (the first evaluation) is there already: then nothing was
-    spent on reaching it."""
-    if level is None or any(j is None or j != j for j in joules) or exact_match[0] >= level:
-        return None
-    for j0, j1, e0, e1 in zip(joules, joules[1:], exact_match, exact_match[1:], strict=False):
-        if e1 >= level:
-            return j0 + (j1 - j0) * (level - e0) / (e1 - e0)
-    return None
 
 
 def choose_level(evaluations: pd.DataFrame, stated: float | None) -> Level:

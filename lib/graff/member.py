@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from lib import checkpoints, config, models, record, trackers
 from lib.errors import MissingError, StudyError
-from lib.graff import base_model, clock, energy, generate, inputs, methods, trainer
+from lib.graff import base_model, clock, curves, generate, inputs, methods, trainer
 from lib.graff import planner as planner_maths
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
@@ -175,7 +175,7 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
     if rows[-1]["used"] > budget:  # the last evaluation ended after the budget: nothing counts as reached by then
         found, final, losses = dict.fromkeys(found, []), [], []
     times = [r["used"] for r in rows]
-    areas = [clock.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
+    areas = [curves.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
     record.write_jsonl(folder / "predictions.jsonl", [
         *({"kind": "example", "example": f"test-{i}", "exact_match": float(r["strict"]), "text": r["text"],
            "reference": r["reference"], "flexible_match": float(r["flexible"]),
@@ -193,10 +193,10 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
             "flexible_match": share(found["test"], "flexible"), "dev_flexible_match": share(final, "flexible"),
             "base_exact_match": rows[0]["exact_match_subset"], "dev_loss": rows[-1]["dev_loss"],
             "test_loss": sum(t for t, _ in losses) / max(1, sum(n for _, n in losses)) if losses else None,
-            "auc": clock.auc(times, [r["exact_match_subset"] for r in rows], budget),
+            "auc": curves.auc(times, [r["exact_match_subset"] for r in rows], budget),
             "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
             "energy": its.energy.joules, "energy_source": its.energy.source,
             "energy_reason": its.energy.reason,
-            "energy_to_level": energy.to_level([r["joules"] for r in rows], [r["exact_match_subset"] for r in rows],
+            "energy_to_level": curves.to_level([r["joules"] for r in rows], [r["exact_match_subset"] for r in rows],
                                                run.evaluation.energy_level),
             "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}
