@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from lib import statistics as st
-from lib.claim_types import Beside, Cell, Claim, Claims, load
+from lib.claim_types import BEST, Beside, Cell, Claim, Claims, load
 from lib.comparison import Paired, choose, members_of, pair_up, select
 from lib.measured import measure, measure_cost
 from lib.verdicts import VERDICTS, Verdict, sentence, table, to_json
@@ -75,11 +75,11 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     for claim in study.claims:
         for side in ("treatment", "baseline"):
             for cell in study.levels(claim, side) if getattr(claim, side) else ():
-                found = select(members, cell)
+                found = select(members, {key: value for key, value in cell.items() if value != BEST})  # any of them may be it
                 by_status = {status: sorted(group["seed"].astype(int)) for status, group in found.groupby("status")}
                 done = len(by_status.get("completed", [])) + len(by_status.get("diverged", []))
                 out.append({"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(found), "finished": done,
-                            **{status: ", ".join(map(str, by_status.get(status, [])))
+                            **{status: ", ".join(map(str, sorted(set(by_status.get(status, [])))))
                                for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")}})
     return pd.DataFrame(out)
 
@@ -89,12 +89,14 @@ def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str
                       claim.margin, claim.claimed, note=claim.note)
     if mode == "trial":
         verdict.reason = "a trial shows that the study runs, not what it finds"
+    elif claim.not_evaluated:
+        verdict.reason = claim.not_evaluated
     elif claim.test == "absolute" and scale == "laptop":
         verdict.reason = "a figure of a named model says nothing about the models made at laptop scale"
     elif scale not in claim.scales:
         verdict.reason = f"this claim is about {' and '.join(claim.scales)} scale"
-    elif claim.not_evaluated or claim.metric in absent:
-        verdict.reason = claim.not_evaluated or absent[claim.metric]
+    elif claim.metric in absent:
+        verdict.reason = absent[claim.metric]
     elif claim.test == "cost_ratio":
         _judge_cost(study, claim, data, verdict)
     else:

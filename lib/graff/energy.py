@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lib.claim_types import Claims
+from lib.comparison import choose, select
 from lib.graff.curves import to_level
 
 KEYS = ["run_id", "method", "learning_rate", "seed"]
@@ -41,7 +43,7 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> Level:
     if fixed.empty:
         return Level(None, "no level is stated (evaluation.energy_level), and no fixed rate's record is there to choose one by")
     end = float(fixed.sort_values("used").groupby(["run_id", "cell", "seed"])["exact_match_subset"].last().mean())
-    if end <= base:
+    if end - base < 1e-9:  # means are not exact
         return Level(None, f"the fixed rate ends at {end:.3f}, not above the base model's {base:.3f}: no level lies between")
     half = (base + end) / 2
     return Level(half, f"{half:.3f}, half-way from the base model's {base:.3f} to the {end:.3f} the tuned fixed rate ends at")
@@ -78,14 +80,36 @@ def unread(members: pd.DataFrame) -> str:
     if sources.isna().any():
         reasons = sorted({str(r) for r in done.loc[sources.isna(), "energy_reason"].dropna()}) or ["no reason recorded"]
         return f"energy could not be read ({'; '.join(reasons)})"
+    if not (pd.to_numeric(done["energy"], errors="coerce") > 0).all():
+        return "the energy that was read is 0 in some run: the counter did not move"
     if sources.nunique() > 1:
         return f"energy comes from different sources ({', '.join(sorted(set(sources)))})"
     return ""
 
 
-def heed_what_was_not_reached(verdict, names: tuple[str, str], treatment: pd.DataFrame, baseline: pd.DataFrame) -> None:
-    """What never reached the level stands with the least it can have taken: a verdict that rests on that is inconclusive, and
-    vacuous where neither side got there in any seed. Changes `verdict`."""
+def judge(members: pd.DataFrame, evaluations: pd.DataFrame, stated: float | None
+          ) -> tuple[pd.DataFrame | None, dict[str, str], Level]:
+    """(rows for the claims about energy or None, {METRIC: why it has no values}, the level). `evaluations` are of the runs that
+    the claims compare; the level is chosen on those at their chosen rates, `at_chosen` a column of it."""
+    why = unread(members)
+    level = choose_level(evaluations[evaluations["at_chosen"]], stated)
+    if why or level.value is None:
+        return None, {METRIC: why or f"no level to count energy to: {level.why}"}, level
+    return rows(evaluations, level.value), {}, level
+
+
+def heed(verdicts: list, study: Claims, members: pd.DataFrame, energies: pd.DataFrame | None) -> None:
+    """What never reached the level stands with the least it can have taken: a verdict that rests on that becomes inconclusive,
+    and vacuous where neither side got there in any seed. Changes the verdicts on METRIC."""
+    of = {claim.id: claim for claim in study.claims if claim.metric == METRIC}
+    for verdict in verdicts:
+        if verdict.id in of and verdict.estimate is not None and energies is not None:
+            cells = [choose(study, cell, members) for cell in (of[verdict.id].treatment, of[verdict.id].baseline)]
+            sides = [select(energies, cell) for cell in cells]
+            _heed(verdict, tuple(study.label(cell) for cell in cells), *sides)
+
+
+def _heed(verdict, names: tuple[str, str], treatment: pd.DataFrame, baseline: pd.DataFrame) -> None:
     lost = [sorted(int(s) for s in side.loc[~side["reached"].astype(bool), "seed"].unique()) for side in (treatment, baseline)]
     told = "; ".join(f"{name} did not reach the level with seed {', '.join(map(str, seeds))}"
                      for name, seeds in zip(names, lost, strict=True) if seeds)
