@@ -176,10 +176,10 @@ class BudgetTrainer(Trainer):
         step = self.state.global_step + 1
         eta = self.eta if isinstance(optimizer, BlockAdam) else optimizer.param_groups[0]["lr"] \
             * optimizer.param_groups[0].get("d", 1.0)
-        self.on_record({"step": step, "steps": None if self.args.max_steps == NO_CAP else self.args.max_steps,
-                        "used": used, "fraction": self.clock.fraction, "loss": self.loss, "eta": eta,
-                        "log_m": self.plan.log_m.tolist(), "a": float(self.plan.a), "lambda": self.lam or None,
-                        "c_eta": self.c_eta, "regret": self.regret, **method.log})
+        held = round(step / max(self.clock.fraction, 1e-9))  # by the budget, which ends most runs before the cap
+        self.on_record({"step": step, "steps": min(held, self.args.max_steps), "used": used, "fraction": self.clock.fraction,
+                        "loss": self.loss, "eta": eta, "log_m": self.plan.log_m.tolist(), "a": float(self.plan.a),
+                        "lambda": self.lam or None, "c_eta": self.c_eta, "regret": self.regret, **method.log})
         if self.clock.kind == "monotonic":
             record.write_json(self.spent, {"used": used})
         if not math.isfinite(self.loss):
