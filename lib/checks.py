@@ -32,8 +32,10 @@ def _objective(run: Run) -> list[Finding]:
 
 def _storage(run: Run) -> list[Finding]:
     """No password stands in the YAML, where records and pages would show it: in a trial, too."""
+    if run.optuna.storage is None:
+        return []
     try:
-        storage.written(run.optuna.storage or "postgresql://")
+        storage.written(run.optuna.storage)
     except StudyError as error:
         return [Finding("error", "optuna.storage", f"{error.found}; expected {error.expected}", error.mend)]
     return []
@@ -177,5 +179,5 @@ def _shared_cells(runs: list[Run]) -> dict[tuple[str, str], list[Finding]]:
                     found[study, run.run_id] = [Finding(
                         "warning", "method", f"{method} trains {cell} with seed {seed} as {owner[shared[0]]} does: no claim "
                         "about it can be evaluated", "claims.yaml: run_id among `keys`, and in the claim's cell")]
-                owner |= {pair: run.run_id for pair in own - owner.keys()}
+                owner |= dict.fromkeys(own - owner.keys(), run.run_id)
     return found
