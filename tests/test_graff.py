@@ -320,7 +320,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
     extra = {"cold": True, "outer_lr": 1e-2} if kind == "graff" else {}
     trained(tmp_path / "whole", shared, kind=kind, **extra)
     (tmp_path / "cut").mkdir()
-    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; "
+    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; member.trainer.SAVE_SECONDS = 0; "
             f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))")
     going = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,13 +1,17 @@
 """GRAFF on real problems at laptop scale, and the published configurations: what comes along, what is cut, what is honoured."""
 
+import contextlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from lib import config, record
-from lib.graff import base_model, generate, inputs, member, methods, tables
+from lib.errors import StudyError
+from lib.graff import base_model, generate, inputs, member, methods, tables, warm_start
 from lib.graff.config import implied
 from lib.yaml_file import load_yaml
 from tests.conftest import ROOT
@@ -145,6 +149,59 @@ def test_generation_stops_at_what_the_harness_would_cut(shared, monkeypatch):  #
     written, _ = generate.scored(model, given.tokenizer, [{"question": "q", "answer": "#### 4"}], 2, 1)
     assert written[0]["strict"] is True
     assert written[0]["flexible"] is True
+
+
+@pytest.mark.parametrize(("period", "written", "ends"), [
+    (1, 64, True), (5, 64, True), (16, 64, True), (17, 64, False), (3, 56, False), (3, 68, False), (3, 72, True)])
+def test_a_row_that_only_repeats_itself_is_ended_and_no_other(period, written, ends):
+    """Looked at every 8 tokens, from 64 on; the prompt does not count, and a row that says something new goes on."""
+    loop = [7 + i % period for i in range(written)]
+    fresh = list(range(100, 100 + written))
+    rows = torch.tensor([[1, 2, 3, *loop], [1, 2, 3, *fresh], [1, 2, 3, *loop[:-1], 999]])
+    assert generate.Looping(3)(rows, None).tolist() == [ends, False, False]
+
+
+def test_what_a_model_writes_in_a_loop_says_the_same_as_all_that_it_may_write(shared, monkeypatch):  # noqa: F811
+    given = inputs.load(shared)
+    model = inputs.load_model(member_of().run, given, 1).eval()
+    questions = [p["question"] for p in given.problems["train"][:12]]
+    short, units = generate.texts(model, given.tokenizer, questions, 150, 12)
+    monkeypatch.setattr(generate, "LOOP", 10**9)
+    long, more = generate.texts(model, given.tokenizer, questions, 150, 12)
+    assert all(b.startswith(a) for a, b in zip(short, long, strict=True))
+    assert [base_model.answers.strict(t) for t in short] == [base_model.answers.strict(t) for t in long]
+    assert units < more
+
+
+# ---- the warm start beside the base model
+
+@pytest.mark.parametrize(("does", "said"), [
+    ("open(sys.argv[3], 'w').write('made')", None), ("sys.exit(3)", "ended with 3"), ("pass", "ended with 0")])
+def test_the_warm_start_is_a_process_of_its_own_that_has_to_leave_its_file(tmp_path, monkeypatch, does, said):
+    """A program that stands for python: what it is asked for, what comes of its failing."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'lib.graff.warm_start']\n"
+                       f"assert sys.argv[4:] == ['laptop', 'with-parent']\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(warm_start.sys, "executable", str(program))
+    made = []
+    refused = pytest.raises(StudyError, match=said) if said else contextlib.nullcontext()
+    with refused, warm_start.beside(tmp_path / "w.safetensors", "laptop"):
+        made.append("base model")
+    assert made == ["base model"]
+    assert (tmp_path / "w.safetensors").exists() == (said is None)
+
+
+def test_the_warm_starts_process_ends_where_the_base_model_fails(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(warm_start.sys, "executable", str(program))
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(warm_start.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(RuntimeError, match="no base model"), warm_start.beside(tmp_path / "w.safetensors", "laptop"):
+        raise RuntimeError("no base model")
+    assert started[0].poll() is not None
 
 
 # ---- published configurations: no key goes unheard
