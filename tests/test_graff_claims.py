@@ -149,6 +149,12 @@ def test_the_reported_claims_are_all_there():
     assert all(claim.treatment["run_id"] in {run.run_id for run in runs("paper")} for claim in mistral)
 
 
+def test_coverage_counts_the_runs_that_the_best_is_chosen_among():
+    members = pd.concat([studied({"graff": 1e-3, "reactor": 1e-3})[0].assign(learning_rate=rate) for rate in (3e-4, 3e-3)])
+    found = claims.coverage(PUBLISHED, members).set_index(["claim", "side"]).loc[("C1", "treatment")]
+    assert (found["runs"], found["finished"], found["completed"]) == (6, 6, "42, 43, 44")
+
+
 def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say_why():
     rows = pd.DataFrame([{"run_id": "reactor_30", "method": "reactor", "seed": seed, "example": i, "exact_match": 1.0,
                           "status": "completed"} for seed in SEEDS for i in range(9)])
