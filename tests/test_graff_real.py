@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -181,7 +182,7 @@ def test_the_warm_start_is_a_process_of_its_own_that_has_to_leave_its_file(tmp_p
     """A program that stands for python: what it is asked for, what comes of its failing."""
     program = tmp_path / "python"
     program.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'lib.graff.warm_start']\n"
-                       f"assert sys.argv[4:] == ['laptop', 'with-parent']\n{does}\n")
+                       f"assert sys.argv[4:] == ['laptop', '{os.getpid()}']\n{does}\n")
     program.chmod(0o755)
     monkeypatch.setattr(warm_start.sys, "executable", str(program))
     made = []

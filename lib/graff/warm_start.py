@@ -24,7 +24,6 @@ from lib.graff import inputs, member
 
 STEPS, BATCHES = 100, (4, 8, 16)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
-WITH_PARENT = "with-parent"  # ends when who started it does
 SIZES = {"laptop": (64, 2), "paper": (384, 8)}
 
 
@@ -70,7 +69,7 @@ def beside(out: Path, scale: str) -> Iterator[None]:
     that the file is the same. Raises StudyError where it ended without one."""
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    going = subprocess.Popen([sys.executable, "-m", "lib.graff.warm_start", str(out), scale, WITH_PARENT], cwd=config.ROOT,
+    going = subprocess.Popen([sys.executable, "-m", "lib.graff.warm_start", str(out), scale, str(os.getpid())], cwd=config.ROOT,
                              env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
@@ -84,7 +83,9 @@ def beside(out: Path, scale: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    if sys.argv[3:] == [WITH_PARENT]:
+    if sys.argv[3:]:  # the process that started this one, without which nobody waits for the file
+        if os.getppid() != int(sys.argv[3]):
+            sys.exit("who started this is gone")
         child.end_with_parent()
     target = Path(sys.argv[1])
     for row in make(target, *sys.argv[2:3]):
