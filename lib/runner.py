@@ -144,6 +144,8 @@ class Runner:
             self.state[id(step)] = "interrupted"
             return
         try:
+            if step.kind == "analysis":  # its runs have ended: the records are what they are now
+                step.key = plan.analysis_key(step.study, step.folder.parent)
             if self.force:
                 archive(step)
             self.attempt(step, started)
