@@ -72,6 +72,8 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
                      "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length")
             return [Finding("error", key, f"about {needed:.0f} GB of GPU memory for a batch of full length at {key}: "
                             f"{getattr(run.training, footprint.batch_limit(run))}, the GPU has {largest:.0f}", lower)]
+    if mixed := _mixed(run, machine, found):
+        return [mixed]
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
     other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
@@ -81,6 +83,22 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
         return [Finding("error", "model.torch_dtype", f"bfloat16, which {old.name} (compute capability "
                         f"{'.'.join(map(str, old.capability))}) does not have", "an Ampere GPU or newer, or float32"), *other]
     return other
+
+
+def _mixed(run: Run, machine: Machine, found: list[Gpu]) -> Finding | None:
+    """Members go to whichever GPU is free: on GPUs of several kinds nobody could say which of them made a record."""
+    kinds = list(dict.fromkeys(gpu.name for gpu in found))
+    if len(kinds) < 2:
+        return None
+    asked = (run.compute.gpu_type or "").split("-")[0].lower()
+    kind = next((name for name in kinds if asked and asked in name.lower()), kinds[0])
+    shown = [d.strip() for d in machine.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    shown = shown or [str(i) for i in range(len(found))]
+    mend = f"CUDA_VISIBLE_DEVICES={','.join(d for d, gpu in zip(shown, found, strict=False) if gpu.name == kind)}"
+    if machine.environ.get("STUDY_CLUSTER"):
+        mend = f"ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
+    return Finding("error", "compute.gpu_type", f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of "
+                   "them, and sums round differently", f"show the runs one kind: {mend}")
 
 
 def _home(environ: Mapping[str, str]) -> Path:

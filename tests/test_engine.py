@@ -733,6 +733,12 @@ def test_a_finished_run_is_loaded_not_trained(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
+def test_other_intervals_of_saves_and_log_lines_go_on_from_the_same_checkpoints(tmp_path):
+    first, _ = train(tmp_path)
+    again, records = train(tmp_path, save_steps=5, logging_steps=2)
+    assert (again.step, again.best_step, records) == (10, first.best_step, [])
+
+
 def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):
     train(tmp_path)
     outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2})

@@ -89,6 +89,20 @@ def test_several_gpus_for_one_member(run, machine):
     assert said(spread, machine(gpus=(A100,) * 4)) == {}
 
 
+def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine):
+    t4 = Gpu("NVIDIA T4-like", 85.0, (8, 0))
+    mixed = said(run, machine(gpus=(t4, A100, A100)))["compute.gpu_type"]
+    assert mixed.level == "error"
+    assert "NVIDIA T4-like, NVIDIA A100" in mixed.what
+    assert mixed.mend.endswith("CUDA_VISIBLE_DEVICES=0")
+    wanted = config.apply(run, {"compute.gpu_type": "a100-80gb"})
+    assert said(wanted, machine(gpus=(t4, A100, A100)))["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=1,2")
+    named = machine(gpus=(t4, A100, A100), CUDA_VISIBLE_DEVICES="7,GPU-ab,3")
+    assert said(wanted, named)["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=GPU-ab,3")
+    assert "--num-gpus=0" in said(wanted, machine(gpus=(t4, A100), STUDY_CLUSTER="a:1"))["compute.gpu_type"].mend
+    assert said(config.apply(run, {"compute.gpus": 0}), machine(gpus=(t4, A100))) == {}, "it trains on the CPU"
+
+
 @pytest.mark.parametrize(("answer", "words"), [
     ((None, ""), "does not answer"), ((403, "GatedRepo"), "access was refused"), ((401, "GatedRepo"), "access was refused"),
     ((404, "RepoNotFound"), "no such model"), ((401, "RepoNotFound"), "no such model"), ((200, ""), None),

@@ -43,6 +43,8 @@ ALIASES = {  # the order is the order in a cell's name
     "max_length": "dataset.preprocessing.max_length",
 }
 PATHS = ("model.name", "dataset.name")
+NOT_NUMBERS = ("training.logging_steps", "training.save_steps")  # lines of the log; what a resume goes on from (a new best is
+# saved whenever it is found): a member is not trained again for them
 KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
 
 
