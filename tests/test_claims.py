@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lib import claims as c
 from lib import power
@@ -163,6 +164,48 @@ def test_c5(ratio, verdict):
     assert set(v.per_seed) == set(SEEDS)
 
 
+def test_the_companions_p_is_scipys_one_sided_t_test():
+    rows, members = made({**GOOD, "td_dpo": (5.9, 6.1, 7.5, 6.1)}, seed_sd=0.3, seed=3)
+    costs = times(1.005)
+    found = judge(rows, members, costs=costs)
+    (paper,) = judge(rows, members, study=absolute(reported=5.9), scale="paper").values()
+    of = {name: np.array(list(v.per_seed.values())) for name, v in {**found, "A": paper}.items()}
+
+    def p(values, threshold, alternative):
+        return stats.ttest_1samp(values, threshold, alternative=alternative).pvalue
+
+    assert found["C1"].p_companion == pytest.approx(p(of["C1"], -0.3, "greater"))
+    assert found["C2"].p_companion == pytest.approx(p(of["C2"], 1.0, "greater"))
+    assert found["C3"].p_companion == pytest.approx(max(p(of["C3"], -0.1, "greater"), p(of["C3"], 0.1, "less")))
+    assert paper.p_companion == pytest.approx(p(of["A"], -0.5, "greater"))
+    # C4: each seed's variance across beta, less the noise within a cell, of TD-DPO against DPO
+    means = rows.groupby(["method", "beta", "seed"]).score.mean().unstack()
+    own = [means.loc[m].var(ddof=1) - means.loc[m].var(axis=1, ddof=1).mean() for m in ("td_dpo", "dpo")]
+    assert found["C4"].p_companion == pytest.approx(stats.ttest_rel(*own, alternative="less").pvalue)
+    # C5: the medians of ten stretches of neighbouring pairs
+    blocks = np.median(np.log(costs.seconds / costs.seconds_baseline).to_numpy().reshape(10, 12), axis=1)
+    assert found["C5"].p_companion == pytest.approx(p(blocks, np.log(1.02), "less"))
+    for value in (found["C2"].p_companion, found["C3"].p_companion, found["C4"].p_companion):
+        assert 1e-4 < value < 0.9999, "else a wrong side or a wrong threshold could go unseen"
+    low, high = stats.ttest_1samp(of["C1"], 0).confidence_interval(0.95)
+    assert found["C1"].companion_interval95 == pytest.approx((low, high))
+
+
+def test_a_cost_is_judged_by_its_own_methods_pairs_that_were_timed():
+    """Pairs of another method, and pairs without two times, are not of the claim."""
+    rows, members = made()
+    mine, other = times(1.0), times(3.0, n=300, seed=1).assign(method="td_dpo_anchored")
+    broken = pd.DataFrame({"method": "td_dpo", "seed": 42, "seconds": [0.0, -1.0, np.nan, 0.5],
+                           "seconds_baseline": [1.0, 1.0, 1.0, 0.0]})
+    (only,) = judge(rows, members, costs=mine, study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
+    (among,) = judge(rows, members, costs=pd.concat([other, mine, broken]),
+                     study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
+    assert (among.n_pairs, among.verdict) == (120, "supported")
+    assert c.to_json([among]) == c.to_json([only])
+    assert judge(rows, members, costs=pd.concat([other, mine[:19], broken]))["C5"].verdict == "not evaluated"
+    assert judge(rows, members, costs=pd.concat([other, mine[:20], broken]))["C5"].n_pairs == 20
+
+
 # ---- diverged, missing, trial, scale
 
 
@@ -211,6 +254,28 @@ def test_missing_cells_are_named_and_nothing_is_guessed():
     assert v["C5"].verdict == "not evaluated"
     assert "0 pairs" in v["C5"].reason
     assert v["C1"].holm_p is None
+
+
+@pytest.mark.parametrize("status", ["failed", "lost", "out_of_memory"])
+def test_scores_that_a_failed_run_left_are_not_taken(status):
+    """It may have died between its questions, or with weights that nobody kept."""
+    rows, members = made()
+    gone = (members.method == "dpo") & (members.beta == 0.05) & (members.seed == 44)
+    members.loc[gone, "status"] = status
+    verdict = judge(rows, members)["C1"]
+    assert (verdict.verdict, verdict.estimate) == ("not evaluated", None)
+    assert f"DPO (beta 0.05), seed 44: {status}" in verdict.reason
+    (against_best,) = judge(rows, members.assign(validation_implicit_accuracy=np.where(members.beta == 0.05, 0.9, 0.5)),
+                            study=STUDY.model_copy(update={"claims": (BY_ID["C1"].model_copy(
+                                update={"baseline": {"method": "dpo", "beta": 0.5}}),)})).values()
+    assert against_best.beside[0]["n_seeds"] == 2, "beside a claim, the seeds that both sides have"
+
+
+def test_scores_that_a_diverged_run_left_do_not_count():
+    rows, members = made()
+    members.loc[(members.method == "dpo") & (members.beta == 0.05) & (members.seed == 44), "status"] = "diverged"
+    score = rows[(rows.method == "td_dpo") & (rows.beta == 0.01) & (rows.seed == 44)].score.mean()
+    assert judge(rows, members)["C1"].per_seed[44] == pytest.approx(score - 1.0)
 
 
 def test_two_runs_of_one_cell_are_never_averaged():
@@ -461,6 +526,29 @@ def test_simulated_and_real_decisions_agree():
     share = power.power(BY_ID["C1"], seeds=3, seed_sd=0.05, question_sd=1.5, questions=80, effect=0.0, n_sim=2000,
                         rng=np.random.default_rng(3), answer_sd=0.7, noise=Noise(interaction_sd=0.0))
     assert np.mean(real) == pytest.approx(share, abs=0.17)
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.1, 0.2])
+def test_power_where_only_questions_of_a_method_differ_is_a_closed_form(effect):
+    """With neither seeds nor answers that differ, every seed sees the same differences d_q ~ N(effect, 2 interaction^2): their
+    mean over sqrt(3/2) times its (population) standard error is a noncentral t, and the companion has nothing against it."""
+    claim, q = BY_ID["C2"].model_copy(update={"margin": 0.0}), 80
+    noise = Noise(interaction_sd=0.4, answer_sd=0.0, question_sd=1.5)
+    share = power.power(claim, seeds=3, seed_sd=0.0, question_sd=1.5, questions=q, effect=effect, n_sim=4000,
+                        rng=np.random.default_rng(5), answer_sd=0.0, noise=noise)
+    critical = stats.norm.ppf(0.975) * (1.5 * (q - 1) / q) ** 0.5
+    expected = stats.nct.sf(critical, q - 1, effect * q**0.5 / (2**0.5 * 0.4))
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-3)
+
+
+def test_power_where_only_seeds_differ_is_a_closed_form():
+    """Then the companion is the narrower gate: t of 3 seeds above 2.92, where the primary asks for 1.96."""
+    claim = BY_ID["C2"].model_copy(update={"margin": 0.0})
+    share = power.power(claim, seeds=3, seed_sd=0.3, question_sd=1.5, questions=80, effect=0.8, n_sim=4000,
+                        rng=np.random.default_rng(6), answer_sd=0.0, noise=Noise(interaction_sd=0.0))
+    critical = max(stats.t.ppf(0.95, 2), stats.norm.ppf(0.975) * (1.5 * 2 / 3) ** 0.5)
+    expected = stats.nct.sf(critical, 2, 0.8 * 3**0.5 / (2**0.5 * 0.3))
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
 
 
 def test_noise_seen_recovers_what_was_put_in():
