@@ -40,6 +40,19 @@ class Beside(Frozen):
     baseline: Cell | None = None
 
 
+class Chance(Frozen):
+    """What runs show that have learnt nothing: `metric` is no better than the highest of `no_better_than` and no worse than
+    `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
+
+    `what`: its name in sentences. Where all runs of a claim about scores are at chance, its verdict is `vacuous`.
+    """
+
+    metric: str
+    what: str
+    no_better_than: tuple[float | str, ...] = Field(min_length=1)
+    no_worse_than: float | str | None = None
+
+
 class Noise(Frozen):
     """The experiment that the power table simulates. All standard deviations are on the score's scale.
 
@@ -83,7 +96,6 @@ class Claim(Frozen):
     no_divergence: bool = False
     premise: bool = False
     guard: float | None = None
-    reachable: bool = True
     note: str = ""
     scales: tuple[str, ...] = ("laptop", "paper")
     beside: tuple[Beside, ...] = ()
@@ -110,6 +122,7 @@ class Claims(Frozen):
     keys: tuple[str, ...] = ()
     diverged: dict[str, float] = Field(default_factory=lambda: {"score": 1.0, "accuracy": 0.5})
     choose_on: str | None = None
+    chance: Chance | None = None
     fixed: tuple[Fixed, ...] = ()
     noise: Noise = Noise()
     claims: tuple[Claim, ...]

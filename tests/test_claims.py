@@ -125,7 +125,6 @@ def test_no_divergence_overrides_a_supporting_interval():
 
 def test_c3_says_beforehand_that_three_seeds_cannot_show_it(good):
     assert "24 to 43 seeds" in good["C3"].note
-    assert BY_ID["C3"].reachable is False
     assert good["C3"].p == pytest.approx(max(
         st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
         st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1)))
@@ -204,6 +203,69 @@ def test_a_cost_is_judged_by_its_own_methods_pairs_that_were_timed():
     assert c.to_json([among]) == c.to_json([only])
     assert judge(rows, members, costs=pd.concat([other, mine[:19], broken]))["C5"].verdict == "not evaluated"
     assert judge(rows, members, costs=pd.concat([other, mine[:20], broken]))["C5"].n_pairs == 20
+
+
+# ---- runs at chance
+
+PARITY = BY_ID["C3"].model_copy(update={"margin": 0.5, "beside": ()})
+
+
+def learnt(td_dpo, dpo, *, pairs=400, seed=0):
+    """Implicit accuracy of every test pair in the cells of C3, about the shares given."""
+    rng = np.random.default_rng(seed)
+    rows = [{"method": method, "beta": 0.05, "tau": 1.0 if method == "td_dpo" else np.nan, "seed": s, "status": "completed",
+             "pair": p, "accuracy": float(hit)}
+            for method, share in (("td_dpo", td_dpo), ("dpo", dpo)) for s in SEEDS
+            for p, hit in enumerate(rng.random(pairs) < share)]
+    return pd.DataFrame(rows)
+
+
+def at_chance(claim, accuracy, means=GOOD, *, length=0.48, chance=STUDY.chance, **more):
+    rows, members = made(means, **more)
+    study = STUDY.model_copy(update={"claims": (claim,), "chance": chance})
+    return judge(rows, members.assign(length_baseline=length), study=study, accuracy=accuracy)[claim.id]
+
+
+@pytest.mark.parametrize(("td_dpo", "dpo", "length", "vacuous"), [
+    (0.50, 0.50, 0.48, True), (0.50, 0.60, 0.48, False), (0.60, 0.50, 0.48, False), (0.58, 0.57, 0.65, True),
+    (0.75, 0.57, 0.65, False), (0.50, 0.40, 0.48, False)])
+def test_a_claim_whose_runs_are_all_at_chance_is_vacuous_whatever_its_numbers_say(td_dpo, dpo, length, vacuous):
+    """Neither parity of two that learnt nothing nor a difference between them is about the methods. Worse than guessing is no
+    chance: it was learnt."""
+    for means, otherwise in ((GOOD, "supported"), ({**GOOD, "td_dpo": (6.0, 4.0, 7.5, 6.5)}, "refuted")):
+        found = at_chance(PARITY, learnt(td_dpo, dpo), means, length=length)
+        assert found.verdict == ("vacuous" if vacuous else otherwise)
+        assert found.interval95 is not None
+        assert found.estimate is not None
+        assert ("not shown to be above" in found.reason) == vacuous
+        assert at_chance(PARITY, learnt(td_dpo, dpo), means, chance=None).verdict == otherwise
+
+
+def test_where_training_had_nothing_to_lose_worse_than_chance_is_chance():
+    majority = STUDY.chance.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
+    assert at_chance(PARITY, learnt(0.40, 0.45), chance=majority).verdict == "vacuous"
+    assert at_chance(PARITY, learnt(0.40, 0.65), chance=majority).verdict == "supported"
+
+
+def test_what_is_needed_to_tell_chance_and_is_not_there_is_said_and_changes_no_verdict():
+    accuracy = learnt(0.5, 0.5)
+    for missing in (None, accuracy[accuracy.method == "dpo"]):
+        found = at_chance(PARITY, missing)
+        assert found.verdict == "supported"
+        assert "above chance is not known" in found.note
+    rows, members = made()
+    (found,) = judge(rows, members, accuracy=accuracy, study=STUDY.model_copy(update={"claims": (PARITY,)})).values()
+    assert "no length_baseline" in found.note
+
+
+def test_beside_a_claim_chance_is_told_too():
+    claim = PARITY.model_copy(update={"beside": BY_ID["C1"].beside})
+    for share, other in ((0.5, 0.7), (0.7, 0.5)):  # of the claim's own rival, and of the one beside it (best, at beta .5)
+        accuracy = pd.concat([learnt(0.5, share), learnt(0.5, other).query("method == 'dpo'").assign(beta=0.5)])
+        found = at_chance(claim, accuracy)
+        assert found.beside[0]["baseline"] == "DPO (beta 0.5)"
+        assert (found.verdict == "vacuous") == (share == 0.5)
+        assert (found.beside[0]["by_the_same_rule"] == "vacuous") == (other == 0.5)
 
 
 # ---- diverged, missing, trial, scale
@@ -509,11 +571,39 @@ def test_the_opposite_of_a_claim_is_hardly_ever_supported(claim):
 def test_power_at_the_first_stated_seed_sd_is_four_fifths():
     table = power.table(STUDY, n_sim=600)
     assert sorted(set(table["seed sd"])) == [0.05, 0.15]
-    small = table[(table["seed sd"] == 0.05) & table["reachable"]]
+    small = table[(table["seed sd"] == 0.05) & (table["claim"] != "C3")]
     assert list(small["claim"]) == ["C1", "C2", "C4", "C5"]
     assert (small["power alone"] >= 0.8).all(), small.to_string()
     assert (table["power with Holm"] <= table["power alone"]).all()
     assert (table[table.claim == "C3"]["power alone"] < 0.2).all()
+
+
+def test_what_a_claim_can_show_is_said_by_its_power_and_not_by_a_flag():
+    assert [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)] == [
+        "nearly always", "nearly always", "more often than not", "more often than not", "seldom", "seldom", "hardly ever",
+        "hardly ever"]
+    table = power.table(STUDY, n_sim=200)
+    assert "reachable" not in table
+    assert list(table["if true, it is shown"]) == [power.in_words(share) for share in table["power with Holm"]]
+    made_up = pd.DataFrame({"claim": ["A", "B", "C"] * 2, "power with Holm": [0.0, 0.1, 0.004, 0.08, 0.3, 0.0]})
+    assert power.weak(made_up) == {"A": "0 to 8 %", "C": "0 %"}, "B is shown at one of the standard deviations"
+    assert "A (0 to 8 %), C (0 %)" in power.told(made_up)
+    assert "a fifth" in power.told(made_up[made_up.claim == "B"])
+
+
+def test_a_claim_that_stays_open_says_that_it_would_have_if_it_were_true():
+    rows, members = made(answer_sd=1.2, seed_sd=0.15)
+    low = pd.DataFrame({"claim": ["C1", "C2", "C3"], "power with Holm": [0.04, 0.03, 0.02]})
+    verdicts = list(judge(rows, members).values())
+    before = {v.id: (v.verdict, v.reason) for v in verdicts}
+    assert before["C3"][0] == "inconclusive"
+    power.beside(verdicts, low)
+    said = {v.id: v.reason for v in verdicts}
+    assert said["C3"] == before["C3"][1] + " Even if it is true, a study of this size would hardly ever show it (power 2 %)."
+    assert before["C2"][0] == "supported"
+    assert said["C2"] == before["C2"][1], "it was shown"
+    power.beside(verdicts, None)
+    assert said == {v.id: v.reason for v in verdicts}
 
 
 def test_simulated_and_real_decisions_agree():

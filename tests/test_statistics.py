@@ -185,8 +185,10 @@ def test_lower_variance_rule():
 @pytest.mark.parametrize(("treatment", "bounds", "code"), [
     ((0.66, 0.71, 0.60), (0.5, 0.9), st.SUPPORTED),  # below 1 in every seed, and no more than about .75 of the baseline's
     ((0.66, 0.71, 0.30), (0.5, 0.9), st.SUPPORTED),  # against .75 its p would be .13
+    ((0.66, 0.71, 0.10), (0.5, 0.9), st.INCONCLUSIVE),  # p .06
     ((0.66, 0.99, 0.10), (0.5, 0.9), st.INCONCLUSIVE),
     ((0.90, 0.93, 0.88), (0.8, 0.99), st.REFUTED),  # above .75 in every seed, and nowhere above 1
+    ((0.90, 0.93, 0.76), (0.8, 0.99), st.INCONCLUSIVE),  # p .07
     ((0.80, 0.99, 0.60), (0.8, 0.99), st.INCONCLUSIVE),
 ])
 def test_lower_variance_has_a_companion_for_each_of_its_thresholds(treatment, bounds, code):
