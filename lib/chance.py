@@ -1,8 +1,9 @@
 """Whether the runs that a claim compares have learnt anything: a difference between runs at chance says nothing of methods.
 
-What chance is stands in claims.yaml (`chance`), fixed before any score is seen. A cell is at chance unless its scores are
-above it (one-sided, at the companion's level, by the crossed seed x question standard error) or, where it began with
-something to lose, below that.
+What chance is stands in claims.yaml (`chance`), fixed before any score is seen. Runs are at chance unless they are shown to
+be above it or, where they began with something to lose, below that: a cell as a whole (one-sided at the companion's level, by
+the crossed seed x question standard error), or any of them alone, over its questions (at that level over the number of runs:
+one lucky seed of many shows nothing, and one that has clearly learnt is no run at chance, however much the seeds differ).
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def at_chance(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: l
     if len(pairs.seeds) < 2:
         raise Unknown("one seed tells nothing about seeds")
     limits = [_limits(study, chance, cell, members) for cell in cells]
+    runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):
-        estimate = st.crossed(values)
-        better = st.p_above(estimate, upper) <= st.COMPANION_LEVEL
-        worse = lower is not None and st.p_below(estimate, lower) <= st.COMPANION_LEVEL
-        if better or worse:
-            return ""
+        alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
+        for estimate, level in ((st.crossed(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
+            if np.any(st.p_above(estimate, upper) <= level):
+                return ""
+            if lower is not None and np.any(st.p_below(estimate, lower) <= level):
+                return ""
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
     of = [f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)]
     return (f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {' and '.join(of)}, not shown to "

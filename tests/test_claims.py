@@ -211,12 +211,12 @@ PARITY = BY_ID["C3"].model_copy(update={"margin": 0.5, "beside": ()})
 
 
 def learnt(td_dpo, dpo, *, pairs=400, seed=0):
-    """Implicit accuracy of every test pair in the cells of C3, about the shares given."""
+    """Implicit accuracy of every test pair in the cells of C3: in every seed the shares given."""
     rng = np.random.default_rng(seed)
     rows = [{"method": method, "beta": 0.05, "tau": 1.0 if method == "td_dpo" else np.nan, "seed": s, "status": "completed",
              "pair": p, "accuracy": float(hit)}
             for method, share in (("td_dpo", td_dpo), ("dpo", dpo)) for s in SEEDS
-            for p, hit in enumerate(rng.random(pairs) < share)]
+            for p, hit in enumerate(rng.permutation(pairs) < share * pairs)]
     return pd.DataFrame(rows)
 
 
@@ -245,6 +245,18 @@ def test_where_training_had_nothing_to_lose_worse_than_chance_is_chance():
     majority = STUDY.chance.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
     assert at_chance(PARITY, learnt(0.40, 0.45), chance=majority).verdict == "vacuous"
     assert at_chance(PARITY, learnt(0.40, 0.65), chance=majority).verdict == "supported"
+
+
+def test_one_run_that_has_clearly_learnt_is_not_at_chance_however_much_the_seeds_differ():
+    accuracy = learnt(0.5, 0.5)
+    mine = (accuracy.method == "dpo") & (accuracy.seed == 43)
+    accuracy.loc[mine, "accuracy"] = (np.arange(400) < 0.66 * 400).astype(float)
+    means = accuracy[accuracy.method == "dpo"].groupby("seed").accuracy.mean()
+    assert stats.ttest_1samp(means, 0.5, alternative="greater").pvalue > 0.1, "the cell as a whole is not shown to have"
+    assert at_chance(PARITY, accuracy).verdict == "supported"
+    # z is 2: of six runs at chance one or the other is so good
+    accuracy.loc[mine, "accuracy"] = (np.arange(400) < 0.55 * 400).astype(float)
+    assert at_chance(PARITY, accuracy).verdict == "vacuous"
 
 
 def test_what_is_needed_to_tell_chance_and_is_not_there_is_said_and_changes_no_verdict():
