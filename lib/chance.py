@@ -4,6 +4,7 @@ What chance is stands in claims.yaml (`chance`), fixed before any score is seen.
 be above it or, where they began with something to lose, below that: a cell as a whole (one-sided at the companion's level, by
 the crossed seed x question standard error), or any of them alone, over its questions (at that level over the number of runs:
 one lucky seed of many shows nothing, and one that has clearly learnt is no run at chance, however much the seeds differ).
+To diverge is a result, and not chance.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def at_chance(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: l
         raise Unknown("; ".join(pairs))
     if len(pairs.seeds) < 2:
         raise Unknown("one seed tells nothing about seeds")
+    if any(pairs.diverged):
+        return ""
     limits = [_limits(study, chance, cell, members) for cell in cells]
     runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):

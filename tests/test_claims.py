@@ -241,6 +241,22 @@ def test_a_claim_whose_runs_are_all_at_chance_is_vacuous_whatever_its_numbers_sa
         assert at_chance(PARITY, learnt(td_dpo, dpo), means, chance=None).verdict == otherwise
 
 
+def test_a_divergence_is_a_result_and_no_chance():
+    """What stands for a diverged run's accuracy is guessing: a claim of avoiding divergence would never be decided."""
+    accuracy, discopop = learnt(0.5, 0.5), {"method": "discopop", "beta": 2.5, "tau": np.nan}
+    accuracy = accuracy.assign(beta=2.5, tau=2.0).query("method == 'td_dpo'")
+    more = {"means": {**GOOD, "td_dpo": (6.0, 6.0, 7.5, 9.0)}, "diverged": [("discopop", 2.5, s) for s in SEEDS]}
+    assert at_chance(BY_ID["C2"], accuracy, **more).verdict == "supported"
+    assert at_chance(BY_ID["C2"], pd.concat([accuracy, accuracy.assign(**discopop)])).verdict == "vacuous"
+
+
+def test_a_figure_of_its_own_is_missed_by_a_model_that_learnt_nothing():
+    rows, members = made(answer_sd=0.1)
+    study = absolute(reported=8.0).model_copy(update={"chance": STUDY.chance})
+    (found,) = judge(rows, members.assign(length_baseline=0.48), study=study, scale="paper", accuracy=learnt(0.5, 0.5)).values()
+    assert found.verdict == "refuted"
+
+
 def test_where_training_had_nothing_to_lose_worse_than_chance_is_chance():
     majority = STUDY.chance.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
     assert at_chance(PARITY, learnt(0.40, 0.45), chance=majority).verdict == "vacuous"
