@@ -464,11 +464,11 @@ def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
 
 def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server):
     results = outputs / "laptop-full/td_dpo"
-    before = plan._analysis_key("td_dpo", results, ["a"])
+    before = plan.analysis_key("td_dpo", results)
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0
-    between = plan._analysis_key("td_dpo", results, ["a"])
+    between = plan.analysis_key("td_dpo", results)
     assert cli.main(["judge", "--model", "m"]) == 0
-    assert len({before, between, plan._analysis_key("td_dpo", results, ["a"])}) == 3
+    assert len({before, between, plan.analysis_key("td_dpo", results)}) == 3
     assert pd.isna(record.load(results).members.set_index("status").loc["diverged", "mt_bench_score"]).all()
 
 
