@@ -139,6 +139,12 @@ def analysis_key(study: str, results: Path) -> str:
                         keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True)])
 
 
+def refresh(step: Step) -> None:
+    """Give an analysis that is about to be executed its key anew: its runs have ended, and the records are what they are."""
+    if step.kind == "analysis":
+        step.key = analysis_key(step.study, step.folder.parent)
+
+
 def _made_by(path: Path) -> tuple:
     """Of a status, a sentinel or an error that a record holds: what is another one after another attempt."""
     told = record.read_json(path) or {}
