@@ -1,5 +1,6 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -349,7 +350,8 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
 
 
 def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs, judge_server, monkeypatch, capsys):
-    monkeypatch.setattr(judging, "ask", lambda *a: judge_client.ask(*a[:4], 2, 0.001, a[6]))  # gives up soon
+    monkeypatch.setattr(judging, "ATTEMPTS", 2)  # gives up soon
+    monkeypatch.setattr(judging, "WAIT", 0.001)
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 20 else (None, "")
     assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
     assert "the same command again" in capsys.readouterr().err
@@ -383,30 +385,29 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_for_all_of_it(outputs,
 
 @pytest.mark.parametrize(("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)])
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(judge_server, header, wait, status):
-    """A wait is asked of an event, which notes it and does not wait."""
-    class Noted:
-        def __init__(self):
-            self.waited = []
+def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, status):
+    """A wait is asked of inspect-ai's sleep, which notes it and does not wait."""
+    from inspect_ai.model import _retry
 
-        def is_set(self):
-            return False
+    from lib.td_dpo import judge_model
 
-        def wait(self, timeout):
-            self.waited.append(timeout)
+    waited = []
 
-    stopped = Noted()
+    async def noted(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(_retry, "_sleep", noted)
     judge_server.script = lambda n, request: (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (
         200, completion("[[5]]"))
-    with judge_client.httpx.Client() as client:
-        ask = (client, judge_server.url, "m", [{"role": "user", "content": "x"}], 3, 0.01, stopped)
-        if wait is None:  # too far off: left for a later call
-            with pytest.raises(MissingError, match="to be asked again in"):
-                judge_client.ask(*ask)
-            return
-        assert judge_client.ask(*ask)["text"] == "[[5]]"
-    assert len(stopped.waited) == 1
-    assert wait <= stopped.waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
+    judge = judge_model.connected(judge_server.url, KEY, "m", workers=1, attempts=3, wait=0.01, timeout=10)
+    body = [{"role": "user", "content": "x"}]
+    if wait is None:  # too far off: left for a later call
+        with pytest.raises(MissingError, match="to be asked again in"):
+            asyncio.run(judge_model.ask(judge, body))
+        return
+    assert asyncio.run(judge_model.ask(judge, body))["text"] == "[[5]]"
+    assert len(waited) == 1
+    assert wait <= waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
 
 
 def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
