@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Iterable
 
 from inspect_ai.log._transcript import Transcript, init_transcript
@@ -26,7 +27,7 @@ from inspect_ai.model import (
 from inspect_ai.model._model import ModelGenerateError
 from inspect_ai.model._openai import OpenAIResponseError
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
-from openai import APIError
+from openai import APIError, Omit
 from openai.types import CompletionUsage
 from tenacity import RetryCallState, RetryError, wait_exponential_jitter
 
@@ -34,6 +35,7 @@ from lib.errors import MissingError, StudyError
 
 MAX_TOKENS = 2048
 PATIENCE = 600.0  # seconds: an endpoint that asks to wait longer is left for a later call of the command
+NO_KEY = "none"  # the client wants one; it is not sent
 _OF_THIS_REQUEST = {400, 413, 422}  # a filter, a prompt too long: others may pass
 _MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser}
 
@@ -52,13 +54,16 @@ class Judge(OpenAICompatibleAPI):
 
     def __init__(self, model_name: str, wait: float = 1.0, **given):
         super().__init__(model_name, service="judge", max_retries=0, **given)  # inspect-ai tries again, not openai's client too
-        self.growing, self.stopped = wait_exponential_jitter(initial=wait, max=60 * wait), False
+        self.growing, self.stopped = wait_exponential_jitter(multiplier=wait, max=60 * wait), False
 
     def service_model_name(self) -> str:
         return self.model_name  # with its slashes, as the endpoint knows it
 
     def connection_key(self) -> str:
         return str(id(self))  # a later call's number of connections is its own
+
+    def request_headers(self, config) -> dict:
+        return {"Authorization": Omit()} if self.api_key == NO_KEY else {}
 
     def handle_bad_request(self, ex):
         return ex  # not a reply without a grade: nothing was graded
@@ -67,7 +72,7 @@ class Judge(OpenAICompatibleAPI):
         """The first choice's text as it came. `completion` is mended where an endpoint leaves out what nobody here reads."""
         try:
             text = completion.choices[0].message.content or ""
-        except (AttributeError, IndexError, TypeError):
+        except (AttributeError, LookupError, TypeError):
             text = None
         if not isinstance(text, str):
             raise OpenAIResponseError("server_error", "not a chat completion")  # which is tried again
@@ -99,7 +104,7 @@ def connected(base: str, secret: str, name: str, *, workers: int, attempts: int,
     """The judge `name` at an endpoint, at temperature 0: at most `attempts` of a request, at first `wait` seconds apart, each
     given up after `timeout` seconds without a byte."""
     settings = GenerateConfig(temperature=0, max_tokens=MAX_TOKENS, max_retries=attempts - 1, max_connections=workers)
-    return get_model(f"judge/{name}", config=settings, base_url=base, api_key=secret or "none", memoize=False, wait=wait,
+    return get_model(f"judge/{name}", config=settings, base_url=base, api_key=secret or NO_KEY, memoize=False, wait=wait,
                      client_timeout=timeout)
 
 
@@ -154,7 +159,9 @@ def ask_each(model: Model, rows: Iterable[dict], one: Callable[[dict], Awaitable
         finally:
             await model.api.aclose()
 
-    asyncio.run(all_of_them())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Pydantic serializer")  # they would show an odd reply on the terminal
+        asyncio.run(all_of_them())
     if failed:
         raise failed[0]
 
