@@ -32,8 +32,10 @@ def _objective(run: Run) -> list[Finding]:
 
 def _storage(run: Run) -> list[Finding]:
     """No password stands in the YAML, where records and pages would show it: in a trial, too."""
+    if run.optuna.storage is None:
+        return []
     try:
-        storage.written(run.optuna.storage or "postgresql://")
+        storage.written(run.optuna.storage)
     except StudyError as error:
         return [Finding("error", "optuna.storage", f"{error.found}; expected {error.expected}", error.mend)]
     return []
@@ -131,22 +133,6 @@ def _how_to_get(run: Run, key: str) -> str:
     return making.get(key, f"--set {key}=<path>, or a hub id")
 
 
-def _shared_cells(run: Run, runs: list[Run]) -> list[Finding]:
-    """Runs of one method, cell and seed are one and the same to claims that do not name runs."""
-    with contextlib.suppress(StudyError, OSError):  # claims that are not there, or that say themselves what is wrong with them
-        if "run_id" in claim_types.load(config.ROOT / "params" / run.study / "claims.yaml").keys:
-            return []
-        own = {(member.cell_name, member.seed) for member in config.members(run)}
-        for other in runs:
-            if (other.study, other.method) != (run.study, run.method) or other.run_id >= run.run_id:
-                continue
-            if shared := own & {(member.cell_name, member.seed) for member in config.members(other)}:
-                cell, seed = sorted(shared)[0]
-                return [Finding("warning", "method", f"{run.method} trains {cell} with seed {seed} as {other.run_id} does: no "
-                                "claim about it can be evaluated", "claims.yaml: run_id among `keys`, and in the claim's cell")]
-    return []
-
-
 Loaded = tuple[Path, Run | StudyError, list[Finding]]
 
 
@@ -159,6 +145,7 @@ def folder_findings(found: list[Loaded]) -> list[Loaded]:
             owner.setdefault((run.study, run.run_id), path)
             if run.optuna.n_trials:
                 trials.setdefault(run.study, {})[run.run_id] = run.optuna.n_trials
+    twice = _shared_cells([run for _, run, _ in found if isinstance(run, Run)])
     result = []
     for path, run, findings in found:
         extra = []
@@ -170,6 +157,27 @@ def folder_findings(found: list[Loaded]) -> list[Loaded]:
             if 0 < run.optuna.n_trials < most:
                 extra.append(Finding("warning", "optuna.n_trials", f"{run.optuna.n_trials}, where another method of the "
                                      f"study gets {most}: it is tuned less", f"n_trials: {most}"))
-            extra += _shared_cells(run, [other for _, other, _ in found if isinstance(other, Run)])
+            extra += twice.get((run.study, run.run_id), [])
         result.append((path, run, findings + extra))
     return result
+
+
+def _shared_cells(runs: list[Run]) -> dict[tuple[str, str], list[Finding]]:
+    """By (study, run_id): runs of one method, cell and seed are one and the same to claims that do not name runs."""
+    found, by_method = {}, {}
+    for run in sorted(runs, key=lambda run: run.run_id):
+        by_method.setdefault((run.study, run.method), []).append(run)
+    for (study, method), same in by_method.items():
+        with contextlib.suppress(StudyError, OSError):  # claims that are absent, or that say themselves what is wrong with them
+            if len(same) < 2 or "run_id" in claim_types.load(config.ROOT / "params" / study / "claims.yaml").keys:
+                continue
+            owner: dict[tuple[str, int], str] = {}
+            for run in same:
+                own = {(member.cell_name, member.seed) for member in config.members(run)}
+                if shared := sorted(own & owner.keys()):
+                    cell, seed = shared[0]
+                    found[study, run.run_id] = [Finding(
+                        "warning", "method", f"{method} trains {cell} with seed {seed} as {owner[shared[0]]} does: no claim "
+                        "about it can be evaluated", "claims.yaml: run_id among `keys`, and in the claim's cell")]
+                owner |= dict.fromkeys(own - owner.keys(), run.run_id)
+    return found

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.child import end_with_parent
 from lib.errors import MissingError, StudyError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,22 +242,8 @@ def _gather(parts: Iterator[dict], folder: Path) -> int:
     raise StudyError("--cluster", "a node ended its work without a word", "an exit code")
 
 
-def _end_with_parent() -> None:
-    """The process on a node ends with its Ray worker, which may be killed."""
-    import threading
-
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":  # the process on a node
-    _end_with_parent()
+    end_with_parent()
     work = json.loads(Path(sys.argv[1]).read_text())
     module, function = work["target"].split(":")
     getattr(importlib.import_module(module), function)(work["argument"])

@@ -15,12 +15,9 @@ import importlib
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lib.child import end_with_parent
 from lib.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,18 +105,6 @@ def _end(job: subprocess.Popen) -> None:
             job.kill()
             job.wait()
     job.stdout.close()
-
-
-def _end_with_parent() -> None:
-    """torchrun gives each worker a session of its own, where nobody's group kill reaches it: it watches its parent."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def worker(request: dict) -> None:
@@ -273,6 +259,6 @@ def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()  # torchrun gives each worker a session of its own, where nobody's group kill reaches it
     # by its own name: the functions above must be those that the study's modules import
     importlib.import_module("lib.distributed").worker(json.loads(Path(sys.argv[1]).read_text()))

@@ -67,6 +67,11 @@ def reachable(seconds: float = 3.0) -> bool:
     return not is_offline() and _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), seconds)
 
 
+def out_of_reach(name: str) -> bool:
+    """Whether `name` is a hub's id (and nothing that a study makes itself, nor a path) and the hub does not answer."""
+    return bool(HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists() and not reachable()
+
+
 def prepare() -> None:
     """Before loading a hub id: where the hub is out of reach use the cache at once (its client retries for 23 s otherwise)."""
     if not reachable():

@@ -25,16 +25,13 @@ def digest(value) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _module_file(name: str) -> Path | None:
-    base = ROOT.joinpath(*name.split("."))
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.exists():
-            return path
-    return None
+def _module_file(name: str) -> str | None:
+    base = os.path.join(ROOT, *name.split("."))
+    return next((path for path in (f"{base}.py", f"{base}/__init__.py") if os.path.exists(path)), None)
 
 
 def _imports(tree: ast.AST) -> set[str]:
-    """The `lib` modules that a syntax tree imports (and names of theirs that are no modules: `closure` drops them)."""
+    """The `lib` modules that a syntax tree imports (and names of theirs that are no modules)."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -45,10 +42,10 @@ def _imports(tree: ast.AST) -> set[str]:
 
 
 @functools.cache
-def _parsed(path: Path, stamp: tuple) -> tuple[str, tuple[str, ...]]:
+def _parsed(path: str, stamp: tuple) -> tuple[str, tuple[str, ...]]:
     """(hash of the code without docstrings and comments, the `lib` modules it imports)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    imports = _imports(tree)
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    imports = filter(_module_file, _imports(tree))  # here, once, because most names are functions: `plan` asks for every member
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
@@ -65,7 +62,7 @@ def closure(*modules: str) -> dict[str, str]:
         path = _module_file(name)
         if path is None or name in found:
             continue
-        stat = path.stat()
+        stat = os.stat(path)
         found[name], imports = _parsed(path, (stat.st_mtime_ns, stat.st_size))
         queue += imports
     return dict(sorted(found.items()))

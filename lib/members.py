@@ -28,14 +28,14 @@ CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 def key(member) -> dict:
     """What this member's numbers depend on, in parts."""
-    run = member.run
-    return keys.member_key(config.dump(run), member.seed, f"lib.{run.study}.member", run.mode, other_files(run))
+    run, values = member.run, config.dump(member.run)
+    return keys.member_key(values, member.seed, f"lib.{run.study}.member", run.mode, other_files(run, values))
 
 
-def other_files(run) -> dict[str, str]:
-    """What the local files hold that the run names besides its model and its data."""
+def other_files(run, dumped: dict) -> dict[str, str]:
+    """What the local files hold that the run, `dumped`, names besides its model and its data."""
     named = set(config.study_module(run.study).PATHS) - {"model.name", "dataset.name"}
-    values = {key: config.get(config.dump(run), key) for key in sorted(named)}
+    values = {key: config.get(dumped, key) for key in sorted(named)}
     return {key: keys.source(value, None) for key, value in values.items() if config.is_local(value)}
 
 
@@ -68,7 +68,8 @@ class Job:
 
 def inputs_folder(run) -> Path:
     """Where what this run's members share lies, named by all that it is made of."""
-    sections = {"model": config.dump(run)["model"], "dataset": config.dump(run)["dataset"]}
+    dumped = config.dump(run)
+    sections = {name: dict(dumped[name]) for name in ("model", "dataset")}
     for key in config.study_module(run.study).MEMBER_KEYS:
         section, _, name = key.partition(".")
         sections[section].pop(name, None)
@@ -81,7 +82,7 @@ def inputs_folder(run) -> Path:
         "code": keys.closure(f"lib.{run.study}.inputs"),
         "device": keys.device_kind(),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
-        **({"files": files} if (files := other_files(run)) else {}),
+        **({"files": files} if (files := other_files(run, dumped)) else {}),
     }
     return CACHE / run.study / keys.digest(parts)
 

@@ -102,13 +102,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def truncate_history(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: what a resumed run will write again."""
-    rows = read_jsonl(path)
-    if rows:
-        write_jsonl(path, [row for row in rows if row["step"] <= last_step])
-
-
 def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], None]]:
     """The two streams of a member: `history` (deterministic) and `timing` (wall clock). They are kept apart so that a
     resumed run can be compared with an undisturbed one byte for byte."""

@@ -179,6 +179,16 @@ def test_time_ratio_ignores_hiccups_of_the_machine():
     assert st.cost_at_most(result, 1.005).code == st.INCONCLUSIVE
 
 
+@pytest.mark.parametrize("pairs", [20, 21])
+def test_time_ratio_draws_the_bootstrap_of_the_median(pairs):
+    log = rng(13).normal(0, 0.05, (2, pairs))
+    result = st.time_ratio(np.exp(log), np.ones_like(log), draws=40_000, rng=rng(), blocks=5)
+    for mine, theirs in zip(result.draws, log, strict=True):
+        peer = stats.bootstrap((theirs,), np.median, n_resamples=40_000, method="percentile", vectorized=True, rng=rng(14))
+        mine, theirs = (np.log(mine).round(9), peer.bootstrap_distribution.round(9))  # steps at the same places
+        assert stats.ks_2samp(mine, theirs).statistic < 0.015  # 1 % of such pairs of samples differ by .0115
+
+
 def test_cost_needs_the_blocks_to_agree():
     log = np.concatenate([np.full(54, 0.0), np.full(46, 0.2)])  # a median of 1, and half the time 22 % slower
     result = st.time_ratio(np.exp(log + rng(12).normal(0, 1e-4, 100)), np.ones(100), draws=400, rng=rng())

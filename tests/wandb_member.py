@@ -27,7 +27,8 @@ def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
     """Write history.jsonl to `steps`, from the last checkpoint where there is one, then predictions, metrics and sentinel."""
     spec = record.read_json(folder / "member.json")
     done = record.read_json(folder / "checkpoint.json", {}).get("step", 0)
-    record.truncate_history(folder / "history.jsonl", done)
+    kept = [row for row in record.read_jsonl(folder / "history.jsonl") if row["step"] <= done]
+    record.write_jsonl(folder / "history.jsonl", kept)  # as lib.checkpoints does, without its torch
     history, _ = record.recorder(folder)
     for step in range(done + 1, steps + 1):
         made = row(spec["seed"], step)

@@ -28,16 +28,11 @@ class Inputs:
     base: str
 
 
-def _out_of_reach(name: str) -> bool:
-    return bool(hub.HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists() \
-        and not hub.reachable()
-
-
 def load_problems(run) -> tuple[dict[str, list[dict]], str]:
     """({train, dev, test, gsm1k}, where they are from)."""
     dataset = run.dataset
     source = dataset.name
-    if run.mode == "trial" and _out_of_reach(source):
+    if run.mode == "trial" and hub.out_of_reach(source):
         source = f"generated, standing in for {source}"
     if source.startswith("generated"):
         every = data.generated((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
@@ -61,7 +56,7 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
         closing = base_model.make(run.model.recipe.model_dump(), folder / "base", real,
                                   lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
         base = str(folder / "base")
-    elif run.mode == "trial" and _out_of_reach(base):
+    elif run.mode == "trial" and hub.out_of_reach(base):
         texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
         base = str(stand_in.write_stand_in(base, folder / "base", texts))
     if warm:

@@ -26,14 +26,9 @@ class Inputs:
     base: str
 
 
-def _out_of_reach(name: str) -> bool:
-    return bool(hub.HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists() \
-        and not hub.reachable()
-
-
 def prepare(run, folder: Path) -> None:
     """Fill `folder`; a made base model's pretraining is told in history.jsonl, for the live line."""
-    standing_in = run.mode == "trial" and _out_of_reach(run.dataset.name)
+    standing_in = run.mode == "trial" and hub.out_of_reach(run.dataset.name)
     task = run.dataset.subset if standing_in else data.task_of(run.dataset)
     splits = data.load_splits(run.dataset, standing_in)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
@@ -48,7 +43,7 @@ def prepare(run, folder: Path) -> None:
         closing = base_model.make_base(corpus, recipe, folder / "base",
                                        lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
         base = str(folder / "base")
-    elif run.mode == "trial" and _out_of_reach(base):
+    elif run.mode == "trial" and hub.out_of_reach(base):
         base = str(stand_in.write_stand_in(base, folder / "base", [text for pair in pairs for text in pair]))
     tokenizer = models.load_tokenizer(base, run.model.revision if base == run.model.name else None,
                                       trust_remote_code=run.model.trust_remote_code)

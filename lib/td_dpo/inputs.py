@@ -39,7 +39,7 @@ def uses_stand_in(run) -> bool:
 
 def out_of_reach(name: str) -> bool:
     """A hub id that cannot be asked for here."""
-    return "/" in name and bool(hub.HUB_ID.match(name)) and not Path(name).exists() and not hub.reachable()
+    return "/" in name and hub.out_of_reach(name)
 
 
 def prepare(run, folder: Path) -> None:
