@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -55,12 +56,13 @@ class Judge(OpenAICompatibleAPI):
     def __init__(self, model_name: str, wait: float = 1.0, **given):
         super().__init__(model_name, service="judge", max_retries=0, **given)  # inspect-ai tries again, not openai's client too
         self.growing, self.stopped = wait_exponential_jitter(multiplier=wait, max=60 * wait), False
+        self.scope = uuid.uuid4().hex
 
     def service_model_name(self) -> str:
         return self.model_name  # with its slashes, as the endpoint knows it
 
     def connection_key(self) -> str:
-        return str(id(self))  # a later call's number of connections is its own
+        return self.scope  # a later call's number of connections is its own
 
     def request_headers(self, config) -> dict:
         return {"Authorization": Omit()} if self.api_key == NO_KEY else {}

@@ -19,7 +19,7 @@ import filelock
 from lib import keys, record
 from lib.errors import StudyError
 from lib.td_dpo import mt_bench
-from lib.td_dpo.judge_client import endpoint, host, probe  # noqa: F401 (part of this module's interface)
+from lib.td_dpo.judge_client import endpoint, host, probe
 
 ASKED_AGAIN = 2  # further calls where a reply holds no grade
 REPLY_TOKENS = 300  # what one judgement is taken to be long, for the cost told before
@@ -186,9 +186,12 @@ def main(argv: list[str] | None = None) -> int:
             raise StudyError(str(given.answers), "no answers", "a row per question and turn: question, turn, text")
         cache = given.cache or given.answers.with_name("judgements.jsonl")
         asked = requests(bench, answers, given.model)
-        print(told(cost(asked, load_cache(cache), given.price_in, given.price_out)))
+        before = cost(asked, load_cache(cache), given.price_in, given.price_out)
+        print(told(before))
         if given.dry_run:
             return 0
+        if before["calls"]:
+            probe()
         graded, spent = grade(bench, answers, given.model, cache, workers=given.workers)
     except StudyError as error:
         print(record.redact(str(error)), file=sys.stderr)
