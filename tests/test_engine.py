@@ -273,6 +273,15 @@ def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, 
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_faint_probabilities_keep_their_logarithm_in_float32():
+    """From certain to far below what float32 holds as a probability (1e-45), in one chunk."""
+    margins = torch.tensor([0.0, 1.0, 20.0, 60.0, 69.0, 69.2, 80.0, 100.0, 104.0, 300.0, 1e4])  # ln 1e-30 = -69.1
+    logits = torch.stack([torch.zeros_like(margins), margins, torch.full_like(margins, -5.0)], dim=1)  # (n, 3)
+    targets = torch.zeros(len(margins), dtype=torch.long)
+    found = head.token_scores(logits, torch.eye(3), None, targets)
+    torch.testing.assert_close(found.double(), logits.double().log_softmax(dim=-1)[:, 0], rtol=3e-7, atol=1e-7)
+
+
 @pytest.fixture
 def double_head(monkeypatch):
     """TRL's head accumulates in float32 whatever the model's type: for float64 comparisons it is given a plain one."""
