@@ -4,6 +4,7 @@ Asked before anything starts; each finding says what to do. No value of a key or
 """
 from __future__ import annotations
 
+import importlib.util
 import netrc
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from lib.schema import Finding, Run
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/footprint.py)
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
+JUDGE_EXTRA = "pip install -c constraints.txt -e '.[judge]'"
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
 
 
@@ -281,10 +283,20 @@ def _storage(run: Run) -> list[Finding]:
     return []
 
 
+def judge_package() -> str:
+    """The package of the extra `judge` that is not installed, empty where all are."""
+    return next((name for name, module in (("inspect-ai", "inspect_ai"), ("openai", "openai"))
+                 if importlib.util.find_spec(module) is None), "")
+
+
 def _judge(run: Run, machine: Machine) -> list[Finding]:
     if getattr(run.evaluation, "judge", None) != "mt_bench":
         return []
-    if any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
-        return []
-    return [Finding("warning", "evaluation.judge", "no judge endpoint: training goes on and judging stays pending",
-                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge")]
+    found, key = [], "evaluation.judge"
+    if lacking := judge_package():
+        found.append(Finding("warning", key, f"{lacking} is not installed: training goes on and judging stays pending",
+                             f"{JUDGE_EXTRA}, then ./run_all.sh judge"))
+    if not any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
+        found.append(Finding("warning", key, "no judge endpoint: training goes on and judging stays pending",
+                             "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"))
+    return found

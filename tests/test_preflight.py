@@ -199,17 +199,20 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
     ({"free": 20e9}, {}, "results_dir", "20.0 GB free", "larger disk"),
     ({"drop": ("WANDB_API_KEY",)}, {}, "wandb.mode", "no W&B key", "wandb login"),
     ({"drop": ("OPENAI_API_KEY",)}, {}, "evaluation.judge", "no judge endpoint", "OPENAI_BASE_URL"),
+    ({"package": "inspect_ai"}, {}, "evaluation.judge", "inspect-ai is not installed",
+     "pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"),
     ({}, {"optuna.storage": PASSWORD}, "optuna.storage", "DB_PASSWORD is not set", "export DB_PASSWORD="),
-    ({"password": "s3cr3t-secret"}, {"optuna.storage": PASSWORD}, "optuna.storage", "psycopg is not installed",
-     "pip install -c constraints.txt -e '.[postgresql]'"),
+    ({"password": "s3cr3t-secret", "package": "psycopg"}, {"optuna.storage": PASSWORD}, "optuna.storage",
+     "psycopg is not installed", "pip install -c constraints.txt -e '.[postgresql]'"),
 ])  # fmt: skip
 def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(run, machine, monkeypatch, taken, settings, key, what,
                                                                           mend):
     monkeypatch.delenv("DB_PASSWORD", raising=False)
+    taken, find_spec = dict(taken), preflight.importlib.util.find_spec
     if "password" in taken:
-        monkeypatch.setenv("DB_PASSWORD", taken["password"])
-        taken = {}
-        monkeypatch.setattr(preflight.storage.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setenv("DB_PASSWORD", taken.pop("password"))
+    if absent := taken.pop("package", ""):
+        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
     found = said(config.apply(run, settings), machine(**taken))
     assert what in found[key].what
     assert mend in found[key].mend
