@@ -10,7 +10,7 @@ from scipy import stats
 from lib import claims as c
 from lib import power
 from lib import statistics as st
-from lib.claim_types import Claims, Noise
+from lib.claim_types import Chance, Claims, Noise
 from lib.comparison import choose, pair_up, select
 from lib.config import ROOT
 from lib.errors import StudyError
@@ -20,6 +20,8 @@ STUDY = c.load(PATH)
 BY_ID = {claim.id: claim for claim in STUDY.claims}
 TAU = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 SEEDS = (42, 43, 44)
+CHANCE = Chance(metric="accuracy", what="guessing, or the longer answer", no_better_than=(0.5, "length_baseline"),
+                no_worse_than=0.5)
 # scores in which every claim but C3 holds as claimed: the same best, a higher floor
 GOOD = {"dpo": (4.0, 6.0, 7.5, 7.5), "discopop": (3.0, 4.0, 7.0, 5.0), "td_dpo": (6.0, 6.0, 7.5, 6.5)}
 
@@ -220,7 +222,7 @@ def learnt(td_dpo, dpo, *, pairs=400, seed=0):
     return pd.DataFrame(rows)
 
 
-def at_chance(claim, accuracy, means=GOOD, *, length=0.48, chance=STUDY.chance, **more):
+def at_chance(claim, accuracy, means=GOOD, *, length=0.48, chance=CHANCE, **more):
     rows, members = made(means, **more)
     study = STUDY.model_copy(update={"claims": (claim,), "chance": chance})
     return judge(rows, members.assign(length_baseline=length), study=study, accuracy=accuracy)[claim.id]
@@ -252,13 +254,13 @@ def test_a_divergence_is_a_result_and_no_chance():
 
 def test_a_figure_of_its_own_is_missed_by_a_model_that_learnt_nothing():
     rows, members = made(answer_sd=0.1)
-    study = absolute(reported=8.0).model_copy(update={"chance": STUDY.chance})
+    study = absolute(reported=8.0).model_copy(update={"chance": CHANCE})
     (found,) = judge(rows, members.assign(length_baseline=0.48), study=study, scale="paper", accuracy=learnt(0.5, 0.5)).values()
     assert found.verdict == "refuted"
 
 
 def test_where_training_had_nothing_to_lose_worse_than_chance_is_chance():
-    majority = STUDY.chance.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
+    majority = CHANCE.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
     assert at_chance(PARITY, learnt(0.40, 0.45), chance=majority).verdict == "vacuous"
     assert at_chance(PARITY, learnt(0.40, 0.65), chance=majority).verdict == "supported"
 
@@ -282,7 +284,8 @@ def test_what_is_needed_to_tell_chance_and_is_not_there_is_said_and_changes_no_v
         assert found.verdict == "supported"
         assert "above chance is not known" in found.note
     rows, members = made()
-    (found,) = judge(rows, members, accuracy=accuracy, study=STUDY.model_copy(update={"claims": (PARITY,)})).values()
+    study = STUDY.model_copy(update={"claims": (PARITY,), "chance": CHANCE})
+    (found,) = judge(rows, members, accuracy=accuracy, study=study).values()
     assert "no length_baseline" in found.note
 
 

@@ -77,13 +77,6 @@ def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int
     return scores.assign(status="completed")
 
 
-def pair_accuracies(loaded: record.Records) -> pd.DataFrame:
-    """One row per member and test pair: implicit `accuracy` 1 or 0, by which `claims.evaluate` tells what is at chance."""
-    columns = ["method", "beta", "tau", "seed", "pair", "rho"]
-    rows = loaded.pairs.reindex(columns=columns) if len(loaded.pairs) else pd.DataFrame(columns=columns)
-    return rows.assign(accuracy=(pd.to_numeric(rows.pop("rho")).fillna(0.0) > 0).astype(float), status="completed")
-
-
 def beside_corrected(found: list[Verdict], corrected: list[Verdict]) -> None:
     """Put what the same rules say without the questions whose reference is wrong beside each verdict; it decides nothing."""
     for verdict, other in zip(found, corrected, strict=True):
