@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -83,9 +84,9 @@ def ours(home: Path, jobs: int | None) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.time()
+    began, worked = time.time(), processor_seconds()
     done = subprocess.run(line, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ended = time.time()
+    ended, worked = time.time(), processor_seconds() - worked
     over.set()
     watcher.join()
     if done.returncode:
@@ -99,10 +100,16 @@ def ours(home: Path, jobs: int | None) -> dict:
     asked, came = notebook_start(records / "comparison" / "analysis.ipynb")
     leader = min(METHODS, key=first.__getitem__)  # the other's members wait for its slots
     kernel = came - asked  # of a notebook whose turn comes while the pool is there; the first ones wait for its imports
-    return {"seconds": ended - began, "members": len(members), "member_seconds": whole, "step_seconds": steps,
-            "first_step": kernel + first[leader] - cells[leader][1],
+    return {"seconds": ended - began, "processor": worked, "members": len(members), "member_seconds": whole,
+            "step_seconds": steps, "first_step": kernel + first[leader] - cells[leader][1],
             "before": min(start for _, start in cells.values()) - began,
             "after": ended - max(run["ended"] for run in runs)}
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one, or one of them, has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def notebook_start(path: Path) -> tuple[float, float]:
@@ -211,8 +218,8 @@ def report(found: dict, theirs: list[dict], count: int, options: argparse.Namesp
         f"Ours: {found['before']:.1f} s until the first notebook's first cell (plan, preflight, the pool's imports), "
         f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
         f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
-        "saving. From a run's turn, the pool being there, to its first recorded step: "
-        f"{found['first_step']:.1f} s."])
+        f"saving; {found['processor']:.0f} s of processor in all. From a run's turn, the pool being there, to its "
+        f"first recorded step: {found['first_step']:.1f} s."])
 
 
 if __name__ == "__main__":

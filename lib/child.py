@@ -5,6 +5,7 @@ Like it, this knows no study code: what a target imports of `lib` is read from d
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -47,6 +48,8 @@ def preload() -> None:
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's collector need not go through, nor copy, what all of them share: 3 % of a laptop member's time
 
 
 def run_child(request: dict) -> None:

@@ -40,6 +40,19 @@ class Beside(Frozen):
     baseline: Cell | None = None
 
 
+class Chance(Frozen):
+    """What runs show that have learnt nothing: `metric` is no better than the highest of `no_better_than` and no worse than
+    `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
+
+    `what`: its name in sentences. Where all runs of a claim about scores are at chance, its verdict is `vacuous`.
+    """
+
+    metric: str
+    what: str
+    no_better_than: tuple[float | str, ...] = Field(min_length=1)
+    no_worse_than: float | str | None = None
+
+
 class Noise(Frozen):
     """The experiment that the power table simulates. All standard deviations are on the score's scale.
 
@@ -65,8 +78,7 @@ class Claim(Frozen):
 
     margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
     (cost_ratio) or the largest point estimate of the ratio of variances (variance_ratio). claimed: the size that was
-    claimed, on the same scale, planted in the power table. floor: a mean score that neither side reaching makes the claim
-    vacuous: models that do next to nothing differ by nothing. not_evaluated: why no record can decide it.
+    claimed, on the same scale, planted in the power table. not_evaluated: why no record can decide it.
     """
 
     id: str
@@ -84,9 +96,7 @@ class Claim(Frozen):
     no_divergence: bool = False
     premise: bool = False
     guard: float | None = None
-    floor: float | None = None
     not_evaluated: str = ""
-    reachable: bool = True
     note: str = ""
     scales: tuple[str, ...] = ("laptop", "paper")
     beside: tuple[Beside, ...] = ()
@@ -113,6 +123,7 @@ class Claims(Frozen):
     keys: tuple[str, ...] = ()
     diverged: dict[str, float] = Field(default_factory=lambda: {"score": 1.0, "accuracy": 0.5})
     choose_on: str | None = None
+    chance: Chance | None = None
     fixed: tuple[Fixed, ...] = ()
     noise: Noise = Noise()
     claims: tuple[Claim, ...]

@@ -5,6 +5,9 @@ A claim is supported only if three things hold: the rule of its own test on the 
 claims evaluated together. It is refuted if the rule and the companion say so. Where primary and companion differ, or Holm
 does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own primary test.
 
+A claim about scores is `vacuous` where no run that it compares is shown to be above chance (lib/chance.py), where all of them
+diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and decide nothing.
+
 With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than questions
 do; the companion is what keeps that at 5 %, at the price of power (lib/power.py prints both).
 """
@@ -16,6 +19,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from lib import chance
 from lib import statistics as st
 from lib.claim_types import BEST, Beside, Cell, Claim, Claims, load
 from lib.comparison import Paired, choose, members_of, pair_up, select
@@ -107,9 +111,12 @@ def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str
 # ---- claims about scores
 
 
+def _rows(data: Data, metric: str) -> pd.DataFrame:
+    return data.rows if metric in data.rows or data.accuracy is None else data.accuracy
+
+
 def _pairs(study: Claims, claim: Claim, data: Data, cells: list[Cell], *, all_seeds: bool) -> Paired | list[str]:
-    rows = data.rows if claim.metric in data.rows or data.accuracy is None else data.accuracy
-    return pair_up(study, rows, data.members, cells, claim.metric, seeds=data.seeds if all_seeds else (),
+    return pair_up(study, _rows(data, claim.metric), data.members, cells, claim.metric, seeds=data.seeds if all_seeds else (),
                    all_seeds=all_seeds)
 
 
@@ -139,11 +146,8 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.verdict = "inconclusive"  # what stands for its scores is ours, not measured
     if baseline and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
-    highest = float(pairs.values.mean((1, 2)).max())
-    if claim.floor is not None and verdict.verdict != "vacuous" and highest < claim.floor:
-        verdict.verdict = "vacuous"
-        verdict.reason = (f"{names[0]} and {names[1]} score {highest:.4f} at most, below {claim.floor:g}: where next to "
-                          f"nothing is scored no difference can show (here {verdict.estimate:+.4f})")
+    if baseline and verdict.verdict != "vacuous":  # a figure of its own (absolute) is missed by a model that learnt nothing
+        _ask_for_chance(study, data, chosen, n, names, verdict)
     if claim.premise:
         verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
     if pairs.dropped:
@@ -151,6 +155,21 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     verdict.beside = [_beside(study, claim, other, data) for other in claim.beside]
     if lost or lost_baseline:
         verdict.sensitivity = _completed_only(claim, pairs, n, names, data.draws)
+
+
+def _at_chance(study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str]) -> str:
+    return chance.at_chance(study, _rows(data, study.chance.metric), data.members, cells, n, names) if study.chance else ""
+
+
+def _ask_for_chance(study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str], verdict: Verdict) -> None:
+    """`vacuous` where every run of the claim is at chance, whatever its numbers say."""
+    try:
+        said = _at_chance(study, data, cells, n, names)
+    except chance.Unknown as missing:
+        verdict.note = f"{verdict.note} Whether its runs are above chance is not known ({missing}).".strip()
+        return
+    if said:
+        verdict.verdict, verdict.reason = "vacuous", f"{said}. By its numbers alone: {verdict.reason}"
 
 
 def _baseline_name(study: Claims, claim: Claim, cells: list[Cell]) -> str:
@@ -193,6 +212,11 @@ def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
         difference = float((pairs.values[0] - pairs.values[1]).mean())
         return {**out, "estimate": difference, "reason": f"{difference:+.2f} in the one seed that both have; no interval"}
     measured = measure(claim, pairs, n, names, data.draws, other.name)
+    try:
+        if said := _at_chance(study, data, cells, n, names):
+            measured |= {"verdict": "vacuous", "reason": f"{said}. By its numbers alone: {measured['reason']}"}
+    except chance.Unknown:
+        pass  # the claim's own note says so
     # a word of verdict here would be taken for one
     measured["by_the_same_rule"] = measured.pop("verdict")
     return {**out, **measured}

@@ -1,7 +1,8 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 4 something was left for lack of time (--max-hours), 130 interrupted. A refuted claim is a result, not a failure.
+started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 nobody read the output to its end (| head).
+A refuted claim is a result, not a failure.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import cluster, config, errors, forecast, hub, plan, pool, progress, record, show
+from lib import cluster, config, errors, forecast, hub, plan, pool, progress, ready, record, show
 from lib.errors import StudyError
 from lib.options import parser, short, wants
 
@@ -61,13 +62,16 @@ def dispatch(options) -> int:
 def guarded(work) -> int:
     """The exit code of `work()`, or of what it raised, which is told to the person and not as a traceback."""
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
+        return code
     except StudyError as error:
         print(record.inert(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         told, code = errors.of_the_system(error)
-        print(record.inert(record.redact(told)), file=sys.stderr)
+        if told:
+            print(record.inert(record.redact(told)), file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
@@ -133,52 +137,6 @@ def every_run(options) -> list[tuple]:
     return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
 
 
-def able(found: list[tuple]) -> list[tuple]:
-    """Without the runs of studies that have no notebooks yet."""
-    return [(path, loaded, findings) for path, loaded, findings in found if isinstance(loaded, StudyError) or built(loaded)]
-
-
-def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
-    """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else 0."""
-    from lib import preflight
-
-    told: dict[str, list] = {}
-    for path, loaded, findings in found:
-        name = path.name if options.params else os.path.relpath(path, config.ROOT)
-        if isinstance(loaded, StudyError):
-            told[name] = [config.Finding("error", "configuration", str(loaded))]
-            continue
-        told[name] = list(findings)
-        if not built(loaded):
-            told[name] += [config.Finding("error", f"notebooks/{loaded.study}", "this study has no notebooks yet")]
-    code = 2 if any(f.level == "error" for findings in told.values() for f in findings) else 0
-    if options.mode == "full":
-        machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
-        needs = preflight.missing_for([loaded for _, loaded, _ in found if not isinstance(loaded, StudyError)], machine)
-        told["this machine"] = needs
-        code = code or 3 * any(f.level == "error" for f in needs)
-    return told, code
-
-
-def unready(options, found: list[tuple], told: dict[str, list]) -> int:
-    """Before a full run: what `check` finds in code, notebooks and claims and, at paper scale, in a trial, unless one has
-    passed with these very settings and code. 2 where there is an error, which is added to `told`."""
-    from lib.check import command
-
-    fit, root = able(found), root_of(options)
-    findings = [f for f in command.static(fit, options.scale, able(every_run(options)))
-                if not f.file.endswith(".yaml") or f.file.endswith("claims.yaml")]
-    if options.scale == "paper" and not any(f.severity == "error" for f in findings) and not command.passed(fit, root):
-        print("no trial of these runs has passed yet: trying them before anything long starts", flush=True)
-        findings += command.dynamic(fit, options.scale, command.told_again(options), root)
-    told["check"] = [config.Finding(f.severity, f"{f.file} {f.place}".strip(), f.what, f.mend) for f in findings]
-    return 2 * any(f.severity == "error" for f in findings)
-
-
-def built(loaded) -> bool:
-    return (plan.NOTEBOOKS / loaded.study / "train.ipynb").exists()
-
-
 def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
         try:
@@ -188,15 +146,16 @@ def run(options) -> int:
             return error.exit_code
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
+    ready.wide_enough(options, found)
     if options.command == "check":
         from lib.check import command
 
-        return command.check(able(found), able(every_run(options)), options, root_of(options), slots_of(options))
-    told, code = obstacles(options, found)
+        return command.check(ready.able(found), ready.able(every_run(options)), options, root_of(options), slots_of(options))
+    told, code = ready.obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
-        code = code or unready(options, found, told)
+        code = code or ready.unready(options, found, every_run(options), root_of(options), told)
     if options.command == "plan":
-        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and built(r)]
+        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.built(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
         show.planned(steps, slots_of(options), root_of(options), options.price)
@@ -297,7 +256,7 @@ def mirror(options) -> int:
 
     if options.command == "sync":
         return wandb_command.sync(roots_of(options), options)
-    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and built(r)]
+    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.built(r)]
     return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)
 
 

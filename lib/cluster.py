@@ -162,6 +162,8 @@ def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> It
                        "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
         for name in ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS"):
             environment.pop(name, None)
+        if not request["gpus"]:  # Ray hides none from who asks for none
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(scratch / "log", "wb") as log:
             child = subprocess.Popen([sys.executable, "-m", "lib.cluster", str(scratch / "request.json")], env=environment,
                                      cwd=scratch / "code", stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -202,7 +204,7 @@ def run(argument: dict) -> None:
     task = ray.remote(on_node).options(
         num_returns="streaming", max_retries=0, num_cpus=count * argument["threads"],
         num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])), scheduling_strategy="SPREAD")
-    request = {"target": argument["target"], "argument": inner, "threads": argument["threads"]}
+    request = {"target": argument["target"], "argument": inner, "threads": argument["threads"], "gpus": compute["gpus"]}
     inputs = Path(inner["inputs"]) if "inputs" in inner else None
     shared = ray.put(packed(inputs, list(listed(inputs)))) if inputs else None
     source = ray.put(code())

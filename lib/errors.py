@@ -1,7 +1,12 @@
 """Errors that a person can act on: where it is, what was found, what was expected, and the command that mends it."""
 
 import errno
+import os
+import select
+import sys
 import traceback
+
+UNREAD = 141  # the exit code where nobody reads the output any more (`| head`): as a shell tells of SIGPIPE
 
 
 class StudyError(Exception):
@@ -40,6 +45,8 @@ def ended_as(error: BaseException) -> str:
 
 def of_the_system(error: OSError) -> tuple[str, int]:
     """(what to say, exit code) of an error of the operating system that reached the command line."""
+    if isinstance(error, BrokenPipeError) and nobody_reads():
+        return "", UNREAD
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return (f"{error.filename or 'writing a file'}: {error.strerror}\n"
                 "  expected: a folder that can be written, with space left\n"
@@ -47,3 +54,18 @@ def of_the_system(error: OSError) -> tuple[str, int]:
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}", 1
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of our standard output has gone; what is still to be written is then dropped in silence."""
+    try:
+        output, poller = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError, ValueError):  # replaced, or closed
+        return False
+    poller.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0)):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)  # else the interpreter, ending, would flush what is left and complain
+    os.dup2(null, output)
+    os.close(null)
+    return True

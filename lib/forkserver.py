@@ -6,7 +6,7 @@ Importing torch, transformers and trl costs 10 s; a record of fifty members must
 
 Protocol, over a Unix socket, one JSON object per line, one connection per child:
     -> {"kind": "member" | "kernel", "target": "lib.members:work", "argument": {...}, "log": path, "env": {...},
-        "name": same names never run at the same time, "threads": n, "slots": GPUs or slots that it takes}
+        "name": same names never run at the same time, "threads": n, "slots": as many, "cpu": shown no GPU}
     <- {"event": "started", "pid": p}     when its slot is free (a kernel takes no slot)
     -> {"signal": n}                      sent on to the child's process group
     <- {"event": "exit", "code": c}       negative: killed by that signal
@@ -34,9 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # as a script: lib/statistics.py is not `statistics`
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "lib"))]
 
-from lib import redaction  # noqa: E402 (with lib.child all that the server knows of `lib`)
+from lib import redaction  # noqa: E402 (with lib.child and lib.slots all that the server knows of `lib`)
 from lib.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
 from lib.redaction import Log  # noqa: E402
+from lib.slots import Slots  # noqa: E402
 
 
 class Child:
@@ -54,11 +55,9 @@ class Child:
 
 class Server:
     def __init__(self, path: str, slots: int, devices: list[str]):
-        self.slots, self.devices, self.spawn, self.folder = list(range(slots)), devices, bool(devices), Path(path).parent
-        self.total = slots
+        self.slots, self.spawn, self.folder = Slots(slots, devices), bool(devices), Path(path).parent
         self.children: dict[int, Child] = {}
-        self.stopping = False
-        self.queue: list[Child] = []
+        self.stopping, self.queue = False, []
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         unready = str(Path(path).with_name("n"))  # no longer than the name: a socket's path has 107 characters at most
@@ -148,31 +147,21 @@ class Server:
 
     def ask_to_stop(self) -> None:
         """The owner has said so: start nothing more, let members save where they are, and end when the last has ended."""
-        self.stopping, self.slots = True, []
+        self.stopping = True
+        self.slots.close()
         for pid, child in self.children.items():
             if child.takes_slot:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
 
     def start_waiting(self) -> None:
-        running = {c.request.get("name") for c in self.children.values()}
-        for child in list(self.queue):
-            wanted = min(child.request.get("slots", 1), self.total) if child.takes_slot else 0
-            if child.takes_slot and (len(self.slots) < wanted or child.request.get("name") in running):
-                if len(self.slots) < wanted and wanted > 1:
-                    break  # what needs several slots waits for them at the head, or single ones would always take them
-                continue
+        for child in self.slots.turns(self.queue, {c.request.get("name") for c in self.children.values()}):
             self.queue.remove(child)
-            if child.takes_slot:
-                child.slots, self.slots = self.slots[:wanted], self.slots[wanted:]
-                running.add(child.request.get("name"))
             self.start(child)
 
     def start(self, child: Child) -> None:
         request = child.request
-        if self.devices and child.slots:
-            given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in child.slots)
-            request.setdefault("env", {})["CUDA_VISIBLE_DEVICES"] = ",".join(given)
+        request["env"] = request.get("env", {}) | self.slots.environment(child)
         out = None
         if request.get("log"):
             child.log = Log(request["log"])
@@ -241,7 +230,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what the child itself started ends with it
             if not self.stopping:
-                self.slots = sorted([*self.slots, *child.slots])
+                self.slots.give_back(child.slots)
             self.copy_output(child, last=True)
             self.send(child, {"event": "exit", "code": os.waitstatus_to_exitcode(status)})
             child.pid = None

@@ -6,11 +6,14 @@ Kept in parts (configuration, code, data, versions, device), so that `plan` can 
 import ast
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 from pathlib import Path
+
+from lib.probe import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate", "numpy",
@@ -102,20 +105,17 @@ def source(name: str, revision: str | None) -> str:
 
 
 @functools.cache
-def device_kind() -> str:
-    """'cpu' with its architecture, or the GPU's name. Asked of NVML: importing torch would cost seconds. On a cluster the
-    kinds of its GPUs."""
-    if os.environ.get("STUDY_DEVICES"):
+def device_kind(gpus: int = 1) -> str:
+    """What a member that asks for so many GPUs trains on: 'cpu' with its architecture (0, or no GPU to use), else the name of
+    the GPUs that may be used, of each kind that they are of. Asked of NVML: importing torch would cost seconds. On a
+    cluster the kinds of its GPUs."""
+    if gpus and os.environ.get("STUDY_DEVICES"):
         return os.environ["STUDY_DEVICES"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # GPUs that nobody may use
-        return f"cpu-{platform.machine()}"
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+        names = [gpu.name for gpu in visible_gpus(os.environ)] if gpus else []
     except Exception:  # no driver, no library, no permission: whatever NVML says, there is no GPU to use
-        return f"cpu-{platform.machine()}"
+        names = []
+    return ",".join(sorted(set(names))) or f"cpu-{platform.machine()}"
 
 
 @functools.cache
@@ -136,17 +136,22 @@ def member_key(config: dict, seed: int, module: str, mode: str, files: dict[str,
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
     if config.get("compute", {}).get("strategy") == "fsdp":
         numbers["sharded"] = True
-    model, dataset = config["model"], config["dataset"]
+    model, dataset, unheard = config["model"], config["dataset"], silent(module)
     parts = {
-        "config": {**_flat(numbers), "seed": seed, "mode": mode},
+        "config": {**{k: v for k, v in _flat(numbers).items() if k not in unheard}, "seed": seed, "mode": mode},
         "code": digest(closure(module)),
         "data": source(dataset["name"], dataset.get("revision")),
         "model": source(model["name"], model.get("revision")),
         "versions": versions(),
-        "device": device_kind(),
+        "device": device_kind(config.get("compute", {}).get("gpus", 0)),
         **({"files": files} if files else {}),
     }
     return {**parts, "all": digest(parts)}
+
+
+def silent(module: str) -> tuple[str, ...]:
+    """The dotted keys of which the study of this training function says that no number depends on them (NOT_NUMBERS)."""
+    return getattr(importlib.import_module(f"{module.rpartition('.')[0]}.config"), "NOT_NUMBERS", ())
 
 
 def _flat(value: dict, prefix: str = "") -> dict:

@@ -10,7 +10,6 @@ A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<s
 that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -80,7 +79,7 @@ def inputs_folder(run) -> Path:
         "threads": run.compute.threads,
         "versions": keys.versions(),
         "code": keys.closure(f"lib.{run.study}.inputs"),
-        "device": keys.device_kind(),
+        "device": keys.device_kind(run.compute.gpus),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
         **({"files": files} if (files := other_files(run, dumped)) else {}),
     }
@@ -101,10 +100,11 @@ def prepared(run) -> Path:
         argument=argument,
         folder=partial,
         threads=run.compute.threads,
+        cpu=not run.compute.gpus,
         check=lambda: (final / "complete.json").exists(),
     )
     if _slots() == 0:
-        with _threads(run.compute.threads):
+        with work.here(run.compute.threads, not run.compute.gpus):
             work.prepare(argument)
         return final
     pool.start(task)
@@ -126,10 +126,11 @@ def measure(run, function: str) -> None:
         "inputs": str(prepared(run)),
     }
     if _slots() == 0:
-        with _threads(run.compute.threads):
+        with work.here(run.compute.threads, not run.compute.gpus):
             return work.measure(argument)
     task = pool.Task(
-        name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads
+        name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads,
+        cpu=not run.compute.gpus
     )
     pool.start(task)
     pool.drive([task])
@@ -188,27 +189,15 @@ def _task(member, folder: Path) -> pool.Task:
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,
         slots=run.compute.devices,
+        cpu=not run.compute.gpus,
         check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int):
-    """As many threads in this kernel as a process of the pool would have: sums of floats depend on their number."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _inline(task: pool.Task) -> None:
     """slots=0: in this very kernel, for pdb and for code defined in a cell."""
     started = time.monotonic()
-    with _threads(task.threads):
+    with work.here(task.threads, task.cpu):
         work.train(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
 

@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
         prog="./run_all.sh",
         description="Run the studies; without a command: all of them in full at laptop scale.",
         epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left something, "
-        "130 interrupted.",
+        "130 interrupted, 141 nobody read the output to its end (| head).",
     )
     top.add_argument(
         "command",

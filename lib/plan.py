@@ -11,6 +11,9 @@ from lib import config, forecast, keys, members, record
 from lib.errors import StudyError
 
 NOTEBOOKS = config.ROOT / "notebooks"
+# The files that tell one record from another: of a run and its search, and of each member.
+RECORDS = ("*/status.json", "*/done.json", "*/sweep/status.json", "*/sweep/done.json", "*/members/*/done.json",
+           "*/members/*/error.json", "*/sweep/trials/*/done.json")
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 
 
@@ -114,7 +117,7 @@ def _sweep(train: Step, force: bool) -> Step:
 def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
     results = Path(train[0].run.results_dir)
     folder, notebook = results / "comparison", NOTEBOOKS / study / "analysis.ipynb"
-    key = _analysis_key(study, results, [s.key for s in [*train, *sweeps]])
+    key = analysis_key(study, results)
     before = any(s.reason for s in [*train, *sweeps])
     reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
@@ -125,19 +128,33 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     return step
 
 
-def _analysis_key(study: str, results: Path, before: list[str]) -> str:
-    """What an analysis depends on: the keys of its runs and searches, its code, its claims, and what a judge graded since."""
-    claims, graded = config.ROOT / "params" / study / "claims.yaml", sorted(results.glob("*/members/*/judged.json"))
-    return keys.digest([before, keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True), claims.read_text(),
-                        *([[path.read_text() for path in graded]] if graded else [])])
+def analysis_key(study: str, results: Path) -> str:
+    """What an analysis depends on: its code, its claims, and the records that lie in `results` (whichever runs were asked for),
+    each told by the attempts that made it, and by what a judge graded since."""
+    claims, folder = config.ROOT / "params" / study / "claims.yaml", results / "comparison"
+    paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
+    records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
+    graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
+    return keys.digest([records, record.read_json(folder / "runs.json"), claims.read_text(), *([graded] if graded else []),
+                        keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True)])
+
+
+def refresh(step: Step) -> None:
+    """Give an analysis that is about to be executed its key anew: its runs have ended, and the records are what they are."""
+    if step.kind == "analysis":
+        step.key = analysis_key(step.study, step.folder.parent)
+
+
+def _made_by(path: Path) -> tuple:
+    """Of a status, a sentinel or an error that a record holds: what is another one after another attempt."""
+    told = record.read_json(path) or {}
+    return told.get("status"), told.get("nonce"), told.get("key"), told.get("exception")
 
 
 def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "its records came from W&B") -> Step:
-    """The analysis of a folder of records as they are, whoever made them; its key is that of the runs' last notebooks."""
+    """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    made = [run["run_id"] for run in record.read_json(results / "comparison" / "runs.json", [])]
-    last = [record.read_json(results / name / part / "status.json", {}) for part in ("", "sweep") for name in made]
-    key = _analysis_key(study, results, [status["key"] for status in last if status.get("key")])
+    key = analysis_key(study, results)
     again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
     return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, key,
                 why, again=again)

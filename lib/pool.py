@@ -147,6 +147,7 @@ class Task:
     folder: Path
     threads: int = 1
     slots: int = 1  # GPUs (or slots) it takes at a time
+    cpu: bool = False  # whether it is shown no GPU, whatever there is
     check: Callable[[], bool] = lambda: True
     state: str = "queued"  # queued, running, succeeded, failed, lost
     seconds: float = 0.0
@@ -183,7 +184,7 @@ def start(task: Task) -> None:
                     "threads": task.threads}
         target = "lib.cluster:run"
     request = {"kind": "member", "name": str(task.folder), "target": target, "argument": argument,
-               "log": str(task.log), "threads": task.threads, "slots": task.slots}
+               "log": str(task.log), "threads": task.threads, "slots": task.slots, "cpu": task.cpu}
     task.connection.sendall(json.dumps(request).encode() + b"\n")
 
 

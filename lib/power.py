@@ -14,8 +14,10 @@ from lib import statistics as st
 from lib.claim_types import Claim, Claims, Noise
 from lib.claims import HOLM_LEVEL
 from lib.measured import decide_mean
+from lib.verdicts import Verdict
 
 SIMULATED_DRAWS = 400  # bootstrap draws inside a simulated experiment, where no closed form gives the standard error
+HARDLY = "hardly ever"
 _CHUNK = 200
 _PROFILE = np.array([-1.0, -0.2, 0.5, 0.7])  # how a simulated method's score runs over the levels: worst at one end
 
@@ -90,9 +92,43 @@ def table(study: Claims, *, seeds: int | None = None, questions: int | None = No
             out.append({"claim": claim.id, "seed sd": seed_sd, "claimed size": claim.claimed,
                         "power alone": float((code == st.SUPPORTED).mean()),
                         "power with Holm": float(((code == st.SUPPORTED) & (holm[:, i] < HOLM_LEVEL)).mean()),
-                        "boundary": null_effect(claim), "false supported": float((null == st.SUPPORTED).mean()),
-                        "reachable": claim.reachable})
+                        "boundary": null_effect(claim), "false supported": float((null == st.SUPPORTED).mean())})
+            out[-1]["if true, it is shown"] = in_words(out[-1]["power with Holm"])
     return pd.DataFrame(out)
+
+
+def in_words(share: float) -> str:
+    """How often a study would support a claim that is true: `share` of them."""
+    words = ((0.8, "nearly always"), (0.5, "more often than not"), (0.2, "seldom"))
+    return next((word for least, word in words if share >= least), HARDLY)
+
+
+def weak(table: pd.DataFrame) -> dict[str, str]:
+    """{claim: its power in percent} of those that a study of this size would hardly ever show, whichever seed standard
+    deviation of `table` is true."""
+    found = {}
+    for claim, powers in table.groupby("claim", sort=False)["power with Holm"]:
+        if in_words(powers.max()) == HARDLY:
+            low, high = round(100 * powers.min()), round(100 * powers.max())
+            found[claim] = f"{low} %" if low == high else f"{low} to {high} %"
+    return found
+
+
+def told(table: pd.DataFrame) -> str:
+    """What the table comes to, for people."""
+    found = ", ".join(f"{claim} ({power})" for claim, power in weak(table).items())
+    return (f"Even if they are true, a study of this size would hardly ever show: {found} (power with Holm). That such a claim "
+            "stays open says nothing about it." if found else
+            "Each claim would be shown in a fifth of such studies or more, if it is true, at one of these standard deviations.")
+
+
+def beside(verdicts: list[Verdict], table: pd.DataFrame | None) -> None:
+    """Say of each claim that stays open, and that would have stayed open if it were true, that it is so."""
+    powers = {} if table is None else weak(table)
+    for verdict in verdicts:
+        if verdict.verdict == "inconclusive" and verdict.id in powers:
+            verdict.reason += (" Even if it is true, a study of this size would hardly ever show it "
+                               f"(power {powers[verdict.id]}).")
 
 
 def noise_seen(difference: np.ndarray) -> dict[str, float]:

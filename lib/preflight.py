@@ -4,6 +4,7 @@ Asked before anything starts; each finding says what to do. No value of a key or
 """
 from __future__ import annotations
 
+import importlib.util
 import netrc
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from lib.schema import Finding, Run
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/footprint.py)
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
+JUDGE_EXTRA = "pip install -c constraints.txt -e '.[judge]'"
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
 
 
@@ -72,6 +74,8 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
                      "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length")
             return [Finding("error", key, f"about {needed:.0f} GB of GPU memory for a batch of full length at {key}: "
                             f"{getattr(run.training, footprint.batch_limit(run))}, the GPU has {largest:.0f}", lower)]
+    if mixed := _mixed(run, machine, found):
+        return [mixed]
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
     other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
@@ -81,6 +85,22 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
         return [Finding("error", "model.torch_dtype", f"bfloat16, which {old.name} (compute capability "
                         f"{'.'.join(map(str, old.capability))}) does not have", "an Ampere GPU or newer, or float32"), *other]
     return other
+
+
+def _mixed(run: Run, machine: Machine, found: list[Gpu]) -> Finding | None:
+    """Members go to whichever GPU is free: on GPUs of several kinds nobody could say which of them made a record."""
+    kinds = list(dict.fromkeys(gpu.name for gpu in found))
+    if len(kinds) < 2:
+        return None
+    asked = (run.compute.gpu_type or "").split("-")[0].lower()
+    kind = next((name for name in kinds if asked and asked in name.lower()), kinds[0])
+    shown = [d.strip() for d in machine.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    shown = shown or [str(i) for i in range(len(found))]
+    mend = f"CUDA_VISIBLE_DEVICES={','.join(d for d, gpu in zip(shown, found, strict=False) if gpu.name == kind)}"
+    if machine.environ.get("STUDY_CLUSTER"):
+        mend = f"ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
+    return Finding("error", "compute.gpu_type", f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of "
+                   "them, and sums round differently", f"show the runs one kind: {mend}")
 
 
 def _home(environ: Mapping[str, str]) -> Path:
@@ -263,10 +283,20 @@ def _storage(run: Run) -> list[Finding]:
     return []
 
 
+def judge_package() -> str:
+    """The package of the extra `judge` that is not installed, empty where all are."""
+    return next((name for name, module in (("inspect-ai", "inspect_ai"), ("openai", "openai"))
+                 if importlib.util.find_spec(module) is None), "")
+
+
 def _judge(run: Run, machine: Machine) -> list[Finding]:
     if getattr(run.evaluation, "judge", None) != "mt_bench":
         return []
-    if any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
-        return []
-    return [Finding("warning", "evaluation.judge", "no judge endpoint: training goes on and judging stays pending",
-                    "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge")]
+    found, key = [], "evaluation.judge"
+    if lacking := judge_package():
+        found.append(Finding("warning", key, f"{lacking} is not installed: training goes on and judging stays pending",
+                             f"{JUDGE_EXTRA}, then ./run_all.sh judge"))
+    if not any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
+        found.append(Finding("warning", key, "no judge endpoint: training goes on and judging stays pending",
+                             "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"))
+    return found

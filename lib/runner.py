@@ -29,8 +29,7 @@ MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last ru
 
 def archive(step: plan.Step) -> None:
     """Set aside what --force is to make again."""
-    folders = [step.folder / "members"] if step.kind == "train" else []
-    for folder in [f for parent in folders for f in parent.glob("*") if f.is_dir()]:
+    for folder in sorted((step.folder / "members").glob("*/")) if step.kind == "train" else ():
         members.archive(folder)
 
 
@@ -144,6 +143,7 @@ class Runner:
             self.state[id(step)] = "interrupted"
             return
         try:
+            plan.refresh(step)
             if self.force:
                 archive(step)
             self.attempt(step, started)

@@ -24,7 +24,7 @@ def provenance(run) -> dict:
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
-        "device": keys.device_kind(),
+        "device": keys.device_kind(run.compute.gpus),
         "processor": _processor(),
         "threads_per_member": run.compute.threads,
         "data": keys.source(run.dataset.name, run.dataset.revision),

@@ -101,3 +101,20 @@ def measure(argument: dict) -> None:
     """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
     run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
     getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
+
+
+@contextlib.contextmanager
+def here(count: int, cpu: bool):
+    """In this kernel what a process of the pool would have: as many threads, on which sums of floats depend, and no GPU where
+    none is asked for."""
+    import torch
+
+    if cpu and torch.cuda.is_available():
+        raise StudyError("compute.gpus", "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU", "a kernel "
+                         "that sees none", "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

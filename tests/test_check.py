@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.check import sources
+from lib.check import command, sources
+from lib.options import parser
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")
@@ -156,6 +157,15 @@ Made()
 def shadow(two):
     return two(1, 2, 3, 4)
 """
+
+
+def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
+    options = parser().parse_args(["check", "--jobs", "3", "--study", "graff", "--run", "a*", "--run", "b", "--set", "x=1"])
+    told = command.told_again(options)
+    assert told == ["--study", "graff", "--run", "a*", "--run", "b", "--jobs", "3", "--set", "x=1"]
+    again = parser().parse_args(["trial", *told])
+    assert (again.jobs, again.run, again.sets) == (3, ["a*", "b"], ["x=1"])
+    assert "--jobs" not in command.told_again(parser().parse_args(["check"]))
 
 
 def test_calls_are_held_against_the_functions_they_call():

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lib import claims as c
 from lib import power
 from lib import statistics as st
-from lib.claim_types import Claims, Noise
+from lib.claim_types import Chance, Claims, Noise
 from lib.comparison import choose, pair_up, select
 from lib.config import ROOT
 from lib.errors import StudyError
@@ -19,6 +20,8 @@ STUDY = c.load(PATH)
 BY_ID = {claim.id: claim for claim in STUDY.claims}
 TAU = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 SEEDS = (42, 43, 44)
+CHANCE = Chance(metric="accuracy", what="guessing, or the longer answer", no_better_than=(0.5, "length_baseline"),
+                no_worse_than=0.5)
 # scores in which every claim but C3 holds as claimed: the same best, a higher floor
 GOOD = {"dpo": (4.0, 6.0, 7.5, 7.5), "discopop": (3.0, 4.0, 7.0, 5.0), "td_dpo": (6.0, 6.0, 7.5, 6.5)}
 
@@ -124,7 +127,6 @@ def test_no_divergence_overrides_a_supporting_interval():
 
 def test_c3_says_beforehand_that_three_seeds_cannot_show_it(good):
     assert "24 to 43 seeds" in good["C3"].note
-    assert BY_ID["C3"].reachable is False
     assert good["C3"].p == pytest.approx(max(
         st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
         st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1)))
@@ -161,6 +163,140 @@ def test_c5(ratio, verdict):
     assert v.estimate == pytest.approx(ratio, rel=0.02)
     assert v.n_pairs == 120
     assert set(v.per_seed) == set(SEEDS)
+
+
+def test_the_companions_p_is_scipys_one_sided_t_test():
+    rows, members = made({**GOOD, "td_dpo": (5.9, 6.1, 7.5, 6.1)}, seed_sd=0.3, seed=3)
+    costs = times(1.005)
+    found = judge(rows, members, costs=costs)
+    (paper,) = judge(rows, members, study=absolute(reported=5.9), scale="paper").values()
+    of = {name: np.array(list(v.per_seed.values())) for name, v in {**found, "A": paper}.items()}
+
+    def p(values, threshold, alternative):
+        return stats.ttest_1samp(values, threshold, alternative=alternative).pvalue
+
+    assert found["C1"].p_companion == pytest.approx(p(of["C1"], -0.3, "greater"))
+    assert found["C2"].p_companion == pytest.approx(p(of["C2"], 1.0, "greater"))
+    assert found["C3"].p_companion == pytest.approx(max(p(of["C3"], -0.1, "greater"), p(of["C3"], 0.1, "less")))
+    assert paper.p_companion == pytest.approx(p(of["A"], -0.5, "greater"))
+    # C4: each seed's variance across beta, less the noise within a cell, of TD-DPO against DPO
+    means = rows.groupby(["method", "beta", "seed"]).score.mean().unstack()
+    own = [means.loc[m].var(ddof=1) - means.loc[m].var(axis=1, ddof=1).mean() for m in ("td_dpo", "dpo")]
+    assert found["C4"].p_companion == pytest.approx(stats.ttest_rel(*own, alternative="less").pvalue)
+    # C5: the medians of ten stretches of neighbouring pairs
+    blocks = np.median(np.log(costs.seconds / costs.seconds_baseline).to_numpy().reshape(10, 12), axis=1)
+    assert found["C5"].p_companion == pytest.approx(p(blocks, np.log(1.02), "less"))
+    for value in (found["C2"].p_companion, found["C3"].p_companion, found["C4"].p_companion):
+        assert 1e-4 < value < 0.9999, "else a wrong side or a wrong threshold could go unseen"
+    low, high = stats.ttest_1samp(of["C1"], 0).confidence_interval(0.95)
+    assert found["C1"].companion_interval95 == pytest.approx((low, high))
+
+
+def test_a_cost_is_judged_by_its_own_methods_pairs_that_were_timed():
+    """Pairs of another method, and pairs without two times, are not of the claim."""
+    rows, members = made()
+    mine, other = times(1.0), times(3.0, n=300, seed=1).assign(method="td_dpo_anchored")
+    broken = pd.DataFrame({"method": "td_dpo", "seed": 42, "seconds": [0.0, -1.0, np.nan, 0.5],
+                           "seconds_baseline": [1.0, 1.0, 1.0, 0.0]})
+    (only,) = judge(rows, members, costs=mine, study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
+    (among,) = judge(rows, members, costs=pd.concat([other, mine, broken]),
+                     study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
+    assert (among.n_pairs, among.verdict) == (120, "supported")
+    assert c.to_json([among]) == c.to_json([only])
+    assert judge(rows, members, costs=pd.concat([other, mine[:19], broken]))["C5"].verdict == "not evaluated"
+    assert judge(rows, members, costs=pd.concat([other, mine[:20], broken]))["C5"].n_pairs == 20
+
+
+# ---- runs at chance
+
+PARITY = BY_ID["C3"].model_copy(update={"margin": 0.5, "beside": ()})
+
+
+def learnt(td_dpo, dpo, *, pairs=400, seed=0):
+    """Implicit accuracy of every test pair in the cells of C3: in every seed the shares given."""
+    rng = np.random.default_rng(seed)
+    rows = [{"method": method, "beta": 0.05, "tau": 1.0 if method == "td_dpo" else np.nan, "seed": s, "status": "completed",
+             "pair": p, "accuracy": float(hit)}
+            for method, share in (("td_dpo", td_dpo), ("dpo", dpo)) for s in SEEDS
+            for p, hit in enumerate(rng.permutation(pairs) < share * pairs)]
+    return pd.DataFrame(rows)
+
+
+def at_chance(claim, accuracy, means=GOOD, *, length=0.48, chance=CHANCE, **more):
+    rows, members = made(means, **more)
+    study = STUDY.model_copy(update={"claims": (claim,), "chance": chance})
+    return judge(rows, members.assign(length_baseline=length), study=study, accuracy=accuracy)[claim.id]
+
+
+@pytest.mark.parametrize(("td_dpo", "dpo", "length", "vacuous"), [
+    (0.50, 0.50, 0.48, True), (0.50, 0.60, 0.48, False), (0.60, 0.50, 0.48, False), (0.58, 0.57, 0.65, True),
+    (0.75, 0.57, 0.65, False), (0.50, 0.40, 0.48, False)])
+def test_a_claim_whose_runs_are_all_at_chance_is_vacuous_whatever_its_numbers_say(td_dpo, dpo, length, vacuous):
+    """Neither parity of two that learnt nothing nor a difference between them is about the methods. Worse than guessing is no
+    chance: it was learnt."""
+    for means, otherwise in ((GOOD, "supported"), ({**GOOD, "td_dpo": (6.0, 4.0, 7.5, 6.5)}, "refuted")):
+        found = at_chance(PARITY, learnt(td_dpo, dpo), means, length=length)
+        assert found.verdict == ("vacuous" if vacuous else otherwise)
+        assert found.interval95 is not None
+        assert found.estimate is not None
+        assert ("not shown to be above" in found.reason) == vacuous
+        assert at_chance(PARITY, learnt(td_dpo, dpo), means, chance=None).verdict == otherwise
+
+
+def test_a_divergence_is_a_result_and_no_chance():
+    """What stands for a diverged run's accuracy is guessing: a claim of avoiding divergence would never be decided."""
+    accuracy, discopop = learnt(0.5, 0.5), {"method": "discopop", "beta": 2.5, "tau": np.nan}
+    accuracy = accuracy.assign(beta=2.5, tau=2.0).query("method == 'td_dpo'")
+    more = {"means": {**GOOD, "td_dpo": (6.0, 6.0, 7.5, 9.0)}, "diverged": [("discopop", 2.5, s) for s in SEEDS]}
+    assert at_chance(BY_ID["C2"], accuracy, **more).verdict == "supported"
+    assert at_chance(BY_ID["C2"], pd.concat([accuracy, accuracy.assign(**discopop)])).verdict == "vacuous"
+
+
+def test_a_figure_of_its_own_is_missed_by_a_model_that_learnt_nothing():
+    rows, members = made(answer_sd=0.1)
+    study = absolute(reported=8.0).model_copy(update={"chance": CHANCE})
+    (found,) = judge(rows, members.assign(length_baseline=0.48), study=study, scale="paper", accuracy=learnt(0.5, 0.5)).values()
+    assert found.verdict == "refuted"
+
+
+def test_where_training_had_nothing_to_lose_worse_than_chance_is_chance():
+    majority = CHANCE.model_copy(update={"no_better_than": (0.55,), "no_worse_than": None})
+    assert at_chance(PARITY, learnt(0.40, 0.45), chance=majority).verdict == "vacuous"
+    assert at_chance(PARITY, learnt(0.40, 0.65), chance=majority).verdict == "supported"
+
+
+def test_one_run_that_has_clearly_learnt_is_not_at_chance_however_much_the_seeds_differ():
+    accuracy = learnt(0.5, 0.5)
+    mine = (accuracy.method == "dpo") & (accuracy.seed == 43)
+    accuracy.loc[mine, "accuracy"] = (np.arange(400) < 0.66 * 400).astype(float)
+    means = accuracy[accuracy.method == "dpo"].groupby("seed").accuracy.mean()
+    assert stats.ttest_1samp(means, 0.5, alternative="greater").pvalue > 0.1, "the cell as a whole is not shown to have"
+    assert at_chance(PARITY, accuracy).verdict == "supported"
+    # z is 2: of six runs at chance one or the other is so good
+    accuracy.loc[mine, "accuracy"] = (np.arange(400) < 0.55 * 400).astype(float)
+    assert at_chance(PARITY, accuracy).verdict == "vacuous"
+
+
+def test_what_is_needed_to_tell_chance_and_is_not_there_is_said_and_changes_no_verdict():
+    accuracy = learnt(0.5, 0.5)
+    for missing in (None, accuracy[accuracy.method == "dpo"]):
+        found = at_chance(PARITY, missing)
+        assert found.verdict == "supported"
+        assert "above chance is not known" in found.note
+    rows, members = made()
+    study = STUDY.model_copy(update={"claims": (PARITY,), "chance": CHANCE})
+    (found,) = judge(rows, members, accuracy=accuracy, study=study).values()
+    assert "no length_baseline" in found.note
+
+
+def test_beside_a_claim_chance_is_told_too():
+    claim = PARITY.model_copy(update={"beside": BY_ID["C1"].beside})
+    for share, other in ((0.5, 0.7), (0.7, 0.5)):  # of the claim's own rival, and of the one beside it (best, at beta .5)
+        accuracy = pd.concat([learnt(0.5, share), learnt(0.5, other).query("method == 'dpo'").assign(beta=0.5)])
+        found = at_chance(claim, accuracy)
+        assert found.beside[0]["baseline"] == "DPO (beta 0.5)"
+        assert (found.verdict == "vacuous") == (share == 0.5)
+        assert (found.beside[0]["by_the_same_rule"] == "vacuous") == (other == 0.5)
 
 
 # ---- diverged, missing, trial, scale
@@ -211,6 +347,28 @@ def test_missing_cells_are_named_and_nothing_is_guessed():
     assert v["C5"].verdict == "not evaluated"
     assert "0 pairs" in v["C5"].reason
     assert v["C1"].holm_p is None
+
+
+@pytest.mark.parametrize("status", ["failed", "lost", "out_of_memory"])
+def test_scores_that_a_failed_run_left_are_not_taken(status):
+    """It may have died between its questions, or with weights that nobody kept."""
+    rows, members = made()
+    gone = (members.method == "dpo") & (members.beta == 0.05) & (members.seed == 44)
+    members.loc[gone, "status"] = status
+    verdict = judge(rows, members)["C1"]
+    assert (verdict.verdict, verdict.estimate) == ("not evaluated", None)
+    assert f"DPO (beta 0.05), seed 44: {status}" in verdict.reason
+    (against_best,) = judge(rows, members.assign(validation_implicit_accuracy=np.where(members.beta == 0.05, 0.9, 0.5)),
+                            study=STUDY.model_copy(update={"claims": (BY_ID["C1"].model_copy(
+                                update={"baseline": {"method": "dpo", "beta": 0.5}}),)})).values()
+    assert against_best.beside[0]["n_seeds"] == 2, "beside a claim, the seeds that both sides have"
+
+
+def test_scores_that_a_diverged_run_left_do_not_count():
+    rows, members = made()
+    members.loc[(members.method == "dpo") & (members.beta == 0.05) & (members.seed == 44), "status"] = "diverged"
+    score = rows[(rows.method == "td_dpo") & (rows.beta == 0.01) & (rows.seed == 44)].score.mean()
+    assert judge(rows, members)["C1"].per_seed[44] == pytest.approx(score - 1.0)
 
 
 def test_two_runs_of_one_cell_are_never_averaged():
@@ -444,11 +602,39 @@ def test_the_opposite_of_a_claim_is_hardly_ever_supported(claim):
 def test_power_at_the_first_stated_seed_sd_is_four_fifths():
     table = power.table(STUDY, n_sim=600)
     assert sorted(set(table["seed sd"])) == [0.05, 0.15]
-    small = table[(table["seed sd"] == 0.05) & table["reachable"]]
+    small = table[(table["seed sd"] == 0.05) & (table["claim"] != "C3")]
     assert list(small["claim"]) == ["C1", "C2", "C4", "C5"]
     assert (small["power alone"] >= 0.8).all(), small.to_string()
     assert (table["power with Holm"] <= table["power alone"]).all()
     assert (table[table.claim == "C3"]["power alone"] < 0.2).all()
+
+
+def test_what_a_claim_can_show_is_said_by_its_power_and_not_by_a_flag():
+    assert [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)] == [
+        "nearly always", "nearly always", "more often than not", "more often than not", "seldom", "seldom", "hardly ever",
+        "hardly ever"]
+    table = power.table(STUDY, n_sim=200)
+    assert "reachable" not in table
+    assert list(table["if true, it is shown"]) == [power.in_words(share) for share in table["power with Holm"]]
+    made_up = pd.DataFrame({"claim": ["A", "B", "C"] * 2, "power with Holm": [0.0, 0.1, 0.004, 0.08, 0.3, 0.0]})
+    assert power.weak(made_up) == {"A": "0 to 8 %", "C": "0 %"}, "B is shown at one of the standard deviations"
+    assert "A (0 to 8 %), C (0 %)" in power.told(made_up)
+    assert "a fifth" in power.told(made_up[made_up.claim == "B"])
+
+
+def test_a_claim_that_stays_open_says_that_it_would_have_if_it_were_true():
+    rows, members = made(answer_sd=1.2, seed_sd=0.15)
+    low = pd.DataFrame({"claim": ["C1", "C2", "C3"], "power with Holm": [0.04, 0.03, 0.02]})
+    verdicts = list(judge(rows, members).values())
+    before = {v.id: (v.verdict, v.reason) for v in verdicts}
+    assert before["C3"][0] == "inconclusive"
+    power.beside(verdicts, low)
+    said = {v.id: v.reason for v in verdicts}
+    assert said["C3"] == before["C3"][1] + " Even if it is true, a study of this size would hardly ever show it (power 2 %)."
+    assert before["C2"][0] == "supported"
+    assert said["C2"] == before["C2"][1], "it was shown"
+    power.beside(verdicts, None)
+    assert said == {v.id: v.reason for v in verdicts}
 
 
 def test_simulated_and_real_decisions_agree():
@@ -461,6 +647,29 @@ def test_simulated_and_real_decisions_agree():
     share = power.power(BY_ID["C1"], seeds=3, seed_sd=0.05, question_sd=1.5, questions=80, effect=0.0, n_sim=2000,
                         rng=np.random.default_rng(3), answer_sd=0.7, noise=Noise(interaction_sd=0.0))
     assert np.mean(real) == pytest.approx(share, abs=0.17)
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.1, 0.2])
+def test_power_where_only_questions_of_a_method_differ_is_a_closed_form(effect):
+    """With neither seeds nor answers that differ, every seed sees the same differences d_q ~ N(effect, 2 interaction^2): their
+    mean over sqrt(3/2) times its (population) standard error is a noncentral t, and the companion has nothing against it."""
+    claim, q = BY_ID["C2"].model_copy(update={"margin": 0.0}), 80
+    noise = Noise(interaction_sd=0.4, answer_sd=0.0, question_sd=1.5)
+    share = power.power(claim, seeds=3, seed_sd=0.0, question_sd=1.5, questions=q, effect=effect, n_sim=4000,
+                        rng=np.random.default_rng(5), answer_sd=0.0, noise=noise)
+    critical = stats.norm.ppf(0.975) * (1.5 * (q - 1) / q) ** 0.5
+    expected = stats.nct.sf(critical, q - 1, effect * q**0.5 / (2**0.5 * 0.4))
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-3)
+
+
+def test_power_where_only_seeds_differ_is_a_closed_form():
+    """Then the companion is the narrower gate: t of 3 seeds above 2.92, where the primary asks for 1.96."""
+    claim = BY_ID["C2"].model_copy(update={"margin": 0.0})
+    share = power.power(claim, seeds=3, seed_sd=0.3, question_sd=1.5, questions=80, effect=0.8, n_sim=4000,
+                        rng=np.random.default_rng(6), answer_sd=0.0, noise=Noise(interaction_sd=0.0))
+    critical = max(stats.t.ppf(0.95, 2), stats.norm.ppf(0.975) * (1.5 * 2 / 3) ** 0.5)
+    expected = stats.nct.sf(critical, 2, 0.8 * 3**0.5 / (2**0.5 * 0.3))
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
 
 
 def test_noise_seen_recovers_what_was_put_in():

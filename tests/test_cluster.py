@@ -68,6 +68,16 @@ def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):
     assert not (here / "evil").exists()
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "2,3")])
+def test_a_node_shows_no_gpu_to_who_asks_for_none(tmp_path, monkeypatch, gpus, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # as Ray leaves it for a task that asks for none
+    request = {"target": "tests.faults:note_environment", "argument": {"path": str(tmp_path / "seen")}, "threads": 1,
+               "gpus": gpus}
+    *_, last = cluster.on_node(request, cluster.code(), None, b"")
+    assert last == {"code": 0}
+    assert (tmp_path / "seen").read_text() == f"{seen} 2.0"
+
+
 def test_the_code_that_travels_is_what_a_member_imports(tmp_path):
     cluster.unpack(cluster.code(), tmp_path)
     assert (tmp_path / "lib/td_dpo/member.py").read_bytes() == (config.ROOT / "lib/td_dpo/member.py").read_bytes()

@@ -642,8 +642,9 @@ def test_a_name_taken_by_another_object(raw):
 
 
 def test_importing_and_loading_is_light():
-    code = ("import sys; from lib import config, preflight; config.load_folder('params', 'paper', 'full');"
-            "heavy = {'torch', 'transformers', 'trl', 'pandas', 'huggingface_hub'} & set(sys.modules); assert not heavy, heavy")
+    code = ("import sys; from lib import config, preflight; import lib.td_dpo.grading;"
+            "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
+            "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True, timeout=60)
 
 

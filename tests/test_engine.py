@@ -273,6 +273,15 @@ def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, 
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_faint_probabilities_keep_their_logarithm_in_float32():
+    """From certain to far below what float32 holds as a probability (1e-45), in one chunk."""
+    margins = torch.tensor([0.0, 1.0, 20.0, 60.0, 69.0, 69.2, 80.0, 100.0, 104.0, 300.0, 1e4])  # ln 1e-30 = -69.1
+    logits = torch.stack([torch.zeros_like(margins), margins, torch.full_like(margins, -5.0)], dim=1)  # (n, 3)
+    targets = torch.zeros(len(margins), dtype=torch.long)
+    found = head.token_scores(logits, torch.eye(3), None, targets)
+    torch.testing.assert_close(found.double(), logits.double().log_softmax(dim=-1)[:, 0], rtol=3e-7, atol=1e-7)
+
+
 @pytest.fixture
 def double_head(monkeypatch):
     """TRL's head accumulates in float32 whatever the model's type: for float64 comparisons it is given a plain one."""
@@ -731,6 +740,12 @@ def test_a_finished_run_is_loaded_not_trained(tmp_path):
     assert again.best_step == first.best_step
     assert not records
     assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_other_intervals_of_saves_and_log_lines_go_on_from_the_same_checkpoints(tmp_path):
+    first, _ = train(tmp_path)
+    again, records = train(tmp_path, save_steps=5, logging_steps=2)
+    assert (again.step, again.best_step, records) == (10, first.best_step, [])
 
 
 def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):

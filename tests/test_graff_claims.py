@@ -165,22 +165,35 @@ def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say
 
 # ---- where next to nothing is answered
 
-def scored(means: dict[str, float], problems=100):
+def scored(means: dict[str, float], problems=200, base=0.0, rate=0.003):
     rng = np.random.default_rng(0)
-    who = [{"run_id": m, "method": m, "learning_rate": 0.003, "seed": s, "status": "completed", "dev_exact_match": 0.0,
-            "dev_loss": 2.0} for m in means for s in SEEDS]
-    rows = [{**w, "example": i, "exact_match": float(rng.random() < means[w["method"]])} for w in who for i in range(problems)]
+    who = [{"run_id": m, "method": m, "learning_rate": rate, "seed": s, "status": "completed", "dev_exact_match": 0.0,
+            "base_exact_match": base, "dev_loss": 2.0} for m in means for s in SEEDS]
+    rows = [{**{k: v for k, v in w.items() if k != "base_exact_match"}, "example": i,
+             "exact_match": float(rng.random() < means[w["method"]])} for w in who for i in range(problems)]
     return pd.DataFrame(rows), pd.DataFrame(who)
 
 
+def verdicts_of(rows, members):
+    return {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="laptop", mode="full", members=members, draws=200)}
+
+
 def test_a_claim_about_next_to_nothing_is_vacuous_and_not_refuted():
-    rows, members = scored({"graff": 0.0, "graff_frozen": 0.0, "reactor": 0.0, "fixed": 0.0, "hypergradient": 0.0})
-    found = {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="laptop", mode="full", members=members, draws=200)}
-    assert found["C1"].verdict == found["C5"].verdict == "vacuous"  # C5 asks for 0.018, of which 0 falls short
-    assert "below 0.05" in found["C5"].reason
-    rows, members = scored({"graff": 0.02, "reactor": 0.4, "fixed": 0.4, "graff_frozen": 0.02, "hypergradient": 0.4})
-    found = {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="laptop", mode="full", members=members, draws=200)}
-    assert found["C1"].verdict == "refuted"  # one side does score
+    """As on real problems: the base model answers none of them, and neither does what was trained."""
+    none = dict.fromkeys(("graff", "graff_frozen", "reactor", "fixed", "hypergradient"), 0.002)
+    found = verdicts_of(*scored(none))
+    assert found["C1"].verdict == found["C5"].verdict == "vacuous"  # C5 asks for 0.018, of which this falls short
+    assert "not shown to be above 0.050" in found["C5"].reason
+    found = verdicts_of(*scored(none | {"reactor": 0.4, "fixed": 0.4}))
+    assert found["C1"].verdict == "refuted"  # one side does answer
+
+
+def test_models_made_worse_than_the_base_model_are_a_result():
+    """C4's runs at the laptop scale: at a tenth of the tuned rate both end below the base model."""
+    rows, members = scored({"graff": 0.05, "fixed": 0.04, "hypergradient": 0.05, "reactor": 0.05}, base=0.146, rate=0.0003)
+    assert verdicts_of(rows, members)["C4"].verdict in ("inconclusive", "refuted")
+    rows["exact_match"] = (rows["example"] % 7 == 0).astype(float)  # 0.145 in every run
+    assert verdicts_of(rows, members)["C4"].verdict == "vacuous"
 
 
 def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged():

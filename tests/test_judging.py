@@ -1,5 +1,7 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -89,12 +91,73 @@ def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_ser
 
 
 @pytest.mark.parametrize("fault", [(429, "{}"), (500, "oops"), (200, "<html>proxy</html>"), (200, '{"choices": []}'),
-                                   (None, "")])
+                                   (None, ""), (409, "{}"), (200, '{"choices": {"a": 1}}'),
+                                   (200, '{"choices": [{"message": null}]}'),
+                                   (200, '{"choices": [', {"Content-Type": "application/json"})])
 def test_a_passing_fault_is_tried_again(data, judge_server, tmp_path, fault):
     judge_server.script = lambda n, request: fault if n <= 2 else (200, completion("[[6]]"))
     rows, _ = graded(data, tmp_path / "j.jsonl")
     assert {r["score"] for r in rows} == {6.0}
     assert len(judge_server.seen) == 8 + 2
+
+
+def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_path, monkeypatch):
+    """Not with what a reasoning judge thinks aloud cut out, nor without the tokens that the endpoint had cached."""
+    text = " <think>a weak one</think>\n Rating: [[5]] \n"
+    usage = {"prompt_tokens": 70, "completion_tokens": 9, "total_tokens": 79, "prompt_tokens_details": {"cached_tokens": 64}}
+    judge_server.script = lambda n, request: (200, json.dumps({
+        "id": "x", "model": "other", "choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": usage}))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    asked = judging.requests(mt_bench.read(data), answers(), "org/judge")
+    kept, spent = judging.grade_requests(asked[:1], "org/judge", tmp_path / "j.jsonl")
+    (row,) = kept.values()
+    assert (row["reply"], row["score"], row["estimated"]) == (text, 5.0, False)
+    assert (spent["prompt_tokens"], spent["completion_tokens"]) == (70, 9)
+    (sent,) = judge_server.seen
+    assert (sent["model"], sent["messages"]) == ("org/judge", asked[0]["messages"])
+    assert judge_server.keys == [None]
+
+
+def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server, tmp_path):
+    refused = threading.Event()
+
+    def script(n, request):
+        if n == 1:
+            refused.wait(10)
+            time.sleep(0.2)  # the other worker has raised by now
+            return 200, completion("[[6]]")
+        refused.set()
+        return 401, "{}"
+
+    judge_server.script = script
+    with pytest.raises(StudyError, match="HTTP 401"):
+        graded(data, tmp_path / "j.jsonl", workers=2)
+    assert [row["score"] for row in judging.replies(tmp_path / "j.jsonl")] == [6.0]
+    assert len(judge_server.seen) == 2
+
+
+def test_inspect_ai_leaves_nothing_behind_and_reads_nothing_that_lies_about(data, judge_server, tmp_path):
+    """No log, trace or cache of its own, no `.env` of the working directory; the key is nowhere, whoever repeats it."""
+    path, home, here = tmp_path / "run" / "answers.jsonl", tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    (here / ".env").write_text("OPENAI_BASE_URL=http://127.0.0.1:9/v1\nINSPECT_LOG_LEVEL=debug\n")
+    record.write_jsonl(path, answers())
+    repeats = json.dumps({"error": {"message": KEY, "code": KEY}})
+    faults = {1: (429, repeats, {"Retry-After": "0", "Set-Cookie": KEY}), 2: (400, repeats),
+              3: (200, f'{{"choices": "{KEY}"}}')}
+    judge_server.script = lambda n, request: faults.get(n, (200, completion(f"{KEY} [[7]]")))
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | {
+        "HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "lib.td_dpo.judging", str(path), "--data", str(data), "--model", "judge",
+                           "--workers", "1"], cwd=here, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(judge_server.seen) == 8 + 2
+    assert [p.name for p in home.rglob("*")] == []
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "answers.jsonl", "judgements.jsonl", "judgements.jsonl.lock", "mt_bench.json"]
+    assert [p.name for p in here.iterdir()] == [".env"]
+    assert KEY not in done.stdout + "".join(p.read_text() for p in path.parent.iterdir())
 
 
 def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_server, tmp_path):
@@ -284,6 +347,13 @@ def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_s
         assert cli.main(["judge", "--model", "m", *arguments]) == 3
         return capsys.readouterr().err.strip().splitlines()
 
+    with monkeypatch.context() as bare:
+        there = preflight.importlib.util.find_spec
+        bare.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "inspect_ai" else there(name))
+        (line,) = lines()
+        assert "inspect-ai is not installed" in line
+        assert "pip install -c constraints.txt -e '.[judge]'" in line
+        assert cli.main(["judge", "--model", "m", "--dry-run"]) == 0, "the cost can be told without it"
     (line,) = lines("--data", str(outputs / "nowhere"))
     assert "question.jsonl" in line
     assert "git clone" in line
@@ -349,7 +419,8 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
 
 
 def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs, judge_server, monkeypatch, capsys):
-    monkeypatch.setattr(judging, "ask", lambda *a: judge_client.ask(*a[:4], 2, 0.001, a[6]))  # gives up soon
+    monkeypatch.setattr(judging, "ATTEMPTS", 2)  # gives up soon
+    monkeypatch.setattr(judging, "WAIT", 0.001)
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 20 else (None, "")
     assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
     assert "the same command again" in capsys.readouterr().err
@@ -383,30 +454,29 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_for_all_of_it(outputs,
 
 @pytest.mark.parametrize(("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)])
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(judge_server, header, wait, status):
-    """A wait is asked of an event, which notes it and does not wait."""
-    class Noted:
-        def __init__(self):
-            self.waited = []
+def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, status):
+    """A wait is asked of inspect-ai's sleep, which notes it and does not wait."""
+    from inspect_ai.model import _retry
 
-        def is_set(self):
-            return False
+    from lib.td_dpo import judge_model
 
-        def wait(self, timeout):
-            self.waited.append(timeout)
+    waited = []
 
-    stopped = Noted()
+    async def noted(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(_retry, "_sleep", noted)
     judge_server.script = lambda n, request: (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (
         200, completion("[[5]]"))
-    with judge_client.httpx.Client() as client:
-        ask = (client, judge_server.url, "m", [{"role": "user", "content": "x"}], 3, 0.01, stopped)
-        if wait is None:  # too far off: left for a later call
-            with pytest.raises(MissingError, match="to be asked again in"):
-                judge_client.ask(*ask)
-            return
-        assert judge_client.ask(*ask)["text"] == "[[5]]"
-    assert len(stopped.waited) == 1
-    assert wait <= stopped.waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
+    judge = judge_model.connected(judge_server.url, KEY, "m", workers=1, attempts=3, wait=0.01, timeout=10)
+    body = [{"role": "user", "content": "x"}]
+    if wait is None:  # too far off: left for a later call
+        with pytest.raises(MissingError, match="to be asked again in"):
+            asyncio.run(judge_model.ask(judge, body))
+        return
+    assert asyncio.run(judge_model.ask(judge, body))["text"] == "[[5]]"
+    assert len(waited) == 1
+    assert wait <= waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
 
 
 def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
@@ -464,11 +534,11 @@ def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
 
 def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server):
     results = outputs / "laptop-full/td_dpo"
-    before = plan._analysis_key("td_dpo", results, ["a"])
+    before = plan.analysis_key("td_dpo", results)
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0
-    between = plan._analysis_key("td_dpo", results, ["a"])
+    between = plan.analysis_key("td_dpo", results)
     assert cli.main(["judge", "--model", "m"]) == 0
-    assert len({before, between, plan._analysis_key("td_dpo", results, ["a"])}) == 3
+    assert len({before, between, plan.analysis_key("td_dpo", results)}) == 3
     assert pd.isna(record.load(results).members.set_index("status").loc["diverged", "mt_bench_score"]).all()
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,35 @@ def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_soc
     assert not task.check()
 
 
+def test_intervals_of_log_lines_and_saves_train_nothing_again(tiny, undisturbed, pool_socket, tmp_path):
+    """The log's lines and what a resume goes on from: the best checkpoint is saved whenever it is found."""
+    finished(members.submit(tiny(seed_list=[1])))
+    other = {**TINY["training"], "save_steps": None, "logging_steps": 3}
+    run = tiny(seed_list=[1], training=other)
+    assert members.submit(run).tasks == {}
+    fresh = run.model_copy(update={"results_dir": tmp_path / "afresh"})
+    job = members.submit(fresh)
+    finished(job)
+    assert content(job.folders["default-s1"]) == undisturbed
+    assert "step 3/12" in job.tasks["default-s1"].log.read_text()
+    (member,) = config.members(tiny(seed_list=[1], training={**other, "eval_steps": 3}))
+    assert members.stale(member, job.folders["default-s1"]) == "training.eval_steps 4 -> 3", "it decides which is the best"
+
+
+@pytest.mark.parametrize(("visible", "gpus", "kind"), [
+    (["H100"], 1, "H100"), (["H100", "A100", "H100"], 1, "A100,H100"), (["H100"], 0, "cpu"), ([], 1, "cpu")])
+def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, kind):
+    monkeypatch.setattr(keys, "visible_gpus", lambda environ: [types.SimpleNamespace(name=name) for name in visible])
+    keys.device_kind.cache_clear()
+    try:
+        (member,) = config.members(tiny(seed_list=[1], compute={"gpus": gpus}))
+        assert members.key(member)["device"].startswith(kind)
+        assert ("cpu" in members.key(member)["device"]) == (kind == "cpu")
+        assert members.inputs_folder(member.run) != members.inputs_folder(tiny(compute={"gpus": 1 - gpus})) or not visible
+    finally:
+        keys.device_kind.cache_clear()
+
+
 def test_a_key_follows_code_without_docstrings(tmp_path, monkeypatch):
     monkeypatch.setattr(keys, "ROOT", tmp_path)
     package = tmp_path / "lib"
@@ -305,6 +335,17 @@ def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
         torch.set_num_threads(before)
     assert [t.state for t in job.tasks.values()] == ["succeeded"]
     assert members.collect(job)[0]["status"] == "completed"
+
+
+def test_a_kernel_with_a_gpu_trains_no_member_that_asks_for_none(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_SLOTS", "0")
+    monkeypatch.setattr(members, "CACHE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = tiny(seed_list=[1])
+    record.write_json(members.inputs_folder(run) / "complete.json", {"study": run.study})
+    with pytest.raises(StudyError, match="compute.gpus: 0, and this kernel"):
+        members.submit(run)
+    assert not (run.results_dir / "tiny" / "members" / "default-s1" / "metrics.json").exists()
 
 
 def test_a_member_needs_a_pool_that_lives(tiny, monkeypatch):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from lib import pool, record
+from lib.slots import Slots
 from tests.conftest import ROOT
 
 
@@ -132,6 +133,47 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
         assert (tmp_path / "seen").read_text() == "5 2.0"
     finally:
         own.close()
+
+
+def test_who_asks_for_no_gpu_is_shown_none(tmp_path, monkeypatch):
+    """compute.gpus: 0 means the CPU, also where a GPU is there: its numbers and its key are a CPU's."""
+    monkeypatch.setattr(pool, "gpus", lambda: ["3", "5"])
+    own = pool.Pool(bare=True)
+    monkeypatch.setenv("STUDY_POOL", own.socket)
+    try:
+        job = task(tmp_path, "a", "note_environment", path=str(tmp_path / "seen"))
+        job.cpu = True
+        pool.start(job)
+        pool.drive([job])
+        assert (tmp_path / "seen").read_text() == " 2.0"
+    finally:
+        own.close()
+
+
+class Waiting:
+    """As lib.forkserver.Child stands in the queue."""
+
+    def __init__(self, name, slots=1, kind="member", cpu=False):
+        self.request = {"name": name, "slots": slots, "kind": kind, "cpu": cpu}
+        self.takes_slot, self.slots = kind == "member", []
+
+
+def test_turns_are_taken_in_order_and_by_one_of_a_name():
+    free = Slots(3, ["0", "4"])
+    a, again, b, kernel = Waiting("a"), Waiting("a"), Waiting("b"), Waiting("k", kind="kernel")
+    assert list(free.turns([a, again, b, kernel], set())) == [a, b, kernel]
+    assert (a.slots, b.slots, kernel.slots, free.free) == ([0], [1], [], [2])
+    assert [free.environment(child) for child in (a, b, kernel)] == [
+        {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "4"}, {}]
+    wide, after = Waiting("wide", 2), Waiting("after")
+    assert list(free.turns([wide, after], {"a", "b"})) == [], "what needs two waits at the head, and holds up who comes after"
+    free.give_back(b.slots)
+    assert list(free.turns([wide, after], {"a"})) == [wide]
+    assert wide.slots == [1, 2]
+    assert free.environment(wide) == {"CUDA_VISIBLE_DEVICES": "4,0"}, "three slots on two GPUs: the first is shared"
+    free.close()
+    assert list(free.turns([after, Waiting("l", kind="kernel")], set()))[0].request["kind"] == "kernel"
+    assert Slots(1, []).environment(a) == {}
 
 
 def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monkeypatch):

@@ -89,6 +89,20 @@ def test_several_gpus_for_one_member(run, machine):
     assert said(spread, machine(gpus=(A100,) * 4)) == {}
 
 
+def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine):
+    t4 = Gpu("NVIDIA T4-like", 85.0, (8, 0))
+    mixed = said(run, machine(gpus=(t4, A100, A100)))["compute.gpu_type"]
+    assert mixed.level == "error"
+    assert "NVIDIA T4-like, NVIDIA A100" in mixed.what
+    assert mixed.mend.endswith("CUDA_VISIBLE_DEVICES=0")
+    wanted = config.apply(run, {"compute.gpu_type": "a100-80gb"})
+    assert said(wanted, machine(gpus=(t4, A100, A100)))["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=1,2")
+    named = machine(gpus=(t4, A100, A100), CUDA_VISIBLE_DEVICES="7,GPU-ab,3")
+    assert said(wanted, named)["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=GPU-ab,3")
+    assert "--num-gpus=0" in said(wanted, machine(gpus=(t4, A100), STUDY_CLUSTER="a:1"))["compute.gpu_type"].mend
+    assert said(config.apply(run, {"compute.gpus": 0}), machine(gpus=(t4, A100))) == {}, "it trains on the CPU"
+
+
 @pytest.mark.parametrize(("answer", "words"), [
     ((None, ""), "does not answer"), ((403, "GatedRepo"), "access was refused"), ((401, "GatedRepo"), "access was refused"),
     ((404, "RepoNotFound"), "no such model"), ((401, "RepoNotFound"), "no such model"), ((200, ""), None),
@@ -185,17 +199,20 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
     ({"free": 20e9}, {}, "results_dir", "20.0 GB free", "larger disk"),
     ({"drop": ("WANDB_API_KEY",)}, {}, "wandb.mode", "no W&B key", "wandb login"),
     ({"drop": ("OPENAI_API_KEY",)}, {}, "evaluation.judge", "no judge endpoint", "OPENAI_BASE_URL"),
+    ({"package": "inspect_ai"}, {}, "evaluation.judge", "inspect-ai is not installed",
+     "pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"),
     ({}, {"optuna.storage": PASSWORD}, "optuna.storage", "DB_PASSWORD is not set", "export DB_PASSWORD="),
-    ({"password": "s3cr3t-secret"}, {"optuna.storage": PASSWORD}, "optuna.storage", "psycopg is not installed",
-     "pip install -c constraints.txt -e '.[postgresql]'"),
+    ({"password": "s3cr3t-secret", "package": "psycopg"}, {"optuna.storage": PASSWORD}, "optuna.storage",
+     "psycopg is not installed", "pip install -c constraints.txt -e '.[postgresql]'"),
 ])  # fmt: skip
 def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(run, machine, monkeypatch, taken, settings, key, what,
                                                                           mend):
     monkeypatch.delenv("DB_PASSWORD", raising=False)
+    taken, find_spec = dict(taken), preflight.importlib.util.find_spec
     if "password" in taken:
-        monkeypatch.setenv("DB_PASSWORD", taken["password"])
-        taken = {}
-        monkeypatch.setattr(preflight.storage.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setenv("DB_PASSWORD", taken.pop("password"))
+    if absent := taken.pop("package", ""):
+        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
     found = said(config.apply(run, settings), machine(**taken))
     assert what in found[key].what
     assert mend in found[key].mend

@@ -209,6 +209,15 @@ def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code
     assert not_told not in said
 
 
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
+    environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=environment)
+    child.stdout.close()  # as `head` closes it, before a line has come
+    said = child.stderr.read().decode()
+    assert (child.wait(), said) == (141, "")
+
+
 def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
     step = types.SimpleNamespace(folder=tmp_path)
     mine = types.SimpleNamespace(stopping=True, state={}, force=True)
@@ -269,6 +278,21 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "GPU" in told
     assert "nothing was started" in told
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("command", ["full", "plan", "check"])
+def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
+    asked = [command, "--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--set", "compute.gpus=4",
+             "--set", "compute.strategy=fsdp", "--jobs"]
+    assert cli.main([*asked, "1"]) == 2
+    told = capsys.readouterr().err
+    assert "--jobs 1: dpo trains one member on 4 GPUs" in told
+    assert "--jobs 4 or more" in told
+    if command == "plan":
+        assert cli.main([*asked, "4"]) == 0
+        assert cli.main([*asked[:7], "--jobs", "1"]) == 0, "one GPU for each member: one at a time"
     assert not (tmp_path / "outputs").exists()
 
 

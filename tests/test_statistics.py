@@ -144,6 +144,24 @@ def test_variance_ratio_interval_covers_the_truth():
     assert np.median(result.ratio) == pytest.approx(0.6, abs=0.03)
 
 
+def test_variance_ratio_interval_and_p_are_those_of_every_possible_draw():
+    """Questions alike and a baseline without noise leave the 27 draws of three seeds: each has a share of 1/27, more than the
+    2.5 % beyond an end, so the interval goes from the least to the greatest of them."""
+    across, noise = np.array([0.0, 1.0, 3.0]), np.array([[0.2, -0.1, 0.4], [-0.3, 0.5, 0.1], [0.3, -0.2, 0.6]])
+    treatment = np.repeat((across[:, None] + noise)[:, :, None], 2, axis=-1)
+    baseline = np.broadcast_to(across[:, None, None], treatment.shape)
+    drawn = np.array([treatment[:, list(s), 0].mean(-1).var(ddof=1) for s in product(range(3), repeat=3)])
+    value, truth = float(st.variance_across(treatment)[0]), np.var(across, ddof=1)
+    # about the estimate, which the draws' own mean is not (they hold the seeds' noise), and wider by sqrt(3 / 2)
+    expected = (value + 1.5**0.5 * (drawn - drawn.mean())) / truth
+    assert abs(drawn.mean() - value) > 0.01 * value
+    result = st.variance_ratio(treatment, baseline, draws=20_000, rng=rng())
+    assert result.ratio == pytest.approx(value / truth)
+    assert (result.low, result.high) == (pytest.approx(expected.min(), abs=2e-3), pytest.approx(expected.max(), abs=2e-3))
+    assert 0.05 < (expected >= 1).mean() < 0.95
+    assert result.p == pytest.approx((expected >= 1).mean(), abs=0.015)
+
+
 def test_variance_ratio_of_pure_noise_is_never_supported_and_never_nan():
     result = st.variance_ratio(levels(0, 1, 9, 200), levels(0, 1, 10, 200), draws=200, rng=rng())
     assert not np.isnan(np.stack([result.ratio, result.low, result.high])).any()
@@ -162,6 +180,37 @@ def test_lower_variance_rule():
     assert decide(0.76, 0.6, 0.9) == st.INCONCLUSIVE  # lower, but not by enough
     assert decide(1.2, 0.8, 1.6) == st.REFUTED
     assert decide(0.6, 0.4, 0.9, (1.0, 9.0, 0.1)) == st.INCONCLUSIVE  # the seeds do not bear it out
+
+
+@pytest.mark.parametrize(("treatment", "bounds", "code"), [
+    ((0.66, 0.71, 0.60), (0.5, 0.9), st.SUPPORTED),  # below 1 in every seed, and no more than about .75 of the baseline's
+    ((0.66, 0.71, 0.30), (0.5, 0.9), st.SUPPORTED),  # against .75 its p would be .13
+    ((0.66, 0.71, 0.10), (0.5, 0.9), st.INCONCLUSIVE),  # p .06
+    ((0.66, 0.99, 0.10), (0.5, 0.9), st.INCONCLUSIVE),
+    ((0.90, 0.93, 0.88), (0.8, 0.99), st.REFUTED),  # above .75 in every seed, and nowhere above 1
+    ((0.90, 0.93, 0.76), (0.8, 0.99), st.INCONCLUSIVE),  # p .07
+    ((0.80, 0.99, 0.60), (0.8, 0.99), st.INCONCLUSIVE),
+])
+def test_lower_variance_has_a_companion_for_each_of_its_thresholds(treatment, bounds, code):
+    """Support is held against a ratio of 1, refutation against `point`, each one-sided at 5 % (paired t over the seeds)."""
+    own, base, point = np.array(treatment), np.array([1.0, 1.01, 0.99]), 0.75
+    result = st.VarianceRatio(own.mean(), *map(np.asarray, bounds), np.asarray(0.01), (own, base))
+    p = {st.SUPPORTED: stats.ttest_rel(own, base, alternative="less").pvalue,
+         st.REFUTED: stats.ttest_rel(own, point * base, alternative="greater").pvalue}
+    primary = st.SUPPORTED if own.mean() <= point else st.REFUTED
+    decision = st.lower_variance(result, point)
+    assert int(decision.code) == code
+    assert int(decision.primary) == primary
+    assert bool(decision.agrees) == (p[primary] <= 0.05) == (code == primary)
+
+
+@pytest.mark.parametrize(("sd", "agrees"), [(0.0586, True), (0.0596, False)])
+def test_a_companion_agrees_at_five_percent_one_sided(sd, agrees):
+    # t of 3 seeds: 2.920 at 5 %; the mean .1 over sd / sqrt(3)
+    values = 0.1 + sd * np.array([-1.0, 0.0, 1.0])
+    assert (stats.ttest_1samp(values, 0.0, alternative="greater").pvalue < 0.05) == agrees
+    assert bool(st.superiority(estimate(0.1, 1e-3), st.over_seeds(values), 0.0).agrees) == agrees
+    assert bool(st.superiority(estimate(-0.1, 1e-3), st.over_seeds(-values), 0.0).agrees) == agrees
 
 
 # ---- times

@@ -137,7 +137,8 @@ def check(found: Found, whole: Found, options, root: Path, slots: int) -> int:
 
 
 def told_again(options) -> list[str]:
-    """The options that choose the runs, for the trial."""
+    """The options that choose the runs, and how many members at a time, for the trial."""
     chosen = [part for name in ("study", "run") for value in getattr(options, name) or [] for part in (f"--{name}", value)]
     chosen += ["--params", os.path.abspath(options.params)] if options.params else []
+    chosen += ["--jobs", str(options.jobs)] if options.jobs else []
     return chosen + [part for text in options.sets for part in ("--set", text)]

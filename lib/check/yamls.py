@@ -46,6 +46,11 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
         yield Finding(
             "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
         )
+    if published.chance and published.chance.metric not in module.CLAIM_METRICS:
+        yield Finding(
+            "error", named(path), "chance.metric", f"{published.chance.metric} is in no table of {study}'s analysis",
+            "one of: " + ", ".join(module.CLAIM_METRICS),
+        )
     open_claims: dict[str, str] = {}
     shipped = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
     members = pd.DataFrame([_row(member) for run in runs for member in _members(run)])

@@ -38,6 +38,7 @@ ALIASES = {
     "lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha",
 }
 PATHS = ("model.name", "dataset.name")
+NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
 PUBLISHED = {"training": {"lr_scheduler": "lr_scheduler_type", "log_every_n_steps": "logging_steps"},
              "optuna": {"metric_name": "objective_metric"}}
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from lib import config, models, record, trackers, witness
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
-from lib.iw_lora.config import warmup
+from lib.iw_lora.config import NOT_NUMBERS, warmup
 from lib.iw_lora.penalty import delta_norms
 from lib.training import SeededOrder
 
@@ -68,6 +68,13 @@ def warmed_head(run, model, batches: list[dict]):
         with torch.no_grad():
             for parameter, old in zip(head, before, strict=True):
                 parameter.copy_(old)
+
+
+def identity(run) -> list:
+    """What a checkpoint must have been made under for this run to go on from it."""
+    made = config.dump(run)
+    training = {key: value for key, value in made["training"].items() if f"training.{key}" not in NOT_NUMBERS}
+    return [made["model"], made["loss"], training]
 
 
 def penalty_term(run, s: torch.Tensor, seed: int) -> trainer.Term:
@@ -126,8 +133,7 @@ def train(member, folder: Path, shared: Path) -> dict:
     every = {"epoch": per_epoch, "steps": run.training.eval_steps, "no": None}[run.training.evaluation_strategy]
     outcome = trainer.train_rows(
         model, given.rows["train"], run.training, steps=steps, warmup=warmup(run, steps), every=every, pad=pad, term=term,
-        seed=member.seed, folder=folder, identity=[config.dump(run)["model"], config.dump(run)["loss"],
-                                                   config.dump(run)["training"]],
+        seed=member.seed, folder=folder, identity=identity(run),
         on_record=history, on_timing=timing, on_evaluate=at_evaluation,
         report_to=trackers.names(run, folder))
     metrics = {"status": outcome.status, "steps": outcome.step, "calibration_seconds": calibration if term else None,

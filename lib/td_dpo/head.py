@@ -19,7 +19,8 @@ from torch.nn.functional import linear
 from lib.errors import StudyError
 
 IGNORE = -100
-CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of a chunk: on a CPU 16 MiB in float32, so that they stay in the cache
+CHUNK = {"cpu": 2**23, "cuda": 2**25}  # logits of a chunk: on a CPU 32 MiB in float32; fewer rows make slower products
+FAINT = 1e-30  # a probability whose logarithm float32 still holds to all its digits
 LEAST = 128  # tokens of a chunk all the same: with fewer, each reads the whole weight for too few products
 KEPT = 2**27  # probabilities that a trained head keeps for its own gradient; beyond, each chunk is computed again
 
@@ -29,8 +30,12 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     logits = linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = logits.softmax(dim=-1)
-    # log sum exp = max logits - log max p; max p >= 1/V is far from underflow, which p[target] is not
-    return logits.gather(1, targets[:, None])[:, 0] - logits.amax(dim=-1) + p.amax(dim=-1).log(), p
+    own = p.gather(1, targets[:, None])[:, 0]
+    values, faint = own.log(), own < FAINT
+    if faint.any():  # log sum exp = max logits - log max p; max p >= 1/V is far from underflow
+        x = logits[faint]
+        values[faint] = x.gather(1, targets[faint, None])[:, 0] - x.amax(dim=-1) + p[faint].amax(dim=-1).log()
+    return values, p
 
 
 def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible endpoint for grades. Every reply is kept as it comes, so nothing is asked or paid twice.
+"""Asking an OpenAI-compatible endpoint for grades, through inspect-ai. Every reply is kept as it comes: nothing is paid twice.
 
 `./run_all.sh judge` grades the members of a study with it (lib/td_dpo/grading.py). Answers from elsewhere:
 
@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import filelock
-import httpx
 
 from lib import keys, record
 from lib.errors import StudyError
 from lib.td_dpo import mt_bench
-from lib.td_dpo.judge_client import Refused, ask, endpoint, host, probe  # noqa: F401 (part of this module's interface)
+from lib.td_dpo.judge_client import endpoint, host, probe
 
 ASKED_AGAIN = 2  # further calls where a reply holds no grade
 REPLY_TOKENS = 300  # what one judgement is taken to be long, for the cost told before
+ATTEMPTS, WAIT = 6, 1.0  # of a request whose failure may pass; seconds before the second one, growing from there
 COUNTED = ("calls", "prompt_tokens", "completion_tokens")
 
 
@@ -104,51 +102,42 @@ def reply_row(row: dict, model: str, base: str, reply: dict) -> dict:
             "reply": record.redact(reply["text"])}
 
 
-def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: int = 8, attempts: int = 6,
-                   wait: float = 1.0, timeout: float = 120.0,
+def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: int = 8, attempts: int | None = None,
+                   wait: float | None = None, timeout: float = 120.0,
                    on_graded: Callable[[int, int], None] = lambda done, of: None) -> tuple[dict, dict]:
     """({key: judgement} of the cache, what this call took). A refused answer has no judgement there.
 
     Raises MissingError when the judge stays away, StudyError when it refuses everything; every reply until then is kept.
     """
-    base, headers = endpoint()
-    spent, refused, guard, stopped = dict.fromkeys(COUNTED, 0), {}, threading.Lock(), threading.Event()
+    base, secret = endpoint()
+    spent, refused = dict.fromkeys(COUNTED, 0), {}
     cache_path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(cache_path):
         kept = load_cache(cache_path)
         todo = {row["key"]: row for row in asked if not settled(kept, row["key"])}
+        if not todo:
+            return kept, {**spent, "refused": 0}
+        from lib.td_dpo import judge_model  # inspect-ai, which is slow to import
 
-        def one(row: dict, client: httpx.Client) -> None:
-            try:
-                while not settled(kept, row["key"]) and not stopped.is_set():
-                    made = reply_row(row, model, base, ask(client, base, model, row["messages"], attempts, wait, stopped))
-                    with guard:  # at once: a kill costs no more than the calls that are under way
-                        record.append_jsonl(cache_path, made)
-                        kept.update(folded([*([kept[row["key"]]] if row["key"] in kept else []), made]))
-                        spent.update({name: spent[name] + made[name] for name in COUNTED})
-            except Refused as error:
-                with guard:
-                    refused[row["key"]] = str(error)
-                    if len(refused) > ASKED_AGAIN and not spent["calls"]:
-                        stopped.set()
-                        raise StudyError("the judge", f"{error} for every request", "an answer",
-                                         "check the model's name and what the endpoint's log says") from None
-            except BaseException:
-                stopped.set()  # a worker takes its next task before anyone could cancel it
-                raise
+        judge, done = judge_model.connected(base, secret, model, workers=workers, attempts=attempts or ATTEMPTS,
+                                            wait=WAIT if wait is None else wait, timeout=timeout), []
 
-        with httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(workers) as pool:
-            waiting, failed = [pool.submit(one, row, client) for row in todo.values()], None
+        async def one(row: dict) -> None:
             try:
-                for done, future in enumerate(as_completed(waiting), 1):
-                    if future.exception() is not None:  # asks no more, but keeps what is under way
-                        failed = failed or future.exception()
-                    elif failed is None:
-                        on_graded(done, len(waiting))
-            finally:
-                stopped.set()  # interrupted: the pool would otherwise work off its whole queue
-    if failed is not None:
-        raise failed
+                while not settled(kept, row["key"]):
+                    made = reply_row(row, model, base, await judge_model.ask(judge, row["messages"]))
+                    record.append_jsonl(cache_path, made)  # at once: a kill costs no more than the calls that are under way
+                    kept.update(folded([*([kept[row["key"]]] if row["key"] in kept else []), made]))
+                    spent.update({name: spent[name] + made[name] for name in COUNTED})
+            except judge_model.Refused as error:
+                refused[row["key"]] = str(error)
+                if len(refused) > ASKED_AGAIN and not spent["calls"]:
+                    raise StudyError("the judge", f"{error} for every request", "an answer",
+                                     "check the model's name and what the endpoint's log says") from None
+            done.append(row["key"])
+            on_graded(len(done), len(todo))
+
+        judge_model.ask_each(judge, todo.values(), one, workers, timeout)
     return kept, {**spent, "refused": len(refused)}
 
 
@@ -197,9 +186,12 @@ def main(argv: list[str] | None = None) -> int:
             raise StudyError(str(given.answers), "no answers", "a row per question and turn: question, turn, text")
         cache = given.cache or given.answers.with_name("judgements.jsonl")
         asked = requests(bench, answers, given.model)
-        print(told(cost(asked, load_cache(cache), given.price_in, given.price_out)))
+        before = cost(asked, load_cache(cache), given.price_in, given.price_out)
+        print(told(before))
         if given.dry_run:
             return 0
+        if before["calls"]:
+            probe()
         graded, spent = grade(bench, answers, given.model, cache, workers=given.workers)
     except StudyError as error:
         print(record.redact(str(error)), file=sys.stderr)

@@ -27,6 +27,7 @@ from lib.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.errors import OutOfMemory, StudyError
 from lib.sharded_trainer import ShardedTrainer, load_sharded
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
+from lib.td_dpo.config import NOT_NUMBERS
 from lib.td_dpo.logprobs import (
     batch_logprobs,
     collator,
@@ -263,7 +264,8 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, distributed.world(), max_batches)
     if max_batches:
         validation = validation[: max_batches * training["global_batch_size"]]
-    identity = json.dumps([loss, training, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
+    counting = {key: value for key, value in training.items() if f"training.{key}" not in NOT_NUMBERS}
+    identity = json.dumps([loss, counting, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     args = training_arguments(model, training | {"report_to": list(report_to)}, steps, device_batch * distributed.world(),
                               accumulation, seed, place)
