@@ -97,8 +97,12 @@ class Live:
         for step in running:
             state = record.read_json(step.progress / "progress.json") or {}
             measured = seconds_left(state)
-            planned = max(0.0, step.seconds / slots - (now - self.runner.since.get(id(step), now)))
-            if measured is None and state.get("phase") == "training" and not state["running"]:
+            open_for = now - self.runner.since.get(id(step), now)
+            planned = max(0.0, step.seconds / slots - open_for)
+            if state.get("phase") == "preparing":
+                own.append(max(0.0, getattr(step, "prepare", 0.0) - open_for))
+                waiting += step.seconds
+            elif measured is None and state.get("phase") == "training" and not state["running"]:
                 waiting += step.seconds
             else:
                 own.append(planned if measured is None else measured)

@@ -341,6 +341,10 @@ def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
     assert progress.Live(mine).left(steps) == pytest.approx(30.0 + 2 * 100.0 / 2)  # half of the first; then the others
     state[id(steps[2])] = ""
     assert progress.Live(mine).left(steps[:2]) == pytest.approx(30.0 + 2 * 100.0 / 2)
+    for step in steps:
+        record.write_json(step.progress / "progress.json", {"phase": "preparing", "step": 1, "steps": 9})
+    steps[0].prepare = 40.0
+    assert progress.Live(mine).left(steps[:2]) == pytest.approx(40.0 + 3 * 100.0 / 2)
 
 
 def started(tmp_path, *arguments, **more):
