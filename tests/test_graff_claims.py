@@ -234,14 +234,14 @@ def test_a_method_of_ones_own_comes_into_the_figures_by_its_role():
     assert {"method": "fixed_mine", "run_id": "mine"}.items() <= pairs[-1][1].items()
     ablation = own.model_copy(update={"role": "ablation"})
     assert compare.headline([*planned, ablation], PUBLISHED) == main
-    assert any(cell["method"] == "fixed_mine" for cell, _ in compare.with_ablations([*planned, ablation], main))
+    assert any(cell["method"] == "fixed_mine" for cell, _ in compare.with_ablations([*planned, ablation], main, 0.003))
     source = (ROOT / "notebooks" / "graff" / "analysis.ipynb").read_text()
     assert not [m for m in main if f'\\"{m}\\"' in source and m != "graff"]  # what the planner did is GRAFF's alone
 
 
 def test_the_ablations_are_set_beside_graff_at_the_tuned_rate_the_cold_start_among_them():
     planned = runs()
-    pairs = compare.with_ablations(planned, compare.headline(planned, PUBLISHED))
+    pairs = compare.with_ablations(planned, compare.headline(planned, PUBLISHED), compare.tuned_rate(planned))
     assert ({"method": "graff_cold", "learning_rate": 0.003}, {"method": "graff", "learning_rate": 0.003}) in pairs
     assert {cell["method"] for cell, _ in pairs} == {run.method for run in planned if run.role == "ablation"} | {
         "salelr_reconstructed", "bats_reconstructed"}

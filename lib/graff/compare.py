@@ -51,11 +51,10 @@ def with_methods(planned: Iterable, main: Iterable[str]) -> list[tuple[Cell, Cel
     return [(_cell(run), _cell(other)) for run, others in _alike(planned) for other in others if other.method in names]
 
 
-def with_ablations(planned: Iterable, main: Iterable[str]) -> list[tuple[Cell, Cell]]:
+def with_ablations(planned: Iterable, main: Iterable[str], rate: float | None) -> list[tuple[Cell, Cell]]:
     """Every ablation and reconstruction beside the claims, at the tuned rate, against the proposed run there."""
-    runs, names = list(planned), set(main)
-    rate = tuned_rate(runs)
-    return [(_cell(other, rate), _cell(run, rate)) for run, others in _alike(runs) for other in others
+    names = set(main)
+    return [(_cell(other, rate), _cell(run, rate)) for run, others in _alike(planned) for other in others
             if other.method not in names]
 
 
