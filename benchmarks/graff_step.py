@@ -1,11 +1,13 @@
 """What GRAFF's planner adds to a step, in turns with fixed on the same batches, at Qwen3-0.6B's true shape (random weights).
 
     python -m benchmarks.graff_step --rounds 20                                            (a GPU)
-    python -m benchmarks.graff_step --micro 2 --length 96 --rounds 6                       (a CPU: smaller micro-batches)
+    python -m benchmarks.graff_step --minutes 25                                           (a CPU: as many rounds as fit)
+    python -m benchmarks.graff_step --micro 2 --length 96 --rounds 6                       (a slow CPU: smaller micro-batches)
 
 Three steps a round on one model in bfloat16 with rank-64 adapters: fixed, GRAFF's ordinary one, and the one in ten that has the
 secant and the token weights' credit. Prints the medians' ratio, 9 ordinary to 1 due, and where the extra time goes. Steps are
-BudgetTrainer's own parts in its order; data loading, evaluation and checkpoints are left out on both sides.
+BudgetTrainer's own parts in its order; data loading, evaluation and checkpoints are left out on both sides. The warm-up is one
+micro-batch a step: it says how long a round takes, and a round that would end after --minutes is not begun.
 """
 
 from __future__ import annotations
@@ -96,8 +98,8 @@ def stepper(model, around, kind: str):
 
 
 def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[float]]) -> dict[str, float]:
-    """Prints and returns the overhead over whole rounds, the first left out, and each part's share of a fixed step."""
-    whole = list(zip(*(seconds[name][1:] for name in KINDS), strict=False))
+    """Prints and returns the overhead over whole rounds and each part's share of a fixed step."""
+    whole = list(zip(*(seconds[name] for name in KINDS), strict=False))
     every, fixed = methods.EVERY, statistics.median(f for f, _, _ in whole)
     ratios = [((every - 1) * ordinary + due) / every / f for f, ordinary, due in whole]
     middle = {name: statistics.median(found) for name, found in zip(KINDS, zip(*whole, strict=True), strict=True)}
@@ -106,7 +108,7 @@ def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[flo
           f"GRAFF / fixed: {both:.4f} by the medians of {len(whole)} rounds (by round {min(ratios):.4f} to {max(ratios):.4f})")
     shares = {}
     for name, found in parts.items():
-        calls = len(found) / (len(whole) + 1)  # a round has one ordinary step and one that is due
+        calls = len(found) / len(whole)  # a round has one ordinary step and one that is due
         shares[name] = statistics.median(found) * calls * (1 / every if name in DUE else 1 / 2) / fixed
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         print(f"  {name}: {100 * share:.2f} % of a fixed step")
@@ -114,29 +116,46 @@ def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[flo
     return {"ratio": both, **shares}
 
 
+def problems(arguments, count: int, generator: torch.Generator) -> list[dict]:
+    """`count` micro-batches of random tokens, a third of each row the question."""
+    found = []
+    for _ in range(count):
+        ids = torch.randint(0, 4096, (arguments.micro, arguments.length), generator=generator).to(models.device())
+        labels = ids.clone()
+        labels[:, :arguments.length // 3] = -100
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return found
+
+
 def main(given=None) -> dict[str, float]:
+    """{"ratio", part: its share of a fixed step}; empty where no round fits into --minutes, and then it says what one takes."""
     parser = argparse.ArgumentParser()
     for name, default in (("layers", 28), ("length", 256), ("micros", 8), ("micro", 8), ("rounds", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the wall clock, model and warm-up included")
     arguments = parser.parse_args(given)
+    begun = time.monotonic()
     model, around = make(arguments.layers)
     fixed, _ = stepper(model, around, "fixed")
     graff, parts = stepper(model, around, "graff")
-    generator, seconds = torch.Generator().manual_seed(0), {name: [] for name in KINDS}
-    for number in range(arguments.rounds + 1):  # the first warms up
-        batches = []
-        for _ in range(arguments.micros):
-            ids = torch.randint(0, 4096, (arguments.micro, arguments.length), generator=generator).to(models.device())
-            labels = ids.clone()
-            labels[:, :arguments.length // 3] = -100  # a question
-            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    generator, seconds, made = torch.Generator().manual_seed(0), {name: [] for name in KINDS}, {}
+    for number in range(arguments.rounds + 1):
+        micros = arguments.micros if number else 1  # of the warm-up
+        batches, started_round = problems(arguments, micros, generator), time.monotonic()
         for name in KINDS[number % 3:] + KINDS[:number % 3]:
             started = now()
             (fixed if name == "fixed" else graff)(batches, name == "due")
             seconds[name].append(now() - started)
         print(f"round {number}: " + ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items()), flush=True)
+        took = (time.monotonic() - started_round) * arguments.micros / micros
         if number:
             made = report(arguments, seconds, parts)  # after each round: it may be cut off
+        else:
+            parts.clear()
+            seconds = {name: [] for name in KINDS}
+        if time.monotonic() - begun + took > 60 * arguments.minutes:
+            print(f"a round takes about {took / 60:.1f} minutes: {number} done in {arguments.minutes:g}")
+            break
     return made
 
 

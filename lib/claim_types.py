@@ -78,7 +78,7 @@ class Claim(Frozen):
 
     margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
     (cost_ratio) or the largest point estimate of the ratio of variances (variance_ratio). claimed: the size that was
-    claimed, on the same scale, planted in the power table.
+    claimed, on the same scale, planted in the power table. not_evaluated: why no record can decide it.
     """
 
     id: str
@@ -96,6 +96,7 @@ class Claim(Frozen):
     no_divergence: bool = False
     premise: bool = False
     guard: float | None = None
+    not_evaluated: str = ""
     note: str = ""
     scales: tuple[str, ...] = ("laptop", "paper")
     beside: tuple[Beside, ...] = ()

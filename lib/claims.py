@@ -14,14 +14,14 @@ do; the companion is what keeps that at 5 %, at the price of power (lib/power.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
 
 from lib import chance
 from lib import statistics as st
-from lib.claim_types import Beside, Cell, Claim, Claims, load
+from lib.claim_types import BEST, Beside, Cell, Claim, Claims, load
 from lib.comparison import Paired, choose, members_of, pair_up, select
 from lib.measured import measure, measure_cost
 from lib.verdicts import VERDICTS, Verdict, sentence, table, to_json
@@ -47,18 +47,19 @@ class Data(NamedTuple):
 
 def evaluate(study: Claims, rows: pd.DataFrame, *, scale: str, mode: str, members: pd.DataFrame | None = None,
              accuracy: pd.DataFrame | None = None, costs: pd.DataFrame | None = None, seeds: Iterable[int] = (),
-             draws: int = DRAWS, scored_by: str = "", mend: str = "") -> list[Verdict]:
+             draws: int = DRAWS, scored_by: str = "", mend: str = "", absent: Mapping[str, str] | None = None) -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs: pairs
     `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they have.
     scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get them).
+    absent: {metric: why it has no values}, the reason of the claims about it.
     """
     if members is None:
         members = members_of(rows, study.keys)
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, tuple(seeds), draws)
-    verdicts = [_evaluate_one(study, claim, data, scale, mode) for claim in study.claims]
+    verdicts = [_evaluate_one(study, claim, data, scale, mode, absent or {}) for claim in study.claims]
     for verdict in verdicts:
         if verdict.test != "cost_ratio":
             verdict.scored_by = scored_by
@@ -78,24 +79,28 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     for claim in study.claims:
         for side in ("treatment", "baseline"):
             for cell in study.levels(claim, side) if getattr(claim, side) else ():
-                found = select(members, cell)
+                found = select(members, {key: value for key, value in cell.items() if value != BEST})  # any of them may be it
                 by_status = {status: sorted(group["seed"].astype(int)) for status, group in found.groupby("status")}
                 done = len(by_status.get("completed", [])) + len(by_status.get("diverged", []))
                 out.append({"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(found), "finished": done,
-                            **{status: ", ".join(map(str, by_status.get(status, [])))
+                            **{status: ", ".join(map(str, sorted(set(by_status.get(status, [])))))
                                for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")}})
     return pd.DataFrame(out)
 
 
-def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str) -> Verdict:
+def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
     verdict = Verdict(claim.id, claim.sentence, claim.test, claim.metric, scale, "not evaluated", "", claim.estimand,
                       claim.margin, claim.claimed, note=claim.note)
     if mode == "trial":
         verdict.reason = "a trial shows that the study runs, not what it finds"
+    elif claim.not_evaluated:
+        verdict.reason = claim.not_evaluated
     elif claim.test == "absolute" and scale == "laptop":
         verdict.reason = "a figure of a named model says nothing about the models made at laptop scale"
     elif scale not in claim.scales:
         verdict.reason = f"this claim is about {' and '.join(claim.scales)} scale"
+    elif claim.metric in absent:
+        verdict.reason = absent[claim.metric]
     elif claim.test == "cost_ratio":
         _judge_cost(study, claim, data, verdict)
     else:

@@ -4,7 +4,8 @@ A run YAML is complete: nothing is merged into it except params/wandb.yaml (enti
 Studies are the folders of lib/ that hold a config.py, which gives: Run (the typed sections), ALIASES (short name ->
 dotted key), METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file),
 recognises(raw), normalise(raw) (published names -> ours), steps(run), trial_changes(run), search_changes(run) and
-check(run); and, where it has them, primary_metric(run) and needs(run), what only it needs on the machine before a full run.
+check(run); and, where it has them, primary_metric(run), needs(run), what only it needs on the machine before a full run, and
+implied(run, values), what the values of --set bring along where --set does not say otherwise.
 """
 from __future__ import annotations
 
@@ -86,7 +87,10 @@ def load_run(path: str | Path, *, study: str | None = None, scale: str, mode: st
         resolve(study, key, "--set")
         values[key] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
     if values:
-        run = apply(run, values, where=f"{path} with " + " ".join(f"--set {key}={overrides[key]}" for key in values))
+        implied = getattr(study_module(study), "implied", lambda *_: {})
+        dotted = {resolve(study, key): value for key, value in values.items()}
+        told = " ".join(f"--set {key}={overrides[key]}" for key in values)
+        run = apply(run, {**implied(run, dotted), **values}, where=f"{path} with {told}")
         run = run.model_copy(update={"overrides": {key: str(text) for key, text in overrides.items()}})
     return trial(run) if mode == "trial" else run
 

@@ -80,7 +80,7 @@ def table(study: Claims, *, seeds: int | None = None, questions: int | None = No
     """For each claim and stated seed standard deviation, the share of simulated studies that support it: `power` if it is
     true as claimed (alone, and by Holm with the study's other claims true as claimed), `false supported` on the boundary."""
     if scale:  # Holm's family is the claims that this scale evaluates
-        study = study.model_copy(update={"claims": tuple(claim for claim in study.claims if scale in claim.scales)})
+        study = study.model_copy(update={"claims": tuple(c for c in study.claims if scale in c.scales and not c.not_evaluated)})
     noise, rng = study.noise, np.random.default_rng(seed)
     size = {"seeds": seeds or noise.seeds, "questions": questions or noise.questions, "n_sim": n_sim or noise.simulations}
     out = []

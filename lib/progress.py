@@ -90,13 +90,18 @@ class Live:
         self.shown = len(lines) + 1
 
     def left(self, running: list) -> float:
-        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as planned."""
+        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as planned; a
+        notebook that is open and whose members wait for the slots of another's has all of its time before it."""
         now, slots, own = time.monotonic(), self.runner.slots, []
-        for step in running:
-            measured = seconds_left(record.read_json(step.progress / "progress.json"))
-            planned = max(0.0, step.seconds / slots - (now - self.runner.since.get(id(step), now)))
-            own.append(planned if measured is None else measured)
         waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
+        for step in running:
+            state = record.read_json(step.progress / "progress.json") or {}
+            measured = seconds_left(state)
+            planned = max(0.0, step.seconds / slots - (now - self.runner.since.get(id(step), now)))
+            if measured is None and state.get("phase") == "training" and not state["running"]:
+                waiting += step.seconds
+            else:
+                own.append(planned if measured is None else measured)
         return max(own, default=0.0) + waiting / slots
 
     def clear(self) -> None:

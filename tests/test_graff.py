@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import answers, clock, data, generate, inputs, member, methods
+from lib.graff import answers, clock, curves, data, generate, inputs, member, methods
 from lib.graff import planner as pl
 from lib.graff.block_adam import BlockAdam
 from tests.conftest import ROOT
@@ -320,7 +320,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
     extra = {"cold": True, "outer_lr": 1e-2} if kind == "graff" else {}
     trained(tmp_path / "whole", shared, kind=kind, **extra)
     (tmp_path / "cut").mkdir()
-    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; "
+    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; member.trainer.SAVE_SECONDS = 0; "
             f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))")
     going = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -462,7 +462,7 @@ def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
     energy.update()
     assert (energy.joules, energy.source) == (None, None)
     assert "cannot be read" in energy.reason
-    assert clock.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
+    assert curves.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
 
 
 class FakeNvml:

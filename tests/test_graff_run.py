@@ -196,6 +196,7 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     """Checkpoints at every step; cut between the two micro-batches of an accumulation, with a token credit pending after the
     secant of step 10, in the middle of REACTOR's hold, and again at the step that was resumed."""
     monkeypatch.setattr(trainer, "EVALUATIONS", 10_000)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     extra = {"graff": {"cold": True, "outer_lr": 1e-2}}.get(kind, {})
     mine = member_of(kind, changes={"training.total_steps": 14, "evaluation.max_new_tokens": 2}, **extra)
     (tmp_path / "whole").mkdir()
@@ -237,6 +238,7 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
         return compute(self, *given, **named)
 
     monkeypatch.setattr(trainer.BudgetTrainer, "compute_loss", slow)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     mine = member_of("fixed", changes={"training.clock": "monotonic", "training.total_steps": None,
                                        "training.budget_minutes": 1})
     with pytest.raises(Cut):

@@ -330,6 +330,19 @@ def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypa
     assert all(len(line) < 60 for line in lines)
 
 
+def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
+    steps = []
+    for name, running, done in (("first", [{"member": "a", "step": 5, "steps": 10}], 1), ("second", [], 0), ("third", [], 0)):
+        record.write_json(tmp_path / name / "progress.json", {
+            "phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0})
+        steps.append(type("Step", (), {"progress": tmp_path / name, "name": name, "kind": "train", "seconds": 100.0})())
+    state = {id(s): "running" for s in steps}
+    mine = type("Runner", (), {"steps": steps, "state": state, "slots": 2, "since": {}})()
+    assert progress.Live(mine).left(steps) == pytest.approx(30.0 + 2 * 100.0 / 2)  # half of the first; then the others
+    state[id(steps[2])] = ""
+    assert progress.Live(mine).left(steps[:2]) == pytest.approx(30.0 + 2 * 100.0 / 2)
+
+
 def started(tmp_path, *arguments, **more):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
     environment.pop("STUDY_POOL", None)

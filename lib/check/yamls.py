@@ -55,7 +55,7 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
     shipped = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
     members = pd.DataFrame([_row(member) for run in runs for member in _members(run)])
     for claim in published.claims:
-        if scale not in claim.scales:
+        if scale not in claim.scales or claim.not_evaluated:
             continue
         if claim.metric not in module.CLAIM_METRICS:
             yield Finding(

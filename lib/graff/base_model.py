@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
 from lib import stand_in, witness
-from lib.graff import answers, data
+from lib.graff import answers, data, order
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 ONE_STEP = 8000  # problems that pretraining draws from
@@ -67,6 +67,16 @@ def tiny_qwen3(hidden: int, layers: int, tokenizer) -> Qwen3ForCausalLM:
         bos_token_id=None))
 
 
+def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
+    """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
+    while not real:
+        yield rng.integers(len(lengths), size=size).tolist()
+    while True:
+        rows = order.bucketed(rng.permutation(len(lengths)).tolist(), lengths, size, rng)
+        for start in range(0, max(1, len(rows) - size + 1), size):
+            yield rows[start:start + size]
+
+
 def make(recipe: dict, folder: Path, texts: list[dict] | None,
          on_step: Callable[[int, int, float], None] = lambda *_: None) -> float:
     """Tokenizer and model in `folder`, pretrained on one-step problems (or on `texts`); returns the closing loss."""
@@ -74,16 +84,17 @@ def make(recipe: dict, folder: Path, texts: list[dict] | None,
     tokenizer = word_tokenizer() if texts is None else stand_in.train_bpe_tokenizer(
         [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in rows], OTHER_VOCABULARY, None)
     steps, losses = recipe["pretrain_steps"], []
-    order = np.random.default_rng(recipe["seed"])
+    rng = np.random.default_rng(recipe["seed"])
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
         model = tiny_qwen3(recipe["hidden_size"], recipe["layers"], tokenizer).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
         schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
         encoded = [encode(tokenizer, row, 512) for row in rows]
+        lengths = [len(row["ids"]) for row in encoded]
+        batches = pretraining_batches(lengths, recipe["pretrain_batch_size"], rng, texts is not None)
         for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
-            chosen = order.integers(len(encoded), size=recipe["pretrain_batch_size"])
-            batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id)
+            batch = collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)
             loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

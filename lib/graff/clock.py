@@ -118,9 +118,3 @@ def _source():
         return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
     except OSError as error:
         return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
-
-
-def auc(times: list[float], values: list[float], budget: float) -> float:
-    """Area under `values` over time by the trapezoid rule, from t = 0 to the budget (the last value holds), over the budget."""
-    times, values = [*times, budget], [*values, values[-1]]
-    return sum((t1 - t0) * (v0 + v1) / 2 for t0, t1, v0, v1 in zip(times, times[1:], values, values[1:], strict=False)) / budget

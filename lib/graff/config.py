@@ -7,16 +7,16 @@ from lib.graff.sections import READ_BY, VALIDATION_METRIC, Run
 from lib.schema import Finding, rename, split_role
 
 __all__ = ["ALIASES", "CLAIM_METRICS", "DIVERGED", "MADE_BY", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC",
-           "SECOND_METRIC", "UNREAD", "VALIDATION_METRIC", "Run", "accumulation", "check", "normalise", "recognises",
+           "SECOND_METRIC", "UNREAD", "VALIDATION_METRIC", "Run", "accumulation", "check", "implied", "normalise", "recognises",
            "search_changes", "steps", "train_rows", "trial_changes"]
 
 PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
 SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
 METRICS = {"exact_match": "maximize", "dev_exact_match": "maximize", "flexible_match": "maximize", "auc": "maximize",
-           "energy_to_level": "minimize", "dev_loss": "minimize", "gsm1k_gap": "minimize"}
+           "energy_to_level": "minimize", "dev_loss": "minimize", "test_loss": "minimize", "gsm1k_gap": "minimize"}
 DIVERGED = {"exact_match": 0.0, "dev_exact_match": 0.0, "flexible_match": 0.0, "auc": 0.0}  # what a diverged member counts as
-CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22")  # columns that the analysis gives to claims.evaluate
+CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
     "training.scheduler.cold": "read by check: a full run without a warm start must say so",
     "training.scheduler.baseline_decay": "read where REACTOR's window of 5 steps ends, which a trial of 2 does not reach",
@@ -25,13 +25,15 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "dataset.shuffle_buffer": "read when streaming; a buffer larger than the data is a full shuffle, as check says",
     "dataset.eval_split": "test is refused for a search; it is scored once, at the end, in every run",
     "dataset.gsm1k": "read in full mode only",
+    "dataset.real": "read where --set dataset.name names real problems",
     "model.parameter_count": "checked against the model's name",
     "model.recipe": "read for a made model only",
     "training.gradient_accumulation_steps": "derived, as check says",
     "training.optimizer.type": "adamw is the only choice; a scheduler from a package brings its own",
     "evaluation.interval_steps": "replaced by every 10 % of the budget, as check says",
     "evaluation.metrics": "both are always recorded",
-    "energy_to_level": "null where no energy can be read or the level is not reached",
+    "evaluation.energy_level": "where it is null, the analysis chooses the level from the record",
+    "energy_to_level": "null where no energy can be read, no level is stated, or it is not reached",
     "gsm1k_gap": "null without a GSM1k file",
 }
 ALIASES = {
@@ -65,6 +67,13 @@ def normalise(raw: dict) -> dict:
     raw.setdefault("role", role or ("proposed" if kind == "graff" else "comparative"))
     raw.setdefault("seed_list", [42])  # the published files name no seed
     return raw
+
+
+def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    """Where --set names real problems in place of generated ones: what the run's `dataset.real` says of them. The sizes of the
+    YAML are those of generated problems, of which an answer has 20 tokens."""
+    name = values.get("dataset.name")
+    return dict(run.dataset.real or {}) if name is not None and name != "generated" else {}
 
 
 def train_rows(run: Run) -> int | None:
@@ -133,6 +142,9 @@ def _data_findings(run: Run) -> list[Finding]:
     if rows is not None and data.shuffle_buffer is not None and data.shuffle_buffer > rows:
         found.append(Finding("warning", "dataset.shuffle_buffer", f"{data.shuffle_buffer} for {rows} training rows: a full "
                              "shuffle", "shuffle_buffer: null says the same"))
+    if data.real and data.name != "generated" and "dataset.name" not in run.overrides:
+        found.append(Finding("warning", "dataset.real", f"not read: the YAML itself names {data.name}; sizes are of generated "
+                             "problems, unless it has these values", "--set dataset.name=..., or write them in their sections"))
     if data.shuffle_buffer is not None and not data.streaming:
         found.append(Finding("warning", "dataset.shuffle_buffer", "read when streaming only: without it every epoch is "
                              "shuffled whole", "shuffle_buffer: null"))

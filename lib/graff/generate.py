@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lib import witness
 from lib.graff import answers, base_model
+
+LOOP, PERIOD, LOOK = 64, 16, 8  # tokens that repeat themselves, of which period at most, looked for every so many tokens
+
+
+class Looping(StoppingCriteria):
+    """Ends a row whose last LOOP tokens repeat the same PERIOD or fewer: greedy decoding goes on like that to the last token it
+    is allowed, and a model that answers nothing does so in nearly every row."""
+
+    def __init__(self, prompt: int):
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        """(B,) whether the row ends here."""
+        written = input_ids.shape[1] - self.prompt
+        ends = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if written >= LOOP and written % LOOK == 0:
+            tail = input_ids[:, -LOOP:]
+            for period in range(1, PERIOD + 1):
+                ends |= (tail[:, period:] == tail[:, :-period]).all(1)
+        return ends
 
 
 @torch.no_grad()
 def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int) -> tuple[list[str], float]:
     """(what the model writes to each question, units of the virtual clock: prompt tokens once, decoded tokens once each).
 
-    Greedy whatever the model's own sampling configuration says; the cache is on."""
+    Greedy whatever the model's own sampling configuration says; the cache is on; a row that only repeats itself is ended."""
     model.eval()
     row = [{"question": q, "answer": ""} for q in questions]
     ids = [e["ids"][:e["prompt"]] for e in (base_model.encode(tokenizer, r, 1 << 20) for r in row)]
@@ -27,7 +48,8 @@ def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int)
         width = max(len(ids[i]) for i in mine)
         batch = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in mine], device=device)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in mine], device=device)
-        out = model.generate(input_ids=batch, attention_mask=mask, generation_config=greedy)[:, width:]
+        out = model.generate(input_ids=batch, attention_mask=mask, generation_config=greedy,
+                             stopping_criteria=StoppingCriteriaList([Looping(width)]))[:, width:]
         units += batch.numel() + out.numel()
         for i, written in zip(mine, out.tolist(), strict=True):
             text = tokenizer.decode(written[:written.index(end)] if end in written else written, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -46,8 +47,20 @@ def load_problems(run) -> tuple[dict[str, list[dict]], str]:
 
 
 def prepare(run, folder: Path, warm: bool = True) -> None:
-    """Fill `folder`; a made base model's pretraining is told in history.jsonl, for the live line."""
+    """Fill `folder`. Where the base model is made too, the warm start, which does not need it, is made beside it."""
+    from lib.graff import warm_start  # which prepares inputs of its own
+
     problems, source = load_problems(run)
+    file, both = folder / "warm_start.safetensors", warm and run.mode == "full" and run.model.name == "made"
+    with warm_start.beside(file, run.scale) if both else contextlib.nullcontext():
+        base, closing = make_base(run, folder, problems, source)
+    if warm and not both:
+        warm_start.make(file, run.scale, run.mode == "trial")
+    tokenize(run, folder, problems, base, {"source": source, "pretraining_loss": closing})
+
+
+def make_base(run, folder: Path, problems: dict[str, list[dict]], source: str) -> tuple[str, float | None]:
+    """(name or folder of the base model, closing loss of its pretraining, which is told in history.jsonl for the live line)."""
     base, closing = run.model.name, None
     if base == "made":
         history, _ = record.recorder(folder)
@@ -59,14 +72,19 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
     elif run.mode == "trial" and hub.out_of_reach(base):
         texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
         base = str(stand_in.write_stand_in(base, folder / "base", texts))
-    if warm:
-        from lib.graff import warm_start  # which prepares inputs of its own
+    return base, closing
 
-        warm_start.make(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
+
+def tokenize(run, folder: Path, problems: dict[str, list[dict]], base: str, made: dict) -> None:
+    """Problems, rows, tokenizer and a report of them, with `made`, into `folder`."""
     tokenizer = models.load_tokenizer(base, run.model.revision if base == run.model.name else None,
                                       trust_remote_code=run.model.trust_remote_code)
     rows = {name: [base_model.encode(tokenizer, r, run.dataset.max_tokens) for r in problems[name]]
             for name in ("train", "dev")}
+    longest = run.dataset.max_tokens
+    cut = {name: sum(len(row["ids"]) == longest and row["ids"][-1] != tokenizer.eos_token_id for row in mine)
+           for name, mine in rows.items()}
+    rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]  # the others have nothing to learn from
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"]:])
     frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -74,9 +92,16 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
     record.write_text(folder / "problems.json", json.dumps(problems, ensure_ascii=False))
     record.write_json(folder / "frequent.json", frequent)
     record.write_json(folder / "report.json", {
-        "base": base, "stand_in": base != run.model.name != "made", "source": source, "pretraining_loss": closing,
+        "base": base, "stand_in": base != run.model.name != "made", **made,
         "examples": {name: len(mine) for name, mine in problems.items()},
+        "cut_at_max_tokens": cut, "answer_tokens": answer_tokens(rows["train"]),
         "answers_with_annotations": sum(bool(answers.ANNOTATION.search(r["answer"])) for r in problems["train"])})
+
+
+def answer_tokens(rows: list[dict]) -> dict[str, int]:
+    """Of the answers as they are trained on: the middle one's length and the longest's, beside evaluation.max_new_tokens."""
+    found = sorted(len(row["ids"]) - row["prompt"] for row in rows)
+    return {"median": found[len(found) // 2], "longest": found[-1]} if found else {}
 
 
 def load(folder: Path) -> Inputs:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from lib import checkpoints, config, models, record, trackers
 from lib.errors import MissingError, StudyError
-from lib.graff import base_model, clock, generate, inputs, methods, trainer
+from lib.graff import base_model, clock, curves, generate, inputs, methods, trainer
 from lib.graff import planner as planner_maths
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
@@ -85,7 +85,8 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
             mode()
         batch = evaluation.batch_size or 4 * size
         rows, units = generate.scored(now, given.tokenizer, dev if whole else subset, evaluation.max_new_tokens, batch)
-        loss, more = dev_loss(now, given, batch, len(subset))
+        losses, more = token_losses(now, given.tokenizer, given.rows["dev"][:len(subset)], batch)
+        loss = sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
         if mode:
             optimizer.train()
         if whole:
@@ -140,22 +141,27 @@ def begin(its, evaluate_now, history, model, dev_per_subset: float) -> None:
 
 
 @torch.no_grad()
-def dev_loss(model, given: inputs.Inputs, batch: int, count: int) -> tuple[float, float]:
-    """(mean loss in nats per label token of the first `count` dev problems, units)."""
+def token_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[tuple[float, int]], float]:
+    """([(summed loss in nats, label tokens)] of each of `rows`, units). Logits only where some row has its answer."""
     model.eval()
-    device, total, tokens, units = next(model.parameters()).device, 0.0, 0, 0
-    for start in range(0, count, batch):
-        made = base_model.collate(given.rows["dev"][start:min(count, start + batch)], given.tokenizer.pad_token_id)
+    device, found, units = next(model.parameters()).device, [], 0
+    for start in range(0, len(rows), batch):
+        made = base_model.collate(rows[start:start + batch], tokenizer.pad_token_id)
         made = {k: v.to(device) for k, v in made.items()}
-        logits = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits[:, :-1]
         labels = made["labels"][:, 1:]
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"))
-        tokens, units = tokens + int((labels != -100).sum()), units + made["input_ids"].numel()
-    return total / max(1, tokens), units
+        first = int((labels != -100).any(0).int().argmax())
+        logits = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"],
+                       logits_to_keep=labels.shape[1] + 1 - first).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.mT.float(), labels[:, first:], reduction="none")
+        counts = (labels != -100).sum(1)
+        found += list(zip(losses.sum(1).tolist(), counts.tolist(), strict=True))
+        units += made["input_ids"].numel()
+    return found, units
 
 
 def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -> dict:
-    """Metrics and predictions.jsonl; test is scored here, once, after the budget."""
+    """Metrics and predictions.jsonl; test is scored here, once, after the budget: what the model writes, and the loss of the
+    right answers, which tells models apart that answer next to nothing."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "exact_match_subset" in r]
     steps = [r for r in record.read_jsonl(folder / "history.jsonl") if "eta" in r]
     final, budget = record.read_json(folder / "final.json"), its.clock.budget
@@ -164,31 +170,33 @@ def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -
     batch = run.evaluation.batch_size or 4 * run.training.micro_batch_size
     found = {name: generate.scored(model, given.tokenizer, given.problems[name], run.evaluation.max_new_tokens, batch)[0]
              for name in ("test", "gsm1k")}
+    tests = [base_model.encode(given.tokenizer, r, run.dataset.max_tokens) for r in given.problems["test"]]
+    losses = token_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
     if rows[-1]["used"] > budget:  # the last evaluation ended after the budget: nothing counts as reached by then
-        found, final = dict.fromkeys(found, []), []
+        found, final, losses = dict.fromkeys(found, []), [], []
     times = [r["used"] for r in rows]
-    areas = [clock.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
+    areas = [curves.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
     record.write_jsonl(folder / "predictions.jsonl", [
         *({"kind": "example", "example": f"test-{i}", "exact_match": float(r["strict"]), "text": r["text"],
-           "reference": r["reference"], "flexible_match": float(r["flexible"])} for i, r in enumerate(found["test"])),
+           "reference": r["reference"], "flexible_match": float(r["flexible"]),
+           "test_loss": total / tokens if tokens else None}
+          for i, (r, (total, tokens)) in enumerate(zip(found["test"], losses, strict=True))),
         *({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(r["strict"])} for i, r in enumerate(found["gsm1k"])),
         *({"kind": "area", "example": f"dev-{i}", "auc": area} for i, area in enumerate(areas))])
 
     def share(mine: list[dict], kind: str) -> float | None:
         return sum(r[kind] for r in mine) / len(mine) if mine else None
 
-    level = run.evaluation.energy_level
-    reached = next((r for r in rows if r["exact_match_subset"] >= level), None)
-    if reached is rows[0]:  # the base model is there already: nothing was spent on reaching it
-        reached = None
     extra = share(found["gsm1k"], "strict")
     test = share(found["test"], "strict")
     return {"status": "completed", "steps": steps[-1]["step"], "exact_match": test, "dev_exact_match": share(final, "strict"),
             "flexible_match": share(found["test"], "flexible"), "dev_flexible_match": share(final, "flexible"),
             "base_exact_match": rows[0]["exact_match_subset"], "dev_loss": rows[-1]["dev_loss"],
-            "auc": clock.auc(times, [r["exact_match_subset"] for r in rows], budget),
+            "test_loss": sum(t for t, _ in losses) / max(1, sum(n for _, n in losses)) if losses else None,
+            "auc": curves.auc(times, [r["exact_match_subset"] for r in rows], budget),
             "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
             "energy": its.energy.joules, "energy_source": its.energy.source,
             "energy_reason": its.energy.reason,
-            "energy_to_level": reached["joules"] if reached and its.energy.source else None,
+            "energy_to_level": curves.to_level([r["joules"] for r in rows], [r["exact_match_subset"] for r in rows],
+                                               run.evaluation.energy_level),
             "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}

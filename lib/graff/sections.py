@@ -1,7 +1,7 @@
 """The typed sections of a GRAFF run YAML. Names and checks are in lib/graff/config.py."""
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,7 @@ class Dataset(Section):
     train_examples: Count | None = None  # of generated problems
     test_examples: Count | None = None
     split_seed: int = 0
+    real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real problems
     gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
 
 
@@ -132,7 +133,8 @@ class Evaluation(Section):
     dev_subset: Count = 200
     max_new_tokens: Count = 320
     batch_size: Count | None = None  # of generation; null: four micro-batches
-    energy_level: Positive = 0.9  # exact match that energy_to_level is counted to
+    energy_level: Annotated[Positive, Field(le=1)] | None = None  # exact match that energy is counted to; null: the analysis
+    # chooses it, half-way from the base model's to the tuned fixed rate's
 
 
 class Search(Optuna):

@@ -27,12 +27,13 @@ def of_kind(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:
     return rows.reindex(columns=columns).assign(status="completed")
 
 
-def areas(loaded: record.Records) -> pd.DataFrame:
+def areas(loaded: record.Records, energies: pd.DataFrame | None = None) -> pd.DataFrame:
     """Areas per problem; `auc_reactor_22` is the same with REACTOR's raised by 22 %, which makes the relative claim a
-    difference."""
+    difference. `energies` (lib/graff/energy.py) are of the same problems and stand beside them."""
     rows = of_kind(loaded, "area", "auc")
     factor = rows["method"].map(lambda name: 1.22 if name == "reactor" else 1.0)
-    return rows.assign(auc_reactor_22=rows["auc"].astype(float) * factor.astype(float))
+    rows = rows.assign(auc_reactor_22=rows["auc"].astype(float) * factor.astype(float))
+    return rows if energies is None else rows.merge(energies, on=[*KEYS, "example"], how="left")
 
 
 def all_members(loaded: record.Records) -> pd.DataFrame:
@@ -43,7 +44,7 @@ def all_members(loaded: record.Records) -> pd.DataFrame:
 def grid(loaded: record.Records) -> pd.DataFrame:
     """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have none of
     (dev_loss) is null where one diverged."""
-    names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "steps", "energy"]
+    names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "test_loss", "steps", "energy"]
     members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", "status", *names])
     members[names] = members[names].apply(pd.to_numeric, errors="coerce")
     lost = members["status"] == "diverged"
@@ -51,7 +52,7 @@ def grid(loaded: record.Records) -> pd.DataFrame:
     members["budget"] = members["budget"].fillna(members.groupby("run_id")["budget"].transform("first"))
     groups = members.assign(diverged=lost).groupby(["budget", "run_id", "learning_rate"], sort=False, dropna=False)
     means = groups[names].agg(lambda x: x.mean())
-    means.loc[groups["diverged"].any(), "dev_loss"] = np.nan
+    means.loc[groups["diverged"].any(), ["dev_loss", "test_loss"]] = np.nan
     return means.assign(seeds=groups.size(), diverged=groups["diverged"].sum()).reset_index()
 
 

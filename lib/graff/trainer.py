@@ -4,6 +4,7 @@ applies one rate per block. Evaluation happens inside the budget."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lib.graff.probes import Probes
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget
+SAVE_SECONDS = 3.0  # of the wall clock between checkpoints, at the least: a laptop's whole budget takes 8
 STATE = "budget.pt"
 
 
@@ -59,7 +61,7 @@ class BudgetTrainer(Trainer):
         self.lam, self.lambdas, self.log_mean = 0.0, None, None  # curvature: largest, per block, running mean of its log
         self.recent, self.eval_seconds, self.evaluations = [], 0.0, 0  # seconds of the last steps, one with a secant among them
         self.dtau_mean, self.best, self.regret = None, math.inf, 0.0
-        self.final, self.diverged_at, self.credit = False, None, None
+        self.final, self.diverged_at, self.credit, self.saved = False, None, None, time.monotonic()
         super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows),
                          data_collator=lambda batch: base_model.collate(batch, pad), callbacks=[_Steps(self)],
                          optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)))
@@ -176,10 +178,10 @@ class BudgetTrainer(Trainer):
         step = self.state.global_step + 1
         eta = self.eta if isinstance(optimizer, BlockAdam) else optimizer.param_groups[0]["lr"] \
             * optimizer.param_groups[0].get("d", 1.0)
-        self.on_record({"step": step, "steps": None if self.args.max_steps == NO_CAP else self.args.max_steps,
-                        "used": used, "fraction": self.clock.fraction, "loss": self.loss, "eta": eta,
-                        "log_m": self.plan.log_m.tolist(), "a": float(self.plan.a), "lambda": self.lam or None,
-                        "c_eta": self.c_eta, "regret": self.regret, **method.log})
+        held = round(step / max(self.clock.fraction, 1e-9))  # by the budget, which ends most runs before the cap
+        self.on_record({"step": step, "steps": min(held, self.args.max_steps), "used": used, "fraction": self.clock.fraction,
+                        "loss": self.loss, "eta": eta, "log_m": self.plan.log_m.tolist(), "a": float(self.plan.a),
+                        "lambda": self.lam or None, "c_eta": self.c_eta, "regret": self.regret, **method.log})
         if self.clock.kind == "monotonic":
             record.write_json(self.spent, {"used": used})
         if not math.isfinite(self.loss):
@@ -205,7 +207,7 @@ class BudgetTrainer(Trainer):
         place = int(EVALUATIONS * self.clock.fraction)
         room = used + self.next_step() + 1.2 * self.eval_seconds * (1 + self.probes.subset_share) < budget
         control.should_evaluate = self.final or (place > self.evaluations and room)
-        control.should_save = control.should_evaluate
+        control.should_save = self.final or (control.should_evaluate and time.monotonic() - self.saved >= SAVE_SECONDS)
         control.should_training_stop = self.final
 
     def evaluate(self, *_, **__):
@@ -260,6 +262,7 @@ class BudgetTrainer(Trainer):
         mine = place / f"checkpoint-{self.state.global_step}"
         checkpoints.mark_complete(mine, {"step": self.state.global_step, "fingerprint": self.fingerprint, "done": self.final})
         checkpoints.keep_last_and_best(place, mine, None)
+        self.saved = time.monotonic()
 
 
 def restore_weights(model, checkpoint: Path) -> None:

@@ -7,18 +7,24 @@ Encoder and decoder both learn here; online W alone does. The file's tensors do 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lib import config
+from lib import child, config
+from lib.errors import StudyError
 from lib.graff import inputs, member
 
 STEPS, BATCHES = 100, (4, 8, 16)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
+WITH_PARENT = "with-parent"  # ends when who started it does
 SIZES = {"laptop": (64, 2), "paper": (384, 8)}
 
 
@@ -58,7 +64,28 @@ def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
     return made
 
 
+@contextlib.contextmanager
+def beside(out: Path, scale: str) -> Iterator[None]:
+    """The command above in a process of its own while the body does something else, and no longer: with as many threads, so
+    that the file is the same. Raises StudyError where it ended without one."""
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    going = subprocess.Popen([sys.executable, "-m", "lib.graff.warm_start", str(out), scale, WITH_PARENT], cwd=config.ROOT,
+                             env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+        if going.wait() or not out.exists():
+            raise StudyError("the planner's warm start", f"its process ended with {going.returncode}", f"the file {out.name}",
+                             "what it said stands above this in the log")
+    finally:
+        if going.poll() is None:
+            going.kill()
+            going.wait()
+
+
 if __name__ == "__main__":
+    if sys.argv[3:] == [WITH_PARENT]:
+        child.end_with_parent()
     target = Path(sys.argv[1])
     for row in make(target, *sys.argv[2:3]):
         print({k: row.get(k) for k in ("status", "steps", "used", "budget", "dev_loss")})
