@@ -16,7 +16,7 @@ __all__ = ["ALIASES", "METRICS", "OWN_LOSSES", "PATHS", "PRIMARY_METRIC", "TRL_L
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
 JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
-CLAIM_METRICS = ("score", "accuracy", "seconds")  # columns that the analysis gives to claims.evaluate
+CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
     "oracle_score": 1.0, "mt_bench_score": 1.0, "mt_bench_score_corrected": 1.0, "implicit_accuracy": 0.5, "raw_accuracy": 0.5,
     "validation_implicit_accuracy": 0.5, "validation_raw_accuracy": 0.5,
