@@ -84,6 +84,15 @@ def test_exact_match_has_a_panel_a_run_with_its_area():
     assert len(drawn.canvas.axes[0].collections) == 1
 
 
+def test_loss_is_drawn_from_the_base_models_on_and_no_exact_match_lies_below_zero():
+    rows = pd.DataFrame(evaluations("graff", 60) + evaluations("fixed", 60))
+    drawn = plots.loss(rows, 60)
+    assert [line.get_ydata()[0] for line in drawn.canvas.axes[0].lines] == [1.0, 1.0]
+    assert "graff from 1 to 0" in drawn.alt
+    none = plots.exact_match(rows.assign(exact_match_subset=0.0), 60)
+    assert none.canvas.axes[0].get_ylim()[0] == 0
+
+
 def test_energy_is_drawn_over_joules():
     rows = pd.DataFrame(evaluations("graff", 60)).assign(joules=lambda f: 2000 * f["used"] / 60)
     drawn = plots.energy(rows, 0.9)

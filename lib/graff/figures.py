@@ -52,11 +52,28 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
         place.plot(places, found[name], color=look.colour)
         place.fill_between(places, found[name], color=look.colour, alpha=0.25, linewidth=0)
         place.set_title(f"{name}: {number(np.trapezoid(found[name], places))}", fontsize=10)
+    axes.flat[0].set_ylim(bottom=0)  # shared by all
     for place in axes.flat[len(names):]:
         place.set_axis_off()
     drawn.supxlabel("share of the budget used" + (f" (grey: {grey})" if len(names) > 1 else ""), fontsize=10)
     drawn.supylabel("exact match, dev subset", fontsize=10)
     words = "; ".join(f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items())
+    return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+
+
+@housestyle
+def loss(rows: pd.DataFrame, budget: float, *, title: str = "Dev loss over time") -> Drawing:
+    """One line per run: the mean over seeds of the loss on the dev subset, from the base model's on."""
+    drawn, axes = canvas(title=title, height=4.6)
+    place, places, rows = axes[0, 0], np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
+    found = {}
+    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
+        found[name] = _over_budget(rows[rows["run_id"] == name], "dev_loss", places)
+        place.plot(places, found[name], color=look.colour, label=name)
+    place.set_xlabel("share of the budget used")
+    place.set_ylabel("loss on the dev subset, nats per token")
+    legend_below(drawn)
+    words = "; ".join(f"{n} from {number(v[0])} to {number(v[-1])}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
 
 
