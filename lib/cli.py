@@ -146,14 +146,16 @@ def run(options) -> int:
             return error.exit_code
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
+    # An analysis judges its whole study, whichever of its runs --run picked for this time.
+    whole = every_run(options) if options.run else found
     ready.wide_enough(options, found)
     if options.command == "check":
         from lib.check import command
 
-        return command.check(ready.able(found), ready.able(every_run(options)), options, root_of(options), slots_of(options))
+        return command.check(ready.able(found), ready.able(whole), options, root_of(options), slots_of(options))
     told, code = ready.obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
-        code = code or ready.unready(options, found, every_run(options), root_of(options), told)
+        code = code or ready.unready(options, found, whole, root_of(options), told)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.built(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
@@ -165,7 +167,7 @@ def run(options) -> int:
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
-    return execute(options, [loaded for _, loaded, _ in found])
+    return execute(options, [loaded for _, loaded, _ in found], [loaded for _, loaded, _ in whole])
 
 
 def slots_of(options) -> int:
@@ -174,7 +176,7 @@ def slots_of(options) -> int:
     return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
 
 
-def execute(options, runs: list) -> int:
+def execute(options, runs: list, whole: list) -> int:
     from lib import report, runner
 
     root = root_of(options)
@@ -184,8 +186,7 @@ def execute(options, runs: list) -> int:
     with runner.locked(root):
         runner.free_space(root)
         runner.remove_leftovers(root)
-        # The analysis judges the whole study, whichever of its runs --run picked for this time.
-        listed = [r for _, r, _ in every_run(options) if not isinstance(r, StudyError)]
+        listed = [r for r in whole if not isinstance(r, StudyError)]
         write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         runner.stay_inside(root, steps)

@@ -1,8 +1,9 @@
 """What keeps runs from being started: faults of their YAMLs, what this machine lacks, and what `check` finds."""
 
+import contextlib
 import os
 
-from lib import config, plan
+from lib import config, keys, members, plan, record
 from lib.errors import StudyError
 
 
@@ -54,11 +55,26 @@ def unready(options, found: list[tuple], whole: list[tuple], root, told: dict[st
     runs of its studies; `root`: where their results go."""
     from lib.check import command
 
-    fit = able(found)
-    findings = [f for f in command.static(fit, options.scale, able(whole))
-                if not f.file.endswith(".yaml") or f.file.endswith("claims.yaml")]
+    fit, seen, place = able(found), stamps(found, whole), members.CACHE / "checked.json"
+    findings = []
+    if record.read_json(place) != seen:
+        findings = [f for f in command.static(fit, options.scale, able(whole))
+                    if not f.file.endswith(".yaml") or f.file.endswith("claims.yaml")]
+        if not findings:
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
+                record.write_json(place, seen)
     if options.scale == "paper" and not any(f.severity == "error" for f in findings) and not command.passed(fit, root):
         print("no trial of these runs has passed yet: trying them before anything long starts", flush=True)
         findings += command.dynamic(fit, options.scale, command.told_again(options), root)
     told["check"] = [config.Finding(f.severity, f"{f.file} {f.place}".strip(), f.what, f.mend) for f in findings]
     return 2 * any(f.severity == "error" for f in findings)
+
+
+def stamps(found: list[tuple], whole: list[tuple]) -> dict:
+    """All that the static findings depend on: what found nothing need not be looked at again (2 s of every command)."""
+    files = [path for folder in ("lib", "notebooks", "params") for path in (config.ROOT / folder).rglob("*")
+             if path.suffix in (".py", ".ipynb", ".yaml")]
+    files += [path for path, _, _ in whole]
+    runs = [loaded if isinstance(loaded, StudyError) else [loaded.study, config.dump(loaded)] for _, loaded, _ in whole]
+    return {"found": [str(path) for path, _, _ in found], "runs": keys.digest(runs), "versions": keys.digest(keys.versions()),
+            "files": keys.digest([(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(set(files)) if p.is_file()])}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lib import config, members, ready
 from lib.check import command, sources
 from lib.options import parser
 from tests.conftest import ROOT
@@ -187,3 +188,21 @@ def test_calls_are_held_against_the_functions_they_call():
 ])  # fmt: skip
 def test_placeholders(code, found):
     assert bool(list(sources.placeholders(ast.parse(code), code, "x.py"))) is found
+
+
+def test_before_a_full_run_clean_files_are_not_looked_at_again_until_one_of_them_changes(tmp_path, monkeypatch):
+    path = tmp_path / "dpo.yaml"
+    shutil.copy(ROOT / "params/td_dpo/laptop/dpo.yaml", path)
+    looked, fault = [], command.Finding("error", "lib/a.py", "1", "a fault", "mend it")
+    monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(command, "static", lambda *_: looked.append(1) or ([fault] if "FAULTY" in path.read_text() else []))
+
+    def code(**overrides) -> int:
+        run = config.load_run(path, study="td_dpo", scale="laptop", mode="full", overrides=overrides)
+        found = [(path, run, [])]
+        return ready.unready(parser().parse_args(["full", "--scale", "laptop"]), found, found, tmp_path, {})
+
+    assert [code(), code(), len(looked)] == [0, 0, 1]
+    assert [code(**{"training.max_steps": "7"}), len(looked)] == [0, 2]
+    path.write_text("# FAULTY\n" + path.read_text())
+    assert [code(), code(), len(looked)] == [2, 2, 4]  # a fault is said every time
