@@ -38,7 +38,6 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "trl.trainer.dpo_trainer",
     "IPython.display",
-    "nbformat",
 )
 
 
