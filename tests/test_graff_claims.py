@@ -254,3 +254,12 @@ def test_runs_of_other_budgets_or_models_are_in_figures_of_their_own():
     assert set(found) == {"_Qwen3-0.6B_30", "_Qwen3-0.6B_60", "_Mistral-7B-Instruct-v0.3_30"}
     assert all(i.startswith("mistral_") for i in found["_Mistral-7B-Instruct-v0.3_30"])
     assert [suffix for _, suffix, _ in compare.groups(runs())] == [""]
+
+
+def test_base_rates_are_those_of_the_methods_and_not_of_the_ablations_however_many():
+    planned = runs()
+    assert compare.base_rates(planned) == [3e-4, 3e-3, 3e-2]
+    assert compare.tuned_rate(planned) == 3e-3
+    ablations = [run for run in planned if run.role == "ablation"]
+    assert compare.base_rates([*planned, *ablations, *ablations]) == [3e-4, 3e-3, 3e-2]
+    assert compare.base_rates(runs("paper")) == []

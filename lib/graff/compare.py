@@ -59,10 +59,11 @@ def with_ablations(planned: Iterable, main: Iterable[str], rate: float | None) -
 
 
 def base_rates(planned: Iterable) -> list[float]:
-    """The base rates that most runs share, in order; of the laptop scale 0.1x, 1x and 10x of the tuned one."""
+    """The base rates of the runs that have several, those that most of them share, in order; of the laptop scale 0.1x, 1x and
+    10x of the tuned one. Ablations have the tuned one alone, and may be more."""
     rates = [sorted({rate for m in config.members(run) if (rate := m.cell.get("training.optimizer.lr_init")) is not None})
              for run in planned]
-    return max(rates, key=lambda found: (rates.count(found), len(found)), default=[])
+    return max(rates, key=lambda found: (len(found) > 1, rates.count(found), len(found)), default=[])
 
 
 def tuned_rate(planned: Iterable) -> float | None:
