@@ -28,8 +28,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.child import end_with_parent
 from lib.errors import MissingError, StudyError
+from lib.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lib.child import end_with_parent
 from lib.errors import MissingError
+from lib.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 40  # lines of its output that an error shows

@@ -519,4 +519,5 @@ def test_polled_power_is_read_without_being_asked(monkeypatch):
     while polled.power < 4:  # somebody else read it
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    polled.ended.set()
     assert polled.joules > 0

@@ -1,7 +1,9 @@
 """The search: cells are enqueued and read, killed trials are queued once more and none is repeated, direction asserted."""
 
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -171,7 +173,7 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
         waited.append(seconds)
         study.tell(theirs.number, 0.7)  # the other machine ends its trial
 
-    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep}))  # threads of other tests sleep too
     found = sweep.search(run, tmp_path / "sweep")
     done = sweep.searched(found)
     assert len(done) == 6

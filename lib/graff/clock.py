@@ -71,7 +71,7 @@ class Polled:
 
     def __init__(self, watts, now=time.monotonic, thread: bool = True):
         self.watts, self.now, self.joules, self.lock = watts, now, 0.0, threading.Lock()
-        self.at, self.power = now(), watts()
+        self.at, self.power, self.ended = now(), watts(), threading.Event()
         if thread:
             threading.Thread(target=self._forever, daemon=True).start()
 
@@ -83,8 +83,7 @@ class Polled:
             return self.joules
 
     def _forever(self) -> None:
-        while True:
-            time.sleep(self.INTERVAL)
+        while not self.ended.wait(self.INTERVAL):
             self()
 
 

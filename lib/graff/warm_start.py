@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lib import child, config
+from lib import config
 from lib.errors import StudyError
 from lib.graff import inputs, member
+from lib.parent import end_with_parent
 
 STEPS, BATCHES = 100, (4, 8, 16)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
@@ -86,7 +87,7 @@ if __name__ == "__main__":
     if sys.argv[3:]:  # the process that started this one, without which nobody waits for the file
         if os.getppid() != int(sys.argv[3]):
             sys.exit("who started this is gone")
-        child.end_with_parent()
+        end_with_parent()
     target = Path(sys.argv[1])
     for row in make(target, *sys.argv[2:3]):
         print({k: row.get(k) for k in ("status", "steps", "used", "budget", "dev_loss")})
