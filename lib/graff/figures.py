@@ -19,21 +19,25 @@ def _over_budget(rows: pd.DataFrame, column: str, places: np.ndarray) -> np.ndar
     return np.mean(found, axis=0) if found else places * np.nan
 
 
-@housestyle
-def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") -> Drawing:
-    """One line per run: the mean over seeds of the applied rate, log scale."""
+def _lines(rows: pd.DataFrame, column: str, places: np.ndarray, title: str, label: str, scale: str = "linear") -> Drawing:
+    """One line per run: the mean over seeds of `column` over the budget's fraction `x`."""
     drawn, axes = canvas(title=title, height=4.6)
-    place, places, found = axes[0, 0], np.linspace(0.02, 0.98, 49), {}
-    steps = steps.assign(x=steps["fraction"])
-    for name, look in looks(list(dict.fromkeys(steps["run_id"]))).items():
-        found[name] = _over_budget(steps[steps["run_id"] == name], "eta", places)
+    place, found = axes[0, 0], {}
+    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
+        found[name] = _over_budget(rows[rows["run_id"] == name], column, places)
         place.plot(places, found[name], color=look.colour, label=name)
-    place.set_yscale("log")
+    place.set_yscale(scale)
     place.set_xlabel("share of the budget used")
-    place.set_ylabel("applied learning rate")
+    place.set_ylabel(label)
     legend_below(drawn)
     words = "; ".join(f"{n} from {number(v[0])} to {number(v[-1])}" for n, v in found.items())
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+
+
+@housestyle
+def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") -> Drawing:
+    """One line per run: the mean over seeds of the applied rate, log scale."""
+    return _lines(steps.assign(x=steps["fraction"]), "eta", np.linspace(0.02, 0.98, 49), title, "applied learning rate", "log")
 
 
 @housestyle
@@ -64,17 +68,8 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
 @housestyle
 def loss(rows: pd.DataFrame, budget: float, *, title: str = "Dev loss over time") -> Drawing:
     """One line per run: the mean over seeds of the loss on the dev subset, from the base model's on."""
-    drawn, axes = canvas(title=title, height=4.6)
-    place, places, rows = axes[0, 0], np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
-    found = {}
-    for name, look in looks(list(dict.fromkeys(rows["run_id"]))).items():
-        found[name] = _over_budget(rows[rows["run_id"] == name], "dev_loss", places)
-        place.plot(places, found[name], color=look.colour, label=name)
-    place.set_xlabel("share of the budget used")
-    place.set_ylabel("loss on the dev subset, nats per token")
-    legend_below(drawn)
-    words = "; ".join(f"{n} from {number(v[0])} to {number(v[-1])}" for n, v in found.items())
-    return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
+    return _lines(rows.assign(x=rows["used"] / budget), "dev_loss", np.linspace(0, 1, 51), title,
+                  "loss on the dev subset, nats per token")
 
 
 @housestyle
