@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/gpu_checks.py --small    a tiny shape on the CPU
 
 TD-DPO steps of a Llama of the 7B shape with random weights (LoRA r 64, gradient checkpointing, bf16 compute), with an NF4
-and a bf16 base: pairs a second, peak memory beside lib/footprint.py's estimate. With two GPUs or more the same sharded over
-two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU. Pairs are random tokens;
-lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a pair's side): assumed to be
-like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
+and a bf16 base: pairs a second, peak memory beside lib/running/footprint.py's estimate. With two GPUs or more the same
+sharded over two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU. Pairs are
+random tokens; lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a pair's side):
+assumed to be like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lib import distributed, footprint, models, random_model, record
+from lib import models, record
+from lib.running import footprint
 from lib.td_dpo import trainer
 from lib.td_dpo.logprobs import row_tokens
 from lib.td_dpo.reference import sequence_logprobs
+from lib.weights import distributed, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,7 +88,7 @@ def measure(argument: dict) -> dict:
 
 
 def estimate(argument: dict, processes: int) -> float:
-    """GB that lib/footprint.py expects of full-length batches: an upper bound of what these lengths take."""
+    """GB that lib/running/footprint.py expects of full-length batches: an upper bound of what these lengths take."""
     run = SimpleNamespace(
         model=SimpleNamespace(torch_dtype="bfloat16", quantization=argument["quantization"],
                               peft=SimpleNamespace(lora_r=argument["rank"])),

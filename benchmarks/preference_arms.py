@@ -25,11 +25,12 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
-from lib import models, random_model
+from lib import models
 from lib.td_dpo.logprobs import keep_4bit_differentiable
 from lib.td_dpo.reference import sequence_logprobs
 from lib.td_dpo.trainer import train_pairs
 from lib.training import SeededOrder
+from lib.weights import random_model
 
 PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
 

@@ -5,11 +5,11 @@ A claim is supported only if three things hold: the rule of its own test on the 
 claims evaluated together. It is refuted if the rule and the companion say so. Where primary and companion differ, or Holm
 does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own primary test.
 
-A claim about scores is `vacuous` where no run that it compares is shown to be above chance (lib/chance.py), where all of them
-diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and decide nothing.
+A claim about scores is `vacuous` where no run that it compares is shown to be above chance (lib/verdict/chance.py), where all
+of them diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and decide nothing.
 
 With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than questions
-do; the companion is what keeps that at 5 %, at the price of power (lib/power.py prints both).
+do; the companion is what keeps that at 5 %, at the price of power (lib/verdict/power.py prints both).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lib import chance
 from lib import statistics as st
-from lib.claim_types import BEST, Beside, Cell, Claim, Claims, load
-from lib.comparison import Paired, choose, members_of, pair_up, select
-from lib.measured import measure, measure_cost
-from lib.verdicts import VERDICTS, Verdict, sentence, table, to_json
+from lib.verdict import chance
+from lib.verdict.claim_types import BEST, Beside, Cell, Claim, Claims, load
+from lib.verdict.comparison import Paired, choose, members_of, pair_up, select
+from lib.verdict.measured import measure, measure_cost
+from lib.verdict.verdicts import VERDICTS, Verdict, sentence, table, to_json
 
 __all__ = ["VERDICTS", "Claim", "Claims", "Verdict", "coverage", "evaluate", "load", "sentence", "table", "to_json"]
 

@@ -15,9 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-from lib import cluster, config, errors, forecast, hub, plan, pool, progress, ready, record, show
+from lib import config, errors, record
+from lib.commands import show
+from lib.commands.options import parser, short, wants
 from lib.errors import StudyError
-from lib.options import parser, short, wants
+from lib.processes import cluster, pool
+from lib.running import forecast, plan, progress, ready
+from lib.weights import hub
 
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
@@ -28,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         several = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]  # -n 0 for one process
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
-        from lib import lab
+        from lib.commands import lab
 
         return lab.lab(argv[1:])
     if argv[:1] == ["compose"]:
-        from lib.compose import command
+        from lib.commands.compose import command
 
         return guarded(lambda: command.main(argv[1:]))
     options = parser().parse_args(argv)
@@ -150,7 +154,7 @@ def run(options) -> int:
     whole = every_run(options) if options.run else found
     ready.wide_enough(options, found)
     if options.command == "check":
-        from lib.check import command
+        from lib.commands.check import command
 
         return command.check(ready.able(found), ready.able(whole), options, root_of(options), slots_of(options))
     told, code = ready.obstacles(options, found)
@@ -241,7 +245,8 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib import member_page, report
+    from lib import report
+    from lib.pages import member_page
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         report.notebook_html(notebook, notebook.with_suffix(".html"))
@@ -253,12 +258,12 @@ def rebuild(options) -> int:
 
 def mirror(options) -> int:
     """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
-    from lib import wandb_command
+    from lib.commands import sync
 
     if options.command == "sync":
-        return wandb_command.sync(roots_of(options), options)
+        return sync.sync(roots_of(options), options)
     runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.built(r)]
-    return wandb_command.pull(runs, OUTPUTS, root_of(options).name, options)
+    return sync.pull(runs, OUTPUTS, root_of(options).name, options)
 
 
 def roots_of(options) -> list[Path]:
@@ -268,7 +273,7 @@ def roots_of(options) -> list[Path]:
 
 def judge(options) -> int:
     """Have saved answers graded; --params: those of its YAMLs' runs."""
-    from lib import judge_command
+    from lib.commands import judge
 
     named = {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)} if options.params else None
-    return judge_command.command(options, roots_of(options), named, OUTPUTS)
+    return judge.command(options, roots_of(options), named, OUTPUTS)

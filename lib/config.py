@@ -16,11 +16,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lib import witness
 from lib.errors import StudyError
-from lib.faults import did_you_mean, keys, raise_faults
-from lib.grid import Member, first_cell, member, members, search_space, trial
-from lib.run_values import (
+from lib.running import witness
+from lib.settings.faults import did_you_mean, keys, raise_faults
+from lib.settings.grid import Member, first_cell, member, members, search_space, trial
+from lib.settings.run_values import (
     ROOT,
     TUNABLE,
     apply,
@@ -36,8 +36,8 @@ from lib.run_values import (
     studies,
     study_module,
 )
-from lib.schema import CONTEXT, Finding, Marker, Run, Wandb
-from lib.yaml_file import load_yaml, parse_yaml
+from lib.settings.schema import CONTEXT, Finding, Marker, Run, Wandb
+from lib.settings.yaml_file import load_yaml, parse_yaml
 
 __all__ = ["ROOT", "TUNABLE", "Finding", "Marker", "Member", "Run", "apply", "check", "dump", "from_notebook", "get",
            "is_hub_id", "is_local", "load_folder", "load_run", "load_yaml", "markers", "member", "members", "parameters",
@@ -121,7 +121,7 @@ def wandb_mode(run: Run) -> str:
 
 def check(run: Run) -> list[Finding]:
     """What a person should know before the run starts; an error keeps it from starting."""
-    from lib.checks import shared_findings
+    from lib.settings.checks import shared_findings
     found = shared_findings(run)
     try:
         typical = apply(run, first_cell(run)[0])
@@ -134,7 +134,7 @@ def check(run: Run) -> list[Finding]:
 def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[str, str] | None = None,
                 results_dir: str | Path | None = None) -> list[tuple[Path, Run | StudyError, list[Finding]]]:
     """Every run YAML under a folder (params/<study>/<scale>/ or flat) with its findings, checked in its full form."""
-    from lib.checks import folder_findings
+    from lib.settings.checks import folder_findings
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")

@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from lib.figure_seeds import bars, box_over_seeds, points
-from lib.figure_style import (
+from lib.pages.figure_seeds import bars, box_over_seeds, points
+from lib.pages.figure_style import (
     DASH,
     INK,
     SOFT,
@@ -36,8 +36,8 @@ from lib.figure_style import (
     ordered,
     reference_line,
 )
-from lib.member_page import NAME as MEMBER_PAGE
-from lib.notebook_html import embedded
+from lib.pages.member_page import NAME as MEMBER_PAGE
+from lib.pages.notebook_html import embedded
 from lib.record import write_bytes
 
 __all__ = ["STYLE", "Drawing", "Figure", "Look", "bars", "box_over_seeds", "claims", "learning_curves", "points", "save"]

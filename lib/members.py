@@ -18,8 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import config, keys, pool, record, work
+from lib import config, record
 from lib.errors import StudyError
+from lib.processes import pool, work
+from lib.running import keys
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
@@ -96,7 +98,7 @@ def prepared(run) -> Path:
     argument = {**_context(run), "config": config.dump(run), "final": str(final), "folder": str(partial)}
     task = pool.Task(
         name="prepare",
-        target="lib.work:prepare",
+        target="lib.processes.work:prepare",
         argument=argument,
         folder=partial,
         threads=run.compute.threads,
@@ -129,7 +131,7 @@ def measure(run, function: str) -> None:
         with work.here(run.compute.threads, not run.compute.gpus):
             return work.measure(argument)
     task = pool.Task(
-        name=function, target="lib.work:measure", argument=argument, folder=folder, threads=run.compute.threads,
+        name=function, target="lib.processes.work:measure", argument=argument, folder=folder, threads=run.compute.threads,
         cpu=not run.compute.gpus
     )
     pool.start(task)
@@ -184,7 +186,7 @@ def _task(member, folder: Path) -> pool.Task:
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     return pool.Task(
         name=member.id,
-        target="lib.work:member",
+        target="lib.processes.work:member",
         folder=folder,
         argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
         threads=run.compute.threads,

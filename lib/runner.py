@@ -18,9 +18,13 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, member_page, members, model_card, plan, pool, progress, record, report, resources, tracking
+from lib import config, members, record, report
 from lib.errors import MissingError, StudyError
-from lib.lock import locked  # noqa: F401 (part of this module's interface)
+from lib.mirror import tracking
+from lib.pages import member_page, model_card
+from lib.processes import pool
+from lib.running import plan, progress, resources
+from lib.running.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
 STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
@@ -244,7 +248,7 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     """Papermill on the step's notebook, to a name that says it is not finished."""
     import papermill
 
-    from lib import engine
+    from lib.running import engine
 
     engine.register()
     path = partial(step)

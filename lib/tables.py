@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lib.figure_style import number, outcomes
+from lib.pages.figure_style import number, outcomes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from lib import record, witness
+from lib import record
+from lib.running import witness
 
 
 class SeededOrder(torch.utils.data.Sampler):

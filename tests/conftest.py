@@ -28,7 +28,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def pool_socket():
     """One pool for the session, with everything imported, as the runner has it."""
-    from lib import pool
+    from lib.processes import pool
 
     own = pool.Pool(2)
     os.environ["STUDY_POOL"] = own.socket
@@ -40,7 +40,7 @@ def pool_socket():
 @pytest.fixture
 def bare(monkeypatch):
     """A pool that preloads nothing: starts in a moment."""
-    from lib import pool
+    from lib.processes import pool
 
     own = pool.Pool(2, bare=True)
     monkeypatch.setenv("STUDY_POOL", own.socket)

@@ -12,8 +12,10 @@ def _die_once(marker: str) -> None:
 
 
 def killed_member(argument: dict) -> None:
-    """lib.work.train, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
-    from lib import checkpoints, record, work
+    """lib.processes.work.train, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
+    from lib import record
+    from lib.processes import work
+    from lib.weights import checkpoints
 
     marker, kill_at = argument["marker"], argument["kill_at"]
     append, mark = record.append_jsonl, checkpoints.mark_complete
@@ -58,8 +60,8 @@ def note_environment(argument: dict) -> None:
 
 
 def out_of_memory_member(argument: dict) -> None:
-    """lib.work.train on a GPU that is too small: the allocator gives up in the backward pass of step 3."""
-    from lib import work
+    """lib.processes.work.train on a GPU that is too small: the allocator gives up in the backward pass of step 3."""
+    from lib.processes import work
     from lib.td_dpo import trainer
 
     no_memory_at(trainer, 3)

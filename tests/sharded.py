@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lib import distributed, models
+from lib import models
 from lib.td_dpo import reference, trainer
+from lib.weights import distributed
 
 
 def model_of(argument: dict, *, sharded: bool):

@@ -3,7 +3,7 @@
 import pytest
 
 from lib import report
-from lib.notebook_html import PAGES
+from lib.pages.notebook_html import PAGES
 from tests.browser import PROGRAM, browser
 from tests.test_report import outputs  # noqa: F401 (a fixture)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, members, ready
-from lib.check import command, sources
-from lib.options import parser
+from lib import config, members
+from lib.commands.check import command, sources
+from lib.commands.options import parser
+from lib.running import ready
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")

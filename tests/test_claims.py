@@ -8,12 +8,12 @@ import pytest
 from scipy import stats
 
 from lib import claims as c
-from lib import power
 from lib import statistics as st
-from lib.claim_types import Chance, Claims, Noise
-from lib.comparison import choose, pair_up, select
 from lib.config import ROOT
 from lib.errors import StudyError
+from lib.verdict import power
+from lib.verdict.claim_types import Chance, Claims, Noise
+from lib.verdict.comparison import choose, pair_up, select
 
 PATH = ROOT / "params" / "td_dpo" / "claims.yaml"
 STUDY = c.load(PATH)

@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lib import cli, cluster, config, members, pool, preflight, record
+from lib import cli, config, members, record
 from lib.errors import MissingError
+from lib.processes import cluster, pool
+from lib.running import preflight
 from tests.conftest import TINY
 
 LONG = {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}
@@ -108,7 +110,7 @@ def at_work() -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "lib.cluster" in command:
+        if "lib.processes.cluster" in command:
             try:
                 found[json.loads(Path(command[-1]).read_text())["argument"]["spec"]["seed"]] = process
             except (OSError, KeyError):

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from lib import cli, config, record
-from lib.check import designs
-from lib.compose import command, layout
+from lib.commands.check import designs
+from lib.commands.compose import command, layout
 from lib.errors import StudyError
 from lib.td_dpo import figures
 from tests.conftest import ROOT

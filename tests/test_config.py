@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import config, members, options
+from lib import config, members
+from lib.commands import options
 from lib.errors import StudyError
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
@@ -403,7 +404,7 @@ def test_an_override_for_a_loss_that_does_not_read_it():
 
 
 def test_aliases_resolve_to_keys_that_exist():
-    from lib.faults import keys
+    from lib.settings.faults import keys
     for study in config.studies():
         module = config.study_module(study)
         assert set(module.ALIASES.values()) <= set(keys(module.Run))
@@ -642,7 +643,7 @@ def test_a_name_taken_by_another_object(raw):
 
 
 def test_importing_and_loading_is_light():
-    code = ("import sys; from lib import config, preflight; import lib.td_dpo.grading;"
+    code = ("import sys; from lib import config; from lib.running import preflight; import lib.td_dpo.grading;"
             "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
             "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True, timeout=60)

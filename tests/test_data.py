@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import hub
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import sources
 from lib.td_dpo.baselines import bag_of_words_baseline, length_baseline
 from lib.td_dpo.data import carve, fingerprint, load_splits, prompt_key
+from lib.weights import hub
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 

@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 
-from lib import config, distributed, members, models
+from lib import config, members, models
 from lib.errors import MissingError
-from lib.stand_in import write_stand_in
 from lib.td_dpo import tokens
+from lib.weights import distributed
+from lib.weights.stand_in import write_stand_in
 from tests import sharded
 from tests.conftest import ROOT
 from tests.test_engine import make_pairs
@@ -121,7 +122,7 @@ def test_bfloat16_with_checkpointed_activations_is_within_its_rounding(job, tmp_
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "long"), "training": {**TRAINING, "max_steps": 100_000}}
-    code = f"from lib import distributed; distributed.launch('tests.sharded:train', {argument!r}, 2)"
+    code = f"from lib.weights import distributed; distributed.launch('tests.sharded:train', {argument!r}, 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "long" / "history.jsonl").exists(), 60)
     family = psutil.Process(launcher.pid).children(recursive=True)

@@ -17,13 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib import checkpoints, training
+from lib import training
 from lib.errors import StudyError
 from lib.td_dpo import head, logprobs, reference, tokens
 from lib.td_dpo import trainer as engine
 from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost
 from lib.td_dpo.objective import reference_columns, with_reference
+from lib.weights import checkpoints
 
 WORDS = [a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]]
 TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + eos_token }}"

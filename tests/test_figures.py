@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from lib import figures, tables
-from lib.figure_style import PALETTE, looks, number, outcomes
+from lib.pages.figure_style import PALETTE, looks, number, outcomes
 from lib.td_dpo import figures as study
 from lib.td_dpo import landscape
 

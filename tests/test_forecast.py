@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import cli, forecast, plan, record, resources, runner, show
+from lib import cli, record, runner
+from lib.commands import show
+from lib.running import forecast, plan, resources
 
 
 def member(run, name: str, seconds: float, *, run_id: str | None = None, study_dir: Path | None = None, **changes) -> Path:

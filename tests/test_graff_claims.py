@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import claim_types, claims, config
+from lib import claims, config
 from lib.graff import compare, curves, energy, tables
 from lib.graff.config import DIVERGED
+from lib.verdict import claim_types
 from tests.conftest import ROOT
 
 PUBLISHED = claim_types.load(ROOT / "params" / "graff" / "claims.yaml")

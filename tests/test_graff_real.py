@@ -14,7 +14,7 @@ from lib import config, record
 from lib.errors import StudyError
 from lib.graff import base_model, generate, inputs, member, methods, tables, warm_start
 from lib.graff.config import implied
-from lib.yaml_file import load_yaml
+from lib.settings.yaml_file import load_yaml
 from tests.conftest import ROOT
 from tests.test_graff import GSM8K, curve, member_of, shared  # noqa: F401
 

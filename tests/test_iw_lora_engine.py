@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lib import checkpoints
 from lib.iw_lora import adapters, trainer
 from lib.iw_lora.sections import Training
+from lib.weights import checkpoints
 from tests.conftest import ROOT
 from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, rows
 

@@ -11,9 +11,12 @@ import time
 import pandas as pd
 import pytest
 
-from lib import claim_types, claims, cli, config, judge_command, plan, preflight, record, runs
+from lib import claims, cli, config, record
+from lib.commands import judge
 from lib.errors import MissingError, StudyError
+from lib.running import plan, preflight, runs
 from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
+from lib.verdict import claim_types
 from tests.conftest import ROOT
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -282,7 +285,7 @@ def outputs(data, tmp_path, monkeypatch):
     """Records of two runs with two seeds each, as training leaves them: answers saved, nothing graded; one diverged member."""
     place = tmp_path / "outputs"
     monkeypatch.setattr(cli, "OUTPUTS", place)
-    monkeypatch.setattr(judge_command.members, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(judge.members, "CACHE", tmp_path / "cache")
     evaluation = {"judge": "mt_bench", "mt_bench": str(data)}
     for method in ("dpo", "td_dpo"):
         for seed in (1, 2, 3):

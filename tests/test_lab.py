@@ -13,8 +13,11 @@ import urllib.request
 import nbformat
 import pytest
 
-from lib import lab, live, plan, record, report, runner
-from lib.figure_style import Drawing, canvas
+from lib import record, report, runner
+from lib.commands import lab
+from lib.pages import live
+from lib.pages.figure_style import Drawing, canvas
+from lib.running import plan
 from tests.browser import PROGRAM, browser
 from tests.conftest import ROOT, TINY
 

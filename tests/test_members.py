@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import config, keys, members, pool, record, runner, work
+from lib import config, members, record, runner
 from lib.errors import StudyError
+from lib.processes import pool, work
+from lib.running import keys
 from tests.conftest import TINY
 
 
@@ -173,7 +175,7 @@ def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_so
 
 def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_path):
     """Found by the fourth of a hundred faults: the last checkpoint was saved, the older ones not yet removed."""
-    from lib import checkpoints
+    from lib.weights import checkpoints
 
     for step in (2, 4, 6, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -187,7 +189,7 @@ def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_pa
 
 def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
     """Markers and histories are written like every other file, so that what a kill leaves has the name that is swept."""
-    from lib import checkpoints
+    from lib.weights import checkpoints
 
     for what in ("mark", "cut"):
         folder = tmp_path / what

@@ -5,9 +5,11 @@ import re
 import pytest
 import yaml
 
-from lib import checkpoints, config, members, model_card, record
-from lib.stand_in import write_stand_in
+from lib import config, members, record
+from lib.pages import model_card
 from lib.td_dpo import generated, inputs, tokens, trainer
+from lib.weights import checkpoints
+from lib.weights.stand_in import write_stand_in
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 

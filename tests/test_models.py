@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lib import footprint, hub, models
+from lib import models
 from lib.errors import MissingError, StudyError
-from lib.random_model import LLAMA2_7B, random_llama
-from lib.stand_in import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
+from lib.running import footprint
+from lib.weights import hub
+from lib.weights.random_model import LLAMA2_7B, random_llama
+from lib.weights.stand_in import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
 
 TEXTS = [f"Question {i}: name {i} rivers, please. Answer: the Rhine, the Nile and the Amazon." for i in range(60)]
 LORA = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}

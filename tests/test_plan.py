@@ -4,7 +4,9 @@ import types
 
 import pytest
 
-from lib import config, member_page, members, model_card, plan, record, report, runner
+from lib import config, members, record, report, runner
+from lib.pages import member_page, model_card
+from lib.running import plan
 
 
 @pytest.fixture

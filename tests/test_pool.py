@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lib import pool, record
-from lib.slots import Slots
+from lib import record
+from lib.processes import pool
+from lib.processes.slots import Slots
 from tests.conftest import ROOT
 
 
@@ -84,7 +85,7 @@ def test_a_client_that_closes_takes_its_member_along(bare, tmp_path):
 @pytest.mark.parametrize("how", ["kill the server", "kill the owner"])
 def test_no_orphan_outlives_server_or_owner(tmp_path, how):
     script = (
-        "import sys; from lib import pool; from tests.test_pool import task; import os, pathlib, time\n"
+        "import sys; from lib.processes import pool; from tests.test_pool import task; import os, pathlib, time\n"
         "p = pool.Pool(1, bare=True); os.environ['STUDY_POOL'] = p.socket; t = pathlib.Path(sys.argv[1])\n"
         "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=60); pool.start(j)\n"
         "(t / 'server').write_text(str(p.process.pid)); time.sleep(60)"
@@ -151,7 +152,7 @@ def test_who_asks_for_no_gpu_is_shown_none(tmp_path, monkeypatch):
 
 
 class Waiting:
-    """As lib.forkserver.Child stands in the queue."""
+    """As lib.processes.forkserver.Child stands in the queue."""
 
     def __init__(self, name, slots=1, kind="member", cpu=False):
         self.request = {"name": name, "slots": slots, "kind": kind, "cpu": cpu}
@@ -193,7 +194,7 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
         assert order.index(("wide", "running")) < order.index(("narrow", "running"))
         too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
-        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/distributed.py)
+        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/weights/distributed.py)
         pool.start(too_wide)
         pool.drive([too_wide])
         assert too_wide.state == "succeeded"
@@ -230,7 +231,7 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = (
-        "from lib import pool; import os, time\n"
+        "from lib.processes import pool; import os, time\n"
         "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -259,7 +260,7 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, mo
 
 def test_a_server_that_still_imports_goes_with_its_owner(tmp_path):
     script = (
-        "from lib import pool; import time\n"
+        "from lib.processes import pool; import time\n"
         "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}

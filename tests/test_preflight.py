@@ -1,11 +1,13 @@
-"""lib/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
+"""lib/running/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
 import os
 from pathlib import Path
 
 import pytest
 
-from lib import config, footprint, hub, preflight
-from lib.preflight import Gpu, Machine
+from lib import config
+from lib.running import footprint, preflight
+from lib.running.preflight import Gpu, Machine
+from lib.weights import hub
 from tests.judge_endpoint import write_bench
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))

@@ -14,8 +14,9 @@ import nbformat.v4 as v4
 import numpy as np
 import pytest
 
-from lib import member_page, report
-from lib.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
+from lib import report
+from lib.pages import member_page
+from lib.pages.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
 
 TABLE = (PAGES / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"

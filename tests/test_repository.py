@@ -60,7 +60,7 @@ def test_notebook(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["lib.cli", "lib.plan", "lib.runner", "lib.report", "lib.claims", "lib.figures", "lib.preflight"]
+    "module", ["lib.cli", "lib.running.plan", "lib.runner", "lib.report", "lib.claims", "lib.figures", "lib.running.preflight"]
 )
 def test_the_runner_starts_without_torch(module):
     code = f"import {module}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"

@@ -84,7 +84,7 @@ def test_data_that_is_a_link_to_itself_or_not_text(command, tmp_path):
 
 
 def test_links_that_lead_out_of_the_results_are_refused(tiny, tmp_path):
-    from lib import plan
+    from lib.running import plan
 
     outside = tmp_path / "outside"
     outside.mkdir()

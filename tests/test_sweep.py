@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from lib import aggregate, config, members, record, runs, storage, sweep
+from lib import aggregate, config, members, record, sweep
 from lib.errors import MissingError, StudyError
+from lib.running import runs, storage
 from tests.conftest import TINY
 
 SPACE = {

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lib import config, trackers
+from lib import config
+from lib.mirror import trackers
 from tests.conftest import TINY
 
 TRACKED = {"wandb": {"mode": "disabled", "report_to": ["tensorboard"]}}
@@ -18,7 +19,8 @@ def test_tensorboard_gets_every_step(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from lib import members, record, work
+    from lib import members, record
+    from lib.processes import work
 
     run = tiny(**TRACKED)
     member, folder = config.members(run)[0], tmp_path / "member"

@@ -13,24 +13,12 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import (
-    aggregate,
-    claim_types,
-    claims,
-    cli,
-    config,
-    members,
-    plan,
-    record,
-    runner,
-    runs,
-    tracking,
-    verdicts,
-    wandb_read,
-    wandb_sync,
-)
+from lib import aggregate, claims, cli, config, members, record, runner
 from lib.errors import StudyError
+from lib.mirror import tracking, wandb_read, wandb_sync
+from lib.running import plan, runs
 from lib.td_dpo import tables
+from lib.verdict import claim_types, verdicts
 from tests import wandb_member
 from tests.conftest import ROOT, TINY
 from tests.wandb_server import CORE_CRASH, ENTITY, KEY, serve

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lib import claim_types, config
-from lib.comparison import Cell, Paired, choose, pair_up
-from lib.measured import measure
+from lib import config
+from lib.verdict import claim_types
+from lib.verdict.comparison import Cell, Paired, choose, pair_up
+from lib.verdict.measured import measure
 
 COLUMNS = ["method", "less", "difference", "low", "high", "t low", "t high", "seeds", "problems", "per seed", "why not"]
 WORST_FIT = -1e9  # of a diverged run, where base rates are chosen by loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from lib.graff.sections import READ_BY, VALIDATION_METRIC, Run
-from lib.schema import Finding, rename, split_role
+from lib.settings.schema import Finding, rename, split_role
 
 __all__ = ["ALIASES", "CLAIM_METRICS", "DIVERGED", "MADE_BY", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC",
            "SECOND_METRIC", "UNREAD", "VALIDATION_METRIC", "Run", "accumulation", "check", "implied", "normalise", "recognises",

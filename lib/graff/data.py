@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import hub
 from lib.errors import MissingError
 from lib.graff import answers
+from lib.weights import hub
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")

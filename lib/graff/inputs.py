@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from lib import hub, models, record, stand_in
+from lib import models, record
 from lib.graff import answers, base_model, data
+from lib.weights import hub, stand_in
 
 STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
 FREQUENT = 4096  # vocabulary rows that the entropy is over

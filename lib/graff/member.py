@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
-from lib import checkpoints, config, models, record, trackers
+from lib import config, models, record
 from lib.errors import MissingError, StudyError
 from lib.graff import base_model, clock, curves, generate, inputs, methods, trainer
 from lib.graff import planner as planner_maths
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes
+from lib.mirror import trackers
+from lib.weights import checkpoints
 
 ENCODER_LR = 3e-4  # of the warm start
 

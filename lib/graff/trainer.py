@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import checkpoints, record, trackers, witness
+from lib import record
 from lib.errors import StudyError
 from lib.graff import base_model, methods
 from lib.graff import planner as pl
@@ -22,6 +22,9 @@ from lib.graff.block_adam import BlockAdam
 from lib.graff.clock import Clock, Energy
 from lib.graff.order import Bucketed
 from lib.graff.probes import Probes
+from lib.mirror import trackers
+from lib.running import witness
+from lib.weights import checkpoints
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget

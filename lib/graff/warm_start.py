@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from lib import config
 from lib.errors import StudyError
 from lib.graff import inputs, member
-from lib.parent import end_with_parent
+from lib.processes.parent import end_with_parent
 
 STEPS, BATCHES = 100, (4, 8, 16)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from lib.iw_lora.sections import VALIDATION_METRIC, Run
-from lib.schema import Finding, rename, split_role
+from lib.settings.schema import Finding, rename, split_role
 
 __all__ = ["ALIASES", "MEMBER_KEYS", "METRICS", "PATHS", "PRIMARY_METRIC", "SECOND_METRIC", "VALIDATION_METRIC", "Run",
            "check", "normalise", "recognises", "search_changes", "steps", "train_rows", "trial_changes", "warmup"]

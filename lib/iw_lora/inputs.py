@@ -8,8 +8,9 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification
 
-from lib import hub, models, record, stand_in
+from lib import models, record
 from lib.iw_lora import base_model, data, generated
+from lib.weights import hub, stand_in
 
 PRETRAINING_PAIRS = 20_000
 OTHER_VOCABULARY = 8192  # words at most of a small model made for text that is not generated

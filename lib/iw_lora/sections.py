@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lib.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault, not_bool
-from lib.schema import Run as BaseRun
+from lib.settings.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault, not_bool
+from lib.settings.schema import Run as BaseRun
 
 VALIDATION_METRIC = "validation_accuracy"
 

@@ -96,8 +96,9 @@ def confusion(examples: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 
 def labels_of(results: Path) -> list[str]:
     """The task's label names, from the records' own reports."""
-    from lib import members, runs
+    from lib import members
     from lib.iw_lora import data
+    from lib.running import runs
 
     for run in runs.planned(results):
         report = record.read_json(members.inputs_folder(run) / "report.json")

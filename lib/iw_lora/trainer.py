@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from lib import checkpoints, trackers
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
+from lib.mirror import trackers
 from lib.training import Intervals, SeededOrder, told
+from lib.weights import checkpoints
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from lib.errors import MissingError, StudyError
-from lib.schema import Finding, split_role
+from lib.settings.schema import Finding, split_role
 from lib.td_dpo import mt_bench
 from lib.td_dpo.sections import OWN_LOSSES, TRL_LOSSES, VALIDATION_METRIC, WITH_TAU, Run
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from lib.figure_seeds import DIVERGED, points
-from lib.figure_style import (
+from lib.pages.figure_seeds import DIVERGED, points
+from lib.pages.figure_style import (
     BAD,
     IDENTITY,
     INK,

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import hub, models, record, stand_in
+from lib import models, record
 from lib.td_dpo import base_model, baselines, data, generated
 from lib.td_dpo.reference import reference_logprobs
 from lib.td_dpo.tokens import encode_pairs, pad_token
+from lib.weights import hub, stand_in
 
 SPLITS = ("train", "validation", "test")
 

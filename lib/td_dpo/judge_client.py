@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from lib import preflight
 from lib.errors import MissingError
+from lib.running import preflight
 
 
 def endpoint(environ=os.environ) -> tuple[str, str]:

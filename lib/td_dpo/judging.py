@@ -16,8 +16,9 @@ from pathlib import Path
 
 import filelock
 
-from lib import keys, record
+from lib import record
 from lib.errors import StudyError
+from lib.running import keys
 from lib.td_dpo import mt_bench
 from lib.td_dpo.judge_client import endpoint, host, probe
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib import witness
+from lib.running import witness
 from lib.td_dpo.head import IGNORE, completion_head
 
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
@@ -111,7 +111,8 @@ def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
         return lambda rows: paired_batch(rows, pad)
     if layout == "packed":
         return lambda rows: packed_batch(rows, pad)
-    # ponytail: dense 4D masks; FlexAttention's BlockMask is the GPU form when rows get long (O(L^2) mask memory)
+    # Dense L x L masks. In a 7B Llama with rows of 3k tokens attention's products are some 6 % of a pass, of which
+    # FlexAttention's BlockMask could leave out a third: it would be worth its compilation for longer rows only.
     mask_dtype = model.dtype if attention == "eager" else None
     return lambda rows: shared_batch(rows, pad, mask_dtype)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from lib import config, distributed, models, record, trackers
+from lib import config, models, record
+from lib.mirror import trackers
 from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling, trainer
 from lib.td_dpo.reference import log_ratio_of_samples
 from lib.td_dpo.tokens import pad_token
+from lib.weights import distributed
 
 SAMPLE_BATCH = 80
 MT_BATCH = 16  # long answers: their cached keys and values fill the memory

@@ -10,8 +10,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib import hub, keys, record
+from lib import record
 from lib.errors import MissingError, StudyError
+from lib.running import keys
+from lib.weights import hub
 
 # FastChat's per-category sampling temperatures; what it does not name it samples at 0.7.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lib.schema import (
+from lib.settings.schema import (
     Compute,
     Count,
     Fraction,
@@ -19,7 +19,7 @@ from lib.schema import (
     fault,
     not_bool,
 )
-from lib.schema import Run as BaseRun
+from lib.settings.schema import Run as BaseRun
 
 OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 # TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import hub
 from lib.errors import StudyError
 from lib.td_dpo.pairs import BadRow, unpack
+from lib.weights import hub
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT_OF = {

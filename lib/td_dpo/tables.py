@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib import comparison, power, record
-from lib.claim_types import Claims
+from lib import record
 from lib.td_dpo.config import METRICS, SECOND_METRIC
-from lib.verdicts import Verdict
+from lib.verdict import comparison, power
+from lib.verdict.claim_types import Claims
+from lib.verdict.verdicts import Verdict
 
 TITLES = {
     "oracle_score": "Oracle score (1-10)",

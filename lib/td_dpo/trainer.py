@@ -22,10 +22,8 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer
 
-from lib import checkpoints, distributed, trackers
-from lib.checkpoints import last_complete_checkpoint, load_checkpoint
 from lib.errors import OutOfMemory, StudyError
-from lib.sharded_trainer import ShardedTrainer, load_sharded
+from lib.mirror import trackers
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
 from lib.td_dpo.config import NOT_NUMBERS
 from lib.td_dpo.logprobs import (
@@ -40,6 +38,9 @@ from lib.td_dpo.logprobs import (
 from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
 from lib.td_dpo.tokens import pad_token, rows_digest
 from lib.training import Intervals, SeededOrder, told, untouched_rng
+from lib.weights import checkpoints, distributed
+from lib.weights.checkpoints import last_complete_checkpoint, load_checkpoint
+from lib.weights.sharded_trainer import ShardedTrainer, load_sharded
 
 __all__ = ["Outcome", "PreferenceTrainer", "last_complete_checkpoint", "load_checkpoint", "pair_scores", "train_pairs"]
 

@@ -1,0 +1,252 @@
+"""Several machines: what a slot of the pool would do is done on a node of a Ray cluster (`--cluster`), and gathered back.
+
+    ./run_all.sh full --cluster             the cluster this machine belongs to; or --cluster HOST:PORT
+
+Plans, notebooks, caching and the local slot pool stay as they are. With STUDY_CLUSTER set, a slot's process is a client
+(`run`) that sends code, shared inputs and the member's record so far to a node, and writes what comes back (files as
+they change, output as it is printed) into the local record. A lost worker or node is an exception of Ray's: the member
+is sent again, from the checkpoints gathered so far, to whichever node has room. Nodes need this environment's packages
+and, for hub models, access to the hub; they share no file system with this machine, and no secret is sent to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.errors import MissingError, StudyError
+from lib.processes.parent import end_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+ATTEMPTS = 4  # a member that loses its node or worker this often is given up
+EVERY = 1.0  # seconds between two looks at what changed
+LATE = ("complete.json", "metrics.json", "done.json")  # written last here too: they say that the rest is whole
+INSTALL = "pip install -c constraints.txt -e '.[cluster]'"
+
+
+def connect(address: str):
+    """Ray, connected to the cluster at `address`. Raises MissingError where the extra or the cluster is not there."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
+    if not ray.is_initialized():
+        place = _listening(address)
+        try:
+            ray.init(address=place, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise _absent(f"{place} is no cluster: {str(error).strip().splitlines()[0][:120]}") from None
+    return ray
+
+
+def _listening(address: str) -> str:
+    """HOST:PORT of the cluster, where something listens there: Ray itself tries for many minutes. `auto`: what this machine
+    has joined."""
+    if address == "auto":
+        try:
+            address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
+        except OSError:
+            raise _absent("this machine has joined no cluster") from None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError):
+        raise _absent(f"nothing answers at {address}") from None
+    return address
+
+
+def _absent(found: str) -> MissingError:
+    return MissingError("--cluster", found, "a running cluster", "ray start --head on one machine, ray start "
+                        "--address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379")
+
+
+@functools.cache
+def _nodes(address: str) -> list[dict]:
+    """The resources of every living node; asked once, and the connection given up."""
+    ray = connect(address)
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    ray.shutdown()
+    return found
+
+
+def gpus(address: str) -> list[str]:
+    """The kind of every GPU of the cluster."""
+    found = []
+    for node in _nodes(address):
+        kinds = [name.partition(":")[2] for name in node if name.startswith("accelerator_type:")]
+        found += [kinds[0] if kinds else "GPU"] * int(node.get("GPU", 0))
+    return sorted(found)
+
+
+def slots(address: str) -> int:
+    """Members at a time: one per GPU, else per core."""
+    return len(gpus(address)) or max(1, int(sum(node.get("CPU", 0) for node in _nodes(address))))
+
+
+# ---- files, as bytes
+
+
+def packed(folder: Path, names: list[str]) -> bytes:
+    """A tar of these files of a folder; one that vanishes meanwhile is left out."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                archive.add(folder / name, arcname=name, recursive=False)
+    return buffer.getvalue()
+
+
+def unpack(content: bytes, folder: Path) -> None:
+    """The files of a tar into a folder, each replaced in one step."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for entry in archive:
+            target = folder / entry.name
+            if not entry.isfile() or not target.resolve().is_relative_to(folder.resolve()):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.arriving.tmp")
+            partial.write_bytes(archive.extractfile(entry).read())
+            partial.replace(target)
+
+
+def listed(folder: Path) -> dict[str, tuple]:
+    """{name: (size, time)} of a folder's files, those last that say that others are whole; half-written ones are left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.name.endswith((".tmp", ".partial", ".lock")):
+                found[path.relative_to(folder).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return dict(sorted(found.items(), key=lambda item: (LATE.index(Path(item[0]).name) if Path(item[0]).name in LATE else -1)))
+
+
+def code() -> bytes:
+    """The working tree's code, as this machine runs it."""
+    names = [p.relative_to(ROOT).as_posix() for top in ("lib", "params", "tests") for p in (ROOT / top).rglob("*")
+             if p.suffix in (".py", ".yaml") and "__pycache__" not in p.parts]
+    return packed(ROOT, sorted(names))
+
+
+# ---- on a node
+
+
+def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> Iterator[dict]:
+    """Run request["target"] in a process of its own; yields {"log", "files", "gone"} as they change, at last {"code"}.
+
+    Ray takes this function along by value: it needs nothing of `lib` on the node.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="study-node-"))
+    record, child = scratch / "record", None
+    try:
+        for content, place in ((code, scratch / "code"), (inputs, scratch / "inputs"), (sent, record)):
+            place.mkdir()
+            if content:
+                unpack(content, place)
+        argument = {**request["argument"], "folder": str(record), "inputs": str(scratch / "inputs")}
+        argument |= {"final": str(scratch / "final")} if "final" in argument else {}
+        (scratch / "request.json").write_text(json.dumps({"target": request["target"], "argument": argument}))
+        environment = {**os.environ, "PYTHONPATH": str(scratch / "code"), "OMP_NUM_THREADS": str(request["threads"]),
+                       "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+        for name in ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS"):
+            environment.pop(name, None)
+        if not request["gpus"]:  # Ray hides none from who asks for none
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        with open(scratch / "log", "wb") as log:
+            child = subprocess.Popen([sys.executable, "-m", "lib.processes.cluster", str(scratch / "request.json")],
+                                     env=environment, cwd=scratch / "code", stdout=log, stderr=subprocess.STDOUT,
+                                     start_new_session=True)
+        known, position = listed(record), 0
+        while True:
+            code_now = child.poll()
+            place = scratch / "final" if (scratch / "final").is_dir() else record  # where `prepare` has put its result
+            now = listed(place)
+            changed, gone = [n for n in now if now[n] != known.get(n)], [n for n in known if n not in now]
+            with open(scratch / "log", "rb") as log:
+                log.seek(position)
+                text = log.read()
+            position += len(text)
+            if changed or gone or text:
+                yield {"log": text.decode(errors="replace"), "files": packed(place, changed), "gone": gone}
+                known = now
+            if code_now is not None:
+                yield {"code": code_now}
+                return
+            time.sleep(EVERY)
+    finally:
+        if child is not None and child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# ---- the client, in a slot of the local pool
+
+
+def run(argument: dict) -> None:
+    """In place of argument["target"]: have a node do it. Ends as it ended there."""
+    ray = connect(os.environ["STUDY_CLUSTER"])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    inner, folder = argument["argument"], Path(argument["folder"])
+    trains = "spec" in inner
+    compute = (inner["spec"] if trains else inner)["config"]["compute"]
+    count = argument["slots"]
+    task = ray.remote(on_node).options(
+        num_returns="streaming", max_retries=0, num_cpus=count * argument["threads"],
+        num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])), scheduling_strategy="SPREAD")
+    request = {"target": argument["target"], "argument": inner, "threads": argument["threads"], "gpus": compute["gpus"]}
+    inputs = Path(inner["inputs"]) if "inputs" in inner else None
+    shared = ray.put(packed(inputs, list(listed(inputs)))) if inputs else None
+    source = ray.put(code())
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError,
+            ray.exceptions.LocalRayletDiedError, ray.exceptions.OutOfMemoryError)
+    for attempt in range(1, ATTEMPTS + 1):
+        # only a member's own record is sent along; a measurement's folder is its run's, with all members in it
+        sent = packed(folder, [n for n in listed(folder) if n != "train.log"]) if trains else b""
+        try:
+            ended = _gather((ray.get(part) for part in task.remote(request, source, shared, sent)), folder)
+        except lost as error:
+            print(f"attempt {attempt}: {type(error).__name__}: the node or its worker was lost; sent again, from the last "
+                  "checkpoint", flush=True)
+            continue
+        if ended < 0:
+            print(f"attempt {attempt}: killed by signal {-ended} on its node; sent again, from the last checkpoint", flush=True)
+            continue
+        if ended == 0 and "final" in inner:  # `prepare` gives its folder its final name when it is whole
+            shutil.rmtree(inner["final"], ignore_errors=True)
+            folder.rename(inner["final"])
+        sys.exit(ended)
+    raise StudyError(f"{argument['target']} for {folder.name}", f"lost {ATTEMPTS} times on the cluster", "a node that keeps it",
+                     "look at the nodes' memory and at `ray status`, then the same command again")
+
+
+def _gather(parts: Iterator[dict], folder: Path) -> int:
+    """Write what a node sends into the local folder; the exit code it ended with."""
+    for part in parts:
+        if "code" in part:
+            return part["code"]
+        print(part["log"], end="", flush=True)
+        unpack(part["files"], folder)
+        for name in part["gone"]:
+            (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / name).parent.rmdir()  # an emptied checkpoint
+    raise StudyError("--cluster", "a node ended its work without a word", "an exit code")
+
+
+if __name__ == "__main__":  # the process on a node
+    end_with_parent()
+    work = json.loads(Path(sys.argv[1]).read_text())
+    module, function = work["target"].split(":")
+    getattr(importlib.import_module(module), function)(work["argument"])

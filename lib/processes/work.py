@@ -1,0 +1,122 @@
+"""What the pool's processes do for a run: train one member, prepare what members share, measure. See lib/members.py."""
+
+import contextlib
+import importlib
+import shutil
+import time
+import traceback
+from pathlib import Path
+
+from filelock import FileLock
+
+from lib import config, record
+from lib.errors import StudyError, ended_as
+from lib.pages import model_card
+from lib.running import forecast, resources
+
+# The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
+ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+
+
+def study_module(study: str, part: str = "member"):
+    """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
+    return importlib.import_module(f"lib.{study}.{part}")
+
+
+def member(argument: dict) -> None:
+    """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and ends."""
+    record.heed_stop()
+    train(argument)
+
+
+def train(argument: dict) -> None:
+    """Train one member; the last thing written is the sentinel with this attempt's nonce."""
+    folder, spec = Path(argument["folder"]), argument["spec"]
+    try:
+        run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
+        member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
+        started = time.monotonic()
+        with resources.measured(folder, forecast.expected_seconds(run) if run.mode == "full" else 0.0):
+            metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
+        metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
+        if metrics.get("status") not in record.FINISHED:
+            raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
+        record.write_json(folder / "metrics.json", metrics)
+        model_card.write(folder)
+        record.write_json(
+            folder / "done.json",
+            {
+                "run_id": spec["run_id"],
+                "member": spec["member"],
+                "status": metrics["status"],
+                "key": argument["key"],
+                "nonce": argument["nonce"],
+            },
+        )
+        drop_training_state(folder)
+    except BaseException as error:
+        traceback.print_exc()
+        record.write_json(
+            folder / "error.json",
+            {
+                "status": ended_as(error),
+                "exception": record.redact(f"{type(error).__name__}: {error}"),
+                "traceback": record.redact(traceback.format_exc()),
+            },
+        )
+        raise
+
+
+def drop_training_state(folder: Path) -> None:
+    """Remove from a finished member's checkpoints what only a resume would read; weights, adapters and markers stay."""
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        for pattern in ONLY_FOR_RESUME:
+            for path in checkpoint.glob(pattern):
+                with contextlib.suppress(OSError):  # the member is finished whether or not this can be removed
+                    path.unlink()
+
+
+def prepare(argument: dict) -> None:
+    """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    final, partial = Path(argument["final"]), Path(argument["folder"])
+    with FileLock(f"{final}.lock"):  # another runner may be making the very same thing; a killed one lets go
+        if not (final / "complete.json").exists():
+            _prepare(run, partial, final)
+
+
+def _prepare(run, partial: Path, final: Path) -> None:
+    (partial / "error.json").unlink(missing_ok=True)
+    record.remove_temporary(partial)
+    try:
+        study_module(run.study, "inputs").prepare(run, partial)
+        record.write_json(partial / "complete.json", {"study": run.study})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException as error:
+        traceback.print_exc()
+        record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
+        raise
+
+
+def measure(argument: dict) -> None:
+    """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
+    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
+    getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
+
+
+@contextlib.contextmanager
+def here(count: int, cpu: bool):
+    """In this kernel what a process of the pool would have: as many threads, on which sums of floats depend, and no GPU where
+    none is asked for."""
+    import torch
+
+    if cpu and torch.cuda.is_available():
+        raise StudyError("compute.gpus", "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU", "a kernel "
+                         "that sees none", "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Model weights: where they come from (hub, made, random), how they are sharded, kept and found again."""
