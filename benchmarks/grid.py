@@ -2,15 +2,18 @@
 
     python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop scale
     python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the others
+    python -m benchmarks.grid --data PATH           the same on real chat pairs, with the 32k vocabulary and the model of
+                                                    preference_step.py
 
 Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation implicit
 accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the model; ours
 also scores the test pairs, analyses and writes its pages.
 
-Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is one process that loops
-over the cells with all cores, its reference precomputed with its own cache on disk and its head made to score completion
-tokens only; every cell has its sigmoid loss, since the objective's share of a step is small. It is not charged for imports nor
-for tokenisation (rows are handed over as token ids).
+Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is run in two ways, with
+all cores and with its reference precomputed and cached on disk. At its best: one process that loops over the cells, its head
+made to score completion tokens only, and charged neither for imports nor for tokenisation (rows are token ids). As shipped:
+a process per cell, as a shell loop over `trl dpo` starts them, and its head as it is on a CPU; tokenisation is not charged
+here either. Every cell has its sigmoid loss, since the objective's share of a step is small.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import statistics
@@ -34,11 +38,24 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("dpo", "td_dpo")
+CHAT = {"train": 1600, "validation": 32, "test": 32}  # real pairs; fewer would not give a 32k vocabulary
+ARMS = {"best": "TRL at its best, one process", "shipped": "TRL as shipped, a process per cell"}
 
 
-def study(folder: Path, smallest: bool) -> None:
-    """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out."""
+def study(folder: Path, smallest: bool, data: str | None = None) -> None:
+    """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out.
+
+    With `data`, real pairs and the shape of preference_step.py: ten steps of 8 pairs a cell, so that it ends within the hour.
+    """
     folder.mkdir(parents=True)
+    if data:
+        from lib.td_dpo.data import load_splits
+
+        found = load_splits({"name": data, "on_bad_row": "drop"})[0]
+        (folder / "pairs").mkdir()
+        for split, count in CHAT.items():
+            rows = found[split][: 64 if smallest else count]
+            (folder / "pairs" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     for method in METHODS:
         run = yaml.safe_load((ROOT / "params/td_dpo/laptop" / f"{method}.yaml").read_text())
         grid = {"beta": [0.01, 0.05, 0.5, 2.5]} | ({"tau": [0.5, 1.0, 2.0]} if method == "td_dpo" else {})
@@ -50,6 +67,13 @@ def study(folder: Path, smallest: bool) -> None:
             run["training"] |= {"max_steps": 4, "eval_steps": 2, "save_steps": 2}
             run["model"]["recipe"] |= {"vocab_size": 384, "hidden_size": 32, "layers": 2, "sft_steps": 2}
             run["dataset"] |= {"train_pairs": 32, "validation_pairs": 8, "test_pairs": 8}
+        if data:
+            run["dataset"] |= {"name": str(folder / "pairs")}
+        if data and not smallest:
+            run["model"]["recipe"] |= {"vocab_size": 32000, "hidden_size": 256, "layers": 4, "sft_steps": 10,
+                                       "sft_batch_size": 8}
+            run["training"] |= {"max_steps": 10, "global_batch_size": 8, "per_device_train_batch_size": 8, "eval_steps": 5,
+                                "save_steps": 5}  # fmt: skip
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
 
 
@@ -124,7 +148,7 @@ def trl(spec: dict) -> None:
     import torch
     import transformers
     import trl.trainer.utils
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset, disable_progress_bars, load_from_disk
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig
 
@@ -135,13 +159,19 @@ def trl(spec: dict) -> None:
     disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
+    if spec["arm"] == "best":
+        trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
     given, training = inputs.load(Path(spec["shared"])), spec["training"]
-    rows = {split: Dataset.from_list([{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in table])
-            for split, table in given.rows.items()}  # fmt: skip
-
-    class Cell(Stock):
-        _precompute_ref_logps = Stock.__mro__[1]._precompute_ref_logps  # with its cache
+    needed = training["max_steps"] * training["per_device_train_batch_size"]  # a reference that is not used is not waited for
+    rows = {}
+    for split, table in given.rows.items():
+        if split == "train" and needed < len(table):
+            table = random.Random(0).sample(table, needed)
+        table = Dataset.from_list([{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in table])
+        place = Path(spec["shared"]).parent / f"trl-{split}"
+        if not place.exists():
+            table.save_to_disk(place)
+        rows[split] = load_from_disk(place)  # rows in memory only would never find TRL's cache again
 
     for beta, seed in spec["cells"]:
         began = time.perf_counter()
@@ -157,11 +187,12 @@ def trl(spec: dict) -> None:
                 metric_for_best_model="eval_rewards/accuracies", logging_steps=1, report_to="none", disable_tqdm=True,
                 dataloader_pin_memory=False, use_cpu=True, gradient_checkpointing=False, bf16=False)
             model = AutoModelForCausalLM.from_pretrained(given.base)
-            trainer = Cell(model, args=args, train_dataset=rows["train"],
+            trainer = Stock(model, args=args, train_dataset=rows["train"],
                            eval_dataset=rows["validation"], processing_class=given.tokenizer)
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
-        print(json.dumps({"beta": beta, "seed": seed, "seconds": time.perf_counter() - began,
+        seconds = time.perf_counter() - began - trainer.reference_seconds  # which ours is not charged for either
+        print(json.dumps({"beta": beta, "seed": seed, "seconds": seconds, "reference": trainer.reference_seconds,
                           "accuracy": trainer.state.best_metric}), flush=True)
 
 
@@ -178,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="members at a time of ours (default: one per core)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TRL's process (default: all cores)")
     parser.add_argument("--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them")
+    parser.add_argument("--shipped-cells", type=int, default=3, help="cells of TRL as shipped, each a process (default: 3)")
+    parser.add_argument("--data", help="real preference pairs, with the model of preference_step.py")
     parser.add_argument("--smallest", action="store_true", help="two cells of a few steps: does the benchmark run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -186,35 +219,50 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="grid-") as place:
         home = Path(place)
-        study(home / "params/td_dpo/laptop", options.smallest)
+        study(home / "params/td_dpo/laptop", options.smallest, options.data)
         prepare(home, options.jobs)
         found = ours(home, options.jobs)
         todo = cells(home)
         training = yaml.safe_load((home / "params/td_dpo/laptop/dpo.yaml").read_text())["training"]
         shared = next((home / "cache").glob("td_dpo/*/complete.json")).parent
-        spec = {"cells": todo[: options.trl_cells], "threads": options.threads, "shared": str(shared),
+        spec = {"threads": options.threads, "shared": str(shared),
                 "training": training | {"learning_rate": float(training["learning_rate"])}}
-        (home / "spec.json").write_text(json.dumps(spec))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
-        told = subprocess.run([sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")], cwd=ROOT,
-                              env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    theirs = [json.loads(row) for row in told.splitlines() if row.startswith("{")]
+        theirs = {"best": run_trl(home, spec | {"arm": "best", "cells": todo[: options.trl_cells]}),
+                  "shipped": [row for cell in todo[: options.shipped_cells]
+                              for row in run_trl(home, spec | {"arm": "shipped", "cells": [cell]})]}
     print(report(found, theirs, len(todo), options))
     return 0
 
 
-def report(found: dict, theirs: list[dict], count: int, options: argparse.Namespace) -> str:
-    seconds = [cell["seconds"] for cell in theirs]
-    whole = statistics.mean(seconds) * count
+def run_trl(home: Path, spec: dict) -> list[dict]:
+    """The cells of `spec` in one process of TRL; as shipped, a cell's seconds are the process's, its imports included."""
+    (home / "spec.json").write_text(json.dumps(spec))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"]),
+                   "HF_HOME": str(home / "huggingface")}  # where its cache lies
+    began = time.perf_counter()
+    told = subprocess.run([sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    whole = time.perf_counter() - began
+    rows = [json.loads(row) for row in told.splitlines() if row.startswith("{")]
+    if spec["arm"] == "shipped":
+        rows[0]["seconds"] = whole - rows[0]["reference"]
+    return rows
+
+
+def report(found: dict, theirs: dict[str, list[dict]], count: int, options: argparse.Namespace) -> str:
     share = 100 / (found["member_seconds"] or 1)
     jobs = options.jobs or os.cpu_count()
-    measured = "measured" if len(theirs) == count else f"mean of {len(theirs)} cells x {count}"
+    table = []
+    for arm, rows in theirs.items():
+        if rows:
+            each = statistics.mean(row["seconds"] for row in rows)
+            measured = "measured" if len(rows) == count else f"mean of {len(rows)} cells x {count}"
+            table.append(f"| {ARMS[arm]}, {options.threads} threads ({measured}) | {each * count:.0f} | {each:.1f} | "
+                         f"{each * count / found['seconds']:.1f} |")
     return "\n".join([
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", "",
-        f"| {count} cells | seconds | per cell |", "|---|---|---|",
-        f"| ours, {jobs} members at a time | {found['seconds']:.0f} | {found['seconds'] / count:.1f} |",
-        f"| TRL, cell by cell, {options.threads} threads ({measured}) | {whole:.0f} | {whole / count:.1f} |",
-        f"| ratio | {whole / found['seconds']:.1f} | |", "",
+        f"| {count} cells | seconds | per cell | times ours |", "|---|---|---|---|",
+        f"| ours, {jobs} members at a time | {found['seconds']:.0f} | {found['seconds'] / count:.1f} | |", *table, "",
         f"Ours: {found['before']:.1f} s until the first notebook's first cell (plan, preflight, the pool's imports), "
         f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
         f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "

@@ -96,7 +96,7 @@ class Stock(DPOTrainer):
     def _precompute_ref_logps(self, *args):
         started = now()
         found = super()._precompute_ref_logps(*args)
-        self.reference_seconds = now() - started
+        self.reference_seconds += now() - started  # once for each split
         return found
 
 
