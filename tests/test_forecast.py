@@ -77,7 +77,7 @@ def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
 
 def test_what_a_member_used_is_measured(tmp_path):
     """In a process of its own: what pytest held before would hide a peak."""
-    code = ("import pathlib, sys, time\nfrom lib import resources\n"
+    code = ("import pathlib, sys, time\nfrom lib.running import resources\n"
             "with resources.measured(pathlib.Path(sys.argv[1]), 3.0):\n"
             "    held = bytearray(b'x') * (64 << 20)\n    time.sleep(0.02)\n")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
