@@ -62,6 +62,7 @@ def table(found: dict[str, dict[int, dict]]) -> list[str]:
 
 def plot(found: dict[str, dict[int, dict]], path: str) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = Figure(figsize=(3.2 * len(found), 5.6), layout="constrained")
     panels = figure.subplots(2, len(found), squeeze=False, sharey="row")
@@ -73,6 +74,8 @@ def plot(found: dict[str, dict[int, dict]], path: str) -> None:
                 panel.plot(*zip(*points, strict=True), marker=marker, label=title)
             panel.set(xscale="log", yscale="log", xlabel=TITLES[axis], ylabel=label if column == 0 else "")
             panel.set_xticks(list(sizes), labels=[f"{size:g}" for size in sizes])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.minorticks_off()
     panels[0, 0].legend()
     figure.savefig(path, dpi=130)
