@@ -5,6 +5,7 @@ Part of lib/config.py's interface, apart from it so that lib/settings/grid.py ca
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import re
 import types
@@ -28,6 +29,7 @@ def studies() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "lib").glob("*/config.py"))
 
 
+@functools.cache  # asked for every member: the folder would be listed each time
 def study_module(study: str) -> types.ModuleType:
     """lib/<study>/config.py."""
     if study not in studies():
