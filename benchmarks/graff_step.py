@@ -20,8 +20,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lib import config, models
-from lib.graff import methods, probes
-from lib.graff import planner as pl
+from lib.graff import methods, planner as pl, probes
 from lib.graff.block_adam import BlockAdam
 
 KINDS = ("fixed", "ordinary", "due")

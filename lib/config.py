@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lib import witness
 from lib.errors import StudyError
-from lib.running import witness
 from lib.settings.faults import did_you_mean, keys, raise_faults
 from lib.settings.grid import Member, first_cell, member, members, search_space, trial
 from lib.settings.run_values import (

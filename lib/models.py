@@ -150,7 +150,8 @@ def load_causal_lm(
         )
     except ImportError as error:
         raise MissingError(
-            f"model.quantization = {quantization}", str(error)[:200], "bitsandbytes and accelerate", "pip install bitsandbytes"
+            f"model.quantization = {quantization}", str(error)[:200], "bitsandbytes and accelerate",
+            ".venv/bin/pip install bitsandbytes"
         ) from error
     except torch.OutOfMemoryError:
         raise _missing(

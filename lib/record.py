@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import StudyError
-from lib.running.redaction import inert, is_secret, redact  # noqa: F401 (part of this module's interface)
+from lib.redaction import inert, is_secret, redact  # noqa: F401 (part of this module's interface)
 
 FINISHED = ("completed", "diverged")  # both are results; anything else is not
 TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from lib import record
-from lib.running import witness
+from lib import record, witness
 
 
 class SeededOrder(torch.utils.data.Sampler):

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lib import claims as c
-from lib import statistics as st
+from lib import claims as c, statistics as st
 from lib.config import ROOT
 from lib.errors import StudyError
 from lib.verdict import power

@@ -26,7 +26,7 @@ def test_without_ray_one_line_names_the_extra(monkeypatch, capsys):
         cluster.connect("auto")
     assert cli.main(["full", "--scale", "laptop", "--cluster", "10.9.8.7:6379"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: --cluster: ray is not installed — pip install -c constraints.txt -e '.[cluster]'"
+    assert line == "error: --cluster: ray is not installed — .venv/bin/pip install -c constraints.txt -e '.[cluster]'"
 
 
 @without_ray

@@ -19,8 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib import training
 from lib.errors import StudyError
-from lib.td_dpo import head, logprobs, reference, tokens
-from lib.td_dpo import trainer as engine
+from lib.td_dpo import head, logprobs, reference, tokens, trainer as engine
 from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost
 from lib.td_dpo.objective import reference_columns, with_reference

@@ -10,8 +10,7 @@ from PIL import Image
 
 from lib import figures, tables
 from lib.pages.figure_style import PALETTE, looks, number, outcomes
-from lib.td_dpo import figures as study
-from lib.td_dpo import landscape
+from lib.td_dpo import figures as study, landscape
 
 FIXED = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 LEVEL = {"dpo": {0.01: 2.5, 0.05: 6.1, 0.5: 7.9, 2.5: 7.6}, "discopop": {0.01: 1.9, 0.05: 3.5, 0.5: 7.6, 2.5: 7.0}}

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import answers, clock, curves, data, generate, inputs, member, methods
-from lib.graff import planner as pl
+from lib.graff import answers, clock, curves, data, generate, inputs, member, methods, planner as pl
 from lib.graff.block_adam import BlockAdam
 from tests.conftest import ROOT
 

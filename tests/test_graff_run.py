@@ -9,8 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lib.errors import StudyError
-from lib.graff import base_model, clock, data, inputs, member, methods, trainer
-from lib.graff import planner as pl
+from lib.graff import base_model, clock, data, inputs, member, methods, planner as pl, trainer
 from lib.graff.block_adam import BlockAdam
 from lib.graff.probes import Probes
 from tests.test_graff import curve, member_of, shared  # noqa: F401

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from lib import config, record
-from lib.graff import figures as plots
-from lib.graff import order, tables
+from lib.graff import figures as plots, order, tables
 from tests.conftest import ROOT
 
 

@@ -9,8 +9,7 @@ import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from lib.errors import StudyError
-from lib.iw_lora import adapters, data, generated, sensitivity, trainer
-from lib.iw_lora import member as iw_member
+from lib.iw_lora import adapters, data, generated, member as iw_member, sensitivity, trainer
 from lib.iw_lora.penalty import pairs, penalty
 from lib.iw_lora.sections import Adapter, Training
 

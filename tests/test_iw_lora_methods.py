@@ -10,8 +10,7 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import adapters, figures, inputs, sensitivity, tables, trainer
-from lib.iw_lora import member as iw_member
+from lib.iw_lora import adapters, figures, inputs, member as iw_member, sensitivity, tables, trainer
 from lib.iw_lora.penalty import pairs
 from lib.iw_lora.sections import Adapter
 from tests.conftest import ROOT

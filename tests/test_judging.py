@@ -11,10 +11,10 @@ import time
 import pandas as pd
 import pytest
 
-from lib import claims, cli, config, record
+from lib import claims, cli, config, record, runs
 from lib.commands import judge
 from lib.errors import MissingError, StudyError
-from lib.running import plan, preflight, runs
+from lib.running import plan, preflight
 from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
 from lib.verdict import claim_types
 from tests.conftest import ROOT

@@ -129,9 +129,7 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
     assert "The trained parameters" in cards[-1].read_text()
     assert "A trial" in cards[-1].read_text()
     if study == "iw_lora":
-        from lib.iw_lora import inputs as theirs
-        from lib.iw_lora import member as training
-        from lib.iw_lora import trainer as restoring
+        from lib.iw_lora import inputs as theirs, member as training, trainer as restoring
 
         given = theirs.load(members.prepared(run))
         model = training.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until they are restored

@@ -231,7 +231,7 @@ def test_gated_model(monkeypatch):
     monkeypatch.setattr(hub, "prepare", lambda: None)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(
-        MissingError, match="accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: hf auth login"
+        MissingError, match="accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: .venv/bin/hf"
     ):
         models.load_causal_lm("meta-llama/Llama-2-7b-chat-hf")
 

@@ -22,7 +22,7 @@ from lib.running import plan, progress
 from tests.conftest import ROOT, TINY
 from tests.faults import SITECUSTOMIZE
 
-SENTINEL = "from lib.running import runs; runs.finish(folder, {'ok': 1}, nonce)"
+SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
 
 
 def step_of(tmp_path, *cells):
@@ -73,7 +73,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     (["import time; time.sleep(30)", SENTINEL], "timed out"),
     (["raise KeyboardInterrupt", SENTINEL], "KeyboardInterrupt"),
     (["1"], "no sentinel"),
-    (["from lib.running import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
+    (["from lib import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
     ([SENTINEL, "open(folder + '/metrics.json', 'w').write('{')"], "metrics.json"),
 ])  # fmt: skip
 def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from lib import aggregate, config, members, record, sweep
+from lib import aggregate, config, members, record, runs, sweep
 from lib.errors import MissingError, StudyError
-from lib.running import runs, storage
+from lib.running import storage
 from tests.conftest import TINY
 
 SPACE = {

@@ -13,10 +13,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import aggregate, claims, cli, config, members, record, runner
+from lib import aggregate, claims, cli, config, members, record, runner, runs
 from lib.errors import StudyError
 from lib.mirror import tracking, wandb_read, wandb_sync
-from lib.running import plan, runs
+from lib.running import plan
 from lib.td_dpo import tables
 from lib.verdict import claim_types, verdicts
 from tests import wandb_member

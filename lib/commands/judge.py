@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import config, members, record, runner
+from lib import config, members, record, report, runner, runs
 from lib.commands import show
 from lib.commands.options import wants
 from lib.errors import MissingError, StudyError
 from lib.mirror import tracking
-from lib.running import plan, runs
+from lib.pages import member_page, model_card
+from lib.running import plan
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
 SAID_EVERY = 20.0  # seconds between two lines while it grades
@@ -67,8 +68,6 @@ def part(study: str, name: str):
 
 def command(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outputs: Path) -> int:
     """`judge`, with what is missing in one line and the index page brought up to date."""
-    from lib import report
-
     try:
         code = judge(roots, options, wanted)
     except MissingError as error:
@@ -208,8 +207,6 @@ def _log(job: Job, given: Settings, at_first: dict, kept: dict, started: float, 
 
 def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
     """What was made of the members: their pages, their runs' metrics, and the study's analysis."""
-    from lib.pages import member_page, model_card
-
     for folder in folders:
         model_card.write(folder)
     listed = (results / "comparison" / "runs.json").exists()

@@ -43,8 +43,8 @@ ALIASES = {
     "method": "training.scheduler.type", "lora_r": "model.lora.r",
 }
 PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
-MADE_BY = {"training.scheduler.warm_start_ckpt": "python -m lib.graff.warm_start FILE.safetensors makes one, then --set "
-                                                 "training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
+MADE_BY = {"training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.warm_start FILE.safetensors makes one, then "
+                                                 "--set training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
                                                  "--set training.scheduler.cold=true for an untrained planner"}
 GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 

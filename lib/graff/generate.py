@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from lib import witness
 from lib.graff import answers, base_model
-from lib.running import witness
 
 LOOP, PERIOD, LOOK = 64, 16, 8  # tokens that repeat themselves, of which period at most, looked for every so many tokens
 

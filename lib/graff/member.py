@@ -12,8 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from lib import config, models, record
 from lib.errors import MissingError, StudyError
-from lib.graff import base_model, clock, curves, generate, inputs, methods, trainer
-from lib.graff import planner as planner_maths
+from lib.graff import base_model, clock, curves, generate, inputs, methods, planner as planner_maths, trainer
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes

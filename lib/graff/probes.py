@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.graff import methods
-from lib.graff import planner as pl
+from lib.graff import methods, planner as pl
 
 BLOCK = re.compile(r"\.layers\.(\d+)\.(self_attn|mlp)\.")
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lib.settings.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault
-from lib.settings.schema import Run as BaseRun
+from lib.settings.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Run as BaseRun, Section, fault
 
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 SCHEDULERS = ("graff", "fixed", "cosine", "reactor", "hypergradient", "salelr_reconstructed", "bats_reconstructed",

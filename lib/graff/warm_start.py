@@ -1,6 +1,6 @@
 """The planner's warm start, by one command: 300 steps as three episodes with different budgets on a small made model.
 
-    python -m lib.graff.warm_start params/graff/warm_start.safetensors
+    .venv/bin/python -m lib.graff.warm_start FILE.safetensors
 
 Encoder and decoder both learn here; online W alone does. The file's tensors do not depend on the number of blocks.
 """

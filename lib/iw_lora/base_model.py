@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from lib.running import witness
+from lib import witness
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 REPLACED = 0.15

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from lib import config, models, record
+from lib import config, models, record, witness
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import NOT_NUMBERS, warmup
 from lib.iw_lora.penalty import delta_norms
 from lib.mirror import trackers
-from lib.running import witness
 from lib.training import SeededOrder
 
 COST_PAIRS = 60  # interleaved rounds of steps

@@ -5,8 +5,19 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lib.settings.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Section, fault, not_bool
-from lib.settings.schema import Run as BaseRun
+from lib.settings.schema import (
+    Compute,
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    Optuna,
+    Positive,
+    Run as BaseRun,
+    Section,
+    fault,
+    not_bool,
+)
 
 VALIDATION_METRIC = "validation_accuracy"
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import witness
 from lib.errors import StudyError
-from lib.running import witness
 
 KINDS = ("importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2")
 

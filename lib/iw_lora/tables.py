@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import aggregate, record
+from lib import aggregate, members, record, runs
+from lib.iw_lora import data
 
 
 def example_scores(loaded: record.Records) -> pd.DataFrame:
@@ -96,10 +97,6 @@ def confusion(examples: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 
 def labels_of(results: Path) -> list[str]:
     """The task's label names, from the records' own reports."""
-    from lib import members
-    from lib.iw_lora import data
-    from lib.running import runs
-
     for run in runs.planned(results):
         report = record.read_json(members.inputs_folder(run) / "report.json")
         if report:

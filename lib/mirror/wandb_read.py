@@ -16,6 +16,7 @@ from pathlib import Path
 from lib import config, record
 from lib.errors import MissingError, StudyError
 from lib.mirror.tracking import FROM, Entry, by_step, sha256, stated
+from lib.running.preflight import Machine, wandb_host, wandb_key
 
 SECONDS = 15  # for one request to W&B
 
@@ -28,11 +29,9 @@ def quiet() -> None:
 
 def key_or_mend() -> None:
     """Raises MissingError where no key is at hand: the client would ask for one at the terminal."""
-    from lib.running.preflight import Machine, wandb_host, wandb_key
-
     if not wandb_key(Machine().environ):
         raise MissingError("W&B", f"there is no key for {wandb_host(Machine().environ)}", "a key",
-                           "wandb login (or set WANDB_API_KEY), then the same command again")
+                           ".venv/bin/wandb login (or set WANDB_API_KEY), then the same command again")
 
 
 def api(seconds: int = SECONDS):

@@ -1,1 +1,1 @@
-"""Records as pages: executed notebooks and members as HTML, the style of figures, model cards."""
+"""Records as pages: notebooks and members as HTML, model cards; figures: their style, plots over seeds, views of a search."""

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up
 EVERY = 1.0  # seconds between two looks at what changed
 LATE = ("complete.json", "metrics.json", "done.json")  # written last here too: they say that the rest is whole
-INSTALL = "pip install -c constraints.txt -e '.[cluster]'"
+INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[cluster]'"
 
 
 def connect(address: str):
@@ -70,8 +70,8 @@ def _listening(address: str) -> str:
 
 
 def _absent(found: str) -> MissingError:
-    return MissingError("--cluster", found, "a running cluster", "ray start --head on one machine, ray start "
-                        "--address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379")
+    return MissingError("--cluster", found, "a running cluster", ".venv/bin/ray start --head on one machine, "
+                        ".venv/bin/ray start --address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.running import redaction
+from lib import redaction
 
 FORKSERVER = Path(__file__).with_name("forkserver.py")
 PREFIX = "study-pool-"

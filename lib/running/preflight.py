@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
+from lib.config import Finding, Run, is_hub_id, members, study_module, wandb_mode
 from lib.errors import StudyError
 from lib.record import read_json
 from lib.running import footprint, storage
 from lib.running.probe import SECONDS, Gpu, Machine, ask_hub, visible_gpus  # noqa: F401 (part of this module's interface)
-from lib.settings.grid import members
-from lib.settings.run_values import is_hub_id, study_module
-from lib.settings.schema import Finding, Run
 
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/running/footprint.py)
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
-JUDGE_EXTRA = "pip install -c constraints.txt -e '.[judge]'"
+JUDGE_EXTRA = ".venv/bin/pip install -c constraints.txt -e '.[judge]'"
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
 
 
@@ -98,7 +96,7 @@ def _mixed(run: Run, machine: Machine, found: list[Gpu]) -> Finding | None:
     shown = shown or [str(i) for i in range(len(found))]
     mend = f"CUDA_VISIBLE_DEVICES={','.join(d for d, gpu in zip(shown, found, strict=False) if gpu.name == kind)}"
     if machine.environ.get("STUDY_CLUSTER"):
-        mend = f"ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
+        mend = f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
     return Finding("error", "compute.gpu_type", f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of "
                    "them, and sums round differently", f"show the runs one kind: {mend}")
 
@@ -160,7 +158,7 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
         fetch = f"hf download {name}" + (" --repo-type dataset" if prefix else "") + (f" --revision {revision}" if revision
                                                                                      else "")
         by_hand = f"{fetch} --local-dir DIR where there is a network, then --set {key}=DIR"
-        licence = f"accept the licence at {page}, then: hf auth login (or set HF_TOKEN)"
+        licence = f"accept the licence at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
         if not have_token and name.startswith(GATED):
             found.append(Finding("error", key, f"{name} is gated and no hub token is set", licence))
         if offline:
@@ -176,7 +174,7 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
                 found.append(Finding("error", key, f"{name} is gated and access was refused", licence))
         elif status in (401, 404) and not (name.startswith(GATED) and not have_token):
             found.append(Finding("error", key, f"{name}: the hub has no such {section}, or it is private",
-                                 f"correct {key}, or hf auth login for a private one"))
+                                 f"correct {key}, or .venv/bin/hf auth login for a private one"))
     return found
 
 
@@ -197,12 +195,11 @@ def wandb_key(environ: Mapping[str, str]) -> bool:
 
 def wandb(run: Run, machine: Machine | None = None) -> list[Finding]:
     """A key for W&B where the run is to be mirrored there while it runs."""
-    from lib.config import wandb_mode
     machine = machine or Machine()
     if wandb_mode(run) != "online" or wandb_key(machine.environ):
         return []
     return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",
-                    "wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
+                    ".venv/bin/wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
 
 
 def settings(run: Run, machine: Machine) -> dict | None:

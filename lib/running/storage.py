@@ -50,7 +50,7 @@ def url_of(run) -> str | None:
             raise MissingError("optuna.storage", f"{name} is not set", "the variable that the URL names", f"export {name}=…")
     if importlib.util.find_spec(DRIVERS[scheme]) is None:
         raise MissingError("optuna.storage", f"{DRIVERS[scheme]} is not installed", f"the driver of {scheme}",
-                           "pip install -c constraints.txt -e '.[postgresql]'")
+                           ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'")
     scheme = "postgresql+psycopg" if scheme == "postgresql" else scheme
     return f"{scheme}://" + REFERENCE.sub(lambda found: quote(os.environ[found[1]], safe=""), rest)
 

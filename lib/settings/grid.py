@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lib import witness
 from lib.errors import StudyError
-from lib.running import witness
 from lib.settings.run_values import TUNABLE, apply, default_results, markers, resolve, study_module
 from lib.settings.schema import Distribution, Run, Wandb
 

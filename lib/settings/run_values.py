@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lib import witness
 from lib.errors import StudyError
-from lib.running import witness
 from lib.settings.faults import did_you_mean, keys, raise_faults
 from lib.settings.schema import CONTEXT, Marker, Run, plain, section_type
 

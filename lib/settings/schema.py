@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lib.running import witness
+from lib import witness
 
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 # YAML 1.1 reads 1e-5 (no dot) as a string; so do the shells that --set values come through.

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib.running import witness
+from lib import witness
 from lib.td_dpo.head import IGNORE, completion_head
 
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lib.running import witness
+from lib import witness
 from lib.td_dpo.tokens import conversation_ids
 
 

@@ -14,12 +14,12 @@ from lib.settings.schema import (
     NonNegative,
     Optuna,
     Positive,
+    Run as BaseRun,
     Section,
     Seed,
     fault,
     not_bool,
 )
-from lib.settings.schema import Run as BaseRun
 
 OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 # TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.

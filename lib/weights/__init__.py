@@ -1,1 +1,1 @@
-"""Model weights: where they come from (hub, made, random), how they are sharded, kept and found again."""
+"""Where models (and the hub's data) come from: hub, made, random; how weights are sharded, kept and found again."""

@@ -102,7 +102,7 @@ def explain(error: BaseException, name: str, *, kind: str, key: str, revision: s
             where,
             f"this {kind} is gated and access was refused",
             "an account that accepted its licence, and its token",
-            f"accept the licence at {page}, then: hf auth login (or set HF_TOKEN)",
+            f"accept the licence at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)",
         )
     if "RevisionNotFoundError" in names:
         return MissingError(
@@ -113,7 +113,7 @@ def explain(error: BaseException, name: str, *, kind: str, key: str, revision: s
             where,
             f"the hub has no such {kind} (or it is private), and there is no such local path",
             "a hub id or an existing path",
-            f"correct {key}, or hf auth login for a private one",
+            f"correct {key}, or .venv/bin/hf auth login for a private one",
         )
     if names & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
         why = "HF_HUB_OFFLINE is set" if is_offline() else "the hub is out of reach"

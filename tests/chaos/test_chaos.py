@@ -15,8 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lib import record
-from tests.chaos import __main__ as chaos
-from tests.chaos import lives, schedule
+from tests.chaos import __main__ as chaos, lives, schedule
 
 pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
 

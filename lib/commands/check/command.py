@@ -18,9 +18,10 @@ Found = list[tuple[Path, "config.Run | StudyError", list]]
 
 def reached(studies: list[str]) -> list[str]:
     """The modules of `lib` that a run of these studies reaches: the runner's, the studies', their notebooks'."""
-    modules = keys.closure("lib.cli", "lib.runner", "lib.processes.work", "lib.sweep")
+    started = ("processes.work", "processes.forkserver", "processes.kernels", "mirror.wandb_sync")  # by name, not by an import
+    modules = keys.closure("lib.cli", "lib.runner", "lib.sweep", *(f"lib.{name}" for name in started))
     for study in studies:
-        modules |= keys.closure(*(f"lib.{study}.{part}" for part in ("config", "inputs", "member")))
+        modules |= keys.closure(*(f"lib.{study}.{part}" for part in ("config", "inputs", "member", "grading", "judging")))
         for notebook in notebooks_of(study):
             cells, wrong = notebooks.read(notebook)
             text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.commands.check.finding import Finding, named, of_error
+from lib.commands.compose import command
 from lib.errors import StudyError
 
 
 def findings(loaded: list[tuple[Path, object, list]]) -> Iterator[Finding]:
     """Of every design.yaml that lies where these run YAMLs do, or above their folder for a scale. A design that writes
     something else is a warning: the files are what runs."""
-    from lib.commands.compose import command
-
     for folder in dict.fromkeys(home(path) for path, _, _ in loaded):
         design = folder / "design.yaml"
         if not design.exists():

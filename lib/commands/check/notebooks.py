@@ -40,7 +40,7 @@ def findings(path: Path, known: sources.Signatures, run_type: type | None) -> It
                 file,
                 place,
                 "holds outputs: a notebook here is source, its executed copy is the record",
-                f"nbstripout --keep-id {file}",
+                f".venv/bin/nbstripout --keep-id {file}",
             )
         try:
             trees[number] = ast.parse(text)

@@ -1,4 +1,4 @@
-"""What only running shows: a trial in a place of its own, watched by lib/running/witness.py, and what its evidence says.
+"""What only running shows: a trial in a place of its own, watched by lib/witness.py, and what its evidence says.
 
 The trial starts from nothing (its own outputs, its own cache), so that preparation is watched too.
 """
@@ -13,25 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import config, record
+from lib import config, record, witness
 from lib.commands.check.finding import Finding, named
-from lib.running import witness
 from lib.settings import faults
-from lib.settings.run_values import ROOT
 from lib.settings.schema import Compute, Optuna, Wandb
 
 MOST_BATCHES = 2
 # Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the source.
 RUNNERS = {"compute": Compute, "optuna": Optuna, "wandb": Wandb}
-LAYER = {
-    "config.py",
-    "sections.py",
-    "schema.py",
-    "checks.py",
-    "faults.py",
-    "grid.py",
-    "run_values.py",
-}  # reading there is no use
 
 
 def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[str]) -> Iterator[Finding]:
@@ -42,12 +31,12 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
         Path(place, "tmp").mkdir()
         done = subprocess.run(
             [sys.executable, "-P", "-m", "lib", "trial", "--scale", scale, *arguments],
-            cwd=ROOT,
+            cwd=config.ROOT,
             capture_output=True,
             text=True,
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": str(config.ROOT),
                 "STUDY_OUTPUTS": str(outputs),
                 "STUDY_CACHE": str(Path(place, "cache")),
                 "STUDY_WITNESS": str(told),
@@ -131,8 +120,8 @@ def attributes_used() -> set[tuple[str, str]]:
     """(section, key) of every `….<section>.<key>` in `lib` outside the configuration layer; `….<section>.model_dump` and
     `getattr(….<section>, ...)` use all of it."""
     used: set[tuple[str, str]] = set()
-    for path in (ROOT / "lib").rglob("*.py"):
-        if path.name in LAYER:
+    for path in (config.ROOT / "lib").rglob("*.py"):
+        if path.parent.name == "settings" or path.name in ("config.py", "sections.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
@@ -149,7 +138,7 @@ def too_many_batches(evidence: list[dict]) -> Iterator[Finding]:
             most[row["phase"]] = max(row["number"], most.get(row["phase"], 0))
     if not most:
         yield Finding("error", "lib", "", "no phase told of its batches",
-                      "take them through lib.running.witness.batches(phase, items)")
+                      "take them through lib.witness.batches(phase, items)")
     for phase, number in sorted(most.items()):
         if number > MOST_BATCHES:
             yield Finding(

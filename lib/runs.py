@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from lib import config, record
+from lib.errors import MissingError
 from lib.running import keys
 
 
@@ -142,8 +143,6 @@ def refresh(run) -> None:
 
 def planned(results_dir: Path) -> list:
     """The runs of a study as the runner planned them, whether or not they left a record."""
-    from lib.errors import MissingError
-
     listed = record.read_json(Path(results_dir) / "comparison" / "runs.json")
     if listed is None:
         raise MissingError(
