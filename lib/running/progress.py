@@ -99,7 +99,7 @@ class Live:
             measured = seconds_left(state)
             open_for = now - self.runner.since.get(id(step), now)
             planned = max(0.0, step.seconds / slots - open_for)
-            if state.get("phase") == "preparing":
+            if state.get("phase") == "preparing" or (not state and step.kind == "train"):  # its kernel starts
                 own.append(max(0.0, getattr(step, "prepare", 0.0) - open_for))
                 waiting += step.seconds
             elif measured is None and state.get("phase") == "training" and not state["running"]:
