@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 
 import pandas as pd
@@ -59,7 +60,7 @@ def to_json(verdicts: list[Verdict]) -> list[dict]:
 
 
 def _span(bounds: tuple | None) -> str:
-    return "" if bounds is None else f"{bounds[0]:.3g} to {bounds[1]:.3g}"
+    return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
 
 
 def table(verdicts: list[Verdict]) -> pd.DataFrame:
