@@ -111,8 +111,8 @@ def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
         return lambda rows: paired_batch(rows, pad)
     if layout == "packed":
         return lambda rows: packed_batch(rows, pad)
-    # Dense L x L masks. In a 7B Llama with rows of 3k tokens attention's products are some 6 % of a pass, of which
-    # FlexAttention's BlockMask could leave out a third: it would be worth its compilation for longer rows only.
+    # Dense L x L masks, under which all L^2 products are computed: in a 7B Llama with rows of 3k tokens some 12 % of a pass.
+    # FlexAttention's BlockMask could leave out more than half of them; it has to be compiled and tried on a GPU.
     mask_dtype = model.dtype if attention == "eager" else None
     return lambda rows: shared_batch(rows, pad, mask_dtype)
 
