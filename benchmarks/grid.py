@@ -2,8 +2,8 @@
 
     python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop scale
     python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the others
-    python -m benchmarks.grid --data PATH           the same on real chat pairs, with the 32k vocabulary and the model of
-                                                    preference_step.py
+    python -m benchmarks.grid --data PATH           the same on real chat pairs, with a made model of preference_step.py's
+                                                    vocabulary, width and depth
 
 Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation implicit
 accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the model; ours
@@ -36,6 +36,8 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.preference_step import SHAPES
+
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("dpo", "td_dpo")
 CHAT = {"train": 1600, "validation": 32, "test": 32}  # real pairs; fewer would not give a 32k vocabulary
@@ -45,7 +47,8 @@ ARMS = {"best": "TRL at its best, one process", "shipped": "TRL as shipped, a pr
 def study(folder: Path, smallest: bool, data: str | None = None) -> None:
     """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out.
 
-    With `data`, real pairs and the shape of preference_step.py: ten steps of 8 pairs a cell, so that it ends within the hour.
+    With `data`, real pairs and the vocabulary, width and depth of preference_step.py's model: ten steps of 8 pairs a cell,
+    so that it ends within the hour.
     """
     folder.mkdir(parents=True)
     if data:
@@ -70,8 +73,9 @@ def study(folder: Path, smallest: bool, data: str | None = None) -> None:
         if data:
             run["dataset"] |= {"name": str(folder / "pairs")}
         if data and not smallest:
-            run["model"]["recipe"] |= {"vocab_size": 32000, "hidden_size": 256, "layers": 4, "sft_steps": 10,
-                                       "sft_batch_size": 8}
+            vocabulary, hidden, _, layers, heads = SHAPES["small"]
+            run["model"]["recipe"] |= {"vocab_size": vocabulary, "hidden_size": hidden, "layers": layers, "heads": heads,
+                                       "sft_steps": 10, "sft_batch_size": 8}
             run["training"] |= {"max_steps": 10, "global_batch_size": 8, "per_device_train_batch_size": 8, "eval_steps": 5,
                                 "save_steps": 5}  # fmt: skip
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
@@ -210,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TRL's process (default: all cores)")
     parser.add_argument("--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them")
     parser.add_argument("--shipped-cells", type=int, default=3, help="cells of TRL as shipped, each a process (default: 3)")
-    parser.add_argument("--data", help="real preference pairs, with the model of preference_step.py")
+    parser.add_argument("--data", help="real preference pairs, with a larger model (as wide and deep as preference_step.py's)")
     parser.add_argument("--smallest", action="store_true", help="two cells of a few steps: does the benchmark run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -237,8 +241,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_trl(home: Path, spec: dict) -> list[dict]:
     """The cells of `spec` in one process of TRL; as shipped, a cell's seconds are the process's, its imports included."""
     (home / "spec.json").write_text(json.dumps(spec))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"]),
-                   "HF_HOME": str(home / "huggingface")}  # where its cache lies
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"])}
     began = time.perf_counter()
     told = subprocess.run([sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")], cwd=ROOT,
                           env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -38,7 +38,6 @@ if __name__ == "__main__":  # as a script: what lies beside it has no names of i
 from lib import redaction  # noqa: E402
 from lib.processes.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
 from lib.processes.slots import Slots  # noqa: E402
-from lib.redaction import Log  # noqa: E402
 
 
 class Child:
@@ -46,7 +45,7 @@ class Child:
 
     def __init__(self, connection: socket.socket):
         self.connection, self.buffer, self.request, self.pid, self.slots = connection, b"", None, None, []
-        self.log: Log | None = None
+        self.log: redaction.Log | None = None
         self.output: int | None = None  # the end of its stdout and stderr that the server reads
 
     @property
@@ -165,7 +164,7 @@ class Server:
         request["env"] = request.get("env", {}) | self.slots.environment(child)
         out = None
         if request.get("log"):
-            child.log = Log(request["log"])
+            child.log = redaction.Log(request["log"])
             child.output, out = os.pipe()
             os.set_blocking(child.output, False)
             self.selector.register(child.output, selectors.EVENT_READ, child)

@@ -96,16 +96,15 @@ class Live:
         waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
         for step in running:
             state = record.read_json(step.progress / "progress.json") or {}
-            measured = seconds_left(state)
+            measured, phase = seconds_left(state), state.get("phase")
             open_for = now - self.runner.since.get(id(step), now)
-            planned = max(0.0, step.seconds / slots - open_for)
-            if state.get("phase") == "preparing" or (not state and step.kind == "train"):  # its kernel starts
-                own.append(max(0.0, getattr(step, "prepare", 0.0) - open_for))
+            if measured is not None:
+                own.append(measured)
+            elif step.kind == "analysis" or state.get("running") or phase == "recording":
+                own.append(max(0.0, step.seconds / slots - open_for))
+            else:  # none of its members runs yet: they wait for slots or, before "training", for what they share
                 waiting += step.seconds
-            elif measured is None and state.get("phase") == "training" and not state["running"]:
-                waiting += step.seconds
-            else:
-                own.append(planned if measured is None else measured)
+                own.append(0.0 if phase == "training" else max(0.0, getattr(step, "prepare", 0.0) - open_for))
         return max(own, default=0.0) + waiting / slots
 
     def clear(self) -> None:

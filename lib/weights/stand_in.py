@@ -86,55 +86,36 @@ def train_bpe_tokenizer(
     return wrapped
 
 
-def _llama_like(config: type[PretrainedConfig], model: type[PreTrainedModel], **more):
+def _tiny(config: type[PretrainedConfig], model: type[PreTrainedModel], **more):
     def build(sizes: dict) -> PreTrainedModel:
-        return model(
-            config(
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=4096,
-                tie_word_embeddings=False,
-                **{**more, **sizes},
-            )
-        )
+        return model(config(**{**TINY, **more, **sizes}))
 
     return build
 
 
-def _deberta(sizes: dict) -> PreTrainedModel:
-    # The relative-attention settings of deberta-v3: they decide which projections exist.
-    return DebertaV2ForSequenceClassification(
-        DebertaV2Config(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            type_vocab_size=0,
-            relative_attention=True,
-            position_buckets=256,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            max_relative_positions=-1,
-            position_biased_input=False,
-            layer_norm_eps=1e-7,
-            **sizes,
-        )
-    )
-
-
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CAUSAL = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
+DEBERTA_V3 = {  # its relative attention, which decides which projections exist
+    "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "layer_norm_eps": 1e-7,
+}
 FAMILIES = {  # beginning of the hub id -> (builder, chat format, special tokens)
-    "meta-llama/": (_llama_like(LlamaConfig, LlamaForCausalLM, num_key_value_heads=4), LLAMA2, LLAMA_TOKENS),
-    "Qwen/Qwen3": (_llama_like(Qwen3Config, Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16), CHATML, QWEN_TOKENS),
+    "meta-llama/": (_tiny(LlamaConfig, LlamaForCausalLM, num_key_value_heads=4, **CAUSAL), LLAMA2, LLAMA_TOKENS),
+    "Qwen/Qwen3": (_tiny(Qwen3Config, Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16, **CAUSAL), CHATML, QWEN_TOKENS),
     "mistralai/": (
-        _llama_like(MistralConfig, MistralForCausalLM, num_key_value_heads=2, sliding_window=None),
+        _tiny(MistralConfig, MistralForCausalLM, num_key_value_heads=2, sliding_window=None, **CAUSAL),
         MISTRAL,
         LLAMA_TOKENS,
     ),
-    "microsoft/deberta-v3": (_deberta, None, DEBERTA_TOKENS),
+    "microsoft/deberta-v3": (_tiny(DebertaV2Config, DebertaV2ForSequenceClassification, **DEBERTA_V3), None, DEBERTA_TOKENS),
 }
 
 
