@@ -247,6 +247,9 @@ def test_outputs_of_other_params_and_other_paths_have_their_own_folders(tmp_path
 
     assert root() == "laptop-full"
     assert root("--params", str(tmp_path)).startswith("laptop-full,params=")
+    many = [f"--set=dataset.preprocessing.key_{i}={'ü' * 20}" for i in range(20)]
+    assert root(*many) != root(*many[:-1])
+    assert len(root(*many).encode()) < 255
     assert root("--set", "dataset.name=/a/pairs.jsonl") != root("--set", "dataset.name=/b/pairs.jsonl")
     assert "hunter2" not in root("--set", "optuna.storage=postgresql://me:hunter2@h/db")
 
