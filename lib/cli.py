@@ -202,7 +202,7 @@ def execute(options, runs: list, whole: list) -> int:
         to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-            + (f"about {progress.duration(predicted.wall_seconds)}" if to_do else "nothing to do"),
+            + (progress.predicted(predicted, "about ") if to_do else "nothing to do"),
             flush=True,
         )
         for step in steps:

@@ -321,7 +321,8 @@ def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
 
 
 def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
-    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0})() for i in range(30)]
+    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0, "unknown": False})()
+             for i in range(30)]
     mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "10")
