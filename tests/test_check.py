@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import cli, config, members
-from lib.commands.check import command, sources
+from lib import cli, config, members, record
+from lib.commands.check import command, sources, trial
 from lib.commands.options import parser
 from lib.running import ready
 from tests.conftest import ROOT
@@ -165,6 +165,27 @@ def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
     again = parser().parse_args(["trial", *told])
     assert (again.jobs, again.run, again.sets) == (3, ["a*", "b"], ["x=1"])
     assert "--jobs" not in command.told_again(parser().parse_args(["check"]))
+
+
+@pytest.mark.parametrize("status", [None, "failed", "succeeded"])
+def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is_all_that_is_said(monkeypatch, status):
+    """Its folder's name says what --set changed. That nobody read the run's keys is news only where it came to its end."""
+    run = config.load_run(ROOT / "params/td_dpo/laptop/dpo.yaml", study="td_dpo", scale="laptop", mode="full")
+
+    def tried(command, *, env, **_):
+        if status:
+            told = {"run_id": "dpo", "study": "td_dpo", "status": status, "error": {"cell": 3, "exception": "KeyError: 'x'"}}
+            record.write_json(Path(env["STUDY_OUTPUTS"]) / "laptop-trial,a=1/td_dpo/dpo/status.json", told)
+        return subprocess.CompletedProcess(command, int(status != "succeeded"), "", "no such thing")
+
+    monkeypatch.setattr(trial.subprocess, "run", tried)
+    told = [str(finding) for finding in trial.findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])]
+    if status == "succeeded":
+        assert any("training.learning_rate" in line for line in told)
+        assert any("no phase told" in line for line in told)
+    else:
+        assert len(told) == 1
+        assert ("no such thing" if status is None else "KeyError: 'x'") in told[0]
 
 
 def test_calls_are_held_against_the_functions_they_call():

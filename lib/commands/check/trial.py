@@ -45,16 +45,19 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
                 "STUDY_WITNESS_ALLOWED": os.pathsep.join([place, "/dev", "/proc", *_caches()]),
             },
         )
-        evidence, results = witness.evidence(told), outputs / f"{scale}-trial"
+        evidence = witness.evidence(told)
+        results = next(outputs.glob(f"{scale}-trial*"), outputs)  # named after what --set and --params changed
         failed = list(failures(results, done))
         yield from failed
         if any(finding.file == NEVER_BEGAN for finding in failed):  # all else would follow from it
             return
         for study in dict.fromkeys(run.study for _, run in found):
-            mine = [(path, run) for path, run in found if run.study == study]
+            mine = [(path, run) for path, run in found if run.study == study and trained(results, run)]
             yield from unread_keys(study, mine, evidence)
             yield from unlogged_metrics(study, results, scale)
             yield from empty_columns(study, results)
+        if not failed:
+            yield from untold_phases(evidence)
         yield from too_many_batches(evidence)
         yield from strays(evidence, scale)
         yield from not_off(results)
@@ -134,14 +137,21 @@ def attributes_used() -> set[tuple[str, str]]:
     return used
 
 
+def trained(results: Path, run: config.Run) -> bool:
+    """Whether its trial came to its end: what one that failed did not come to read is no fault of its YAML."""
+    return (record.read_json(results / run.study / run.run_id / "status.json") or {}).get("status") == "succeeded"
+
+
+def untold_phases(evidence: list[dict]) -> Iterator[Finding]:
+    if not any(row["kind"] == "batch" for row in evidence):
+        yield Finding("error", "lib", "", "no phase told of its batches", "take them through lib.witness.batches(phase, items)")
+
+
 def too_many_batches(evidence: list[dict]) -> Iterator[Finding]:
     most: dict[str, int] = {}
     for row in evidence:
         if row["kind"] == "batch":
             most[row["phase"]] = max(row["number"], most.get(row["phase"], 0))
-    if not most:
-        yield Finding("error", "lib", "", "no phase told of its batches",
-                      "take them through lib.witness.batches(phase, items)")
     for phase, number in sorted(most.items()):
         if number > MOST_BATCHES:
             yield Finding(
