@@ -41,6 +41,21 @@ def sleep(argument: dict) -> None:
     time.sleep(argument["seconds"])
 
 
+def hold(argument: dict) -> None:
+    """Says in the file `said` that it has begun and that it ends; from `go` on it takes a moment, until then for ever."""
+    import time
+
+    def say(word: str) -> None:
+        with open(argument["said"], "a") as file:
+            file.write(f"{word} {argument['who']}\n")
+
+    say("begun")
+    while not os.path.exists(argument["go"]):
+        time.sleep(0.01)
+    time.sleep(argument.get("seconds", 0))
+    say("ended")
+
+
 def fail(argument: dict) -> None:
     raise ValueError(argument["message"])
 
@@ -134,4 +149,4 @@ def hold_the_lock(argument: dict) -> None:
     import ctypes
 
     Path(argument["started"]).write_text(str(os.getpid()))
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(3600)  # longer than any test waits for its end
