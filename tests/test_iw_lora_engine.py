@@ -13,7 +13,7 @@ from peft import PeftModel
 from lib.iw_lora import adapters, trainer
 from lib.iw_lora.sections import Training
 from lib.weights import checkpoints
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, rows
 
 
@@ -22,9 +22,9 @@ def test_two_processes_count_the_penalty_once(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     program = "tests.iw_two_processes"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", program,
-                    str(tmp_path / "two"), "16"], check=True, cwd=ROOT, env=environment, timeout=120)
+                    str(tmp_path / "two"), "16"], check=True, cwd=ROOT, env=environment, timeout=PATIENCE)
     subprocess.run([sys.executable, "-m", program, str(tmp_path / "one"), "32"], check=True, cwd=ROOT, env=environment,
-                   timeout=120)
+                   timeout=PATIENCE)
     one = json.loads((tmp_path / "one" / "rank0" / "said.json").read_text())
     two = json.loads((tmp_path / "two" / "rank0" / "said.json").read_text())
     assert one["penalty"] > 0.1

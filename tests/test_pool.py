@@ -205,23 +205,30 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_not_used(tmp_path, monke
     assert not folders(deep)
 
 
+@pytest.fixture
+def short():
+    """A temporary directory whose name leaves room for a socket's, wherever pytest has its own."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def folders(where):
     return sorted(where.glob("study-pool-*"))
 
 
 @pytest.mark.parametrize("how", ["the owner", "the owner, then the server"])
-def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, monkeypatch, how):
+def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monkeypatch, how):
     """The server removes its folder when its owner goes; where it is killed too, the next pool that starts does."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
     script = (
         "from lib.processes import pool; import os, time\n"
         "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        server = int(until(lambda: text_of(tmp_path / "server"), process=owner))
-        assert len(folders(tmp_path)) == 1
+        server = int(until(lambda: text_of(short / "server"), process=owner))
+        assert len(folders(short)) == 1
         if "server" in how:
             os.kill(server, 19)  # stopped: it cannot clean up before it is killed
         owner.kill()
@@ -229,39 +236,39 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, mo
         if "server" in how:
             os.kill(server, 9)
             until(lambda: gone(server))
-            assert len(folders(tmp_path)) == 1
+            assert len(folders(short)) == 1
             own = pool.Pool(1, bare=True)
-            assert folders(tmp_path) == [Path(own.folder)]
+            assert folders(short) == [Path(own.folder)]
             another = pool.Pool(1, bare=True)
-            assert len(folders(tmp_path)) == 2, "a pool that lives is not swept"
+            assert len(folders(short)) == 2, "a pool that lives is not swept"
             own.close()
             another.close()
-        until(lambda: not folders(tmp_path))
+        until(lambda: not folders(short))
     finally:
         owner.kill()
         owner.wait()
 
 
-def test_a_server_that_still_imports_goes_with_its_owner(tmp_path):
+def test_a_server_that_still_imports_goes_with_its_owner(short):
     """Its first import never ends: when it goes, it goes in the middle of it."""
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "numpy.py").write_text(
+    (short / "first").mkdir()
+    (short / "first" / "numpy.py").write_text(
         "import os, time\nopen(os.environ['IMPORTING'], 'w').close(); time.sleep(3600)")
     script = (
         "from lib.processes import pool; import time\n"
         "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'first'}{os.pathsep}{ROOT}", "TMPDIR": str(tmp_path),
-                   "IMPORTING": str(tmp_path / "importing"), "CUDA_VISIBLE_DEVICES": ""}  # with GPUs nothing is imported
-    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    environment = {**os.environ, "PYTHONPATH": f"{short / 'first'}{os.pathsep}{ROOT}", "TMPDIR": str(short),
+                   "IMPORTING": str(short / "importing"), "CUDA_VISIBLE_DEVICES": ""}  # with GPUs nothing is imported
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env=environment)
     try:
-        server = int(until(lambda: text_of(tmp_path / "server"), process=owner))
-        until((tmp_path / "importing").exists, process=owner)
+        server = int(until(lambda: text_of(short / "server"), process=owner))
+        until((short / "importing").exists, process=owner)
     finally:
         owner.kill()
         owner.wait()
     until(lambda: gone(server))
-    assert not folders(tmp_path)
+    assert not folders(short)
 
 
 # ---------------------------------------------------------------------------------------------- secrets and terminals

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import nbformat
@@ -19,7 +18,7 @@ from lib.commands import show
 from lib.commands.options import parser
 from lib.errors import MissingError, StudyError
 from lib.running import plan, progress
-from tests.conftest import ROOT, TINY
+from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
@@ -70,7 +69,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     (["import sys; sys.exit(0)", SENTINEL], "never ran"),
     (["import os; os._exit(0)", SENTINEL], "died"),
     (["import os, signal; os.kill(os.getpid(), signal.SIGKILL)", SENTINEL], "died"),
-    (["import time; time.sleep(30)", SENTINEL], "timed out"),
+    (["import time; time.sleep(3600)", SENTINEL], "timed out"),
     (["raise KeyboardInterrupt", SENTINEL], "KeyboardInterrupt"),
     (["1"], "no sentinel"),
     (["from lib import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
@@ -78,7 +77,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
 ])  # fmt: skip
 def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):
     step = step_of(tmp_path, *cells)
-    mine = outcome(step, cell_timeout=2)
+    mine = outcome(step, cell_timeout=2 if told == "timed out" else int(PATIENCE))
     assert mine.state[id(step)] == "failed"
     assert told.lower() in json.dumps(mine.errors[id(step)]).lower()
     assert record.read_json(step.folder / "status.json")["status"] == "failed"
@@ -91,17 +90,15 @@ def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told
 def test_an_interrupt_signal_in_mid_cell_is_no_success(bare, tmp_path):
     step = step_of(
         tmp_path,
-        f"from pathlib import Path; import os, time; Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(20)",
+        f"from pathlib import Path; import os, time; Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(3600)",
         SENTINEL,
     )
 
     def interrupt():
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            time.sleep(0.02)
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+        os.kill(int(until(lambda: text_of(tmp_path / "pid"))), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    assert outcome(step).state[id(step)] == "failed"
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert outcome(step, cell_timeout=int(PATIENCE)).state[id(step)] == "failed"
     assert not step.output.exists()
 
 
@@ -213,11 +210,12 @@ def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code
 
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path)}
-    child = subprocess.Popen([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=environment)
-    child.stdout.close()  # as `head` closes it, before a line has come
-    said = child.stderr.read().decode()
-    assert (child.wait(), said) == (141, "")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` closes it, before a line has come
+    done = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
@@ -371,7 +369,7 @@ def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     process = started(tmp_path, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
-    assert process.wait(180) == 1, (tmp_path / "out.txt").read_text()
+    assert process.wait(PATIENCE) == 1, (tmp_path / "out.txt").read_text()
     table = (tmp_path / "out.txt").read_text()
     assert "td_dpo/large                       out_of_memory" in table
     assert "td_dpo/fits                        succeeded" in table
