@@ -34,6 +34,23 @@ def killed_member(argument: dict) -> None:
     work.train(argument)
 
 
+def stopped_member(argument: dict) -> None:
+    """lib.processes.work.member, asked to stop (SIGTERM), once, when step `stop_at` is in its history."""
+    from lib import record
+    from lib.processes import work
+
+    append = record.append_jsonl
+
+    def append_and_stop(path, row):
+        append(path, row)
+        if row.get("step") == argument["stop_at"] and "loss" in row and not Path(argument["marker"]).exists():
+            Path(argument["marker"]).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    record.append_jsonl = append_and_stop
+    work.member(argument)
+
+
 def sleep(argument: dict) -> None:
     import time
 
