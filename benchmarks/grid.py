@@ -37,6 +37,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.preference_step import SHAPES
+from lib.processes import pool
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("dpo", "td_dpo")
@@ -211,7 +212,7 @@ def cells(home: Path) -> list[tuple[float, int]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, help="members at a time of ours (default: one per core)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TRL's process (default: all cores)")
+    parser.add_argument("--threads", type=int, default=pool.cores(), help="of TRL's process (default: all cores)")
     parser.add_argument("--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them")
     parser.add_argument("--shipped-cells", type=int, default=3, help="cells of TRL as shipped, each a process (default: 3)")
     parser.add_argument("--data", help="real preference pairs, with a larger model (as wide and deep as preference_step.py's)")
@@ -254,7 +255,7 @@ def run_trl(home: Path, spec: dict) -> list[dict]:
 
 def report(found: dict, theirs: dict[str, list[dict]], count: int, options: argparse.Namespace) -> str:
     share = 100 / (found["member_seconds"] or 1)
-    jobs = options.jobs or os.cpu_count()
+    jobs = options.jobs or pool.cores()
     table = []
     for arm, rows in theirs.items():
         if rows:

@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+from lib.processes import pool
+
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads
     "tiny": (384, 32, 64, 2, 4),
@@ -242,7 +244,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs per optimiser step")
     parser.add_argument("--micro", type=int, nargs="+", default=[2, 8], help="pairs per forward pass to try")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or pool.cores()))
     parser.add_argument("--arms", nargs="+", choices=list(NAMES), default=None)
     options = parser.parse_args(argv)
     if any(options.batch % micro for micro in options.micro):

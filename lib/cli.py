@@ -29,7 +29,8 @@ OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolut
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["test"]:
-        several = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]  # -n 0 for one process
+        # One process more than cores: some wait. Files in their order: what takes longest (tests/chaos) is not to come last.
+        several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
         from lib.commands import lab
@@ -177,7 +178,7 @@ def run(options) -> int:
 def slots_of(options) -> int:
     if options.cluster:
         return options.jobs or cluster.slots(options.cluster)
-    return options.jobs or len(pool.gpus()) or os.cpu_count() or 1
+    return options.jobs or len(pool.gpus()) or pool.cores()
 
 
 def execute(options, runs: list, whole: list) -> int:

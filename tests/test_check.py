@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, members
+from lib import cli, config, members
 from lib.commands.check import command, sources
 from lib.commands.options import parser
 from lib.running import ready
@@ -51,8 +51,9 @@ def named(told: dict, *words: str) -> bool:
 
 
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
-def test_the_shipped_studies_give_no_static_error(scale):
-    code, told = check(ROOT, "--static", "--scale", scale)
+def test_the_shipped_studies_give_no_static_error(scale, capsys):
+    code = cli.main(["check", "--json", "--static", "--scale", scale])
+    told = json.loads(capsys.readouterr().out)
     assert (code, told["is_code_ready"], told["code_issue"]) == (0, True, "")
     assert [f for f in told["findings"] if f["severity"] == "error"] == []
     assert told["cost"]["wall_clock"]
@@ -98,8 +99,8 @@ def test_static_faults_are_each_named(copy):
 
 
 def test_what_only_a_trial_shows_is_named(copy):
-    """One trial of a run with: a flag nobody reads, a calibration that is not shortened, a result written elsewhere, labels
-    lost, a metric logged under another name, and a connection."""
+    """One trial of two runs with: a flag nobody reads, a calibration that is not shortened, a result written elsewhere, labels
+    lost, a metric logged under another name, a connection, and in one of them a batch key that is never collated."""
     copy("lib/iw_lora/sections.py", "    logging_steps: Count", "    gradient_noise: float = 0.0\n    logging_steps: Count")
     copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
     copy("lib/iw_lora/member.py", "if run.mode == \"full\" else min(2, run.loss.sensitivity_warmup_steps)", "")
@@ -109,8 +110,9 @@ def test_what_only_a_trial_shows_is_named(copy):
     copy("lib/iw_lora/member.py", "    trial = run.mode == \"trial\"\n", "    trial = run.mode == \"trial\"\n"
          "    import socket\n    Path(__file__).with_name('best.json').write_text('{}')\n"
          "    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n")
+    copy("lib/iw_lora/trainer.py", 'inputs["labels"])', 'inputs["labels" if self.term else "label_ids"])')
 
-    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_lora")
+    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_lora", "--run", "lora")
     assert code == 2
     assert named(told, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
     assert named(told, "calibration", "batches in a trial, at most 2")
@@ -118,13 +120,8 @@ def test_what_only_a_trial_shows_is_named(copy):
     assert named(told, "predictions.jsonl: label", "empty in all")
     assert named(told, "tuning_accuracy", "logged by none of the members")
     assert named(told, "192.0.2.1", "touches no network")
-
-
-def test_a_batch_key_that_is_never_collated_is_named_by_the_trial(copy):
-    copy("lib/iw_lora/trainer.py", 'inputs["labels"])', 'inputs["label_ids"])')
-    code, told = check(copy.root, "--study", "iw_lora", "--run", "lora")
-    assert code == 2
-    assert named(told, "the trial failed", "KeyError", "label_ids")
+    assert named(told, "notebooks of iw_lora/lora", "the trial failed", "KeyError", "label_ids")
+    assert not named(told, "notebooks of iw_lora/iw_lora")
 
 
 @pytest.mark.slow  # .ci/run asks the same of all studies

@@ -22,6 +22,14 @@ def task(tmp_path, name, target, check=lambda: True, **argument):
     return pool.Task(name=name, target=f"tests.faults:{target}", argument=argument, folder=tmp_path / name, check=check)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_as_many_slots_as_this_process_may_use_cores():
+    mine = min(os.sched_getaffinity(0))
+    one = f"import os; os.sched_setaffinity(0, [{mine}]); from lib.processes import pool; print(pool.cores())"
+    told = subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout == "1\n"
+
+
 def test_an_exception_is_not_retried_and_its_traceback_is_in_the_log(bare, tmp_path):
     job = task(tmp_path, "a", "fail", message="seven is not a prime of two")
     pool.start(job)

@@ -5,7 +5,6 @@ Like it, this knows no study code: what a target imports of `lib` is read from d
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import logging
 import os
@@ -14,6 +13,8 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+
+from lib.processes.importing import importing
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = (
@@ -43,11 +44,10 @@ PRELOAD = (
 def preload() -> None:
     """Import what members and kernels need. One thread only: a fork copies no other thread, but keeps its locks."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
-    for name in PRELOAD:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a child's collector need not go through, nor copy, what all of them share: 3 % of a laptop member's time
+    with importing():
+        for name in PRELOAD:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
 
 def run_child(request: dict) -> None:

@@ -7,6 +7,7 @@ starts its own at the first use and takes it down when the kernel ends.
 import atexit
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import selectors
@@ -47,6 +48,15 @@ def gpus() -> list[str]:
     return []
 
 
+@functools.cache
+def cores() -> int:
+    """The processors that this process may use: of the machine's what its affinity, its container's quota and the variable
+    LOKY_MAX_CPU_COUNT leave it."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
 def place() -> str:
     """Where pools have their folders: the temporary directory, unless a socket's path would be too long there."""
     here = tempfile.gettempdir()
@@ -77,7 +87,7 @@ class Pool:
 
     def __init__(self, slots: int | None = None, *, bare: bool = False, keep_secrets: bool = False):
         devices = gpus()
-        self.slots = slots or len(devices) or os.cpu_count() or 1
+        self.slots = slots or len(devices) or cores()
         sweep()
         self.folder, held = own_folder()
         self.socket = os.path.join(self.folder, "s")

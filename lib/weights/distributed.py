@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lib.errors import MissingError
+from lib.processes.importing import importing
 from lib.processes.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +116,9 @@ def worker(request: dict) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         module, function = request["target"].split(":")
-        result = getattr(importlib.import_module(module), function)(request["argument"])
+        with importing():
+            target = getattr(importlib.import_module(module), function)
+        result = target(request["argument"])
         if rank() == 0:
             (folder / "result.json").write_text(json.dumps(result))
         dist.barrier()
