@@ -56,9 +56,14 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.sees("window.old = true")  # it still answers for a moment when the next one is on its way
         self.call("Page.navigate", url=url)
+        return self.arrived(url)
+
+    def arrived(self, url: str) -> "Page":
+        """Once a new document is there and whole."""
         there = f"{url.split('#')[0]} complete"
-        until(lambda: self.sees("location.href + ' ' + document.readyState") == there, f"{url} does not load")
+        until(lambda: self.sees("window.old ? '' : location.href + ' ' + document.readyState") == there, f"{url} does not load")
         return self
 
     def sees(self, expression: str):

@@ -94,14 +94,17 @@ def server(tmp_path):
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=x", timeout=PATIENCE))
 
     ask.url = f"http://127.0.0.1:{port}"
-    until(lambda: answers(ask), (tmp_path / "lab.log").read_text, process)
-    yield ask
-    os.killpg(process.pid, signal.SIGTERM)  # its kernels are of its session
     try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        until(lambda: answers(ask), (tmp_path / "lab.log").read_text, process)
+        yield ask
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # its kernels are of its session
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def answers(ask) -> bool:
