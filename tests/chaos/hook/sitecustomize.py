@@ -15,11 +15,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 TEMPORARY = re.compile(r"/\.([^/]+)\.[A-Za-z0-9_]+\.tmp$")
 EVENTS = ("open", "os.rename", "os.chmod", "os.mkdir", "os.remove")
-born, busy, counts = os.getpid(), False, {}
+born, within, counts = os.getpid(), threading.local(), {}
 
 
 def role() -> str:
@@ -80,10 +81,9 @@ def place(event: str, args: tuple) -> str | None:
 
 
 def hook(event: str, args: tuple) -> None:
-    global busy
-    if busy or event not in EVENTS:
+    if event not in EVENTS or getattr(within, "hook", False):  # its own writing; another thread's is an event
         return
-    busy = True
+    within.hook = True
     try:
         path = place(event, args)
         if path is None:
@@ -107,7 +107,7 @@ def hook(event: str, args: tuple) -> None:
                 number = int(fault["do"].split(":")[1])
                 raise OSError(number, os.strerror(number), path)
     finally:
-        busy = False
+        within.hook = False
 
 
 def stop_clocks(how: str) -> None:
