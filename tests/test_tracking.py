@@ -425,6 +425,20 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     assert seen == [("begin", folder, "online", False), "executed", ("end", folder, "online", True)]
 
 
+@pytest.mark.parametrize(("mode", "does", "late"), [("offline", "sleep 1", False), ("online", "sleep 3600", True)])
+def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(tmp_path, monkeypatch, capsys, mode, does, late):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nexec {does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(tracking.sys, "executable", str(program))
+    mirrors = tracking.Mirrors()
+    mirrors.end(tmp_path, mode)
+    until(lambda: mirrors.processes)
+    mirrors.close(0.01)
+    assert ("not finished in time" in capsys.readouterr().err) == late
+    assert mirrors.processes[tmp_path].wait() == (-signal.SIGKILL if late else 0)
+
+
 # ---- W&B is not there, or not well
 
 
