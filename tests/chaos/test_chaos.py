@@ -138,11 +138,12 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     assert not study.orphans()
 
 
-def test_ctrl_c_twice(tmp_path):
+def test_ctrl_c_twice(tmp_path, request):
     """The member is held in the middle of a step, so that the first Ctrl-C has something to wait for."""
     study, terminal = lives.Study(tmp_path / "struck", SETTINGS), Terminal()
     first = strike(1, "member", "open", f"{lives.RUN}/members/default-s1/history.jsonl", "tell")
     process = study.start([first], terminal=terminal.theirs)
+    request.addfinalizer(process.kill)
     until(lambda: study.fired(first), lambda: "\n".join(terminal.screen()), process)
     os.killpg(process.pid, signal.SIGINT)
     terminal.wait_for(process, "stopping: waiting for")
