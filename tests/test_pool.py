@@ -224,6 +224,15 @@ def folders(where):
     return sorted(where.glob("study-pool-*"))
 
 
+def test_a_server_that_ends_before_it_listens_is_not_waited_for(short, monkeypatch):
+    (short / "forkserver.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(pool, "FORKSERVER", short / "forkserver.py")
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    with pytest.raises(pool.PoolLost, match="did not start"):
+        pool.Pool(1, bare=True)
+    assert not folders(short)
+
+
 @pytest.mark.parametrize("how", ["the owner", "the owner, then the server"])
 def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monkeypatch, how):
     """The server removes its folder when its owner goes; where it is killed too, the next pool that starts does."""

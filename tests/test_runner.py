@@ -1,6 +1,7 @@
 """The runner: what counts as done, what a person is told, and that kills, locks and full disks lose nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from lib import cli, record, runner
 from lib.commands import show
 from lib.commands.options import parser
 from lib.errors import MissingError, StudyError
-from lib.running import plan, progress
+from lib.running import lock, plan, progress
 from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
 
@@ -176,6 +177,23 @@ def test_two_runners_at_once(tmp_path):
         assert f"another runner works here (process {os.getpid()})" in second.stderr
     with runner.locked(tmp_path / "outputs"):
         pass
+
+
+def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path, monkeypatch):
+    """`status`, stopped for seconds while it holds the lock to see whether it can."""
+    waited = []
+    with open(tmp_path / ".lock", "w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+
+        def sleep(seconds):
+            waited.append(seconds)
+            if len(waited) == 40:
+                fcntl.flock(looking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(lock, "time", types.SimpleNamespace(sleep=sleep))
+        with runner.locked(tmp_path):
+            assert lock.running(tmp_path)
+    assert sum(waited) == pytest.approx(2)
 
 
 def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
