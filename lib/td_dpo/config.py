@@ -33,6 +33,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "mt_bench_score": "graded by a judge, whom a trial does not ask",
     "mt_bench_score_corrected": "graded by a judge, whom a trial does not ask",
     "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
+    "evaluation.questions": "how many of them: read where they are there, and by the oracle",
     "dataset.on_bad_row": "generated rows are never bad",
 }
 ALIASES = {  # the order is the order in a cell's name
@@ -175,7 +176,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
     batch = min(run.training.per_device_train_batch_size, run.training.global_batch_size, 4)
     pairs = min(2 * batch, run.dataset.limit or 2 * batch)
     changes = {
-        "training.epochs": 1, "training.max_steps": min(2, run.training.max_steps or 2),
+        "training.epochs": 1, "training.max_steps": run.training.max_steps and min(2, run.training.max_steps),  # else one epoch
         "training.global_batch_size": batch, "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": None, "training.logging_steps": 1, "dataset.limit": pairs,
         "compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus),

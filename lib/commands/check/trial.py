@@ -49,7 +49,7 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
         for study in dict.fromkeys(run.study for _, run in found):
             mine = [(path, run) for path, run in found if run.study == study]
             yield from unread_keys(study, mine, evidence)
-            yield from unlogged_metrics(study, results)
+            yield from unlogged_metrics(study, results, scale)
             yield from empty_columns(study, results)
         yield from too_many_batches(evidence)
         yield from strays(evidence, scale)
@@ -187,14 +187,16 @@ def not_off(results: Path) -> Iterator[Finding]:
         )
 
 
-def unlogged_metrics(study: str, results: Path) -> Iterator[Finding]:
-    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name."""
+def unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]:
+    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name. What is
+    primary at another scale only is not asked of this one."""
     logged = {name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path) or {}}
     if not logged:
         return
     module = config.study_module(study)
+    elsewhere = {name for name in module.PRIMARY_METRIC.values() if name != module.PRIMARY_METRIC[scale]}
     for name in (*module.METRICS, module.VALIDATION_METRIC, module.SECOND_METRIC):
-        if name not in logged and name not in module.UNREAD:
+        if name not in logged and name not in module.UNREAD and name not in elsewhere:
             near = faults.did_you_mean(name, sorted(logged))
             yield Finding(
                 "error",
