@@ -103,6 +103,13 @@ def test_an_interrupt_signal_in_mid_cell_is_no_success(bare, tmp_path):
     assert not step.output.exists()
 
 
+def test_a_kernel_listens_on_no_port(bare, tmp_path):
+    """Nothing else can take it, and no attempt to connect can come from it."""
+    asked = "from ipykernel.kernelapp import IPKernelApp; assert IPKernelApp.instance().transport == 'ipc'"
+    step = step_of(tmp_path, asked, SENTINEL)
+    assert outcome(step, cell_timeout=int(PATIENCE)).state[id(step)] == "succeeded"
+
+
 def test_a_killed_kernel_gets_one_more_try(bare, tmp_path):
     flag = f"import os, pathlib\nflag = pathlib.Path('{tmp_path}/killed')\n"
     once = flag + "if not flag.exists(): flag.touch(); os.kill(os.getpid(), 9)"

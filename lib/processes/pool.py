@@ -60,7 +60,7 @@ def cores() -> int:
 def place() -> str:
     """Where pools have their folders: the temporary directory, unless a socket's path would be too long there."""
     here = tempfile.gettempdir()
-    return here if len(os.fsencode(here)) <= SOCKET_PATH - len(f"/{PREFIX}xxxxxxxx/s") else "/tmp"
+    return here if len(os.fsencode(here)) <= SOCKET_PATH - len(f"/{PREFIX}xxxxxxxx/kxxxxxxxx-5") else "/tmp"
 
 
 def own_folder() -> tuple[str, int]:
