@@ -20,9 +20,10 @@ from lib.commands import show
 from lib.commands.options import parser, short, wants
 from lib.errors import StudyError
 from lib.processes import cluster, pool
-from lib.running import forecast, plan, progress, ready
+from lib.running import forecast, keys, plan, progress, ready
 from lib.weights import hub
 
+LONGEST = 180  # bytes of what --set changed in a folder's name
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
 
@@ -93,6 +94,8 @@ def root_of(options) -> Path:
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
+    if len(os.fsencode(suffix)) > LONGEST:  # a folder's name has 255 bytes at most: many changes are told apart by their digest
+        suffix = f"{os.fsencode(suffix)[:LONGEST].decode(errors='ignore')}...{keys.digest(suffix)[:8]}"
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
 
 
@@ -199,7 +202,7 @@ def execute(options, runs: list, whole: list) -> int:
         to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-            + (f"about {progress.duration(predicted.wall_seconds)}" if to_do else "nothing to do"),
+            + (progress.predicted(predicted, "about ") if to_do else "nothing to do"),
             flush=True,
         )
         for step in steps:

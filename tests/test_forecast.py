@@ -10,6 +10,7 @@ import pytest
 from lib import cli, record, runner
 from lib.commands import show
 from lib.running import forecast, plan, resources
+from tests.conftest import TINY
 
 
 def member(run, name: str, seconds: float, *, run_id: str | None = None, study_dir: Path | None = None, **changes) -> Path:
@@ -73,6 +74,19 @@ def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
     found = forecast.forecast([step(run=run, members=3)], slots=8)
     assert found.memory_bytes == 500 + 3 * 40, "no more members at a time than there are"
     assert found.disk_bytes == 3 * forecast.member_disk(run)
+
+
+def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
+    dataset, training = {**TINY["dataset"], "name": "somebodys/pairs"}, {**TINY["training"], "max_steps": None, "epochs": 2}
+    bound, run = tiny(dataset={**dataset, "limit": 80}, training=training), tiny(dataset=dataset, training=training)
+    (first, *_) = plan.steps([run], "laptop", "full")
+    show.planned([first], 1, Path("."))
+    said = capsys.readouterr().out
+    assert "?" in next(line for line in said.splitlines() if "td_dpo/tiny" in line)
+    assert "more than" in said
+    assert not forecast.unknown(bound), "as many steps as its limit allows, at most"
+    member(run, "a", 20.0)
+    assert not plan.steps([run], "laptop", "full")[0].unknown
 
 
 def test_what_a_member_used_is_measured(tmp_path):

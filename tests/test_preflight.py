@@ -244,6 +244,21 @@ def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_pa
     assert preflight.missing_for([here], machine(free=16e9)) == []
 
 
+QWEN = {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+DEBERTA = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+           "vocab_size": 128100, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(("path", "shape", "millions"), [
+    ("graff/paper/graff_30", QWEN, 40.4),  # what peft counts for Qwen3-0.6B at r = 64 on all seven projections
+    ("iw_lora/paper/rte_lora", DEBERTA, 1.7), ("iw_lora/paper/rte_full", DEBERTA, 211.6),  # of 184: a gate is counted too
+])  # fmt: skip
+def test_the_other_studies_checkpoints_are_counted_too(path, shape, millions):
+    run = config.load_run(config.ROOT / "params" / f"{path}.yaml", scale="paper", mode="full")
+    assert footprint.trained_weights(run, footprint.shape(shape)) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
 def test_memory_of_the_papers_shape(run):
     model = footprint.shape(LLAMA)
     assert footprint.adapter_weights(model, 64) == 159_907_840  # what peft counts for Llama-2-7b at r = 64, all-linear

@@ -270,6 +270,9 @@ def test_outputs_of_other_params_and_other_paths_have_their_own_folders(tmp_path
 
     assert root() == "laptop-full"
     assert root("--params", str(tmp_path)).startswith("laptop-full,params=")
+    many = [f"--set=dataset.preprocessing.key_{i}={'ü' * 20}" for i in range(20)]
+    assert root(*many) != root(*many[:-1])
+    assert len(root(*many).encode()) < 255
     assert root("--set", "dataset.name=/a/pairs.jsonl") != root("--set", "dataset.name=/b/pairs.jsonl")
     assert "hunter2" not in root("--set", "optuna.storage=postgresql://me:hunter2@h/db")
 
@@ -341,7 +344,8 @@ def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
 
 
 def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
-    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0})() for i in range(30)]
+    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0, "unknown": False})()
+             for i in range(30)]
     mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "10")

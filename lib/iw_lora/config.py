@@ -84,7 +84,7 @@ def train_rows(run: Run) -> int | None:
         rows = run.dataset.train_examples - max(1, round(run.dataset.tuning_fraction * run.dataset.train_examples))
         return min(rows, run.dataset.limit or rows)
     rows = GLUE_ROWS.get(run.dataset.subset) if run.dataset.name in ("glue", "nyu-mll/glue") else None
-    return min(rows, run.dataset.limit or rows) if rows else None
+    return min(rows, run.dataset.limit or rows) if rows else run.dataset.limit
 
 
 def steps(run: Run) -> int | None:

@@ -17,7 +17,7 @@ KEPT_CHECKPOINTS = 3  # while a member trains: the best, the last, and the one t
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a decoder (Llama, Mistral, Qwen): what its size follows from."""
+    """Of a decoder (Llama, Mistral, Qwen) or, as an upper bound, an encoder (DeBERTa): what its size follows from."""
 
     layers: int
     hidden: int
@@ -67,9 +67,20 @@ def adapter_weights(model: Shape, rank: int) -> int:
     return model.layers * rank * sum(i + o for i, o in model.linear)
 
 
+def rank(run) -> int | None:
+    """The rank of the adapters that a run trains, as its study's section calls it; None where the whole model is trained."""
+    model = run.model
+    if peft := getattr(model, "peft", None):
+        return peft.lora_r
+    if lora := getattr(model, "lora", None):
+        return lora.r
+    adapter = getattr(model, "adapter", None)
+    return max(adapter.rank, adapter.init_r or 0) if adapter and adapter.type != "none" else None
+
+
 def trained_weights(run, model: Shape) -> int:
-    peft = getattr(run.model, "peft", None)
-    return adapter_weights(model, peft.lora_r) if peft else model.weights + model.embeddings
+    """At most: adapters are counted as if they were on every projection, an encoder as if its blocks were gated."""
+    return adapter_weights(model, rank(run)) if rank(run) else model.weights + model.embeddings
 
 
 def training_bytes(run, model: Shape) -> float:

@@ -21,7 +21,8 @@ KEPT = 50  # executions in the history of predictions
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a list of steps. `wall_seconds` with the slots at hand; `device_hours`: of a GPU where members train on one, of a
+    """Of a list of steps. `wall_seconds` with the slots at hand, and `at_least` where some of their members train for as many
+    steps as their data turns out to have; `device_hours`: of a GPU where members train on one, of a
     core else; `memory_bytes`: the pool and as many members as run at a time; `disk_bytes`: what they will write."""
 
     wall_seconds: float
@@ -29,6 +30,7 @@ class Forecast:
     memory_bytes: int | None
     device_memory_bytes: int | None
     disk_bytes: int | None
+    at_least: bool = False
 
     def cost(self, price_per_hour: float | None) -> float | None:
         """In the currency of `price_per_hour`, the price of one GPU (without GPUs: of one core) for an hour."""
@@ -58,8 +60,13 @@ def expected_seconds(run) -> float:
     return config.steps(run) * run.compute.seconds_per_step
 
 
+def unknown(run) -> bool:
+    """Whether nothing tells how long a member trains: neither its YAML (epochs over data not read yet) nor a record."""
+    return run.mode != "trial" and not config.steps(run) and not _records(run)[0]
+
+
 def member_seconds(run) -> float:
-    """Expected seconds of one member on one slot."""
+    """Expected seconds of one member on one slot; 0 where that is `unknown`."""
     if run.mode == "trial":
         return TRIAL_SECONDS
     found, factor = _records(run)
@@ -101,7 +108,8 @@ def forecast(planned: list, slots: int) -> Forecast:
         wall_seconds=wall, device_hours=shared / 3600 * max(1, devices),
         memory_bytes=max(base + at_once * own for base, own in known) if known and len(known) == len(held) else None,
         device_memory_bytes=max((d for *_, d in held if d is not None), default=None),
-        disk_bytes=sum(n * each for n, each in disk) if all(each is not None for _, each in disk) else None)
+        disk_bytes=sum(n * each for n, each in disk) if all(each is not None for _, each in disk) else None,
+        at_least=any(s.members and s.unknown for s in training))
 
 
 def remember(root: Path, predicted: Forecast, actual_seconds: float, titles: list[str], slots: int) -> None:

@@ -33,6 +33,7 @@ class Step:
     run: object = None
     needs: list["Step"] = field(default_factory=list)
     members: int = 0  # to be trained
+    unknown: bool = False  # nothing tells how long one trains
     training: float = 0.0  # predicted seconds of its members, on one slot
     seconds: float = 0.0  # the same with the notebook's own
     prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
@@ -98,7 +99,7 @@ def _train(run, force: bool) -> Step:
     if stale and not reason.startswith("forced"):
         reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale))
-    step.training = len(stale) * forecast.member_seconds(run)
+    step.unknown, step.training = bool(stale) and forecast.unknown(run), len(stale) * forecast.member_seconds(run)
     step.seconds = step.training + (NOTEBOOK_SECONDS if reason else 0)
     return step
 
@@ -110,7 +111,7 @@ def _sweep(train: Step, force: bool) -> Step:
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train])
     if reason:
         step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
-        step.training = step.members * forecast.member_seconds(run)
+        step.unknown, step.training = train.unknown, step.members * forecast.member_seconds(run)
         step.seconds = step.training + NOTEBOOK_SECONDS
     return step
 

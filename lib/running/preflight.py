@@ -235,7 +235,7 @@ def _disk(runs: list[Run], machine: Machine) -> list[Finding]:
     for run in runs:
         floor = max(floor, NEEDED_GB[run.scale] * 1e9)
         model = footprint.shape(settings(run, machine) or {})
-        if model is None or run.scale == "laptop" or not hasattr(run.model, "peft"):
+        if model is None or run.scale == "laptop":
             continue
         folder = Path(run.results_dir) / run.run_id / "members"
         left = sum(not (folder / member.id / "done.json").exists() for member in members(run))

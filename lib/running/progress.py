@@ -49,6 +49,12 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
 
 
+def predicted(found, about: str = "") -> str:
+    """The wall-clock of a Forecast, in words: where members train for as long as their data turns out to have, that it is a
+    lower bound."""
+    return f"{'more than ' if found.at_least else about}{duration(found.wall_seconds)}"
+
+
 class Live:
     """Prints one line per running notebook and a total: rewritten in place on a terminal, plain lines elsewhere."""
 
@@ -75,7 +81,9 @@ class Live:
         lines = [line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running]
         ended = sum(self.runner.state[id(s)] not in ("", "running") for s in self.runner.steps)
         total = f"[{duration(time.monotonic() - self.started)}] {ended} of {len(self.runner.steps)} notebooks done"
-        total += f", about {duration(self.left(running))} left" if ended < len(self.runner.steps) else ""
+        open_ended = any(s.unknown and self.runner.state[id(s)] in ("", "running") for s in self.runner.steps)
+        about = "more than" if open_ended else "about"
+        total += f", {about} {duration(self.left(running))} left" if ended < len(self.runner.steps) else ""
         if not self.terminal:
             print(f"{total}: " + " | ".join(lines), flush=True)
             return

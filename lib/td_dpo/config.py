@@ -145,14 +145,14 @@ def accumulation(run: Run) -> int:
 
 
 def train_pairs(run: Run) -> int | None:
-    """Pairs trained on, where that is known before the data is read."""
+    """Pairs trained on, where that is known before the data is read; of other data `limit` of them at most."""
     if run.dataset.name == "generated":
         pairs = run.dataset.train_pairs
     elif run.dataset.name in KNOWN_PAIRS:
         pairs = KNOWN_PAIRS[run.dataset.name]
         pairs -= round(pairs * run.dataset.validation_fraction)
     else:
-        return None
+        return run.dataset.limit
     return min(pairs, run.dataset.limit or pairs)
 
 

@@ -19,6 +19,7 @@ from tests.conftest import until
 
 pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
 
+FIGURE = f"{lives.RUN.replace('tiny', 'comparison')}/figures/comparison_claims.pdf"  # the analysis' first
 # Checkpoints only every fourth step: one at step 2 can only be that of a member that was asked to stop.
 SETTINGS = {**lives.STUDY, "training": {**lives.STUDY["training"], "save_steps": 4}}
 
@@ -79,7 +80,7 @@ def told_by_status(study: lives.Study) -> str:
 def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed_one(tmp_path):
     undisturbed = ThreadPoolExecutor().submit(lives.events, tmp_path / "calm", SETTINGS)  # beside the first life
     study = lives.Study(tmp_path / "struck", SETTINGS)
-    member, comparison = f"{lives.RUN}/members/default-s", lives.RUN.replace("tiny", "comparison")
+    member = f"{lives.RUN}/members/default-s"
 
     # Ctrl-C in a terminal, while the first member is in its first step.
     terminal = Terminal()
@@ -113,8 +114,8 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     assert "its runner is gone" in told_by_status(study)
     assert lives.false_successes(study, calm) == []
 
-    # The disk is full from the middle of the analysis on.
-    full = strike(5, "kernel", "os.rename", f"{comparison}/claims.json", "errno:28:stay")
+    # The disk is full from the analysis' first figure on.
+    full = strike(5, "kernel", "os.rename", FIGURE, "errno:28:stay")
     assert study.live([full]) in (1, 3)
     assert "No space left on device" in (study.home / "out.txt").read_text()
     assert not study.orphans()
@@ -123,8 +124,8 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     # A second runner, a laptop that sleeps, and a killed kernel: none of them needs the command again.
     (study.home / f"{full['id']}.fired").unlink()
     last = [
-        strike(6, "kernel", "os.mkdir", f"{comparison}/figures", "tell"),
-        strike(7, "kernel", "os.rename", f"{comparison}/claims.json", "kill"),
+        strike(6, "kernel", "os.mkdir", os.path.dirname(FIGURE), "tell"),
+        strike(7, "kernel", "os.rename", FIGURE, "kill"),
     ]
 
     def asleep_beside_another(study, process, fault):

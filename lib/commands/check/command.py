@@ -117,8 +117,8 @@ def cost_of(found: Found, scale: str, slots: int) -> dict:
     )
     downloads = sorted({n for run in runs for n in (run.model.name, run.dataset.name) if config.is_hub_id(n)})
     return {
-        "wall_clock": progress.duration(told.wall_seconds),
-        "device_hours": round(told.device_hours, 2),
+        "wall_clock": progress.predicted(told),
+        "device_hours": None if told.at_least else round(told.device_hours, 2),
         "memory": show.size(told.memory_bytes),
         "disk": show.size(told.disk_bytes),
         "downloads": ", ".join(downloads) or "none",

@@ -19,6 +19,7 @@ from lib.settings import faults
 from lib.settings.schema import Compute, Optuna, Wandb
 
 MOST_BATCHES = 2
+NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of it has failed by itself
 # Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the source.
 RUNNERS = {"compute": Compute, "optuna": Optuna, "wandb": Wandb}
 
@@ -45,7 +46,10 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
             },
         )
         evidence, results = witness.evidence(told), outputs / f"{scale}-trial"
-        yield from failures(results, done)
+        failed = list(failures(results, done))
+        yield from failed
+        if any(finding.file == NEVER_BEGAN for finding in failed):  # all else would follow from it
+            return
         for study in dict.fromkeys(run.study for _, run in found):
             mine = [(path, run) for path, run in found if run.study == study]
             yield from unread_keys(study, mine, evidence)
@@ -85,7 +89,7 @@ def failures(results: Path, done: subprocess.CompletedProcess) -> Iterator[Findi
     if done.returncode and not named_any:
         yield Finding(
             "error",
-            "the trial",
+            NEVER_BEGAN,
             "",
             f"ended with {done.returncode}: {record.redact((done.stderr or done.stdout)[-800:]).strip()}",
             "./run_all.sh trial",
@@ -117,11 +121,10 @@ def unread_keys(study: str, found: list[tuple[Path, config.Run]], evidence: list
 
 
 def attributes_used() -> set[tuple[str, str]]:
-    """(section, key) of every `….<section>.<key>` in `lib` outside the configuration layer; `….<section>.model_dump` and
-    `getattr(….<section>, ...)` use all of it."""
+    """(section, key) of every `….<section>.<key>` in `lib`, but where configurations are made and shrunk."""
     used: set[tuple[str, str]] = set()
     for path in (config.ROOT / "lib").rglob("*.py"):
-        if path.parent.name == "settings" or path.name in ("config.py", "sections.py"):
+        if path.parent.name == "settings" or path.name in ("config.py", "sections.py") and path != Path(config.__file__):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
