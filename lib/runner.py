@@ -258,7 +258,7 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
         path.replace(path.with_name(f"{step.output.stem}.{number}.failed.ipynb"))
     return papermill.execute_notebook(
         str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
-        engine_name="study", progress_bar=False, log_output=False, start_timeout=120, execution_timeout=cell_timeout)
+        engine_name="study", progress_bar=False, log_output=False, start_timeout=600, execution_timeout=cell_timeout)
 
 
 def check_success(step: plan.Step, notebook, nonce: str) -> None:

@@ -6,13 +6,18 @@ import json
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
+
+from tests.conftest import PATIENCE, text_of, until
 
 PROGRAM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
 QUIET = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars",
          "--remote-debugging-port=0", "--remote-allow-origins=*", "--allow-file-access-from-files")
+
+
+class NoAnswer(Exception):
+    """The browser refused what it was asked."""
 
 
 class Page:
@@ -29,7 +34,8 @@ class Page:
         while True:
             message = json.loads(self.socket.recv())
             if message.get("id") == number:
-                assert "error" not in message, message
+                if "error" in message:
+                    raise NoAnswer(message)
                 return message["result"]
             self.note(message)
 
@@ -50,12 +56,22 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.sees("window.old = true")  # it still answers for a moment when the next one is on its way
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + 20
-        while self.ask("document.readyState") != "complete" or self.ask("location.href") != url.split("#")[0]:
-            assert time.monotonic() < deadline, f"{url} does not load"
-            time.sleep(0.02)
+        return self.arrived(url)
+
+    def arrived(self, url: str) -> "Page":
+        """Once a new document is there and whole."""
+        there = f"{url.split('#')[0]} complete"
+        until(lambda: self.sees("window.old ? '' : location.href + ' ' + document.readyState") == there, f"{url} does not load")
         return self
+
+    def sees(self, expression: str):
+        """As `ask`; None where there is nothing to be asked, as between two documents."""
+        try:
+            return self.ask(expression)
+        except NoAnswer:
+            return None
 
     def ask(self, expression: str):
         """The value of a JavaScript expression in the page."""
@@ -79,14 +95,12 @@ def browser():
         process = subprocess.Popen([PROGRAM, *QUIET, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         try:
-            port, deadline = Path(profile, "DevToolsActivePort"), time.monotonic() + 30
-            while not port.exists() or len(port.read_text().splitlines()) < 2:
-                assert time.monotonic() < deadline, "Chromium does not start"
-                time.sleep(0.05)
-            address, path = port.read_text().splitlines()[:2]
-            link = websocket.create_connection(f"ws://127.0.0.1:{address}{path}", timeout=30)
+            port = Path(profile, "DevToolsActivePort")
+            until(lambda: len(text_of(port).splitlines()) >= 2, "Chromium does not start", process)
+            address, path = text_of(port).splitlines()[:2]
+            link = websocket.create_connection(f"ws://127.0.0.1:{address}{path}", timeout=PATIENCE)
             target = _result(link, 1, "Target.createTarget", url="about:blank")["targetId"]
-            page = websocket.create_connection(f"ws://127.0.0.1:{address}/devtools/page/{target}", timeout=60)
+            page = websocket.create_connection(f"ws://127.0.0.1:{address}/devtools/page/{target}", timeout=PATIENCE)
             yield Page(page)
             page.close()
             link.close()

@@ -2,14 +2,17 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+PATIENCE = 600.0  # seconds: a deadline is there so that what hangs ends, and says nothing of how fast a machine has to be
 
 gc.disable()  # until the packages are there: see lib/processes/importing.py
 
@@ -33,6 +36,35 @@ TINY = {
     "evaluation": {"questions": 2, "max_new_tokens": 8, "kl_prompts": 2, "judge": "oracle"},
     "optuna": {"n_trials": 0}, "seed_list": [1, 2], "grid": None, "wandb": {"mode": "disabled"},
 }  # fmt: skip
+
+
+def until(truth, what="it did not come about", process=None):
+    """Wait until `truth()`, which is returned; not for ever, and not for a `process` that has ended without it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := truth()):
+        ended = process is not None and process.poll() is not None
+        if ended and (found := truth()):  # the last that it did
+            break
+        assert not ended, f"the process ended with {process.returncode}: {what() if callable(what) else what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE:g} s: {what() if callable(what) else what}"
+        time.sleep(0.02)
+    return found
+
+
+def text_of(path):
+    """What stands in a file that another process writes; "" where it is not there yet."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def gone(pid):
+    """Whether this process has ended, reaped or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,43 @@ def killed_member(argument: dict) -> None:
     work.train(argument)
 
 
+def stopped_member(argument: dict) -> None:
+    """lib.processes.work.member, asked to stop (SIGTERM), once, when step `stop_at` is in its history."""
+    from lib import record
+    from lib.processes import work
+
+    append = record.append_jsonl
+
+    def append_and_stop(path, row):
+        append(path, row)
+        if row.get("step") == argument["stop_at"] and "loss" in row and not Path(argument["marker"]).exists():
+            Path(argument["marker"]).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    record.append_jsonl = append_and_stop
+    work.member(argument)
+
+
 def sleep(argument: dict) -> None:
     import time
 
     Path(argument["started"]).write_text(str(os.getpid()))
     time.sleep(argument["seconds"])
+
+
+def hold(argument: dict) -> None:
+    """Says in the file `said` that it has begun and that it ends; from `go` on it takes a moment, until then for ever."""
+    import time
+
+    def say(word: str) -> None:
+        with open(argument["said"], "a") as file:
+            file.write(f"{word} {argument['who']}\n")
+
+    say("begun")
+    while not os.path.exists(argument["go"]):
+        time.sleep(0.01)
+    time.sleep(argument.get("seconds", 0))
+    say("ended")
 
 
 def fail(argument: dict) -> None:
@@ -134,4 +166,4 @@ def hold_the_lock(argument: dict) -> None:
     import ctypes
 
     Path(argument["started"]).write_text(str(os.getpid()))
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(3600)  # longer than any test waits for its end

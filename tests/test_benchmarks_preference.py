@@ -57,4 +57,4 @@ def test_a_grid_of_two_cells_is_run_both_ways(capsys):
     said = capsys.readouterr().out
     assert "| 2 cells | seconds | per cell |" in said
     assert "(measured)" in said
-    assert 0 < float(said.split("first recorded step: ")[1].split(" s.")[0]) < 120
+    assert float(said.split("first recorded step: ")[1].split(" s.")[0]) > 0

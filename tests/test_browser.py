@@ -77,7 +77,7 @@ def test_a_point_is_clicked_and_the_members_page_opens(page, index):
     assert abs(point[1] + point[3] / 2 - (picture[1] + 0.5 * picture[3])) < 1
     assert page.ask("document.querySelector('a.point').textContent") == "dpo, seed 42: 7.25"
     page.ask("document.querySelector('a.point').click()")
-    page.open(index.replace("index.html", "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"))
+    page.arrived(index.replace("index.html", "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"))
     assert page.ask("document.querySelector('h1').textContent") == "dpo: beta0.05-s42"
 
 

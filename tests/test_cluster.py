@@ -14,7 +14,7 @@ from lib import cli, config, members, record
 from lib.errors import MissingError
 from lib.processes import cluster, pool
 from lib.running import preflight
-from tests.conftest import TINY
+from tests.conftest import TINY, gone, text_of, until
 
 LONG = {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}
 without_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `cluster` is not installed")
@@ -164,11 +164,7 @@ def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path,
             assert (folder / file).read_bytes() == (work.folders[name] / file).read_bytes(), (name, file)
         mine, theirs = (sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, work.folders[name]))
         assert mine == theirs, "checkpoints that were removed there are removed here"
-    assert not at_work(), "nothing is left on the nodes"
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    until(lambda: not at_work(), "something is left on the nodes")
 
 
 @pytest.mark.slow
@@ -187,15 +183,9 @@ def test_an_exception_on_a_node_is_told_here_and_not_tried_again(two_nodes, tmp_
 @without_ray
 def test_a_client_that_goes_away_takes_its_work_on_the_node_along(two_nodes, tmp_path):
     started = tmp_path / "pid"
-    task = pool.Task("a", "tests.faults:sleep", {"started": str(started), "seconds": 60, "folder": str(tmp_path / "a"),
+    task = pool.Task("a", "tests.faults:sleep", {"started": str(started), "seconds": 3600, "folder": str(tmp_path / "a"),
                                                  "config": {"compute": {"gpus": 0}}}, tmp_path / "a")  # fmt: skip
     pool.start(task)
-    deadline = time.monotonic() + 60
-    while not started.exists() or not started.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    pid = int(started.read_text())
+    pid = int(until(lambda: text_of(started)))
     pool.stop([task])
-    while not gone(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: gone(pid))

@@ -18,9 +18,8 @@ from lib.td_dpo import tokens
 from lib.weights import distributed
 from lib.weights.stand_in import write_stand_in
 from tests import sharded
-from tests.conftest import ROOT
+from tests.conftest import ROOT, gone, until
 from tests.test_engine import make_pairs
-from tests.test_pool import gone, wait_for
 
 LLAMA = "meta-llama/Llama-2-7b-chat-hf"
 TRAINING = {"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
@@ -124,12 +123,12 @@ def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "long"), "training": {**TRAINING, "max_steps": 100_000}}
     code = f"from lib.weights import distributed; distributed.launch('tests.sharded:train', {argument!r}, 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (tmp_path / "long" / "history.jsonl").exists(), 60)
+    until((tmp_path / "long" / "history.jsonl").exists, process=launcher)
     family = psutil.Process(launcher.pid).children(recursive=True)
     assert len(family) >= 3, "torchrun and two workers"
     os.killpg(launcher.pid, signal.SIGKILL)  # what the pool does; the workers have sessions of their own
     launcher.wait()
-    wait_for(lambda: all(gone(child.pid) for child in family), 20)
+    until(lambda: all(gone(child.pid) for child in family))
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from lib import config
 from lib.errors import MissingError, StudyError
 from lib.graff import answers, clock, curves, data, generate, inputs, member, methods, planner as pl
 from lib.graff.block_adam import BlockAdam
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 GSM8K = GSM8K if GSM8K.exists() else Path("/work/shared/data/gsm8k")
@@ -323,12 +321,11 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
             f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))")
     going = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("checkpoints/*/complete.json")) and going.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    going.send_signal(signal.SIGKILL)
-    going.wait()
+    try:
+        until(lambda: list((tmp_path / "cut").glob("checkpoints/*/complete.json")), process=going)
+    finally:
+        going.kill()
+        going.wait()
     member.train(member_of(kind, **extra), tmp_path / "cut", shared)
     strip = [[{k: v for k, v in r.items() if k != "at"} for r in curve(tmp_path / n)] for n in ("whole", "cut")]
     assert strip[0] == strip[1]
@@ -514,9 +511,6 @@ def test_polled_power_is_read_without_being_asked(monkeypatch):
     monkeypatch.setattr(clock.Polled, "INTERVAL", 0.01)
     watts = iter(range(1, 10**6))
     polled = clock.Polled(lambda: float(next(watts)))
-    deadline = time.monotonic() + 20
-    while polled.power < 4:  # somebody else read it
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: polled.power >= 4)  # somebody else read it
     polled.ended.set()
     assert polled.joules > 0

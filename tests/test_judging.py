@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pandas as pd
 import pytest
@@ -17,7 +16,7 @@ from lib.errors import MissingError, StudyError
 from lib.running import plan, preflight
 from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
 from lib.verdict import claim_types
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
 KEY = "sk-planted-0123456789"
@@ -121,15 +120,16 @@ def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_pa
     assert judge_server.keys == [None]
 
 
-def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server, tmp_path):
-    refused = threading.Event()
+def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server, tmp_path, monkeypatch):
+    from lib.td_dpo import judge_model
+
+    connected, judges = judge_model.connected, []
+    monkeypatch.setattr(judge_model, "connected", lambda *a, **k: judges.append(connected(*a, **k)) or judges[0])
 
     def script(n, request):
         if n == 1:
-            refused.wait(10)
-            time.sleep(0.2)  # the other worker has raised by now
+            until(lambda: judges[0].api.stopped)  # the other worker has raised
             return 200, completion("[[6]]")
-        refused.set()
         return 401, "{}"
 
     judge_server.script = script
@@ -164,14 +164,19 @@ def test_inspect_ai_leaves_nothing_behind_and_reads_nothing_that_lies_about(data
 
 
 def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_server, tmp_path):
+    again = threading.Event()
+
     def slow_once(n, request):
-        time.sleep(1.0 if n == 1 else 0)
+        if n == 1:
+            again.wait(PATIENCE)
+        again.set()
         return 200, completion("[[6]]")
 
     judge_server.script = slow_once
-    rows, _ = graded(data, tmp_path / "j.jsonl", timeout=0.4)
+    rows, _ = graded(data, tmp_path / "j.jsonl", timeout=0.5, attempts=100)  # on a slow machine others may be late as well
     assert len(rows) == 8
-    assert len(judge_server.seen) == 9
+    first = judge_server.seen[0]["messages"]
+    assert [request["messages"] for request in judge_server.seen].count(first) >= 2
 
 
 def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeated(data, judge_server, tmp_path):
@@ -393,12 +398,12 @@ def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge
 
 
 def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_server):
-    reached = threading.Event()
+    reached, killed = threading.Event(), threading.Event()
 
     def slowly(number, request):
         if number == 12:
             reached.set()
-            time.sleep(30)  # under way when it is killed
+            killed.wait(PATIENCE)  # under way when it is killed
         return 200, completion(f"[[{grade_of(request):g}]]")
 
     judge_server.script = slowly
@@ -406,10 +411,11 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
         [sys.executable, "-m", "lib", "judge", "--model", "m", "--workers", "1"], cwd=ROOT, stdout=subprocess.DEVNULL,
         env=os.environ | {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": str(outputs.parent / "cache"), "PYTHONPATH": str(ROOT)})
     try:
-        assert reached.wait(60)
+        until(reached.is_set, process=process)
     finally:
         process.kill()
         process.wait()
+        killed.set()
     assert not list(outputs.rglob("judged.json"))
     paid = [request["messages"] for request in judge_server.seen[:11]]
     judge_server.seen.clear()

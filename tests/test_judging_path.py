@@ -10,7 +10,7 @@ import yaml
 
 from lib import record
 from lib.td_dpo import judging, mt_bench
-from tests.conftest import ROOT, TINY
+from tests.conftest import PATIENCE, ROOT, TINY
 from tests.judge_endpoint import Endpoint, completion, grade_of
 
 BENCH = ROOT.parent / "shared" / "data" / "mt_bench"
@@ -28,7 +28,7 @@ def run(place: Path, *arguments: str, **environ: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * PATIENCE)
 @pytest.mark.skipif(not BENCH.is_dir(), reason=f"MT-Bench's files are not at {BENCH}")
 def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
     for name, loss in (("dpo", {"name": "dpo", "beta": 0.05}), ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0})):

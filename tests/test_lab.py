@@ -1,7 +1,9 @@
 """start_here runs headlessly, and `./run_all.sh lab` opens it as promised, in a real browser."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,7 +21,7 @@ from lib.pages import live
 from lib.pages.figure_style import Drawing, canvas
 from lib.running import plan
 from tests.browser import PROGRAM, browser
-from tests.conftest import ROOT, TINY
+from tests.conftest import PATIENCE, ROOT, TINY, until
 
 START = ROOT / "notebooks" / lab.FIRST
 in_a_browser = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")
@@ -32,7 +34,7 @@ def test_start_here_runs_headlessly(pool_socket, tmp_path):
     parameters = {**small, "results_dir": str(tmp_path), "mode": "full", "scale": "laptop"}
     folder = tmp_path / "start_here"
     step = plan.Step("train", "td_dpo", "start_here", START, folder, parameters, "key", "never run")
-    notebook = runner.execute_notebook(step, "nonce", 300)
+    notebook = runner.execute_notebook(step, "nonce", int(PATIENCE))
     assert record.read_json(folder / "done.json") == {"nonce": "nonce"}
     assert record.read_json(folder / "metrics.json")["members"]["default-s42"]["status"] == "completed"
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
@@ -62,7 +64,7 @@ def test_a_live_figure_moves_and_ends_with_its_body(monkeypatch):
     def body() -> None:
         with live.redrawn(draw, every=0.01):
             count[0] = 1
-            until(lambda: "step 1" in shown, 20)
+            until(lambda: "step 1" in shown)
             count[0] = 2
             raise KeyboardInterrupt
 
@@ -79,8 +81,7 @@ def server(tmp_path):
     foreign = tmp_path / "home" / ".local" / "share" / "jupyter" / "kernels" / "python3"  # another kernel of this name
     foreign.mkdir(parents=True)
     (foreign / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Another", "language": "python"}))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "STUDY"))}
     environment |= {"PYTHONPATH": str(tmp_path), "STUDY_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home"),
                     "JUPYTER_PREFER_ENV_PATH": "0"}
@@ -90,17 +91,20 @@ def server(tmp_path):
                                    stdout=log, stderr=log, start_new_session=True)
 
     def ask(path: str):
-        return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=x", timeout=20))
+        return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=x", timeout=PATIENCE))
 
     ask.url = f"http://127.0.0.1:{port}"
-    until(lambda: answers(ask) or process.poll() is not None, 60, tmp_path / "lab.log")
-    yield ask
-    os.killpg(process.pid, signal.SIGTERM)  # its kernels are of its session
     try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        until(lambda: answers(ask), (tmp_path / "lab.log").read_text, process)
+        yield ask
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # its kernels are of its session
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def answers(ask) -> bool:
@@ -110,23 +114,22 @@ def answers(ask) -> bool:
         return False
 
 
-def until(true, seconds: float, what: object = "") -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
+def free_port() -> int:
+    """One that is not given out to who asks for any, as the tests beside this one do: it is still free a moment later."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as probe:
+            return probe.getsockname()[1]
 
 
 def opened(page, server, address: str):
     page.call("Emulation.setDeviceMetricsOverride", width=1400, height=1000, deviceScaleFactor=1, mobile=False)
     page.call("Page.navigate", url=server.url + address)
-    until(lambda: page.ask("!!document.querySelector('.jp-TableOfContents .jp-tocItem-content')?.offsetParent"), 60, address)
-    until(lambda: [s["kernel"]["execution_state"] for s in server("sessions")] == ["idle"], 60, "a kernel")
+    until(lambda: page.sees("!!document.querySelector('.jp-TableOfContents .jp-tocItem-content')?.offsetParent"), address)
+    until(lambda: [s["kernel"]["execution_state"] for s in server("sessions")] == ["idle"], "a kernel")
 
 
 def click(page, selector: str, text: str) -> None:
-    until(lambda: page.ask(AT % (selector, text)), 20, text)
-    x, y = page.ask(AT % (selector, text))
+    x, y = until(lambda: page.sees(AT % (selector, text)), text)
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -139,10 +142,10 @@ def test_lab_opens_start_here_with_its_contents_and_nothing_else(server):
         assert page.ask("location.pathname").endswith("/tree/start_here.ipynb")
         time.sleep(2)  # the question about news came a moment after all else
         assert page.ask("document.querySelectorAll('.Toastify__toast, .jp-Dialog').length") == 0
-        contents = page.ask("[...document.querySelectorAll('.jp-tocItem-content')].map(e => e.textContent)")
-        assert contents[1] == "Parameters"
+        contents = "[...document.querySelectorAll('.jp-tocItem-content')].map(e => e.textContent)"
+        until(lambda: page.ask(contents)[1:2] == ["Parameters"])
         click(page, ".jp-tocItem-content", "Parameters")
-        until(lambda: "Parameters" in page.ask("document.querySelector('.jp-Notebook .jp-mod-active')?.innerText ?? ''"), 20)
+        until(lambda: "Parameters" in page.ask("document.querySelector('.jp-Notebook .jp-mod-active')?.innerText ?? ''"))
         assert {url.split("/")[2] for url in page.asked if url.startswith(("http", "ws"))} == {server.url.split("/")[2]}
         assert page.told == []
 
@@ -171,6 +174,6 @@ def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
         def errors() -> list:
             return [o for c in cells() for o in c["outputs"] if o["output_type"] == "error"]
 
-        until(lambda: all(c["execution_count"] for c in cells()) or errors(), 400, path)
+        until(lambda: all(c["execution_count"] for c in cells()) or errors(), path)
         assert ["./run_all.sh" in o["evalue"] for o in errors()] == [True] * refused
         assert not [o["text"] for c in cells() for o in c["outputs"] if o.get("name") == "stderr"]

@@ -15,22 +15,11 @@ import pytest
 from lib import record
 from lib.processes import pool
 from lib.processes.slots import Slots
-from tests.conftest import ROOT
+from tests.conftest import ROOT, gone, text_of, until
 
 
 def task(tmp_path, name, target, check=lambda: True, **argument):
     return pool.Task(name=name, target=f"tests.faults:{target}", argument=argument, folder=tmp_path / name, check=check)
-
-
-def wait_for(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
@@ -64,30 +53,27 @@ def test_exit_code_0_without_the_result_is_a_failure(bare, tmp_path):
 
 
 def test_no_more_run_at_once_than_there_are_slots_and_none_of_one_name(bare, tmp_path):
-    jobs = [task(tmp_path, n, "sleep", started=str(tmp_path / f"{n}{i}"), seconds=0.4) for i, n in enumerate("abcaa")]
+    """By what the children say themselves: what the pool tells of two of them may be read in another order."""
+    said, go = tmp_path / "said", tmp_path / "go"
+    jobs = [task(tmp_path, n, "hold", who=n, said=str(said), go=str(go), seconds=0.2) for n in "abcaa"]
     for job in jobs:
         pool.start(job)
-    most, names = [], []
-
-    def look():
-        running = [j for j in jobs if j.state == "running"]
+    pool.drive(jobs, on_tick=lambda: text_of(said).count("begun") >= 2 and go.touch())
+    running, most = [], []
+    for word, name in map(str.split, said.read_text().splitlines()):
+        (running.append if word == "begun" else running.remove)(name)
+        assert len(set(running)) == len(running), "two of one name"
         most.append(len(running))
-        names.append(sorted(j.name for j in running))
-
-    pool.drive(jobs, on_change=lambda _: look())
     assert max(most) == 2
-    assert all(len(set(n)) == len(n) for n in names)
     assert [j.state for j in jobs] == ["succeeded"] * 5
 
 
 def test_a_client_that_closes_takes_its_member_along(bare, tmp_path):
-    job = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=60)
+    job = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=3600)
     pool.start(job)
-    wait_for((tmp_path / "pid").exists)
-    wait_for(lambda: (tmp_path / "pid").read_text())
-    pid = int((tmp_path / "pid").read_text())
+    pid = int(until(lambda: text_of(tmp_path / "pid")))
     pool.stop([job])
-    wait_for(lambda: gone(pid), 5)
+    until(lambda: gone(pid))
 
 
 @pytest.mark.parametrize("how", ["kill the server", "kill the owner"])
@@ -95,19 +81,16 @@ def test_no_orphan_outlives_server_or_owner(tmp_path, how):
     script = (
         "import sys; from lib.processes import pool; from tests.test_pool import task; import os, pathlib, time\n"
         "p = pool.Pool(1, bare=True); os.environ['STUDY_POOL'] = p.socket; t = pathlib.Path(sys.argv[1])\n"
-        "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=60); pool.start(j)\n"
-        "(t / 'server').write_text(str(p.process.pid)); time.sleep(60)"
+        "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=3600); pool.start(j)\n"
+        "(t / 'server').write_text(str(p.process.pid)); time.sleep(3600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     try:
-        wait_for(
-            lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() and (tmp_path / "server").read_text(), 20
-        )
-        member, server = int((tmp_path / "pid").read_text()), int((tmp_path / "server").read_text())
+        member, server = (int(until(lambda n=n: text_of(tmp_path / n), process=owner)) for n in ("pid", "server"))
         os.kill(server if how == "kill the server" else owner.pid, 9)
-        wait_for(lambda: gone(member), 5)
+        until(lambda: gone(member))
         if how == "kill the owner":
-            wait_for(lambda: gone(server), 5)
+            until(lambda: gone(server))
     finally:
         owner.kill()
         owner.wait()
@@ -119,10 +102,10 @@ def test_a_child_that_holds_the_interpreters_lock_goes_with_its_server(tmp_path,
     monkeypatch.setenv("STUDY_POOL", own.socket)
     job = task(tmp_path, "a", "hold_the_lock", started=str(tmp_path / "pid"))
     pool.start(job)
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    time.sleep(0.3)
+    pid = int(until(lambda: text_of(tmp_path / "pid")))
+    time.sleep(0.3)  # it is in the call by now; where it is not yet, it must go as well
     own.process.kill()
-    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+    until(lambda: gone(pid))
     own.close()
 
 
@@ -132,12 +115,13 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
     monkeypatch.setenv("STUDY_POOL", own.socket)
     try:
         assert own.slots == 2
-        first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1.5)
+        said, go = tmp_path / "said", tmp_path / "go"
+        first = task(tmp_path, "a", "hold", who="a", said=str(said), go=str(go))
         pool.start(first)
-        wait_for((tmp_path / "pid").exists)
+        until(said.exists)
         second = task(tmp_path, "b", "note_environment", path=str(tmp_path / "seen"))
         pool.start(second)
-        pool.drive([first, second])
+        pool.drive([first, second], on_change=lambda t: t is second and t.ended and go.touch())  # the first has its slot still
         assert [first.state, second.state] == ["succeeded", "succeeded"]
         assert (tmp_path / "seen").read_text() == "5 2.0"
     finally:
@@ -192,7 +176,7 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
     try:
         first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1)
         pool.start(first)
-        wait_for((tmp_path / "pid").exists)
+        until((tmp_path / "pid").exists)
         wide, narrow = (task(tmp_path, n, "note_environment", path=str(tmp_path / f"{n}.txt")) for n in ("wide", "narrow"))
         wide.slots = 3
         order = []
@@ -229,57 +213,79 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_not_used(tmp_path, monke
     assert not folders(deep)
 
 
+@pytest.fixture
+def short():
+    """A temporary directory whose name leaves room for a socket's, wherever pytest has its own."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def folders(where):
     return sorted(where.glob("study-pool-*"))
 
 
+def test_a_server_that_ends_before_it_listens_is_not_waited_for(short, monkeypatch):
+    (short / "forkserver.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(pool, "FORKSERVER", short / "forkserver.py")
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    with pytest.raises(pool.PoolLost, match="did not start"):
+        pool.Pool(1, bare=True)
+    assert not folders(short)
+
+
 @pytest.mark.parametrize("how", ["the owner", "the owner, then the server"])
-def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(tmp_path, monkeypatch, how):
+def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monkeypatch, how):
     """The server removes its folder when its owner goes; where it is killed too, the next pool that starts does."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
     script = (
         "from lib.processes import pool; import os, time\n"
-        "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
+        "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        wait_for(lambda: (tmp_path / "server").exists() and (tmp_path / "server").read_text(), 20)
-        assert len(folders(tmp_path)) == 1
-        server = int((tmp_path / "server").read_text())
+        server = int(until(lambda: text_of(short / "server"), process=owner))
+        assert len(folders(short)) == 1
         if "server" in how:
             os.kill(server, 19)  # stopped: it cannot clean up before it is killed
         owner.kill()
         owner.wait()
         if "server" in how:
             os.kill(server, 9)
-            wait_for(lambda: gone(server))
-            assert len(folders(tmp_path)) == 1
+            until(lambda: gone(server))
+            assert len(folders(short)) == 1
             own = pool.Pool(1, bare=True)
-            assert folders(tmp_path) == [Path(own.folder)]
+            assert folders(short) == [Path(own.folder)]
             another = pool.Pool(1, bare=True)
-            assert len(folders(tmp_path)) == 2, "a pool that lives is not swept"
+            assert len(folders(short)) == 2, "a pool that lives is not swept"
             own.close()
             another.close()
-        wait_for(lambda: not folders(tmp_path))
+        until(lambda: not folders(short))
     finally:
         owner.kill()
+        owner.wait()
 
 
-def test_a_server_that_still_imports_goes_with_its_owner(tmp_path):
+def test_a_server_that_still_imports_goes_with_its_owner(short):
+    """Its first import never ends: when it goes, it goes in the middle of it."""
+    (short / "first").mkdir()
+    (short / "first" / "numpy.py").write_text(
+        "import os, time\nopen(os.environ['IMPORTING'], 'w').close(); time.sleep(3600)")
     script = (
         "from lib.processes import pool; import time\n"
-        "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(60)"
+        "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    owner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
-    wait_for(lambda: (tmp_path / "server").exists() and (tmp_path / "server").read_text(), 20)
-    server = psutil.Process(int((tmp_path / "server").read_text()))
-    wait_for(lambda: len(server.memory_maps()) > 60, 20)  # well into its imports
-    owner.kill()
-    owner.wait()
-    wait_for(lambda: gone(server.pid), 4)
-    assert not folders(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": f"{short / 'first'}{os.pathsep}{ROOT}", "TMPDIR": str(short),
+                   "IMPORTING": str(short / "importing"), "CUDA_VISIBLE_DEVICES": ""}  # with GPUs nothing is imported
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env=environment)
+    try:
+        server = int(until(lambda: text_of(short / "server"), process=owner))
+        until((short / "importing").exists, process=owner)
+    finally:
+        owner.kill()
+        owner.wait()
+    until(lambda: gone(server))
+    assert not folders(short)
 
 
 # ---------------------------------------------------------------------------------------------- secrets and terminals

@@ -1,13 +1,13 @@
 """The runner: what counts as done, what a person is told, and that kills, locks and full disks lose nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import nbformat
@@ -18,8 +18,8 @@ from lib import cli, record, runner
 from lib.commands import show
 from lib.commands.options import parser
 from lib.errors import MissingError, StudyError
-from lib.running import plan, progress
-from tests.conftest import ROOT, TINY
+from lib.running import lock, plan, progress
+from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
 
 SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
@@ -70,7 +70,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     (["import sys; sys.exit(0)", SENTINEL], "never ran"),
     (["import os; os._exit(0)", SENTINEL], "died"),
     (["import os, signal; os.kill(os.getpid(), signal.SIGKILL)", SENTINEL], "died"),
-    (["import time; time.sleep(30)", SENTINEL], "timed out"),
+    (["import time; time.sleep(3600)", SENTINEL], "timed out"),
     (["raise KeyboardInterrupt", SENTINEL], "KeyboardInterrupt"),
     (["1"], "no sentinel"),
     (["from lib import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
@@ -78,7 +78,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
 ])  # fmt: skip
 def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):
     step = step_of(tmp_path, *cells)
-    mine = outcome(step, cell_timeout=2)
+    mine = outcome(step, cell_timeout=2 if told == "timed out" else int(PATIENCE))
     assert mine.state[id(step)] == "failed"
     assert told.lower() in json.dumps(mine.errors[id(step)]).lower()
     assert record.read_json(step.folder / "status.json")["status"] == "failed"
@@ -91,18 +91,23 @@ def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told
 def test_an_interrupt_signal_in_mid_cell_is_no_success(bare, tmp_path):
     step = step_of(
         tmp_path,
-        f"from pathlib import Path; import os, time; Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(20)",
+        f"from pathlib import Path; import os, time; Path('{tmp_path}/pid').write_text(str(os.getpid())); time.sleep(3600)",
         SENTINEL,
     )
 
     def interrupt():
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            time.sleep(0.02)
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+        os.kill(int(until(lambda: text_of(tmp_path / "pid"))), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    assert outcome(step).state[id(step)] == "failed"
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert outcome(step, cell_timeout=int(PATIENCE)).state[id(step)] == "failed"
     assert not step.output.exists()
+
+
+def test_a_kernel_listens_on_no_port(bare, tmp_path):
+    """Nothing else can take it, and no attempt to connect can come from it."""
+    asked = "from ipykernel.kernelapp import IPKernelApp; assert IPKernelApp.instance().transport == 'ipc'"
+    step = step_of(tmp_path, asked, SENTINEL)
+    assert outcome(step, cell_timeout=int(PATIENCE)).state[id(step)] == "succeeded"
 
 
 def test_a_killed_kernel_gets_one_more_try(bare, tmp_path):
@@ -181,6 +186,23 @@ def test_two_runners_at_once(tmp_path):
         pass
 
 
+def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path, monkeypatch):
+    """`status`, stopped for seconds while it holds the lock to see whether it can."""
+    waited = []
+    with open(tmp_path / ".lock", "w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+
+        def sleep(seconds):
+            waited.append(seconds)
+            if len(waited) == 40:
+                fcntl.flock(looking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(lock, "time", types.SimpleNamespace(sleep=sleep))
+        with runner.locked(tmp_path):
+            assert lock.running(tmp_path)
+    assert sum(waited) == pytest.approx(2)
+
+
 def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     root = tmp_path / "outputs"
     record.write_json(root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"})
@@ -213,11 +235,12 @@ def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code
 
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path)}
-    child = subprocess.Popen([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=environment)
-    child.stdout.close()  # as `head` closes it, before a line has come
-    said = child.stderr.read().decode()
-    assert (child.wait(), said) == (141, "")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` closes it, before a line has come
+    done = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
@@ -375,7 +398,7 @@ def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     process = started(tmp_path, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}")
-    assert process.wait(180) == 1, (tmp_path / "out.txt").read_text()
+    assert process.wait(PATIENCE) == 1, (tmp_path / "out.txt").read_text()
     table = (tmp_path / "out.txt").read_text()
     assert "td_dpo/large                       out_of_memory" in table
     assert "td_dpo/fits                        succeeded" in table

@@ -20,7 +20,7 @@ from lib.running import plan
 from lib.td_dpo import tables
 from lib.verdict import claim_types, verdicts
 from tests import wandb_member
-from tests.conftest import ROOT, TINY
+from tests.conftest import PATIENCE, ROOT, TINY, until
 from tests.wandb_server import CORE_CRASH, ENTITY, KEY, serve
 
 PROJECT = "studies"
@@ -106,11 +106,11 @@ def follow(run, mode="online"):
     return mirrors
 
 
-def until(truth, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
+def words_of(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended since
+        return []
 
 
 def differences(run):
@@ -127,7 +127,7 @@ def differences(run):
 def sync(*arguments):
     """`./run_all.sh sync` in a process of its own: (exit code, what it said)."""
     command = [sys.executable, "-m", "lib", "sync", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -160,9 +160,9 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     mirrors = follow(run)
     process = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(one), "200", "0.001", "120"], cwd=ROOT)
     try:
-        until(lambda: server.received() >= 119)  # all but the newest of the 120 steps that it has made
+        until(lambda: server.received() >= 119, process=process)  # all but the newest of the 120 steps that it has made
         assert not (one / "done.json").exists()
-        lines = [line for p in psutil.Process().children(recursive=True) for line in p.cmdline()]
+        lines = [line for p in psutil.Process().children(recursive=True) for line in words_of(p)]
         assert any("wandb-core" in line for line in lines)
         assert not any(KEY in line for line in lines)
     finally:
@@ -171,7 +171,7 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     wandb_member.train(one, 200)
     wandb_member.train(two, 30)
     conclude(run)
-    mirrors.close(30)
+    mirrors.close(PATIENCE)
     assert not mirrors.failed
     assert not mirrors.unsent
     assert differences(run) == {}
@@ -369,11 +369,11 @@ def test_killed_at_step_700_of_1500(server, run, outputs):
     first = folder_of(run) / "members" / config.members(run)[0].id
     mirrors = follow(run)
     writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "1500", "0", "700", "0.001"], cwd=ROOT)
-    until(lambda: server.received() >= 699)
+    until(lambda: server.received() >= 699, process=writer)
     writer.kill()
     assert writer.wait() == -signal.SIGKILL
     finished(run, 1500)  # goes on from the checkpoint at step 600, and steps 601 to 700 come out otherwise
-    mirrors.close(60)
+    mirrors.close(PATIENCE)
     name = tracking.entries(folder_of(run))[0].id
     history = tracking.by_step(record.read_jsonl(first / "history.jsonl"))
     steps = [row["global_step"] for row in server.rows(name)]
@@ -393,7 +393,7 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
     first = folder_of(run) / "members" / config.members(run)[0].id
     mirrors = follow(run)
     writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "90", "0", "50"], cwd=ROOT)
-    until(lambda: server.received() >= 49)
+    until(lambda: server.received() >= 49, process=writer)
     writer.kill()
     writer.wait()
     mirrors.killed = True
@@ -425,6 +425,20 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     assert seen == [("begin", folder, "online", False), "executed", ("end", folder, "online", True)]
 
 
+@pytest.mark.parametrize(("mode", "does", "late"), [("offline", "sleep 1", False), ("online", "sleep 3600", True)])
+def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(tmp_path, monkeypatch, capsys, mode, does, late):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nexec {does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(tracking.sys, "executable", str(program))
+    mirrors = tracking.Mirrors()
+    mirrors.end(tmp_path, mode)
+    until(lambda: mirrors.processes)
+    mirrors.close(0.01)
+    assert ("not finished in time" in capsys.readouterr().err) == late
+    assert mirrors.processes[tmp_path].wait() == (-signal.SIGKILL if late else 0)
+
+
 # ---- W&B is not there, or not well
 
 
@@ -434,7 +448,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs, capsys):
     finished(run)
     status(run, "running")  # as a runner leaves it that is ended from outside
     before = snapshot(folder_of(run))
-    mirrors.close(15)
+    mirrors.close(PATIENCE)
     assert not mirrors.failed
     assert "1 run in offline files only" in capsys.readouterr().err
     assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
@@ -455,11 +469,11 @@ def test_dying_in_mid_run(server, run, outputs):
     server.fault, server.fault_from = "refuse", 20
     mirrors = follow(run)
     writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "60", "0", "30"], cwd=ROOT)
-    until(lambda: server.received() >= 20)
+    until(lambda: server.received() >= 20, process=writer)
     writer.kill()
     writer.wait()
     finished(run)
-    mirrors.close(15)
+    mirrors.close(PATIENCE)
     assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
     server.fault = None
     assert sync()[0] == 0
@@ -473,7 +487,7 @@ def test_a_server_that_answers_nonsense(server, run, how, outputs):
     mirrors = follow(run)
     finished(run, 10)
     before = snapshot(folder_of(run))
-    mirrors.close(15)
+    mirrors.close(PATIENCE)
     assert len(offline_runs(run)) == 3
     assert snapshot(folder_of(run)) == before
     assert sync()[0] == 3
@@ -484,7 +498,7 @@ def test_a_reply_that_crashes_the_clients_core(server, run, outputs, capsys):
     mirrors = follow(run)
     finished(run, 10)
     before = snapshot(folder_of(run))
-    mirrors.close(15)
+    mirrors.close(PATIENCE)
     assert "1 run in offline files only" in capsys.readouterr().err
     assert "SIGSEGV" in (folder_of(run) / "wandb.log").read_text()
     assert len(offline_runs(run)) == 3
@@ -501,7 +515,7 @@ def test_slow(server, run, outputs):
     server.fault, server.delay = "slow", 0.5
     mirrors = follow(run)
     finished(run, 20)
-    mirrors.close(15)
+    mirrors.close(PATIENCE)
     server.fault = None
     assert sync()[0] == 0
     assert differences(run) == {}

@@ -31,6 +31,7 @@ PROJECT = "llm-finetuning-studies"
 NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
 STALLED, UNREACHED = 75, 76  # exit codes of a sender: W&B kept it waiting; it wrote offline files for want of W&B
 TRIES = 3  # of sending live, before the run's offline files are written instead
+LOCAL_SECONDS = 300  # for files that are written here, which the network does not hold up but a slow disk does
 
 
 @dataclass
@@ -193,6 +194,7 @@ class Mirrors:
         self.processes: dict[Path, subprocess.Popen] = {}
         self.failed: list[Path] = []
         self.unsent: set[Path] = set()  # in offline files only, though W&B was wanted
+        self.local: set[Path] = set()  # whose sender writes files here and asks nothing of the network
         self.ending = self.killed = False
 
     def begin(self, folder: Path, mode: str) -> None:
@@ -225,6 +227,7 @@ class Mirrors:
             now = "offline" if attempt == TRIES or over(folder) else now
 
     def _send(self, folder: Path, mode: str) -> int | None:
+        (self.local.add if mode == "offline" else self.local.discard)(folder)
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
             process = self.processes[folder] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lib.mirror.wandb_sync", "live", mode, str(folder)],
@@ -237,15 +240,18 @@ class Mirrors:
         return None
 
     def close(self, seconds: float) -> None:
-        """Wait for what is left, at most `seconds` in all; then end it. The record is whole without it."""
+        """Wait for what is left, at most `seconds` in all, and for what is written here until it is; then end it. The record
+        is whole without it."""
         deadline, self.ending = time.monotonic() + seconds, True
-        for process in self.processes.values():
+        for process in list(self.processes.values()):  # one may be starting
             if process.stdin:
                 process.stdin.close()
-        for thread in self.live.values():
+        for folder, thread in self.live.items():
             thread.join(max(0.0, deadline - time.monotonic()))
+            if seconds and folder in self.local:
+                thread.join(LOCAL_SECONDS)
         self.killed = True
-        late = [folder for folder, process in self.processes.items() if process.poll() is None]
+        late = [folder for folder, process in list(self.processes.items()) if process.poll() is None]
         for folder in late:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.processes[folder].pid, signal.SIGKILL)

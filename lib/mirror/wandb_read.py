@@ -19,6 +19,7 @@ from lib.mirror.tracking import FROM, Entry, by_step, sha256, stated
 from lib.running.preflight import Machine, wandb_host, wandb_key
 
 SECONDS = 15  # for one request to W&B
+SERVICE_SECONDS = 300.0  # for the client's own process to start, on a slow disk; one that dies is not waited for
 
 
 def quiet() -> None:
@@ -41,7 +42,8 @@ def api(seconds: int = SECONDS):
 
     try:
         wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1, x_graphql_retry_wait_min_seconds=0.3,
-                                   x_graphql_retry_wait_max_seconds=1, x_graphql_timeout_seconds=seconds))
+                                   x_graphql_retry_wait_max_seconds=1, x_graphql_timeout_seconds=seconds,
+                                   x_service_wait=SERVICE_SECONDS))
         made = wandb.Api(timeout=seconds)
         made.default_entity  # noqa: B018 (asks the server who we are)
         return made

@@ -58,7 +58,7 @@ def begin(entry: tracking.Entry, name: str, mode: str, folder: Path, seconds: fl
             silent=True, console="off", init_timeout=min(seconds, 30), finish_timeout=seconds, finish_timeout_raises=True,
             save_code=False, disable_git=True, disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
             x_disable_machine_info=True, x_save_requirements=False, x_file_stream_transmit_interval=2.0,
-            x_graphql_retry_max=2, host="", program="",
+            x_graphql_retry_max=2, x_service_wait=wandb_read.SERVICE_SECONDS, host="", program="",
         ),
     )
     run.define_metric("*", step_metric="global_step")
@@ -265,6 +265,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: nothing here needs to be put in order
     if given.what == "live":
         mode, folder = given.rest[0], Path(given.rest[1])
+        wandb_read.quiet()
+        import wandb  # noqa: F401 (as long as the disk takes; the watchdog is for calls to W&B)
+
+        beat()
         watchdog(4 * LIVE_SECONDS)
         if mode == "online":
             return live(folder)

@@ -27,6 +27,7 @@ FORKSERVER = Path(__file__).with_name("forkserver.py")
 PREFIX = "study-pool-"
 SOCKET_PATH = 103  # bytes that a Unix socket's path may have: 107 on Linux, 103 on macOS
 PROBE = 0.25  # seconds between two looks at what runs
+START_SECONDS = 600  # for the server to listen, where disk and memory are slow; one that ends is not waited for
 
 
 class PoolLost(RuntimeError):
@@ -59,7 +60,7 @@ def cores() -> int:
 def place() -> str:
     """Where pools have their folders: the temporary directory, unless a socket's path would be too long there."""
     here = tempfile.gettempdir()
-    return here if len(os.fsencode(here)) <= SOCKET_PATH - len(f"/{PREFIX}xxxxxxxx/s") else "/tmp"
+    return here if len(os.fsencode(here)) <= SOCKET_PATH - len(f"/{PREFIX}xxxxxxxx/kxxxxxxxx-5") else "/tmp"
 
 
 def own_folder() -> tuple[str, int]:
@@ -106,9 +107,10 @@ class Pool:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(redaction.of(os.environ)).encode() + b"\n")
             self.process.stdin.flush()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + START_SECONDS
         while not os.path.exists(self.socket):
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.close()
                 raise PoolLost("the pool of worker processes did not start")
             time.sleep(0.01)
 
@@ -126,7 +128,7 @@ class Pool:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
-            self.process.wait(2)
+            self.process.wait(10)
         except subprocess.TimeoutExpired:  # it may still be importing
             self.process.kill()
             self.process.wait()

@@ -30,13 +30,17 @@ def locked(root: Path):
 
 
 def _taken(file) -> bool:
-    """Take the lock; for a moment again and again, because `status` tests it by holding it for a moment."""
-    for _ in range(5):
-        try:
+    """Take the lock; again and again while it is only shared, for `status` tests it by holding it so for a moment."""
+    for _ in range(200):
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
-            time.sleep(0.05)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # somebody has it for himself: a runner
+            return False
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(0.05)
     return False
 
 

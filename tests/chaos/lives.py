@@ -13,14 +13,13 @@ import psutil
 import yaml
 
 from lib import record
-from tests.conftest import ROOT, TINY
+from tests.conftest import PATIENCE, ROOT, TINY
 
 HOOK = Path(__file__).with_name("hook")
 # One run of one cell with two seeds and its analysis; nothing of it is a timing (role: no interleaved step cost).
 STUDY = {**TINY, "role": "comparative", "training": {**TINY["training"], "max_steps": 8, "eval_steps": 4, "save_steps": 2}}
 RUN = "outputs/laptop-full/td_dpo/tiny"
 COMMAND = ("full", "--scale", "laptop")
-LIFE_SECONDS = 240
 
 
 class Study:
@@ -36,7 +35,7 @@ class Study:
     def start(self, faults: list[dict], *, terminal: int | None = None, command=COMMAND, **spec) -> subprocess.Popen:
         """The command that a person would type, with the hook in all its processes; on a `terminal` or into out.txt."""
         path = self.home / "spec.json"
-        path.write_text(json.dumps({"home": str(self.home), "faults": faults, **spec}))
+        path.write_text(json.dumps({"home": str(self.home), "faults": faults, "patience": PATIENCE, **spec}))
         environment = {
             **os.environ, "STUDY_OUTPUTS": str(self.home / "outputs"), "STUDY_CACHE": str(self.home / "cache"),
             "TMPDIR": str(self.home / "tmp"), "CHAOS_SPEC": str(path), "CHAOS_HOME": str(self.home),
@@ -59,7 +58,7 @@ class Study:
         """One life: start it, `act(study, process, fault)` when a fault that tells has struck; returns the exit code."""
         process = self.start(faults, **spec)
         waiting = [f for f in faults if f["do"] == "tell"]
-        deadline = time.monotonic() + LIFE_SECONDS
+        deadline = time.monotonic() + 2 * PATIENCE  # a whole life, in which a fault that tells may take its time
         try:
             while process.poll() is None:
                 for fault in [f for f in waiting if self.fired(f)]:
@@ -86,8 +85,8 @@ class Study:
                 continue
         return found
 
-    def orphans(self, seconds: float = 5.0) -> list[psutil.Process]:
-        """Who is still there `seconds` after the runner has gone."""
+    def orphans(self, seconds: float = 60.0) -> list[psutil.Process]:
+        """Who is still there `seconds` after the runner has gone; a server or a kernel that nobody ends is there for ever."""
         deadline = time.monotonic() + seconds
         while (left := self.relatives()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -111,7 +110,7 @@ def second_runner(study: Study, process: subprocess.Popen, fault: dict) -> None:
     """The same command in another terminal must be refused, and say why."""
     before = len((study.home / "out.txt").read_text())
     second = study.start([])
-    assert second.wait(60) == 2, "a second runner was let in"
+    assert second.wait(PATIENCE) == 2, "a second runner was let in"
     assert "another runner works here" in (study.home / "out.txt").read_text()[before:]
 
 

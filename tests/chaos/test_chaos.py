@@ -9,13 +9,13 @@ import struct
 import subprocess
 import termios
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lib import record
+from lib import record, runner
 from tests.chaos import __main__ as chaos, lives, schedule
+from tests.conftest import until
 
 pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
 
@@ -43,7 +43,8 @@ class Terminal:
     def screen(self) -> list[str]:
         """The lines on it: cursor up, erase to the end, carriage return and newline are all that is ever used."""
         lines, row = [""], 0
-        for part in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|[^\x1b\r\n]+", self.written):
+        whole = re.sub(r"\x1b(\[\d*)?$", "", self.written)  # the rest of a sequence may still be on its way
+        for part in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|[^\x1b\r\n]+", whole):
             if part.endswith("A") and part[0] == "\x1b":
                 row = max(0, row - int(part[2:-1]))
             elif part == "\x1b[J":
@@ -56,12 +57,13 @@ class Terminal:
                 lines[row] = part
         return lines
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while not (found := [line for line in self.screen() if text in line]):
-            assert time.monotonic() < deadline, f"no {text!r} on the screen:\n" + "\n".join(self.screen())
-            time.sleep(0.05)
-        return found[0]
+    def wait_for(self, process: subprocess.Popen | None, *texts: str) -> str:
+        """The first line that holds all of these, once `process` has written it; None: it may have ended before we read it."""
+
+        def found() -> list[str]:
+            return [line for line in self.screen() if all(text in line for text in texts)]
+
+        return until(found, lambda: f"no {texts} on the screen:\n" + "\n".join(self.screen()), process)[0]
 
 
 def strike(number: int, role: str, event: str, path: str, do: str, n: int = 1) -> dict:
@@ -84,12 +86,11 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     terminal = Terminal()
 
     def interrupt(study, process, fault):
-        line = terminal.wait_for("tiny: member 1 of 2")
-        assert terminal.wait_for("notebooks done").startswith("[")
-        assert "left" in terminal.wait_for("notebooks done")
+        line = terminal.wait_for(process, "tiny: member 1 of 2")
+        assert terminal.wait_for(process, "notebooks done", "left").startswith("[")
         assert line.strip().removeprefix("tiny: ").partition(",")[0] in told_by_status(study)
         os.killpg(process.pid, signal.SIGINT)
-        assert "Ctrl-C again leaves at once" in terminal.wait_for("stopping: waiting for")
+        terminal.wait_for(process, "stopping: waiting for", "Ctrl-C again leaves at once")
 
     first = strike(1, "member", "open", f"{member}1/history.jsonl", "tell")
     assert study.live([first], interrupt, terminal=terminal.theirs) == 130
@@ -138,20 +139,18 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     assert not study.orphans()
 
 
-def test_ctrl_c_twice(tmp_path):
+def test_ctrl_c_twice(tmp_path, request):
     """The member is held in the middle of a step, so that the first Ctrl-C has something to wait for."""
     study, terminal = lives.Study(tmp_path / "struck", SETTINGS), Terminal()
     first = strike(1, "member", "open", f"{lives.RUN}/members/default-s1/history.jsonl", "tell")
     process = study.start([first], terminal=terminal.theirs)
-    deadline = time.monotonic() + 90
-    while not study.fired(first):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    request.addfinalizer(process.kill)
+    until(lambda: study.fired(first), lambda: "\n".join(terminal.screen()), process)
     os.killpg(process.pid, signal.SIGINT)
-    terminal.wait_for("stopping: waiting for")
+    terminal.wait_for(process, "stopping: waiting for")
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 130
-    terminal.wait_for("left at once")
+    assert process.wait(0.75 * runner.STOP_SECONDS) == 130, "sooner than it would give up waiting for the held member"
+    terminal.wait_for(None, "left at once")
     assert not study.orphans()
     left = [name for name in lives.litter(study) if not name.endswith(("/progress.json", ".tmp")) or name.startswith("tmp")]
     assert not left, "but for what the next start removes"

@@ -1,12 +1,13 @@
 """Puts faults into every process of a study: Python imports this at start where the folder is on PYTHONPATH.
 
-CHAOS_SPEC names a JSON file: {"home", "record", "faults": [{"id", "event", "path", "role", "n", "do"}], "clocks"}. Every
+CHAOS_SPEC names a JSON file: {"home", "record", "faults": [{"id", "event", "path", "role", "n", "do"}], "clocks",
+"patience"}. Every
 opening for writing, renaming, chmod, mkdir and removal below `home` is an event; the n-th of its kind in its process is
 where a fault strikes, once. `record` (a path) has every event written down, for a schedule to choose from.
 
 do: kill (this process) | kill:server | kill:runner | kill:kernel | errno:<n> (this call fails; its message ends with
 CHAOS_WORDS) | errno:<n>:stay (from here on every write of every process fails) | tell (create <id>.fired and wait for
-<id>.go)
+<id>.go, `patience` seconds at most: a test that is gone must not leave it here for ever)
 """
 
 import json
@@ -14,11 +15,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 TEMPORARY = re.compile(r"/\.([^/]+)\.[A-Za-z0-9_]+\.tmp$")
 EVENTS = ("open", "os.rename", "os.chmod", "os.mkdir", "os.remove")
-born, busy, counts = os.getpid(), False, {}
+born, within, counts = os.getpid(), threading.local(), {}
 
 
 def role() -> str:
@@ -55,7 +57,7 @@ def strike(fault: dict) -> None:
         while detail and detail != "kernel":  # die with it, as this process would: it must not get further
             time.sleep(0.01)
     elif what == "tell":
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + spec["patience"]
         while not os.path.exists(marker[:-5] + "go") and time.monotonic() < deadline:
             time.sleep(0.01)
     elif what == "errno":
@@ -79,10 +81,9 @@ def place(event: str, args: tuple) -> str | None:
 
 
 def hook(event: str, args: tuple) -> None:
-    global busy
-    if busy or event not in EVENTS:
+    if event not in EVENTS or getattr(within, "hook", False):  # its own writing; another thread's is an event
         return
-    busy = True
+    within.hook = True
     try:
         path = place(event, args)
         if path is None:
@@ -106,7 +107,7 @@ def hook(event: str, args: tuple) -> None:
                 number = int(fault["do"].split(":")[1])
                 raise OSError(number, os.strerror(number), path)
     finally:
-        busy = False
+        within.hook = False
 
 
 def stop_clocks(how: str) -> None:
