@@ -135,7 +135,7 @@ def measure(run, function: str) -> None:
         cpu=not run.compute.gpus
     )
     pool.start(task)
-    pool.drive([task])
+    pool.drive([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
     if task.state != "succeeded":
         raise StudyError(f"{run.run_id}: {function}", f"it was {task.state}", "a measurement", f"read {task.log}")
 

@@ -340,6 +340,7 @@ def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
     assert told(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
         "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s")  # 2.5 of 6 members in 50 s: 20 s each
     assert told(**waiting | {"running": [{"member": "a", "step": 3}]}) == "dpo: member 1 of 6, step 3"
+    assert told(phase="measuring", what="step_cost") == "dpo: measuring step cost, or waiting for a slot to do so"
     assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
 
 

@@ -15,6 +15,8 @@ def line(folder: Path, title: str) -> str:
         return f"{title}: starting"
     if state["phase"] == "recording":
         return f"{title}: recording"
+    if state["phase"] == "measuring":
+        return f"{title}: measuring {state['what'].replace('_', ' ')}, or waiting for a slot to do so"
     if state["phase"] == "preparing":
         return f"{title}: preparing" + _step({**state, "name": "base model "})
     running = state["running"]
@@ -108,7 +110,7 @@ class Live:
             open_for = now - self.runner.since.get(id(step), now)
             if measured is not None:
                 own.append(measured)
-            elif step.kind == "analysis" or state.get("running") or phase == "recording":
+            elif step.kind == "analysis" or state.get("running") or phase in ("recording", "measuring"):
                 own.append(max(0.0, step.seconds / slots - open_for))
             else:  # none of its members runs yet: they wait for slots or, before "training", for what they share
                 waiting += step.seconds
