@@ -1,0 +1,49 @@
+"""The paper's scale for real, but for the model, which is a tiny stand-in, and the GPU."""
+
+import random
+
+import pytest
+
+from lib import record
+from lib.weights.stand_in import write_stand_in
+from tests.conftest import PATIENCE
+from tests.judge_endpoint import write_bench
+from tests.test_engine import make_pairs
+from tests.test_judging_path import run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE)
+def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_path):
+    """The shipped YAML: NF4, three epochs over data of a size that nobody stated, MT-Bench's answers, search. `full` has what
+    `check` finds in a trial keep it from starting, so that a check that errs would keep everybody from starting."""
+    pairs = make_pairs(90)
+    random.Random(0).shuffle(pairs)
+    for split, rows in (("train", pairs[:60]), ("test", pairs[60:])):
+        record.write_jsonl(tmp_path / "pairs" / f"{split}.jsonl", [
+            {"chosen": [*row["prompt"], *row["chosen"]], "rejected": [*row["prompt"], *row["rejected"]]} for row in rows])
+    words = [turn["content"] for pair in pairs for side in ("prompt", "chosen") for turn in pair[side]]
+    write_stand_in("meta-llama/Llama-2-7b-chat-hf", tmp_path / "llama", words, vocab_size=384)
+    settings = {
+        "model.name": tmp_path / "llama", "model.revision": "null",
+        "dataset.name": tmp_path / "pairs", "dataset.revision": "null", "dataset.limit": "null",
+        "dataset.preprocessing.max_length": 128, "training.global_batch_size": 16, "compute.gpus": 0, "compute.threads": 1,
+        "compute.min_gpu_memory_gb": "null", "evaluation.mt_bench": write_bench(tmp_path / "bench"), "wandb.mode": "disabled",
+        "evaluation.max_new_tokens": 4, "evaluation.kl_prompts": 2, "optuna.n_trials": 5, "seed_list": "[42]",
+    }  # fmt: skip
+    chosen = ("full", "--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--jobs", "2",
+              *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+    said = run(tmp_path, *chosen)
+    assert "no trial of these runs has passed yet" in said
+    assert "more than" in said, "how long three epochs take was not known before the data was read"
+    (results,) = (tmp_path / "outputs").glob("paper-full*/td_dpo")
+    members = [record.read_json(path) for path in (results / "dpo" / "members").glob("*/metrics.json")]
+    assert [member["status"] for member in members] == ["completed"] * 5, "four cells and a trial of the search"
+    assert {member["steps"] for member in members} == {3 * -(-54 // 16)}, "three epochs over nine tenths of the pairs"
+    answers = record.read_jsonl(next((results / "dpo" / "members").glob("*/answers.jsonl")))
+    assert len(answers) == 4 * 2, "two turns"
+    claims = record.read_json(results / "comparison" / "claims.json")
+    assert {claim["verdict"] for claim in claims} == {"not evaluated"}
+    again = run(tmp_path, *chosen)
+    assert "nothing to do" in again
+    assert "no trial of these runs" not in again
