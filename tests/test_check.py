@@ -14,6 +14,7 @@ from lib import cli, config, members, record
 from lib.commands.check import command, sources, trial
 from lib.commands.options import parser
 from lib.running import ready
+from lib.weights import hub
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")
@@ -186,6 +187,29 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
     else:
         assert len(told) == 1
         assert ("no such thing" if status is None else "KeyError: 'x'") in told[0]
+
+
+def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(monkeypatch, tmp_path):
+    """Where the hub can be reached, the trial of a paper's run fetches its model."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
+    hub.keep_downloads_here()
+    seen = {}
+
+    def tried(command, *, env, **_):
+        seen.update(env)
+        program = ("import os; from lib import witness; from lib.settings.schema import Section; witness.install(Section);"
+                   "[open(p, 'w') for p in (os.environ['HF_HUB_CACHE'] + '/blob', os.environ['HERE'] + '/stray')]")
+        Path(env["HF_HUB_CACHE"]).mkdir()
+        return real([sys.executable, "-c", program], env={**env, "HERE": str(tmp_path)}, check=True, cwd=ROOT)
+
+    real = subprocess.run
+    monkeypatch.setattr(trial.subprocess, "run", tried)
+    told = [finding.file for finding in trial.findings([], "laptop", []) if "outside its results_dir" in finding.what]
+    assert seen["HF_HUB_CACHE"] == str(tmp_path / "hub")
+    assert told == [str(tmp_path / "stray")]
 
 
 def test_calls_are_held_against_the_functions_they_call():

@@ -20,6 +20,12 @@ from lib.settings.schema import Compute, Optuna, Wandb
 
 MOST_BATCHES = 2
 NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of it has failed by itself
+HOME_CACHES = (".cache", ".config", ".ipython", ".jupyter", ".local", ".nv", ".triton")
+CACHES = (  # variables that name a place of this kind; the first two are our own `.cache` where nobody named another
+    "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+    "CUDA_CACHE_PATH", "NUMBA_CACHE_DIR",
+)  # fmt: skip
 # Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the source.
 RUNNERS = {"compute": Compute, "optuna": Optuna, "wandb": Wandb}
 
@@ -64,12 +70,9 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
 
 
 def _caches() -> list[str]:
-    """Where Python, matplotlib, Jupyter and the hub keep what belongs to no run."""
-    home = Path.home()
-    return [
-        str(p)
-        for p in (home / ".cache", home / ".config", home / ".ipython", home / ".local", home / ".jupyter", Path(sys.prefix))
-    ]
+    """Where Python, matplotlib, Jupyter, CUDA and the hub keep what belongs to no run."""
+    named = [os.path.abspath(value) for name, value in os.environ.items() if value and name in CACHES]
+    return [sys.prefix, *named, *(str(Path.home() / name) for name in HOME_CACHES)]
 
 
 def failures(results: Path, done: subprocess.CompletedProcess) -> Iterator[Finding]:
