@@ -23,8 +23,8 @@ NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of 
 HOME_CACHES = (".cache", ".config", ".ipython", ".jupyter", ".local", ".nv", ".triton")
 CACHES = (  # variables that name a place of this kind; the first two are our own `.cache` where nobody named another
     "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "XDG_CACHE_HOME",
-    "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
-    "CUDA_CACHE_PATH", "NUMBA_CACHE_DIR",
+    "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "NUMBA_CACHE_DIR",
 )  # fmt: skip
 # Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the source.
 RUNNERS = {"compute": Compute, "optuna": Optuna, "wandb": Wandb}
