@@ -435,7 +435,7 @@ def test_hub_id_goes_to_datasets_with_its_revision(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = {}
 
-    def load_dataset(name, revision=None):
+    def load_dataset(name, config=None, revision=None):
         asked.update(name=name, revision=revision)
         return datasets.DatasetDict(
             {
@@ -467,6 +467,27 @@ def test_hub_out_of_reach_is_missing_with_the_mend(monkeypatch, tmp_path):
     assert "HF_HUB_OFFLINE" in said
     assert "hf download argilla/no-such-set-7k --repo-type dataset --revision abc" in said
     assert "--set dataset.name=DIR" in said
+
+
+def test_files_that_were_downloaded_beforehand_are_read_where_the_hub_is_out_of_reach(monkeypatch, tmp_path):
+    """What the preflight counts as there: a snapshot in the hub's cache, which datasets by itself does not look at."""
+    import pandas as pd
+
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "prepared")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    revision = "f8869fc91bde5c71a104667292addcbbfd15985d"
+    data = tmp_path / "datasets--argilla--dpo-mix-7k" / "snapshots" / revision / "data"
+    data.mkdir(parents=True)
+    for split, rows in (("train", range(20)), ("test", range(30, 33))):
+        pd.DataFrame([mix_row(i) for i in rows]).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    splits, report = load_splits({"name": "argilla/dpo-mix-7k", "revision": revision})
+    assert report["rows"] == {"train": 18, "validation": 2, "test": 3}
+    assert everything({"x": splits["train"] + splits["validation"]})[3] == EXPECTED
+    with pytest.raises(MissingError):
+        load_splits({"name": "argilla/dpo-mix-7k", "revision": "0" * 40})
 
 
 @pytest.mark.parametrize(

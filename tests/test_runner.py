@@ -324,6 +324,20 @@ def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_pat
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("study", "name"), [("td_dpo", "dpo"), ("iw_lora", "lora"), ("graff", "graff")])
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_an_analysis_of_runs_that_left_no_record_says_so(pool_socket, tmp_path, study, name, scale):
+    """Where every run has failed: nothing is judged, and nothing breaks."""
+    path = sorted((ROOT / "params" / study / scale).glob(f"*{name}*.yaml"))[0]
+    run = config.load_run(path, study=study, scale=scale, mode="full", results_dir=tmp_path)
+    record.write_json(tmp_path / "comparison" / "runs.json",
+                      [{**config.dump(run), "study": study, "scale": scale, "mode": "full"}])
+    runner.execute_notebook(plan.analysis(study, tmp_path, scale, "full"), "nonce", None)
+    assert record.read_json(tmp_path / "comparison" / "done.json") == {"nonce": "nonce"}
+    assert {claim["verdict"] for claim in record.read_json(tmp_path / "comparison" / "claims.json")} == {"not evaluated"}
+
+
 # --------------------------------------------------------------------------------------------------------- what is shown
 
 

@@ -65,17 +65,13 @@ def load(name: str, split: str, revision: str | None = None, streaming: bool = F
         if not file.exists():
             raise MissingError(f"dataset.name = {name}", f"no {split}.jsonl", "a folder with train.jsonl and test.jsonl")
         return read_jsonl(file)
-    hub.prepare()
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision,
+    rows = hub.load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision,
                             streaming=streaming)
-        return checked(list(rows), name)
-    except Exception as error:
-        if isinstance(error, MissingError) or type(error).__name__ == "StudyError":
-            raise
+    try:
+        rows = list(rows)
+    except Exception as error:  # of a stream, which is fetched here
         raise hub.explain(error, name, kind="dataset", key="dataset.name", revision=revision) from error
+    return checked(rows, name)
 
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:

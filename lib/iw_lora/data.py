@@ -59,14 +59,8 @@ def _read(folder: Path, split: str) -> list[dict]:
 def _raw(dataset, task: str, split: str) -> list[dict]:
     if Path(dataset.name).is_dir():
         return checked(_read(Path(dataset.name), split), task, f"{dataset.name}/{split}")
-    hub.prepare()
-    import datasets
-
     name = "nyu-mll/glue" if dataset.name == "glue" else dataset.name
-    try:
-        rows = datasets.load_dataset(name, task, split=split, revision=dataset.revision)
-    except Exception as error:
-        raise hub.explain(error, name, kind="dataset", key="dataset.name", revision=dataset.revision) from error
+    rows = hub.load_dataset(name, task, split=split, revision=dataset.revision)
     return checked(rows.to_list(), task, f"{name}/{task}/{split}")
 
 

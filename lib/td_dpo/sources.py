@@ -178,15 +178,11 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
 
 def from_hub(name: str, revision: str | None) -> list[Source]:
     """Splits of a hub data set (or of its copy in the local cache)."""
-    hub.prepare()
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()  # they flood a log
-    try:
-        found = load_dataset(name, revision=revision)
-    except Exception as error:  # its loaders raise anything from OSError to pyarrow's own
-        raise hub.explain(error, name, kind="dataset", key="dataset.name", revision=revision) from error
+    found = hub.load_dataset(name, revision=revision)
     unknown = [split for split in found if split not in SPLIT_OF]
     if unknown and "train" not in found and len(found) > 1:
         raise StudyError(

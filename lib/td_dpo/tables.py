@@ -117,6 +117,8 @@ def base_score(results: Path) -> float | None:
 
 def accuracies(loaded: record.Records) -> pd.DataFrame:
     """Implicit and raw accuracy of every cell beside the baselines that need no model, mean over seeds."""
+    if loaded.members.empty:
+        return loaded.members
     names = present(
         loaded,
         ["implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "length_baseline", "bag_of_words_baseline"],

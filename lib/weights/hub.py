@@ -78,6 +78,26 @@ def prepare() -> None:
         go_offline()
 
 
+def load_dataset(name: str, config: str | None = None, *, revision: str | None = None, **options):
+    """`datasets.load_dataset` of a hub id. Where the hub is out of reach: what was loaded before or, where it was not, the
+    files that `hf download` left in the hub's cache. MissingError where it cannot be had."""
+    prepare()
+    from datasets import load_dataset as load
+    from huggingface_hub import snapshot_download
+
+    try:
+        return load(name, config, revision=revision, **options)
+    except Exception as error:  # its loaders raise anything from OSError to pyarrow's own
+        told = explain(error, name, kind="dataset", key="dataset.name", revision=revision)
+        if not is_offline():
+            raise told from error
+        try:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+            return load(folder, config, **options)
+        except Exception:
+            raise told from error
+
+
 def names_in_chain(error: BaseException | None) -> set[str]:
     """Class names of an exception, its bases, and everything it was raised from."""
     names: set[str] = set()
