@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import yaml
 
-from lib import cli, record, runner
+from lib import cli, config, record, runner
 from lib.commands import show
 from lib.commands.options import parser
 from lib.errors import MissingError, StudyError
