@@ -14,6 +14,7 @@ from lib import cli, config, members, record
 from lib.commands.check import command, sources, trial
 from lib.commands.options import parser
 from lib.running import ready
+from lib.settings import faults
 from lib.weights import hub
 from tests.conftest import ROOT
 
@@ -187,6 +188,16 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
     else:
         assert len(told) == 1
         assert ("no such thing" if status is None else "KeyError: 'x'") in told[0]
+
+
+@pytest.mark.parametrize("study", config.studies())
+def test_every_setting_of_runner_search_and_tracker_is_used_somewhere(study):
+    """Nothing that a YAML may say of them is taken for a key that nobody reads: a trial turns most of them off."""
+    module = config.study_module(study)
+    used = trial.attributes_used()
+    keys = [tuple(key.split(".")[:2]) for key in faults.keys(module.Run) if key.split(".")[0] in trial.RUNNERS and "." in key]
+    assert len(keys) > 10
+    assert [key for key in keys if key not in used and ".".join(key) not in module.UNREAD] == []
 
 
 def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "dataset.splits": "generated data has its own; read with data from the hub or a folder",
     "dataset.preprocessing.padding": "rows are padded to the longest of their batch either way, as check says",
     "training.optimizer": "adamw is the only choice",
+    "training.warmup_ratio": "warmup_steps decides where it is given",
     "training.fp16": "true is refused",
     "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
     "loss.freeze_lora_during_warmup": "false is refused",

@@ -35,6 +35,9 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
     "evaluation.questions": "how many of them: read where they are there, and by the oracle",
     "dataset.on_bad_row": "generated rows are never bad",
+    "training.epochs": "max_steps decides where it is given",
+    "training.warmup_ratio": "warmup_steps decides where it is given",
+    "training.gradient_accumulation_steps": "derived, as check says",
 }
 ALIASES = {  # the order is the order in a cell's name
     "loss": "loss.name", "beta": "loss.beta", "tau": "loss.tau", "learning_rate": "training.learning_rate",

@@ -6,10 +6,12 @@ The trial starts from nothing (its own outputs, its own cache), so that preparat
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,8 +129,16 @@ def unread_keys(study: str, found: list[tuple[Path, config.Run]], evidence: list
 
 
 def attributes_used() -> set[tuple[str, str]]:
-    """(section, key) of every `….<section>.<key>` in `lib`, but where configurations are made and shrunk."""
-    used: set[tuple[str, str]] = set()
+    """(section, key) of every `….<section>.<key>` in `lib`, but where configurations are made and shrunk; and what a section's
+    own properties are made of."""
+    used = {
+        (section, node.attr)
+        for section, kind in RUNNERS.items()
+        for made in vars(kind).values()
+        if isinstance(made, property)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(made.fget))))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
     for path in (config.ROOT / "lib").rglob("*.py"):
         if path.parent.name == "settings" or path.name in ("config.py", "sections.py") and path != Path(config.__file__):
             continue
