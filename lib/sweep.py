@@ -75,9 +75,16 @@ def cells(run) -> list[dict]:
     space, found = distributions(run), []
     for member in config.members(run):
         point = {name: member.cell.get(config.resolve(run.study, name), value_at(member.run, name)) for name in space}
-        if point not in found and all(d._contains(d.to_internal_repr(point[n])) for n, d in space.items()):
+        if point not in found and all(holds(d, point[n]) for n, d in space.items()):
             found.append(point)
     return found
+
+
+def holds(space: optuna.distributions.BaseDistribution, value) -> bool:
+    try:
+        return space._contains(space.to_internal_repr(value))
+    except ValueError:  # what a categorical one says of a value that is none of its choices
+        return False
 
 
 def heal(study: optuna.Study) -> int:

@@ -78,7 +78,10 @@ def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
 
 def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     dataset, training = {**TINY["dataset"], "name": "somebodys/pairs"}, {**TINY["training"], "max_steps": None, "epochs": 2}
-    bound, run = tiny(dataset={**dataset, "limit": 80}, training=training), tiny(dataset=dataset, training=training)
+    compute, limited = {"seconds_per_step": 0.1}, {**dataset, "limit": 80}
+    assert forecast.unknown(tiny(dataset=limited, training=training)), "how long a step takes was not said either"
+    bound = tiny(dataset=limited, training=training, compute=compute)
+    run = tiny(dataset=dataset, training=training, compute=compute)
     (first, *_) = plan.steps([run], "laptop", "full")
     show.planned([first], 1, Path("."))
     said = capsys.readouterr().out

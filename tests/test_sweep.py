@@ -45,6 +45,12 @@ def fake_training(monkeypatch):
     return trained
 
 
+def test_a_cell_outside_the_space_is_no_trial(tiny):
+    points = [{"beta": beta, "learning_rate": rate} for beta, rate in ((0.05, 1e-3), (0.3, 1e-3), (0.05, 1.0))]
+    run = tiny(grid=[{"cells": points}], seed_list=[1], optuna={"n_trials": 4, "search_space": SPACE})
+    assert sweep.cells(run) == points[:1]
+
+
 def test_cells_first_each_once_and_the_number_of_trials_is_kept(tiny, tmp_path, fake_training):
     run = searchable(tiny)
     study = sweep.search(run, tmp_path / "sweep")

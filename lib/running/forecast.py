@@ -61,8 +61,9 @@ def expected_seconds(run) -> float:
 
 
 def unknown(run) -> bool:
-    """Whether nothing tells how long a member trains: neither its YAML (epochs over data not read yet) nor a record."""
-    return run.mode != "trial" and not config.steps(run) and not _records(run)[0]
+    """Whether nothing tells how long a member trains: neither its YAML (no `seconds_per_step`, or epochs over data that was
+    not read yet) nor a record."""
+    return run.mode != "trial" and not expected_seconds(run) and not _records(run)[0]
 
 
 def member_seconds(run) -> float:
