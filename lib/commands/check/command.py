@@ -101,7 +101,8 @@ def report(findings: list[Finding], as_json: bool, notes: list[str], cost: dict)
     errors = sum(f.severity == "error" for f in findings)
     print(f"\n{'ready' if made['is_code_ready'] else 'NOT ready'}: {errors} errors, {len(findings) - errors} warnings")
     if cost:
-        print("cost: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in cost.items()))
+        told = {name.replace("_", " "): "?" if value is None else value for name, value in cost.items()}
+        print("cost: " + ", ".join(f"{name} {value}" for name, value in told.items()))
     return 0 if made["is_code_ready"] else 2
 
 
