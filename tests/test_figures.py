@@ -119,6 +119,14 @@ def test_every_figure_leaves_pdf_png_csv_and_words(drawn, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_alone_in_its_category_stands_over_its_name():
+    rows = [{"run_id": run, "role": role, "cell": "c", "seed": seed, "status": "completed", "score": seed + 0.5}
+            for run, role in (("a", "control"), ("b", "proposed"), ("c", "control")) for seed in (1, 2, 3)]  # fmt: skip
+    axes = figures.box_over_seeds(pd.DataFrame(rows), "score", title="t", x="run_id", by="role").canvas.axes[0]
+    middles = sorted({round(float(np.mean(patch.get_path().vertices[:4, 0])), 6) for patch in axes.patches})
+    assert middles == sorted(axes.get_xticks()) == [0, 1, 2]
+
+
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     first, second = (figures.save(figures.claims(CLAIMS), tmp_path / name, "comparison_claims") for name in "ab")
     for kind in first.files:

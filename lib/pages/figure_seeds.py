@@ -109,10 +109,12 @@ def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -
 
 
 def _cells(table: pd.DataFrame, by: str, x: str, known: Mapping[str, Look] | None, room: float):
-    """(look, value of x, position, width, members) of every cell that has members, side by side within a category."""
+    """(look, value of x, position, width, members) of every cell that has members: side by side within a category, and in its
+    middle where each category has one."""
     look = looks(table[by], known)
-    width = room / max(1, len(look))
-    for offset, (name, own) in zip(spread(len(look), room - width), look.items(), strict=True):
+    alone = table.groupby(x)[by].nunique().max() == 1
+    width = room / (3 if alone else max(1, len(look)))
+    for offset, (name, own) in zip(spread(len(look), 0 if alone else room - width), look.items(), strict=True):
         for position, value in enumerate(ordered(table[x])):
             cell = table[(table[by] == name) & (table[x] == value)]
             if len(cell):
