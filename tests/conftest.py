@@ -1,6 +1,6 @@
 """Shared by the tests: a tiny study on disk and a pool of forked workers."""
 
-import gc
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -9,18 +9,19 @@ import psutil
 import pytest
 import yaml
 
+from lib.processes.importing import importing
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 PATIENCE = 600.0  # seconds: a deadline is there so that what hangs ends, and says nothing of how fast a machine has to be
 
-gc.disable()  # until the packages are there: see lib/processes/importing.py
+packages = contextlib.ExitStack()  # open until all that the tests import is there
+packages.enter_context(importing())
 
 
 def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    packages.close()
 
 
 TINY = {

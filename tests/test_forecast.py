@@ -79,7 +79,8 @@ def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
 def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     dataset, training = {**TINY["dataset"], "name": "somebodys/pairs"}, {**TINY["training"], "max_steps": None, "epochs": 2}
     compute, limited = {"seconds_per_step": 0.1}, {**dataset, "limit": 80}
-    assert forecast.unknown(tiny(dataset=limited, training=training)), "how long a step takes was not said either"
+    unsaid = tiny(dataset=limited, training=training)
+    assert forecast.member_seconds(unsaid) is None, "how long a step takes was not said either"
     bound = tiny(dataset=limited, training=training, compute=compute)
     run = tiny(dataset=dataset, training=training, compute=compute)
     (first, *_) = plan.steps([run], "laptop", "full")
@@ -87,7 +88,7 @@ def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     said = capsys.readouterr().out
     assert "?" in next(line for line in said.splitlines() if "td_dpo/tiny" in line)
     assert "more than" in said
-    assert not forecast.unknown(bound), "as many steps as its limit allows, at most"
+    assert forecast.member_seconds(bound) is not None, "as many steps as its limit allows, at most"
     member(run, "a", 20.0)
     assert not plan.steps([run], "laptop", "full")[0].unknown
 

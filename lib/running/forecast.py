@@ -60,18 +60,13 @@ def expected_seconds(run) -> float:
     return config.steps(run) * run.compute.seconds_per_step
 
 
-def unknown(run) -> bool:
-    """Whether nothing tells how long a member trains: neither its YAML (no `seconds_per_step`, or epochs over data that was
-    not read yet) nor a record."""
-    return run.mode != "trial" and not expected_seconds(run) and not _records(run)[0]
-
-
-def member_seconds(run) -> float:
-    """Expected seconds of one member on one slot; 0 where that is `unknown`."""
+def member_seconds(run) -> float | None:
+    """Expected seconds of one member on one slot; None where nothing tells: neither a record nor its YAML (no
+    `seconds_per_step`, or epochs over data that was not read yet)."""
     if run.mode == "trial":
         return TRIAL_SECONDS
     found, factor = _records(run)
-    return statistics.median(r["seconds"] for _, r in found) if found else expected_seconds(run) * factor
+    return statistics.median(r["seconds"] for _, r in found) if found else expected_seconds(run) * factor or None
 
 
 def prepare_seconds(run) -> float:

@@ -19,7 +19,7 @@ def locked(root: Path):
         raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
                            f"chmod -R u+w {root}") from None
     with file:
-        if not _taken(file):
+        if not _taken(file, root):
             file.seek(0)
             raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
                              "one runner at a time", "wait for it, or look at ./run_all.sh status")
@@ -29,17 +29,14 @@ def locked(root: Path):
         yield
 
 
-def _taken(file) -> bool:
+def _taken(file, root: Path) -> bool:
     """Take the lock; again and again while it is only shared, for `status` tests it by holding it so for a moment."""
     for _ in range(200):
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # somebody has it for himself: a runner
+        if running(root):
             return False
-        fcntl.flock(file, fcntl.LOCK_UN)
         time.sleep(0.05)
     return False
 

@@ -99,9 +99,15 @@ def _train(run, force: bool) -> Step:
     if stale and not reason.startswith("forced"):
         reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale))
-    step.unknown, step.training = bool(stale) and forecast.unknown(run), len(stale) * forecast.member_seconds(run)
+    _predict(step)
     step.seconds = step.training + (NOTEBOOK_SECONDS if reason else 0)
     return step
+
+
+def _predict(step: Step) -> None:
+    """How long its members will train, where something tells."""
+    each = forecast.member_seconds(step.run)
+    step.unknown, step.training = bool(step.members) and each is None, step.members * (each or 0.0)
 
 
 def _sweep(train: Step, force: bool) -> Step:
@@ -111,7 +117,7 @@ def _sweep(train: Step, force: bool) -> Step:
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train])
     if reason:
         step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
-        step.unknown, step.training = train.unknown, step.members * forecast.member_seconds(run)
+        _predict(step)
         step.seconds = step.training + NOTEBOOK_SECONDS
     return step
 
