@@ -1,4 +1,5 @@
-"""A gate between two optimiser steps, where a process tells its parent what the last one took and waits for the next word."""
+"""A gate between two optimiser steps, where a process tells its parent what the last one took and waits for the next
+word."""
 
 from __future__ import annotations
 
@@ -80,14 +81,16 @@ def _causal(model: nn.Module) -> nn.Module:
 
 
 def _resident(key: str) -> float:
-    """MB of this process: 'VmRSS' now, 'VmHWM' at most. Where there is no /proc both are the most since the process began."""
+    """MB of this process: 'VmRSS' now, 'VmHWM' at most. Where there is no /proc both are the most since the process
+    began."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 class Peak:
-    """Peak memory in MB from `restart` on: allocated on the GPU, or resident beyond what the process held before its model."""
+    """Peak memory in MB from `restart` on: allocated on the GPU, or resident beyond what the process held before its
+    model."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.before = device.type == "cuda", _resident("VmRSS")
@@ -117,8 +120,16 @@ class Gate:
     def passed(self, loss: float) -> None:
         seconds, cpu = now() - self.started, time.process_time() - self.cpu_started
         self.steps += 1
-        self.pipe.send({"seconds": seconds, "cpu_seconds": cpu, "loss": float(loss), "peak": self.peak.now(),
-                        "parts": dict(self.parts.seconds), "tokens": self.parts.tokens})
+        self.pipe.send(
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu,
+                "loss": float(loss),
+                "peak": self.peak.now(),
+                "parts": dict(self.parts.seconds),
+                "tokens": self.parts.tokens,
+            }
+        )
         if self.steps == 1:  # loading, the reference and the first allocations are behind it
             self.peak.restart()
         self._wait()

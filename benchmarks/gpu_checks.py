@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/gpu_checks.py            about 15 minutes on one H100; nothing is downloaded
     .venv/bin/python benchmarks/gpu_checks.py --small    a tiny shape on the CPU
 
-TD-DPO steps of a Llama of the 7B shape with random weights (LoRA r 64, gradient checkpointing, bf16 compute), with an NF4
-and a bf16 base: pairs a second, peak memory beside lib/running/footprint.py's estimate. With two GPUs or more the same
-sharded over two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU. Pairs are
-random tokens; lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a pair's side):
-assumed to be like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
+TD-DPO steps of a Llama of the 7B shape with random weights (LoRA r 64, gradient checkpointing, bf16 compute), with an
+NF4 and a bf16 base: pairs a second, peak memory beside lib/running/footprint.py's estimate. With two GPUs or more the
+same sharded over two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU.
+Pairs are random tokens; lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a
+pair's side): assumed to be like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>")),
-                                   bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
 
 
 def measure(argument: dict) -> dict:
@@ -69,31 +73,51 @@ def measure(argument: dict) -> dict:
     base = random_model.random_llama(shape, quantization=argument["quantization"], quant_storage=storage)
     model = models.add_lora(base, {"lora_r": argument["rank"], "target_modules": "all-linear"}, seed=1)
     training = argument["training"]
-    rows = pairs(training["max_steps"] * training["global_batch_size"], shape["vocab_size"], argument["longest"],
-                 argument["scale"])
+    rows = pairs(
+        training["max_steps"] * training["global_batch_size"],
+        shape["vocab_size"],
+        argument["longest"],
+        argument["scale"],
+    )
     with model.disable_adapter():
         reference = {"train": sequence_logprobs(model, rows, pad=2)}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     history, timing = [], []
     with tempfile.TemporaryDirectory() as folder:
-        trainer.train_pairs(model, tokenizer(), rows, [], reference, loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-                            training=training, seed=1, folder=folder, on_record=history.append, on_timing=timing.append)
+        trainer.train_pairs(
+            model,
+            tokenizer(),
+            rows,
+            [],
+            reference,
+            loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
+            training=training,
+            seed=1,
+            folder=folder,
+            on_record=history.append,
+            on_timing=timing.append,
+        )
     timed = timing[WARM_UP:] or timing
-    return {"losses": [row["loss"] for row in history if "loss" in row],
-            "pairs_per_second": statistics.median(t["pairs_per_second"] for t in timed) if timed else None,
-            "tokens_per_second": statistics.median(t["tokens_per_second"] for t in timed) if timed else None,
-            "tokens_per_pair": statistics.mean(map(row_tokens, rows)),
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
+    return {
+        "losses": [row["loss"] for row in history if "loss" in row],
+        "pairs_per_second": statistics.median(t["pairs_per_second"] for t in timed) if timed else None,
+        "tokens_per_second": statistics.median(t["tokens_per_second"] for t in timed) if timed else None,
+        "tokens_per_pair": statistics.mean(map(row_tokens, rows)),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+    }
 
 
 def estimate(argument: dict, processes: int) -> float:
     """GB that lib/running/footprint.py expects of full-length batches: an upper bound of what these lengths take."""
     run = SimpleNamespace(
-        model=SimpleNamespace(torch_dtype="bfloat16", quantization=argument["quantization"],
-                              peft=SimpleNamespace(lora_r=argument["rank"])),
-        training=SimpleNamespace(**argument["training"]), compute=SimpleNamespace(devices=processes),
-        dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_length=argument["longest"])))
+        model=SimpleNamespace(
+            torch_dtype="bfloat16", quantization=argument["quantization"], peft=SimpleNamespace(lora_r=argument["rank"])
+        ),
+        training=SimpleNamespace(**argument["training"]),
+        compute=SimpleNamespace(devices=processes),
+        dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_length=argument["longest"])),
+    )
     return footprint.training_bytes(run, footprint.shape(argument["shape"])) / 1e9
 
 
@@ -112,12 +136,16 @@ def checks(small: bool, steps: int) -> list[dict]:
             continue
         now, started = {**argument, "quantization": quantization}, time.monotonic()
         try:
-            found = measure(now) if processes == 1 else distributed.launch("benchmarks.gpu_checks:measure", now, processes)
+            found = (
+                measure(now) if processes == 1 else distributed.launch("benchmarks.gpu_checks:measure", now, processes)
+            )
         except (torch.OutOfMemoryError, trainer.OutOfMemory) as error:
             found = {"left_out": str(error).splitlines()[0]}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows.append({"check": name, **found, "estimate_gb": estimate(now, processes), "seconds": time.monotonic() - started})
+        rows.append(
+            {"check": name, **found, "estimate_gb": estimate(now, processes), "seconds": time.monotonic() - started}
+        )
     one, two = rows[0], rows[2]
     if "losses" in one and "losses" in two:
         two["largest_difference_of_loss"] = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
@@ -147,8 +175,15 @@ def main() -> int:
     record.write_json(options.out, {"device": device, "small": options.small, "torch": torch.__version__, "rows": rows})
     print(f"{device}{', a tiny shape' if options.small else ', Llama of the 7B shape, random weights'}")
     for row in rows:
-        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()
-                          if key != "losses"}))
+        print(
+            json.dumps(
+                {
+                    key: round(value, 4) if isinstance(value, float) else value
+                    for key, value in row.items()
+                    if key != "losses"
+                }
+            )
+        )
     print(options.out)
     return 0
 

@@ -1,13 +1,16 @@
-"""What GRAFF's planner adds to a step, in turns with fixed on the same batches, at Qwen3-0.6B's true shape (random weights).
+"""What GRAFF's planner adds to a step, in turns with fixed on the same batches, at Qwen3-0.6B's true shape (random
+weights).
 
     python -m benchmarks.graff_step --rounds 20                                            (a GPU)
-    python -m benchmarks.graff_step --minutes 25                                           (a CPU: as many rounds as fit)
-    python -m benchmarks.graff_step --micro 2 --length 96 --rounds 6                       (a slow CPU: smaller micro-batches)
+    python -m benchmarks.graff_step --minutes 25                                           (a CPU: as many rounds as
+    fit) python -m benchmarks.graff_step --micro 2 --length 96 --rounds 6                       (a slow CPU: smaller
+    micro-batches)
 
-Three steps a round on one model in bfloat16 with rank-64 adapters: fixed, GRAFF's ordinary one, and the one in ten that has the
-secant and the token weights' credit. Prints the medians' ratio, 9 ordinary to 1 due, and where the extra time goes. Steps are
-BudgetTrainer's own parts in its order; data loading, evaluation and checkpoints are left out on both sides. The warm-up is one
-micro-batch a step: it says how long a round takes, and a round that would end after --minutes is not begun.
+Three steps a round on one model in bfloat16 with rank-64 adapters: fixed, GRAFF's ordinary one, and the one in ten that
+has the secant and the token weights' credit. Prints the medians' ratio, 9 ordinary to 1 due, and where the extra time
+goes. Steps are BudgetTrainer's own parts in its order; data loading, evaluation and checkpoints are left out on both
+sides. The warm-up is one micro-batch a step: it says how long a round takes, and a round that would end after --minutes
+is not begun.
 """
 
 from __future__ import annotations
@@ -38,8 +41,16 @@ def now() -> float:
 def make(layers: int):
     """(model, probes): Qwen3-0.6B with `layers` layers and adapters of rank 64, weights random."""
     torch.manual_seed(0)
-    shape = Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, head_dim=128,
-                        num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True)
+    shape = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        head_dim=128,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
     base = Qwen3ForCausalLM._from_config(shape, dtype=torch.bfloat16).to(models.device())
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = models.add_lora(base, {"lora_r": 64, "lora_alpha": 16, "target_modules": "all-linear"}, 0).train()
@@ -48,9 +59,18 @@ def make(layers: int):
 
 def method_of(kind: str, layers: int):
     scheduler = {"type": kind, **({"cold": True} if kind == "graff" else {})}
-    raw = {"run_id": "b", "model": {"name": "m/m"}, "dataset": {"name": "openai/gsm8k"}, "training": {
-        "budget_minutes": 1, "global_batch_size": 8, "micro_batch_size": 8, "optimizer": {"lr_init": 2e-4},
-        "scheduler": scheduler}}
+    raw = {
+        "run_id": "b",
+        "model": {"name": "m/m"},
+        "dataset": {"name": "openai/gsm8k"},
+        "training": {
+            "budget_minutes": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "optimizer": {"lr_init": 2e-4},
+            "scheduler": scheduler,
+        },
+    }
     return methods.make(config.restore(raw, study="graff", scale="paper", mode="full").training.scheduler, layers)
 
 
@@ -72,7 +92,9 @@ def stepper(model, around, kind: str):
                 timed("copy of the gradients, for the secant", around.before_last_micro, model)
             losses, z, entropy = around.token_losses(model, batch, method.wants_entropy)
             if plan is None:
-                plan = timed("planner: forward", method.decide, methods.Seen(0.5, entropy, torch.zeros(2 * around.layers)))
+                plan = timed(
+                    "planner: forward", method.decide, methods.Seen(0.5, entropy, torch.zeros(2 * around.layers))
+                )
             w = pl.token_weights(float(plan.a), z)[0]
             ((w * losses).sum() / count).backward()
         cot = None
@@ -86,8 +108,13 @@ def stepper(model, around, kind: str):
         optimizer.step()
         if due:
             timed("secant", around.secant, model, (batch, w.detach(), z, count), optimizer, optimizer.m)
-            state["credit"] = {"inputs": batch, "z": z, "a": 0.0, "eta": 2e-4,
-                               "jacobian": timed("Jacobian of Adam", optimizer.jacobian)}
+            state["credit"] = {
+                "inputs": batch,
+                "z": z,
+                "a": 0.0,
+                "eta": 2e-4,
+                "jacobian": timed("Jacobian of Adam", optimizer.jacobian),
+            }
         optimizer.zero_grad()
 
     if method.wants_entropy:
@@ -103,8 +130,10 @@ def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[flo
     ratios = [((every - 1) * ordinary + due) / every / f for f, ordinary, due in whole]
     middle = {name: statistics.median(found) for name, found in zip(KINDS, zip(*whole, strict=True), strict=True)}
     both = ((every - 1) * middle["ordinary"] + middle["due"]) / every / middle["fixed"]
-    print(f"{arguments}, {torch.get_num_threads()} threads, {models.device()}: a fixed step takes {fixed:.2f} s; "
-          f"GRAFF / fixed: {both:.4f} by the medians of {len(whole)} rounds (by round {min(ratios):.4f} to {max(ratios):.4f})")
+    print(
+        f"{arguments}, {torch.get_num_threads()} threads, {models.device()}: a fixed step takes {fixed:.2f} s; "
+        f"GRAFF / fixed: {both:.4f} by the medians of {len(whole)} rounds (by round {min(ratios):.4f} to {max(ratios):.4f})"
+    )
     shares = {}
     for name, found in parts.items():
         calls = len(found) / len(whole)  # a round has one ordinary step and one that is due
@@ -121,17 +150,20 @@ def problems(arguments, count: int, generator: torch.Generator) -> list[dict]:
     for _ in range(count):
         ids = torch.randint(0, 4096, (arguments.micro, arguments.length), generator=generator).to(models.device())
         labels = ids.clone()
-        labels[:, :arguments.length // 3] = -100
+        labels[:, : arguments.length // 3] = -100
         found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return found
 
 
 def main(given=None) -> dict[str, float]:
-    """{"ratio", part: its share of a fixed step}; empty where no round fits into --minutes, and then it says what one takes."""
+    """{"ratio", part: its share of a fixed step}; empty where no round fits into --minutes, and then it says what one
+    takes."""
     parser = argparse.ArgumentParser()
     for name, default in (("layers", 28), ("length", 256), ("micros", 8), ("micro", 8), ("rounds", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the wall clock, model and warm-up included")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="of the wall clock, model and warm-up included"
+    )
     arguments = parser.parse_args(given)
     begun = time.monotonic()
     model, around = make(arguments.layers)
@@ -141,11 +173,13 @@ def main(given=None) -> dict[str, float]:
     for number in range(arguments.rounds + 1):
         micros = arguments.micros if number else 1  # of the warm-up
         batches, started_round = problems(arguments, micros, generator), time.monotonic()
-        for name in KINDS[number % 3:] + KINDS[:number % 3]:
+        for name in KINDS[number % 3 :] + KINDS[: number % 3]:
             started = now()
             (fixed if name == "fixed" else graff)(batches, name == "due")
             seconds[name].append(now() - started)
-        print(f"round {number}: " + ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items()), flush=True)
+        print(
+            f"round {number}: " + ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items()), flush=True
+        )
         took = (time.monotonic() - started_round) * arguments.micros / micros
         if number:
             made = report(arguments, seconds, parts)  # after each round: it may be cut off

@@ -1,19 +1,21 @@
 """Wall-clock of a whole grid: this repository's runner against trl.DPOTrainer run cell by cell.
 
-    python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop scale
-    python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the others
-    python -m benchmarks.grid --data PATH           the same on real chat pairs, with a made model of preference_step.py's
+    python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop
+    scale python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the
+    others python -m benchmarks.grid --data PATH           the same on real chat pairs, with a made model of
+    preference_step.py's
                                                     vocabulary, width and depth
 
-Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation implicit
-accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the model; ours
-also scores the test pairs, analyses and writes its pages.
+Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation
+implicit accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the
+model; ours also scores the test pairs, analyses and writes its pages.
 
-Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is run in two ways, with
-all cores and with its reference precomputed and cached on disk. At its best: one process that loops over the cells, its head
-made to score completion tokens only, and charged neither for imports nor for tokenisation (rows are token ids). As shipped:
-a process per cell, as a shell loop over `trl dpo` starts them, and its head as it is on a CPU; tokenisation is not charged
-here either. Every cell has its sigmoid loss, since the objective's share of a step is small.
+Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is run in two ways,
+with all cores and with its reference precomputed and cached on disk. At its best: one process that loops over the
+cells, its head made to score completion tokens only, and charged neither for imports nor for tokenisation (rows are
+token ids). As shipped: a process per cell, as a shell loop over `trl dpo` starts them, and its head as it is on a CPU;
+tokenisation is not charged here either. Every cell has its sigmoid loss, since the objective's share of a step is
+small.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ ARMS = {"best": "TRL at its best, one process", "shipped": "TRL as shipped, a pr
 def study(folder: Path, smallest: bool, data: str | None = None) -> None:
     """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out.
 
-    With `data`, real pairs and the vocabulary, width and depth of preference_step.py's model: ten steps of 8 pairs a cell,
-    so that it ends within the hour.
+    With `data`, real pairs and the vocabulary, width and depth of preference_step.py's model: ten steps of 8 pairs a
+    cell, so that it ends within the hour.
     """
     folder.mkdir(parents=True)
     if data:
@@ -75,19 +77,40 @@ def study(folder: Path, smallest: bool, data: str | None = None) -> None:
             run["dataset"] |= {"name": str(folder / "pairs")}
         if data and not smallest:
             vocabulary, hidden, _, layers, heads = SHAPES["small"]
-            run["model"]["recipe"] |= {"vocab_size": vocabulary, "hidden_size": hidden, "layers": layers, "heads": heads,
-                                       "sft_steps": 10, "sft_batch_size": 8}
+            run["model"]["recipe"] |= {
+                "vocab_size": vocabulary,
+                "hidden_size": hidden,
+                "layers": layers,
+                "heads": heads,
+                "sft_steps": 10,
+                "sft_batch_size": 8,
+            }
             run["training"] |= {"max_steps": 10, "global_batch_size": 8, "per_device_train_batch_size": 8, "eval_steps": 5,
                                 "save_steps": 5}  # fmt: skip
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
 
 
 def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[str], dict]:
-    environment = {**os.environ, "STUDY_OUTPUTS": str(home / "outputs"), "STUDY_CACHE": str(home / "cache"),
-                   "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
+    environment = {
+        **os.environ,
+        "STUDY_OUTPUTS": str(home / "outputs"),
+        "STUDY_CACHE": str(home / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(home),
+    }
     environment.pop("STUDY_POOL", None)
     slots = ["--jobs", str(jobs)] if jobs else []
-    return [sys.executable, "-m", "lib", *arguments, "--scale", "laptop", "--params", str(home / "params"), *slots], environment
+    return [
+        sys.executable,
+        "-m",
+        "lib",
+        *arguments,
+        "--scale",
+        "laptop",
+        "--params",
+        str(home / "params"),
+        *slots,
+    ], environment
 
 
 def prepare(home: Path, jobs: int | None) -> None:
@@ -129,10 +152,16 @@ def ours(home: Path, jobs: int | None) -> dict:
     asked, came = notebook_start(records / "comparison" / "analysis.ipynb")
     leader = min(METHODS, key=first.__getitem__)  # the other's members wait for its slots
     kernel = came - asked  # of a notebook whose turn comes while the pool is there; the first ones wait for its imports
-    return {"seconds": ended - began, "processor": worked, "members": len(members), "member_seconds": whole,
-            "step_seconds": steps, "first_step": kernel + first[leader] - cells[leader][1],
-            "before": min(start for _, start in cells.values()) - began,
-            "after": ended - max(run["ended"] for run in runs)}
+    return {
+        "seconds": ended - began,
+        "processor": worked,
+        "members": len(members),
+        "member_seconds": whole,
+        "step_seconds": steps,
+        "first_step": kernel + first[leader] - cells[leader][1],
+        "before": min(start for _, start in cells.values()) - began,
+        "after": ended - max(run["ended"] for run in runs),
+    }
 
 
 def processor_seconds() -> float:
@@ -149,7 +178,8 @@ def notebook_start(path: Path) -> tuple[float, float]:
 
 
 def trl(spec: dict) -> None:
-    """Train the cells in this process, one after the other; prints each one's seconds and best accuracy as a JSON line."""
+    """Train the cells in this process, one after the other; prints each one's seconds and best accuracy as a JSON
+    line."""
     import torch
     import transformers
     import trl.trainer.utils
@@ -167,7 +197,9 @@ def trl(spec: dict) -> None:
     if spec["arm"] == "best":
         trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
     given, training = inputs.load(Path(spec["shared"])), spec["training"]
-    needed = training["max_steps"] * training["per_device_train_batch_size"]  # a reference that is not used is not waited for
+    needed = (
+        training["max_steps"] * training["per_device_train_batch_size"]
+    )  # a reference that is not used is not waited for
     rows = {}
     for split, table in given.rows.items():
         if split == "train" and needed < len(table):
@@ -182,23 +214,59 @@ def trl(spec: dict) -> None:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             args = DPOConfig(
-                output_dir=folder, beta=beta, seed=seed, max_steps=training["max_steps"], max_length=None,
-                per_device_train_batch_size=training["per_device_train_batch_size"], per_device_eval_batch_size=64,
-                learning_rate=training["learning_rate"], weight_decay=training["weight_decay"], optim="adamw_torch_fused",
-                lr_scheduler_type=training["lr_scheduler_type"], max_grad_norm=training["max_grad_norm"],
-                warmup_steps=round(training["warmup_ratio"] * training["max_steps"]), precompute_ref_log_probs=True,
-                precompute_ref_batch_size=64, eval_strategy="steps", eval_steps=training["eval_steps"],
-                save_strategy="steps", save_steps=training["save_steps"], save_total_limit=2, load_best_model_at_end=True,
-                metric_for_best_model="eval_rewards/accuracies", logging_steps=1, report_to="none", disable_tqdm=True,
-                dataloader_pin_memory=False, use_cpu=True, gradient_checkpointing=False, bf16=False)
+                output_dir=folder,
+                beta=beta,
+                seed=seed,
+                max_steps=training["max_steps"],
+                max_length=None,
+                per_device_train_batch_size=training["per_device_train_batch_size"],
+                per_device_eval_batch_size=64,
+                learning_rate=training["learning_rate"],
+                weight_decay=training["weight_decay"],
+                optim="adamw_torch_fused",
+                lr_scheduler_type=training["lr_scheduler_type"],
+                max_grad_norm=training["max_grad_norm"],
+                warmup_steps=round(training["warmup_ratio"] * training["max_steps"]),
+                precompute_ref_log_probs=True,
+                precompute_ref_batch_size=64,
+                eval_strategy="steps",
+                eval_steps=training["eval_steps"],
+                save_strategy="steps",
+                save_steps=training["save_steps"],
+                save_total_limit=2,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_rewards/accuracies",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                bf16=False,
+            )
             model = AutoModelForCausalLM.from_pretrained(given.base)
-            trainer = Stock(model, args=args, train_dataset=rows["train"],
-                           eval_dataset=rows["validation"], processing_class=given.tokenizer)
+            trainer = Stock(
+                model,
+                args=args,
+                train_dataset=rows["train"],
+                eval_dataset=rows["validation"],
+                processing_class=given.tokenizer,
+            )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         seconds = time.perf_counter() - began - trainer.reference_seconds  # which ours is not charged for either
-        print(json.dumps({"beta": beta, "seed": seed, "seconds": seconds, "reference": trainer.reference_seconds,
-                          "accuracy": trainer.state.best_metric}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "beta": beta,
+                    "seed": seed,
+                    "seconds": seconds,
+                    "reference": trainer.reference_seconds,
+                    "accuracy": trainer.state.best_metric,
+                }
+            ),
+            flush=True,
+        )
 
 
 def cells(home: Path) -> list[tuple[float, int]]:
@@ -213,9 +281,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, help="members at a time of ours (default: one per core)")
     parser.add_argument("--threads", type=int, default=pool.cores(), help="of TRL's process (default: all cores)")
-    parser.add_argument("--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them")
-    parser.add_argument("--shipped-cells", type=int, default=3, help="cells of TRL as shipped, each a process (default: 3)")
-    parser.add_argument("--data", help="real preference pairs, with a larger model (as wide and deep as preference_step.py's)")
+    parser.add_argument(
+        "--trl-cells", type=int, help="train only so many cells with TRL; the others are taken to be like them"
+    )
+    parser.add_argument(
+        "--shipped-cells", type=int, default=3, help="cells of TRL as shipped, each a process (default: 3)"
+    )
+    parser.add_argument(
+        "--data", help="real preference pairs, with a larger model (as wide and deep as preference_step.py's)"
+    )
     parser.add_argument("--smallest", action="store_true", help="two cells of a few steps: does the benchmark run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -230,22 +304,37 @@ def main(argv: list[str] | None = None) -> int:
         todo = cells(home)
         training = yaml.safe_load((home / "params/td_dpo/laptop/dpo.yaml").read_text())["training"]
         shared = next((home / "cache").glob("td_dpo/*/complete.json")).parent
-        spec = {"threads": options.threads, "shared": str(shared),
-                "training": training | {"learning_rate": float(training["learning_rate"])}}
-        theirs = {"best": run_trl(home, spec | {"arm": "best", "cells": todo[: options.trl_cells]}),
-                  "shipped": [row for cell in todo[: options.shipped_cells]
-                              for row in run_trl(home, spec | {"arm": "shipped", "cells": [cell]})]}
+        spec = {
+            "threads": options.threads,
+            "shared": str(shared),
+            "training": training | {"learning_rate": float(training["learning_rate"])},
+        }
+        theirs = {
+            "best": run_trl(home, spec | {"arm": "best", "cells": todo[: options.trl_cells]}),
+            "shipped": [
+                row
+                for cell in todo[: options.shipped_cells]
+                for row in run_trl(home, spec | {"arm": "shipped", "cells": [cell]})
+            ],
+        }
     print(report(found, theirs, len(todo), options))
     return 0
 
 
 def run_trl(home: Path, spec: dict) -> list[dict]:
-    """The cells of `spec` in one process of TRL; as shipped, a cell's seconds are the process's, its imports included."""
+    """The cells of `spec` in one process of TRL; as shipped, a cell's seconds are the process's, its imports
+    included."""
     (home / "spec.json").write_text(json.dumps(spec))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"])}
     began = time.perf_counter()
-    told = subprocess.run([sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     whole = time.perf_counter() - began
     rows = [json.loads(row) for row in told.splitlines() if row.startswith("{")]
     if spec["arm"] == "shipped":
@@ -261,17 +350,26 @@ def report(found: dict, theirs: dict[str, list[dict]], count: int, options: argp
         if rows:
             each = statistics.mean(row["seconds"] for row in rows)
             measured = "measured" if len(rows) == count else f"mean of {len(rows)} cells x {count}"
-            table.append(f"| {ARMS[arm]}, {options.threads} threads ({measured}) | {each * count:.0f} | {each:.1f} | "
-                         f"{each * count / found['seconds']:.1f} |")
-    return "\n".join([
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", "",
-        f"| {count} cells | seconds | per cell | times ours |", "|---|---|---|---|",
-        f"| ours, {jobs} members at a time | {found['seconds']:.0f} | {found['seconds'] / count:.1f} | |", *table, "",
-        f"Ours: {found['before']:.1f} s until the first notebook's first cell (plan, preflight, the pool's imports), "
-        f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
-        f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
-        f"saving; {found['processor']:.0f} s of processor in all. From a run's turn, the pool being there, to its "
-        f"first recorded step: {found['first_step']:.1f} s."])
+            table.append(
+                f"| {ARMS[arm]}, {options.threads} threads ({measured}) | {each * count:.0f} | {each:.1f} | "
+                f"{each * count / found['seconds']:.1f} |"
+            )
+    return "\n".join(
+        [
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            "",
+            f"| {count} cells | seconds | per cell | times ours |",
+            "|---|---|---|---|",
+            f"| ours, {jobs} members at a time | {found['seconds']:.0f} | {found['seconds'] / count:.1f} | |",
+            *table,
+            "",
+            f"Ours: {found['before']:.1f} s until the first notebook's first cell (plan, preflight, the pool's imports), "
+            f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
+            f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
+            f"saving; {found['processor']:.0f} s of processor in all. From a run's turn, the pool being there, to its "
+            f"first recorded step: {found['first_step']:.1f} s.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What IW-LoRA costs at DeBERTaV3-base's true shape, with random weights: python -m benchmarks.iw_lora [--rounds 12]
 
-Steps of LoRA, IW-LoRA and AdaLoRA in turns on the same batches in one process, so that the ratios hold whatever else the
-machine does; the penalty alone; and one pass of calibration. Prints a Markdown table with machine and versions.
+Steps of LoRA, IW-LoRA and AdaLoRA in turns on the same batches in one process, so that the ratios hold whatever else
+the machine does; the penalty alone; and one pass of calibration. Prints a Markdown table with machine and versions.
 Goals: the penalty below 3 % of a step, calibration below 2 % of a paper-scale run in forward and backward passes.
 """
 
@@ -81,7 +81,9 @@ def measure(shape: dict, rounds: int, batch: int, tokens: int, delta_t: int) -> 
     norms, _ = sensitivity.gradient_norms(made["IW-LoRA"], batches[:1], trainer.task_loss)
     coefficients = sensitivity.coefficients("importance", sensitivity.sensitivities(norms), 1.0)
     term = trainer.Term(1e-4, coefficients)
-    steppers = {name: trainer.stepper(model, training, term if name == "IW-LoRA" else None) for name, model in made.items()}
+    steppers = {
+        name: trainer.stepper(model, training, term if name == "IW-LoRA" else None) for name, model in made.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in (*made, "penalty alone", "calibration pass")}
     names = list(made)
     for number in range(total):
@@ -91,7 +93,9 @@ def measure(shape: dict, rounds: int, batch: int, tokens: int, delta_t: int) -> 
             if number >= warm_up:
                 seconds[name].append(taken)
         alone = timed(lambda: penalty_passes(made["IW-LoRA"], coefficients))
-        calibration = timed(lambda n=number: sensitivity.gradient_norms(made["IW-LoRA"], [batches[n % 3]], trainer.task_loss))
+        calibration = timed(
+            lambda n=number: sensitivity.gradient_norms(made["IW-LoRA"], [batches[n % 3]], trainer.task_loss)
+        )
         if number >= warm_up:
             seconds["penalty alone"].append(alone)
             seconds["calibration pass"].append(calibration)
@@ -110,14 +114,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--delta-t", type=int, default=100, help="steps between AdaLoRA's allocations (the paper's YAMLs: 100)")
+    parser.add_argument(
+        "--delta-t", type=int, default=100, help="steps between AdaLoRA's allocations (the paper's YAMLs: 100)"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny shape: does it run?")
     options = parser.parse_args(argv)
     seconds = measure(SMALL if options.small else BASE, options.rounds, options.batch, options.tokens, options.delta_t)
     shape = "tiny shape" if options.small else "DeBERTaV3-base, random weights"
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"{shape}, batch {options.batch} x {options.tokens} tokens, {options.rounds} rounds in turns; {machine}, "
-          f"{models.device()}; torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print(
+        f"{shape}, batch {options.batch} x {options.tokens} tokens, {options.rounds} rounds in turns; {machine}, "
+        f"{models.device()}; torch {torch.__version__}, transformers {transformers.__version__}\n"
+    )
     print("| | seconds (median) | over LoRA's step, same round (middle half) |\n|---|---|---|")
     for name, taken in seconds.items():
         print(f"| {name} | {statistics.median(taken):.4f} | {paired(seconds, name)} |")

@@ -1,10 +1,11 @@
 """The ways of training DPO that preference_step.py compares, each a process that takes a step when it is told to.
 
 `naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`:
-trl.DPOTrainer.train() with its reference log-probabilities precomputed; `trl_completions`: the same with its head made to
-score completion tokens only, which TRL itself does on CUDA and not on the CPU. `ours`: lib.td_dpo.trainer.train_pairs. All
-draw the same adapters and see the same pairs in the same optimiser steps. The gate between two steps is the trainers' own
-log call, so a step is a whole turn of their loop: data, collation, forward, backward, optimiser, metrics, record.
+trl.DPOTrainer.train() with its reference log-probabilities precomputed; `trl_completions`: the same with its head made
+to score completion tokens only, which TRL itself does on CUDA and not on the CPU. `ours`:
+lib.td_dpo.trainer.train_pairs. All draw the same adapters and see the same pairs in the same optimiser steps. The gate
+between two steps is the trainers' own log call, so a step is a whole turn of their loop: data, collation, forward,
+backward, optimiser, metrics, record.
 """
 
 from __future__ import annotations
@@ -36,9 +37,16 @@ PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
 
 
 def base(spec: dict) -> nn.Module:
-    model = random_model.random_llama(spec["shape"], quantization=spec["quantization"], torch_dtype=spec["dtype"],
-                                      device=spec["device"], gradient_checkpointing=spec["checkpointing"])
-    keep_4bit_differentiable(model)  # for every arm: TRL's reference pass would else leave it without gradients on some CPUs
+    model = random_model.random_llama(
+        spec["shape"],
+        quantization=spec["quantization"],
+        torch_dtype=spec["dtype"],
+        device=spec["device"],
+        gradient_checkpointing=spec["checkpointing"],
+    )
+    keep_4bit_differentiable(
+        model
+    )  # for every arm: TRL's reference pass would else leave it without gradients on some CPUs
     return model
 
 
@@ -77,13 +85,23 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
     with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
         reference = sequence_logprobs(model, spec["rows"], pad=PAD)
     gate.ready(now() - started)
-    train_pairs(model, tokenizer(), spec["rows"], [], {"train": reference}, loss={"name": "dpo", "beta": BETA},
-                training={**_arguments(spec), "global_batch_size": spec["batch"]}, seed=SEED, folder=folder,
-                on_record=lambda row: gate.passed(row["loss"]))
+    train_pairs(
+        model,
+        tokenizer(),
+        spec["rows"],
+        [],
+        {"train": reference},
+        loss={"name": "dpo", "beta": BETA},
+        training={**_arguments(spec), "global_batch_size": spec["batch"]},
+        seed=SEED,
+        folder=folder,
+        on_record=lambda row: gate.passed(row["loss"]),
+    )
 
 
 class Stock(DPOTrainer):
-    """TRL's trainer; only its tokenisation (rows are token ids) and its telemetry are left out, and its reference is timed."""
+    """TRL's trainer; only its tokenisation (rows are token ids) and its telemetry are left out, and its reference is
+    timed."""
 
     reference_seconds = 0.0
 
@@ -118,15 +136,32 @@ def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
     if spec["lora"]:
         from peft import LoraConfig
 
-        peft["peft_config"] = LoraConfig(r=spec["lora"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    args = DPOConfig(output_dir=folder, beta=BETA, precompute_ref_log_probs=True, precompute_ref_batch_size=spec["batch"],
-                     max_length=None, **_arguments(spec), gradient_accumulation_steps=spec["batch"] // spec["micro"],
-                     train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none",
-                     disable_tqdm=True, dataloader_pin_memory=False, use_cpu=spec["device"] == "cpu", seed=SEED)
+        peft["peft_config"] = LoraConfig(
+            r=spec["lora"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    args = DPOConfig(
+        output_dir=folder,
+        beta=BETA,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=spec["batch"],
+        max_length=None,
+        **_arguments(spec),
+        gradient_accumulation_steps=spec["batch"] // spec["micro"],
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=spec["device"] == "cpu",
+        seed=SEED,
+    )
     # In the order in which the engine's sampler would draw them: the same pairs in every optimiser step.
     rows = [spec["rows"][index] for index in SeededOrder(len(spec["rows"]), SEED)]
     rows = Dataset.from_list([{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows])
-    trainer = Stock(base(spec), args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[_Passing(gate)], **peft)
+    trainer = Stock(
+        base(spec), args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[_Passing(gate)], **peft
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     same_start(trainer.model)
     gate.parts.watch_policy(trainer.model)
@@ -139,14 +174,19 @@ def trl_completions(spec: dict, gate: Gate, folder: str) -> None:
 
 
 def _answers(model: nn.Module, parts: Parts, rows: list[dict], side: str, head: str) -> Tensor:
-    """(B,) summed log-probabilities of one side's answers, the textbook way: every logit, then the one that is asked for."""
+    """(B,) summed log-probabilities of one side's answers, the textbook way: every logit, then the one that is asked
+    for."""
     sequences = [torch.tensor(row["prompt_ids"] + row[side]) for row in rows]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=PAD)
     place = torch.arange(ids.shape[1])
     starts = torch.tensor([len(row["prompt_ids"]) for row in rows])[:, None]
     ends = torch.tensor([len(sequence) for sequence in sequences])[:, None]
     device = model.device
-    ids, scored, real = ids.to(device), ((place >= starts) & (place < ends)).to(device), (place < ends).long().to(device)
+    ids, scored, real = (
+        ids.to(device),
+        ((place >= starts) & (place < ends)).to(device),
+        (place < ends).long().to(device),
+    )
     logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
     with parts.measured(head):
         found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
@@ -166,9 +206,13 @@ def naive(spec: dict, gate: Gate, folder: str) -> None:
         for start in range(step * spec["batch"], (step + 1) * spec["batch"], spec["micro"]):
             rows = [spec["rows"][index] for index in order[start : start + spec["micro"]]]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-                chosen, rejected = (_answers(model, parts, rows, side, "scoring") for side in ("chosen_ids", "rejected_ids"))
+                chosen, rejected = (
+                    _answers(model, parts, rows, side, "scoring") for side in ("chosen_ids", "rejected_ids")
+                )
                 with torch.no_grad():
-                    old = [_answers(reference, parts, rows, side, "reference") for side in ("chosen_ids", "rejected_ids")]
+                    old = [
+                        _answers(reference, parts, rows, side, "reference") for side in ("chosen_ids", "rejected_ids")
+                    ]
             loss = -logsigmoid(BETA * (chosen - old[0] - rejected + old[1])).sum() / spec["batch"]
             loss.backward()
             total += float(loss.detach())

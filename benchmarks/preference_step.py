@@ -2,12 +2,13 @@
 
     python -m benchmarks.preference_step                   CPU, 32k vocabulary, generated pairs
     python -m benchmarks.preference_step --data PATH       the same on real chat pairs
-    python -m benchmarks.preference_step --device cuda --shape llama-2-7b --nf4 --longest 2048 --micro 1 2 4 --arms trl ours
+    python -m benchmarks.preference_step --device cuda --shape llama-2-7b --nf4 --longest 2048 --micro 1 2 4 --arms trl
+    ours
 
-Each arm is a process of its own that takes a step when it is its turn (preference_arms.py says what each does), and the peak
-memory is the arm's own. Every arm is tried at each micro-batch of `--micro`
-and its fastest counts; pairs per optimiser step are the same. Weights are random: time and memory depend on the shape alone.
-Generated lengths are those of gpu_checks.py (log-normal, assumed to be like chat data) times --scale.
+Each arm is a process of its own that takes a step when it is its turn (preference_arms.py says what each does), and the
+peak memory is the arm's own. Every arm is tried at each micro-batch of `--micro`
+and its fastest counts; pairs per optimiser step are the same. Weights are random: time and memory depend on the shape
+alone. Generated lengths are those of gpu_checks.py (log-normal, assumed to be like chat data) times --scale.
 """
 
 from __future__ import annotations
@@ -76,9 +77,11 @@ def matmul_peak(device: str, dtype: str, seconds: float = 1.0) -> float:
 
 
 def useful_flops(shape: dict, rows: list[dict], rank: int) -> float:
-    """Matrix products that a pair's step cannot do without, on average: each prompt once, the head at answer tokens only.
+    """Matrix products that a pair's step cannot do without, on average: each prompt once, the head at answer tokens
+    only.
 
-    Attention's own products and what checkpointing recomputes are left out, so the fraction of the peak is a lower bound.
+    Attention's own products and what checkpointing recomputes are left out, so the fraction of the peak is a lower
+    bound.
     """
     hidden, wide, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     frozen = 4 if rank else 6  # forward 2, gradient of the input 2, gradient of the weight 2
@@ -120,7 +123,8 @@ def answer(pipe, arm: str) -> dict:
 
 
 def take_turns(running: dict, rounds: int) -> None:
-    """`rounds` timed steps of each, one at a time, the order moved on by one every round; then PROFILED with parts timed."""
+    """`rounds` timed steps of each, one at a time, the order moved on by one every round; then PROFILED with parts
+    timed."""
     names = [name for name in running if "out_of_memory" not in running[name]]
     for number in range(WARM_UP + rounds + PROFILED):
         word = "profile" if number >= WARM_UP + rounds else "go"
@@ -160,19 +164,27 @@ def stop(running: dict) -> None:
 def measured(variant: dict, rounds: int, batch: int) -> dict:
     """What a variant's steps came to."""
     timed, profiled = variant["steps"][WARM_UP : WARM_UP + rounds], variant["steps"][WARM_UP + rounds :]
-    parts = {name: statistics.mean(step["parts"].get(name, 0.0) for step in profiled)
-             for name in ("model", "backbone", "scoring", "reference", "backward", "clipping", "optimiser")}  # fmt: skip
+    parts = {
+        name: statistics.mean(step["parts"].get(name, 0.0) for step in profiled)
+        # fmt: skip
+        for name in ("model", "backbone", "scoring", "reference", "backward", "clipping", "optimiser")
+    }
     whole = statistics.mean(step["seconds"] for step in profiled)
     shares = {"backbone": parts["backbone"], "head": parts["model"] - parts["backbone"] + parts["scoring"],
               "reference": parts["reference"], "backward": parts["backward"],
               "optimiser": parts["clipping"] + parts["optimiser"]}  # fmt: skip
     shares = {name: value / whole for name, value in shares.items()}
     seconds = [step["seconds"] for step in timed]
-    return {"seconds": seconds, "cpu_seconds": [step["cpu_seconds"] for step in timed],
-            "pairs": batch, "peak": max(step["peak"] for step in variant["steps"][1:]),
-            "losses": [step["loss"] for step in variant["steps"]],
-            "tokens": statistics.mean(step["tokens"] for step in profiled) / batch,
-            "reference_seconds": variant["reference_seconds"], "shares": {**shares, "rest": 1 - sum(shares.values())}}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": [step["cpu_seconds"] for step in timed],
+        "pairs": batch,
+        "peak": max(step["peak"] for step in variant["steps"][1:]),
+        "losses": [step["loss"] for step in variant["steps"]],
+        "tokens": statistics.mean(step["tokens"] for step in profiled) / batch,
+        "reference_seconds": variant["reference_seconds"],
+        "shares": {**shares, "rest": 1 - sum(shares.values())},
+    }
 
 
 def middle(values: list[float]) -> str:
@@ -182,28 +194,38 @@ def middle(values: list[float]) -> str:
 
 
 def table(found: dict[tuple[str, int], dict], useful: float, peak: float, clock: str = "seconds") -> list[str]:
-    """Markdown: every arm at its fastest micro-batch; then where its time goes. Rates and ratios are by `clock`: seconds, or
-    a single thread's cpu_seconds, which what else the machine does stretches less."""
+    """Markdown: every arm at its fastest micro-batch; then where its time goes. Rates and ratios are by `clock`:
+    seconds, or a single thread's cpu_seconds, which what else the machine does stretches less."""
     best = {}
     for (arm, micro), result in found.items():
         if arm not in best or statistics.median(result[clock]) < statistics.median(best[arm][1][clock]):
             best[arm] = (micro, result)
     ours = best["ours"][1]
     second = "second" if clock == "seconds" else "second of one processor's time"
-    lines = [f"| | micro-batch | pairs per {second} | ours is faster by (middle half of rounds) | peak memory, MB | tokens "
-             "through the backbone per pair | useful products, of the matmul peak | loss against ours, worst step |",
-             "|---" * 8 + "|"]
+    lines = [
+        f"| | micro-batch | pairs per {second} | ours is faster by (middle half of rounds) | peak memory, MB | tokens "
+        "through the backbone per pair | useful products, of the matmul peak | loss against ours, worst step |",
+        "|---" * 8 + "|",
+    ]
     for arm, (micro, result) in best.items():
         ratio = sum(result[clock]) / sum(ours[clock])  # over the same pairs; by round, pairs and noise differ
         by_round = middle([a / b for a, b in zip(result[clock], ours[clock], strict=True)])
         gap = max(abs(a / b - 1) for a, b in zip(result["losses"], ours["losses"], strict=True))
         rate = result["pairs"] * len(result[clock]) / sum(result[clock])
-        lines.append(f"| {NAMES[arm]} | {micro} | {rate:.2f} | {ratio:.2f} ({by_round}) | {result['peak']:.0f} | "
-                     f"{result['tokens']:.0f} | {rate * useful / peak:.1%} | {gap:.1e} |")
-    lines += ["", "| share of a step | " + " | ".join(PARTS.values()) + " | reference of all pairs, once |", "|---" * 8 + "|"]
+        lines.append(
+            f"| {NAMES[arm]} | {micro} | {rate:.2f} | {ratio:.2f} ({by_round}) | {result['peak']:.0f} | "
+            f"{result['tokens']:.0f} | {rate * useful / peak:.1%} | {gap:.1e} |"
+        )
+    lines += [
+        "",
+        "| share of a step | " + " | ".join(PARTS.values()) + " | reference of all pairs, once |",
+        "|---" * 8 + "|",
+    ]
     for arm, (_, result) in best.items():
         once = "in every step" if result["reference_seconds"] is None else f"{result['reference_seconds']:.1f} s"
-        lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{result['shares'][part]:.0%}" for part in PARTS) + f" | {once} |")
+        lines.append(
+            f"| {NAMES[arm]} | " + " | ".join(f"{result['shares'][part]:.0%}" for part in PARTS) + f" | {once} |"
+        )
     return lines
 
 
@@ -215,16 +237,24 @@ def conditions(options: argparse.Namespace, spec: dict, peak: float) -> str:
 
     cores = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cores
-    lengths = zip(*((len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in spec["rows"]), strict=True)
-    medians = ", ".join(f"{name} {statistics.median(column):.0f}"
-                        for name, column in zip(("prompt", "chosen", "rejected"), lengths, strict=True))
-    return "; ".join([
-        f"{machine}, {options.threads} threads, load {os.getloadavg()[0]:.1f}",
-        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
-        f"{options.shape} shape, {spec['shape']['vocab_size']} vocabulary, {spec['dtype']}{', NF4' * options.nf4}, "
-        + (f"LoRA r {spec['lora']}" if spec["lora"] else "all weights trained"),
-        f"{options.data or 'generated pairs'}, median tokens {medians}",
-        f"{options.batch} pairs per step, {options.rounds} rounds", f"matmul peak {peak / 1e12:.3f} TFLOP/s"])
+    lengths = zip(
+        *((len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in spec["rows"]), strict=True
+    )
+    medians = ", ".join(
+        f"{name} {statistics.median(column):.0f}"
+        for name, column in zip(("prompt", "chosen", "rejected"), lengths, strict=True)
+    )
+    return "; ".join(
+        [
+            f"{machine}, {options.threads} threads, load {os.getloadavg()[0]:.1f}",
+            f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
+            f"{options.shape} shape, {spec['shape']['vocab_size']} vocabulary, {spec['dtype']}{', NF4' * options.nf4}, "
+            + (f"LoRA r {spec['lora']}" if spec["lora"] else "all weights trained"),
+            f"{options.data or 'generated pairs'}, median tokens {medians}",
+            f"{options.batch} pairs per step, {options.rounds} rounds",
+            f"matmul peak {peak / 1e12:.3f} TFLOP/s",
+        ]
+    )
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
@@ -233,11 +263,14 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="default: float32 on the CPU, bfloat16 on a GPU or with --nf4")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, bfloat16 on a GPU or with --nf4"
+    )
     parser.add_argument("--nf4", action="store_true", help="4-bit base with double quantisation")
     parser.add_argument("--lora", type=int, help="rank; 0 trains all weights (default: 64 with --nf4, else 0)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="of gradients (default: on a GPU)")
+    parser.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="of gradients (default: on a GPU)"
+    )
     parser.add_argument("--data", help="real pairs: a file, a folder or a hub id (default: generated)")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt with one answer")
     parser.add_argument("--scale", type=float, help="of generated lengths (default: longest / 2048)")
@@ -264,7 +297,9 @@ def spec_of(options: argparse.Namespace) -> dict:
     if options.data:
         rows = real_rows(options.data, steps * options.batch, shape["vocab_size"], options.longest)
     else:
-        rows = pairs(steps * options.batch, shape["vocab_size"], options.longest, options.scale or options.longest / 2048)
+        rows = pairs(
+            steps * options.batch, shape["vocab_size"], options.longest, options.scale or options.longest / 2048
+        )
     return {"shape": shape, "rows": rows, "device": options.device, "dtype": dtype, "batch": options.batch,
             "lora": options.lora if options.lora is not None else 64 * options.nf4, "steps": steps,
             "quantization": "nf4" if options.nf4 else "none", "threads": options.threads,

@@ -2,10 +2,10 @@
 
     python -m benchmarks.size [--plot size.png]
 
-Around one middle setting each axis is varied alone. At every size the engine and trl.DPOTrainer (reference precomputed, head
-made completion-only) take turns on the same pairs. On a CPU the seconds are those of one thread's own work, which a busy
-machine stretches little. Slopes are of log(seconds) against log(size): 1 is proportional. Memory is resident, beyond what
-the process held before its model.
+Around one middle setting each axis is varied alone. At every size the engine and trl.DPOTrainer (reference precomputed,
+head made completion-only) take turns on the same pairs. On a CPU the seconds are those of one thread's own work, which
+a busy machine stretches little. Slopes are of log(seconds) against log(size): 1 is proportional. Memory is resident,
+beyond what the process held before its model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,28 @@ ARMS = ["trl_completions", "ours"]
 def measure(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, dict]:
     """{arm: {"seconds", "peak"}}, medians over the rounds; None for an arm without the memory."""
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    told = preference_step.parsed([*flags, "--micro", str(sizes["batch"]), "--rounds", str(options.rounds), "--threads", "1",
-                                   "--device", options.device])
+    told = preference_step.parsed(
+        [
+            *flags,
+            "--micro",
+            str(sizes["batch"]),
+            "--rounds",
+            str(options.rounds),
+            "--threads",
+            "1",
+            "--device",
+            options.device,
+        ]
+    )
     arms = ["trl", "ours"] if options.device == "cuda" else ARMS
     running = preference_step.run(arms, told.micro, preference_step.spec_of(told), told.rounds)
     found = {}
     for (arm, _), variant in running.items():
         made = None if "out_of_memory" in variant else preference_step.measured(variant, told.rounds, told.batch)
         found["ours" if arm == "ours" else "trl"] = made and {
-            "seconds": statistics.median(made["seconds" if told.device == "cuda" else "cpu_seconds"]), "peak": made["peak"]}
+            "seconds": statistics.median(made["seconds" if told.device == "cuda" else "cpu_seconds"]),
+            "peak": made["peak"],
+        }
     return found
 
 

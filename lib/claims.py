@@ -1,15 +1,17 @@
 """The verdict on each published claim of a study.
 
-A claim is supported only if three things hold: the rule of its own test on the crossed seed x question bootstrap interval
-(primary), the companion t test over seeds on the same side at 5 %, one-sided, and a Holm-adjusted p below .05 over the
-claims evaluated together. It is refuted if the rule and the companion say so. Where primary and companion differ, or Holm
-does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own primary test.
+A claim is supported only if three things hold: the rule of its own test on the crossed seed x question bootstrap
+interval (primary), the companion t test over seeds on the same side at 5 %, one-sided, and a Holm-adjusted p below .05
+over the claims evaluated together. It is refuted if the rule and the companion say so. Where primary and companion
+differ, or Holm does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own
+primary test.
 
-A claim about scores is `vacuous` where no run that it compares is shown to be above chance (lib/verdict/chance.py), where all
-of them diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and decide nothing.
+A claim about scores is `vacuous` where no run that it compares is shown to be above chance (lib/verdict/chance.py),
+where all of them diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and
+decide nothing.
 
-With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than questions
-do; the companion is what keeps that at 5 %, at the price of power (lib/verdict/power.py prints both).
+With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than
+questions do; the companion is what keeps that at 5 %, at the price of power (lib/verdict/power.py prints both).
 """
 
 from __future__ import annotations
@@ -45,16 +47,29 @@ class Data(NamedTuple):
     draws: int
 
 
-def evaluate(study: Claims, rows: pd.DataFrame, *, scale: str, mode: str, members: pd.DataFrame | None = None,
-             accuracy: pd.DataFrame | None = None, costs: pd.DataFrame | None = None, seeds: Iterable[int] = (),
-             draws: int = DRAWS, scored_by: str = "", mend: str = "", absent: Mapping[str, str] | None = None) -> list[Verdict]:
+def evaluate(
+    study: Claims,
+    rows: pd.DataFrame,
+    *,
+    scale: str,
+    mode: str,
+    members: pd.DataFrame | None = None,
+    accuracy: pd.DataFrame | None = None,
+    costs: pd.DataFrame | None = None,
+    seeds: Iterable[int] = (),
+    draws: int = DRAWS,
+    scored_by: str = "",
+    mend: str = "",
+    absent: Mapping[str, str] | None = None,
+) -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
-    metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs: pairs
-    `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they have.
-    scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get them).
-    absent: {metric: why it has no values}, the reason of the claims about it.
+    metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs:
+    pairs
+    `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they
+    have. scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get
+    them). absent: {metric: why it has no values}, the reason of the claims about it.
     """
     if members is None:
         members = members_of(rows, study.keys)
@@ -79,18 +94,41 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     for claim in study.claims:
         for side in ("treatment", "baseline"):
             for cell in study.levels(claim, side) if getattr(claim, side) else ():
-                found = select(members, {key: value for key, value in cell.items() if value != BEST})  # any of them may be it
+                found = select(
+                    members, {key: value for key, value in cell.items() if value != BEST}
+                )  # any of them may be it
                 by_status = {status: sorted(group["seed"].astype(int)) for status, group in found.groupby("status")}
                 done = len(by_status.get("completed", [])) + len(by_status.get("diverged", []))
-                out.append({"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(found), "finished": done,
-                            **{status: ", ".join(map(str, sorted(set(by_status.get(status, [])))))
-                               for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")}})
+                out.append(
+                    {
+                        "claim": claim.id,
+                        "side": side,
+                        "cell": study.label(cell),
+                        "runs": len(found),
+                        "finished": done,
+                        **{
+                            status: ", ".join(map(str, sorted(set(by_status.get(status, [])))))
+                            for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")
+                        },
+                    }
+                )
     return pd.DataFrame(out)
 
 
 def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
-    verdict = Verdict(claim.id, claim.sentence, claim.test, claim.metric, scale, "not evaluated", "", claim.estimand,
-                      claim.margin, claim.claimed, note=claim.note)
+    verdict = Verdict(
+        claim.id,
+        claim.sentence,
+        claim.test,
+        claim.metric,
+        scale,
+        "not evaluated",
+        "",
+        claim.estimand,
+        claim.margin,
+        claim.claimed,
+        note=claim.note,
+    )
     if mode == "trial":
         verdict.reason = "a trial shows that the study runs, not what it finds"
     elif claim.not_evaluated:
@@ -116,15 +154,24 @@ def _rows(data: Data, metric: str) -> pd.DataFrame:
 
 
 def _pairs(study: Claims, claim: Claim, data: Data, cells: list[Cell], *, all_seeds: bool) -> Paired | list[str]:
-    return pair_up(study, _rows(data, claim.metric), data.members, cells, claim.metric, seeds=data.seeds if all_seeds else (),
-                   all_seeds=all_seeds)
+    return pair_up(
+        study,
+        _rows(data, claim.metric),
+        data.members,
+        cells,
+        claim.metric,
+        seeds=data.seeds if all_seeds else (),
+        all_seeds=all_seeds,
+    )
 
 
 def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
     treatment = study.levels(claim, "treatment")
     baseline = study.levels(claim, "baseline") if claim.baseline else []
     chosen = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
-    pairs = ["a run with " + str(study.choose_on)] if None in chosen else _pairs(study, claim, data, chosen, all_seeds=True)
+    pairs = (
+        ["a run with " + str(study.choose_on)] if None in chosen else _pairs(study, claim, data, chosen, all_seeds=True)
+    )
     if not isinstance(pairs, Paired):
         verdict.reason = MISSING + "; ".join(pairs)
         return
@@ -146,7 +193,9 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.verdict = "inconclusive"  # what stands for its scores is ours, not measured
     if baseline and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
-    if baseline and verdict.verdict != "vacuous":  # a figure of its own (absolute) is missed by a model that learnt nothing
+    if (
+        baseline and verdict.verdict != "vacuous"
+    ):  # a figure of its own (absolute) is missed by a model that learnt nothing
         _ask_for_chance(study, data, chosen, n, names, verdict)
     if claim.premise:
         verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
@@ -158,10 +207,14 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
 
 
 def _at_chance(study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str]) -> str:
-    return chance.at_chance(study, _rows(data, study.chance.metric), data.members, cells, n, names) if study.chance else ""
+    return (
+        chance.at_chance(study, _rows(data, study.chance.metric), data.members, cells, n, names) if study.chance else ""
+    )
 
 
-def _ask_for_chance(study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str], verdict: Verdict) -> None:
+def _ask_for_chance(
+    study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str], verdict: Verdict
+) -> None:
     """`vacuous` where every run of the claim is at chance, whatever its numbers say."""
     try:
         said = _at_chance(study, data, cells, n, names)
@@ -183,15 +236,22 @@ def _baseline_name(study: Claims, claim: Claim, cells: list[Cell]) -> str:
 def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
     if diverged:
         return {"holds": True, "text": f"{name} diverged in {diverged} of {runs} runs."}
-    return {"holds": False, "text": f"{name} did not diverge in any of {runs} runs (mean score {mean:.2f}): there was no "
-                                    "divergence to avoid."}
+    return {
+        "holds": False,
+        "text": f"{name} did not diverge in any of {runs} runs (mean score {mean:.2f}): there was no "
+        "divergence to avoid.",
+    }
 
 
 def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
     """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
-    asked = claim.model_copy(update={"treatment": other.treatment or claim.treatment,
-                                     "baseline": other.baseline or claim.baseline,
-                                     "baseline_name": "" if other.baseline else claim.baseline_name})
+    asked = claim.model_copy(
+        update={
+            "treatment": other.treatment or claim.treatment,
+            "baseline": other.baseline or claim.baseline,
+            "baseline_name": "" if other.baseline else claim.baseline_name,
+        }
+    )
     out = {"name": other.name, "decides": False}
     try:
         treatment, baseline = study.levels(asked, "treatment"), study.levels(asked, "baseline")
@@ -210,7 +270,11 @@ def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
         if claim.test == "variance_ratio":
             return {**out, "reason": "one seed tells nothing about noise"}
         difference = float((pairs.values[0] - pairs.values[1]).mean())
-        return {**out, "estimate": difference, "reason": f"{difference:+.2f} in the one seed that both have; no interval"}
+        return {
+            **out,
+            "estimate": difference,
+            "reason": f"{difference:+.2f} in the one seed that both have; no interval",
+        }
     measured = measure(claim, pairs, n, names, data.draws, other.name)
     try:
         if said := _at_chance(study, data, cells, n, names):
@@ -246,8 +310,10 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
         pairs = select(pairs, claim.treatment)
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
     if len(pairs) < MIN_COST_PAIRS:
-        verdict.reason = (f"missing: {claim.metric} of {names[0]} and {names[1]} measured in turns ({len(pairs)} pairs, at "
-                          f"least {MIN_COST_PAIRS} are needed)")
+        verdict.reason = (
+            f"missing: {claim.metric} of {names[0]} and {names[1]} measured in turns ({len(pairs)} pairs, at "
+            f"least {MIN_COST_PAIRS} are needed)"
+        )
         return
     _set(verdict, measure_cost(claim, pairs, names, max(200, data.draws // 5)))  # each draw sorts all pairs
 

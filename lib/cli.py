@@ -1,8 +1,8 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 nobody read the output to its end (| head).
-A refuted claim is a result, not a failure.
+started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 nobody read the output to its end (|
+head). A refuted claim is a result, not a failure.
 """
 
 import argparse
@@ -30,7 +30,8 @@ OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolut
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["test"]:
-        # One process more than cores: some wait. Files in their order: what takes longest (tests/chaos) is not to come last.
+        # One process more than cores: some wait. Files in their order: what takes longest (tests/chaos) is not to come
+        # last.
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
@@ -94,7 +95,9 @@ def root_of(options) -> Path:
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
-    if len(os.fsencode(suffix)) > LONGEST:  # a folder's name has 255 bytes at most: many changes are told apart by their digest
+    if (
+        len(os.fsencode(suffix)) > LONGEST
+    ):  # a folder's name has 255 bytes at most: many changes are told apart by their digest
         suffix = f"{os.fsencode(suffix)[:LONGEST].decode(errors='ignore')}...{keys.digest(suffix)[:8]}"
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
 
@@ -110,7 +113,9 @@ def chosen(options) -> list[tuple]:
     for study in options.study or []:
         config.study_module(study)
     folders = (
-        [Path(options.params)] if options.params else [config.ROOT / "params" / s / options.scale for s in config.studies()]
+        [Path(options.params)]
+        if options.params
+        else [config.ROOT / "params" / s / options.scale for s in config.studies()]
     )
     found = []
     for folder in folders:
@@ -214,10 +219,13 @@ def execute(options, runs: list, whole: list) -> int:
                 slots,
                 fail_fast=options.fail_fast,
                 force=options.force,
-                keep_secrets=options.mode == "full" and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
+                keep_secrets=options.mode == "full"
+                and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
                 max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
-                on_end=lambda step, state: show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None,
+                on_end=lambda step, state: (
+                    show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None
+                ),
             )
             started = time.time()
             try:
@@ -244,7 +252,11 @@ def write_run_lists(runs: list) -> None:
     for results in dict.fromkeys(run.results_dir for run in runs):
         record.write_json(
             Path(results) / "comparison" / "runs.json",
-            [{**config.dump(r), "study": r.study, "scale": r.scale, "mode": r.mode} for r in runs if r.results_dir == results],
+            [
+                {**config.dump(r), "study": r.study, "scale": r.scale, "mode": r.mode}
+                for r in runs
+                if r.results_dir == results
+            ],
         )
 
 
@@ -272,12 +284,20 @@ def mirror(options) -> int:
 
 def roots_of(options) -> list[Path]:
     """Every scale's records, or those that --scale, --set and --grid name."""
-    return [root for root in (sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]) if root.is_dir()]
+    return [
+        root
+        for root in (sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)])
+        if root.is_dir()
+    ]
 
 
 def judge(options) -> int:
     """Have saved answers graded; --params: those of its YAMLs' runs."""
     from lib.commands import judge
 
-    named = {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)} if options.params else None
+    named = (
+        {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)}
+        if options.params
+        else None
+    )
     return judge.command(options, roots_of(options), named, OUTPUTS)

@@ -4,9 +4,10 @@ A run YAML is complete: nothing is merged into it except params/wandb.yaml (enti
 Studies are the folders of lib/ that hold a config.py, which gives: Run (the typed sections), ALIASES (short name ->
 dotted key), METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file),
 recognises(raw), normalise(raw) (published names -> ours), steps(run), trial_changes(run), search_changes(run) and
-check(run); and, where it has them, primary_metric(run), needs(run), what only it needs on the machine before a full run, and
-implied(run, values), what the values of --set bring along where --set does not say otherwise.
+check(run); and, where it has them, primary_metric(run), needs(run), what only it needs on the machine before a full
+run, and implied(run, values), what the values of --set bring along where --set does not say otherwise.
 """
+
 from __future__ import annotations
 
 import ast
@@ -39,9 +40,36 @@ from lib.settings.run_values import (
 from lib.settings.schema import CONTEXT, Finding, Marker, Run, Wandb
 from lib.settings.yaml_file import load_yaml, parse_yaml
 
-__all__ = ["ROOT", "TUNABLE", "Finding", "Marker", "Member", "Run", "apply", "check", "dump", "from_notebook", "get",
-           "is_hub_id", "is_local", "load_folder", "load_run", "load_yaml", "markers", "member", "members", "parameters",
-           "resolve", "restore", "search_space", "steps", "studies", "study_module", "trial", "wandb_mode"]
+__all__ = [
+    "ROOT",
+    "TUNABLE",
+    "Finding",
+    "Marker",
+    "Member",
+    "Run",
+    "apply",
+    "check",
+    "dump",
+    "from_notebook",
+    "get",
+    "is_hub_id",
+    "is_local",
+    "load_folder",
+    "load_run",
+    "load_yaml",
+    "markers",
+    "member",
+    "members",
+    "parameters",
+    "resolve",
+    "restore",
+    "search_space",
+    "steps",
+    "studies",
+    "study_module",
+    "trial",
+    "wandb_mode",
+]
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
 NOTEBOOK_OWN = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
@@ -50,8 +78,12 @@ PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
 def _context(study: str, scale: str, mode: str, results_dir: str | Path | None, source: Path | None) -> dict:
     folder = Path(results_dir).expanduser() if results_dir else default_results(study, scale, mode)
-    return {"scale": scale, "mode": mode, "results_dir": folder if folder.is_absolute() else ROOT / folder,
-            "source": source}
+    return {
+        "scale": scale,
+        "mode": mode,
+        "results_dir": folder if folder.is_absolute() else ROOT / folder,
+        "source": source,
+    }
 
 
 def _wandb_defaults() -> dict | None:
@@ -64,15 +96,26 @@ def _wandb_defaults() -> dict | None:
         raise_faults(error, str(path), Wandb)
 
 
-def load_run(path: str | Path, *, study: str | None = None, scale: str, mode: str,
-             overrides: Mapping[str, str] | None = None, results_dir: str | Path | None = None) -> Run:
+def load_run(
+    path: str | Path,
+    *,
+    study: str | None = None,
+    scale: str,
+    mode: str,
+    overrides: Mapping[str, str] | None = None,
+    results_dir: str | Path | None = None,
+) -> Run:
     """The run in a YAML file, `--set` overrides applied; in trial mode already in its trial form."""
     path = Path(path).absolute()
     raw = load_yaml(path)
     for key in CONTEXT:
         if key in raw:
-            raise StudyError(f"{path}: {key}", "a matter of the command line, not of a YAML", "no such key",
-                             f"remove it; use --{key}" if key in ("study", "scale") else "remove it")
+            raise StudyError(
+                f"{path}: {key}",
+                "a matter of the command line, not of a YAML",
+                "no such key",
+                f"remove it; use --{key}" if key in ("study", "scale") else "remove it",
+            )
     if study is None:
         folder = path.parent.parent.name
         study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognise(raw, str(path))
@@ -82,8 +125,12 @@ def load_run(path: str | Path, *, study: str | None = None, scale: str, mode: st
     values = {}
     for key, text in (overrides or {}).items():
         if key.split(".")[0] in ("run_id", *CONTEXT):
-            raise StudyError(f"--set {key}", "not a setting of a run", "a key of the YAML or a short name",
-                             "copy the YAML under another run_id" if key == "run_id" else f"use --{key}")
+            raise StudyError(
+                f"--set {key}",
+                "not a setting of a run",
+                "a key of the YAML or a short name",
+                "copy the YAML under another run_id" if key == "run_id" else f"use --{key}",
+            )
         resolve(study, key, "--set")
         values[key] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
     if values:
@@ -95,10 +142,13 @@ def load_run(path: str | Path, *, study: str | None = None, scale: str, mode: st
     return trial(run) if mode == "trial" else run
 
 
-def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str,
-            results_dir: str | Path | None = None) -> Run:
+def restore(
+    values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: str | Path | None = None
+) -> Run:
     """The run that `dump` wrote out, as it is: nothing is shrunk or filled in."""
-    return build(study, dict(values), str(values.get("run_id", "run")), **_context(study, scale, mode, results_dir, None))
+    return build(
+        study, dict(values), str(values.get("run_id", "run")), **_context(study, scale, mode, results_dir, None)
+    )
 
 
 def parameters(run: Run) -> dict:
@@ -122,6 +172,7 @@ def wandb_mode(run: Run) -> str:
 def check(run: Run) -> list[Finding]:
     """What a person should know before the run starts; an error keeps it from starting."""
     from lib.settings.checks import shared_findings
+
     found = shared_findings(run)
     try:
         typical = apply(run, first_cell(run)[0])
@@ -131,16 +182,27 @@ def check(run: Run) -> list[Finding]:
         return found + ([] if markers(typical) else study_module(run.study).check(typical))
 
 
-def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[str, str] | None = None,
-                results_dir: str | Path | None = None) -> list[tuple[Path, Run | StudyError, list[Finding]]]:
+def load_folder(
+    folder: str | Path,
+    scale: str,
+    mode: str,
+    overrides: Mapping[str, str] | None = None,
+    results_dir: str | Path | None = None,
+) -> list[tuple[Path, Run | StudyError, list[Finding]]]:
     """Every run YAML under a folder (params/<study>/<scale>/ or flat) with its findings, checked in its full form."""
     from lib.settings.checks import folder_findings
+
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
     other = {"laptop", "paper"} - {scale}
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".yaml", ".yml")
-             and path.name not in NOT_RUNS and not other & set(path.relative_to(folder).parts[:-1])]
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".yaml", ".yml")
+        and path.name not in NOT_RUNS
+        and not other & set(path.relative_to(folder).parts[:-1])
+    ]
     found: list[tuple[Path, Run | StudyError, list[Finding]]] = []
     for path in paths:
         try:
@@ -162,8 +224,13 @@ def _assigned_beside(sources: list[str], name: str) -> set[str] | None:
             body = ast.parse(source).body
         except SyntaxError:  # magics
             continue
-        names = {node.id for statement in body if isinstance(statement, (ast.Assign, ast.AnnAssign))
-                 for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names = {
+            node.id
+            for statement in body
+            if isinstance(statement, (ast.Assign, ast.AnnAssign))
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
         if name in names:
             found |= names
     return found or None
@@ -176,8 +243,11 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
     parameters cells assigned are looked at; under the runner (which passes a nonce) every name of plain data is.
     """
     where = "notebook parameters"
-    given = {key: value for key, value in namespace.items()
-             if not key.startswith("_") and key not in NOTEBOOK_OWN and isinstance(value, PLAIN)}
+    given = {
+        key: value
+        for key, value in namespace.items()
+        if not key.startswith("_") and key not in NOTEBOOK_OWN and isinstance(value, PLAIN)
+    }
     if not given.get("nonce") and isinstance(namespace.get("In"), list):
         written = _assigned_beside(namespace["In"], "run_id")
         given = {key: value for key, value in given.items() if written is None or key in written}
@@ -191,8 +261,12 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
             raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
     for key in known:
         if not isinstance(namespace.get(key), PLAIN):
-            raise StudyError(f"{where}: {key}", f"holds a {type(namespace[key]).__name__}", "the parameter of that name",
-                             "run the parameters cell again, and give the other object another name")
+            raise StudyError(
+                f"{where}: {key}",
+                f"holds a {type(namespace[key]).__name__}",
+                "the parameter of that name",
+                "run the parameters cell again, and give the other object another name",
+            )
     mode, scale = given.pop("mode", "full"), given.pop("scale", "laptop")
     context = _context(study, scale, mode, given.pop("results_dir", None), None)
     if given.get("wandb") is None:

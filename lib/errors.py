@@ -48,9 +48,11 @@ def of_the_system(error: OSError) -> tuple[str, int]:
     if isinstance(error, BrokenPipeError) and nobody_reads():
         return "", UNREAD
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return (f"{error.filename or 'writing a file'}: {error.strerror}\n"
-                "  expected: a folder that can be written, with space left\n"
-                "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)"), 3
+        return (
+            f"{error.filename or 'writing a file'}: {error.strerror}\n"
+            "  expected: a folder that can be written, with space left\n"
+            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)"
+        ), 3
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}", 1

@@ -6,8 +6,8 @@
     records = collect(job)          their metrics; raises when a member failed
 
 A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<study>/member.py` with
-`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled. Sections of the configuration
-that differ between members of one preparation are named in its config module's MEMBER_KEYS.
+`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled. Sections of the
+configuration that differ between members of one preparation are named in its config module's MEMBER_KEYS.
 """
 
 import json
@@ -89,7 +89,8 @@ def inputs_folder(run) -> Path:
 
 
 def prepared(run) -> Path:
-    """Make (or find) what all members share: data, tokeniser, base model, reference log-probabilities. Returns its folder."""
+    """Make (or find) what all members share: data, tokeniser, base model, reference log-probabilities. Returns its
+    folder."""
     final = inputs_folder(run)
     if (final / "complete.json").exists():
         return final
@@ -131,8 +132,12 @@ def measure(run, function: str) -> None:
         with work.here(run.compute.threads, not run.compute.gpus):
             return work.measure(argument)
     task = pool.Task(
-        name=function, target="lib.processes.work:measure", argument=argument, folder=folder, threads=run.compute.threads,
-        cpu=not run.compute.gpus
+        name=function,
+        target="lib.processes.work:measure",
+        argument=argument,
+        folder=folder,
+        threads=run.compute.threads,
+        cpu=not run.compute.gpus,
     )
     pool.start(task)
     pool.drive([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
@@ -188,7 +193,13 @@ def _task(member, folder: Path) -> pool.Task:
         name=member.id,
         target="lib.processes.work:member",
         folder=folder,
-        argument={"spec": spec, "folder": str(folder), "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce},
+        argument={
+            "spec": spec,
+            "folder": str(folder),
+            "inputs": str(inputs_folder(run)),
+            "key": wanted,
+            "nonce": nonce,
+        },
         threads=run.compute.threads,
         slots=run.compute.devices,
         cpu=not run.compute.gpus,
@@ -245,7 +256,11 @@ def watch(job: Job) -> None:
 
 def ended(task: pool.Task) -> str:
     """How a member that did not succeed ended: lost, failed or out_of_memory."""
-    return record.read_json(task.folder / "error.json", {}).get("status", "failed") if task.state == "failed" else task.state
+    return (
+        record.read_json(task.folder / "error.json", {}).get("status", "failed")
+        if task.state == "failed"
+        else task.state
+    )
 
 
 def collect(job: Job, *, strict: bool = True) -> list[dict]:
@@ -264,7 +279,12 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
             "the same command again resumes what is left",
         )
     return [
-        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **record.read_json(job.folders[m.id] / "metrics.json", {})}
+        {
+            "member": m.id,
+            "cell": m.cell_name,
+            "seed": m.seed,
+            **record.read_json(job.folders[m.id] / "metrics.json", {}),
+        }
         for m in job.members
         if (job.folders[m.id] / "metrics.json").exists()
     ]
@@ -281,7 +301,9 @@ def _slots() -> int | None:
 
 def _progress(run, state: dict) -> None:
     """For the runner's live line and for `status` in another terminal."""
-    record.write_json(Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time(), "kernel": os.getpid()})
+    record.write_json(
+        Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time(), "kernel": os.getpid()}
+    )
 
 
 def _last(folder: Path) -> dict:

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import MissingError, StudyError
@@ -45,7 +51,8 @@ def _missing(name: object, found: str, expected: str, mend: str = "--set model.n
 
 
 def _locate(name: str, needs: str) -> str:
-    """`name` as a local directory (checked for the file `needs`) where it exists, else as a hub id; never waits for the hub."""
+    """`name` as a local directory (checked for the file `needs`) where it exists, else as a hub id; never waits for the
+    hub."""
     path = hub.local_path(name, root=ROOT)
     if path is None:
         if not hub.HUB_ID.match(name):
@@ -94,7 +101,8 @@ def load_tokenizer(
 def quantization_config(
     quantization: str, torch_dtype: torch.dtype, storage: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig | None:
-    """NF4 with double quantisation (QLoRA), computing in `torch_dtype`; `storage` is bfloat16 under FSDP. None for 'none'."""
+    """NF4 with double quantisation (QLoRA), computing in `torch_dtype`; `storage` is bfloat16 under FSDP. None for
+    'none'."""
     if quantization == "none":
         return None
     if quantization != "nf4":
@@ -121,10 +129,11 @@ def load_causal_lm(
     auto_class: Any = AutoModelForCausalLM,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model from a local directory or the hub, in evaluation mode, on `device` (default: the CUDA device, else the CPU).
+    """A model from a local directory or the hub, in evaluation mode, on `device` (default: the CUDA device, else the
+    CPU).
 
-    `auto_class` serves other heads (AutoModelForSequenceClassification). `options` go to from_pretrained: attn_implementation,
-    num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
+    `auto_class` serves other heads (AutoModelForSequenceClassification). `options` go to from_pretrained:
+    attn_implementation, num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
     """
     dtype = dtype_of(torch_dtype)
     source = _locate(name, "config.json")
@@ -150,8 +159,10 @@ def load_causal_lm(
         )
     except ImportError as error:
         raise MissingError(
-            f"model.quantization = {quantization}", str(error)[:200], "bitsandbytes and accelerate",
-            ".venv/bin/pip install bitsandbytes"
+            f"model.quantization = {quantization}",
+            str(error)[:200],
+            "bitsandbytes and accelerate",
+            ".venv/bin/pip install bitsandbytes",
         ) from error
     except torch.OutOfMemoryError:
         raise _missing(
@@ -183,7 +194,8 @@ def load_model(section: Any, **options: Any) -> PreTrainedModel:
 def add_lora(model: PreTrainedModel, peft: Any, seed: int, *, task_type: str = "CAUSAL_LM") -> nn.Module:
     """Float32 LoRA adapters per a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules), drawn from `seed`.
 
-    The base is frozen. No prepare_model_for_kbit_training: it casts the whole unquantised rest to float32 and fails under FSDP.
+    The base is frozen. No prepare_model_for_kbit_training: it casts the whole unquantised rest to float32 and fails
+    under FSDP.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -210,7 +222,8 @@ def add_lora(model: PreTrainedModel, peft: Any, seed: int, *, task_type: str = "
 
 
 def float32_trainables(model: nn.Module) -> nn.Module:
-    """Recast every trainable parameter to float32, in place, and assert it. After TRL, which casts adapters to bfloat16."""
+    """Recast every trainable parameter to float32, in place, and assert it. After TRL, which casts adapters to
+    bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -246,7 +259,8 @@ def disable_dropout(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(source: str | Path | nn.Module, revision: str | None = None) -> str:
-    """sha256 of a model: config and safetensors of a directory or a cached hub id, or names and values of a loaded one."""
+    """sha256 of a model: config and safetensors of a directory or a cached hub id, or names and values of a loaded
+    one."""
     digest = hashlib.sha256()
     if isinstance(source, nn.Module):
         for name, tensor in sorted(source.state_dict().items()):

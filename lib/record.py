@@ -1,8 +1,8 @@
 """What a run leaves behind, written so that a kill, a full disk or a crash never leaves half a truth.
 
-JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` only grows, one flushed line per
-step, and a torn last line (the process died inside the write) is dropped by the reader. `load` turns the folders of one
-study into the tables that analysis reads.
+JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` only grows, one flushed line
+per step, and a torn last line (the process died inside the write) is dropped by the reader. `load` turns the folders of
+one study into the tables that analysis reads.
 """
 
 import json
@@ -105,7 +105,10 @@ def read_jsonl(path: Path) -> list[dict]:
 def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], None]]:
     """The two streams of a member: `history` (deterministic) and `timing` (wall clock). They are kept apart so that a
     resumed run can be compared with an undisturbed one byte for byte."""
-    return (lambda row: append_jsonl(folder / "history.jsonl", row), lambda row: append_jsonl(folder / "timing.jsonl", row))
+    return (
+        lambda row: append_jsonl(folder / "history.jsonl", row),
+        lambda row: append_jsonl(folder / "timing.jsonl", row),
+    )
 
 
 def next_number(folder: Path, pattern: str) -> int:
@@ -185,7 +188,9 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     seen = set()
     for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
         folder, sentinel = done.parent, read_json(done, {})
-        if sentinel.get("status") not in FINISHED or (wanted is not None and (sentinel["run_id"], folder.name) not in wanted):
+        if sentinel.get("status") not in FINISHED or (
+            wanted is not None and (sentinel["run_id"], folder.name) not in wanted
+        ):
             continue
         spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
         who = identity(spec)
@@ -205,7 +210,9 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
             tables["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
     for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
         run = read_json(path.parent / "metrics.json", {})
-        tables["costs"] += [{"run_id": path.parent.name, "method": run.get("method"), **row} for row in read_jsonl(path)]
+        tables["costs"] += [
+            {"run_id": path.parent.name, "method": run.get("method"), **row} for row in read_jsonl(path)
+        ]
     missing = [
         {
             "run_id": m.run_id,

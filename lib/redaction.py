@@ -11,8 +11,8 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-# A variable's name is taken apart at what is not a letter; it is secret if one of its words is, unless its last word says
-# that it holds something about the secret rather than the secret.
+# A variable's name is taken apart at what is not a letter; it is secret if one of its words is, unless its last word
+# says that it holds something about the secret rather than the secret.
 SECRET_WORDS = {
     "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PWD", "SECRET", "SECRETS", "TOKEN", "KEY", "KEYS", "PAT", "CREDENTIAL",
     "CREDENTIALS", "CREDS", "WEBHOOK", "COOKIE", "BEARER", "AUTHORIZATION",
@@ -39,7 +39,8 @@ def secret_name(name: str) -> bool:
 
 
 def password_in_url(value: str) -> str:
-    """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a data base's; empty where nothing does."""
+    """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a data base's; empty where nothing
+    does."""
     found = re.match(r"[a-z][a-z0-9+.-]*://([^/?#\s]*)@", value, re.IGNORECASE)
     return found.group(1).partition(":")[2] or found.group(1) if found else ""
 
@@ -54,13 +55,21 @@ def of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(text to be replaced, name) of every secret in the environment, in every form it may be written in, longest first."""
+    """(text to be replaced, name) of every secret in the environment, in every form it may be written in, longest
+    first."""
     found = {}
     for name, value in of(environment).items():
         password = password_in_url(value)
         for text in (value, password, urllib.parse.unquote(password), *value.splitlines()):
-            forms = (text, text.strip(), json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1],
-                     urllib.parse.quote(text), urllib.parse.quote_plus(text))
+            forms = (
+                text,
+                text.strip(),
+                json.dumps(text)[1:-1],
+                json.dumps(text, ensure_ascii=False)[1:-1],
+                repr(text)[1:-1],
+                urllib.parse.quote(text),
+                urllib.parse.quote_plus(text),
+            )
             for form in forms:
                 if len(form) >= SHORTEST and not form.startswith("-----"):
                     found.setdefault(form, name)

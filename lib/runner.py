@@ -1,8 +1,8 @@
 """Executes the planned notebooks headlessly through papermill and decides what counts as done.
 
 Papermill alone cannot say that a run succeeded: a killed kernel, a time-out and Ctrl-C all leave cells marked
-`completed`, and `sys.exit(0)` in a cell ends with code 0. Here a notebook succeeded only if papermill raised nothing, every
-code cell has an execution count, and the record's sentinel carries this attempt's nonce and metrics that parse.
+`completed`, and `sys.exit(0)` in a cell ends with code 0. Here a notebook succeeded only if papermill raised nothing,
+every code cell has an execution count, and the record's sentinel carries this attempt's nonce and metrics that parse.
 """
 
 import contextlib
@@ -40,8 +40,18 @@ def archive(step: plan.Step) -> None:
 class Runner:
     """The pool, the threads that execute notebooks, and what each step came to."""
 
-    def __init__(self, steps: list[plan.Step], slots: int, *, fail_fast: bool = False, force: bool = False,
-                 keep_secrets: bool = False, cell_timeout: int | None = None, on_end=None, max_hours: float | None = None):
+    def __init__(
+        self,
+        steps: list[plan.Step],
+        slots: int,
+        *,
+        fail_fast: bool = False,
+        force: bool = False,
+        keep_secrets: bool = False,
+        cell_timeout: int | None = None,
+        on_end=None,
+        max_hours: float | None = None,
+    ):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
         self.keep_secrets, self.cell_timeout, self.on_end = keep_secrets, cell_timeout, on_end
         self.max_seconds = None if max_hours is None else max_hours * 3600
@@ -85,14 +95,25 @@ class Runner:
         return all(self.state[id(s)] in ("cached", "succeeded") for s in self.steps)
 
     def wait_for_members(self) -> None:
-        """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at once."""
+        """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at
+        once."""
         signal.signal(signal.SIGINT, self.leave)
         signal.signal(signal.SIGTERM, self.leave)
         states = [record.read_json(s.progress / "progress.json") for s in self.steps if self.state[id(s)] == "running"]
-        names = [f"{r['member']} (step {r['step']})" for s in states if s for r in s.get("running", ()) if r.get("step")]
-        what = f"{', '.join(names[:4])}{', …' * (len(names) > 4)} to save a checkpoint" if names else "its processes to end"
-        print(f"\nstopping: waiting for {what}, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
-              "(what is saved is kept either way)", file=sys.stderr, flush=True)
+        names = [
+            f"{r['member']} (step {r['step']})" for s in states if s for r in s.get("running", ()) if r.get("step")
+        ]
+        what = (
+            f"{', '.join(names[:4])}{', …' * (len(names) > 4)} to save a checkpoint"
+            if names
+            else "its processes to end"
+        )
+        print(
+            f"\nstopping: waiting for {what}, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
+            "(what is saved is kept either way)",
+            file=sys.stderr,
+            flush=True,
+        )
         self.pool.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.pool.process.wait(STOP_SECONDS)
@@ -106,7 +127,8 @@ class Runner:
         os._exit(130)
 
     def ready(self, step: plan.Step) -> bool:
-        """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing itself."""
+        """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing
+        itself."""
         states = [self.state[id(s)] for s in step.needs]
         if self.fail_fast and "failed" in self.state.values() or (step.kind == "sweep" and "failed" in states):
             self.state[id(step)] = "blocked"
@@ -122,7 +144,9 @@ class Runner:
         if self.max_seconds is None:
             return True
         now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
-        left = sum(max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running)
+        left = sum(
+            max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running
+        )
         alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
         own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
         if now - self.began + left / self.slots + own + alone <= self.max_seconds:
@@ -190,12 +214,24 @@ class Runner:
 
     def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
         done = record.read_json(step.folder / "metrics.json", {}) if status == "succeeded" else {}
-        record.write_json(step.folder / "status.json", {
-            "run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key, "started": started,
-            "ended": None if status == "running" else time.time(), "minutes": round((time.time() - started) / 60, 3),
-            "predicted_member_seconds": round(step.training, 1),
-            "actual_member_seconds": trained_seconds(step, started) if status == "succeeded" else None,
-            "key_metric": done.get("key_metric"), "error": error, "command": command(step)})
+        record.write_json(
+            step.folder / "status.json",
+            {
+                "run_id": step.name,
+                "kind": step.kind,
+                "study": step.study,
+                "status": status,
+                "key": step.key,
+                "started": started,
+                "ended": None if status == "running" else time.time(),
+                "minutes": round((time.time() - started) / 60, 3),
+                "predicted_member_seconds": round(step.training, 1),
+                "actual_member_seconds": trained_seconds(step, started) if status == "succeeded" else None,
+                "key_metric": done.get("key_metric"),
+                "error": error,
+                "command": command(step),
+            },
+        )
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
@@ -207,8 +243,13 @@ class Runner:
         log = step.folder / "attempts" / "error.log"
         with contextlib.suppress(OSError):
             record.write_text(log, record.inert(record.redact("".join(traceback.format_exception(error)))))
-        return {"cell": getattr(error, "exec_count", None), "exception": f"{name}: {value}" if name else value,
-                "log": str(log), "notebook": str(partial(step)), "again": command(step)}
+        return {
+            "cell": getattr(error, "exec_count", None),
+            "exception": f"{name}: {value}" if name else value,
+            "log": str(log),
+            "notebook": str(partial(step)),
+            "again": command(step),
+        }
 
 
 def trained_seconds(step: plan.Step, since: float) -> float:
@@ -228,9 +269,14 @@ def command(step: plan.Step) -> str:
     if step.again:
         return step.again
     run = step.run or (step.needs[0].run if step.needs else None)
-    sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items())
-    return (f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"
-            + ("" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}") + sets)
+    sets = "".join(
+        f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items()
+    )
+    return (
+        f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"
+        + ("" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}")
+        + sets
+    )
 
 
 def partial(step: plan.Step) -> Path:
@@ -257,22 +303,38 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
         number = record.next_number(path.parent, f"{step.output.stem}.*.failed.ipynb")
         path.replace(path.with_name(f"{step.output.stem}.{number}.failed.ipynb"))
     return papermill.execute_notebook(
-        str(step.notebook), str(path), parameters={**step.parameters, "nonce": nonce}, kernel_name="python3",
-        engine_name="study", progress_bar=False, log_output=False, start_timeout=600, execution_timeout=cell_timeout)
+        str(step.notebook),
+        str(path),
+        parameters={**step.parameters, "nonce": nonce},
+        kernel_name="python3",
+        engine_name="study",
+        progress_bar=False,
+        log_output=False,
+        start_timeout=600,
+        execution_timeout=cell_timeout,
+    )
 
 
 def check_success(step: plan.Step, notebook, nonce: str) -> None:
     """The completion rules. Raises StudyError for the first that does not hold."""
     name = step.title
-    unrun = [i for i, cell in enumerate(notebook.cells, 1)
-             if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None]
+    unrun = [
+        i
+        for i, cell in enumerate(notebook.cells, 1)
+        if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None
+    ]
     if unrun:
-        raise StudyError(name, f"cell {unrun[0]} of its notebook never ran", "every code cell executed",
-                         f"look at {partial(step)}")
+        raise StudyError(
+            name, f"cell {unrun[0]} of its notebook never ran", "every code cell executed", f"look at {partial(step)}"
+        )
     done = record.read_json(step.folder / "done.json")
     if not done or done.get("nonce") != nonce:
-        raise StudyError(name, "its record has no sentinel of this attempt", "done.json written by the notebook's last cell",
-                         f"look at {partial(step)}")
+        raise StudyError(
+            name,
+            "its record has no sentinel of this attempt",
+            "done.json written by the notebook's last cell",
+            f"look at {partial(step)}",
+        )
     if record.read_json(step.folder / "metrics.json") is None:
         raise StudyError(name, "metrics.json is missing or does not parse", "a JSON object")
     if step.kind == "train":
@@ -283,12 +345,17 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
 
 
 def stay_inside(root: Path, steps: list[plan.Step]) -> None:
-    """Refuse links below `root` that lead out of it: nothing is written where nobody asked for it. `root` may be a link."""
+    """Refuse links below `root` that lead out of it: nothing is written where nobody asked for it. `root` may be a
+    link."""
     for folder in dict.fromkeys(f for step in steps for f in (step.folder.parent, step.folder)):
         for path in (folder, *folder.glob("*"), *folder.glob("members/*"), *folder.glob("members/*/checkpoints")):
             if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-                raise StudyError(str(path), f"a link to {os.readlink(path)}, outside of the results", "a folder in it",
-                                 f"remove the link: rm '{path}'")
+                raise StudyError(
+                    str(path),
+                    f"a link to {os.readlink(path)}, outside of the results",
+                    "a folder in it",
+                    f"remove the link: rm '{path}'",
+                )
 
 
 def remove_leftovers(root: Path) -> None:

@@ -12,7 +12,8 @@ from lib.running import keys
 
 
 def provenance(run) -> dict:
-    """What made this record: versions, git state, hardware, data and model fingerprints. Holds no secret and no name."""
+    """What made this record: versions, git state, hardware, data and model fingerprints. Holds no secret and no
+    name."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", "-C", str(config.ROOT), *arguments], capture_output=True, text=True)
@@ -89,8 +90,8 @@ def chosen_cell(run, records: list[dict]) -> str:
 
 
 def summary(run, records: list[dict]) -> dict:
-    """The run's metrics.json: the mean over seeds of its chosen cell, and its members beside it. A diverged member counts
-    with the study's DIVERGED values, as in its claims: leaving it out would flatter its cell."""
+    """The run's metrics.json: the mean over seeds of its chosen cell, and its members beside it. A diverged member
+    counts with the study's DIVERGED values, as in its claims: leaving it out would flatter its cell."""
     study = config.study_module(run.study)
     records = [{**r, **study.DIVERGED} if r["status"] == "diverged" else r for r in records]
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
@@ -119,16 +120,19 @@ def finish(folder: Path, metrics: dict, nonce: str | None) -> None:
 
 
 def refresh(run) -> None:
-    """A finished run's metrics.json, and what its search says of its best, made again from the members' (a judge has graded
-    them since)."""
+    """A finished run's metrics.json, and what its search says of its best, made again from the members' (a judge has
+    graded them since)."""
     folder = Path(run.results_dir) / run.run_id
 
     def metrics_of(member: str) -> dict:
         return record.read_json(folder / "members" / member / "metrics.json") or {}
 
     before, status = record.read_json(folder / "metrics.json"), record.read_json(folder / "status.json")
-    found = [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **made} for m in config.members(run)
-             if (made := metrics_of(m.id))]
+    found = [
+        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **made}
+        for m in config.members(run)
+        if (made := metrics_of(m.id))
+    ]
     if before and found:
         made = before | summary(run, found)
         record.write_json(folder / "metrics.json", made)

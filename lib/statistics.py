@@ -1,11 +1,12 @@
 """Statistics of paired comparisons over seeds and questions: intervals, tests, ratios.
 
-Scores come as arrays (..., S, Q): S seeds by Q questions (problems, examples), leading axes for repetitions of the whole
-experiment, so that what decides one experiment decides ten thousand simulated ones. Everything is seeded by its caller.
+Scores come as arrays (..., S, Q): S seeds by Q questions (problems, examples), leading axes for repetitions of the
+whole experiment, so that what decides one experiment decides ten thousand simulated ones. Everything is seeded by its
+caller.
 
-Crossed bootstrap: Owen (2007), "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2). Seeds and questions are each drawn with
-replacement and the mean of the drawn rows and columns is taken. With three seeds its standard error is too small by
-sqrt((S - 1) / S) in the seeds' part, hence the factor sqrt(S / (S - 1)) on the whole.
+Crossed bootstrap: Owen (2007), "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2). Seeds and questions are each drawn
+with replacement and the mean of the drawn rows and columns is taken. With three seeds its standard error is too small
+by sqrt((S - 1) / S) in the seeds' part, hence the factor sqrt(S / (S - 1)) on the whole.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def seed_factor(seeds: int) -> float:
     return (seeds / (seeds - 1)) ** 0.5
 
 
-def resampling_shares(seeds: int, questions: int, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def resampling_shares(
+    seeds: int, questions: int, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """The shares (draws, S) and (draws, Q) that each seed and question has in the bootstrap's drawn sets."""
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
     by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=draws) / questions
@@ -125,18 +128,27 @@ def _decide(support: tuple, refute: tuple, companion_support, companion_refute) 
 
 def non_inferiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
     """Supported: the 90 % interval's low end is above -margin. Refuted: the 95 % interval's high end is below it."""
-    return _decide((p_above(primary, -margin), 0.05), (p_below(primary, -margin), 0.025),
-                   p_above(companion, -margin), p_below(companion, -margin))
+    return _decide(
+        (p_above(primary, -margin), 0.05),
+        (p_below(primary, -margin), 0.025),
+        p_above(companion, -margin),
+        p_below(companion, -margin),
+    )
 
 
 def superiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
     """Supported: the 95 % interval's low end reaches `margin`. Refuted: its high end stays below."""
-    return _decide((p_above(primary, margin), 0.025), (p_below(primary, margin), 0.025),
-                   p_above(companion, margin), p_below(companion, margin))
+    return _decide(
+        (p_above(primary, margin), 0.025),
+        (p_below(primary, margin), 0.025),
+        p_above(companion, margin),
+        p_below(companion, margin),
+    )
 
 
 def equivalence(primary: Estimate, companion: Estimate, margin: float) -> Decision:
-    """Two one-sided tests. Supported: the 90 % interval lies within +-margin. Refuted: the 95 % interval lies outside."""
+    """Two one-sided tests. Supported: the 90 % interval lies within +-margin. Refuted: the 95 % interval lies
+    outside."""
 
     def inside(estimate):
         return np.maximum(p_above(estimate, -margin), p_below(estimate, margin))
@@ -163,8 +175,8 @@ class VarianceRatio(NamedTuple):
 def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Variance across the L levels of x (..., L, S, Q), less the noise within a level; and each seed's own (..., S).
 
-    The level means are means over seeds; their noise is the levels' average variance over seeds, divided by S. One seed's
-    variance across levels holds that noise S times over.
+    The level means are means over seeds; their noise is the levels' average variance over seeds, divided by S. One
+    seed's variance across levels holds that noise S times over.
     """
     by_seed = x.mean(-1)
     seeds = by_seed.shape[-1]
@@ -172,11 +184,13 @@ def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return by_seed.mean(-1).var(-1, ddof=1) - within / seeds, by_seed.var(-2, ddof=1) - within[..., None]
 
 
-def variance_ratio(treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator) -> VarianceRatio:
+def variance_ratio(
+    treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator
+) -> VarianceRatio:
     """Ratio of variances across levels, treatment (..., L, S, Q) over baseline, with a crossed bootstrap interval.
 
-    The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they are
-    centred on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
+    The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they
+    are centred on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
     positive the ratio counts as infinite, which can only widen the interval upwards.
     """
     s, q = treatment.shape[-2:]
@@ -202,7 +216,8 @@ def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
 
 
 def lower_variance(result: VarianceRatio, point: float) -> Decision:
-    """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above `point`.
+    """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above
+    `point`.
 
     Companion: a t test over seeds of treatment - r * baseline, the two variances of each seed (r = 1, r = `point`).
     """
@@ -229,12 +244,14 @@ class TimeRatio(NamedTuple):
     blocks: np.ndarray
 
 
-def time_ratio(seconds: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator, blocks: int = 10
-               ) -> TimeRatio:
-    """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the machine
-    in one step says nothing of the method; pairs are drawn with replacement.
+def time_ratio(
+    seconds: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator, blocks: int = 10
+) -> TimeRatio:
+    """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the
+    machine in one step says nothing of the method; pairs are drawn with replacement.
 
-    Times of neighbouring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its values.
+    Times of neighbouring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its
+    values.
     """
     log = np.log(seconds) - np.log(baseline)
     n = log.shape[-1]
@@ -272,7 +289,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> float:
-    """P(treatment above baseline) on a question, over all pairs of seeds; ties count half (Agarwal et al. 2021, section 4).
-    Both (S, Q)."""
+    """P(treatment above baseline) on a question, over all pairs of seeds; ties count half (Agarwal et al. 2021, section
+    4). Both (S, Q)."""
     difference = treatment[:, None, :] - baseline[None, :, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())

@@ -38,9 +38,15 @@ def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
 
 
 def made_of(run) -> str:
-    """What a trial's value depends on besides its point: trials of other settings, data, code or objective do not count."""
-    return keys.digest([members.key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"],
-                        run.optuna.objective_metric])
+    """What a trial's value depends on besides its point: trials of other settings, data, code or objective do not
+    count."""
+    return keys.digest(
+        [
+            members.key(config.members(run)[0])["all"],
+            config.dump(run)["optuna"]["search_space"],
+            run.optuna.objective_metric,
+        ]
+    )
 
 
 def open_study(run, folder: Path) -> optuna.Study:
@@ -97,8 +103,8 @@ def heal(study: optuna.Study) -> int:
 
 
 def elsewhere(trial) -> bool:
-    """Whether another process that shares the data base may still be training this trial: one of this machine that lives,
-    or one of another machine within a day."""
+    """Whether another process that shares the data base may still be training this trial: one of this machine that
+    lives, or one of another machine within a day."""
     machine, _, pid = trial.user_attrs.get("asked_by", "").rpartition(":")
     if not machine:
         return False
@@ -165,7 +171,9 @@ def search(run, folder: Path) -> optuna.Study:
             continue
         # A sampler's state dies with its process; seeding it by the position makes a resumed search the same search.
         position = len(study.get_trials(deepcopy=False) if shared else searched(study))
-        study.sampler = optuna.samplers.TPESampler(seed=run.optuna.seed + position, constant_liar=True, n_startup_trials=4)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=run.optuna.seed + position, constant_liar=True, n_startup_trials=4
+        )
         asked = [ask(study, space, shared) for _ in range(min(BATCH, left))]
         jobs = {"members": [], "sweep/trials": []}
         places = []
@@ -199,7 +207,9 @@ def table(study: optuna.Study):
     """The finished trials as a DataFrame, best first."""
     import pandas as pd
 
-    rows = [{"trial": t.number, **{k: _short(v) for k, v in t.params.items()}, "value": t.value} for t in searched(study)]
+    rows = [
+        {"trial": t.number, **{k: _short(v) for k, v in t.params.items()}, "value": t.value} for t in searched(study)
+    ]
     return pd.DataFrame(rows).sort_values("value", ascending=study.direction.name == "MINIMIZE", ignore_index=True)
 
 

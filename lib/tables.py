@@ -1,4 +1,5 @@
-"""Tables for people: a DataFrame as HTML with a caption and header scopes, and the metrics of runs against their baselines."""
+"""Tables for people: a DataFrame as HTML with a caption and header scopes, and the metrics of runs against their
+baselines."""
 
 from __future__ import annotations
 
@@ -29,14 +30,18 @@ class Table:
 def table_html(frame: pd.DataFrame, caption: str) -> str:
     """HTML with every value escaped, `scope` on the headers, numbers to the right; a missing value is a dash."""
     numeric = [pd.api.types.is_numeric_dtype(frame.iloc[:, i]) for i in range(frame.shape[1])]
-    head = "".join(f'<th scope="col"{_class(n)}>{html.escape(str(c))}</th>' for c, n in zip(frame, numeric, strict=True))
+    head = "".join(
+        f'<th scope="col"{_class(n)}>{html.escape(str(c))}</th>' for c, n in zip(frame, numeric, strict=True)
+    )
     rows = []
     for values in frame.itertuples(index=False, name=None):
         first, *rest = (html.escape(_text(value)) for value in values)
         cells = "".join(f"<td{_class(n)}>{value}</td>" for value, n in zip(rest, numeric[1:], strict=True))
         rows.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    return (f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>")
+    return (
+        f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def _class(numeric: bool) -> str:
@@ -51,11 +56,17 @@ def _text(value: object) -> str:
     return number(value, 4) if isinstance(value, float | np.floating) else str(value)
 
 
-def metrics_table(members: pd.DataFrame, metrics: Mapping[str, str], *, chosen: Mapping[str, str], baselines: Sequence[str],
-                  diverged_values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """One row per run and metric, of the run's cell in `chosen` (run_id -> cell, chosen on validation): mean and standard
-    deviation over seeds, and the improvement over each baseline in percent of it (positive is better, also for metrics
-    to minimise).
+def metrics_table(
+    members: pd.DataFrame,
+    metrics: Mapping[str, str],
+    *,
+    chosen: Mapping[str, str],
+    baselines: Sequence[str],
+    diverged_values: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """One row per run and metric, of the run's cell in `chosen` (run_id -> cell, chosen on validation): mean and
+    standard deviation over seeds, and the improvement over each baseline in percent of it (positive is better, also for
+    metrics to minimise).
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
@@ -66,15 +77,28 @@ def metrics_table(members: pd.DataFrame, metrics: Mapping[str, str], *, chosen: 
             own = members[(members["run_id"] == run_id) & (members["cell"] == cell)]
             table = outcomes(own, metric, (diverged_values or {}).get(metric))
             means[run_id] = table["value"].mean()
-            rows.append({"run_id": run_id, "cell": cell, "metric": metric, "mean": means[run_id],
-                         "sd": table["value"].std(ddof=1), "seeds": len(own), "diverged": int(table["diverged"].sum())})
-        for row in rows[-len(chosen):]:
+            rows.append(
+                {
+                    "run_id": run_id,
+                    "cell": cell,
+                    "metric": metric,
+                    "mean": means[run_id],
+                    "sd": table["value"].std(ddof=1),
+                    "seeds": len(own),
+                    "diverged": int(table["diverged"].sum()),
+                }
+            )
+        for row in rows[-len(chosen) :]:
             for baseline in baselines:
                 base = means.get(baseline, np.nan)
                 sign = 1 if aim == "maximize" else -1
                 gain = 100 * sign * (row["mean"] - base) / abs(base) if base else np.nan
                 row[f"improvement_over_{baseline}"] = np.nan if baseline == row["run_id"] else gain
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run_id", "cell", "metric", "mean", "sd", "seeds", "diverged"])
+    return (
+        pd.DataFrame(rows)
+        if rows
+        else pd.DataFrame(columns=["run_id", "cell", "metric", "mean", "sd", "seeds", "diverged"])
+    )
 
 
 def show_metrics(table: pd.DataFrame, caption: str) -> Table:
@@ -91,6 +115,7 @@ def show_metrics(table: pd.DataFrame, caption: str) -> Table:
             for column in (c for c in table if c.startswith("improvement_over_")):
                 gain = values[column]
                 row[f"{name} vs {column.removeprefix('improvement_over_')}"] = (
-                    f"{gain:+.1f} %".replace("-", "−") if np.isfinite(gain) else "–")
+                    f"{gain:+.1f} %".replace("-", "−") if np.isfinite(gain) else "–"
+                )
         shown.append(row)
     return Table(pd.DataFrame(shown), caption)

@@ -30,8 +30,8 @@ class SeededOrder(torch.utils.data.Sampler):
 
 
 class Intervals(TrainerCallback):
-    """Evaluate and save every so many optimiser steps (None: not in between) and always at the last one. A member that is
-    asked to stop (lib.record.stopping) saves after the step it is in and ends."""
+    """Evaluate and save every so many optimiser steps (None: not in between) and always at the last one. A member that
+    is asked to stop (lib.record.stopping) saves after the step it is in and ends."""
 
     def __init__(self, eval_steps: int | None, save_steps: int | None):
         self.eval_steps, self.save_steps = eval_steps, save_steps
@@ -44,7 +44,9 @@ class Intervals(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         last = state.global_step >= state.max_steps
         control.should_evaluate = last or bool(self.eval_steps and state.global_step % self.eval_steps == 0)
-        control.should_save = last or record.stopping() or bool(self.save_steps and state.global_step % self.save_steps == 0)
+        control.should_save = (
+            last or record.stopping() or bool(self.save_steps and state.global_step % self.save_steps == 0)
+        )
 
     def on_save(self, args, state, control, **_):
         if record.stopping() and state.global_step < state.max_steps:

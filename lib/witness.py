@@ -1,11 +1,13 @@
-"""What a trial really did, written down by its own processes: evidence for `./run_all.sh check` (lib/commands/check/trial.py).
+"""What a trial really did, written down by its own processes: evidence for `./run_all.sh check`
+(lib/commands/check/trial.py).
 
-With STUDY_WITNESS=<folder> in its environment every process of a trial appends to a file of its own: which keys of which
-run were read, how many batches each phase took, what was written outside the places that belong to the run, which
+With STUDY_WITNESS=<folder> in its environment every process of a trial appends to a file of its own: which keys of
+which run were read, how many batches each phase took, what was written outside the places that belong to the run, which
 addresses were connected to. Without the variable nothing is installed and `batches` is only a generator.
 
 A key counts as read when code asks for it: by attribute on a section, or out of a section's `model_dump()`. What the
-configuration layer does (validation, writing out, trial form, checks) asks for all of them and does not count: `unseen`.
+configuration layer does (validation, writing out, trial form, checks) asks for all of them and does not count:
+`unseen`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any, TypeVar
 FOLDER = os.environ.get("STUDY_WITNESS", "")
 T = TypeVar("T")
 _told: set[str] = set()
-_owners: dict[int, tuple[Any, str, str]] = {}  # id of a section -> (itself, to keep the id taken; run_id; dotted prefix)
+_owners: dict[
+    int, tuple[Any, str, str]
+] = {}  # id of a section -> (itself, to keep the id taken; run_id; dotted prefix)
 _blind = threading.local()
 
 

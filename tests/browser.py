@@ -11,9 +11,20 @@ from pathlib import Path
 from tests.conftest import PATIENCE, text_of, until
 
 PROGRAM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
-QUIET = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars",
-         "--remote-debugging-port=0", "--remote-allow-origins=*", "--allow-file-access-from-files")
+QUIET = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+    "--remote-allow-origins=*",
+    "--allow-file-access-from-files",
+)
 
 
 class NoAnswer(Exception):
@@ -53,7 +64,9 @@ class Page:
     def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> "Page":
         self.told.clear()
         self.asked.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.sees("window.old = true")  # it still answers for a moment when the next one is on its way
@@ -63,7 +76,10 @@ class Page:
     def arrived(self, url: str) -> "Page":
         """Once a new document is there and whole."""
         there = f"{url.split('#')[0]} complete"
-        until(lambda: self.sees("window.old ? '' : location.href + ' ' + document.readyState") == there, f"{url} does not load")
+        until(
+            lambda: self.sees("window.old ? '' : location.href + ' ' + document.readyState") == there,
+            f"{url} does not load",
+        )
         return self
 
     def sees(self, expression: str):
@@ -82,8 +98,14 @@ class Page:
     def press(self, key: str) -> None:
         codes = {"Tab": 9, "Enter": 13}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key],
-                      **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}))
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=codes[key],
+                **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}),
+            )
 
 
 @contextlib.contextmanager
@@ -92,8 +114,11 @@ def browser():
     import websocket
 
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        process = subprocess.Popen([PROGRAM, *QUIET, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [PROGRAM, *QUIET, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             port = Path(profile, "DevToolsActivePort")
             until(lambda: len(text_of(port).splitlines()) >= 2, "Chromium does not start", process)

@@ -14,7 +14,9 @@ from lib.processes.importing import importing
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PATIENCE = 600.0  # seconds: a deadline is there so that what hangs ends, and says nothing of how fast a machine has to be
+PATIENCE = (
+    600.0  # seconds: a deadline is there so that what hangs ends, and says nothing of how fast a machine has to be
+)
 
 packages = contextlib.ExitStack()  # open until all that the tests import is there
 packages.enter_context(importing())

@@ -1,4 +1,5 @@
-"""Targets for the pool's processes that die at a stated place, once, and then behave: what a kill -9 does, made exact."""
+"""Targets for the pool's processes that die at a stated place, once, and then behave: what a kill -9 does, made
+exact."""
 
 import os
 import signal
@@ -12,7 +13,8 @@ def _die_once(marker: str) -> None:
 
 
 def killed_member(argument: dict) -> None:
-    """lib.processes.work.train, killed right after step `kill_at` is in its history, or inside the save of a checkpoint."""
+    """lib.processes.work.train, killed right after step `kill_at` is in its history, or inside the save of a
+    checkpoint."""
     from lib import record
     from lib.processes import work
     from lib.weights import checkpoints
@@ -59,7 +61,8 @@ def sleep(argument: dict) -> None:
 
 
 def hold(argument: dict) -> None:
-    """Says in the file `said` that it has begun and that it ends; from `go` on it takes a moment, until then for ever."""
+    """Says in the file `said` that it has begun and that it ends; from `go` on it takes a moment, until then for
+    ever."""
     import time
 
     def say(word: str) -> None:
@@ -85,7 +88,8 @@ def die(argument: dict) -> None:
 
 
 def note_environment(argument: dict) -> None:
-    """Where members are spawned: the slot's GPU, and the standard library's modules rather than lib's of the same name."""
+    """Where members are spawned: the slot's GPU, and the standard library's modules rather than lib's of the same
+    name."""
     import statistics
 
     Path(argument["path"]).write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {statistics.fmean([1, 3])}")

@@ -2,7 +2,8 @@
 
 As a script it grades every answer by a number made of its prompt, for trying `./run_all.sh judge` by hand:
 
-    python -m tests.judge_endpoint PORT [--every-429 N] [--every-500 N] [--every-silent N] [--every-bad N] [--delay S] [--log F]
+    python -m tests.judge_endpoint PORT [--every-429 N] [--every-500 N] [--every-silent N] [--every-bad N] [--delay S]
+    [--log F]
 """
 
 import argparse
@@ -23,15 +24,22 @@ TURNS = {"system_prompt": "Be fair.", "prompt_template": "{question_1} {answer_1
 def write_bench(folder: Path) -> Path:
     """Four questions in FastChat's layout: 81 writing, 104 reasoning (its reference is known to be wrong), 106, 111."""
     kinds = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
-    record.write_jsonl(folder / "question.jsonl", [
-        {"question_id": i, "category": c, "turns": [f"first {i}?", f"second {i}?"]} for i, c in kinds.items()])
-    record.write_jsonl(folder / "reference_answer/gpt-4.jsonl", [
-        {"question_id": i, "choices": [{"turns": [f"ref-one-{i}", f"ref-two-{i}"]}]} for i in kinds if i != 81])
-    guided = [{**p, "prompt_template": p["prompt_template"] + refs} for p, refs in
-              ((SINGLE, " R {ref_answer_1}"), (TURNS, " R {ref_answer_1} {ref_answer_2}"))]
+    record.write_jsonl(
+        folder / "question.jsonl",
+        [{"question_id": i, "category": c, "turns": [f"first {i}?", f"second {i}?"]} for i, c in kinds.items()],
+    )
+    record.write_jsonl(
+        folder / "reference_answer/gpt-4.jsonl",
+        [{"question_id": i, "choices": [{"turns": [f"ref-one-{i}", f"ref-two-{i}"]}]} for i in kinds if i != 81],
+    )
+    guided = [
+        {**p, "prompt_template": p["prompt_template"] + refs}
+        for p, refs in ((SINGLE, " R {ref_answer_1}"), (TURNS, " R {ref_answer_1} {ref_answer_2}"))
+    ]
     names = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
-    record.write_jsonl(folder / "judge_prompts.jsonl",
-                       [{"name": n, **p} for n, p in zip(names, (SINGLE, TURNS, *guided), strict=True)])
+    record.write_jsonl(
+        folder / "judge_prompts.jsonl", [{"name": n, **p} for n, p in zip(names, (SINGLE, TURNS, *guided), strict=True)]
+    )
     return folder
 
 
@@ -47,8 +55,8 @@ def grade_of(request: dict) -> float:
 
 
 class Endpoint:
-    """`script`: (number of the call, request) -> (status, body, headers); a status of None closes the connection. `seen` are
-    the requests, `times` when they came, `keys` their Authorization headers."""
+    """`script`: (number of the call, request) -> (status, body, headers); a status of None closes the connection.
+    `seen` are the requests, `times` when they came, `keys` their Authorization headers."""
 
     def __init__(self, port: int = 0):
         self.seen, self.times, self.keys, self.lock = [], [], [], threading.Lock()
@@ -106,8 +114,12 @@ def main() -> None:
     def script(number: int, request: dict):
         time.sleep(given.delay)
         answer = (200, completion(f"So so. Rating: [[{grade_of(request):g}]]"))
-        for name, faulty in (("429", (429, "{}", {"Retry-After": "1"})), ("500", (500, "oops")), ("silent", (None, "")),
-                             ("bad", (200, completion("no grade")))):
+        for name, faulty in (
+            ("429", (429, "{}", {"Retry-After": "1"})),
+            ("500", (500, "oops")),
+            ("silent", (None, "")),
+            ("bad", (200, completion("no grade"))),
+        ):
             answer = faulty if every(name, number) else answer
         digest = hashlib.sha256(json.dumps(request["messages"]).encode()).hexdigest()[:12]
         with made.lock, open(given.log, "a") as log:

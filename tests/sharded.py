@@ -14,13 +14,19 @@ from lib.weights import distributed
 
 def model_of(argument: dict, *, sharded: bool):
     storage = argument["dtype"] if sharded else None
-    base = models.load_causal_lm(argument["model"], torch_dtype=argument["dtype"], quantization=argument["quantization"],
-                                 quant_storage=storage, device="cpu")
+    base = models.load_causal_lm(
+        argument["model"],
+        torch_dtype=argument["dtype"],
+        quantization=argument["quantization"],
+        quant_storage=storage,
+        device="cpu",
+    )
     return models.add_lora(base, {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}, seed=1)
 
 
 def train(argument: dict) -> dict:
-    """Train on the rows of a JSON file; the histories are in the folder. Also how much of the model this process held."""
+    """Train on the rows of a JSON file; the histories are in the folder. Also how much of the model this process
+    held."""
     given = json.loads(Path(argument["rows"]).read_text())
     folder = Path(argument["folder"])
     folder.mkdir(exist_ok=True, parents=True)
@@ -47,9 +53,19 @@ def train(argument: dict) -> dict:
             held[name] = local.numel()
         return {}
 
-    outcome = trainer.train_pairs(model, models.load_tokenizer(argument["model"]), given["train"], given["validation"], tables,
-                                  loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0}, training=argument["training"], seed=3,
-                                  folder=folder, on_record=history, on_evaluate=look)
+    outcome = trainer.train_pairs(
+        model,
+        models.load_tokenizer(argument["model"]),
+        given["train"],
+        given["validation"],
+        tables,
+        loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
+        training=argument["training"],
+        seed=3,
+        folder=folder,
+        on_record=history,
+        on_evaluate=look,
+    )
     return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": distributed.gathered(held)}
 
 

@@ -1,4 +1,5 @@
-"""The benchmark of a preference step runs, at its smallest, and its arms train alike; its timings are for the README."""
+"""The benchmark of a preference step runs, at its smallest, and its arms train alike; its timings are for the
+README."""
 
 import re
 

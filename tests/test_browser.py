@@ -1,4 +1,5 @@
-"""The pages in a real browser: nothing goes wrong, nothing is asked for, sorting and filtering work, a phone can read it."""
+"""The pages in a real browser: nothing goes wrong, nothing is asked for, sorting and filtering work, a phone can read
+it."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The verdicts of lib/claims.py: the rules of the TD-DPO claims, what is missing or diverged, false support and power."""
+"""The verdicts of lib/claims.py: the rules of the TD-DPO claims, what is missing or diverged, false support and
+power."""
 
 import json
 
@@ -19,8 +20,9 @@ STUDY = c.load(PATH)
 BY_ID = {claim.id: claim for claim in STUDY.claims}
 TAU = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 SEEDS = (42, 43, 44)
-CHANCE = Chance(metric="accuracy", what="guessing, or the longer answer", no_better_than=(0.5, "length_baseline"),
-                no_worse_than=0.5)
+CHANCE = Chance(
+    metric="accuracy", what="guessing, or the longer answer", no_better_than=(0.5, "length_baseline"), no_worse_than=0.5
+)
 # scores in which every claim but C3 holds as claimed: the same best, a higher floor
 GOOD = {"dpo": (4.0, 6.0, 7.5, 7.5), "discopop": (3.0, 4.0, 7.0, 5.0), "td_dpo": (6.0, 6.0, 7.5, 6.5)}
 
@@ -34,9 +36,16 @@ def made(means=GOOD, *, seed_sd=0.02, answer_sd=0.3, questions=80, diverged=(), 
         for beta, mean in zip(TAU, scores, strict=True):
             for s in SEEDS:
                 status = "diverged" if (method, beta, s) in diverged else "completed"
-                who = {"method": method, "beta": beta, "tau": TAU[beta] if method == "td_dpo" else np.nan, "seed": s,
-                       "status": status}
-                members.append({**who, "validation_implicit_accuracy": None if status == "diverged" else 0.5 + mean / 100})
+                who = {
+                    "method": method,
+                    "beta": beta,
+                    "tau": TAU[beta] if method == "td_dpo" else np.nan,
+                    "seed": s,
+                    "status": status,
+                }
+                members.append(
+                    {**who, "validation_implicit_accuracy": None if status == "diverged" else 0.5 + mean / 100}
+                )
                 if status == "completed":
                     scores_s = mean + rng.normal(0, seed_sd) + hard + rng.normal(0, answer_sd, questions)
                     rows += [{**who, "question": q, "score": x} for q, x in enumerate(scores_s)]
@@ -45,8 +54,14 @@ def made(means=GOOD, *, seed_sd=0.02, answer_sd=0.3, questions=80, diverged=(), 
 
 def times(ratio=1.0, n=120, seed=0):
     rng = np.random.default_rng(seed)
-    return pd.DataFrame({"method": "td_dpo", "seed": np.repeat(SEEDS, n // 3), "seconds_baseline": 0.1,
-                         "seconds": 0.1 * ratio * np.exp(rng.normal(0, 0.03, n))})
+    return pd.DataFrame(
+        {
+            "method": "td_dpo",
+            "seed": np.repeat(SEEDS, n // 3),
+            "seconds_baseline": 0.1,
+            "seconds": 0.1 * ratio * np.exp(rng.normal(0, 0.03, n)),
+        }
+    )
 
 
 def judge(rows, members=None, *, study=STUDY, mode="full", scale="laptop", **more):
@@ -99,8 +114,10 @@ def test_c2_below_one_point_is_refuted_and_says_whether_the_baseline_failed():
     assert v.verdict == "refuted"
     assert v.premise["holds"] is False
     assert "0 of" not in v.premise["text"]
-    assert [b["name"] for b in v.beside] == ["against DiscoPOP in the released card's form",
-                                             "against DiscoPOP at its best reported beta"]
+    assert [b["name"] for b in v.beside] == [
+        "against DiscoPOP in the released card's form",
+        "against DiscoPOP at its best reported beta",
+    ]
     assert "missing" in v.beside[0]["reason"]
 
 
@@ -126,9 +143,12 @@ def test_no_divergence_overrides_a_supporting_interval():
 
 def test_c3_says_beforehand_that_three_seeds_cannot_show_it(good):
     assert "24 to 43 seeds" in good["C3"].note
-    assert good["C3"].p == pytest.approx(max(
-        st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
-        st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1)))
+    assert good["C3"].p == pytest.approx(
+        max(
+            st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
+            st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1),
+        )
+    )
 
 
 def se(v):
@@ -195,11 +215,13 @@ def test_a_cost_is_judged_by_its_own_methods_pairs_that_were_timed():
     """Pairs of another method, and pairs without two times, are not of the claim."""
     rows, members = made()
     mine, other = times(1.0), times(3.0, n=300, seed=1).assign(method="td_dpo_anchored")
-    broken = pd.DataFrame({"method": "td_dpo", "seed": 42, "seconds": [0.0, -1.0, np.nan, 0.5],
-                           "seconds_baseline": [1.0, 1.0, 1.0, 0.0]})
+    broken = pd.DataFrame(
+        {"method": "td_dpo", "seed": 42, "seconds": [0.0, -1.0, np.nan, 0.5], "seconds_baseline": [1.0, 1.0, 1.0, 0.0]}
+    )
     (only,) = judge(rows, members, costs=mine, study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
-    (among,) = judge(rows, members, costs=pd.concat([other, mine, broken]),
-                     study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})).values()
+    (among,) = judge(
+        rows, members, costs=pd.concat([other, mine, broken]), study=STUDY.model_copy(update={"claims": (BY_ID["C5"],)})
+    ).values()
     assert (among.n_pairs, among.verdict) == (120, "supported")
     assert c.to_json([among]) == c.to_json([only])
     assert judge(rows, members, costs=pd.concat([other, mine[:19], broken]))["C5"].verdict == "not evaluated"
@@ -214,10 +236,20 @@ PARITY = BY_ID["C3"].model_copy(update={"margin": 0.5, "beside": ()})
 def learnt(td_dpo, dpo, *, pairs=400, seed=0):
     """Implicit accuracy of every test pair in the cells of C3: in every seed the shares given."""
     rng = np.random.default_rng(seed)
-    rows = [{"method": method, "beta": 0.05, "tau": 1.0 if method == "td_dpo" else np.nan, "seed": s, "status": "completed",
-             "pair": p, "accuracy": float(hit)}
-            for method, share in (("td_dpo", td_dpo), ("dpo", dpo)) for s in SEEDS
-            for p, hit in enumerate(rng.permutation(pairs) < share * pairs)]
+    rows = [
+        {
+            "method": method,
+            "beta": 0.05,
+            "tau": 1.0 if method == "td_dpo" else np.nan,
+            "seed": s,
+            "status": "completed",
+            "pair": p,
+            "accuracy": float(hit),
+        }
+        for method, share in (("td_dpo", td_dpo), ("dpo", dpo))
+        for s in SEEDS
+        for p, hit in enumerate(rng.permutation(pairs) < share * pairs)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -227,12 +259,20 @@ def at_chance(claim, accuracy, means=GOOD, *, length=0.48, chance=CHANCE, **more
     return judge(rows, members.assign(length_baseline=length), study=study, accuracy=accuracy)[claim.id]
 
 
-@pytest.mark.parametrize(("td_dpo", "dpo", "length", "vacuous"), [
-    (0.50, 0.50, 0.48, True), (0.50, 0.60, 0.48, False), (0.60, 0.50, 0.48, False), (0.58, 0.57, 0.65, True),
-    (0.75, 0.57, 0.65, False), (0.50, 0.40, 0.48, False)])
+@pytest.mark.parametrize(
+    ("td_dpo", "dpo", "length", "vacuous"),
+    [
+        (0.50, 0.50, 0.48, True),
+        (0.50, 0.60, 0.48, False),
+        (0.60, 0.50, 0.48, False),
+        (0.58, 0.57, 0.65, True),
+        (0.75, 0.57, 0.65, False),
+        (0.50, 0.40, 0.48, False),
+    ],
+)
 def test_a_claim_whose_runs_are_all_at_chance_is_vacuous_whatever_its_numbers_say(td_dpo, dpo, length, vacuous):
-    """Neither parity of two that learnt nothing nor a difference between them is about the methods. Worse than guessing is no
-    chance: it was learnt."""
+    """Neither parity of two that learnt nothing nor a difference between them is about the methods. Worse than guessing
+    is no chance: it was learnt."""
     for means, otherwise in ((GOOD, "supported"), ({**GOOD, "td_dpo": (6.0, 4.0, 7.5, 6.5)}, "refuted")):
         found = at_chance(PARITY, learnt(td_dpo, dpo), means, length=length)
         assert found.verdict == ("vacuous" if vacuous else otherwise)
@@ -254,7 +294,9 @@ def test_a_divergence_is_a_result_and_no_chance():
 def test_a_figure_of_its_own_is_missed_by_a_model_that_learnt_nothing():
     rows, members = made(answer_sd=0.1)
     study = absolute(reported=8.0).model_copy(update={"chance": CHANCE})
-    (found,) = judge(rows, members.assign(length_baseline=0.48), study=study, scale="paper", accuracy=learnt(0.5, 0.5)).values()
+    (found,) = judge(
+        rows, members.assign(length_baseline=0.48), study=study, scale="paper", accuracy=learnt(0.5, 0.5)
+    ).values()
     assert found.verdict == "refuted"
 
 
@@ -290,7 +332,10 @@ def test_what_is_needed_to_tell_chance_and_is_not_there_is_said_and_changes_no_v
 
 def test_beside_a_claim_chance_is_told_too():
     claim = PARITY.model_copy(update={"beside": BY_ID["C1"].beside})
-    for share, other in ((0.5, 0.7), (0.7, 0.5)):  # of the claim's own rival, and of the one beside it (best, at beta .5)
+    for share, other in (
+        (0.5, 0.7),
+        (0.7, 0.5),
+    ):  # of the claim's own rival, and of the one beside it (best, at beta .5)
         accuracy = pd.concat([learnt(0.5, share), learnt(0.5, other).query("method == 'dpo'").assign(beta=0.5)])
         found = at_chance(claim, accuracy)
         assert found.beside[0]["baseline"] == "DPO (beta 0.5)"
@@ -357,9 +402,13 @@ def test_scores_that_a_failed_run_left_are_not_taken(status):
     verdict = judge(rows, members)["C1"]
     assert (verdict.verdict, verdict.estimate) == ("not evaluated", None)
     assert f"DPO (beta 0.05), seed 44: {status}" in verdict.reason
-    (against_best,) = judge(rows, members.assign(validation_implicit_accuracy=np.where(members.beta == 0.05, 0.9, 0.5)),
-                            study=STUDY.model_copy(update={"claims": (BY_ID["C1"].model_copy(
-                                update={"baseline": {"method": "dpo", "beta": 0.5}}),)})).values()
+    (against_best,) = judge(
+        rows,
+        members.assign(validation_implicit_accuracy=np.where(members.beta == 0.05, 0.9, 0.5)),
+        study=STUDY.model_copy(
+            update={"claims": (BY_ID["C1"].model_copy(update={"baseline": {"method": "dpo", "beta": 0.5}}),)}
+        ),
+    ).values()
     assert against_best.beside[0]["n_seeds"] == 2, "beside a claim, the seeds that both sides have"
 
 
@@ -420,8 +469,15 @@ def test_trial_never_gives_a_verdict():
 
 
 def absolute(**more):
-    claim = {"id": "A", "sentence": "DPO at beta .05 scores 6.", "estimand": "mean score", "test": "absolute",
-             "treatment": {"method": "dpo", "beta": 0.05}, "reported": 6.0, "margin": 0.5}
+    claim = {
+        "id": "A",
+        "sentence": "DPO at beta .05 scores 6.",
+        "estimand": "mean score",
+        "test": "absolute",
+        "treatment": {"method": "dpo", "beta": 0.05},
+        "reported": 6.0,
+        "margin": 0.5,
+    }
     return Claims.model_validate({"study": "s", "keys": ["beta"], "claims": [{**claim, **more}]})
 
 
@@ -439,7 +495,9 @@ def test_best_is_chosen_on_validation_with_diverged_runs_as_guesses():
     one = made({**GOOD, "dpo": (4.0, 6.0, 7.5, 7.0)}, diverged=[("dpo", 0.5, 42)])[1]
     assert choose(STUDY, {"method": "dpo", "beta": "best"}, one)["beta"] == 2.5, "(.5 + .575 + .575) / 3 is below .57"
     assert choose(STUDY, {"method": "dpo", "beta": "best"}, one[one.status == "completed"])["beta"] == 0.5
-    assert choose(STUDY, {"method": "dpo", "beta": "best"}, members.drop(columns="validation_implicit_accuracy")) is None
+    assert (
+        choose(STUDY, {"method": "dpo", "beta": "best"}, members.drop(columns="validation_implicit_accuracy")) is None
+    )
     assert choose(STUDY, {"method": "td_dpo", "beta": 0.5}, members) == {"method": "td_dpo", "beta": 0.5, "tau": 1.0}
 
 
@@ -453,7 +511,8 @@ def test_the_next_best_never_stands_for_a_best_that_is_not_known(status):
 
 
 def test_what_diverged_is_said_and_supports_nothing_by_itself():
-    """The score that stands for a diverged run is ours: whatever it is, a treatment that has no other supports no claim."""
+    """The score that stands for a diverged run is ours: whatever it is, a treatment that has no other supports no
+    claim."""
     high = STUDY.model_copy(update={"diverged": {"score": 9.0}, "claims": (BY_ID["C1"],)})
     rows, members = made(diverged=[("td_dpo", 0.01, seed) for seed in SEEDS])
     verdict = judge(rows, members, study=high)["C1"]
@@ -511,7 +570,9 @@ def test_json_table_and_sentence(good):
 
 
 def test_json_of_an_infinite_interval_has_null():
-    v = c.Verdict("A", "", "superiority", "score", "laptop", "inconclusive", "", interval95=(0.1, np.inf), estimate=np.nan)
+    v = c.Verdict(
+        "A", "", "superiority", "score", "laptop", "inconclusive", "", interval95=(0.1, np.inf), estimate=np.nan
+    )
     assert c.to_json([v])[0]["interval95"] == [0.1, None]
     assert c.to_json([v])[0]["estimate"] is None
 
@@ -546,20 +607,24 @@ def test_unknown_keys_are_refused_with_did_you_mean(tmp_path):
     message = broken(tmp_path, "margin: 0.3", "margn: 0.3")
     assert "claims.0.margn" in message
     assert "did you mean margin?" in message
-    assert "did you mean baseline?" in broken(tmp_path, "DPO beta that is best on validation, baseline:",
-                                              "DPO beta that is best on validation, basline:")
+    assert "did you mean baseline?" in broken(
+        tmp_path, "DPO beta that is best on validation, baseline:", "DPO beta that is best on validation, basline:"
+    )
     assert "did you mean names?" in broken(tmp_path, "names:", "name:")
 
 
-@pytest.mark.parametrize(("old", "new", "said"), [
-    ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 2.5, tau: 0.5}", "2 was fixed in advance"),
-    ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 3}", "not fixed for beta = 3"),
-    ("id: C2", "id: C1", "not unique"),
-    ("test: non_inferiority", "test: non_inferior", "non_inferiority"),
-    ("    across: {beta: [0.01, 0.05, 0.5, 2.5]}\n", "", "across"),
-    ("    baseline: {method: dpo, beta: 0.05}\n", "", "needs a `baseline`"),
-    ("choose_on: validation_implicit_accuracy", "choose_on: null", "needs `choose_on`"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 2.5, tau: 0.5}", "2 was fixed in advance"),
+        ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 3}", "not fixed for beta = 3"),
+        ("id: C2", "id: C1", "not unique"),
+        ("test: non_inferiority", "test: non_inferior", "non_inferiority"),
+        ("    across: {beta: [0.01, 0.05, 0.5, 2.5]}\n", "", "across"),
+        ("    baseline: {method: dpo, beta: 0.05}\n", "", "needs a `baseline`"),
+        ("choose_on: validation_implicit_accuracy", "choose_on: null", "needs `choose_on`"),
+    ],
+)
 def test_a_file_that_does_not_say_what_decides_is_refused(tmp_path, old, new, said):
     assert said in broken(tmp_path, old, new)
 
@@ -572,20 +637,36 @@ def test_numeric_strings_are_numbers(tmp_path):
 
 # ---- false support and power, decided by the functions above
 
-NULLS = [("seeds differ little", {}, 0.05), ("seeds differ", {}, 0.15), ("seeds differ more than questions", {}, 0.6),
-         ("questions decide", {"interaction_sd": 1.5, "answer_sd": 0.5}, 0.05),
-         ("question sd 1.5 in pairs", {"answer_sd": 1.06}, 0.15), ("little spread", {"spread": 0.3}, 0.15)]
+NULLS = [
+    ("seeds differ little", {}, 0.05),
+    ("seeds differ", {}, 0.15),
+    ("seeds differ more than questions", {}, 0.6),
+    ("questions decide", {"interaction_sd": 1.5, "answer_sd": 0.5}, 0.05),
+    ("question sd 1.5 in pairs", {"answer_sd": 1.06}, 0.15),
+    ("little spread", {"spread": 0.3}, 0.15),
+]
 
 
-CASES = [pytest.param(claim, noise, seed_sd, id=f"{claim.id}, {what}") for claim in STUDY.claims
-         for what, noise, seed_sd in (NULLS[:1] if claim.test == "cost_ratio" else NULLS)]  # times have their own noise
+CASES = [
+    pytest.param(claim, noise, seed_sd, id=f"{claim.id}, {what}")
+    for claim in STUDY.claims
+    for what, noise, seed_sd in (NULLS[:1] if claim.test == "cost_ratio" else NULLS)
+]  # times have their own noise
 
 
 @pytest.mark.parametrize(("claim", "noise", "seed_sd"), CASES)
 def test_false_support_is_at_most_five_percent(claim, noise, seed_sd):
     n = 600 if claim.test == "variance_ratio" else 3000
-    code, _ = power.simulate(claim, STUDY.noise.model_copy(update=noise), seed_sd=seed_sd, seeds=3, questions=80,
-                             effect=power.null_effect(claim), n_sim=n, rng=np.random.default_rng(1))
+    code, _ = power.simulate(
+        claim,
+        STUDY.noise.model_copy(update=noise),
+        seed_sd=seed_sd,
+        seeds=3,
+        questions=80,
+        effect=power.null_effect(claim),
+        n_sim=n,
+        rng=np.random.default_rng(1),
+    )
     # three standard errors of a share of .05 above .05
     assert (code == st.SUPPORTED).mean() <= 0.05 + 3 * (0.05 * 0.95 / n) ** 0.5
 
@@ -593,8 +674,16 @@ def test_false_support_is_at_most_five_percent(claim, noise, seed_sd):
 @pytest.mark.parametrize("claim", [k for k in STUDY.claims if k.test != "cost_ratio"], ids=lambda claim: claim.id)
 def test_the_opposite_of_a_claim_is_hardly_ever_supported(claim):
     opposite = {"C1": -0.8, "C2": 0.0, "C3": 0.4, "C4": 1.6}[claim.id]
-    code, _ = power.simulate(claim, STUDY.noise, seed_sd=0.15, seeds=3, questions=80, effect=opposite, n_sim=600,
-                             rng=np.random.default_rng(2))
+    code, _ = power.simulate(
+        claim,
+        STUDY.noise,
+        seed_sd=0.15,
+        seeds=3,
+        questions=80,
+        effect=opposite,
+        n_sim=600,
+        rng=np.random.default_rng(2),
+    )
     assert (code == st.SUPPORTED).mean() <= 0.02
 
 
@@ -610,8 +699,15 @@ def test_power_at_the_first_stated_seed_sd_is_four_fifths():
 
 def test_what_a_claim_can_show_is_said_by_its_power_and_not_by_a_flag():
     assert [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)] == [
-        "nearly always", "nearly always", "more often than not", "more often than not", "seldom", "seldom", "hardly ever",
-        "hardly ever"]
+        "nearly always",
+        "nearly always",
+        "more often than not",
+        "more often than not",
+        "seldom",
+        "seldom",
+        "hardly ever",
+        "hardly ever",
+    ]
     table = power.table(STUDY, n_sim=200)
     assert "reachable" not in table
     assert list(table["if true, it is shown"]) == [power.in_words(share) for share in table["power with Holm"]]
@@ -629,7 +725,10 @@ def test_a_claim_that_stays_open_says_that_it_would_have_if_it_were_true():
     assert before["C3"][0] == "inconclusive"
     power.beside(verdicts, low)
     said = {v.id: v.reason for v in verdicts}
-    assert said["C3"] == before["C3"][1] + " Even if it is true, a study of this size would hardly ever show it (power 2 %)."
+    assert (
+        said["C3"]
+        == before["C3"][1] + " Even if it is true, a study of this size would hardly ever show it (power 2 %)."
+    )
     assert before["C2"][0] == "supported"
     assert said["C2"] == before["C2"][1], "it was shown"
     power.beside(verdicts, None)
@@ -643,19 +742,40 @@ def test_simulated_and_real_decisions_agree():
     for seed in range(60):
         rows, members = made({k: v for k, v in GOOD.items() if k != "discopop"}, seed_sd=0.05, answer_sd=0.7, seed=seed)
         real.append(judge(rows, members, study=study)["C1"].verdict == "supported")
-    share = power.power(BY_ID["C1"], seeds=3, seed_sd=0.05, question_sd=1.5, questions=80, effect=0.0, n_sim=2000,
-                        rng=np.random.default_rng(3), answer_sd=0.7, noise=Noise(interaction_sd=0.0))
+    share = power.power(
+        BY_ID["C1"],
+        seeds=3,
+        seed_sd=0.05,
+        question_sd=1.5,
+        questions=80,
+        effect=0.0,
+        n_sim=2000,
+        rng=np.random.default_rng(3),
+        answer_sd=0.7,
+        noise=Noise(interaction_sd=0.0),
+    )
     assert np.mean(real) == pytest.approx(share, abs=0.17)
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.1, 0.2])
 def test_power_where_only_questions_of_a_method_differ_is_a_closed_form(effect):
-    """With neither seeds nor answers that differ, every seed sees the same differences d_q ~ N(effect, 2 interaction^2): their
-    mean over sqrt(3/2) times its (population) standard error is a noncentral t, and the companion has nothing against it."""
+    """With neither seeds nor answers that differ, every seed sees the same differences d_q ~ N(effect, 2
+    interaction^2): their mean over sqrt(3/2) times its (population) standard error is a noncentral t, and the companion
+    has nothing against it."""
     claim, q = BY_ID["C2"].model_copy(update={"margin": 0.0}), 80
     noise = Noise(interaction_sd=0.4, answer_sd=0.0, question_sd=1.5)
-    share = power.power(claim, seeds=3, seed_sd=0.0, question_sd=1.5, questions=q, effect=effect, n_sim=4000,
-                        rng=np.random.default_rng(5), answer_sd=0.0, noise=noise)
+    share = power.power(
+        claim,
+        seeds=3,
+        seed_sd=0.0,
+        question_sd=1.5,
+        questions=q,
+        effect=effect,
+        n_sim=4000,
+        rng=np.random.default_rng(5),
+        answer_sd=0.0,
+        noise=noise,
+    )
     critical = stats.norm.ppf(0.975) * (1.5 * (q - 1) / q) ** 0.5
     expected = stats.nct.sf(critical, q - 1, effect * q**0.5 / (2**0.5 * 0.4))
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-3)
@@ -664,8 +784,18 @@ def test_power_where_only_questions_of_a_method_differ_is_a_closed_form(effect):
 def test_power_where_only_seeds_differ_is_a_closed_form():
     """Then the companion is the narrower gate: t of 3 seeds above 2.92, where the primary asks for 1.96."""
     claim = BY_ID["C2"].model_copy(update={"margin": 0.0})
-    share = power.power(claim, seeds=3, seed_sd=0.3, question_sd=1.5, questions=80, effect=0.8, n_sim=4000,
-                        rng=np.random.default_rng(6), answer_sd=0.0, noise=Noise(interaction_sd=0.0))
+    share = power.power(
+        claim,
+        seeds=3,
+        seed_sd=0.3,
+        question_sd=1.5,
+        questions=80,
+        effect=0.8,
+        n_sim=4000,
+        rng=np.random.default_rng(6),
+        answer_sd=0.0,
+        noise=Noise(interaction_sd=0.0),
+    )
     critical = max(stats.t.ppf(0.95, 2), stats.norm.ppf(0.975) * (1.5 * 2 / 3) ** 0.5)
     expected = stats.nct.sf(critical, 2, 0.8 * 3**0.5 / (2**0.5 * 0.3))
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)

@@ -60,7 +60,9 @@ def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):
         (there / name).parent.mkdir(parents=True, exist_ok=True)
         (there / name).write_text(name)
     names = list(cluster.listed(there))
-    assert names[-2:] == ["checkpoints/checkpoint-4/complete.json", "done.json"], "what says that the rest is whole comes last"
+    assert names[-2:] == ["checkpoints/checkpoint-4/complete.json", "done.json"], (
+        "what says that the rest is whole comes last"
+    )
     assert ".half.tmp" not in names
     cluster.unpack(cluster.packed(there, [*names, "vanished"]), here)
     assert list(cluster.listed(here)) == names
@@ -73,8 +75,12 @@ def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):
 @pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "2,3")])
 def test_a_node_shows_no_gpu_to_who_asks_for_none(tmp_path, monkeypatch, gpus, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # as Ray leaves it for a task that asks for none
-    request = {"target": "tests.faults:note_environment", "argument": {"path": str(tmp_path / "seen")}, "threads": 1,
-               "gpus": gpus}
+    request = {
+        "target": "tests.faults:note_environment",
+        "argument": {"path": str(tmp_path / "seen")},
+        "threads": 1,
+        "gpus": gpus,
+    }
     *_, last = cluster.on_node(request, cluster.code(), None, b"")
     assert last == {"code": 0}
     assert (tmp_path / "seen").read_text() == f"{seen} 2.0"
@@ -88,7 +94,8 @@ def test_the_code_that_travels_is_what_a_member_imports(tmp_path):
 
 @pytest.fixture
 def two_nodes(monkeypatch):
-    """A head without slots and two nodes with one GPU (by name) each, on this machine; and a pool whose slots they are."""
+    """A head without slots and two nodes with one GPU (by name) each, on this machine; and a pool whose slots they
+    are."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -122,8 +129,13 @@ def at_work() -> dict[int, psutil.Process]:
 @without_ray
 def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path, pool_socket, monkeypatch):
     assert cluster.slots(two_nodes.address) == 2
-    changes = {"training": LONG, "seed_list": [1, 2, 3], "compute": {"gpus": 1, "threads": 1},
-               "model": {**TINY["model"], "recipe": {**TINY["model"]["recipe"], "seed": time.time_ns() % 2**31}}}  # fmt: skip
+    changes = {
+        "training": LONG,
+        "seed_list": [1, 2, 3],
+        "compute": {"gpus": 1, "threads": 1},
+        # fmt: skip
+        "model": {**TINY["model"], "recipe": {**TINY["model"]["recipe"], "seed": time.time_ns() % 2**31}},
+    }
     run = tiny(**changes)
     made = members.prepared(run)  # on a node, and gathered
     assert (made / "complete.json").exists()
@@ -140,7 +152,9 @@ def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path,
             events.append("worker")
         if events == ["worker"] and steps(2) >= 60:
             raylet = at_work()[2].parent().ppid()
-            (node,) = [n for n in two_nodes.worker_nodes if raylet in [p.process.pid for p in n.all_processes["raylet"]]]
+            (node,) = [
+                n for n in two_nodes.worker_nodes if raylet in [p.process.pid for p in n.all_processes["raylet"]]
+            ]
             two_nodes.remove_node(node, allow_graceful=False)
             events.append("node")
 

@@ -1,5 +1,5 @@
-"""`compose`: the shipped YAMLs are what the shipped designs write; comments survive; what is wrong is refused before anything
-is written; and the README's walk-through of adding a method works as it is printed there."""
+"""`compose`: the shipped YAMLs are what the shipped designs write; comments survive; what is wrong is refused before
+anything is written; and the README's walk-through of adding a method works as it is printed there."""
 
 import json
 import os
@@ -134,7 +134,9 @@ def test_runs_are_named_commented_and_complete(design, capsys):
     ):
         assert line in lines, line
     assert any(line.startswith("  n_trials: 0   # the same for dpo, ") for line in lines), "with the base's comment"
-    assert not any(line.strip().startswith(("tau:", "logging_steps:")) for line in lines), "what method and data set drop"
+    assert not any(line.strip().startswith(("tau:", "logging_steps:")) for line in lines), (
+        "what method and data set drop"
+    )
     steps = {
         name: config.load_run(design.folder / name, study="td_dpo", scale="laptop", mode="full").training.max_steps
         for name in made
@@ -146,7 +148,9 @@ def test_runs_are_named_commented_and_complete(design, capsys):
     assert claims.startswith("# What is claimed.\n# Written by")
     assert "names: {td_dpo: TD-DPO, dpo: DPO}\nkeys: [beta, tau]   # as in the study\n" in claims
     assert [c["id"] + c["sentence"] for c in yaml.safe_load(claims)["claims"]] == [
-        "C1On generated it matches DPO.", "C2On small it matches DPO."]
+        "C1On generated it matches DPO.",
+        "C2On small it matches DPO.",
+    ]
     assert claims.count("margin: 0.3   # points") == 2
     assert capsys.readouterr().out.endswith("written: 7\n")
 
@@ -157,12 +161,21 @@ def test_runs_are_named_commented_and_complete(design, capsys):
 
 
 def test_like_takes_over_what_the_method_does_not_write_itself(design):
-    design("        scales:\n".strip(" "), textwrap.indent(textwrap.dedent("""\
+    design(
+        "        scales:\n".strip(" "),
+        textwrap.indent(
+            textwrap.dedent("""\
         hinge:
           like: ipo
           set: {loss.name: hinge, training.max_steps: 30}
-    """), "  ") + "scales:\n")
-    made = {name: yaml.safe_load(text) for name, text in command.composed(design.path).items() if "comparative-3" in name}
+    """),
+            "  ",
+        )
+        + "scales:\n",
+    )
+    made = {
+        name: yaml.safe_load(text) for name, text in command.composed(design.path).items() if "comparative-3" in name
+    }
     assert {run["training"]["max_steps"] for run in made.values()} == {30}, "also where ipo has a `when` for it"
     assert {run["training"]["learning_rate"] for run in made.values()} == {"4e-4"}, "dpo's, by way of ipo"
     assert {run["role"] for run in made.values()} == {"comparative"}
@@ -324,7 +337,10 @@ def test_a_wrong_design_is_refused_before_anything_is_written(design, old, new, 
 
 def test_a_file_that_differs_is_kept_without_force(design, capsys):
     compose(design.path)
-    by_hand, other = design.folder / "laptop/proposed-made-small.yaml", design.folder / "laptop/proposed-made-generated.yaml"
+    by_hand, other = (
+        design.folder / "laptop/proposed-made-small.yaml",
+        design.folder / "laptop/proposed-made-generated.yaml",
+    )
     by_hand.write_text(by_hand.read_text().replace("epochs: null", "epochs: 1").replace("seed: 0\n", "seed: 1\n", 1))
     other.write_text(other.read_text().replace("# The proposed one.", "# Mine."))
     design("The baseline,", "A baseline,")
@@ -452,7 +468,8 @@ def test_text_that_is_not_changed_stays_as_it_is():
 
 
 @pytest.mark.parametrize(("change", "old", "new"), [
-    (lambda t: layout.drop(t, "a.y"), '\n  # about y\n  y: "#no comment"\n', ""),  # neither x's nor b's comments go with it
+    # neither x's nor b's comments go with it
+    (lambda t: layout.drop(t, "a.y"), '\n  # about y\n  y: "#no comment"\n', ""),
     (lambda t: layout.drop(t, "a.x"), "  x: 1   # of x\n", ""),
     (lambda t: layout.drop(t, "c"), "# about c\nc:\n  - 1   # one\n  - |\n    # text\n", ""),
     (lambda t: layout.put(t, "a.x", entry("k: 22")), "x: 1   # of x", "x: 22   # of x"),
@@ -486,7 +503,9 @@ def blocks(language: str) -> list[str]:
 
 def test_adding_a_method_as_the_readme_says(tmp_path):
     for name in ("lib", "notebooks", "params"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
 
     def plant(file: str, old: str, new: str) -> None:
         text = (tmp_path / file).read_text()
@@ -499,7 +518,7 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
     plant("params/td_dpo/design.yaml", "\nscales:\n", f"\n{both}\nscales:\n")
     plant("lib/td_dpo/losses.py", "\n\nLOSSES: ", f"\n\n{function}\n\nLOSSES: ")
     plant("lib/td_dpo/losses.py", '_anchored": td_dpo_anchored,', f'_anchored": td_dpo_anchored, "{own}": {own},')
-    plant("lib/td_dpo/sections.py", 'OWN_LOSSES = (', f'OWN_LOSSES = ("{own}", ')
+    plant("lib/td_dpo/sections.py", "OWN_LOSSES = (", f'OWN_LOSSES = ("{own}", ')
 
     commands = [
         ["compose", "params/td_dpo/design.yaml"],
@@ -507,8 +526,13 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
         ["check", "--static", "--json", "--study", "td_dpo"],
     ]
     code = "from lib import cli; " + "; print('----'); ".join(f"assert cli.main({each}) == 0" for each in commands)
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, env={
-        **os.environ, "PYTHONPATH": str(tmp_path), "STUDY_OUTPUTS": str(tmp_path / "outputs"), "STUDY_POOL": ""})
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "STUDY_OUTPUTS": str(tmp_path / "outputs"), "STUDY_POOL": ""},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     composed, planned, checked = done.stdout.split("----\n")
     assert "4 new, 0 overwritten, 11 as they are" in composed

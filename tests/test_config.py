@@ -1,4 +1,5 @@
 """lib/config.py and the studies' config.py: what a run YAML may say, what it becomes, and what is said of it."""
+
 import copy
 import os
 import random
@@ -33,6 +34,7 @@ def write(tmp_path):
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
         return path
+
     return _write
 
 
@@ -49,14 +51,30 @@ def refused(function, *args, **given) -> str:
 
 # --- reading a file -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("content", "said"), [
-    ("", "empty"), ("# nothing\n", "empty"), ("- a\n- b\n", "a list"), ("just words", "a str"),
-    ("a: 1\na: 2\n", "written twice"), ("a: {b: 1, b: 2}", "written twice"), ("a: [1, 2", "expected"),
-    ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"), ("1: x", "not as a name"),
-    ("on: x", "not as a name"), ("? [a]\n: x", "not as a name"), ("a: 1\n---\nb: 2\n", "but found another document"),
-    ("a: " + "9" * 6000, "integer string conversion"), ("[" * 3000, "too deeply"), ("a: \x00", "special characters"),
-    ("a: &a [*a]", "contains itself"), ("a: *nowhere", "undefined alias"), ("a: 2024-13-45", "month"),
-])
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "empty"),
+        ("# nothing\n", "empty"),
+        ("- a\n- b\n", "a list"),
+        ("just words", "a str"),
+        ("a: 1\na: 2\n", "written twice"),
+        ("a: {b: 1, b: 2}", "written twice"),
+        ("a: [1, 2", "expected"),
+        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("1: x", "not as a name"),
+        ("on: x", "not as a name"),
+        ("? [a]\n: x", "not as a name"),
+        ("a: 1\n---\nb: 2\n", "but found another document"),
+        ("a: " + "9" * 6000, "integer string conversion"),
+        ("[" * 3000, "too deeply"),
+        ("a: \x00", "special characters"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: *nowhere", "undefined alias"),
+        ("a: 2024-13-45", "month"),
+    ],
+)
 def test_bad_files_are_refused_with_their_name(write, content, said):
     message = refused(config.load_yaml, write(content))
     assert "run.yaml" in message
@@ -65,7 +83,8 @@ def test_bad_files_are_refused_with_their_name(write, content, said):
 
 def test_alias_bomb_is_refused_and_ordinary_aliases_are_not(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
+    ]
     assert "aliases are expanded" in refused(config.load_yaml, write("\n".join(lines)))
     assert config.load_yaml(write("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}"))["d"] == {"b": 1, "e": 2}
 
@@ -82,6 +101,7 @@ def test_size_encoding_and_absence(write, tmp_path):
 
 # --- values, keys and ranges ----------------------------------------------------------------------------------------
 
+
 def test_numeric_strings_become_numbers_at_any_depth(write, raw):
     raw["training"]["learning_rate"] = "1e-5"
     raw["model"]["recipe"]["sft_learning_rate"] = "3E-3"
@@ -94,7 +114,10 @@ def test_numeric_strings_become_numbers_at_any_depth(write, raw):
     assert run.optuna.search_space["learning_rate"].low == 5e-6
     assert run.optuna.search_space["beta"].choices == [0.01, 0.05]
     assert [member.cell for member in config.members(run)][::3] == [
-        {"loss.beta": 0.01, "loss.tau": 1}, {"loss.beta": 0.05, "loss.tau": 1}, {"loss.beta": 2.5, "loss.tau": 2}]
+        {"loss.beta": 0.01, "loss.tau": 1},
+        {"loss.beta": 0.05, "loss.tau": 1},
+        {"loss.beta": 2.5, "loss.tau": 2},
+    ]
     assert isinstance(config.members(run)[0].run.loss.beta, float)
 
 
@@ -104,14 +127,17 @@ def test_unquoted_exponent_in_a_file(write, raw):
     assert load(write(text)).training.learning_rate == 1e-5
 
 
-@pytest.mark.parametrize(("change", "key", "hint"), [
-    ({"training": {"learning_rte": 1e-3}}, "training.learning_rte", "did you mean training.learning_rate?"),
-    ({"trainning": {}}, "trainning", "did you mean training?"),
-    ({"training": {"beta": 0.1}}, "training.beta", "did you mean loss.beta?"),
-    ({"model": {"lora_r": 8}}, "model.lora_r", "did you mean model.peft.lora_r?"),
-    ({"optuna": {"search_space": {"beta": {"tipe": "int"}}}}, "optuna.search_space.beta.tipe", ""),
-    ({"wandb": {"api_key": "sesame"}}, "wandb.api_key", ""),
-])
+@pytest.mark.parametrize(
+    ("change", "key", "hint"),
+    [
+        ({"training": {"learning_rte": 1e-3}}, "training.learning_rte", "did you mean training.learning_rate?"),
+        ({"trainning": {}}, "trainning", "did you mean training?"),
+        ({"training": {"beta": 0.1}}, "training.beta", "did you mean loss.beta?"),
+        ({"model": {"lora_r": 8}}, "model.lora_r", "did you mean model.peft.lora_r?"),
+        ({"optuna": {"search_space": {"beta": {"tipe": "int"}}}}, "optuna.search_space.beta.tipe", ""),
+        ({"wandb": {"api_key": "sesame"}}, "wandb.api_key", ""),
+    ],
+)
 def test_unknown_keys_name_file_and_key_and_suggest(write, raw, change, key, hint):
     def merge(into, more):
         for name, value in more.items():
@@ -119,6 +145,7 @@ def test_unknown_keys_name_file_and_key_and_suggest(write, raw, change, key, hin
                 merge(into[name], value)
             else:
                 into[name] = value
+
     merge(raw, change)
     path = write(raw)
     message = refused(load, path)
@@ -137,24 +164,60 @@ def test_all_faults_of_a_file_come_at_once(write, raw):
         assert key in message
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("training.learning_rate", 0), ("training.learning_rate", "fast"), ("training.learning_rate", True),
-    ("training.learning_rate", float("nan")), ("training.learning_rate", float("inf")), ("training.warmup_ratio", 1.0),
-    ("training.max_steps", 1.5), ("training.max_steps", 0), ("training.fp16", True), ("training.fp16", "no"),
-    ("training.bf16", 1), ("loss.name", "dpoo"), ("loss.tau", 0), ("loss.tau", None), ("loss.beta", -0.1),
-    ("dataset.validation_fraction", 0), ("dataset.preprocessing", "long"), ("dataset.preprocessing.max_prompt_length", 512),
-    ("seed_list", [1, 1]), ("seed_list", [-1]), ("seed_list", [True]), ("seed_list", 42), ("run_id", "../other"),
-    ("run_id", "a/b"), ("run_id", ".hidden"), ("run_id", ""), ("run_id", "x" * 200), ("run_id", "a\nb"), ("run_id", 7),
-    ("role", "best"), ("model.recipe.heads", 5), ("model.quantization", "nf4"), ("model.quantization", "int3"),
-    ("model.trust_remote_code", "false"), ("training.warmup_steps", 5),
-    ("grid", [{"cells": [{"beta": 1}], "product": {}, "x": 1}]), ("compute.threads", "${opt.x}"), ("optuna", "${opt.x}"),
-    ("grid", [{}]), ("grid", [{"cells": [{}]}]), ("grid", [{"product": {"beta": []}}]), ("loss", "${opt.loss}"),
-    ("optuna.search_space.beta", {"type": "categorical", "choices": []}), ("optuna.direction", "up"),
-    ("optuna.search_space.beta", {"type": "loguniform", "low": 0, "high": 1}),
-    ("optuna.search_space.beta", {"type": "uniform", "low": 2, "high": 1}),
-    ("optuna.search_space.beta", {"type": "int", "low": 1.5, "high": 3}),
-    ("optuna.search_space.beta", {"type": "uniform", "choices": [1]}), ("loss.label_smoothing", 0.1),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.learning_rate", 0),
+        ("training.learning_rate", "fast"),
+        ("training.learning_rate", True),
+        ("training.learning_rate", float("nan")),
+        ("training.learning_rate", float("inf")),
+        ("training.warmup_ratio", 1.0),
+        ("training.max_steps", 1.5),
+        ("training.max_steps", 0),
+        ("training.fp16", True),
+        ("training.fp16", "no"),
+        ("training.bf16", 1),
+        ("loss.name", "dpoo"),
+        ("loss.tau", 0),
+        ("loss.tau", None),
+        ("loss.beta", -0.1),
+        ("dataset.validation_fraction", 0),
+        ("dataset.preprocessing", "long"),
+        ("dataset.preprocessing.max_prompt_length", 512),
+        ("seed_list", [1, 1]),
+        ("seed_list", [-1]),
+        ("seed_list", [True]),
+        ("seed_list", 42),
+        ("run_id", "../other"),
+        ("run_id", "a/b"),
+        ("run_id", ".hidden"),
+        ("run_id", ""),
+        ("run_id", "x" * 200),
+        ("run_id", "a\nb"),
+        ("run_id", 7),
+        ("role", "best"),
+        ("model.recipe.heads", 5),
+        ("model.quantization", "nf4"),
+        ("model.quantization", "int3"),
+        ("model.trust_remote_code", "false"),
+        ("training.warmup_steps", 5),
+        ("grid", [{"cells": [{"beta": 1}], "product": {}, "x": 1}]),
+        ("compute.threads", "${opt.x}"),
+        ("optuna", "${opt.x}"),
+        ("grid", [{}]),
+        ("grid", [{"cells": [{}]}]),
+        ("grid", [{"product": {"beta": []}}]),
+        ("loss", "${opt.loss}"),
+        ("optuna.search_space.beta", {"type": "categorical", "choices": []}),
+        ("optuna.direction", "up"),
+        ("optuna.search_space.beta", {"type": "loguniform", "low": 0, "high": 1}),
+        ("optuna.search_space.beta", {"type": "uniform", "low": 2, "high": 1}),
+        ("optuna.search_space.beta", {"type": "int", "low": 1.5, "high": 3}),
+        ("optuna.search_space.beta", {"type": "uniform", "choices": [1]}),
+        ("loss.label_smoothing", 0.1),
+    ],
+)
 def test_bad_values_are_refused(write, raw, key, value):
     config_raw = copy.deepcopy(raw)
     section = config_raw
@@ -179,7 +242,25 @@ def test_context_keys_are_not_yaml_keys(write, raw):
 def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
     """Any value anywhere replaced by any plain thing: a StudyError, or a run; without an error finding it can start."""
     rng = random.Random(1)
-    odd = [None, True, -1, 0, 3.7, 1e300, "", "x", "1e-5", "${opt.beta}", "${opt.}", [], {}, [[]], {"a": {}}, [None], ["x", 1]]
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        3.7,
+        1e300,
+        "",
+        "x",
+        "1e-5",
+        "${opt.beta}",
+        "${opt.}",
+        [],
+        {},
+        [[]],
+        {"a": {}},
+        [None],
+        ["x", 1],
+    ]
     files = [raw, *map(config.load_yaml, published())]
     outcomes = set()
     for _ in range(400):
@@ -205,13 +286,26 @@ def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
 
 # --- the shipped and the published files ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_shipped_files_load_without_a_finding(path):
     run = config.load_run(path, scale=path.parent.name, mode="full")
     assert run.study == path.parts[-3]
     assert config.check(run) == []
-    assert config.load_yaml(path).keys() >= {"run_id", "method", "role", "model", "dataset", "training", "loss", "compute",
-                                             "evaluation", "optuna", "seed_list", "grid"}
+    assert config.load_yaml(path).keys() >= {
+        "run_id",
+        "method",
+        "role",
+        "model",
+        "dataset",
+        "training",
+        "loss",
+        "compute",
+        "evaluation",
+        "optuna",
+        "seed_list",
+        "grid",
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED + published(), ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -304,7 +398,9 @@ def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
         assert run.dataset.revision == "f8869fc91bde5c71a104667292addcbbfd15985d"
         assert (run.model.quantization, run.model.peft.lora_r, run.model.peft.lora_alpha) == ("nf4", 64, 16)
         assert config.steps(run) == 144
-        assert config.study_module("td_dpo").accumulation(run) == 8, "16 pairs in a pass, as far as the token budget allows"
+        assert config.study_module("td_dpo").accumulation(run) == 8, (
+            "16 pairs in a pass, as far as the token budget allows"
+        )
         space = run.optuna.search_space["learning_rate"]
         assert (space.type, space.low, space.high) == ("loguniform", 5e-6, 5e-5)
         assert {m.seed for m in config.members(run)} == {42, 43, 44}
@@ -340,7 +436,9 @@ class TestPublished:
         assert "100 covers most of a run of 144" in said["training.warmup_steps"].what
         assert [key for key, finding in said.items() if finding.level == "error"] == ["optuna.direction"]
         _, baseline = loaded["comparative-1-Llama-2-Chat-7B-Argilla-DPO-Mix-7k"]
-        assert any(f.key == "optuna.n_trials" and "20, where another method of the study gets 36" in f.what for f in baseline)
+        assert any(
+            f.key == "optuna.n_trials" and "20, where another method of the study gets 36" in f.what for f in baseline
+        )
 
     def test_iw_lora_fp16_is_an_error_with_its_mend(self, loaded):
         for name in ("proposed-DeBERTaV3-base-86-M--GLUE-MNLI", "comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"):
@@ -351,7 +449,11 @@ class TestPublished:
             assert config.steps(run) == 36_816
         run, _ = loaded["proposed-DeBERTaV3-base-86-M--GLUE-MNLI"]
         assert (run.method, run.loss.penalty, run.loss.alpha, run.loss.sensitivity_buffer_size) == (
-            "iw_lora", "importance", 1e-4, 1024)
+            "iw_lora",
+            "importance",
+            1e-4,
+            1024,
+        )
         assert loaded["comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"][0].method == "lora"
 
     def test_graff_split_buffer_and_warm_start(self, loaded):
@@ -370,8 +472,11 @@ class TestPublished:
     def test_mended_files_have_no_error(self, loaded, tmp_path):
         checkpoint = tmp_path / "warm.safetensors"
         checkpoint.touch()
-        mends = {"td_dpo": {"optuna.direction": "maximize"}, "iw_lora": {"training.fp16": False},
-                 "graff": {"dataset.eval_split": "dev"}}
+        mends = {
+            "td_dpo": {"optuna.direction": "maximize"},
+            "iw_lora": {"training.fp16": False},
+            "graff": {"dataset.eval_split": "dev"},
+        }
         for run, _ in loaded.values():
             values = dict(mends[run.study])
             if run.method == "graff":
@@ -381,19 +486,37 @@ class TestPublished:
 
 # --- settings, aliases, paths ---------------------------------------------------------------------------------------
 
+
 def test_overrides_take_dotted_names_and_aliases(write, raw):
-    run = load(write(raw), overrides={"beta": "0.5", "training.learning_rate": "1e-5", "wandb.mode": "online", "grid": "null",
-                                      "tau": "2", "optuna.n_trials": "3", "seed_list": "[7]"})
+    run = load(
+        write(raw),
+        overrides={
+            "beta": "0.5",
+            "training.learning_rate": "1e-5",
+            "wandb.mode": "online",
+            "grid": "null",
+            "tau": "2",
+            "optuna.n_trials": "3",
+            "seed_list": "[7]",
+        },
+    )
     assert (run.loss.beta, run.training.learning_rate, run.wandb.mode, run.grid) == (0.5, 1e-5, "online", None)
     assert [member.id for member in config.members(run)] == ["default-s7"]
     assert config.wandb_mode(run) == "online"
 
 
-@pytest.mark.parametrize(("key", "value", "said"), [
-    ("betta", "1", "did you mean beta?"), ("training.lr", "1", "no such configuration key"), ("beta", "[", "--set beta"),
-    ("beta", "high", "loss.beta"), ("run_id", "x", "another run_id"), ("scale", "paper", "--scale"),
-    ("training.max_steps", "-3", "training.max_steps"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("betta", "1", "did you mean beta?"),
+        ("training.lr", "1", "no such configuration key"),
+        ("beta", "[", "--set beta"),
+        ("beta", "high", "loss.beta"),
+        ("run_id", "x", "another run_id"),
+        ("scale", "paper", "--scale"),
+        ("training.max_steps", "-3", "training.max_steps"),
+    ],
+)
 def test_bad_overrides_are_refused(write, raw, key, value, said):
     assert said in refused(load, write(raw), overrides={key: value})
 
@@ -405,6 +528,7 @@ def test_an_override_for_a_loss_that_does_not_read_it():
 
 def test_aliases_resolve_to_keys_that_exist():
     from lib.settings.faults import keys
+
     for study in config.studies():
         module = config.study_module(study)
         assert set(module.ALIASES.values()) <= set(keys(module.Run))
@@ -448,14 +572,22 @@ def test_apply_is_validated_and_leaves_the_run_alone(write, raw):
 
 # --- members --------------------------------------------------------------------------------------------------------
 
+
 def test_cells_are_a_union_in_the_order_written(write, raw):
-    raw["grid"] = [{"cells": [{"tau": 1, "beta": 0.5}], "seeds": [44]},
-                   {"product": {"beta": [0.5, 0.01], "tau": [1.0]}, "seeds": [42, 44]}]
+    raw["grid"] = [
+        {"cells": [{"tau": 1, "beta": 0.5}], "seeds": [44]},
+        {"product": {"beta": [0.5, 0.01], "tau": [1.0]}, "seeds": [42, 44]},
+    ]
     run = load(write(raw))
-    assert [m.id for m in config.members(run)] == ["beta0.5-tau1-s44", "beta0.5-tau1-s42", "beta0.01-tau1-s42",
-                                                   "beta0.01-tau1-s44"]
+    assert [m.id for m in config.members(run)] == [
+        "beta0.5-tau1-s44",
+        "beta0.5-tau1-s42",
+        "beta0.01-tau1-s42",
+        "beta0.01-tau1-s44",
+    ]
     assert [m.id for m in config.members(run, all_seeds=True)] == [
-        f"beta{beta}-tau1-s{seed}" for beta in ("0.5", "0.01") for seed in (42, 43, 44)]
+        f"beta{beta}-tau1-s{seed}" for beta in ("0.5", "0.01") for seed in (42, 43, 44)
+    ]
     assert config.members(run)[0].run.grid == run.grid
 
 
@@ -467,11 +599,16 @@ def test_cell_names_are_exact_and_safe(write, raw):
     assert "/" not in config.members(load(write(raw)))[0].id
 
 
-@pytest.mark.parametrize(("cell", "said"), [
-    ({"beta": 0.1}, "not supplied by the cell"), ({"beta": 0.1, "tau": 1, "optuna.n_trials": 3}, "differs between members"),
-    ({"betaa": 1}, "did you mean beta?"), ({"beta": -1, "tau": 1}, "greater than or equal to 0"),
-    ({"run_id": "x"}, "differs between members"),
-])
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ({"beta": 0.1}, "not supplied by the cell"),
+        ({"beta": 0.1, "tau": 1, "optuna.n_trials": 3}, "differs between members"),
+        ({"betaa": 1}, "did you mean beta?"),
+        ({"beta": -1, "tau": 1}, "greater than or equal to 0"),
+        ({"run_id": "x"}, "differs between members"),
+    ],
+)
 def test_bad_cells_are_findings(write, raw, cell, said):
     raw["grid"] = [{"cells": [cell]}]
     run = load(write(raw))
@@ -499,12 +636,17 @@ def test_a_marker_that_nothing_supplies(write, raw):
 
 # --- trial ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_trial_shrinks_every_phase(path):
     run = config.load_run(path, scale=path.parent.name, mode="trial")
     members = config.members(run)
     assert len(members) == len(config.members(run, all_seeds=True)) == 1
-    assert (run.mode, run.optuna.n_trials, getattr(run.training, "epochs", 1)) == ("trial", 0, 1)  # a budget has no epochs
+    assert (run.mode, run.optuna.n_trials, getattr(run.training, "epochs", 1)) == (
+        "trial",
+        0,
+        1,
+    )  # a budget has no epochs
     assert config.steps(run) <= 2
     assert config.check(members[0].run) == []
     assert config.wandb_mode(run) == run.wandb.mode == "disabled"
@@ -533,32 +675,57 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("changes", "level", "key"), [
-    ({"optuna.direction": "minimize"}, "error", "optuna.direction"),
-    ({"optuna.objective_metric": "validation_implict_accuracy"}, "error", "optuna.objective_metric"),
-    ({"optuna.search_space": {"betta": {"type": "uniform", "low": 0, "high": 1}}}, "error", "optuna.search_space.betta"),
-    ({"optuna.search_space": {"beta": {"type": "uniform", "low": -1, "high": 1}}}, "error", "optuna.search_space.beta"),
-    ({"optuna.search_space": {"compute.threads": {"type": "int", "low": 1, "high": 2}}}, "error",
-     "optuna.search_space.compute.threads"),
-    ({"optuna.search_space": {}}, "error", "optuna.search_space"),
-    ({"optuna.search_space": {"beta": {"type": "categorical", "choices": [0.01]}}}, "warning", "optuna.search_space.beta"),
-    ({"training.global_batch_size": 24}, "error", "training.global_batch_size"),
-    ({"training.gradient_accumulation_steps": 2}, "warning", "training.gradient_accumulation_steps"),
-    ({"training.eval_steps": 200}, "warning", "training.eval_steps"),
-    ({"training.warmup_ratio": 0, "training.warmup_steps": 120}, "warning", "training.warmup_steps"),
-    ({"training.bf16": True}, "error", "training.bf16"), ({"method": "dpo"}, "error", "method"),
-    ({"dataset.name": "argilla/dpo-mix-7k", "evaluation.judge": "none"}, "warning", "dataset.train_pairs"),
-    ({"loss.average_log_probs": True}, "warning", "loss.average_log_probs"),
-    ({"model.name": "/nowhere/model", "model.recipe": None}, "error", "model.name"),
-])
+
+@pytest.mark.parametrize(
+    ("changes", "level", "key"),
+    [
+        ({"optuna.direction": "minimize"}, "error", "optuna.direction"),
+        ({"optuna.objective_metric": "validation_implict_accuracy"}, "error", "optuna.objective_metric"),
+        (
+            {"optuna.search_space": {"betta": {"type": "uniform", "low": 0, "high": 1}}},
+            "error",
+            "optuna.search_space.betta",
+        ),
+        (
+            {"optuna.search_space": {"beta": {"type": "uniform", "low": -1, "high": 1}}},
+            "error",
+            "optuna.search_space.beta",
+        ),
+        (
+            {"optuna.search_space": {"compute.threads": {"type": "int", "low": 1, "high": 2}}},
+            "error",
+            "optuna.search_space.compute.threads",
+        ),
+        ({"optuna.search_space": {}}, "error", "optuna.search_space"),
+        (
+            {"optuna.search_space": {"beta": {"type": "categorical", "choices": [0.01]}}},
+            "warning",
+            "optuna.search_space.beta",
+        ),
+        ({"training.global_batch_size": 24}, "error", "training.global_batch_size"),
+        ({"training.gradient_accumulation_steps": 2}, "warning", "training.gradient_accumulation_steps"),
+        ({"training.eval_steps": 200}, "warning", "training.eval_steps"),
+        ({"training.warmup_ratio": 0, "training.warmup_steps": 120}, "warning", "training.warmup_steps"),
+        ({"training.bf16": True}, "error", "training.bf16"),
+        ({"method": "dpo"}, "error", "method"),
+        ({"dataset.name": "argilla/dpo-mix-7k", "evaluation.judge": "none"}, "warning", "dataset.train_pairs"),
+        ({"loss.average_log_probs": True}, "warning", "loss.average_log_probs"),
+        ({"model.name": "/nowhere/model", "model.recipe": None}, "error", "model.name"),
+    ],
+)
 def test_contradictions_are_found(write, raw, changes, level, key):
     run = config.apply(load(write(raw)), changes)
     assert (level, key) in [(finding.level, finding.key) for finding in config.check(run)]
 
 
 def test_iw_lora_and_graff_refuse_what_they_do_not_read():
-    lora = {"run_id": "r", "seed_list": [1], "model": {"name": "m/m", "adapter": {"type": "lora", "tfinal": 3}},
-            "dataset": {"name": "glue", "subset": "rte"}, "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4}}
+    lora = {
+        "run_id": "r",
+        "seed_list": [1],
+        "model": {"name": "m/m", "adapter": {"type": "lora", "tfinal": 3}},
+        "dataset": {"name": "glue", "subset": "rte"},
+        "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4},
+    }
     assert "lora does not read it" in refused(config.restore, lora, study="iw_lora", scale="paper", mode="full")
     lora["model"]["adapter"] = {"type": "adalora", "init_r": 8, "target_r": 8, "tinit": 1, "tfinal": 1, "delta_t": 1}
     assert "nothing is pruned" in refused(config.restore, lora, study="iw_lora", scale="paper", mode="full")
@@ -567,31 +734,59 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
     lora["model"]["adapter"]["tfinal"] = 1
     run = config.restore(lora, study="iw_lora", scale="paper", mode="full")
     assert (run.method, config.steps(run)) == ("adalora", 312)
-    keys = [f.key for f in config.check(config.apply(run, {"dataset.splits.validation": "test", "compute.strategy": "fsdp",
-                                                           "training.warmup_steps": 400}))]
+    keys = [
+        f.key
+        for f in config.check(
+            config.apply(
+                run, {"dataset.splits.validation": "test", "compute.strategy": "fsdp", "training.warmup_steps": 400}
+            )
+        )
+    ]
     assert {"dataset.splits", "compute.strategy", "training.warmup_steps"} <= set(keys)
-    graff = {"run_id": "g", "model": {"name": "m/m"}, "dataset": {"name": "openai/gsm8k"}, "training": {
-        "budget_minutes": 30, "global_batch_size": 64, "micro_batch_size": 7, "optimizer": {"lr_init": 1e-4},
-        "scheduler": {"type": "cosine"}}}
+    graff = {
+        "run_id": "g",
+        "model": {"name": "m/m"},
+        "dataset": {"name": "openai/gsm8k"},
+        "training": {
+            "budget_minutes": 30,
+            "global_batch_size": 64,
+            "micro_batch_size": 7,
+            "optimizer": {"lr_init": 1e-4},
+            "scheduler": {"type": "cosine"},
+        },
+    }
     run = config.restore(graff, study="graff", scale="paper", mode="full")
     assert [f.key for f in config.check(run)] == ["training.global_batch_size"]
     graff["training"]["scheduler"]["controller_lr"] = 1e-4
     assert "cosine does not read it" in refused(config.restore, graff, study="graff", scale="paper", mode="full")
 
 
-@pytest.mark.parametrize(("section", "key", "value"), [
-    ("loss", "kl_reference_model", False), ("model", "load_in_4bit", True), ("dataset", "split", {"train": 0.8, "val": 0.1}),
-    ("dataset", "split", "random"), ("training", "seed_list", [1]),
-    ("training", "evaluation_strategy", "epoch"), ("training", "save_strategy", "no"), ("training", "save_total_limit", 5),
-    ("training", "report_to", 7),
-])
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("loss", "kl_reference_model", False),
+        ("model", "load_in_4bit", True),
+        ("dataset", "split", {"train": 0.8, "val": 0.1}),
+        ("dataset", "split", "random"),
+        ("training", "seed_list", [1]),
+        ("training", "evaluation_strategy", "epoch"),
+        ("training", "save_strategy", "no"),
+        ("training", "save_total_limit", 5),
+        ("training", "report_to", 7),
+    ],
+)
 def test_published_keys_are_honoured_or_refused(write, raw, section, key, value):
     raw[section][key] = value
     assert f"{section}.{key}" in refused(load, write(raw))
 
 
 def test_published_strategies_become_intervals(write, raw):
-    raw["training"] |= {"evaluation_strategy": "no", "save_strategy": "best", "save_total_limit": 1, "report_to": "none"}
+    raw["training"] |= {
+        "evaluation_strategy": "no",
+        "save_strategy": "best",
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
     run = load(write(raw))
     assert run.training.eval_steps is None
     assert config.wandb_mode(run) == "disabled"
@@ -612,19 +807,37 @@ def test_folders(tmp_path, raw):
 
 # --- notebooks ------------------------------------------------------------------------------------------------------
 
+
 def test_from_notebook_works_from_any_directory(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    space = {"In": [], "Out": {}, "exit": None, "_": 1, "config": config, "os": os, "load": load, **raw,
-             "study": "td_dpo", "scale": "laptop", "mode": "full", "results_dir": "outputs/here"}
+    space = {
+        "In": [],
+        "Out": {},
+        "exit": None,
+        "_": 1,
+        "config": config,
+        "os": os,
+        "load": load,
+        **raw,
+        "study": "td_dpo",
+        "scale": "laptop",
+        "mode": "full",
+        "results_dir": "outputs/here",
+    }
     run = config.from_notebook(space)
     assert run.results_dir == config.ROOT / "outputs/here"
     assert config.from_notebook({**raw, "mode": "trial"}).optuna.n_trials == 0  # the study is recognised
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("trainning", {}, "did you mean training?"), ("learning_rate", 1e-3, "did you mean training.learning_rate?"),
-    ("beta", 0.1, "did you mean loss.beta?"), ("foo", None, "unknown parameter"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("trainning", {}, "did you mean training?"),
+        ("learning_rate", 1e-3, "did you mean training.learning_rate?"),
+        ("beta", 0.1, "did you mean loss.beta?"),
+        ("foo", None, "unknown parameter"),
+    ],
+)
 def test_unknown_parameters_are_refused(raw, name, value, said):
     assert said in refused(config.from_notebook, {**raw, "study": "td_dpo", "nonce": "n", name: value})
 
@@ -639,13 +852,17 @@ def test_later_cells_do_not_count_as_parameters_in_jupyterlab(raw):
 
 
 def test_a_name_taken_by_another_object(raw):
-    assert "run the parameters cell again" in refused(config.from_notebook, {**raw, "study": "td_dpo", "model": object()})
+    assert "run the parameters cell again" in refused(
+        config.from_notebook, {**raw, "study": "td_dpo", "model": object()}
+    )
 
 
 def test_importing_and_loading_is_light():
-    code = ("import sys; from lib import config; from lib.running import preflight; import lib.td_dpo.grading;"
-            "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
-            "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy")
+    code = (
+        "import sys; from lib import config; from lib.running import preflight; import lib.td_dpo.grading;"
+        "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
+        "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True)
 
 

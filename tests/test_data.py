@@ -130,7 +130,8 @@ def test_every_layout_in_every_format_gives_the_same_pairs(tmp_path, layout, suf
             writer = csv.DictWriter(handle, rows[0])
             writer.writeheader()
             writer.writerows(
-                {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
+                {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+                for row in rows
             )
     splits, report = load(path)
     pairs = everything(splits)
@@ -267,7 +268,9 @@ BAD_ROWS = {
         "does not end with a user turn",
     ),
     "a conversation that answers itself": (
-        mix_row(0, chosen=[user("q"), assistant("a"), assistant("b")], rejected=[user("q"), assistant("a"), assistant("c")]),
+        mix_row(
+            0, chosen=[user("q"), assistant("a"), assistant("b")], rejected=[user("q"), assistant("a"), assistant("c")]
+        ),
         "does not end with a user turn .*ends with assistant",
     ),
     "an answer by the user": (mix_row(0, chosen=[user("question 0")]), "chosen does not end with an assistant turn"),
@@ -331,7 +334,11 @@ def test_faults_in_several_files_name_each(tmp_path):
 
 @pytest.mark.parametrize(
     "rows",
-    [[{"chosen": "x", "reject": "y"}] * 3, [{"question": "x"}], [{"completion_a": "x", "completion_b": "y", "prompt": "p"}]],
+    [
+        [{"chosen": "x", "reject": "y"}] * 3,
+        [{"question": "x"}],
+        [{"completion_a": "x", "completion_b": "y", "prompt": "p"}],
+    ],
 )
 def test_missing_column_names_what_is_there(tmp_path, rows):
     said = refused(write_jsonl(tmp_path / "p.jsonl", rows))
@@ -353,7 +360,10 @@ def test_choice_that_names_neither(tmp_path, choice, found):
 
 @pytest.mark.parametrize("choices", [[1, 1, 1, 1], [0, 1, 2, 1], ["a", 1, "b", 1]])
 def test_choice_numbers_that_could_mean_either_are_refused(tmp_path, choices):
-    rows = [{"prompt": f"q{i}", "completion_a": "x", "completion_b": "y", "choice": choice} for i, choice in enumerate(choices)]
+    rows = [
+        {"prompt": f"q{i}", "completion_a": "x", "completion_b": "y", "choice": choice}
+        for i, choice in enumerate(choices)
+    ]
     said = refused(write_jsonl(tmp_path / "p.jsonl", rows))
     assert "could be either" in said
     assert "row" in said
@@ -419,7 +429,8 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["/nowhere/at/all", "./missing", "missing.jsonl", "data/pairs.parquet", "~/no/such", "a/b/c", "what is this"]
+    "name",
+    ["/nowhere/at/all", "./missing", "missing.jsonl", "data/pairs.parquet", "~/no/such", "a/b/c", "what is this"],
 )
 def test_a_missing_path_is_not_taken_for_a_hub_id(name):
     with pytest.raises(StudyError, match="no such file or directory") as caught:
@@ -522,7 +533,14 @@ def test_generated_pairs_come_from_the_generator(monkeypatch):
         pair = {key: EXPECTED[key] for key in EXPECTED}
         return {"train": [pair] * train, "validation": [pair] * validation, "test": [pair] * test}
 
-    section = {"name": "generated", "train_pairs": 6, "validation_pairs": 5, "test_pairs": 4, "split_seed": 7, "limit": 5}
+    section = {
+        "name": "generated",
+        "train_pairs": 6,
+        "validation_pairs": 5,
+        "test_pairs": 4,
+        "split_seed": 7,
+        "limit": 5,
+    }
     splits, report = load_splits(section, generated=make_pairs)
     assert asked == [(6, 5, 4, 7)]
     assert report["rows"] == {"train": 5, "validation": 5, "test": 4}
@@ -610,7 +628,10 @@ def pair_of(chosen: str, rejected: str) -> dict:
 
 
 def test_length_baseline_counts_characters_and_halves_ties():
-    assert length_baseline([pair_of("abc", "ab"), pair_of("a", "ab"), pair_of("ab", "cd"), pair_of("a b c", "abcd")]) == 2.5 / 4
+    assert (
+        length_baseline([pair_of("abc", "ab"), pair_of("a", "ab"), pair_of("ab", "cd"), pair_of("a b c", "abcd")])
+        == 2.5 / 4
+    )
 
 
 def test_bag_of_words_finds_a_word_and_not_noise():
@@ -619,4 +640,6 @@ def test_bag_of_words_finds_a_word_and_not_noise():
     planted = [pair_of(f"{a} please", f"{b} never") for a, b in noise]
     assert bag_of_words_baseline(planted[:300], planted[300:], seed=0) == 1.0
     assert bag_of_words_baseline(planted[:300], [pair_of("zzz", "yyy")] * 4, seed=0) == 0.5
-    assert bag_of_words_baseline(planted[:300], planted[300:], 1) == bag_of_words_baseline(planted[:300], planted[300:], 1)
+    assert bag_of_words_baseline(planted[:300], planted[300:], 1) == bag_of_words_baseline(
+        planted[:300], planted[300:], 1
+    )

@@ -1,4 +1,5 @@
-"""One run over two processes: a tiny NF4 Llama sharded with FSDP2 on gloo gives the unsharded losses and resumes anywhere."""
+"""One run over two processes: a tiny NF4 Llama sharded with FSDP2 on gloo gives the unsharded losses and resumes
+anywhere."""
 
 import json
 import os
@@ -63,7 +64,10 @@ def job(tmp_path_factory):
 def test_two_processes_train_as_one_fail_aloud_and_resume_in_two_and_in_one(job, tmp_path, capfd):
     argument, folder = job
     expected = history(folder / "one")
-    argument = {**argument, "training": {**TRAINING, "token_budget": 60}}  # also cut by length here, which `one` was not
+    argument = {
+        **argument,
+        "training": {**TRAINING, "token_budget": 60},
+    }  # also cut by length here, which `one` was not
     broken = {**argument, "folder": str(tmp_path / "two"), "fail_at": 5}
     with pytest.raises(ValueError, match="seven is not a prime of two"):
         distributed.launch("tests.sharded:train", broken, 2)
@@ -122,7 +126,9 @@ def test_bfloat16_with_checkpointed_activations_is_within_its_rounding(job, tmp_
 def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "long"), "training": {**TRAINING, "max_steps": 100_000}}
     code = f"from lib.weights import distributed; distributed.launch('tests.sharded:train', {argument!r}, 2)"
-    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     until((tmp_path / "long" / "history.jsonl").exists, process=launcher)
     family = psutil.Process(launcher.pid).children(recursive=True)
     assert len(family) >= 3, "torchrun and two workers"
@@ -146,7 +152,9 @@ def test_a_member_whose_yaml_says_so_trains_over_two_processes(job, tiny, pool_s
                "seed_list": [1], "training": {**TRAINING, "learning_rate": 1e-3}}  # fmt: skip
     records = {}
     for strategy in ("none", "fsdp"):
-        run = tiny(run_id=strategy, **changes, compute={"strategy": strategy, "processes": 2 if strategy == "fsdp" else None})
+        run = tiny(
+            run_id=strategy, **changes, compute={"strategy": strategy, "processes": 2 if strategy == "fsdp" else None}
+        )
         members.prepared(run)
         work = members.submit(run)
         members.watch(work)

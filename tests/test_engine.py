@@ -25,15 +25,28 @@ from lib.td_dpo.cost import step_cost
 from lib.td_dpo.objective import reference_columns, with_reference
 from lib.weights import checkpoints
 
-WORDS = [a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]]
-TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + eos_token }}"
-         "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+WORDS = [
+    a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]
+]
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + eos_token }}"
+    "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 TEMPLATE = "{{ bos_token }}" + TURNS
 BOS, EOS, PAD = 0, 1, 2
-TRAINING = {"max_steps": 10, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 5e-3,
-            "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "max_grad_norm": 1.0,
-            "eval_steps": 4, "save_steps": 3}
+TRAINING = {
+    "max_steps": 10,
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-3,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "max_grad_norm": 1.0,
+    "eval_steps": 4,
+    "save_steps": 3,
+}
 DPO = {"name": "dpo", "beta": 0.1}
 
 
@@ -49,11 +62,18 @@ def make_tokenizer(template=TEMPLATE):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
-    inner.train_from_iterator([" ".join(random.Random(0).choices(WORDS, k=2000))], trainers.BpeTrainer(
-        vocab_size=360, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   chat_template=template)
+    inner.train_from_iterator(
+        [" ".join(random.Random(0).choices(WORDS, k=2000))],
+        trainers.BpeTrainer(
+            vocab_size=360,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
+    )
 
 
 def make_pairs(count, seed=0):
@@ -62,22 +82,39 @@ def make_pairs(count, seed=0):
     def turn(role, low, high):
         return [{"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(low, high)))}]
 
-    return [{"prompt": turn("user", 2, 12), "chosen": turn("assistant", 1, 14), "rejected": turn("assistant", 1, 14),
-             "row": i} for i in range(count)]
+    return [
+        {
+            "prompt": turn("user", 2, 12),
+            "chosen": turn("assistant", 1, 14),
+            "rejected": turn("assistant", 1, 14),
+            "row": i,
+        }
+        for i in range(count)
+    ]
 
 
 def make_model(seed=0, hidden=32, layers=2):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=360, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=BOS,
-                         eos_token_id=EOS, pad_token_id=PAD)
+    config = LlamaConfig(
+        vocab_size=360,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def with_adapter(model, dropout=0.0):
     torch.manual_seed(5)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 TOKENIZER = make_tokenizer()
@@ -86,14 +123,18 @@ VALIDATION, _ = tokens.encode_pairs(TOKENIZER, make_pairs(16, seed=9))
 
 
 def references(model):
-    return {"train": reference.sequence_logprobs(model, ROWS),
-            "validation": reference.sequence_logprobs(model, VALIDATION)}
+    return {
+        "train": reference.sequence_logprobs(model, ROWS),
+        "validation": reference.sequence_logprobs(model, VALIDATION),
+    }
 
 
 REFERENCE = references(make_model())
 
 
-def train(folder, *, model=None, loss=DPO, seed=3, on_record=None, rows=ROWS, table=REFERENCE, options=None, **training):
+def train(
+    folder, *, model=None, loss=DPO, seed=3, on_record=None, rows=ROWS, table=REFERENCE, options=None, **training
+):
     """One training of the tiny model; returns the outcome and its records, which also go to folder/history.jsonl."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
@@ -106,9 +147,19 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_record=None, rows=ROWS, ta
         if on_record:
             on_record(line)
 
-    outcome = engine.train_pairs(model or make_model(), TOKENIZER, rows, VALIDATION, table, loss=loss,
-                                 training=TRAINING | training, seed=seed, folder=folder, on_record=record,
-                                 **(options or {}))
+    outcome = engine.train_pairs(
+        model or make_model(),
+        TOKENIZER,
+        rows,
+        VALIDATION,
+        table,
+        loss=loss,
+        training=TRAINING | training,
+        seed=seed,
+        folder=folder,
+        on_record=record,
+        **(options or {}),
+    )
     return outcome, records
 
 
@@ -131,15 +182,20 @@ def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
         assert TOKENIZER.decode(row["prompt_ids"]).endswith("<|assistant|>")
 
 
-@pytest.mark.parametrize("template", [
-    pytest.param("{{ bos_token }}" + TEMPLATE, id="two BOS"),
-    pytest.param(TEMPLATE.replace("+ eos_token", ""), id="no EOS"),
-    pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + '\n'"), id="text after EOS"),
-    pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + eos_token"), id="two EOS"),
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param("{{ bos_token }}" + TEMPLATE, id="two BOS"),
+        pytest.param(TEMPLATE.replace("+ eos_token", ""), id="no EOS"),
+        pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + '\n'"), id="text after EOS"),
+        pytest.param(TEMPLATE.replace("+ eos_token", "+ eos_token + eos_token"), id="two EOS"),
+    ],
+)
 def test_templates_that_err_still_give_one_bos_and_one_eos(template):
-    assert tokens.encode_pairs(make_tokenizer(template), make_pairs(6))[0] == tokens.encode_pairs(
-        TOKENIZER, make_pairs(6))[0]
+    assert (
+        tokens.encode_pairs(make_tokenizer(template), make_pairs(6))[0]
+        == tokens.encode_pairs(TOKENIZER, make_pairs(6))[0]
+    )
 
 
 def test_a_prompt_that_is_no_prefix_is_split_where_it_diverges_and_counted():
@@ -190,9 +246,19 @@ def stock_trainer(folder, model, pairs, loss_type, beta):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    args = DPOConfig(output_dir=str(folder), loss_type=loss_type, beta=beta, precompute_ref_log_probs=True, bf16=False,
-                     gradient_checkpointing=False, report_to="none", disable_tqdm=True, max_length=None, use_cpu=True,
-                     per_device_train_batch_size=len(pairs))
+    args = DPOConfig(
+        output_dir=str(folder),
+        loss_type=loss_type,
+        beta=beta,
+        precompute_ref_log_probs=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        use_cpu=True,
+        per_device_train_batch_size=len(pairs),
+    )
     columns = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]
     stock = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(columns), processing_class=TOKENIZER)
     return stock, stock.train_dataset
@@ -205,13 +271,14 @@ def plain_logprobs(model, rows):
         for side in ("chosen_ids", "rejected_ids"):
             ids = torch.tensor([row["prompt_ids"] + row[side]])
             scores = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            out.append(scores[len(row["prompt_ids"]) - 1:].sum())
+            out.append(scores[len(row["prompt_ids"]) - 1 :].sum())
     return torch.stack(out).view(-1, 2)
 
 
 @pytest.fixture
 def double_norm(monkeypatch):
     """transformers normalises in float32 whatever the model's type: for float64 comparisons it must not."""
+
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
@@ -219,7 +286,9 @@ def double_norm(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
-@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-6)])  # eager: its softmax is float32
+@pytest.mark.parametrize(
+    ("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-6)]
+)  # eager: its softmax is float32
 def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tolerance, monkeypatch, double_norm):
     if (layout, attention) == ("packed", "eager"):
         pytest.skip("packed rows need scaled_dot_product_attention")
@@ -259,15 +328,25 @@ def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, 
     monkeypatch.setattr(head, "LEAST", 1)
     monkeypatch.setattr(head, "KEPT", kept)
     draw = torch.Generator().manual_seed(0)
-    hidden, matrix, offset = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,)))
+    hidden, matrix, offset = (
+        torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))
+    )
     hidden *= 30  # log-probabilities below -100, where a float32 probability would be zero
     targets, slope = torch.randint(50, (17,), generator=draw), torch.randn(17, generator=draw, dtype=torch.float64)
     seen = []
-    for scored in (head.token_scores, lambda h, w, b, t: -torch.nn.functional.cross_entropy(
-            torch.nn.functional.linear(h, w, b), t, reduction="none")):
-        leaves = [hidden.clone().requires_grad_(), matrix.clone().requires_grad_(weight), offset.clone().requires_grad_(bias)]
+    for scored in (
+        head.token_scores,
+        lambda h, w, b, t: -torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, w, b), t, reduction="none"),
+    ):
+        leaves = [
+            hidden.clone().requires_grad_(),
+            matrix.clone().requires_grad_(weight),
+            offset.clone().requires_grad_(bias),
+        ]
         scores = scored(leaves[0], leaves[1], leaves[2] if bias else None, targets)
-        seen.append([scores.detach(), *torch.autograd.grad(scores, [leaf for leaf in leaves if leaf.requires_grad], slope)])
+        seen.append(
+            [scores.detach(), *torch.autograd.grad(scores, [leaf for leaf in leaves if leaf.requires_grad], slope)]
+        )
     assert seen[0][0].min() < -100
     for ours, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -285,6 +364,7 @@ def test_faint_probabilities_keep_their_logarithm_in_float32():
 @pytest.fixture
 def double_head(monkeypatch):
     """TRL's head accumulates in float32 whatever the model's type: for float64 comparisons it is given a plain one."""
+
     def apply(hidden, weight, bias, targets, *_):
         logits = torch.nn.functional.linear(hidden, weight, bias)
         scores = logits.log_softmax(-1)
@@ -372,12 +452,14 @@ def test_token_budget_batches_cover_every_row_once_within_the_budget():
 
 def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr(reference, "sequence_logprobs",
-                        lambda *a, **k: computed.append(1) or logprobs.sequence_logprobs(*a, **k))
+    monkeypatch.setattr(
+        reference, "sequence_logprobs", lambda *a, **k: computed.append(1) or logprobs.sequence_logprobs(*a, **k)
+    )
 
     def get(rows=ROWS, name="base", quantization="none", model=None):
-        return reference.reference_logprobs(model or make_model(), rows, cache_dir=tmp_path, model_fingerprint=name,
-                                            quantization=quantization)
+        return reference.reference_logprobs(
+            model or make_model(), rows, cache_dir=tmp_path, model_fingerprint=name, quantization=quantization
+        )
 
     first = get()
     torch.testing.assert_close(get(model=with_adapter(make_model())), first, rtol=0, atol=0)
@@ -386,7 +468,9 @@ def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
         get(**change)
     assert len(computed) == 4
     for damage in (b"", b"junk"):
-        next(tmp_path.glob(f"{reference.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(damage)
+        next(tmp_path.glob(f"{reference.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(
+            damage
+        )
         torch.testing.assert_close(get(), first, rtol=0, atol=0)
     assert len(computed) == 6
     assert not list(tmp_path.glob("*.partial"))
@@ -422,15 +506,33 @@ def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path)
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-HISTORY = ["step", "epoch", "loss", "preference_loss", "anchor_loss", "implicit_accuracy", "raw_accuracy", "margin",
-           "raw_margin", "chosen_log_ratio", "rejected_log_ratio", "chosen_length", "rejected_length", "grad_norm",
-           "learning_rate"]
+HISTORY = [
+    "step",
+    "epoch",
+    "loss",
+    "preference_loss",
+    "anchor_loss",
+    "implicit_accuracy",
+    "raw_accuracy",
+    "margin",
+    "raw_margin",
+    "chosen_log_ratio",
+    "rejected_log_ratio",
+    "chosen_length",
+    "rejected_length",
+    "grad_norm",
+    "learning_rate",
+]
 
 
 def test_training_learns_and_records_every_step(tmp_path):
     timings = []
-    outcome, records = train(tmp_path, loss={"name": "td_dpo_anchored", "beta": 0.01, "tau": 1.0}, max_steps=30,
-                             options={"on_timing": timings.append, "on_evaluate": lambda step, model: {"sampled_kl": 1.0}})
+    outcome, records = train(
+        tmp_path,
+        loss={"name": "td_dpo_anchored", "beta": 0.01, "tau": 1.0},
+        max_steps=30,
+        options={"on_timing": timings.append, "on_evaluate": lambda step, model: {"sampled_kl": 1.0}},
+    )
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "loss" not in r]
     assert outcome.status == "completed"
@@ -439,8 +541,10 @@ def test_training_learns_and_records_every_step(tmp_path):
     assert list(steps[0]) == HISTORY
     assert set(timings[0]) == {"step", "seconds", "pairs_per_second", "tokens_per_second"}
     assert [r["step"] for r in evaluations] == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert set(evaluations[0]) == {"step", "sampled_kl"} | {f"validation_{k}" for k in (
-        "implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")}
+    assert set(evaluations[0]) == {"step", "sampled_kl"} | {
+        f"validation_{k}"
+        for k in ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
+    }
     assert abs(steps[0]["margin"]) < 1e-3
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert steps[-1]["implicit_accuracy"] == 1
@@ -474,8 +578,14 @@ def test_a_whole_run_equals_stock_trl_when_every_batch_is_the_data_set(tmp_path)
     stock.train()
     theirs = [(h["loss"], h["grad_norm"]) for h in stock.state.log_history if "loss" in h]
     rows, _ = tokens.encode_pairs(TOKENIZER, pairs)
-    _, records = train(tmp_path / "ours", rows=rows, max_steps=6, learning_rate=1e-3, warmup_ratio=0.0,
-                       table=REFERENCE | {"train": reference.sequence_logprobs(make_model(), rows)})
+    _, records = train(
+        tmp_path / "ours",
+        rows=rows,
+        max_steps=6,
+        learning_rate=1e-3,
+        warmup_ratio=0.0,
+        table=REFERENCE | {"train": reference.sequence_logprobs(make_model(), rows)},
+    )
     ours = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
 
@@ -485,31 +595,59 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
     seen = {}
     for device_batch in (8, 3, 1):
         rows = ROWS[:20]
-        records = train(tmp_path / str(device_batch), rows=rows, global_batch_size=8 if device_batch != 3 else 9,
-                        table=REFERENCE | {"train": REFERENCE["train"][:20]}, per_device_train_batch_size=device_batch,
-                        max_steps=6)[1]
+        records = train(
+            tmp_path / str(device_batch),
+            rows=rows,
+            global_batch_size=8 if device_batch != 3 else 9,
+            table=REFERENCE | {"train": REFERENCE["train"][:20]},
+            per_device_train_batch_size=device_batch,
+            max_steps=6,
+        )[1]
         seen[device_batch] = [(r["loss"], r["grad_norm"], r["chosen_length"]) for r in records if "loss" in r]
     torch.testing.assert_close(torch.tensor(seen[1]), torch.tensor(seen[8]), rtol=1e-4, atol=1e-6)
-    nine = train(tmp_path / "nine", rows=ROWS[:20], global_batch_size=9, per_device_train_batch_size=9, max_steps=6,
-                 table=REFERENCE | {"train": REFERENCE["train"][:20]})[1]
-    torch.testing.assert_close(torch.tensor(seen[3]), torch.tensor(
-        [(r["loss"], r["grad_norm"], r["chosen_length"]) for r in nine if "loss" in r]), rtol=1e-4, atol=1e-6)
+    nine = train(
+        tmp_path / "nine",
+        rows=ROWS[:20],
+        global_batch_size=9,
+        per_device_train_batch_size=9,
+        max_steps=6,
+        table=REFERENCE | {"train": REFERENCE["train"][:20]},
+    )[1]
+    torch.testing.assert_close(
+        torch.tensor(seen[3]),
+        torch.tensor([(r["loss"], r["grad_norm"], r["chosen_length"]) for r in nine if "loss" in r]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
 def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeypatch, layout):
-    """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's batch."""
+    """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's
+    batch."""
     collate, passes = logprobs.collator, []
 
     def watched(*arguments):
         made = collate(*arguments)
         return lambda rows: passes.append(rows) or made(rows)
 
-    whole = train(tmp_path / "whole", rows=ROWS[:20], table=REFERENCE | {"train": REFERENCE["train"][:20]}, max_steps=6,
-                  options={"layout": layout})[1]
+    whole = train(
+        tmp_path / "whole",
+        rows=ROWS[:20],
+        table=REFERENCE | {"train": REFERENCE["train"][:20]},
+        max_steps=6,
+        options={"layout": layout},
+    )[1]
     monkeypatch.setattr(engine, "collator", watched)
-    records = train(tmp_path / "cut", rows=ROWS[:20], table=REFERENCE | {"train": REFERENCE["train"][:20]}, max_steps=6,
-                    token_budget=150, per_device_train_batch_size=4, options={"layout": layout})[1]
+    records = train(
+        tmp_path / "cut",
+        rows=ROWS[:20],
+        table=REFERENCE | {"train": REFERENCE["train"][:20]},
+        max_steps=6,
+        token_budget=150,
+        per_device_train_batch_size=4,
+        options={"layout": layout},
+    )[1]
     seen = [[(r["loss"], r["grad_norm"], r["chosen_length"]) for r in rows if "loss" in r] for rows in (records, whole)]
     torch.testing.assert_close(*map(torch.tensor, seen), rtol=1e-4, atol=1e-6)
     widths = [[logprobs.row_tokens(row) for row in rows] for rows in passes]
@@ -550,8 +688,10 @@ def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
     assert steps[-1]["loss"] is None or steps[-1]["grad_norm"] is None
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in steps[:-1])
     assert records[-1] is steps[-1]  # neither evaluated nor saved afterwards
-    assert all(s["rho"] is None or math.isfinite(s["rho"]) for s in engine.pair_scores(
-        outcome.model, VALIDATION, REFERENCE["validation"]))
+    assert all(
+        s["rho"] is None or math.isfinite(s["rho"])
+        for s in engine.pair_scores(outcome.model, VALIDATION, REFERENCE["validation"])
+    )
 
 
 def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
@@ -560,7 +700,8 @@ def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     rows = [ROWS[i] for i in list(training.SeededOrder(40, 3))[:8]]
     table = reference.sequence_logprobs(make_model(), rows)
     delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
-        [len(r["rejected_ids"]) for r in rows])
+        [len(r["rejected_ids"]) for r in rows]
+    )
     simpo = -torch.nn.functional.logsigmoid(delta / 0.5)  # SimPO with beta = 1/tau and gamma = 0
     assert records[0]["loss"] == pytest.approx(float(simpo.mean()), rel=1e-5)
     assert records[0]["raw_margin"] == pytest.approx(float((table[:, 0] - table[:, 1]).mean()), rel=1e-4)
@@ -574,10 +715,14 @@ def test_max_batches_limits_every_phase(tmp_path):
 
 def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
     """LoRA with dropout draws random numbers in training; sampling at evaluations must not shift them."""
+
     def noisy(step, model):
         torch.rand(7), random.random()
         model.eval()
-        prompt = {"input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
+        prompt = {
+            "input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]),
+            "attention_mask": torch.tensor([[0, 1, 1], [1] * 3]),
+        }
         said = [model.generate(**prompt, max_new_tokens=5, do_sample=False) for _ in range(2)]
         assert torch.equal(*said)
         assert said[0].shape[1] > 3
@@ -600,7 +745,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, build):
 
 def test_generation_is_the_same_with_the_head_on():
     model = make_model()
-    prompt = {"input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
+    prompt = {
+        "input_ids": torch.tensor([[PAD, BOS, 7], [BOS, 5, 6]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1] * 3]),
+    }
     plain = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     with logprobs.completion_head(model):
         assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), plain)
@@ -614,23 +762,33 @@ def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
     assert "ref" not in model.peft_config
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    twin = engine.load_checkpoint(with_adapter(make_model()), checkpoints.last_complete_checkpoint(tmp_path / "checkpoints"))
-    torch.testing.assert_close(reference.sequence_logprobs(twin, VALIDATION),
-                               reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0)
+    twin = engine.load_checkpoint(
+        with_adapter(make_model()), checkpoints.last_complete_checkpoint(tmp_path / "checkpoints")
+    )
+    torch.testing.assert_close(
+        reference.sequence_logprobs(twin, VALIDATION), reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0
+    )
 
 
 def nf4_model(folder):
     make_model(hidden=64).save_pretrained(folder)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch.bfloat16)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     return with_adapter(LlamaForCausalLM.from_pretrained(folder, quantization_config=four_bit, dtype=torch.bfloat16))
 
 
 def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
     model = nf4_model(tmp_path / "base")
-    table = {"train": reference.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x",
-                                                   quantization="nf4"),
-             "validation": reference.sequence_logprobs(model, VALIDATION)}
+    table = {
+        "train": reference.reference_logprobs(
+            model, ROWS, cache_dir=tmp_path, model_fingerprint="x", quantization="nf4"
+        ),
+        "validation": reference.sequence_logprobs(model, VALIDATION),
+    }
     outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
@@ -772,6 +930,8 @@ def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
 def test_step_cost_pairs_every_batch(tmp_path):
     make_model().save_pretrained(tmp_path)
     for source in (make_model, tmp_path):
-        pairs = step_cost(source, ROWS, REFERENCE["train"], {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO, TRAINING, 4, 0)
+        pairs = step_cost(
+            source, ROWS, REFERENCE["train"], {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO, TRAINING, 4, 0
+        )
         assert [p["pair"] for p in pairs] == [0, 1, 2, 3]
         assert all(p["seconds"] > 0 and p["seconds_baseline"] > 0 for p in pairs)

@@ -25,15 +25,25 @@ def make_members() -> pd.DataFrame:
     def add(method, beta, tau, seed, level, status="completed"):
         cell = f"beta{beta:g}" + (f"-tau{tau:g}" if tau is not None else "")
         done = status == "completed"
-        rows.append({
-            "run_id": method, "method": method, "role": "proposed" if method == "td_dpo" else "comparative",
-            "cell": cell, "beta": beta, "tau": tau, "seed": seed, "status": status,
-            "oracle_score": level + draw.normal(0, 0.25) if done else None,
-            "validation_implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1)) if done else None,
-            "implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1)) if done else None,
-            "sampled_kl": float(np.exp(draw.normal(0, 0.15)) * 4 / (0.05 + beta)) if done else None,
-            "answer_length": 24 + 6 / (0.2 + beta) + draw.normal(0, 1.5) if done else None,
-        })
+        rows.append(
+            {
+                "run_id": method,
+                "method": method,
+                "role": "proposed" if method == "td_dpo" else "comparative",
+                "cell": cell,
+                "beta": beta,
+                "tau": tau,
+                "seed": seed,
+                "status": status,
+                "oracle_score": level + draw.normal(0, 0.25) if done else None,
+                "validation_implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1))
+                if done
+                else None,
+                "implicit_accuracy": float(np.clip(0.5 + level / 25 + draw.normal(0, 0.01), 0, 1)) if done else None,
+                "sampled_kl": float(np.exp(draw.normal(0, 0.15)) * 4 / (0.05 + beta)) if done else None,
+                "answer_length": 24 + 6 / (0.2 + beta) + draw.normal(0, 1.5) if done else None,
+            }
+        )
 
     for j, beta in enumerate(FIXED):
         for seed in (42, 43, 44):
@@ -57,10 +67,17 @@ def make_history(members: pd.DataFrame, steps: int = 120) -> pd.DataFrame:
         step = np.arange(1, last + 1)
         reach = (1 - np.exp(-step / 30)) * min(60, 1.5 / member["beta"])
         own = {k: member[k] for k in ("run_id", "method", "cell", "beta", "tau", "seed")}
-        parts.append(pd.DataFrame({
-            **own, "step": step, "loss": 0.7 - 0.3 * (1 - np.exp(-step / 25)) + draw.normal(0, 0.04, last),
-            "chosen_log_ratio": -0.4 * reach + draw.normal(0, 0.3, last),
-            "rejected_log_ratio": -1.1 * reach + draw.normal(0, 0.3, last)}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    **own,
+                    "step": step,
+                    "loss": 0.7 - 0.3 * (1 - np.exp(-step / 25)) + draw.normal(0, 0.04, last),
+                    "chosen_log_ratio": -0.4 * reach + draw.normal(0, 0.3, last),
+                    "rejected_log_ratio": -1.1 * reach + draw.normal(0, 0.3, last),
+                }
+            )
+        )
         at = np.array([s for s in (40, 80, 120) if s <= last])
         accuracy = 0.5 + 0.25 * (1 - np.exp(-at / 40)) + draw.normal(0, 0.01, len(at))
         parts.append(pd.DataFrame({**own, "step": at, "validation_implicit_accuracy": accuracy}))
@@ -71,11 +88,30 @@ MEMBERS = make_members()
 HISTORY = make_history(MEMBERS)
 ARMS = study.claim_arms(MEMBERS, FIXED)
 CLAIMS = [
-    {"id": "C1", "verdict": "refuted", "test": "non_inferiority", "margin": 0.3, "estimate": -1.93,
-     "interval95": [-2.41, -1.42]},
-    {"id": "C3", "verdict": "inconclusive", "test": "equivalence", "margin": 0.1, "estimate": 0.05,
-     "interval95": [-0.4, 0.5]},
-    {"id": "C5", "verdict": "not evaluated", "test": "cost_ratio", "margin": None, "estimate": None, "interval95": None},
+    {
+        "id": "C1",
+        "verdict": "refuted",
+        "test": "non_inferiority",
+        "margin": 0.3,
+        "estimate": -1.93,
+        "interval95": [-2.41, -1.42],
+    },
+    {
+        "id": "C3",
+        "verdict": "inconclusive",
+        "test": "equivalence",
+        "margin": 0.1,
+        "estimate": 0.05,
+        "interval95": [-0.4, 0.5],
+    },
+    {
+        "id": "C5",
+        "verdict": "not evaluated",
+        "test": "cost_ratio",
+        "margin": None,
+        "estimate": None,
+        "interval95": None,
+    },
 ]
 
 
@@ -89,11 +125,13 @@ def drawings() -> dict:
     arms_history = study.claim_arms(HISTORY, FIXED)
     known, reference = study.LOOKS, (6.55, "reference")
     return {
-        "accuracy": figures.learning_curves(arms_history, "validation_implicit_accuracy", title="Accuracy", panel="beta",
-                                            known=known),
+        "accuracy": figures.learning_curves(
+            arms_history, "validation_implicit_accuracy", title="Accuracy", panel="beta", known=known
+        ),
         "box": figures.box_over_seeds(ARMS, "oracle_score", title="Box", known=known, diverged_value=1.0),
-        "bars": figures.bars(ARMS, "oracle_score", title="Bars", known=known, diverged_value=1.0, floor=1,
-                             reference=reference),
+        "bars": figures.bars(
+            ARMS, "oracle_score", title="Bars", known=known, diverged_value=1.0, floor=1, reference=reference
+        ),
         "claims": figures.claims(CLAIMS),
         "heat": study.heat_maps(MEMBERS, "oracle_score", title="Heat", centre=6.55),
         "displacement": study.likelihood_displacement(arms_history),
@@ -111,7 +149,8 @@ def test_every_figure_leaves_pdf_png_csv_and_words(drawn, tmp_path):
     for name, drawing in drawn.items():
         figure = figures.save(drawing, tmp_path, f"comparison_{name}")
         assert sorted(p.name for p in tmp_path.glob(f"comparison_{name}.*")) == [
-            f"comparison_{name}.{kind}" for kind in ("alt.txt", "csv", "links.json", "pdf", "png")]
+            f"comparison_{name}.{kind}" for kind in ("alt.txt", "csv", "links.json", "pdf", "png")
+        ]
         assert figure.files["pdf"].read_bytes().startswith(b"%PDF")
         assert Image.open(figure.files["png"]).width == 1280
         assert figure.files["alt.txt"].read_text().strip() == drawing.alt
@@ -214,10 +253,14 @@ def test_empty_tables_draw_without_error(tmp_path):
     assert "no value" in study.heat_maps(lost, "oracle_score", title="Heat").alt
     nothing = pd.DataFrame()  # what lib.record gives where no member has finished
     for drawing in (
-        figures.bars(nothing, "oracle_score", title="t"), figures.box_over_seeds(nothing, "oracle_score", title="t"),
-        figures.learning_curves(nothing, "loss", title="t"), figures.learning_curves(nothing, "loss", title="t", panel="beta"),
-        figures.claims([]), study.heat_maps(study.claim_arms(nothing, FIXED), "oracle_score", title="t"),
-        study.likelihood_displacement(nothing), study.answer_length(nothing),
+        figures.bars(nothing, "oracle_score", title="t"),
+        figures.box_over_seeds(nothing, "oracle_score", title="t"),
+        figures.learning_curves(nothing, "loss", title="t"),
+        figures.learning_curves(nothing, "loss", title="t", panel="beta"),
+        figures.claims([]),
+        study.heat_maps(study.claim_arms(nothing, FIXED), "oracle_score", title="t"),
+        study.likelihood_displacement(nothing),
+        study.answer_length(nothing),
         study.kl_against_score(nothing, "oracle_score", score_label="score"),
     ):
         assert figures.save(drawing, tmp_path, "comparison_nothing").png
@@ -230,7 +273,9 @@ def test_heat_map_names_every_cell(drawn):
     assert "TD-DPO beta 2.5 tau 0.5: not run." in alt
     assert "DiscoPOP (card) beta 2.5: all 1 diverged." in alt
     assert "1/3 diverged" in alt
-    mean = MEMBERS[(MEMBERS["method"] == "td_dpo") & (MEMBERS["beta"] == 0.05) & (MEMBERS["tau"] == 1)]["oracle_score"].mean()
+    mean = MEMBERS[(MEMBERS["method"] == "td_dpo") & (MEMBERS["beta"] == 0.05) & (MEMBERS["tau"] == 1)][
+        "oracle_score"
+    ].mean()
     assert f"TD-DPO beta 0.05 tau 1: {number(mean)} (" in alt
 
 
@@ -246,7 +291,7 @@ def test_looks_are_the_studys_own_and_never_shared():
 
 
 def luminance(colour: str) -> float:
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
@@ -296,8 +341,13 @@ def test_metrics_table_takes_the_chosen_cells():
 
 
 def test_tables_have_scopes_a_caption_and_escaped_text():
-    table = tables.metrics_table(MEMBERS, {"oracle_score": "maximize"}, chosen=_chosen(), baselines=["dpo"],
-                                 diverged_values={"oracle_score": 1.0})
+    table = tables.metrics_table(
+        MEMBERS,
+        {"oracle_score": "maximize"},
+        chosen=_chosen(),
+        baselines=["dpo"],
+        diverged_values={"oracle_score": 1.0},
+    )
     page = tables.show_metrics(table, "Metrics <by> run")._repr_html_()
     assert "<caption>Metrics &lt;by&gt; run</caption>" in page
     assert page.count('scope="row"') == 5
@@ -312,7 +362,9 @@ def test_no_heavy_import():
     import subprocess
     import sys
 
-    code = ("import sys, lib.figures, lib.report, lib.td_dpo.figures, lib.td_dpo.landscape\n"
-            "print({'torch', 'transformers', 'trl', 'nbconvert'} & set(sys.modules))")
+    code = (
+        "import sys, lib.figures, lib.report, lib.td_dpo.figures, lib.td_dpo.landscape\n"
+        "print({'torch', 'transformers', 'trl', 'nbconvert'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -13,11 +13,22 @@ from lib.running import forecast, plan, resources
 from tests.conftest import TINY
 
 
-def member(run, name: str, seconds: float, *, run_id: str | None = None, study_dir: Path | None = None, **changes) -> Path:
+def member(
+    run, name: str, seconds: float, *, run_id: str | None = None, study_dir: Path | None = None, **changes
+) -> Path:
     folder = (study_dir or Path(run.results_dir)) / (run_id or run.run_id) / "members" / name
-    record.write_json(folder / resources.NAME, {
-        "seconds": seconds, "expected_seconds": 2.0, "base_memory_bytes": 500, "memory_bytes": 40, "device_memory_bytes": None,
-        "resumed": False, **changes})
+    record.write_json(
+        folder / resources.NAME,
+        {
+            "seconds": seconds,
+            "expected_seconds": 2.0,
+            "base_memory_bytes": 500,
+            "memory_bytes": 40,
+            "device_memory_bytes": None,
+            "resumed": False,
+            **changes,
+        },
+    )
     return folder
 
 
@@ -59,8 +70,21 @@ def test_memory_and_disk_are_unknown_until_a_member_was_recorded(tiny):
 
 
 def step(kind="train", seconds=60.0, run=None, **changes) -> plan.Step:
-    return plan.Step(kind, "td_dpo", changes.pop("name", kind), Path("n.ipynb"), Path("nowhere"), {}, "key", "never run", run,
-                     members=changes.pop("members", 4), training=seconds, seconds=seconds, **changes)
+    return plan.Step(
+        kind,
+        "td_dpo",
+        changes.pop("name", kind),
+        Path("n.ipynb"),
+        Path("nowhere"),
+        {},
+        "key",
+        "never run",
+        run,
+        members=changes.pop("members", 4),
+        training=seconds,
+        seconds=seconds,
+        **changes,
+    )
 
 
 def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
@@ -77,7 +101,10 @@ def test_training_shares_the_slots_preparation_and_analysis_do_not(tiny):
 
 
 def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
-    dataset, training = {**TINY["dataset"], "name": "somebodys/pairs"}, {**TINY["training"], "max_steps": None, "epochs": 2}
+    dataset, training = (
+        {**TINY["dataset"], "name": "somebodys/pairs"},
+        {**TINY["training"], "max_steps": None, "epochs": 2},
+    )
     compute, limited = {"seconds_per_step": 0.1}, {**dataset, "limit": 80}
     unsaid = tiny(dataset=limited, training=training)
     assert forecast.member_seconds(unsaid) is None, "how long a step takes was not said either"
@@ -95,9 +122,11 @@ def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
 
 def test_what_a_member_used_is_measured(tmp_path):
     """In a process of its own: what pytest held before would hide a peak."""
-    code = ("import pathlib, sys, time\nfrom lib.running import resources\n"
-            "with resources.measured(pathlib.Path(sys.argv[1]), 3.0):\n"
-            "    held = bytearray(b'x') * (64 << 20)\n    time.sleep(0.02)\n")
+    code = (
+        "import pathlib, sys, time\nfrom lib.running import resources\n"
+        "with resources.measured(pathlib.Path(sys.argv[1]), 3.0):\n"
+        "    held = bytearray(b'x') * (64 << 20)\n    time.sleep(0.02)\n"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     found = record.read_json(tmp_path / resources.NAME)
     assert 60 << 20 <= found["memory_bytes"] < 300 << 20
@@ -119,7 +148,11 @@ def settled(steps: list, slots: int, max_hours: float) -> dict[str, str]:
 def test_max_hours_starts_what_fits_with_its_analysis_and_postpones_the_rest():
     small, large = step(name="small", seconds=600.0), step(name="large", seconds=36000.0)
     analysis = step("analysis", 120.0, needs=[small, large])
-    assert settled([large, small, analysis], 1, 0.25) == {"small": "succeeded", "large": "postponed", "analysis": "succeeded"}
+    assert settled([large, small, analysis], 1, 0.25) == {
+        "small": "succeeded",
+        "large": "postponed",
+        "analysis": "succeeded",
+    }
     assert set(settled([large, small, analysis], 1, 0.15).values()) == {"postponed"}, "600 s fit, its analysis does not"
     assert set(settled([large, small, analysis], 100, 0.25).values()) == {"succeeded"}
 

@@ -19,7 +19,8 @@ MISTRAL_V3 = (
     "{{ '[INST] ' + message['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# Qwen3 in its thinking default: the last answer is preceded by an empty thought, which the generation prompt does not hold.
+# Qwen3 in its thinking default: the last answer is preceded by an empty thought, which the generation prompt does not
+# hold.
 QWEN3 = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -48,8 +49,14 @@ def sentencepiece(template: str, control: tuple[str, ...] = (), **settings) -> L
 def byte_level(template: str) -> Qwen2Tokenizer:
     """transformers' own Qwen tokenizer: byte-level BPE, no BOS, answers ended by <|im_end|>."""
     vocabulary, merges = bpe([*WORDS, *(f"Ġ{word}" for word in WORDS), "ĊĊ"], sorted(ByteLevel.alphabet()))
-    return Qwen2Tokenizer(vocab=vocabulary, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                          chat_template=template, additional_special_tokens=["<|im_start|>", "<think>", "</think>"])
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+        additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
+    )
 
 
 def said(role: str, content: str) -> dict:
@@ -128,7 +135,7 @@ def test_generation_sees_the_prompts_that_training_sees_padded_on_the_other_side
     trained = [row["prompt_ids"] for row in rows]
     model = Listens(tokenizer.eos_token_id)
     sampling.sample(model, tokenizer, [ONE, TWO], max_new_tokens=2, temperature=0, seed=0, batch_size=2)
-    (inputs, mask), = model.heard
+    ((inputs, mask),) = model.heard
     assert [row[on.bool()].tolist() for row, on in zip(inputs, mask, strict=True)] == trained
     assert mask[0].tolist() == sorted(mask[0].tolist()), "padding is on the left"
     batch = logprobs.paired_batch(rows, tokens.pad_token(tokenizer))

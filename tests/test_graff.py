@@ -23,14 +23,28 @@ GSM8K = GSM8K if GSM8K.exists() else Path("/work/shared/data/gsm8k")
 
 
 def raw(kind="fixed", **scheduler) -> dict:
-    return {"run_id": "r", "method": kind, "role": "control", "seed_list": [1],
-            "model": {"name": "made", "recipe": {"hidden_size": 32, "layers": 2, "pretrain_steps": 3, "pretrain_batch_size": 4},
-                      "lora": {"r": 4, "dropout": 0.1}},
-            "dataset": {"name": "generated", "train_examples": 60, "test_examples": 4, "dev_size": 4, "max_tokens": 128},
-            "training": {"budget_minutes": 1, "clock": "virtual", "global_batch_size": 8, "micro_batch_size": 4,
-                         "total_steps": 24, "optimizer": {"lr_init": 1e-3, "betas": [0.9, 0.98]},
-                         "scheduler": {"type": kind, **scheduler}},
-            "evaluation": {"max_new_tokens": 4, "dev_subset": 2}}
+    return {
+        "run_id": "r",
+        "method": kind,
+        "role": "control",
+        "seed_list": [1],
+        "model": {
+            "name": "made",
+            "recipe": {"hidden_size": 32, "layers": 2, "pretrain_steps": 3, "pretrain_batch_size": 4},
+            "lora": {"r": 4, "dropout": 0.1},
+        },
+        "dataset": {"name": "generated", "train_examples": 60, "test_examples": 4, "dev_size": 4, "max_tokens": 128},
+        "training": {
+            "budget_minutes": 1,
+            "clock": "virtual",
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "total_steps": 24,
+            "optimizer": {"lr_init": 1e-3, "betas": [0.9, 0.98]},
+            "scheduler": {"type": kind, **scheduler},
+        },
+        "evaluation": {"max_new_tokens": 4, "dev_subset": 2},
+    }
 
 
 def member_of(kind="fixed", seed=1, changes=None, **scheduler):
@@ -46,6 +60,7 @@ def shared(tmp_path_factory):
 
 
 # ---- 1. hypergradients against finite differences, float64
+
 
 def problem(n=4, size=5):
     """A loss over n blocks of `size`, smooth and not quadratic."""
@@ -76,7 +91,9 @@ def test_c_eta_and_c_i_match_finite_differences():
     assert float(c.sum()) == pytest.approx(float(c_eta), rel=1e-6)
     for i in range(4):
         shift = step * torch.eye(4, dtype=torch.float64)[i]
-        assert float(c[i]) == pytest.approx(float((after(0, log_m + shift) - after(0, log_m - shift)) / (2 * step)), rel=1e-6)
+        assert float(c[i]) == pytest.approx(
+            float((after(0, log_m + shift) - after(0, log_m - shift)) / (2 * step)), rel=1e-6
+        )
 
 
 def test_c_a_matches_a_finite_difference_through_weights_adam_and_step():
@@ -128,8 +145,13 @@ def test_gradient_of_w_and_of_the_encoder_matches_finite_differences():
     g = gradient(loss, [t + d for t, d in zip(theta, delta, strict=True)])
     cot = pl.cotangents(pl.block_sums(g, delta, torch.arange(4), 4), 0.0, g, delta, "raw", 1.0)
     pl.Outer(planner, 0.0, encoder_lr=0.0).step(kept, cot)
-    for name, place in (("decoder.weight", (0, 2)), ("decoder.weight", (1, 3)), ("encoder.weight", (4, 1)),
-                        ("messages.0.weight", (2, 5)), ("memory.weight_ih", (3, 3))):
+    for name, place in (
+        ("decoder.weight", (0, 2)),
+        ("decoder.weight", (1, 3)),
+        ("encoder.weight", (4, 1)),
+        ("messages.0.weight", (2, 5)),
+        ("memory.weight_ih", (3, 3)),
+    ):
         tensor = dict(planner.named_parameters())[name]
         values = []
         for shift in (1e-5, -1e-5):
@@ -142,14 +164,20 @@ def test_gradient_of_w_and_of_the_encoder_matches_finite_differences():
 
 # ---- 2. to 5. the planner's start, its guard, curvature, REACTOR
 
+
 def test_a_zero_decoder_changes_nothing_and_the_ablation_has_as_many_parameters():
     planner = pl.Planner()
     with torch.no_grad():
         plan, _ = planner(torch.randn(6, 5), torch.zeros(6, pl.WIDTH), pl.edges(3))
     assert (float(plan.log_eta), float(plan.a), plan.log_m.tolist()) == (0.0, 0.0, [0.0] * 6)
     assert pl.token_weights(0.0, torch.randn(5))[0].tolist() == [1.0] * 5
-    sizes = [sum(p.numel() for p in methods.make(member_of("graff", cold=True, graph=g).run.training.scheduler, 3)
-                 .planner.parameters()) for g in (True, False)]
+    sizes = [
+        sum(
+            p.numel()
+            for p in methods.make(member_of("graff", cold=True, graph=g).run.training.scheduler, 3).planner.parameters()
+        )
+        for g in (True, False)
+    ]
     assert sizes[0] == sizes[1]
     assert 2_500 < sizes[0] < 3_500
     assert pl.edges(3, graph=False).shape[1] == 6 < pl.edges(3).shape[1]
@@ -177,20 +205,35 @@ def test_an_output_at_its_bound_is_held_there_and_comes_back(row, low, high, sid
 
 
 def test_the_warm_start_keeps_the_blocks_apart():
-    """With the encoder at W's own rate all states run into +-1 alike, and the multipliers stay at 1 whatever they are told."""
+    """With the encoder at W's own rate all states run into +-1 alike, and the multipliers stay at 1 whatever they are
+    told."""
     spread = {}
     for encoder_lr in (member.ENCODER_LR, 3e-3):
         torch.manual_seed(7)
         planner = pl.Planner()
         outer, h = pl.Outer(planner, 3e-3, encoder_lr), torch.zeros(4, pl.WIDTH)
         for step in range(300):
-            x = torch.stack([torch.zeros(4), torch.full((4,), 0.5), torch.full((4,), 1 - step / 300),
-                             torch.tensor([0.0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1])], 1)
+            x = torch.stack(
+                [
+                    torch.zeros(4),
+                    torch.full((4,), 0.5),
+                    torch.full((4,), 1 - step / 300),
+                    torch.tensor([0.0, 0, 1, 1]),
+                    torch.tensor([0.0, 1, 0, 1]),
+                ],
+                1,
+            )
             kept = (x, h, pl.edges(2))
             with torch.no_grad():
                 h = planner(*kept)[1]
-            outer.step(kept, (torch.tensor(-0.3 if step < 150 else 0.1), torch.tensor([0.01, -0.01, 0.02, -0.02]),
-                              torch.tensor(0.0)))
+            outer.step(
+                kept,
+                (
+                    torch.tensor(-0.3 if step < 150 else 0.1),
+                    torch.tensor([0.01, -0.01, 0.02, -0.02]),
+                    torch.tensor(0.0),
+                ),
+            )
         spread[encoder_lr] = float((h - h.mean(0)).abs().sum(1).mean())
     assert spread[3e-3] < 0.05 < 0.5 < spread[member.ENCODER_LR], spread
 
@@ -239,7 +282,7 @@ def test_reactor_solves_a_bandit():
         arm.generator.manual_seed(seed)
         for _ in range(400):
             a = arm.act(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-            arm.reward(-(a - 0.8) ** 2)
+            arm.reward(-((a - 0.8) ** 2))
         found.append(arm.omega[0].item())
     assert sum(found) / 5 == pytest.approx(0.8, rel=0.25)
 
@@ -276,6 +319,7 @@ def test_block_adam_is_adamw_where_every_multiplier_is_one():
 
 # ---- 6. and 7. the budget
 
+
 def curve(folder):
     return list(map(json.loads, (folder / "history.jsonl").read_text().splitlines()))
 
@@ -291,7 +335,9 @@ def test_frozen_cold_graff_equals_fixed_bit_for_bit(tmp_path, shared, monkeypatc
     monkeypatch.setattr(member.Probes, "entropy_units", lambda *_: 0.0)
     trained(tmp_path / "fixed", shared, kind="fixed")
     trained(tmp_path / "graff", shared, cold=True, frozen=True, guard="off", graph=False, token_weights=True)
-    fixed, graff = ([(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff"))
+    fixed, graff = (
+        [(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff")
+    )
     assert fixed == graff
 
 
@@ -317,10 +363,17 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
     extra = {"cold": True, "outer_lr": 1e-2} if kind == "graff" else {}
     trained(tmp_path / "whole", shared, kind=kind, **extra)
     (tmp_path / "cut").mkdir()
-    code = (f"from pathlib import Path; from tests.test_graff import member_of, member; member.trainer.SAVE_SECONDS = 0; "
-            f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))")
-    going = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = (
+        f"from pathlib import Path; from tests.test_graff import member_of, member; member.trainer.SAVE_SECONDS = 0; "
+        f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))"
+    )
+    going = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until(lambda: list((tmp_path / "cut").glob("checkpoints/*/complete.json")), process=going)
     finally:
@@ -346,7 +399,9 @@ def test_a_budget_too_short_for_one_step_and_one_evaluation(tmp_path, shared):
         member.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
 
 
-@pytest.mark.parametrize("kind", ["schedulefree", "prodigy", "salelr_reconstructed", "bats_reconstructed", "hypergradient"])
+@pytest.mark.parametrize(
+    "kind", ["schedulefree", "prodigy", "salelr_reconstructed", "bats_reconstructed", "hypergradient"]
+)
 def test_every_other_scheduler_trains(tmp_path, shared, kind):
     assert trained(tmp_path / "m", shared, kind=kind)["status"] == "completed"
     losses = [r["loss"] for r in curve(tmp_path / "m") if "eta" in r]
@@ -376,11 +431,26 @@ def test_a_warm_start_of_another_size_is_read_from_either_format(tmp_path):
 
 # ---- 8. and 9. answers, generation, energy
 
-TABLE = [("so #### 1,234", "1234", "1234"), ("#### $5", None, "5"), ("#### -7", "-7", "-7"), ("is 42.", None, "42"),
-         ("#### 18.", "18", "18"), ("none", None, None), ("#### 3\n#### 4", "3", "4"), ("$1,000 left", None, "1000"),
-         ("#### -1,234.50", "-1234.50", "-1234.50"), ("####5", None, "5"), ("#### 7 apples", "7", "7"),
-         ("#### .", "", None), ("5 and then ...", None, ".."), ("#### 1,000,000.", "1000000", "1000000"),
-         ("so -3", None, "-3"), ("$$", None, ""), ("Tom has 12 pens", None, "12"), ("3-4=-1", None, "-1")]
+TABLE = [
+    ("so #### 1,234", "1234", "1234"),
+    ("#### $5", None, "5"),
+    ("#### -7", "-7", "-7"),
+    ("is 42.", None, "42"),
+    ("#### 18.", "18", "18"),
+    ("none", None, None),
+    ("#### 3\n#### 4", "3", "4"),
+    ("$1,000 left", None, "1000"),
+    ("#### -1,234.50", "-1234.50", "-1234.50"),
+    ("####5", None, "5"),
+    ("#### 7 apples", "7", "7"),
+    ("#### .", "", None),
+    ("5 and then ...", None, ".."),
+    ("#### 1,000,000.", "1000000", "1000000"),
+    ("so -3", None, "-3"),
+    ("$$", None, ""),
+    ("Tom has 12 pens", None, "12"),
+    ("3-4=-1", None, "-1"),
+]
 
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), TABLE)
@@ -389,8 +459,11 @@ def test_extraction(text, strict, flexible):
 
 
 def harness():
-    """({name: its filters of the task gsm8k as one function}, its exact match), from lm-evaluation-harness's own task file."""
-    extraction = pytest.importorskip("lm_eval.filters.extraction", reason="lm-eval brings 29 packages; it is not a dependency")
+    """({name: its filters of the task gsm8k as one function}, its exact match), from lm-evaluation-harness's own task
+    file."""
+    extraction = pytest.importorskip(
+        "lm_eval.filters.extraction", reason="lm-eval brings 29 packages; it is not a dependency"
+    )
     import lm_eval
     import yaml
 
@@ -401,14 +474,16 @@ def harness():
             text = re.sub(regex, "", text)
         return text.lower()
 
-    made = {f["name"]: extraction.RegexFilter(**{k: v for k, v in f["filter"][0].items() if k != "function"})
-            for f in task["filter_list"]}
+    made = {
+        f["name"]: extraction.RegexFilter(**{k: v for k, v in f["filter"][0].items() if k != "function"})
+        for f in task["filter_list"]
+    }
     return made, lambda found, reference: ignored(found) == ignored(reference)
 
 
 def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
-    """As extracted, and as judged: every answer against every reference of the table, and each reference of the data set
-    against itself and the one after it, by the harness's own filters and by ours."""
+    """As extracted, and as judged: every answer against every reference of the table, and each reference of the data
+    set against itself and the one after it, by the harness's own filters and by ours."""
     made, equal = harness()
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
@@ -498,7 +573,9 @@ def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monke
     energy.update()
     assert energy.joules == pytest.approx(15.5)
     times = iter([0.0, 2.0, 3.0])
-    source, read, _ = clock.nvml(FakeNvml(False, True), "GPU-1", lambda watts: clock.Polled(watts, lambda: next(times), False))
+    source, read, _ = clock.nvml(
+        FakeNvml(False, True), "GPU-1", lambda watts: clock.Polled(watts, lambda: next(times), False)
+    )
     assert source == "polled"
     assert [read(), read()] == [500.0, 750.0]
     assert clock.Polled.INTERVAL <= 1.0

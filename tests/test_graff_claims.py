@@ -1,4 +1,5 @@
-"""GRAFF's claims on made records: energy to a level, what is vacuous or not evaluated and why, who is set beside whom."""
+"""GRAFF's claims on made records: energy to a level, what is vacuous or not evaluated and why, who is set beside
+whom."""
 
 import math
 
@@ -17,11 +18,14 @@ SEEDS = (42, 43, 44)
 
 
 def runs(scale="laptop"):
-    return [config.load_run(path, study="graff", scale=scale, mode="full")
-            for path in sorted((ROOT / "params" / "graff" / scale).glob("*.yaml"))]
+    return [
+        config.load_run(path, study="graff", scale=scale, mode="full")
+        for path in sorted((ROOT / "params" / "graff" / scale).glob("*.yaml"))
+    ]
 
 
 # ---- what a curve comes to
+
 
 def test_energy_to_a_level_lies_between_two_evaluations_and_is_none_where_it_says_nothing():
     joules, em = [0.0, 100.0, 200.0, 300.0], [0.1, 0.2, 0.6, 0.5]
@@ -35,31 +39,72 @@ def test_energy_to_a_level_lies_between_two_evaluations_and_is_none_where_it_say
 
 # ---- energy as a claim
 
+
 def studied(per_joule: dict[str, float], *, base=0.1, joules=1000.0, spread=0.02, problems=60, read=True, ends=None):
-    """(members, evaluations): exact match rises from `base` by `per_joule` of each method, problems solved in a drawn order."""
+    """(members, evaluations): exact match rises from `base` by `per_joule` of each method, problems solved in a drawn
+    order."""
     members, rows, rng = [], [], np.random.default_rng(0)
     for method, slope in per_joule.items():
         for seed in SEEDS:
-            who = {"run_id": method, "method": method, "learning_rate": 0.003, "seed": seed, "cell": "c", "status": "completed"}
+            who = {
+                "run_id": method,
+                "method": method,
+                "learning_rate": 0.003,
+                "seed": seed,
+                "cell": "c",
+                "status": "completed",
+            }
             slope_s, order = slope * math.exp(rng.normal(0, spread)), rng.permutation(problems)
-            members.append({**who, "dev_exact_match": 0.5, "energy": joules if read else None,
-                            "energy_source": "nvml" if read else None, "energy_reason": None if read else "no counter here"})
+            members.append(
+                {
+                    **who,
+                    "dev_exact_match": 0.5,
+                    "energy": joules if read else None,
+                    "energy_source": "nvml" if read else None,
+                    "energy_reason": None if read else "no counter here",
+                }
+            )
             for at in np.linspace(0, joules, 11):
                 share = min(base + slope_s * at, (ends or {}).get(method, 1.0))
                 hits = (order < round(share * problems)).astype(int)
-                rows.append({**who, "used": at / 10, "joules": at if read else None, "exact_match_subset": hits.mean(),
-                             "hits": hits.tolist(), "at_chosen": True})
+                rows.append(
+                    {
+                        **who,
+                        "used": at / 10,
+                        "joules": at if read else None,
+                        "exact_match_subset": hits.mean(),
+                        "hits": hits.tolist(),
+                        "at_chosen": True,
+                    }
+                )
     return pd.DataFrame(members), pd.DataFrame(rows)
 
 
 def judged(members, evaluations, stated=None):
     energies, absent, level = energy.judge(members, evaluations, stated)
-    units = [{**{k: m[k] for k in energy.KEYS}, "example": f"dev-{i}", "auc": 0.5, "auc_reactor_22": 0.5, "status": "completed"}
-             for m in members.to_dict("records") for i in range(60)]
+    units = [
+        {
+            **{k: m[k] for k in energy.KEYS},
+            "example": f"dev-{i}",
+            "auc": 0.5,
+            "auc_reactor_22": 0.5,
+            "status": "completed",
+        }
+        for m in members.to_dict("records")
+        for i in range(60)
+    ]
     areas = pd.DataFrame(units)
     areas = areas if energies is None else areas.merge(energies, on=[*energy.KEYS, "example"], how="left")
-    found = claims.evaluate(PUBLISHED, pd.DataFrame(columns=["method", "exact_match"]), scale="laptop", mode="full",
-                            members=members, accuracy=areas, absent=absent, draws=2000)
+    found = claims.evaluate(
+        PUBLISHED,
+        pd.DataFrame(columns=["method", "exact_match"]),
+        scale="laptop",
+        mode="full",
+        members=members,
+        accuracy=areas,
+        absent=absent,
+        draws=2000,
+    )
     energy.heed(found, PUBLISHED, members, energies)
     return next(v for v in found if v.id == "C7"), level
 
@@ -69,7 +114,9 @@ def test_energy_ends_as_a_verdict_with_an_interval_where_it_was_read(ratio, verd
     slope = {"reactor": 8e-4, "graff": 8e-4 / ratio, "fixed": 6e-4}
     found, level = judged(*studied(slope))
     assert found.verdict == verdict, found.reason
-    assert level.value == pytest.approx((0.1 + 0.7) / 2, abs=0.02)  # half-way from the base model to the fixed rate's end
+    assert level.value == pytest.approx(
+        (0.1 + 0.7) / 2, abs=0.02
+    )  # half-way from the base model to the fixed rate's end
     assert found.estimate == pytest.approx(math.log(0.83 / ratio), abs=0.08)
     assert found.interval95[0] < found.estimate < found.interval95[1]
     assert (found.n_seeds, found.n_questions) == (3, 60)
@@ -104,7 +151,9 @@ def test_no_verdict_rests_on_a_level_that_was_not_reached():
     slower = judged(*studied(slope, ends={"reactor": 0.3}))[0]  # REACTOR needs at least its whole run
     assert slower.verdict == "supported"
     members, evaluations = studied(slope | {"reactor": 1.5e-3, "graff": 3e-4}, ends={"reactor": 0.3})
-    assert judged(members, evaluations)[0].verdict == "inconclusive"  # refuted only by the least that REACTOR can have taken
+    assert (
+        judged(members, evaluations)[0].verdict == "inconclusive"
+    )  # refuted only by the least that REACTOR can have taken
 
 
 def test_influence_values_have_the_runs_own_figure_as_their_mean_and_grow_where_problems_disagree():
@@ -127,38 +176,76 @@ def test_the_interval_holds_the_chance_of_the_problems():
     solved_at = rng.uniform(0, 2000, 200)  # joules from which a problem is solved
     at = np.linspace(0, 1000, 11)
     hits = (solved_at[None, :] <= at[:, None]).astype(int)
-    frame = pd.DataFrame([{"run_id": "graff", "method": "graff", "learning_rate": 1.0, "seed": 1, "cell": "c", "used": j,
-                           "joules": j, "hits": row.tolist()} for j, row in zip(at, hits, strict=True)])
+    frame = pd.DataFrame(
+        [
+            {
+                "run_id": "graff",
+                "method": "graff",
+                "learning_rate": 1.0,
+                "seed": 1,
+                "cell": "c",
+                "used": j,
+                "joules": j,
+                "hits": row.tolist(),
+            }
+            for j, row in zip(at, hits, strict=True)
+        ]
+    )
     values = energy.rows(frame, 0.25)[energy.METRIC]
-    drawn = [math.log(curves.to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
-             for _ in range(400)]
+    drawn = [
+        math.log(curves.to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
+        for _ in range(400)
+    ]
     assert values.std() / math.sqrt(200) == pytest.approx(np.std(drawn), rel=0.25)
 
 
 # ---- every reported claim of the specification is there, at the scale it is about
 
+
 def test_the_reported_claims_are_all_there():
     paper = {claim.id: claim for claim in PUBLISHED.claims if "paper" in claim.scales}
     reported = {claim.treatment["method"]: claim.reported for claim in paper.values() if claim.test == "absolute"}
-    assert reported == {"fixed": 0.74, "graff": 0.924, "reactor": 0.908, "bats_reconstructed": 0.885,
-                        "salelr_reconstructed": 0.84}
+    assert reported == {
+        "fixed": 0.74,
+        "graff": 0.924,
+        "reactor": 0.908,
+        "bats_reconstructed": 0.885,
+        "salelr_reconstructed": 0.84,
+    }
     for scale in ("laptop", "paper"):
         metrics = {claim.metric for claim in PUBLISHED.claims if scale in claim.scales}
         assert {"exact_match", "auc_reactor_22", "energy_reactor_83"} <= metrics
     mistral = [claim for claim in paper.values() if "mistral" in str(claim.treatment.get("run_id"))]
-    assert {(claim.treatment["method"], claim.margin) for claim in mistral} == {("graff_frozen", 0.018), ("graff", 0.018)}
+    assert {(claim.treatment["method"], claim.margin) for claim in mistral} == {
+        ("graff_frozen", 0.018),
+        ("graff", 0.018),
+    }
     assert all(claim.treatment["run_id"] in {run.run_id for run in runs("paper")} for claim in mistral)
 
 
 def test_coverage_counts_the_runs_that_the_best_is_chosen_among():
-    members = pd.concat([studied({"graff": 1e-3, "reactor": 1e-3})[0].assign(learning_rate=rate) for rate in (3e-4, 3e-3)])
+    members = pd.concat(
+        [studied({"graff": 1e-3, "reactor": 1e-3})[0].assign(learning_rate=rate) for rate in (3e-4, 3e-3)]
+    )
     found = claims.coverage(PUBLISHED, members).set_index(["claim", "side"]).loc[("C1", "treatment")]
     assert (found["runs"], found["finished"], found["completed"]) == (6, 6, "42, 43, 44")
 
 
 def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say_why():
-    rows = pd.DataFrame([{"run_id": "reactor_30", "method": "reactor", "seed": seed, "example": i, "exact_match": 1.0,
-                          "status": "completed"} for seed in SEEDS for i in range(9)])
+    rows = pd.DataFrame(
+        [
+            {
+                "run_id": "reactor_30",
+                "method": "reactor",
+                "seed": seed,
+                "example": i,
+                "exact_match": 1.0,
+                "status": "completed",
+            }
+            for seed in SEEDS
+            for i in range(9)
+        ]
+    )
     found = {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="paper", mode="full", draws=200)}
     assert found["C14"].verdict == "not evaluated"
     assert "no public definition" in found["C14"].reason
@@ -166,12 +253,32 @@ def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say
 
 # ---- where next to nothing is answered
 
+
 def scored(means: dict[str, float], problems=200, base=0.0, rate=0.003):
     rng = np.random.default_rng(0)
-    who = [{"run_id": m, "method": m, "learning_rate": rate, "seed": s, "status": "completed", "dev_exact_match": 0.0,
-            "base_exact_match": base, "dev_loss": 2.0} for m in means for s in SEEDS]
-    rows = [{**{k: v for k, v in w.items() if k != "base_exact_match"}, "example": i,
-             "exact_match": float(rng.random() < means[w["method"]])} for w in who for i in range(problems)]
+    who = [
+        {
+            "run_id": m,
+            "method": m,
+            "learning_rate": rate,
+            "seed": s,
+            "status": "completed",
+            "dev_exact_match": 0.0,
+            "base_exact_match": base,
+            "dev_loss": 2.0,
+        }
+        for m in means
+        for s in SEEDS
+    ]
+    rows = [
+        {
+            **{k: v for k, v in w.items() if k != "base_exact_match"},
+            "example": i,
+            "exact_match": float(rng.random() < means[w["method"]]),
+        }
+        for w in who
+        for i in range(problems)
+    ]
     return pd.DataFrame(rows), pd.DataFrame(who)
 
 
@@ -191,7 +298,9 @@ def test_a_claim_about_next_to_nothing_is_vacuous_and_not_refuted():
 
 def test_models_made_worse_than_the_base_model_are_a_result():
     """C4's runs at the laptop scale: at a tenth of the tuned rate both end below the base model."""
-    rows, members = scored({"graff": 0.05, "fixed": 0.04, "hypergradient": 0.05, "reactor": 0.05}, base=0.146, rate=0.0003)
+    rows, members = scored(
+        {"graff": 0.05, "fixed": 0.04, "hypergradient": 0.05, "reactor": 0.05}, base=0.146, rate=0.0003
+    )
     assert verdicts_of(rows, members)["C4"].verdict in ("inconclusive", "refuted")
     rows["exact_match"] = (rows["example"] % 7 == 0).astype(float)  # 0.145 in every run
     assert verdicts_of(rows, members)["C4"].verdict == "vacuous"
@@ -200,17 +309,26 @@ def test_models_made_worse_than_the_base_model_are_a_result():
 def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged():
     _, members = scored({"graff": 0.0, "reactor": 0.0})
     both = pd.concat([members.assign(learning_rate=0.03, dev_loss=1.0), members], ignore_index=True)
-    rows = [{**{k: m[k] for k in (*tables.KEYS, "status")}, "example": i,
-             "test_loss": (1.0 if m["learning_rate"] == 0.03 else 2.0) + 0.1 * (m["method"] == "graff") + 0.01 * i}
-            for m in both.to_dict("records") for i in range(20)]
+    rows = [
+        {
+            **{k: m[k] for k in (*tables.KEYS, "status")},
+            "example": i,
+            "test_loss": (1.0 if m["learning_rate"] == 0.03 else 2.0) + 0.1 * (m["method"] == "graff") + 0.01 * i,
+        }
+        for m in both.to_dict("records")
+        for i in range(20)
+    ]
     study, fitted = compare.by_loss(PUBLISHED, both)
     pair = [({"method": "graff", "learning_rate": "best"}, {"method": "reactor", "learning_rate": "best"})]
     found = compare.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
     assert found["method"] == "GRAFF (learning_rate 0.03)"
     assert found["difference"] == pytest.approx(0.1)
     assert (found["seeds"], found["problems"]) == (3, 20)
-    lost = both.assign(status=["diverged" if rate == 0.03 else s for rate, s in zip(both["learning_rate"], both["status"],
-                                                                                   strict=True)])
+    lost = both.assign(
+        status=[
+            "diverged" if rate == 0.03 else s for rate, s in zip(both["learning_rate"], both["status"], strict=True)
+        ]
+    )
     lost.loc[lost["status"] == "diverged", "dev_loss"] = np.nan
     study, fitted = compare.by_loss(PUBLISHED, lost)
     found = compare.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
@@ -223,6 +341,7 @@ def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged
 
 
 # ---- no method is named in the analysis
+
 
 def test_a_method_of_ones_own_comes_into_the_figures_by_its_role():
     planned = runs()
@@ -245,7 +364,9 @@ def test_the_ablations_are_set_beside_graff_at_the_tuned_rate_the_cold_start_amo
     pairs = compare.with_ablations(planned, compare.headline(planned, PUBLISHED), compare.tuned_rate(planned))
     assert ({"method": "graff_cold", "learning_rate": 0.003}, {"method": "graff", "learning_rate": 0.003}) in pairs
     assert {cell["method"] for cell, _ in pairs} == {run.method for run in planned if run.role == "ablation"} | {
-        "salelr_reconstructed", "bats_reconstructed"}
+        "salelr_reconstructed",
+        "bats_reconstructed",
+    }
     cold = next(run for run in planned if run.method == "graff_cold")
     assert (cold.training.scheduler.warm_start_ckpt, cold.training.scheduler.cold) == (None, True)
 

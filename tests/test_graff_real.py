@@ -1,4 +1,5 @@
-"""GRAFF on real problems at laptop scale, and the published configurations: what comes along, what is cut, what is honoured."""
+"""GRAFF on real problems at laptop scale, and the published configurations: what comes along, what is cut, what is
+honoured."""
 
 import contextlib
 import json
@@ -26,9 +27,13 @@ def folder_of(tmp_path, words=60, rows=40):
     """A data set in GSM8K's form with long answers."""
     rng = np.random.default_rng(0)
     for split, count in (("train", rows), ("test", 6)):
-        lines = [{"question": " ".join(f"q{rng.integers(30)}" for _ in range(rng.integers(5, words))),
-                  "answer": " ".join(f"w{rng.integers(30)}" for _ in range(rng.integers(5, words))) + f"\n#### {i}"}
-                 for i in range(count)]
+        lines = [
+            {
+                "question": " ".join(f"q{rng.integers(30)}" for _ in range(rng.integers(5, words))),
+                "answer": " ".join(f"w{rng.integers(30)}" for _ in range(rng.integers(5, words))) + f"\n#### {i}",
+            }
+            for i in range(count)
+        ]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -39,6 +44,7 @@ def loaded(**overrides):
 
 # ---- --set dataset.name=FOLDER is all that has to be said
 
+
 def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(tmp_path):
     folder = str(folder_of(tmp_path))
     run, as_shipped = loaded(**{"dataset.name": folder}), loaded()
@@ -47,7 +53,10 @@ def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(t
         assert config.get(config.dump(run), key) == value, key
         assert config.get(config.dump(as_shipped), key) != value, key
     assert run.evaluation.max_new_tokens == 320  # as in the specification; an answer of 28 tokens cannot reach its ####
-    assert (run.optuna.objective_metric, run.optuna.direction) == ("dev_loss", "minimize")  # exact match is 0 at every rate
+    assert (run.optuna.objective_metric, run.optuna.direction) == (
+        "dev_loss",
+        "minimize",
+    )  # exact match is 0 at every rate
     assert not [f for f in config.check(run) if f.level == "error"]
     own = loaded(**{"dataset.name": folder, "budget_minutes": "7", "evaluation.max_new_tokens": "50"})
     assert (own.training.budget_minutes, own.evaluation.max_new_tokens, own.dataset.max_tokens) == (7, 50, 512)
@@ -66,6 +75,7 @@ def test_a_yaml_that_names_real_problems_itself_is_told_that_nothing_comes_along
 
 
 # ---- preparing
+
 
 def test_pretraining_on_real_text_sees_every_row_and_pads_less():
     lengths = np.random.default_rng(0).integers(20, 400, 640).tolist()
@@ -107,6 +117,7 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
 
 # ---- loss beside exact match
 
+
 def test_losses_of_a_problem_do_not_depend_on_its_batch_and_are_the_models_own(shared):  # noqa: F811
     run = member_of().run
     given = inputs.load(shared)
@@ -133,13 +144,17 @@ def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  #
 
 # ---- 2. of what must hold, with the secant and the guard at work
 
+
 def test_frozen_cold_graff_equals_fixed_bit_for_bit_with_curvature_probes(tmp_path, shared, monkeypatch):  # noqa: F811
-    """What the clock reads enters by the warm-up alone: with next to none of it the overhead need not be left uncharged."""
+    """What the clock reads enters by the warm-up alone: with next to none of it the overhead need not be left
+    uncharged."""
     monkeypatch.setattr(methods, "WARM_UP", 1e-12)
     for kind, more in (("fixed", {}), ("graff", {"cold": True, "frozen": True})):
         (tmp_path / kind).mkdir()
         member.train(member_of(kind, changes={"training.total_steps": 14}, **more), tmp_path / kind, shared)
-    fixed, graff = ([(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff"))
+    fixed, graff = (
+        [(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff")
+    )
     assert fixed == graff
     assert any(r.get("lambda") for r in curve(tmp_path / "graff"))  # the secant was taken
 
@@ -153,8 +168,10 @@ def test_generation_stops_at_what_the_harness_would_cut(shared, monkeypatch):  #
     assert written[0]["flexible"] is True
 
 
-@pytest.mark.parametrize(("period", "written", "ends"), [
-    (1, 64, True), (5, 64, True), (16, 64, True), (17, 64, False), (3, 56, False), (3, 68, False), (3, 72, True)])
+@pytest.mark.parametrize(
+    ("period", "written", "ends"),
+    [(1, 64, True), (5, 64, True), (16, 64, True), (17, 64, False), (3, 56, False), (3, 68, False), (3, 72, True)],
+)
 def test_a_row_that_only_repeats_itself_is_ended_and_no_other(period, written, ends):
     """Looked at every 8 tokens, from 64 on; the prompt does not count, and a row that says something new goes on."""
     loop = [7 + i % period for i in range(written)]
@@ -177,13 +194,18 @@ def test_what_a_model_writes_in_a_loop_says_the_same_as_all_that_it_may_write(sh
 
 # ---- the warm start beside the base model
 
-@pytest.mark.parametrize(("does", "said"), [
-    ("open(sys.argv[3], 'w').write('made')", None), ("sys.exit(3)", "ended with 3"), ("pass", "ended with 0")])
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [("open(sys.argv[3], 'w').write('made')", None), ("sys.exit(3)", "ended with 3"), ("pass", "ended with 0")],
+)
 def test_the_warm_start_is_a_process_of_its_own_that_has_to_leave_its_file(tmp_path, monkeypatch, does, said):
     """A program that stands for python: what it is asked for, what comes of its failing."""
     program = tmp_path / "python"
-    program.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'lib.graff.warm_start']\n"
-                       f"assert sys.argv[4:] == ['laptop', '{os.getpid()}']\n{does}\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'lib.graff.warm_start']\n"
+        f"assert sys.argv[4:] == ['laptop', '{os.getpid()}']\n{does}\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(warm_start.sys, "executable", str(program))
     made = []
@@ -208,7 +230,10 @@ def test_the_warm_starts_process_ends_where_the_base_model_fails(tmp_path, monke
 
 # ---- published configurations: no key goes unheard
 
-RENAMED = {"model.dtype": "model.torch_dtype", "method": None}  # a role and a comment: the scheduler's type is the method
+RENAMED = {
+    "model.dtype": "model.torch_dtype",
+    "method": None,
+}  # a role and a comment: the scheduler's type is the method
 
 
 @pytest.mark.parametrize("name", ["proposed-iter1-Qwen3-0.6B-gsm8k", "comparative-1-iter1-Qwen3-0.6B-gsm8k"])
@@ -233,7 +258,9 @@ def test_every_published_key_is_honoured_or_named(name):
         found = config.get(dump, mine)
         numbers = isinstance(value, str) and isinstance(found, float)  # YAML 1.1 reads 2e-4 as text
         ours = mine.removeprefix("optuna.search_space.").split(".")[0] if "search_space" in mine else mine
-        assert found == (float(value) if numbers else value) or {mine, ours} & said, f"{key}: {value!r} became {found!r}"
+        assert found == (float(value) if numbers else value) or {mine, ours} & said, (
+            f"{key}: {value!r} became {found!r}"
+        )
         refused |= {mine} & said
     assert (run.method, run.role) == (("graff", "proposed") if "proposed" in name else ("reactor", "comparative"))
     assert {"dataset.eval_split", "dataset.shuffle_buffer", "evaluation.interval_steps"} <= refused

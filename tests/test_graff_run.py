@@ -28,7 +28,9 @@ def engine(shared, monkeypatch):  # noqa: F811
     model = inputs.load_model(run, given, 1).double().train()
     probes = Probes(model, given.frequent, 1.0)
     optimizer = BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
-    batches = [base_model.collate(given.rows["train"][4 * i:4 * i + 4], given.tokenizer.pad_token_id) for i in range(4)]
+    batches = [
+        base_model.collate(given.rows["train"][4 * i : 4 * i + 4], given.tokenizer.pad_token_id) for i in range(4)
+    ]
     for batch in batches[:2]:
         gradient(model, probes, optimizer, batch)
         optimizer.step()
@@ -45,7 +47,8 @@ def gradient(model, probes, optimizer, batch, a: float | None = None):
 
 
 def stepped(engine, a: float, eta: float, log_m: torch.Tensor, batch):
-    """One step from the engine's state with this plan; what is behind it comes back as it was. -> (loss after, optimiser)."""
+    """One step from the engine's state with this plan; what is behind it comes back as it was. -> (loss after,
+    optimiser)."""
     model, probes, optimizer, _ = engine
     before = [p.detach().clone() for p in probes.parameters]
     moments = copy.deepcopy([optimizer.state[p] for p in probes.parameters]), optimizer.param_groups[0]["count"]
@@ -92,6 +95,7 @@ def test_the_secants_two_gradients_have_the_same_dropout(shared, monkeypatch):  
 
 
 # ---- 1. and 4. on the model that is trained
+
 
 def test_hypergradients_of_a_real_step_match_finite_differences(engine):
     model, probes, _, batches = engine
@@ -154,7 +158,8 @@ def test_eta_lambda_of_the_same_batch_scales_with_eta_and_of_two_batches_does_no
 
 
 def test_the_guard_caps_the_rate_where_the_curvature_is_high(tmp_path, shared, monkeypatch):  # noqa: F811
-    """A bound below what the rate brings: with it every applied eta lambda lies at or below it, without it one does not."""
+    """A bound below what the rate brings: with it every applied eta lambda lies at or below it, without it one does
+    not."""
     largest = {}
     for guard in ("adam", "off"):
         folder = tmp_path / guard
@@ -169,6 +174,7 @@ def test_the_guard_caps_the_rate_where_the_curvature_is_high(tmp_path, shared, m
 
 
 # ---- 6. resume: at any micro-batch of any step, and what the clock keeps
+
 
 class Cut(Exception):
     """Stands for a kill: nothing is cleaned up."""
@@ -192,8 +198,8 @@ SLOW = ("reactor", "salelr_reconstructed", "bats_reconstructed", "hypergradient"
 
 @pytest.mark.parametrize("kind", ["graff", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kind):  # noqa: F811
-    """Checkpoints at every step; cut between the two micro-batches of an accumulation, with a token credit pending after the
-    secant of step 10, in the middle of REACTOR's hold, and again at the step that was resumed."""
+    """Checkpoints at every step; cut between the two micro-batches of an accumulation, with a token credit pending
+    after the secant of step 10, in the middle of REACTOR's hold, and again at the step that was resumed."""
     monkeypatch.setattr(trainer, "EVALUATIONS", 10_000)
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     extra = {"graff": {"cold": True, "outer_lr": 1e-2}}.get(kind, {})
@@ -238,8 +244,9 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
 
     monkeypatch.setattr(trainer.BudgetTrainer, "compute_loss", slow)
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
-    mine = member_of("fixed", changes={"training.clock": "monotonic", "training.total_steps": None,
-                                       "training.budget_minutes": 1})
+    mine = member_of(
+        "fixed", changes={"training.clock": "monotonic", "training.total_steps": None, "training.budget_minutes": 1}
+    )
     with pytest.raises(Cut):
         member.train(mine, tmp_path, shared)
     spent = json.loads((tmp_path / "spent.json").read_text())["used"]
@@ -257,15 +264,18 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
 def test_a_clock_that_goes_back_ends_a_run_with_one_error(tmp_path, shared, monkeypatch):  # noqa: F811
     times = iter([*(float(i) for i in range(8)), *(5.0 - i for i in range(99))])
     make = clock.Clock.__init__
-    monkeypatch.setattr(clock.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times)))
+    monkeypatch.setattr(
+        clock.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
+    )
     with pytest.raises(StudyError, match="went back by"):
         member.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
 
 
 def test_a_run_that_overran_its_budget_has_no_exact_match(tmp_path, shared, monkeypatch):  # noqa: F811
     monkeypatch.setattr(trainer.BudgetTrainer, "next_step", lambda self: -1e9)  # foresees nothing
-    found = member.train(member_of("fixed", changes={"training.total_steps": 30, "training.budget_minutes": 0.1}), tmp_path,
-                         shared)
+    found = member.train(
+        member_of("fixed", changes={"training.total_steps": 30, "training.budget_minutes": 0.1}), tmp_path, shared
+    )
     assert not found["in_budget"]
     assert (found["exact_match"], found["dev_exact_match"]) == (None, None)
     assert '"example"' not in {json.loads(line)["kind"] for line in (tmp_path / "predictions.jsonl").open()}
@@ -273,9 +283,12 @@ def test_a_run_that_overran_its_budget_has_no_exact_match(tmp_path, shared, monk
 
 @pytest.mark.parametrize(("kind", "minutes"), [("graff", 0.05), ("graff", 0.15), ("graff", 0.3), ("reactor", 0.15)])
 def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared, kind, minutes):  # noqa: F811
-    """A step with a secant takes longer than the ones before it: it used to be forgotten by the time of the next one."""
+    """A step with a secant takes longer than the ones before it: it used to be forgotten by the time of the next
+    one."""
     changes = {"training.total_steps": None, "training.budget_minutes": minutes}
-    found = member.train(member_of(kind, changes=changes, **({"cold": True} if kind == "graff" else {})), tmp_path, shared)
+    found = member.train(
+        member_of(kind, changes=changes, **({"cold": True} if kind == "graff" else {})), tmp_path, shared
+    )
     assert found["in_budget"], (found["used"], found["budget"])
 
 

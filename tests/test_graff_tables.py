@@ -17,11 +17,12 @@ def test_every_epoch_is_a_permutation_with_rows_of_like_length_together():
     assert first == list(order.Bucketed(lengths, 8, seed=3))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    padded = lambda rows: sum(8 * max(lengths[i] for i in rows[s:s + 8]) for s in range(0, 1000, 8))  # noqa: E731
+    padded = lambda rows: sum(8 * max(lengths[i] for i in rows[s : s + 8]) for s in range(0, 1000, 8))  # noqa: E731
     assert padded(first) < 0.75 * padded(np.random.default_rng(0).permutation(1003).tolist())
-    window = first[:16 * 8]
-    assert [np.mean([lengths[i] for i in window[s:s + 8]]) for s in range(0, 128, 8)] != sorted(
-        np.mean([lengths[i] for i in window[s:s + 8]]) for s in range(0, 128, 8)), "batches of a window are shuffled"
+    window = first[: 16 * 8]
+    assert [np.mean([lengths[i] for i in window[s : s + 8]]) for s in range(0, 128, 8)] != sorted(
+        np.mean([lengths[i] for i in window[s : s + 8]]) for s in range(0, 128, 8)
+    ), "batches of a window are shuffled"
 
 
 def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shuffle():
@@ -36,9 +37,20 @@ def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shu
 
 
 def evaluations(run_id: str, budget: float) -> list[dict]:
-    return [{"run_id": run_id, "method": "graff", "cell": "c", "seed": seed, "used": share * budget, "joules": None,
-             "exact_match_subset": share + seed / 100, "dev_loss": 1 - share} for seed in (1, 2) for share in
-            (0.0, 0.25, 0.49, 0.51, 1.0)]
+    return [
+        {
+            "run_id": run_id,
+            "method": "graff",
+            "cell": "c",
+            "seed": seed,
+            "used": share * budget,
+            "joules": None,
+            "exact_match_subset": share + seed / 100,
+            "dev_loss": 1 - share,
+        }
+        for seed in (1, 2)
+        for share in (0.0, 0.25, 0.49, 0.51, 1.0)
+    ]
 
 
 def test_the_point_at_half_a_long_budget_is_labelled_anytime_and_is_not_the_short_run():
@@ -64,9 +76,19 @@ def records(pairs: list[dict]) -> record.Records:
 
 def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():
     rng = np.random.default_rng(0)
-    pairs = [{"run_id": "graff", "cell": "c", "seed": seed, "kind": kind, "example": f"{kind}-{i}",
-              "exact_match": float(rng.random() < chance)}
-             for seed in (1, 2, 3) for kind, chance, n in (("example", 0.6, 400), ("gsm1k", 0.4, 300)) for i in range(n)]
+    pairs = [
+        {
+            "run_id": "graff",
+            "cell": "c",
+            "seed": seed,
+            "kind": kind,
+            "example": f"{kind}-{i}",
+            "exact_match": float(rng.random() < chance),
+        }
+        for seed in (1, 2, 3)
+        for kind, chance, n in (("example", 0.6, 400), ("gsm1k", 0.4, 300))
+        for i in range(n)
+    ]
     found = tables.gsm1k(records(pairs)).iloc[0]
     assert found["low"] < 0.2 < found["high"]
     assert found["low"] > 0.05
@@ -78,7 +100,10 @@ def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():
 def test_exact_match_has_a_panel_a_run_with_its_area():
     rows = pd.DataFrame(evaluations("graff", 60) + evaluations("fixed", 60))
     drawn = plots.exact_match(rows, 60)
-    assert [axes.get_title(loc="left") for axes in drawn.canvas.axes[:2]] == ["graff: 0.515", "fixed: 0.515"]  # of x + 0.015
+    assert [axes.get_title(loc="left") for axes in drawn.canvas.axes[:2]] == [
+        "graff: 0.515",
+        "fixed: 0.515",
+    ]  # of x + 0.015
     assert [len(axes.lines) for axes in drawn.canvas.axes[:2]] == [2, 1]  # the fixed rate behind the others
     assert len(drawn.canvas.axes[0].collections) == 1
 

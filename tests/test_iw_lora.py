@@ -19,10 +19,26 @@ ADALORA = {"type": "adalora", "lora_alpha": 24, "init_r": 12, "target_r": 8, "ti
 def deberta(adapter=None, steps=10, seed=0):
     torch.manual_seed(seed)
     config = DebertaV2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, type_vocab_size=0,
-        max_position_embeddings=64, relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm", pad_token_id=0,
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pooler_hidden_size=32, pooler_dropout=0.0, initializer_range=0.1)
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        type_vocab_size=0,
+        max_position_embeddings=64,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        pad_token_id=0,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pooler_hidden_size=32,
+        pooler_dropout=0.0,
+        initializer_range=0.1,
+    )
     return adapters.wrap(DebertaV2ForSequenceClassification(config), Adapter(**(adapter or {})), steps)
 
 
@@ -45,8 +61,21 @@ def moved(model):
 def fit(tmp_path, model, term=None, every=None, steps=6, **training):
     record, section = [], Training(**{"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **training})
     outcome = trainer.train_rows(
-        model, rows(), section, steps=steps, warmup=0, every=every, pad=0, term=term, seed=3, folder=tmp_path, identity="t",
-        on_record=record.append, on_timing=lambda _: None, on_evaluate=lambda _: {"tuning_accuracy": 0.0})
+        model,
+        rows(),
+        section,
+        steps=steps,
+        warmup=0,
+        every=every,
+        pad=0,
+        term=term,
+        seed=3,
+        folder=tmp_path,
+        identity="t",
+        on_record=record.append,
+        on_timing=lambda _: None,
+        on_evaluate=lambda _: {"tuning_accuracy": 0.0},
+    )
     return outcome, record
 
 
@@ -67,7 +96,9 @@ def test_sensitivities_equal_autograd_with_shared_projections_and_the_hooked_for
         weight.requires_grad_(False)
     norms, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
     torch.testing.assert_close(norms[0], expected)
-    torch.testing.assert_close(sensitivity.hooked_norms(model, [BATCH], trainer.task_loss)[0], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        sensitivity.hooked_norms(model, [BATCH], trainer.task_loss)[0], expected, rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("tokens", [3, 200])
@@ -143,8 +174,17 @@ def test_alpha_zero_is_lora_bit_for_bit_and_a_penalty_is_not(tmp_path):
 
 def test_one_batch_of_32_equals_8_accumulated_4_times(tmp_path):
     term = trainer.Term(0.1, torch.ones(4))
-    norms = [fit(tmp_path / str(size), moved(deberta()), term, steps=1, batch_size=size,
-                 gradient_accumulation_steps=32 // size)[1][0]["grad_norm"] for size in (32, 8)]
+    norms = [
+        fit(
+            tmp_path / str(size),
+            moved(deberta()),
+            term,
+            steps=1,
+            batch_size=size,
+            gradient_accumulation_steps=32 // size,
+        )[1][0]["grad_norm"]
+        for size in (32, 8)
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -170,8 +210,18 @@ def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, a
             raise Killed
 
     section = Training(max_steps=12, batch_size=8, learning_rate=1e-3)
-    common = {"steps": 12, "warmup": 0, "every": 4, "pad": 0, "term": None, "seed": 3, "folder": tmp_path / "b",
-              "identity": "t", "on_timing": lambda _: None, "on_evaluate": lambda _: {}}
+    common = {
+        "steps": 12,
+        "warmup": 0,
+        "every": 4,
+        "pad": 0,
+        "term": None,
+        "seed": 3,
+        "folder": tmp_path / "b",
+        "identity": "t",
+        "on_timing": lambda _: None,
+        "on_evaluate": lambda _: {},
+    }
     with pytest.raises(Killed):
         trainer.train_rows(broken, rows(), section, on_record=dies, **common)
     again = deberta(adapter, 12)
@@ -187,8 +237,9 @@ def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, a
 
 def test_a_trial_calibrates_on_two_batches_at_most():
     given = SimpleNamespace(rows={"train": rows()}, tokenizer=SimpleNamespace(pad_token_id=0))
-    run = SimpleNamespace(mode="trial", loss=SimpleNamespace(sensitivity_warmup_steps=150),
-                          training=SimpleNamespace(batch_size=4))
+    run = SimpleNamespace(
+        mode="trial", loss=SimpleNamespace(sensitivity_warmup_steps=150), training=SimpleNamespace(batch_size=4)
+    )
     assert len(iw_member.calibration_batches(run, given, 1, "cpu")) == 2
 
 

@@ -18,7 +18,8 @@ from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, rows
 
 
 def test_two_processes_count_the_penalty_once(tmp_path):
-    """Each process adds the whole R to the loss of its half of the batch; the average of gradients must hold it once."""
+    """Each process adds the whole R to the loss of its half of the batch; the average of gradients must hold it
+    once."""
     two, (one,) = one_step(tmp_path / "two", processes=2), one_step(tmp_path / "one", processes=1)
     assert one["penalty"] > 0.1
     assert [said["penalty"] for said in two] == pytest.approx([one["penalty"]] * 2, rel=1e-6)
@@ -35,11 +36,14 @@ def one_step(folder, processes: int) -> list[dict]:
             try:
                 AcceleratorState._reset_state(reset_partial_state=True)  # a test before this one may have made it alone
                 if processes > 1:
-                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                                      LOCAL_WORLD_SIZE=str(processes))
+                    os.environ.update(
+                        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes)
+                    )
                     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=processes)
                 place = folder / str(rank)
-                _, record = fit(place, moved(deberta()), trainer.Term(0.5, torch.ones(4)), steps=1, batch_size=32 // processes)
+                _, record = fit(
+                    place, moved(deberta()), trainer.Term(0.5, torch.ones(4)), steps=1, batch_size=32 // processes
+                )
                 (place / "said.json").write_text(json.dumps(record[0]))
                 assert (dist.get_world_size() if dist.is_initialized() else 1) == processes
                 os._exit(0)
@@ -64,8 +68,14 @@ def test_one_batch_of_32_equals_8_accumulated_4_times_in_every_element(tmp_path,
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
     for size in (32, 8):
-        fit(tmp_path / str(size), moved(deberta()), trainer.Term(alpha, torch.ones(4)), steps=1, batch_size=size,
-            gradient_accumulation_steps=32 // size)
+        fit(
+            tmp_path / str(size),
+            moved(deberta()),
+            trainer.Term(alpha, torch.ones(4)),
+            steps=1,
+            batch_size=size,
+            gradient_accumulation_steps=32 // size,
+        )
     assert found[32]
     for one, four in zip(found[32], found[8], strict=True):
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
@@ -119,6 +129,18 @@ def _die_inside(place: str, folder, adapter) -> None:
     setattr(owner, place, dies)
     section = Training(max_steps=12, batch_size=8, learning_rate=1e-3)
     trainer.train_rows(
-        deberta(adapter, 12), rows(), section, steps=12, warmup=0, every=4, pad=0, term=None,
-        seed=3, folder=folder, identity="t", on_record=lambda _: None, on_timing=lambda _: None,
-        on_evaluate=lambda _: {"tuning_accuracy": 0.0})
+        deberta(adapter, 12),
+        rows(),
+        section,
+        steps=12,
+        warmup=0,
+        every=4,
+        pad=0,
+        term=None,
+        seed=3,
+        folder=folder,
+        identity="t",
+        on_record=lambda _: None,
+        on_timing=lambda _: None,
+        on_evaluate=lambda _: {"tuning_accuracy": 0.0},
+    )

@@ -24,8 +24,11 @@ def laptop(**changes):
     return config.apply(run, {"grid": None, "loss.alpha": 0.01, "training.learning_rate": 2e-3, **changes})
 
 
-@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}, {"init": "eva", "eva_rho": 1.0}, ADALORA],
-                         ids=["rslora", "dora", "eva", "adalora"])
+@pytest.mark.parametrize(
+    "variant",
+    [{"use_rslora": True}, {"use_dora": True}, {"init": "eva", "eva_rho": 1.0}, ADALORA],
+    ids=["rslora", "dora", "eva", "adalora"],
+)
 def test_what_a_practitioner_would_pick_trains_and_moves_its_adapters(tmp_path, variant):
     model = deberta(variant)
     if variant.get("init") == "eva":
@@ -62,7 +65,9 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path):
     assert moves[16.0] == pytest.approx(16 * moves[None], rel=0.05)
 
 
-@pytest.mark.parametrize("adapter", [{"type": "adalora", "init": "eva"}, {"init": "eva", "eva_rho": 0.5}, {"init": "pissa"}])
+@pytest.mark.parametrize(
+    "adapter", [{"type": "adalora", "init": "eva"}, {"init": "eva", "eva_rho": 0.5}, {"init": "pissa"}]
+)
 def test_wrong_initialisations_are_refused(adapter):
     with pytest.raises(ValueError, match="init|eva_rho"):
         Adapter(**adapter)
@@ -81,16 +86,23 @@ def test_head_warm_up_changes_s_and_nothing_else():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("task", "columns", "labels"), [
-    ("sst2", ("sentence",), (0, 1)), ("rte", ("sentence1", "sentence2"), (0, 1)),
-    ("mnli", ("premise", "hypothesis"), (0, 1, 2))])
+@pytest.mark.parametrize(
+    ("task", "columns", "labels"),
+    [
+        ("sst2", ("sentence",), (0, 1)),
+        ("rte", ("sentence1", "sentence2"), (0, 1)),
+        ("mnli", ("premise", "hypothesis"), (0, 1, 2)),
+    ],
+)
 def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
     folder, words = tmp_path / task, [f"word{i}" for i in range(300)]
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, count in (("train", 80), ("validation_matched" if task == "mnli" else "validation", 24)):
-        rows = [{c: " ".join(rng.choice(words, 8)) for c in columns} | {"label": int(labels[i % len(labels)])}
-                for i in range(count)]
+        rows = [
+            {c: " ".join(rng.choice(words, 8)) for c in columns} | {"label": int(labels[i % len(labels)])}
+            for i in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = laptop(**{"dataset.name": str(folder), "model.recipe.pretrain_steps": 2})
     assert [f for f in config.check(run) if f.level == "error"] == []
@@ -106,8 +118,14 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
 def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(iw_member, "COST_PAIRS", 4)
     monkeypatch.setattr(iw_member, "COST_WARM_UP", 1)
-    run = laptop(**{"model.recipe.pretrain_steps": 2, "dataset.train_examples": 128, "dataset.validation_examples": 16,
-                    "training.batch_size": 8})
+    run = laptop(
+        **{
+            "model.recipe.pretrain_steps": 2,
+            "dataset.train_examples": 128,
+            "dataset.validation_examples": 16,
+            "training.batch_size": 8,
+        }
+    )
     (tmp_path / "inputs").mkdir()
     inputs.prepare(run, tmp_path / "inputs")
     iw_member.step_cost(run, tmp_path, tmp_path / "inputs")
@@ -126,13 +144,27 @@ def test_calibration_is_under_two_percent_of_a_paper_scale_run(task):
     assert run.loss.sensitivity_warmup_steps < 0.02 * config.steps(run) * run.training.gradient_accumulation_steps
 
 
-MATRICES = pd.DataFrame([
-    {"run_id": run, "method": run, "cell": "default", "seed": seed, "label_of_run": run,
-     "matrix": f"{layer}.attention.self.{name}_proj", "s": 0.1, "w": 0.1 + 0.05 * layer + 0.02 * place,
-     "coefficient": 0.9 - 0.05 * layer if run != "lora" else None, "delta_norm": 1.0 + layer + place,
-     "rank": 4 + 3 * layer + place if run == "adalora" else None}
-    for run in ("iw_lora", "lora", "adalora") for seed in (1, 2) for layer in (0, 1)
-    for place, name in enumerate(("query", "value"))])
+MATRICES = pd.DataFrame(
+    [
+        {
+            "run_id": run,
+            "method": run,
+            "cell": "default",
+            "seed": seed,
+            "label_of_run": run,
+            "matrix": f"{layer}.attention.self.{name}_proj",
+            "s": 0.1,
+            "w": 0.1 + 0.05 * layer + 0.02 * place,
+            "coefficient": 0.9 - 0.05 * layer if run != "lora" else None,
+            "delta_norm": 1.0 + layer + place,
+            "rank": 4 + 3 * layer + place if run == "adalora" else None,
+        }
+        for run in ("iw_lora", "lora", "adalora")
+        for seed in (1, 2)
+        for layer in (0, 1)
+        for place, name in enumerate(("query", "value"))
+    ]
+)
 
 
 def test_the_studys_figures_say_their_numbers(tmp_path):
@@ -145,8 +177,14 @@ def test_the_studys_figures_say_their_numbers(tmp_path):
     assert "rank correlation 1 over 4 matrices" in figures.rank_against_sensitivity(MATRICES).alt
     examples = pd.DataFrame({"label_of_run": "lora", "label": [0, 0, 1, 1], "prediction": [0, 1, 1, 1]})
     assert "entailment right 0.5, other right 1" in figures.confusions(examples, ["entailment", "other"]).alt
-    costs = pd.DataFrame({"seconds": [2.0, 2.0], "seconds_baseline": [1.0, 2.0], "step_seconds": [2.0, 2.0],
-                          "step_seconds_baseline": [4.0, 4.0]})
+    costs = pd.DataFrame(
+        {
+            "seconds": [2.0, 2.0],
+            "seconds_baseline": [1.0, 2.0],
+            "step_seconds": [2.0, 2.0],
+            "step_seconds_baseline": [4.0, 4.0],
+        }
+    )
     assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in figures.times(costs).alt
     for name in ("sensitivity_map", "coefficient_spread", "update_norms", "rank_against_sensitivity"):
         assert getattr(figures, name)(MATRICES.iloc[:0]).alt

@@ -47,17 +47,31 @@ def graded(data, cache, **more):
     return judging.grade(mt_bench.read(data), answers(), "judge", cache, **settings)
 
 
-@pytest.mark.parametrize(("reply", "score"), [
-    ("fine. Rating: [[7]]", 7), ("[[8.5]]", 8.5), ("Rating: [6]", 6), ("[[5]] so [[5]]", 5), ("no grade", None),
-    ("[[3]] or [[9]]", None), ("[[11]]", None), ("[[0]]", None), ("<html>502</html>", None), ("", None), ("[[rating]]", None),
-])
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("fine. Rating: [[7]]", 7),
+        ("[[8.5]]", 8.5),
+        ("Rating: [6]", 6),
+        ("[[5]] so [[5]]", 5),
+        ("no grade", None),
+        ("[[3]] or [[9]]", None),
+        ("[[11]]", None),
+        ("[[0]]", None),
+        ("<html>502</html>", None),
+        ("", None),
+        ("[[rating]]", None),
+    ],
+)
 def test_a_rating_is_one_number_from_1_to_10_or_none(reply, score):
     assert mt_bench.rating(reply) == score
 
 
 def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_first(data):
-    asked = {(r["question"], r["turn"]): r["messages"][1]["content"] for r in
-             judging.requests(mt_bench.read(data), answers(), "judge")}
+    asked = {
+        (r["question"], r["turn"]): r["messages"][1]["content"]
+        for r in judging.requests(mt_bench.read(data), answers(), "judge")
+    }
     assert "ref" not in asked[81, 1] + asked[81, 2]
     assert "answer 81 turn 1" in asked[81, 2]
     assert "second" not in asked[81, 1]
@@ -77,13 +91,17 @@ def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(
     assert {r["temperature"] for r in judge_server.seen} == {0}
     assert graded(data, cache)[1]["calls"] == 0
     assert len(judge_server.seen) == 8
-    assert judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), None, None)["calls"] == 8
+    assert (
+        judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), None, None)["calls"] == 8
+    )
 
 
 @pytest.mark.parametrize("bad", ["no rating", "[[2]] and [[9]]", "[[11]]"])
 def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_server, tmp_path, bad):
     judge_server.script = lambda n, request: (
-        200, completion(bad if "first 81" in request["messages"][1]["content"] else "[[4]]"))
+        200,
+        completion(bad if "first 81" in request["messages"][1]["content"] else "[[4]]"),
+    )
     rows, spent = graded(data, tmp_path / "j.jsonl")
     told = mt_bench.summary(rows)
     assert [r["score"] for r in rows if r["question"] == 81] == [None, None]
@@ -92,10 +110,20 @@ def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_ser
     assert graded(data, tmp_path / "j.jsonl")[1]["calls"] == 0
 
 
-@pytest.mark.parametrize("fault", [(429, "{}"), (500, "oops"), (200, "<html>proxy</html>"), (200, '{"choices": []}'),
-                                   (None, ""), (409, "{}"), (200, '{"choices": {"a": 1}}'),
-                                   (200, '{"choices": [{"message": null}]}'),
-                                   (200, '{"choices": [', {"Content-Type": "application/json"})])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (429, "{}"),
+        (500, "oops"),
+        (200, "<html>proxy</html>"),
+        (200, '{"choices": []}'),
+        (None, ""),
+        (409, "{}"),
+        (200, '{"choices": {"a": 1}}'),
+        (200, '{"choices": [{"message": null}]}'),
+        (200, '{"choices": [', {"Content-Type": "application/json"}),
+    ],
+)
 def test_a_passing_fault_is_tried_again(data, judge_server, tmp_path, fault):
     judge_server.script = lambda n, request: fault if n <= 2 else (200, completion("[[6]]"))
     rows, _ = graded(data, tmp_path / "j.jsonl")
@@ -106,9 +134,23 @@ def test_a_passing_fault_is_tried_again(data, judge_server, tmp_path, fault):
 def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_path, monkeypatch):
     """Not with what a reasoning judge thinks aloud cut out, nor without the tokens that the endpoint had cached."""
     text = " <think>a weak one</think>\n Rating: [[5]] \n"
-    usage = {"prompt_tokens": 70, "completion_tokens": 9, "total_tokens": 79, "prompt_tokens_details": {"cached_tokens": 64}}
-    judge_server.script = lambda n, request: (200, json.dumps({
-        "id": "x", "model": "other", "choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": usage}))
+    usage = {
+        "prompt_tokens": 70,
+        "completion_tokens": 9,
+        "total_tokens": 79,
+        "prompt_tokens_details": {"cached_tokens": 64},
+    }
+    judge_server.script = lambda n, request: (
+        200,
+        json.dumps(
+            {
+                "id": "x",
+                "model": "other",
+                "choices": [{"finish_reason": "stop", "message": {"content": text}}],
+                "usage": usage,
+            }
+        ),
+    )
     monkeypatch.delenv("OPENAI_API_KEY")
     asked = judging.requests(mt_bench.read(data), answers(), "org/judge")
     kept, spent = judging.grade_requests(asked[:1], "org/judge", tmp_path / "j.jsonl")
@@ -147,18 +189,44 @@ def test_inspect_ai_leaves_nothing_behind_and_reads_nothing_that_lies_about(data
     (here / ".env").write_text("OPENAI_BASE_URL=http://127.0.0.1:9/v1\nINSPECT_LOG_LEVEL=debug\n")
     record.write_jsonl(path, answers())
     repeats = json.dumps({"error": {"message": KEY, "code": KEY}})
-    faults = {1: (429, repeats, {"Retry-After": "0", "Set-Cookie": KEY}), 2: (400, repeats),
-              3: (200, f'{{"choices": "{KEY}"}}')}
+    faults = {
+        1: (429, repeats, {"Retry-After": "0", "Set-Cookie": KEY}),
+        2: (400, repeats),
+        3: (200, f'{{"choices": "{KEY}"}}'),
+    }
     judge_server.script = lambda n, request: faults.get(n, (200, completion(f"{KEY} [[7]]")))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | {
-        "HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "lib.td_dpo.judging", str(path), "--data", str(data), "--model", "judge",
-                           "--workers", "1"], cwd=here, env=environ, capture_output=True, text=True)
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lib.td_dpo.judging",
+            str(path),
+            "--data",
+            str(data),
+            "--model",
+            "judge",
+            "--workers",
+            "1",
+        ],
+        cwd=here,
+        env=environ,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(judge_server.seen) == 8 + 2
     assert [p.name for p in home.rglob("*")] == []
     assert sorted(p.name for p in path.parent.iterdir()) == [
-        "answers.jsonl", "judgements.jsonl", "judgements.jsonl.lock", "mt_bench.json"]
+        "answers.jsonl",
+        "judgements.jsonl",
+        "judgements.jsonl.lock",
+        "mt_bench.json",
+    ]
     assert [p.name for p in here.iterdir()] == [".env"]
     assert KEY not in done.stdout + "".join(p.read_text() for p in path.parent.iterdir())
 
@@ -173,7 +241,9 @@ def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_
         return 200, completion("[[6]]")
 
     judge_server.script = slow_once
-    rows, _ = graded(data, tmp_path / "j.jsonl", timeout=0.5, attempts=100)  # on a slow machine others may be late as well
+    rows, _ = graded(
+        data, tmp_path / "j.jsonl", timeout=0.5, attempts=100
+    )  # on a slow machine others may be late as well
     assert len(rows) == 8
     first = judge_server.seen[0]["messages"]
     assert [request["messages"] for request in judge_server.seen].count(first) >= 2
@@ -205,7 +275,9 @@ def test_a_refused_key_is_no_reason_to_try_again(data, judge_server, tmp_path):
 
 
 def test_the_second_score_leaves_out_the_wrong_references():
-    rows = [{"question": q, "category": "math", "turn": 1, "score": s} for q, s in ((111, 2.0), (112, 8.0), (113, None))]
+    rows = [
+        {"question": q, "category": "math", "turn": 1, "score": s} for q, s in ((111, 2.0), (112, 8.0), (113, None))
+    ]
     told = mt_bench.summary(rows)
     assert (told["mt_bench_score"], told["mt_bench_score_corrected"], told["unparsed"]) == (5.0, 8.0, 1)
 
@@ -245,7 +317,9 @@ def test_what_is_missing_is_named_with_its_mend(data, tmp_path, monkeypatch, cap
     for name in ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"):
         (tmp_path / "odd" / name).write_text("")
     for place, faulty, missing in ((data, 0, 0), (tmp_path / "none", 0, 1), (tmp_path / "odd", 1, 0), (None, 1, 0)):
-        run = config.apply(shipped, {"evaluation.mt_bench": place and str(place)})  # found before training, not after it
+        run = config.apply(
+            shipped, {"evaluation.mt_bench": place and str(place)}
+        )  # found before training, not after it
         assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
         found = [f for f in preflight.missing(run, machine) if f.key == "evaluation.mt_bench"]
         assert len(found) == missing
@@ -261,8 +335,18 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
         if len(asked) >= dies_after[0]:
             raise KeyboardInterrupt
         asked.append(([q["id"] for q in questions], temperature))
-        return [{"question": q["id"], "category": q["category"], "turn": t, "text": f"{seed} {q['id']} {t}", "length": 3,
-                 "finished": True} for q in questions for t in (1, 2)]
+        return [
+            {
+                "question": q["id"],
+                "category": q["category"],
+                "turn": t,
+                "text": f"{seed} {q['id']} {t}",
+                "length": 3,
+                "finished": True,
+            }
+            for q in questions
+            for t in (1, 2)
+        ]
 
     monkeypatch.setattr(sampling, "answer_questions", stand_in)
     settings = {"seed": 42, "max_new_tokens": 4, "batch_size": 1}
@@ -287,7 +371,8 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
 
 @pytest.fixture
 def outputs(data, tmp_path, monkeypatch):
-    """Records of two runs with two seeds each, as training leaves them: answers saved, nothing graded; one diverged member."""
+    """Records of two runs with two seeds each, as training leaves them: answers saved, nothing graded; one diverged
+    member."""
     place = tmp_path / "outputs"
     monkeypatch.setattr(cli, "OUTPUTS", place)
     monkeypatch.setattr(judge.members, "CACHE", tmp_path / "cache")
@@ -296,16 +381,25 @@ def outputs(data, tmp_path, monkeypatch):
         for seed in (1, 2, 3):
             folder = place / "laptop-full" / "td_dpo" / method / "members" / f"default-s{seed}"
             settings = {"evaluation": evaluation, "method": method, "loss": {"beta": 0.05, "tau": 1.0}}
-            made = {"config": settings, "run_id": method, "study": "td_dpo", "cell": {}, "cell_name": "default", "seed": seed,
-                    "key": {"code": "c", "all": "k"}}
+            made = {
+                "config": settings,
+                "run_id": method,
+                "study": "td_dpo",
+                "cell": {},
+                "cell_name": "default",
+                "seed": seed,
+                "key": {"code": "c", "all": "k"},
+            }
             status = "diverged" if seed == 3 else "completed"
             record.write_json(folder / "member.json", made)
             record.write_json(folder / "done.json", {"status": status, "run_id": method, "key": made["key"]})
             record.write_json(folder / "metrics.json", {"status": status, "implicit_accuracy": 0.6})
             record.write_jsonl(folder / "predictions.jsonl", [{"kind": "pair", "pair": 0, "rho": 1.0}])
             if seed != 3:
-                record.write_jsonl(folder / "answers.jsonl", [
-                    {**row, "text": f"{method} {seed} {row['text']}", "length": 5} for row in answers()])
+                record.write_jsonl(
+                    folder / "answers.jsonl",
+                    [{**row, "text": f"{method} {seed} {row['text']}", "length": 5} for row in answers()],
+                )
     return place
 
 
@@ -325,7 +419,9 @@ def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_o
     told = capsys.readouterr().out
     assert "32 calls, 320 prompt and 64 reply tokens, 384.00 in all" in told
     for folder in folders(outputs):
-        asked = judging.requests(mt_bench.read(outputs.parent / "bench"), record.read_jsonl(folder / "answers.jsonl"), "m")
+        asked = judging.requests(
+            mt_bench.read(outputs.parent / "bench"), record.read_jsonl(folder / "answers.jsonl"), "m"
+        )
         wanted = {(row["question"], row["turn"]): grade_of(row) for row in asked}
         rows = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] == "answer"]
         assert {(row["question"], row["turn"]): row["score"] for row in rows} == wanted
@@ -335,7 +431,8 @@ def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_o
         assert metrics["implicit_accuracy"] == 0.6
         assert metrics["mt_bench_score"] == pytest.approx(sum(wanted.values()) / 8)
         assert metrics["mt_bench_score_corrected"] == pytest.approx(
-            sum(v for (q, _), v in wanted.items() if q not in (104, 111)) / 4)
+            sum(v for (q, _), v in wanted.items() if q not in (104, 111)) / 4
+        )
         assert len(record.read_jsonl(folder / "judgements.jsonl")) == 8
     (log,) = record.read_jsonl(outputs / "laptop-full/td_dpo/comparison/judging.jsonl")
     assert (log["spent"]["calls"], log["cost"], log["told_before"]["calls"]) == (32, 384.0, 32)
@@ -376,10 +473,15 @@ def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_s
     assert not list(outputs.rglob("judged.json"))
 
 
-@pytest.mark.parametrize(("base", "name"), [
-    ("https://me:pass@api.example.com/v1", "api.example.com"), ("http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
-    ("localhost:8000/v1", "localhost:8000"), ("http://odd:port/v1", "odd"),
-])
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("https://me:pass@api.example.com/v1", "api.example.com"),
+        ("http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
+        ("localhost:8000/v1", "localhost:8000"),
+        ("http://odd:port/v1", "odd"),
+    ],
+)
 def test_records_name_an_endpoint_without_user_or_path(base, name, monkeypatch):
     assert judge_client.host(base) == name
     if "port" in base or "//" not in base:  # no address: said before anything is sent
@@ -408,8 +510,12 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
 
     judge_server.script = slowly
     process = subprocess.Popen(
-        [sys.executable, "-m", "lib", "judge", "--model", "m", "--workers", "1"], cwd=ROOT, stdout=subprocess.DEVNULL,
-        env=os.environ | {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": str(outputs.parent / "cache"), "PYTHONPATH": str(ROOT)})
+        [sys.executable, "-m", "lib", "judge", "--model", "m", "--workers", "1"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env=os.environ
+        | {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": str(outputs.parent / "cache"), "PYTHONPATH": str(ROOT)},
+    )
     try:
         until(reached.is_set, process=process)
     finally:
@@ -441,8 +547,11 @@ def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs
 
 
 def test_a_refused_answer_is_counted_and_asked_about_again_and_has_no_score(outputs, judge_server, capsys):
-    judge_server.script = lambda n, request: (400, "{}") if "dpo 1 answer 81 turn 2" in request["messages"][1]["content"] else (
-        200, completion("[[6]]", usage=False))
+    judge_server.script = lambda n, request: (
+        (400, "{}")
+        if "dpo 1 answer 81 turn 2" in request["messages"][1]["content"]
+        else (200, completion("[[6]]", usage=False))
+    )
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 1
     assert "1 of these refused" in capsys.readouterr().out
     made = record.read_json(folders(outputs)[0] / "judged.json")
@@ -461,7 +570,9 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_for_all_of_it(outputs,
     assert not list(outputs.rglob("judged.json"))
 
 
-@pytest.mark.parametrize(("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)])
+@pytest.mark.parametrize(
+    ("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)]
+)
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, status):
     """A wait is asked of inspect-ai's sleep, which notes it and does not wait."""
@@ -475,8 +586,9 @@ def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, stat
         waited.append(seconds)
 
     monkeypatch.setattr(_retry, "_sleep", noted)
-    judge_server.script = lambda n, request: (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (
-        200, completion("[[5]]"))
+    judge_server.script = lambda n, request: (
+        (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (200, completion("[[5]]"))
+    )
     judge = judge_model.connected(judge_server.url, KEY, "m", workers=1, attempts=3, wait=0.01, timeout=10)
     body = [{"role": "user", "content": "x"}]
     if wait is None:  # too far off: left for a later call
@@ -490,17 +602,22 @@ def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, stat
 
 def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     """(what judged, scores, verdict on 'TD-DPO is at most 0.3 below DPO') as the analysis notebook makes them."""
-    shipped = {m: config.load_run(ROOT / f"params/td_dpo/paper/{m}.yaml", study="td_dpo", scale="paper", mode="full")
-               for m in ("dpo", "td_dpo")}
-    planned = [config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)]
+    shipped = {
+        m: config.load_run(ROOT / f"params/td_dpo/paper/{m}.yaml", study="td_dpo", scale="paper", mode="full")
+        for m in ("dpo", "td_dpo")
+    }
+    planned = [
+        config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)
+    ]
     loaded = record.load(outputs / "laptop-full/td_dpo")
     by = tables.judged(planned, loaded)
     rows = tables.question_scores(loaded, by, leave_out)
     published = claim_types.load(ROOT / "params/td_dpo/claims.yaml")
     only = published.model_copy(update={"claims": tuple(c for c in published.claims if c.id == "C3")})
     done = loaded.members[loaded.members["status"] == "completed"]
-    (verdict,) = claims.evaluate(only, rows, scale="paper", mode="full", members=done, scored_by=by.label, mend=by.mend,
-                                 draws=200)
+    (verdict,) = claims.evaluate(
+        only, rows, scale="paper", mode="full", members=done, scored_by=by.label, mend=by.mend, draws=200
+    )
     return by, rows, verdict, loaded
 
 
@@ -553,8 +670,12 @@ def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server
 
 def test_the_prompts_may_lie_beside_the_folder_as_in_a_fastchat_checkout(data):
     (data / "judge_prompts.jsonl").rename(data.parent / "judge_prompts.jsonl")
-    assert set(mt_bench.read(data)["prompts"]) == {"single-v1", "single-v1-multi-turn", "single-math-v1",
-                                                   "single-math-v1-multi-turn"}
+    assert set(mt_bench.read(data)["prompts"]) == {
+        "single-v1",
+        "single-v1-multi-turn",
+        "single-math-v1",
+        "single-math-v1-multi-turn",
+    }
 
 
 def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
@@ -564,12 +685,16 @@ def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
     assert not folder.exists(), "nothing is made where there is no record"
     scores = {"default-s1": 4.0, "default-s2": 7.0}
     for member in scores:
-        record.write_json(folder / "members" / member / "metrics.json", {
-            "status": "completed", "implicit_accuracy": 0.5, "validation_implicit_accuracy": 0.5})
+        record.write_json(
+            folder / "members" / member / "metrics.json",
+            {"status": "completed", "implicit_accuracy": 0.5, "validation_implicit_accuracy": 0.5},
+        )
     record.write_json(folder / "metrics.json", {"base_oracle_score": 6.0, "key_metric": {"name": "implicit_accuracy"}})
     record.write_json(folder / "status.json", {"status": "succeeded", "key": "k", "key_metric": None})
-    record.write_json(folder / "sweep" / "metrics.json", {
-        "trials": 3, "final": {"cell": "default", "seeds": 2, "mt_bench_score": None}, "final_members": list(scores)})
+    record.write_json(
+        folder / "sweep" / "metrics.json",
+        {"trials": 3, "final": {"cell": "default", "seeds": 2, "mt_bench_score": None}, "final_members": list(scores)},
+    )
     runs.refresh(run)
     assert record.read_json(folder / "metrics.json")["key_metric"] == {"name": "implicit_accuracy", "value": 0.5}
     for member, score in scores.items():
@@ -593,9 +718,22 @@ def test_a_second_judge_that_dies_half_way_leaves_no_score_under_the_firsts_name
 
     def grade(model, score):
         asked = [{"question": 81, "category": "writing", "turn": 1, "messages": [], "key": model}]
-        record.append_jsonl(cache, {
-            "key": model, "model": model, "endpoint": "e", "question": 81, "turn": 1, "score": score, "calls": 1,
-            "prompt_tokens": 1, "completion_tokens": 1, "estimated": False, "reply": ""})
+        record.append_jsonl(
+            cache,
+            {
+                "key": model,
+                "model": model,
+                "endpoint": "e",
+                "question": 81,
+                "turn": 1,
+                "score": score,
+                "calls": 1,
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "estimated": False,
+                "reply": "",
+            },
+        )
         grading.finish(folder, asked, judging.load_cache(cache), cache, model, (None, None))
 
     grade("first", 9.0)

@@ -20,9 +20,18 @@ BENCH = BENCH if BENCH.exists() else Path("/work/shared/data/mt_bench")
 def run(place: Path, *arguments: str, **environ: str) -> str:
     told = {k: v for k, v in os.environ.items() if k not in ("STUDY_POOL", "OPENAI_API_KEY", "OPENAI_BASE_URL")}
     done = subprocess.run(
-        [sys.executable, "-m", "lib", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**told, **environ, "STUDY_OUTPUTS": str(place / "outputs"), "STUDY_CACHE": str(place / "cache"),
-             "PYTHONPATH": str(ROOT)})
+        [sys.executable, "-m", "lib", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            **told,
+            **environ,
+            "STUDY_OUTPUTS": str(place / "outputs"),
+            "STUDY_CACHE": str(place / "cache"),
+            "PYTHONPATH": str(ROOT),
+        },
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -31,15 +40,35 @@ def run(place: Path, *arguments: str, **environ: str) -> str:
 @pytest.mark.timeout(4 * PATIENCE)
 @pytest.mark.skipif(not BENCH.is_dir(), reason=f"MT-Bench's files are not at {BENCH}")
 def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
-    for name, loss in (("dpo", {"name": "dpo", "beta": 0.05}), ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0})):
+    for name, loss in (
+        ("dpo", {"name": "dpo", "beta": 0.05}),
+        ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0}),
+    ):
         evaluation = TINY["evaluation"] | {"questions": 80}
-        made = {**TINY, "run_id": name, "method": name, "role": "proposed" if name == "td_dpo" else "comparative", "loss": loss,
-                "evaluation": evaluation}
+        made = {
+            **TINY,
+            "run_id": name,
+            "method": name,
+            "role": "proposed" if name == "td_dpo" else "comparative",
+            "loss": loss,
+            "evaluation": evaluation,
+        }
         path = tmp_path / "params" / "td_dpo" / "laptop" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(made))
-    chosen = ("full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "2",
-              "--set", "evaluation.judge=mt_bench", "--set", f"evaluation.mt_bench={BENCH}")
+    chosen = (
+        "full",
+        "--scale",
+        "laptop",
+        "--params",
+        str(tmp_path / "params"),
+        "--jobs",
+        "2",
+        "--set",
+        "evaluation.judge=mt_bench",
+        "--set",
+        f"evaluation.mt_bench={BENCH}",
+    )
     run(tmp_path, *chosen)
     (results,) = (tmp_path / "outputs").glob("laptop-full*/td_dpo")
 
@@ -68,8 +97,11 @@ def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
         asked = judging.requests(bench, record.read_jsonl(folder / "answers.jsonl"), "gpt-4")
         assert len(asked) == 160
         given = {(row["question"], row["turn"]): grade_of(row) for row in asked}
-        kept = {(row["question"], row["turn"]): row["score"] for row in record.read_jsonl(folder / "predictions.jsonl")
-                if row["kind"] == "answer"}
+        kept = {
+            (row["question"], row["turn"]): row["score"]
+            for row in record.read_jsonl(folder / "predictions.jsonl")
+            if row["kind"] == "answer"
+        }
         assert kept == given
         means.setdefault(folder.parents[1].name, []).append(sum(given.values()) / 160)
     verdict = claims()["C3"]
@@ -79,4 +111,6 @@ def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
     assert [other["n_questions"] for other in verdict["beside"] if "wrong" in other["name"]] == [67]
     assert claims()["C4"]["verdict"] == "not evaluated", "the cells of another beta were not trained"
     plan = run(tmp_path, *("plan" if word == "full" else word for word in chosen))
-    assert sum("cached: its record stands" in line for line in plan.splitlines()) == 3, "the command has judged them already"
+    assert sum("cached: its record stands" in line for line in plan.splitlines()) == 3, (
+        "the command has judged them already"
+    )

@@ -39,7 +39,11 @@ def test_start_here_runs_headlessly(pool_socket, tmp_path):
     assert record.read_json(folder / "metrics.json")["members"]["default-s42"]["status"] == "completed"
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o for o in outputs if o.get("name") == "stderr"], "libraries' chatter on a stranger's first page"
-    shown = [o["data"]["text/plain"] for o in outputs if "text/html" in o.get("data", {}) and "<img" in o["data"]["text/html"]]
+    shown = [
+        o["data"]["text/plain"]
+        for o in outputs
+        if "text/html" in o.get("data", {}) and "<img" in o["data"]["text/html"]
+    ]
     assert len(shown) == 4  # three ideas and the member
     steps = TINY["training"]["max_steps"]
     assert f"step {steps} of {steps}" in shown[3], "the live figure ends where the training ended"
@@ -77,18 +81,38 @@ def test_a_live_figure_moves_and_ends_with_its_body(monkeypatch):
 def server(tmp_path):
     """`lib lab` on a copy of the repository, which the browser may save into: ask(path) speaks to its API."""
     for name in ("lib", "notebooks", "params"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     foreign = tmp_path / "home" / ".local" / "share" / "jupyter" / "kernels" / "python3"  # another kernel of this name
     foreign.mkdir(parents=True)
-    (foreign / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Another", "language": "python"}))
+    (foreign / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "Another", "language": "python"})
+    )
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "STUDY"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "STUDY_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home"),
-                    "JUPYTER_PREFER_ENV_PATH": "0"}
-    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=x"]
+    environment |= {
+        "PYTHONPATH": str(tmp_path),
+        "STUDY_CACHE": str(tmp_path / "cache"),
+        "HOME": str(tmp_path / "home"),
+        "JUPYTER_PREFER_ENV_PATH": "0",
+    }
+    options = [
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=x",
+    ]
     with open(tmp_path / "lab.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-P", "-m", "lib", "lab", *options], cwd=tmp_path, env=environment,
-                                   stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lib", "lab", *options],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
     def ask(path: str):
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}?token=x", timeout=PATIENCE))
@@ -115,16 +139,22 @@ def answers(ask) -> bool:
 
 
 def free_port() -> int:
-    """One that is not given out to who asks for any, as the tests beside this one do: it is still free a moment later."""
+    """One that is not given out to who asks for any, as the tests beside this one do: it is still free a moment
+    later."""
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as probe:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as probe,
+        ):
             return probe.getsockname()[1]
 
 
 def opened(page, server, address: str):
     page.call("Emulation.setDeviceMetricsOverride", width=1400, height=1000, deviceScaleFactor=1, mobile=False)
     page.call("Page.navigate", url=server.url + address)
-    until(lambda: page.sees("!!document.querySelector('.jp-TableOfContents .jp-tocItem-content')?.offsetParent"), address)
+    until(
+        lambda: page.sees("!!document.querySelector('.jp-TableOfContents .jp-tocItem-content')?.offsetParent"), address
+    )
     until(lambda: [s["kernel"]["execution_state"] for s in server("sessions")] == ["idle"], "a kernel")
 
 
@@ -145,7 +175,9 @@ def test_lab_opens_start_here_with_its_contents_and_nothing_else(server):
         contents = "[...document.querySelectorAll('.jp-tocItem-content')].map(e => e.textContent)"
         until(lambda: page.ask(contents)[1:2] == ["Parameters"])
         click(page, ".jp-tocItem-content", "Parameters")
-        until(lambda: "Parameters" in page.ask("document.querySelector('.jp-Notebook .jp-mod-active')?.innerText ?? ''"))
+        until(
+            lambda: "Parameters" in page.ask("document.querySelector('.jp-Notebook .jp-mod-active')?.innerText ?? ''")
+        )
         assert {url.split("/")[2] for url in page.asked if url.startswith(("http", "ws"))} == {server.url.split("/")[2]}
         assert page.told == []
 
@@ -154,8 +186,16 @@ def test_lab_opens_start_here_with_its_contents_and_nothing_else(server):
 @in_a_browser
 @pytest.mark.parametrize(
     ("notebook", "refused"),
-    [("start_here", 0), ("td_dpo/train", 0), ("iw_lora/train", 0), ("graff/train", 0), ("sweep", 0),
-     ("td_dpo/analysis", 1), ("iw_lora/analysis", 1), ("graff/analysis", 1)],
+    [
+        ("start_here", 0),
+        ("td_dpo/train", 0),
+        ("iw_lora/train", 0),
+        ("graff/train", 0),
+        ("sweep", 0),
+        ("td_dpo/analysis", 1),
+        ("iw_lora/analysis", 1),
+        ("graff/analysis", 1),
+    ],
 )
 def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
     """`refused`: an analysis, where no study has been run, ends at its first cell and says what runs it."""
@@ -166,8 +206,12 @@ def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
         click(page, ".lm-Menu-itemLabel", "Run All Cells")
 
         def cells() -> list:
-            page.call("Input.dispatchKeyEvent", type="keyDown", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2)
-            page.call("Input.dispatchKeyEvent", type="keyUp", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2)
+            page.call(
+                "Input.dispatchKeyEvent", type="keyDown", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2
+            )
+            page.call(
+                "Input.dispatchKeyEvent", type="keyUp", key="s", code="KeyS", windowsVirtualKeyCode=83, modifiers=2
+            )
             time.sleep(2)
             return [c for c in server(f"contents/{path}")["content"]["cells"] if c["cell_type"] == "code"]
 

@@ -132,14 +132,30 @@ def trl_loss(loss_type, tensors, lengths, beta, label_smoothing=0.0):
     outputs = SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank, is_top1=blank.bool())
     trainer = object.__new__(DPOTrainer)
     from collections import defaultdict
+
     trainer.__dict__.update(
-        model=SimpleNamespace(training=False), aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0], beta=beta, use_weighting=False,
-        label_smoothing=label_smoothing, _metrics={"eval": defaultdict(list)}, _total_train_tokens=0,
+        model=SimpleNamespace(training=False),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        use_weighting=False,
+        label_smoothing=label_smoothing,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
         args=SimpleNamespace(discopop_tau=0.05),
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x))
-    inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask, "ref_chosen_logps": tensors[2],
-              "ref_rejected_logps": tensors[3]}
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+    )
+    inputs = {
+        "input_ids": mask,
+        "attention_mask": mask,
+        "completion_mask": mask,
+        "ref_chosen_logps": tensors[2],
+        "ref_rejected_logps": tensors[3],
+    }
     return trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False)
 
 
@@ -159,8 +175,9 @@ def test_dpo_and_discopop_equal_trl(ours, theirs, beta, dtype, tolerance):
 def test_every_trl_loss_type_is_trls_own(name):
     lengths = torch.tensor([1, 4, 9, 2, 3, 5] * 4)
     leaves, smoothing = [t.requires_grad_() for t in four(scale=1.0)], 0.1 if name in ("robust", "exo_pair") else 0.0
-    loss, parts = preference_loss(name, *leaves, beta=0.3, label_smoothing=smoothing, chosen_length=lengths[:12],
-                                  rejected_length=lengths[12:])
+    loss, parts = preference_loss(
+        name, *leaves, beta=0.3, label_smoothing=smoothing, chosen_length=lengths[:12], rejected_length=lengths[12:]
+    )
     theirs = trl_loss(name, leaves, lengths, 0.3, smoothing)
     assert loss.shape == (12,)
     assert float(parts["anchor_loss"].abs().max()) == 0

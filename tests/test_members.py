@@ -23,11 +23,15 @@ def finished(job):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """What must not depend on what happened on the way: history, predictions, metrics without their seconds, weights."""
+    """What must not depend on what happened on the way: history, predictions, metrics without their seconds,
+    weights."""
     metrics = {k: v for k, v in record.read_json(folder / "metrics.json").items() if "seconds" not in k}
     weights = sorted((folder / "checkpoints").rglob("model.safetensors"))
-    return {"metrics": repr(sorted(metrics.items())).encode(), "weights": weights[-1].read_bytes(),
-            **{name: (folder / name).read_bytes() for name in ("history.jsonl", "predictions.jsonl")}}
+    return {
+        "metrics": repr(sorted(metrics.items())).encode(),
+        "weights": weights[-1].read_bytes(),
+        **{name: (folder / name).read_bytes() for name in ("history.jsonl", "predictions.jsonl")},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,8 @@ def undisturbed(pool_socket, tmp_path_factory):
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5, 8, 11, "save"])
 def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, tmp_path, kill_at, monkeypatch):
-    """kill -9 after a step, or inside the save at step 8: the pool starts the member again and its record is the same."""
+    """kill -9 after a step, or inside the save at step 8: the pool starts the member again and its record is the
+    same."""
     task_of = members._task
 
     def faulty(member, folder):
@@ -76,7 +81,8 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_while_a_member_trains(tiny, undisturbed, pool_socket, small_disk):
-    """The member fails with the system's own words, nothing counts as done, and with space again it goes on to the same end."""
+    """The member fails with the system's own words, nothing counts as done, and with space again it goes on to the same
+    end."""
     run = tiny(seed_list=[1]).model_copy(update={"results_dir": small_disk / "results"})
     members.prepared(run)
     job = members.submit(run)
@@ -129,9 +135,11 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
 
 
-def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(tiny, undisturbed, pool_socket, tmp_path, monkeypatch):
-    """SIGTERM of whoever (a scheduler, Ctrl-C): a checkpoint where there would be none, and the same record in the end. It is
-    sent from inside, at a step: from outside, a slow machine may send it when all is done."""
+def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
+    tiny, undisturbed, pool_socket, tmp_path, monkeypatch
+):
+    """SIGTERM of whoever (a scheduler, Ctrl-C): a checkpoint where there would be none, and the same record in the end.
+    It is sent from inside, at a step: from outside, a slow machine may send it when all is done."""
     task_of = members._task
 
     def stopped(member, folder):
@@ -182,7 +190,8 @@ def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_pa
 
 
 def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
-    """Markers and histories are written like every other file, so that what a kill leaves has the name that is swept."""
+    """Markers and histories are written like every other file, so that what a kill leaves has the name that is
+    swept."""
     from lib.weights import checkpoints
 
     for what in ("mark", "cut"):
@@ -228,8 +237,11 @@ def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny,
     assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
 
 
-def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower(tiny, pool_socket, monkeypatch, capsys):
-    """torch.OutOfMemoryError in step 3 of one: its record says out_of_memory, it is not tried again, the other goes on."""
+def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower(
+    tiny, pool_socket, monkeypatch, capsys
+):
+    """torch.OutOfMemoryError in step 3 of one: its record says out_of_memory, it is not tried again, the other goes
+    on."""
     task_of = members._task
 
     def small_gpu(member, folder):
@@ -283,11 +295,15 @@ def test_intervals_of_log_lines_and_saves_train_nothing_again(tiny, undisturbed,
     assert content(job.folders["default-s1"]) == undisturbed
     assert "step 3/12" in job.tasks["default-s1"].log.read_text()
     (member,) = config.members(tiny(seed_list=[1], training={**other, "eval_steps": 3}))
-    assert members.stale(member, job.folders["default-s1"]) == "training.eval_steps 4 -> 3", "it decides which is the best"
+    assert members.stale(member, job.folders["default-s1"]) == "training.eval_steps 4 -> 3", (
+        "it decides which is the best"
+    )
 
 
-@pytest.mark.parametrize(("visible", "gpus", "kind"), [
-    (["H100"], 1, "H100"), (["H100", "A100", "H100"], 1, "A100,H100"), (["H100"], 0, "cpu"), ([], 1, "cpu")])
+@pytest.mark.parametrize(
+    ("visible", "gpus", "kind"),
+    [(["H100"], 1, "H100"), (["H100", "A100", "H100"], 1, "A100,H100"), (["H100"], 0, "cpu"), ([], 1, "cpu")],
+)
 def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, kind):
     monkeypatch.setattr(keys, "visible_gpus", lambda environ: [types.SimpleNamespace(name=name) for name in visible])
     keys.device_kind.cache_clear()
@@ -295,7 +311,9 @@ def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, ki
         (member,) = config.members(tiny(seed_list=[1], compute={"gpus": gpus}))
         assert members.key(member)["device"].startswith(kind)
         assert ("cpu" in members.key(member)["device"]) == (kind == "cpu")
-        assert members.inputs_folder(member.run) != members.inputs_folder(tiny(compute={"gpus": 1 - gpus})) or not visible
+        assert (
+            members.inputs_folder(member.run) != members.inputs_folder(tiny(compute={"gpus": 1 - gpus})) or not visible
+        )
     finally:
         keys.device_kind.cache_clear()
 

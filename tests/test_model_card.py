@@ -1,4 +1,5 @@
-"""What a finished member keeps: weights with a card made from its record, which load back to the metrics of the record."""
+"""What a finished member keeps: weights with a card made from its record, which load back to the metrics of the
+record."""
 
 import re
 
@@ -30,8 +31,13 @@ def trained(tiny, monkeypatch):
 
 def scores(model, given) -> dict:
     """The metrics of the test pairs, as lib/td_dpo/member.py measures them."""
-    rows = trainer.pair_scores(model, given.rows["test"], given.reference["test"], pad=tokens.pad_token(given.tokenizer))
-    return {"implicit_accuracy": sum(r["rho"] > 0 for r in rows) / len(rows), "margin": sum(r["rho"] for r in rows) / len(rows)}
+    rows = trainer.pair_scores(
+        model, given.rows["test"], given.reference["test"], pad=tokens.pad_token(given.tokenizer)
+    )
+    return {
+        "implicit_accuracy": sum(r["rho"] > 0 for r in rows) / len(rows),
+        "margin": sum(r["rho"] for r in rows) / len(rows),
+    }
 
 
 def from_card(card: str, folder, monkeypatch):
@@ -45,16 +51,40 @@ def from_card(card: str, folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
 def test_what_the_card_loads_has_the_recorded_metrics(trained, tmp_path, monkeypatch, kind):
-    sections = {"full": {}, "lora": {"model": {"name": "made", "recipe": {"vocab_size": 320, "hidden_size": 32, "layers": 2,
-                                                                         "heads": 2, "sft_steps": 8, "sft_batch_size": 8},
-                                               "peft": LORA}}}
+    sections = {
+        "full": {},
+        "lora": {
+            "model": {
+                "name": "made",
+                "recipe": {
+                    "vocab_size": 320,
+                    "hidden_size": 32,
+                    "layers": 2,
+                    "heads": 2,
+                    "sft_steps": 8,
+                    "sft_batch_size": 8,
+                },
+                "peft": LORA,
+            }
+        },
+    }
     if kind == "nf4":
-        texts = [m["content"] for pair in generated.make_pairs(40, 1, 1)["train"] for m in (*pair["prompt"], *pair["chosen"])]
+        texts = [
+            m["content"] for pair in generated.make_pairs(40, 1, 1)["train"] for m in (*pair["prompt"], *pair["chosen"])
+        ]
         write_stand_in("meta-llama/Llama-2-7b-chat-hf", tmp_path / "base", texts, vocab_size=384)
         sections["nf4"] = {"model": {"name": str(tmp_path / "base"), "quantization": "nf4", "peft": LORA}}
-    folder, given = trained(**sections[kind], training={
-        "max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "eval_steps": 2,
-        "save_steps": 2})
+    folder, given = trained(
+        **sections[kind],
+        training={
+            "max_steps": 6,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "eval_steps": 2,
+            "save_steps": 2,
+        },
+    )
     metrics = record.read_json(folder / "metrics.json")
     kept = folder / "checkpoints" / f"checkpoint-{metrics['best_step']}"
     assert checkpoints.read_marker(kept)
@@ -82,7 +112,9 @@ def test_the_card_says_what_the_record_says_and_verdicts_when_there_are_some(tra
     assert "seconds" not in card
     assert "Not judged yet" in card
     results = folder.parents[2]
-    record.write_json(results / "comparison" / "claims.json", [{"id": "C7", "verdict": "refuted", "sentence": "All is well."}])
+    record.write_json(
+        results / "comparison" / "claims.json", [{"id": "C7", "verdict": "refuted", "sentence": "All is well."}]
+    )
     before = card
     model_card.write_all(results)
     card = (folder / "checkpoints" / f"checkpoint-{metrics['best_step']}" / model_card.NAME).read_text()
@@ -92,16 +124,39 @@ def test_the_card_says_what_the_record_says_and_verdicts_when_there_are_some(tra
 
 def test_other_weights_are_not_given_the_measured_ones_metrics(tmp_path):
     folder = tmp_path / "results" / "run" / "members" / "default-s1"
-    settings = {"method": "dpo", "role": "comparative", "model": {"name": "meta-llama/Llama-2-7b-chat-hf", "revision": "abc",
-                                                                   "quantization": "nf4", "torch_dtype": "bfloat16"},
-                "dataset": {"name": "argilla/dpo-mix-7k", "revision": "def"}, "loss": {"name": "dpo", "beta": 0.1}}
-    record.write_json(folder / "member.json", {"config": settings, "run_id": "run", "member": "default-s1", "study": "td_dpo",
-                                               "scale": "paper", "mode": "full", "seed": 1})
-    record.write_json(folder / "metrics.json", {"status": "completed", "best_step": 4, "steps": 8, "implicit_accuracy": 0.75})
+    settings = {
+        "method": "dpo",
+        "role": "comparative",
+        "model": {
+            "name": "meta-llama/Llama-2-7b-chat-hf",
+            "revision": "abc",
+            "quantization": "nf4",
+            "torch_dtype": "bfloat16",
+        },
+        "dataset": {"name": "argilla/dpo-mix-7k", "revision": "def"},
+        "loss": {"name": "dpo", "beta": 0.1},
+    }
+    record.write_json(
+        folder / "member.json",
+        {
+            "config": settings,
+            "run_id": "run",
+            "member": "default-s1",
+            "study": "td_dpo",
+            "scale": "paper",
+            "mode": "full",
+            "seed": 1,
+        },
+    )
+    record.write_json(
+        folder / "metrics.json", {"status": "completed", "best_step": 4, "steps": 8, "implicit_accuracy": 0.75}
+    )
     for step in (4, 8):
         record.write_json(folder / f"checkpoints/checkpoint-{step}/complete.json", {"step": step})
-        record.write_json(folder / f"checkpoints/checkpoint-{step}/adapter_config.json",
-                          {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"})
+        record.write_json(
+            folder / f"checkpoints/checkpoint-{step}/adapter_config.json",
+            {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
+        )
     (folder / "checkpoints/checkpoint-6").mkdir()  # what a kill left: no card
     assert [path.parent.name for path in model_card.write(folder)] == ["checkpoint-4", "checkpoint-8"]
     best, last = ((folder / f"checkpoints/checkpoint-{step}/README.md").read_text() for step in (4, 8))
@@ -118,7 +173,9 @@ def test_other_weights_are_not_given_the_measured_ones_metrics(tmp_path):
 
 @pytest.mark.parametrize("study", ["iw_lora", pytest.param("graff", marks=pytest.mark.slow)])
 def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch):
-    path = next(p for p in sorted((config.ROOT / "params" / study / "laptop").glob("*.yaml")) if p.stem in ("iw_lora", "fixed"))
+    path = next(
+        p for p in sorted((config.ROOT / "params" / study / "laptop").glob("*.yaml")) if p.stem in ("iw_lora", "fixed")
+    )
     run = config.load_run(path, study=study, scale="laptop", mode="trial", results_dir=tmp_path)
     monkeypatch.setenv("STUDY_SLOTS", "0")
     (member, *_) = config.members(run)
@@ -132,7 +189,9 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
         from lib.iw_lora import inputs as theirs, member as training, trainer as restoring
 
         given = theirs.load(members.prepared(run))
-        model = training.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until they are restored
+        model = training.build(
+            member.run, given, member.seed + 1, 2
+        )  # another head, other adapters, until they are restored
         pad, size = given.tokenizer.pad_token_id, run.evaluation.batch_size
         recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]
         assert training.predictions(model, given.rows["validation"], pad, size)[1] != pytest.approx(recorded, rel=1e-5)

@@ -109,7 +109,9 @@ def test_fresh_adapters_leave_the_model_as_it_is(llama):
 
 
 def test_adapter_initialisation_follows_the_seed_alone(llama):
-    first, same, other = (models.add_lora(models.load_causal_lm(llama, device="cpu"), LORA, seed=seed) for seed in (42, 42, 43))
+    first, same, other = (
+        models.add_lora(models.load_causal_lm(llama, device="cpu"), LORA, seed=seed) for seed in (42, 42, 43)
+    )
     torch.manual_seed(7)
     state = torch.get_rng_state()
     moved = models.add_lora(models.load_causal_lm(llama, device="cpu"), LORA, seed=42)
@@ -129,7 +131,9 @@ def test_lora_settings_reach_peft(llama):
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (2, 6, 0.5, {"q_proj"})
     with pytest.raises(StudyError, match="model.peft.target_modules"):
-        models.add_lora(models.load_causal_lm(llama, device="cpu"), {"lora_r": 2, "target_modules": ["nothing_here"]}, seed=0)
+        models.add_lora(
+            models.load_causal_lm(llama, device="cpu"), {"lora_r": 2, "target_modules": ["nothing_here"]}, seed=0
+        )
 
 
 def test_float32_trainables_recasts_and_asserts():
@@ -146,7 +150,9 @@ def test_float32_trainables_recasts_and_asserts():
 
 def test_disable_dropout_reaches_layers_and_attention(folders):
     name = "microsoft/deberta-v3-base"
-    model = models.load_causal_lm(str(folders[name]), device="cpu", auto_class=AutoModelForSequenceClassification).train()
+    model = models.load_causal_lm(
+        str(folders[name]), device="cpu", auto_class=AutoModelForSequenceClassification
+    ).train()
     batch = models.load_tokenizer(str(folders[name]))(TEXTS[:2], padding=True, return_tensors="pt")
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     models.disable_dropout(model)
@@ -231,7 +237,8 @@ def test_gated_model(monkeypatch):
     monkeypatch.setattr(hub, "prepare", lambda: None)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(
-        MissingError, match="accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: .venv/bin/hf"
+        MissingError,
+        match="accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: .venv/bin/hf",
     ):
         models.load_causal_lm("meta-llama/Llama-2-7b-chat-hf")
 
@@ -360,7 +367,9 @@ def test_a_random_model_is_quantised_as_a_loaded_one_and_counts_as_the_estimate_
     with torch.no_grad():
         assert torch.equal(made(input_ids=ids).logits, loaded(input_ids=ids).logits)
     adapted = models.add_lora(made, LORA, seed=0)
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == footprint.adapter_weights(shape, LORA["lora_r"])
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == footprint.adapter_weights(
+        shape, LORA["lora_r"]
+    )
 
 
 def test_the_random_models_default_is_the_papers_shape():

@@ -15,13 +15,19 @@ from tests.test_judging_path import run
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
 def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_path):
-    """The shipped YAML: NF4, three epochs over data of a size that nobody stated, MT-Bench's answers, search. `full` has what
+    """The shipped YAML: NF4, three epochs over data of a size that nobody stated, MT-Bench's answers, search. `full`
+    has what
     `check` finds in a trial keep it from starting, so that a check that errs would keep everybody from starting."""
     pairs = make_pairs(90)
     random.Random(0).shuffle(pairs)
     for split, rows in (("train", pairs[:60]), ("test", pairs[60:])):
-        record.write_jsonl(tmp_path / "pairs" / f"{split}.jsonl", [
-            {"chosen": [*row["prompt"], *row["chosen"]], "rejected": [*row["prompt"], *row["rejected"]]} for row in rows])
+        record.write_jsonl(
+            tmp_path / "pairs" / f"{split}.jsonl",
+            [
+                {"chosen": [*row["prompt"], *row["chosen"]], "rejected": [*row["prompt"], *row["rejected"]]}
+                for row in rows
+            ],
+        )
     words = [turn["content"] for pair in pairs for side in ("prompt", "chosen") for turn in pair[side]]
     write_stand_in("meta-llama/Llama-2-7b-chat-hf", tmp_path / "llama", words, vocab_size=384)
     settings = {
@@ -31,8 +37,18 @@ def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_pa
         "compute.min_gpu_memory_gb": "null", "evaluation.mt_bench": write_bench(tmp_path / "bench"), "wandb.mode": "disabled",
         "evaluation.max_new_tokens": 4, "evaluation.kl_prompts": 2, "optuna.n_trials": 5, "seed_list": "[42]",
     }  # fmt: skip
-    chosen = ("full", "--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--jobs", "2",
-              *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+    chosen = (
+        "full",
+        "--scale",
+        "paper",
+        "--study",
+        "td_dpo",
+        "--run",
+        "dpo",
+        "--jobs",
+        "2",
+        *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
+    )
     said = run(tmp_path, *chosen)
     assert "no trial of these runs has passed yet" in said
     assert "more than" in said, "how long three epochs take was not known before the data was read"

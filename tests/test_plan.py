@@ -1,4 +1,5 @@
-"""What is planned: an analysis is executed again when records that it reads (or its code) changed, and for nothing else."""
+"""What is planned: an analysis is executed again when records that it reads (or its code) changed, and for nothing
+else."""
 
 import types
 
@@ -11,8 +12,8 @@ from lib.running import plan
 
 @pytest.fixture
 def study(tiny, tmp_path, monkeypatch):
-    """Two runs of one study, and `go(*runs)`: plan and execute them as the runner does, with notebooks that only leave their
-    records. Gives the titles of what was executed."""
+    """Two runs of one study, and `go(*runs)`: plan and execute them as the runner does, with notebooks that only leave
+    their records. Gives the titles of what was executed."""
     runs = {name: tiny(run_id=name) for name in ("a", "b")}
     results = runs["a"].results_dir
     record.write_json(results / "comparison" / "runs.json", [config.dump(run) for run in runs.values()])
@@ -24,7 +25,9 @@ def study(tiny, tmp_path, monkeypatch):
             folder = step.folder / "members" / member.id
             if members.stale(member, folder):
                 record.write_json(folder / "metrics.json", {"status": "completed"})
-                record.write_json(folder / "done.json", {"status": "completed", "key": members.key(member), "nonce": nonce})
+                record.write_json(
+                    folder / "done.json", {"status": "completed", "key": members.key(member), "nonce": nonce}
+                )
         if step.name in failing:
             raise ValueError("on purpose")
         record.write_json(step.folder / "metrics.json", {"nonce": nonce})

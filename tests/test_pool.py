@@ -121,7 +121,9 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
         until(said.exists)
         second = task(tmp_path, "b", "note_environment", path=str(tmp_path / "seen"))
         pool.start(second)
-        pool.drive([first, second], on_change=lambda t: t is second and t.ended and go.touch())  # the first has its slot still
+        pool.drive(
+            [first, second], on_change=lambda t: t is second and t.ended and go.touch()
+        )  # the first has its slot still
         assert [first.state, second.state] == ["succeeded", "succeeded"]
         assert (tmp_path / "seen").read_text() == "5 2.0"
     finally:
@@ -157,9 +159,14 @@ def test_turns_are_taken_in_order_and_by_one_of_a_name():
     assert list(free.turns([a, again, b, kernel], set())) == [a, b, kernel]
     assert (a.slots, b.slots, kernel.slots, free.free) == ([0], [1], [], [2])
     assert [free.environment(child) for child in (a, b, kernel)] == [
-        {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "4"}, {}]
+        {"CUDA_VISIBLE_DEVICES": "0"},
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {},
+    ]
     wide, after = Waiting("wide", 2), Waiting("after")
-    assert list(free.turns([wide, after], {"a", "b"})) == [], "what needs two waits at the head, and holds up who comes after"
+    assert list(free.turns([wide, after], {"a", "b"})) == [], (
+        "what needs two waits at the head, and holds up who comes after"
+    )
     free.give_back(b.slots)
     assert list(free.turns([wide, after], {"a"})) == [wide]
     assert wide.slots == [1, 2]
@@ -177,7 +184,9 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         first = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=1)
         pool.start(first)
         until((tmp_path / "pid").exists)
-        wide, narrow = (task(tmp_path, n, "note_environment", path=str(tmp_path / f"{n}.txt")) for n in ("wide", "narrow"))
+        wide, narrow = (
+            task(tmp_path, n, "note_environment", path=str(tmp_path / f"{n}.txt")) for n in ("wide", "narrow")
+        )
         wide.slots = 3
         order = []
         for job in (wide, narrow):
@@ -186,7 +195,9 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
         assert order.index(("wide", "running")) < order.index(("narrow", "running"))
         too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
-        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/weights/distributed.py)
+        too_wide.slots = (
+            8  # more than there are: it runs with what there is, and says so itself (lib/weights/distributed.py)
+        )
         pool.start(too_wide)
         pool.drive([too_wide])
         assert too_wide.state == "succeeded"
@@ -270,13 +281,19 @@ def test_a_server_that_still_imports_goes_with_its_owner(short):
     """Its first import never ends: when it goes, it goes in the middle of it."""
     (short / "first").mkdir()
     (short / "first" / "numpy.py").write_text(
-        "import os, time\nopen(os.environ['IMPORTING'], 'w').close(); time.sleep(3600)")
+        "import os, time\nopen(os.environ['IMPORTING'], 'w').close(); time.sleep(3600)"
+    )
     script = (
         "from lib.processes import pool; import time\n"
         "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{short / 'first'}{os.pathsep}{ROOT}", "TMPDIR": str(short),
-                   "IMPORTING": str(short / "importing"), "CUDA_VISIBLE_DEVICES": ""}  # with GPUs nothing is imported
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{short / 'first'}{os.pathsep}{ROOT}",
+        "TMPDIR": str(short),
+        "IMPORTING": str(short / "importing"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # with GPUs nothing is imported
     owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env=environment)
     try:
         server = int(until(lambda: text_of(short / "server"), process=owner))
@@ -304,7 +321,11 @@ COMPATIBLE PASSENGERS SSL_KEY_FILE KEY_BINDINGS DBUS_SESSION_BUS_ADDRESS XDG_SES
 def test_which_variables_are_secrets():
     assert [name for name in SECRET.split() if not record.is_secret(name, "plain-value")] == []
     assert [name for name in NO_SECRET.split() if record.is_secret(name, "plain-value")] == []
-    for value in ("postgres://me:hunter22hunter@db/x", "http://user:pa55word@proxy:3128", "https://ghp_abcdefgh@github.com/x"):
+    for value in (
+        "postgres://me:hunter22hunter@db/x",
+        "http://user:pa55word@proxy:3128",
+        "https://ghp_abcdefgh@github.com/x",
+    ):
         assert record.is_secret("DATABASE_URL", value)
         assert record.is_secret("HTTPS_PROXY", value)
     for value in ("http://proxy:3128", "https://host/path@2", "user@host", "file:///a@b"):
@@ -322,11 +343,15 @@ def test_which_variables_are_secrets():
 def test_secrets_are_replaced_by_their_names_however_they_are_written(monkeypatch, name, value, text):
     monkeypatch.setenv(name, value)
     assert f"[{name}]" in record.redact(text)
-    assert all(part not in record.redact(text) for part in (value, "hunt@r22x", "hunt%40r22x", "AAAAbbbb", "quotes", "c%2Bd"))
+    assert all(
+        part not in record.redact(text) for part in (value, "hunt@r22x", "hunt%40r22x", "AAAAbbbb", "quotes", "c%2Bd")
+    )
 
 
 @pytest.mark.parametrize("devices", [[], ["0"]], ids=["forked", "spawned"])
-def test_what_a_child_writes_to_its_log_holds_no_secret_and_nothing_that_acts_on_a_terminal(tmp_path, monkeypatch, devices):
+def test_what_a_child_writes_to_its_log_holds_no_secret_and_nothing_that_acts_on_a_terminal(
+    tmp_path, monkeypatch, devices
+):
     """Through Python, past Python, in two pieces, from a grandchild, and right before a kill. The secret is one of the
     pool's owner, whose environment the child does not even have."""
     secret = "abcd-efgh-1234"

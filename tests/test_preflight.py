@@ -1,4 +1,5 @@
 """lib/running/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
+
 import os
 from pathlib import Path
 
@@ -22,9 +23,13 @@ def run(tmp_path):
 
 LLAMA = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
          "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
-FILES = [{"path": "model-00001-of-00002.safetensors", "size": 9_976_576_152},
-         {"path": "model-00002-of-00002.safetensors", "size": 3_500_296_424},
-         {"path": "pytorch_model-00001-of-00002.bin", "size": 9_976_576_152}, {"path": "config.json", "size": 614}]  # fmt: skip
+FILES = [
+    {"path": "model-00001-of-00002.safetensors", "size": 9_976_576_152},
+    {"path": "model-00002-of-00002.safetensors", "size": 3_500_296_424},
+    # fmt: skip
+    {"path": "pytorch_model-00001-of-00002.bin", "size": 9_976_576_152},
+    {"path": "config.json", "size": 614},
+]
 
 
 def reads(url, token):
@@ -35,11 +40,23 @@ def reads(url, token):
 @pytest.fixture
 def machine(tmp_path):
     """A machine with nothing missing; keyword arguments take something away."""
+
     def _machine(gpus=(A100,), hub=(200, ""), free=1e12, drop=(), read=reads, **environ):
-        known = {"HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "WANDB_API_KEY": "wb_secret", "OPENAI_API_KEY": "sk-secret"}
+        known = {
+            "HOME": str(tmp_path),
+            "HF_TOKEN": "hf_secret",
+            "WANDB_API_KEY": "wb_secret",
+            "OPENAI_API_KEY": "sk-secret",
+        }
         known = {key: value for key, value in (known | environ).items() if key not in drop}
-        return Machine(environ=known, gpus=lambda _: list(gpus), free_bytes=lambda _: int(free), read=read,
-                       hub=hub if callable(hub) else lambda url, token: hub)
+        return Machine(
+            environ=known,
+            gpus=lambda _: list(gpus),
+            free_bytes=lambda _: int(free),
+            read=read,
+            hub=hub if callable(hub) else lambda url, token: hub,
+        )
+
     return _machine
 
 
@@ -66,19 +83,30 @@ def test_a_bare_machine_is_told_everything_at_once(run, machine):
     bare = machine(gpus=(), hub=(None, ""), free=1e9, drop=("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"))
     found = said(run, bare)
     assert {key: finding.level for key, finding in found.items()} == {
-        "compute.gpus": "error", "model.name": "error", "dataset.name": "error", "wandb.mode": "error",
-        "results_dir": "error", "evaluation.judge": "warning"}
+        "compute.gpus": "error",
+        "model.name": "error",
+        "dataset.name": "error",
+        "wandb.mode": "error",
+        "results_dir": "error",
+        "evaluation.judge": "warning",
+    }
     models = [f for f in preflight.missing(run, bare) if f.key == "model.name"]
     assert [("gated" in f.what, "does not answer" in f.what) for f in models] == [(True, False), (False, True)]
     assert LLAMA_PAGE in models[0].mend
     assert "wandb.mode=offline" in found["wandb.mode"].mend
 
 
-@pytest.mark.parametrize(("gpus", "key"), [
-    ((), "compute.gpus"), ((Gpu("T4", 15.6, (7, 5)),), "compute.min_gpu_memory_gb"),
-    ((Gpu("V100", 45, (7, 0)),), "model.torch_dtype"), ((Gpu("NVIDIA A100-PCIE-40GB", 39.5, (8, 0)),), None),
-    ((A100, A100), None), ((Gpu("NVIDIA H100", 85, (9, 0)),), None),
-])
+@pytest.mark.parametrize(
+    ("gpus", "key"),
+    [
+        ((), "compute.gpus"),
+        ((Gpu("T4", 15.6, (7, 5)),), "compute.min_gpu_memory_gb"),
+        ((Gpu("V100", 45, (7, 0)),), "model.torch_dtype"),
+        ((Gpu("NVIDIA A100-PCIE-40GB", 39.5, (8, 0)),), None),
+        ((A100, A100), None),
+        ((Gpu("NVIDIA H100", 85, (9, 0)),), None),
+    ],
+)
 def test_gpus(run, machine, gpus, key):
     found = said(config.apply(run, {"compute.gpu_type": "a100-80gb"}), machine(gpus=gpus))
     assert {k for k, finding in found.items() if finding.level == "error"} == ({key} if key else set())
@@ -105,22 +133,33 @@ def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine):
     assert said(config.apply(run, {"compute.gpus": 0}), machine(gpus=(t4, A100))) == {}, "it trains on the CPU"
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    ((None, ""), "does not answer"), ((403, "GatedRepo"), "access was refused"), ((401, "GatedRepo"), "access was refused"),
-    ((404, "RepoNotFound"), "no such model"), ((401, "RepoNotFound"), "no such model"), ((200, ""), None),
-    ((429, ""), None), ((500, ""), None),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((None, ""), "does not answer"),
+        ((403, "GatedRepo"), "access was refused"),
+        ((401, "GatedRepo"), "access was refused"),
+        ((404, "RepoNotFound"), "no such model"),
+        ((401, "RepoNotFound"), "no such model"),
+        ((200, ""), None),
+        ((429, ""), None),
+        ((500, ""), None),
+    ],
+)
 def test_hub_answers(run, machine, answer, words):
     def hub(url, token):
         assert token == "hf_secret"
         return answer if "/api/models/meta-llama/Llama-2-7b-chat-hf/" in url else (200, "")
+
     found = said(run, machine(hub=hub))
     assert set(found) == ({"model.name"} if words else set())
     assert words is None or words in found["model.name"].what
 
 
 def test_a_licence_without_a_token(run, machine):
-    found = said(run, machine(hub=lambda url, token: (401, "GatedRepo") if "models" in url else (200, ""), drop=("HF_TOKEN",)))
+    found = said(
+        run, machine(hub=lambda url, token: (401, "GatedRepo") if "models" in url else (200, ""), drop=("HF_TOKEN",))
+    )
     assert list(found) == ["model.name"]
     assert LLAMA_PAGE in found["model.name"].mend
     assert "hf auth login" in found["model.name"].mend
@@ -137,9 +176,12 @@ def test_the_token_may_be_in_a_file(machine, tmp_path):
 def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
     def no_hub(url, token):
         raise AssertionError("asked the hub for what is cached")
+
     hub_folder = tmp_path / ".cache/huggingface/hub"
-    for repository, revision in (("models--meta-llama--Llama-2-7b-chat-hf", run.model.revision),
-                                 ("datasets--argilla--dpo-mix-7k", run.dataset.revision)):
+    for repository, revision in (
+        ("models--meta-llama--Llama-2-7b-chat-hf", run.model.revision),
+        ("datasets--argilla--dpo-mix-7k", run.dataset.revision),
+    ):
         folder = hub_folder / repository / "snapshots" / revision
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
@@ -151,6 +193,7 @@ def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
 def test_offline_is_honoured_without_asking(run, machine):
     def no_hub(url, token):
         raise AssertionError("asked the hub although it is switched off")
+
     found = said(run, machine(hub=no_hub, HF_HUB_OFFLINE="TRUE"))
     assert set(found) == {"model.name", "dataset.name"}
     assert run.dataset.revision in found["dataset.name"].mend
@@ -207,14 +250,17 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
     ({"password": "s3cr3t-secret", "package": "psycopg"}, {"optuna.storage": PASSWORD}, "optuna.storage",
      "psycopg is not installed", "pip install -c constraints.txt -e '.[postgresql]'"),
 ])  # fmt: skip
-def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(run, machine, monkeypatch, taken, settings, key, what,
-                                                                          mend):
+def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(
+    run, machine, monkeypatch, taken, settings, key, what, mend
+):
     monkeypatch.delenv("DB_PASSWORD", raising=False)
     taken, find_spec = dict(taken), preflight.importlib.util.find_spec
     if "password" in taken:
         monkeypatch.setenv("DB_PASSWORD", taken.pop("password"))
     if absent := taken.pop("package", ""):
-        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
+        monkeypatch.setattr(
+            preflight.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name)
+        )
     found = said(config.apply(run, settings), machine(**taken))
     assert what in found[key].what
     assert mend in found[key].mend
@@ -222,8 +268,8 @@ def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(run, ma
 
 
 def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_path):
-    """13.5 GB of safetensors (not the .bin beside them), a GB of data, and the members' adapters: 0.64 GB each, two kept,
-    nine parts of it while one trains."""
+    """13.5 GB of safetensors (not the .bin beside them), a GB of data, and the members' adapters: 0.64 GB each, two
+    kept, nine parts of it while one trains."""
     here = run.model_copy(update={"results_dir": tmp_path / "results"})
     members, adapter = len(config.members(here)), 4 * 159_907_840 / 1e9
     needed = 13.48 + 1 + members * 2 * adapter + 9 * adapter
@@ -244,15 +290,30 @@ def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_pa
     assert preflight.missing_for([here], machine(free=16e9)) == []
 
 
-QWEN = {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
-DEBERTA = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-           "vocab_size": 128100, "tie_word_embeddings": True}
+QWEN = {
+    "num_hidden_layers": 28,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+DEBERTA = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "vocab_size": 128100,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.mark.parametrize(("path", "shape", "millions"), [
     ("graff/paper/graff_30", QWEN, 40.4),  # what peft counts for Qwen3-0.6B at r = 64 on all seven projections
-    ("iw_lora/paper/rte_lora", DEBERTA, 1.7), ("iw_lora/paper/rte_full", DEBERTA, 211.6),  # of 184: a gate is counted too
+    # of 184: a gate is counted too
+    ("iw_lora/paper/rte_lora", DEBERTA, 1.7), ("iw_lora/paper/rte_full", DEBERTA, 211.6),
 ])  # fmt: skip
 def test_the_other_studies_checkpoints_are_counted_too(path, shape, millions):
     run = config.load_run(config.ROOT / "params" / f"{path}.yaml", scale="paper", mode="full")

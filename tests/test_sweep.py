@@ -1,4 +1,5 @@
-"""The search: cells are enqueued and read, killed trials are queued once more and none is repeated, direction asserted."""
+"""The search: cells are enqueued and read, killed trials are queued once more and none is repeated, direction
+asserted."""
 
 import os
 import time
@@ -26,7 +27,8 @@ def searchable(tiny, trials=6, **optuna_section):
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    """members.submit/watch/collect without training: the score is a function of the settings; every training is noted."""
+    """members.submit/watch/collect without training: the score is a function of the settings; every training is
+    noted."""
     trained = []
 
     def submit(run, wanted, subfolder="members"):
@@ -88,7 +90,9 @@ def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_
     assert len(sweep.searched(sweep.search(searchable(tiny, trials=8), tmp_path / "sweep"))) == 8
 
 
-def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(tiny, tmp_path, fake_training, monkeypatch):
+def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
+    tiny, tmp_path, fake_training, monkeypatch
+):
     """The process dies while a batch trains: its trials stay RUNNING in the journal, as after kill -9."""
     run, calls = searchable(tiny), []
 
@@ -102,7 +106,9 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(ti
         sweep.search(run, tmp_path / "killed")
     finished = {str(t.params) for t in sweep.searched(sweep.open_study(run, tmp_path / "killed"))}
     running = [
-        t.params for t in sweep.open_study(run, tmp_path / "killed").trials if t.state == optuna.trial.TrialState.RUNNING
+        t.params
+        for t in sweep.open_study(run, tmp_path / "killed").trials
+        if t.state == optuna.trial.TrialState.RUNNING
     ]
     assert running
     monkeypatch.setattr(members, "watch", lambda job: None)
@@ -153,15 +159,18 @@ def test_a_real_trial_reads_the_cached_cell_and_trains_the_rest(tiny, pool_socke
     assert "oracle_score" not in record.read_json(trial / "metrics.json"), "a trial is judged on validation pairs alone"
 
 
-# ------------------------------------------------------------------------------------------- a data base shared by machines
+# ------------------------------------------------------------------------------------------- a data base shared by
+# machines
 
 
 def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fake_training, monkeypatch):
-    """sqlite stands in for the data base. What another machine trains is neither repeated nor taken from it, until a day
-    has passed; what a dead process of this machine left is queued again."""
+    """sqlite stands in for the data base. What another machine trains is neither repeated nor taken from it, until a
+    day has passed; what a dead process of this machine left is queued again."""
     run = searchable(tiny, storage=f"sqlite:///{tmp_path}/trials.db")
     study = sweep.open_study(run, tmp_path / "sweep")
-    assert study.study_name.startswith(f"{tmp_path.name}/td_dpo/tiny@"), "unique in a data base that holds other searches"
+    assert study.study_name.startswith(f"{tmp_path.name}/td_dpo/tiny@"), (
+        "unique in a data base that holds other searches"
+    )
     sweep.enqueue_cells(study, run)
     with monkeypatch.context() as away:
         away.setattr(sweep.platform, "node", lambda: "another-machine")
@@ -169,7 +178,9 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
     monkeypatch.setattr(sweep.os, "getpid", lambda: 2**22 + 1)  # no process has this number
     dead = sweep.ask(study, sweep.distributions(run), True)
     monkeypatch.undo()
-    monkeypatch.setattr(members, "submit", lambda run, wanted, subfolder="members": fake_training.extend(wanted) or wanted)
+    monkeypatch.setattr(
+        members, "submit", lambda run, wanted, subfolder="members": fake_training.extend(wanted) or wanted
+    )
     monkeypatch.setattr(members, "watch", lambda job: None)
     monkeypatch.setattr(
         members, "collect", lambda job: [{"member": m.id, "validation_implicit_accuracy": 0.6} for m in job]
@@ -180,7 +191,9 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
         waited.append(seconds)
         study.tell(theirs.number, 0.7)  # the other machine ends its trial
 
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep}))  # threads of other tests sleep too
+    monkeypatch.setattr(
+        sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep})
+    )  # threads of other tests sleep too
     found = sweep.search(run, tmp_path / "sweep")
     done = sweep.searched(found)
     assert len(done) == 6
@@ -257,10 +270,16 @@ def postgresql(tmp_path_factory):
     shutil.chown(folder / "password", "postgres")
 
     def call(*command):
-        subprocess.run(command, user="postgres", check=True, capture_output=True, cwd=folder, env={"PATH": os.environ["PATH"]})
+        subprocess.run(
+            command, user="postgres", check=True, capture_output=True, cwd=folder, env={"PATH": os.environ["PATH"]}
+        )
 
-    call(binaries / "initdb", "-D", folder / "data", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "-U", "me")
-    call(binaries / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder}", "start")
+    call(
+        binaries / "initdb", "-D", folder / "data", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "-U", "me"
+    )
+    call(
+        binaries / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder}", "start"
+    )
     yield f"postgresql://me:${{env.DB_PASSWORD}}@127.0.0.1:{port}/postgres"
     call(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
     shutil.rmtree(folder)
@@ -338,7 +357,14 @@ def test_a_diverged_seed_counts_as_the_worst_and_not_as_absent(tiny):
     records = [
         {"member": "steady-s1", "cell": "steady", "seed": 1, **good},
         {"member": "steady-s2", "cell": "steady", "seed": 2, **good},
-        {"member": "wild-s1", "cell": "wild", "seed": 1, **good, "validation_implicit_accuracy": 0.65, "oracle_score": 9.0},
+        {
+            "member": "wild-s1",
+            "cell": "wild",
+            "seed": 1,
+            **good,
+            "validation_implicit_accuracy": 0.65,
+            "oracle_score": 9.0,
+        },
         {"member": "wild-s2", "cell": "wild", "seed": 2, "status": "diverged"},
     ]
     assert runs.summary(run, records)["chosen_cell"] == "steady"

@@ -29,8 +29,16 @@ def test_tensorboard_gets_every_step(tiny, tmp_path):
     if not (shared / "complete.json").exists():
         partial = shared.with_name(shared.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        work.prepare({"config": config.dump(run), "study": run.study, "scale": run.scale, "mode": run.mode,
-                      "final": str(shared), "folder": str(partial)})
+        work.prepare(
+            {
+                "config": config.dump(run),
+                "study": run.study,
+                "scale": run.scale,
+                "mode": run.mode,
+                "final": str(shared),
+                "folder": str(partial),
+            }
+        )
     work.study_module(run.study).train(member, folder, shared)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -56,9 +64,22 @@ def test_tensorboard_gets_every_step_of_iw_lora(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     history = []
     trainer.train_rows(
-        deberta(), rows(), Training(max_steps=4, batch_size=8, learning_rate=1e-3), steps=4, warmup=0, every=2, pad=0,
-        term=None, seed=3, folder=tmp_path, identity="t", on_record=history.append, on_timing=lambda _: None,
-        on_evaluate=lambda _: {"tuning_accuracy": 0.5}, report_to=["tensorboard"])
+        deberta(),
+        rows(),
+        Training(max_steps=4, batch_size=8, learning_rate=1e-3),
+        steps=4,
+        warmup=0,
+        every=2,
+        pad=0,
+        term=None,
+        seed=3,
+        folder=tmp_path,
+        identity="t",
+        on_record=history.append,
+        on_timing=lambda _: None,
+        on_evaluate=lambda _: {"tuning_accuracy": 0.5},
+        report_to=["tensorboard"],
+    )
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = {row["step"]: row["loss"] for row in history if "loss" in row}
     assert {e.step: e.value for e in written.Scalars("train/loss")} == pytest.approx(losses, rel=1e-6)
@@ -69,11 +90,14 @@ def test_a_trial_reports_to_none(tiny, tmp_path):
     assert trackers.names(config.trial(tiny(**TRACKED)), tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "what", "mend"), [
-    ("swanlab", "needs the package swanlab, which is not installed", "pip install swanlab"),
-    ("tensorbord", "no tracker of transformers", "did you mean tensorboard?"),
-    ("wandb", "mirrored from the record", "wandb.mode: online"),
-])
+@pytest.mark.parametrize(
+    ("name", "what", "mend"),
+    [
+        ("swanlab", "needs the package swanlab, which is not installed", "pip install swanlab"),
+        ("tensorbord", "no tracker of transformers", "did you mean tensorboard?"),
+        ("wandb", "mirrored from the record", "wandb.mode: online"),
+    ],
+)
 def test_what_is_refused(tiny, name, what, mend):
     (found,) = [f for f in config.check(tiny(wandb={"report_to": [name]})) if f.key == "wandb.report_to"]
     assert found.level == "error"

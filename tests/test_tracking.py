@@ -1,4 +1,5 @@
-"""W&B against a server on the loopback interface: live, dead, dying, slow, malformed, killed; and what comes back from it."""
+"""W&B against a server on the loopback interface: live, dead, dying, slow, malformed, killed; and what comes back from
+it."""
 
 import json
 import os
@@ -38,9 +39,16 @@ def use(monkeypatch, url, tmp_path):
     """This process and those it starts talk to `url`, with a key, and know nothing of the user's own W&B settings."""
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
-                        "WANDB_CONFIG_DIR": str(tmp_path / "c"), "WANDB_CACHE_DIR": str(tmp_path / "c"),
-                        "NETRC": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}.items():
+    for name, value in {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": KEY,
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_SILENT": "true",
+        "WANDB_CONFIG_DIR": str(tmp_path / "c"),
+        "WANDB_CACHE_DIR": str(tmp_path / "c"),
+        "NETRC": str(tmp_path / "none"),
+        "PYTHONPATH": str(ROOT),
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -57,14 +65,31 @@ def run(tmp_path):
 
 
 def begun(tmp_path, run_id="tiny", **changes):
-    made = config.load_run(write_yaml(tmp_path, run_id, **changes), study="td_dpo", scale="laptop", mode="full",
-                           results_dir=tmp_path / "outputs" / "laptop-full" / "td_dpo")
+    made = config.load_run(
+        write_yaml(tmp_path, run_id, **changes),
+        study="td_dpo",
+        scale="laptop",
+        mode="full",
+        results_dir=tmp_path / "outputs" / "laptop-full" / "td_dpo",
+    )
     for member in config.members(made):
         folder = folder_of(made) / "members" / member.id
         folder.mkdir(parents=True)
-        record.write_json(folder / "member.json", {
-            "study": "td_dpo", "scale": "laptop", "mode": "full", "run_id": run_id, "member": member.id, "cell": member.cell,
-            "cell_name": member.cell_name, "seed": member.seed, "config": config.dump(member.run), "key": members.key(member)})
+        record.write_json(
+            folder / "member.json",
+            {
+                "study": "td_dpo",
+                "scale": "laptop",
+                "mode": "full",
+                "run_id": run_id,
+                "member": member.id,
+                "cell": member.cell,
+                "cell_name": member.cell_name,
+                "seed": member.seed,
+                "config": config.dump(member.run),
+                "key": members.key(member),
+            },
+        )
     runs.begin(made)
     status(made, "running")
     return made
@@ -94,8 +119,15 @@ def finished(run, steps=60):
 
 
 def conclude(run):
-    rows = [{"member": m.id, "cell": m.cell_name, "seed": m.seed,
-             **record.read_json(folder_of(run) / "members" / m.id / "metrics.json")} for m in config.members(run)]
+    rows = [
+        {
+            "member": m.id,
+            "cell": m.cell_name,
+            "seed": m.seed,
+            **record.read_json(folder_of(run) / "members" / m.id / "metrics.json"),
+        }
+        for m in config.members(run)
+    ]
     runs.finish(folder_of(run), runs.summary(run, rows), "n")
     status(run, "succeeded")
 
@@ -179,10 +211,17 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     assert [e.name for e in entries] == ["tiny--default-s1", "tiny--default-s2", "tiny"]
     sent = server.runs[entries[0].id]
     assert sent["group"] == "tiny"
-    assert set(sent["files"]) == {*entries[0].files, "config.yaml", "wandb-summary.json"}  # nothing of the machine or its user
-    assert len(server.rows(entries[0].id)) == 200  # none twice, though the record was cut back to a checkpoint and made again
-    assert {"1": "global_step"}.items() <= {k: m["1"] for m in json.loads(sent["config"])["_wandb"]["value"]["m"]
-                                             for k in ("1",) if "1" in m}.items()
+    assert set(sent["files"]) == {
+        *entries[0].files,
+        "config.yaml",
+        "wandb-summary.json",
+    }  # nothing of the machine or its user
+    assert (
+        len(server.rows(entries[0].id)) == 200
+    )  # none twice, though the record was cut back to a checkpoint and made again
+    assert {"1": "global_step"}.items() <= {
+        k: m["1"] for m in json.loads(sent["config"])["_wandb"]["value"]["m"] for k in ("1",) if "1" in m
+    }.items()
     final = server.runs["tiny--laptop"]
     assert json.loads(final["summary"])["oracle_score"] == pytest.approx(6.6)
     assert final["state"] == "finished"
@@ -205,13 +244,20 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
     assert snapshot(folder_of(run)) == before
     entry, sender = tracking.entries(folder_of(run))[0], wandb_sync.Sender(folder_of(run), 30)
     sent, predictions = server.runs[entry.id], "tiny/members/default-s1/predictions.jsonl"
-    for part, damage in {"history": lambda: sent["history"].pop(20), predictions: lambda: sent["files"].pop(predictions),
-                         "summary": lambda: sent.update(summary="{}"), "state": lambda: sent.update(state="crashed"),
-                         "config": lambda: sent.update(config="{}")}.items():
+    for part, damage in {
+        "history": lambda: sent["history"].pop(20),
+        predictions: lambda: sent["files"].pop(predictions),
+        "summary": lambda: sent.update(summary="{}"),
+        "state": lambda: sent.update(state="crashed"),
+        "config": lambda: sent.update(config="{}"),
+    }.items():
         damage()
         assert sender.complete(entry) == part
         assert sender.complete(entry) == ""
-    assert sync("--run", "other") == (0, f"nothing to bring up to date: no finished member in {outputs / 'laptop-full'}\n")
+    assert sync("--run", "other") == (
+        0,
+        f"nothing to bring up to date: no finished member in {outputs / 'laptop-full'}\n",
+    )
 
 
 # ---- the way back
@@ -220,22 +266,38 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
 def study(tmp_path, seeds=(42, 43, 44)):
     """Two runs of the TD-DPO study, of which its claims C3 and C5 can be judged, with made scores in their records."""
     made = []
-    for run_id, loss, shift in (("dpo", {"name": "dpo", "beta": 0.05}, 0.0),
-                                ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0}, 0.02)):
-        run = begun(tmp_path, run_id, method=run_id, loss=loss, seed_list=list(seeds),
-                    role="proposed" if shift else "comparative")
+    for run_id, loss, shift in (
+        ("dpo", {"name": "dpo", "beta": 0.05}, 0.0),
+        ("td_dpo", {"name": "td_dpo", "beta": 0.05, "tau": 1.0}, 0.02),
+    ):
+        run = begun(
+            tmp_path,
+            run_id,
+            method=run_id,
+            loss=loss,
+            seed_list=list(seeds),
+            role="proposed" if shift else "comparative",
+        )
         for member in config.members(run):
             folder, random = folder_of(run) / "members" / member.id, np.random.default_rng(member.seed)
             for step in range(1, 6):
                 record.append_jsonl(folder / "history.jsonl", wandb_member.row(member.seed, step))
             scores = 6 + shift + random.normal(0, 1, 80)
-            answers = [{"kind": "answer", "question": q, "category": "c", "turn": t, "score": s + 0.1 * t, "text": "ü"}
-                       for q, s in enumerate(scores) for t in (1, 2)]
-            pairs = [{"kind": "pair", "split": "test", "pair": i, "rho": x} for i, x in enumerate(random.normal(0, 1, 20))]
+            answers = [
+                {"kind": "answer", "question": q, "category": "c", "turn": t, "score": s + 0.1 * t, "text": "ü"}
+                for q, s in enumerate(scores)
+                for t in (1, 2)
+            ]
+            pairs = [
+                {"kind": "pair", "split": "test", "pair": i, "rho": x} for i, x in enumerate(random.normal(0, 1, 20))
+            ]
             record.write_json(folder / "adapters.json", {"rank": member.seed})
-            wandb_member.finish(folder, record.read_json(folder / "member.json"),
-                                {"status": "completed", "oracle_score": scores.mean(), "validation_implicit_accuracy": 0.6},
-                                answers + pairs)
+            wandb_member.finish(
+                folder,
+                record.read_json(folder / "member.json"),
+                {"status": "completed", "oracle_score": scores.mean(), "validation_implicit_accuracy": 0.6},
+                answers + pairs,
+            )
         times = [{"seed": s, "seconds": 0.1 + i % 3 / 1e4, "seconds_baseline": 0.1} for i in range(40) for s in seeds]
         record.write_jsonl(folder_of(run) / "step_cost.jsonl", times if shift else [])
         conclude(run)
@@ -248,10 +310,13 @@ def judged(results, planned):
     loaded = record.load(results, [m for run in planned for m in config.members(run)])
     published = claim_types.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
     rows = tables.question_scores(loaded, tables.judged(planned, loaded))
-    verdict = claims.evaluate(published, rows, scale="laptop", mode="full", draws=500,
-                              members=tables.all_members(loaded), costs=loaded.costs)
-    frames = {name: getattr(loaded, name).drop(columns="folder", errors="ignore")
-              for name in ("members", "history", "answers", "pairs", "costs")}
+    verdict = claims.evaluate(
+        published, rows, scale="laptop", mode="full", draws=500, members=tables.all_members(loaded), costs=loaded.costs
+    )
+    frames = {
+        name: getattr(loaded, name).drop(columns="folder", errors="ignore")
+        for name in ("members", "history", "answers", "pairs", "costs")
+    }
     return frames, verdicts.to_json(verdict), aggregate.aggregated("td_dpo", results)
 
 
@@ -307,9 +372,13 @@ def test_a_forced_attempt_is_another_run_and_the_first_stays(server, run, output
     finished(run, 7)
     assert synced(run) == 0
     assert not set(first.values()) - {"tiny--laptop"} & {e.id for e in tracking.entries(folder_of(run))}
-    assert {name: (list(r["history"]), r["summary"]) for name, r in server.runs.items() if name in published} == published
+    assert {
+        name: (list(r["history"]), r["summary"]) for name, r in server.runs.items() if name in published
+    } == published
     assert len(server.runs) == 6
-    back = wandb_read.fetch(outputs / "back", study="td_dpo", scale="laptop", entity=ENTITY, project=PROJECT, run_ids=["tiny"])
+    back = wandb_read.fetch(
+        outputs / "back", study="td_dpo", scale="laptop", entity=ENTITY, project=PROJECT, run_ids=["tiny"]
+    )
     assert {len(record.read_jsonl(p)) for p in back.glob("tiny/members/*/history.jsonl")} == {7}
 
 
@@ -350,7 +419,9 @@ def test_a_missing_key_is_named_with_its_mend(server, run, outputs, monkeypatch)
 def test_no_key_stops_an_online_run_before_it_starts(tmp_path, monkeypatch, capsys):
     use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.delenv("WANDB_API_KEY")
-    assert cli.main(["full", "--scale", "laptop", "--study", "td_dpo", "--run", "dpo", "--set", "wandb.mode=online"]) == 3
+    assert (
+        cli.main(["full", "--scale", "laptop", "--study", "td_dpo", "--run", "dpo", "--set", "wandb.mode=online"]) == 3
+    )
     said = capsys.readouterr().err
     assert "wandb login" in said
     assert "nothing was started" in said
@@ -368,7 +439,9 @@ def test_a_disabled_run_is_left_out_of_sync(server, tmp_path, outputs):
 def test_killed_at_step_700_of_1500(server, run, outputs):
     first = folder_of(run) / "members" / config.members(run)[0].id
     mirrors = follow(run)
-    writer = subprocess.Popen([sys.executable, "-m", "tests.wandb_member", str(first), "1500", "0", "700", "0.001"], cwd=ROOT)
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "tests.wandb_member", str(first), "1500", "0", "700", "0.001"], cwd=ROOT
+    )
     until(lambda: server.received() >= 699, process=writer)
     writer.kill()
     assert writer.wait() == -signal.SIGKILL
@@ -408,7 +481,9 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
 
 def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     seen, folder = [], folder_of(run)
-    step = plan.Step("train", "td_dpo", "tiny", folder, folder, {"mode": "full", "scale": "laptop"}, "key", "never run", run)
+    step = plan.Step(
+        "train", "td_dpo", "tiny", folder, folder, {"mode": "full", "scale": "laptop"}, "key", "never run", run
+    )
 
     def execute(*_):
         seen.append("executed")
@@ -416,8 +491,12 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
 
     mine = runner.Runner([step], 1)
     mine.ensure_pool = lambda: None
-    mine.mirrors = SimpleNamespace(**{name: lambda *given, name=name: seen.append((name, *given, tracking.over(folder)))
-                                      for name in ("begin", "end")})
+    mine.mirrors = SimpleNamespace(
+        **{
+            name: lambda *given, name=name: seen.append((name, *given, tracking.over(folder)))
+            for name in ("begin", "end")
+        }
+    )
     monkeypatch.setattr(runner, "execute_notebook", execute)
     monkeypatch.setattr(runner, "check_success", lambda *_: None)
     monkeypatch.setattr(runner.report, "notebook_html", lambda *_, **__: None)
@@ -426,7 +505,9 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "does", "late"), [("offline", "sleep 1", False), ("online", "sleep 3600", True)])
-def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(tmp_path, monkeypatch, capsys, mode, does, late):
+def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(
+    tmp_path, monkeypatch, capsys, mode, does, late
+):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nexec {does}\n")
     program.chmod(0o755)
@@ -480,8 +561,10 @@ def test_dying_in_mid_run(server, run, outputs):
     assert differences(run) == {}
 
 
-@pytest.mark.parametrize("how", ["not_json", *(pytest.param(how, marks=pytest.mark.slow)
-                                               for how in ("wrong_types", "error", "empty", "cut_off"))])
+@pytest.mark.parametrize(
+    "how",
+    ["not_json", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wrong_types", "error", "empty", "cut_off"))],
+)
 def test_a_server_that_answers_nonsense(server, run, how, outputs):
     server.fault = how
     mirrors = follow(run)

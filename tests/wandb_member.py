@@ -17,14 +17,21 @@ CHECKPOINT = 300  # steps
 
 def row(seed: int, step: int) -> dict:
     """Numbers of every kind that a history holds: tiny, huge, negative, whole."""
-    return {"step": step, "epoch": step / 100, "loss": math.exp(-step / 300) + seed / 7,
-            "learning_rate": 1e-5 * (1 - step / 2000), "tiny": 1e-300 * step, "huge": 1e22 * step,
-            "margin": -0.1 * step, "tokens": 10_000_019 * step}
+    return {
+        "step": step,
+        "epoch": step / 100,
+        "loss": math.exp(-step / 300) + seed / 7,
+        "learning_rate": 1e-5 * (1 - step / 2000),
+        "tiny": 1e-300 * step,
+        "huge": 1e22 * step,
+        "margin": -0.1 * step,
+        "tokens": 10_000_019 * step,
+    }
 
 
-def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
-          noise: float = 0.0) -> None:
-    """Write history.jsonl to `steps`, from the last checkpoint where there is one, then predictions, metrics and sentinel."""
+def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None, noise: float = 0.0) -> None:
+    """Write history.jsonl to `steps`, from the last checkpoint where there is one, then predictions, metrics and
+    sentinel."""
     spec = record.read_json(folder / "member.json")
     done = record.read_json(folder / "checkpoint.json", {}).get("step", 0)
     kept = [row for row in record.read_jsonl(folder / "history.jsonl") if row["step"] <= done]
@@ -45,14 +52,35 @@ def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
 
 def finish(folder: Path, spec: dict, metrics: dict | None = None, predictions: list | None = None) -> None:
     (folder / "checkpoint.json").unlink(missing_ok=True)
-    record.write_jsonl(folder / "predictions.jsonl", predictions or [
-        {"kind": "answer", "question": q, "category": "c", "turn": 1, "score": 5 + 0.1 * q + spec["seed"] / 3, "text": "ü < >"}
-        for q in range(4)])
-    record.write_json(folder / "metrics.json", metrics or {
-        "status": "completed", "oracle_score": 6.1 + spec["seed"] / 3, "validation_implicit_accuracy": 0.5,
-        "diverged_at": None})
-    record.write_json(folder / "done.json", {"run_id": spec["run_id"], "member": spec["member"], "status": "completed",
-                                             "key": spec["key"], "nonce": "n"})
+    record.write_jsonl(
+        folder / "predictions.jsonl",
+        predictions
+        or [
+            {
+                "kind": "answer",
+                "question": q,
+                "category": "c",
+                "turn": 1,
+                "score": 5 + 0.1 * q + spec["seed"] / 3,
+                "text": "ü < >",
+            }
+            for q in range(4)
+        ],
+    )
+    record.write_json(
+        folder / "metrics.json",
+        metrics
+        or {
+            "status": "completed",
+            "oracle_score": 6.1 + spec["seed"] / 3,
+            "validation_implicit_accuracy": 0.5,
+            "diverged_at": None,
+        },
+    )
+    record.write_json(
+        folder / "done.json",
+        {"run_id": spec["run_id"], "member": spec["member"], "status": "completed", "key": spec["key"], "nonce": "n"},
+    )
 
 
 if __name__ == "__main__":

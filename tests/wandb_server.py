@@ -1,5 +1,6 @@
-"""A W&B server on the loopback interface, as far as wandb 0.31.0's client and its core process ask: GraphQL, file stream, file
-upload and download. It keeps what it is sent in memory, and can be told to misbehave in the ways that servers do.
+"""A W&B server on the loopback interface, as far as wandb 0.31.0's client and its core process ask: GraphQL, file
+stream, file upload and download. It keeps what it is sent in memory, and can be told to misbehave in the ways that
+servers do.
 
     with serve() as server: ...       server.url, server.runs, server.requests; server.fault = "slow" | "malformed" | …
 """
@@ -18,15 +19,20 @@ ENTITY = "team"
 KEY = "f00d" * 10  # the form of a key: 40 hexadecimal digits
 FEATURES: tuple[str, ...] = ()
 # Replies that no server should send, whatever was asked.
-MALFORMED = {"not_json": b"<html>gateway</html>", "wrong_types": b'{"data": {"viewer": 7, "model": [1], "project": "x"}}',
-             "empty": b"", "cut_off": b'{"data": {"viewer": {"id": "V'}
+MALFORMED = {
+    "not_json": b"<html>gateway</html>",
+    "wrong_types": b'{"data": {"viewer": 7, "model": [1], "project": "x"}}',
+    "empty": b"",
+    "cut_off": b'{"data": {"viewer": {"id": "V',
+}
 # The one found that ends wandb-core 0.31.0 (a nil pointer where it saves a run's files): {operation: reply}.
 CORE_CRASH = {"CreateRunFiles": b'{"data": {"createRunFiles": null}}'}
 
 
 class Server(ThreadingHTTPServer):
-    """`fault`: None, "refuse" (the connection is cut), "slow" (each reply takes `delay` seconds), "error" (HTTP 500), or a
-    name in MALFORMED; `fault_from`: the number of history rows after which it begins; `answers`: {operation: its reply}."""
+    """`fault`: None, "refuse" (the connection is cut), "slow" (each reply takes `delay` seconds), "error" (HTTP 500),
+    or a name in MALFORMED; `fault_from`: the number of history rows after which it begins; `answers`: {operation: its
+    reply}."""
 
     daemon_threads, allow_reuse_address = True, True
     request_queue_size = 128
@@ -142,14 +148,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         _, _, run, name = urlparse(self.path).path.split("/", 3)
         content = self.server.runs.get(unquote(run), {}).get("files", {}).get(unquote(name))
-        self.reply(content if content is not None else b"{}", 200 if content is not None else 404, "application/octet-stream")
+        self.reply(
+            content if content is not None else b"{}", 200 if content is not None else 404, "application/octet-stream"
+        )
 
 
 def stream(run: dict, sent: dict) -> None:
     """One request of the file stream: rows at their offset, the summary, and whether the run has ended."""
     for name, part in (sent.get("files") or {}).items():
         if name == "wandb-history.jsonl":
-            run["history"][part["offset"]:] = part["content"]
+            run["history"][part["offset"] :] = part["content"]
         elif name == "wandb-summary.json":
             run["summary"] = part["content"][-1]
     if sent.get("complete"):
@@ -157,19 +165,45 @@ def stream(run: dict, sent: dict) -> None:
 
 
 def new_run(name: str, project: str) -> dict:
-    return {"name": name, "id": base64.b64encode(f"Run:v1:{name}:{project}".encode()).decode(), "project": project,
-            "config": "{}", "summary": "{}", "history": [], "files": {}, "state": "running", "group": None, "displayName": name,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "name": name,
+        "id": base64.b64encode(f"Run:v1:{name}:{project}".encode()).decode(),
+        "project": project,
+        "config": "{}",
+        "summary": "{}",
+        "history": [],
+        "files": {},
+        "state": "running",
+        "group": None,
+        "displayName": name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def described(server: Server, run: dict) -> dict:
     """A run as the public API's RunFragment asks for it."""
     return {
-        "id": run["id"], "projectId": "1", "tags": [], "name": run["name"], "displayName": run["displayName"],
-        "sweepName": None, "state": run["state"], "config": run["config"], "group": run["group"], "jobType": None,
-        "commit": None, "readOnly": False, "createdAt": run["created"], "heartbeatAt": run["created"], "description": "",
-        "notes": "", "systemMetrics": "{}", "summaryMetrics": run["summary"], "historyLineCount": len(run["history"]),
-        "user": {"name": "U", "username": "u"}, "historyKeys": {"lastStep": last_step(run)},
+        "id": run["id"],
+        "projectId": "1",
+        "tags": [],
+        "name": run["name"],
+        "displayName": run["displayName"],
+        "sweepName": None,
+        "state": run["state"],
+        "config": run["config"],
+        "group": run["group"],
+        "jobType": None,
+        "commit": None,
+        "readOnly": False,
+        "createdAt": run["created"],
+        "heartbeatAt": run["created"],
+        "description": "",
+        "notes": "",
+        "systemMetrics": "{}",
+        "summaryMetrics": run["summary"],
+        "historyLineCount": len(run["history"]),
+        "user": {"name": "U", "username": "u"},
+        "historyKeys": {"lastStep": last_step(run)},
     }
 
 
@@ -180,8 +214,16 @@ def address(server: Server, run: dict, name: str) -> str:
 def stored(server: Server, run: dict, name: str) -> dict:
     """A file as the public API's RunFilesFragment asks for it."""
     content, url = run["files"][name], address(server, run, name)
-    return {"id": name, "name": name, "url": url, "directUrl": url, "sizeBytes": str(len(content)), "mimetype": "",
-            "updatedAt": run["created"], "md5": base64.b64encode(hashlib.md5(content).digest()).decode()}
+    return {
+        "id": name,
+        "name": name,
+        "url": url,
+        "directUrl": url,
+        "sizeBytes": str(len(content)),
+        "mimetype": "",
+        "updatedAt": run["created"],
+        "md5": base64.b64encode(hashlib.md5(content).digest()).decode(),
+    }
 
 
 def paged(edges: list[dict], after: str | None, size: int) -> tuple[list[dict], dict]:
@@ -199,21 +241,49 @@ def graphql(server: Server, name: str, query: str, given: dict) -> dict:
     """The data of one operation."""
     run = server.runs.get(given.get("name") or given.get("run") or given.get("runName") or "")
     if name == "Viewer" or "viewer" in query:
-        return {"data": {"viewer": {"id": "V", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "admin": False,
-                                    "teams": {"edges": [{"node": {"name": ENTITY}}]}}}}
+        return {
+            "data": {
+                "viewer": {
+                    "id": "V",
+                    "entity": ENTITY,
+                    "username": "u",
+                    "email": "",
+                    "flags": "{}",
+                    "admin": False,
+                    "teams": {"edges": [{"node": {"name": ENTITY}}]},
+                }
+            }
+        }
     if name == "ServerFeaturesQuery":
         return {"data": {"serverInfo": {"features": [{"name": f, "isEnabled": True} for f in FEATURES]}}}
     if name == "UpsertBucket":
         return upsert(server, given)
     if name == "RunResumeStatus":
         bucket = run and {
-            "id": run["id"], "name": run["name"], "summaryMetrics": run["summary"], "displayName": run["displayName"],
-            "logLineCount": 0, "historyLineCount": len(run["history"]), "eventsLineCount": 0,
-            "historyTail": json.dumps(run["history"][-1:]), "eventsTail": "[]", "config": run["config"], "tags": [],
-            "notes": "", "wandbConfig": '{"t": 1}',
+            "id": run["id"],
+            "name": run["name"],
+            "summaryMetrics": run["summary"],
+            "displayName": run["displayName"],
+            "logLineCount": 0,
+            "historyLineCount": len(run["history"]),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps(run["history"][-1:]),
+            "eventsTail": "[]",
+            "config": run["config"],
+            "tags": [],
+            "notes": "",
+            "wandbConfig": '{"t": 1}',
         }
-        return {"data": {"model": {"id": "P", "name": given.get("project"), "entity": {"id": "E", "name": ENTITY},
-                                   "bucket": bucket}}}
+        return {
+            "data": {
+                "model": {
+                    "id": "P",
+                    "name": given.get("project"),
+                    "entity": {"id": "E", "name": ENTITY},
+                    "bucket": bucket,
+                }
+            }
+        }
     if name == "CreateRunFiles":
         files = [{"name": f, "uploadUrl": address(server, run, f)} for f in given["files"]]
         return {"data": {"createRunFiles": {"runID": run["id"], "uploadHeaders": [], "files": files}}}
@@ -223,15 +293,29 @@ def graphql(server: Server, name: str, query: str, given: dict) -> dict:
         wanted = given.get("fileNames") or list(run["files"])
         edges = [{"cursor": f, "node": stored(server, run, f)} for f in sorted(run["files"]) if f in wanted]
         files, page = paged(edges, given.get("fileCursor"), given.get("fileLimit") or 50)
-        return {"data": {"project": {"internalId": "1", "run": {"fileCount": len(edges), "files": {
-            "edges": files, "pageInfo": page}}}}}
+        return {
+            "data": {
+                "project": {
+                    "internalId": "1",
+                    "run": {"fileCount": len(edges), "files": {"edges": files, "pageInfo": page}},
+                }
+            }
+        }
     if name == "Runs":
         group = json.loads(given["filters"])["group"]
         mine = sorted((r for r in server.runs.values() if r["group"] == group), key=lambda r: (r["created"], r["name"]))
         edges = [{"cursor": r["name"], "node": described(server, r)} for r in mine]
         runs, page = paged(edges, given.get("cursor"), given.get("perPage") or 50)
-        return {"data": {"project": {"internalId": "1", "runCount": len(edges), "readOnly": False, "runs": {
-            "edges": runs, "pageInfo": page}}}}
+        return {
+            "data": {
+                "project": {
+                    "internalId": "1",
+                    "runCount": len(edges),
+                    "readOnly": False,
+                    "runs": {"edges": runs, "pageInfo": page},
+                }
+            }
+        }
     if name == "RunHistoryKeys":
         return {"data": {"project": {"run": {"historyKeys": {"lastStep": last_step(run), "sets": [], "keys": {}}}}}}
     if name == "HistoryPage":
@@ -248,13 +332,24 @@ def upsert(server: Server, given: dict) -> dict:
     inserted = run is None
     if inserted:
         run = server.runs[given["name"]] = new_run(given["name"], given.get("project") or "uncategorized")
-    for key, value in (("config", given.get("config")), ("group", given.get("groupName")), ("state", given.get("state")),
-                       ("displayName", given.get("displayName")), ("summary", given.get("summaryMetrics"))):
+    for key, value in (
+        ("config", given.get("config")),
+        ("group", given.get("groupName")),
+        ("state", given.get("state")),
+        ("displayName", given.get("displayName")),
+        ("summary", given.get("summaryMetrics")),
+    ):
         if value:
             run[key] = value
     project = {"id": "P", "name": run["project"], "entity": {"id": "E", "name": ENTITY}}
-    return {"data": {"upsertBucket": {"inserted": inserted, "bucket": {
-        **described(server, run), "project": project, "historyLineCount": len(run["history"])}}}}
+    return {
+        "data": {
+            "upsertBucket": {
+                "inserted": inserted,
+                "bucket": {**described(server, run), "project": project, "historyLineCount": len(run["history"])},
+            }
+        }
+    }
 
 
 if __name__ == "__main__":  # to try things by hand: python -m tests.wandb_server 8090

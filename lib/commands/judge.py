@@ -1,7 +1,8 @@
 """The command `judge`: members' saved answers graded, the cost told before anything is sent and recorded afterwards.
 
-A study whose answers a judge grades has lib/<study>/grading.py (due, read, gather, finish; see lib/td_dpo/grading.py) and
-lib/<study>/judging.py, which asks the endpoint. Which judge, at which price, is in params/judge.yaml or in the options.
+A study whose answers a judge grades has lib/<study>/grading.py (due, read, gather, finish; see lib/td_dpo/grading.py)
+and lib/<study>/judging.py, which asks the endpoint. Which judge, at which price, is in params/judge.yaml or in the
+options.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def settings(options) -> Settings:
     if not model:
         raise StudyError("the judge", "no model named", "the name of the judge at its endpoint", "--model gpt-4")
     listed = found if model == found.get("model") else {}
-    price_in, price_out = (own or options.price or listed.get(name) for own, name in
-                           ((options.price_in, "price_in"), (options.price_out, "price_out")))
+    price_in, price_out = (
+        own or options.price or listed.get(name)
+        for own, name in ((options.price_in, "price_in"), (options.price_out, "price_out"))
+    )
     return Settings(str(model), price_in, price_out)
 
 
@@ -79,8 +82,8 @@ def command(options, roots: list[Path], wanted: set[tuple[str, str]] | None, out
 
 
 def judge(roots: list[Path], options, wanted: set[tuple[str, str]] | None) -> int:
-    """Grade what is ungraded in these folders of results (outputs/<scale>-full…). `wanted`: (study, run_id), None for all.
-    Exit code: 0 all are graded, 1 not all of them, 3 no key, endpoint or questions (nothing was sent)."""
+    """Grade what is ungraded in these folders of results (outputs/<scale>-full…). `wanted`: (study, run_id), None for
+    all. Exit code: 0 all are graded, 1 not all of them, 3 no key, endpoint or questions (nothing was sent)."""
     given = settings(options)
     found = [folder for root in roots if tracking.FROM not in root.name for folder in finished(root, options, wanted)]
     if not found:
@@ -90,8 +93,11 @@ def judge(roots: list[Path], options, wanted: set[tuple[str, str]] | None) -> in
         if not options.dry_run:
             for root in dict.fromkeys(folder.parents[3] for folder in found):
                 locks.enter_context(runner.locked(root))
-        jobs = [job for results in dict.fromkeys(folder.parents[2] for folder in found)
-                if (job := _job(results, [f for f in found if f.parents[2] == results], given, options))]
+        jobs = [
+            job
+            for results in dict.fromkeys(folder.parents[2] for folder in found)
+            if (job := _job(results, [f for f in found if f.parents[2] == results], given, options))
+        ]
         code = max((1 for job in jobs if job.unsaved), default=0)
         if options.dry_run:
             return code
@@ -108,11 +114,19 @@ def finished(root: Path, options, wanted: set | None) -> list[Path]:
     found = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
         folder, run, study = done.parent, done.parents[2].name, done.parents[3].name
-        if (study not in config.studies() or not wants(options, run)
-                or options.study and study not in options.study or wanted is not None and (study, run) not in wanted):
+        if (
+            study not in config.studies()
+            or not wants(options, run)
+            or options.study
+            and study not in options.study
+            or wanted is not None
+            and (study, run) not in wanted
+        ):
             continue
         grading, spec = part(study, "grading"), record.read_json(folder / "member.json")
-        completed = (record.read_json(done) or {}).get("status") == "completed"  # a diverged one has no answers to grade
+        completed = (record.read_json(done) or {}).get(
+            "status"
+        ) == "completed"  # a diverged one has no answers to grade
         if grading and spec and completed and grading.expects(spec):
             found.append(folder)
     return found
@@ -137,15 +151,21 @@ def _job(results: Path, folders: list[Path], given: Settings, options) -> Job:
     reasons = {folder: reason for folder in saved if (reason := grading.due(folder, given.model))}
     name = f"{results.parent.name}/{study}"
     why = ", ".join(sorted(set(reasons.values()) - {"not graded"}))
-    print(f"{name}: {len(saved)} members with answers, {len(saved) - len(reasons)} graded by {given.model}, "
-          f"{len(reasons)} to grade" + (f" ({why})" if why else ""))
+    print(
+        f"{name}: {len(saved)} members with answers, {len(saved) - len(reasons)} graded by {given.model}, "
+        f"{len(reasons)} to grade" + (f" ({why})" if why else "")
+    )
     if unsaved := len(folders) - len(saved):
-        print(f"{name}: {unsaved} members saved no answers (trained without evaluation.mt_bench): train them again with it")
+        print(
+            f"{name}: {unsaved} members saved no answers (trained without evaluation.mt_bench): train them again with it"
+        )
     if reasons and not options.dry_run:
         judging.endpoint()  # before the long work of looking at what is to be asked
     asked = grading.read(reasons, given.model, options.data)
     grading.gather(saved if reasons and not options.dry_run else (), given.cache)
-    before = judging.cost([row for rows in asked.values() for row in rows], judging.load_cache(given.cache), *given.prices)
+    before = judging.cost(
+        [row for rows in asked.values() for row in rows], judging.load_cache(given.cache), *given.prices
+    )
     if reasons:
         print(f"{name}: {judging.told(before)}", flush=True)
     return Job(results, asked, unsaved, before, grading, judging)
@@ -157,18 +177,27 @@ def _grade(job: Job, given: Settings, options) -> int:
         return 0
     at_first, started, failed = job.judging.load_cache(given.cache), time.time(), None
     try:
-        job.judging.grade_requests([row for rows in job.asked.values() for row in rows], given.model, given.cache,
-                                   workers=options.workers, on_graded=told_now_and_then())
+        job.judging.grade_requests(
+            [row for rows in job.asked.values() for row in rows],
+            given.model,
+            given.cache,
+            workers=options.workers,
+            on_graded=told_now_and_then(),
+        )
     except (StudyError, KeyboardInterrupt) as error:
         failed = error
     kept = job.judging.load_cache(given.cache)
-    made = {folder: job.grading.finish(folder, rows, kept, given.cache, given.model, given.prices)
-            for folder, rows in job.asked.items()
-            if failed is None or all(job.judging.settled(kept, row["key"]) for row in rows)}
+    made = {
+        folder: job.grading.finish(folder, rows, kept, given.cache, given.model, given.prices)
+        for folder, rows in job.asked.items()
+        if failed is None or all(job.judging.settled(kept, row["key"]) for row in rows)
+    }
     _log(job, given, at_first, kept, started, failed)
     refused = sum(one["refused"] for one in made.values())
-    print(f"{job.results.name}: {len(made)} of {len(job.asked)} members graded; "
-          f"{sum(one['unparsed'] for one in made.values())} answers without a grade, {refused} of these refused")
+    print(
+        f"{job.results.name}: {len(made)} of {len(job.asked)} members graded; "
+        f"{sum(one['unparsed'] for one in made.values())} answers without a grade, {refused} of these refused"
+    )
     if made:
         bring_up_to_date(job.results, list(made), options)
     if isinstance(failed, KeyboardInterrupt):
@@ -191,18 +220,35 @@ def told_now_and_then():
 
 
 def _log(job: Job, given: Settings, at_first: dict, kept: dict, started: float, failed: BaseException | None) -> None:
-    """What this call took, on paper and on the screen: counted by the endpoint, or estimated where it counts nothing."""
+    """What this call took, on paper and on the screen: counted by the endpoint, or estimated where it counts
+    nothing."""
     mine = {row["key"] for rows in job.asked.values() for row in rows}
-    spent = {name: sum(kept[key][name] - at_first.get(key, {}).get(name, 0) for key in mine if key in kept)
-             for name in job.judging.COUNTED}
+    spent = {
+        name: sum(kept[key][name] - at_first.get(key, {}).get(name, 0) for key in mine if key in kept)
+        for name in job.judging.COUNTED
+    }
     cost = job.judging.price(spent["prompt_tokens"], spent["completion_tokens"], *given.prices)
     (job.results / "comparison").mkdir(exist_ok=True)
-    record.append_jsonl(job.results / "comparison" / LOG, {
-        "model": given.model, "endpoint": job.judging.host(job.judging.endpoint()[0]), "started": started,
-        "seconds": round(time.time() - started, 1), "members": len(job.asked), "told_before": job.before, "spent": spent,
-        "cost": cost, "prices_per_million": given.prices, "ended": "completed" if failed is None else type(failed).__name__})
-    print(f"{job.results.name}: {spent['calls']} calls, {spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply "
-          f"tokens, {'cost unknown' if cost is None else f'{cost:.2f} in all'}", flush=True)
+    record.append_jsonl(
+        job.results / "comparison" / LOG,
+        {
+            "model": given.model,
+            "endpoint": job.judging.host(job.judging.endpoint()[0]),
+            "started": started,
+            "seconds": round(time.time() - started, 1),
+            "members": len(job.asked),
+            "told_before": job.before,
+            "spent": spent,
+            "cost": cost,
+            "prices_per_million": given.prices,
+            "ended": "completed" if failed is None else type(failed).__name__,
+        },
+    )
+    print(
+        f"{job.results.name}: {spent['calls']} calls, {spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply "
+        f"tokens, {'cost unknown' if cost is None else f'{cost:.2f} in all'}",
+        flush=True,
+    )
 
 
 def bring_up_to_date(results: Path, folders: list[Path], options) -> None:

@@ -1,6 +1,8 @@
-"""JupyterLab as a reader of the studies wants it: start_here open, the table of contents beside it, nothing from the net.
+"""JupyterLab as a reader of the studies wants it: start_here open, the table of contents beside it, nothing from the
+net.
 
-What the reader opens and moves is kept in a workspace of its own; JupyterLab's settings and other workspaces are left alone.
+What the reader opens and moves is kept in a workspace of its own; JupyterLab's settings and other workspaces are left
+alone.
 """
 
 import json
@@ -31,8 +33,8 @@ def command(place: Path, more: list[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This environment's kernel and this checkout's `lib` come first, whatever else the machine has under their names; and
-    libraries do not tell in a notebook how they load."""
+    """This environment's kernel and this checkout's `lib` come first, whatever else the machine has under their names;
+    and libraries do not tell in a notebook how they load."""
     first = {"JUPYTER_PATH": Path(sys.prefix) / "share" / "jupyter", "PYTHONPATH": config.ROOT}
     first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
     quiet = {
@@ -44,8 +46,8 @@ def environment() -> dict[str, str]:
 
 
 def prepare(place: Path) -> None:
-    """Defaults, which the reader's own settings win over: not to ask whether news are wanted. On first use the workspace:
-    the table of contents open at the left of the notebook, in place of the list of files."""
+    """Defaults, which the reader's own settings win over: not to ask whether news are wanted. On first use the
+    workspace: the table of contents open at the left of the notebook, in place of the list of files."""
     from jupyterlab_server.workspaces_handler import WorkspacesManager
 
     record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})

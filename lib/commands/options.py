@@ -43,14 +43,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
     top.add_argument("--project", help="for sync and pull: the W&B project (default: the run's own)")
     top.add_argument("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
-    top.add_argument("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
-    top.add_argument("--price", type=positive, metavar="P", help="of a GPU (or else a core) an hour: `plan` gives the cost; "
-                     "for judge: of a million tokens")
+    top.add_argument(
+        "--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this"
+    )
+    top.add_argument(
+        "--price",
+        type=positive,
+        metavar="P",
+        help="of a GPU (or else a core) an hour: `plan` gives the cost; for judge: of a million tokens",
+    )
     grading = top.add_argument_group("for judge")
     grading.add_argument("--model", help="the judge at its endpoint, OPENAI_BASE_URL (default: params/judge.yaml)")
     grading.add_argument("--price-in", type=positive, metavar="P", help="of a million prompt tokens")
     grading.add_argument("--price-out", type=positive, metavar="P", help="of a million reply tokens")
-    grading.add_argument("--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with")
+    grading.add_argument(
+        "--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with"
+    )
     grading.add_argument("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
     grading.add_argument("--dry-run", action="store_true", help="say what it would take, and send nothing")
     grading.add_argument("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")

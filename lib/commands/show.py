@@ -62,9 +62,15 @@ def planned(steps: list, slots: int, root: Path, price: float | None = None) -> 
             own, disk = forecast.member_memory(step.run)[1], forecast.member_disk(step.run)
             memory, disk = size(own), size(None if disk is None else disk * step.members)
         seconds = "?" if step.unknown else progress.duration(step.seconds)
-        print(f"{step.title:34} {members:>8} {seconds:>10} {memory:>9} {disk:>9}  "
-              + (step.reason or "cached: its record stands"))
-        needs = [n for n in (step.run.model.name, step.run.dataset.name) if config.is_hub_id(n)] if step.kind == "train" else []
+        print(
+            f"{step.title:34} {members:>8} {seconds:>10} {memory:>9} {disk:>9}  "
+            + (step.reason or "cached: its record stands")
+        )
+        needs = (
+            [n for n in (step.run.model.name, step.run.dataset.name) if config.is_hub_id(n)]
+            if step.kind == "train"
+            else []
+        )
         if needs:
             print(f"{'':34} downloads: {', '.join(needs)}")
     if not steps:
@@ -73,11 +79,13 @@ def planned(steps: list, slots: int, root: Path, price: float | None = None) -> 
     folder = next(path for path in (root, *root.parents) if path.exists())
     device = f" ({size(found.device_memory_bytes)} on the GPU)" if found.device_memory_bytes else ""
     cost = "" if price is None else f", {found.cost(price):.2f} at {price:g} an hour"
-    print(f"\npredicted with {slots} members at a time: {progress.predicted(found)} of wall-clock, "
-          f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}\n"
-          f"memory {size(found.memory_bytes)}{device} of {size(psutil.virtual_memory().available)} available, "
-          f"disk {size(found.disk_bytes)} of {size(shutil.disk_usage(folder).free)} free\n"
-          "per run: seconds of all its members on one slot, memory of one member beside the pool's; ? until one was recorded")
+    print(
+        f"\npredicted with {slots} members at a time: {progress.predicted(found)} of wall-clock, "
+        f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}\n"
+        f"memory {size(found.memory_bytes)}{device} of {size(psutil.virtual_memory().available)} available, "
+        f"disk {size(found.disk_bytes)} of {size(shutil.disk_usage(folder).free)} free\n"
+        "per run: seconds of all its members on one slot, memory of one member beside the pool's; ? until one was recorded"
+    )
 
 
 def size(count: int | None) -> str:
@@ -106,9 +114,9 @@ def status(root: Path, studies: list[str] | None = None) -> int:
         if state.get("status") == "running" and not alive:
             state["status"], told = "interrupted", "its runner is gone; the same command again goes on"
         elif state.get("status") == "running":
-            told = progress.line(path.parent.parent if state.get("kind") == "sweep" else path.parent, "now").removeprefix(
-                "now: "
-            )
+            told = progress.line(
+                path.parent.parent if state.get("kind") == "sweep" else path.parent, "now"
+            ).removeprefix("now: ")
         elif state.get("status") == "interrupted":
             told += "  the same command again goes on"
         elif state.get("error"):

@@ -24,7 +24,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     pieces = Regex(r" ?[A-Za-z]+|\d+|\s|#+|[^\w\s#]")
     split = pre_tokenizers.Split(pieces, "isolated")
     texts = [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in data.generated(2000, 0, 2)]
-    found = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)} | {str(i) for i in range(200)})
+    found = sorted(
+        {piece for text in texts for piece, _ in split.pre_tokenize_str(text)} | {str(i) for i in range(200)}
+    )
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL.values(), *found])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
@@ -38,8 +40,12 @@ def prompt(question: str) -> str:
 def encode(tokenizer, row: dict, longest: int) -> dict:
     """{"ids", "prompt" (its length)}: prompt, answer and the end token, the same prefix as in generation."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt(row["question"]))["input_ids"]
@@ -56,16 +62,27 @@ def collate(rows: list[dict], pad: int) -> dict[str, torch.Tensor]:
     for i, row in enumerate(rows):
         n = len(row["ids"])
         ids[i, :n], mask[i, :n] = torch.tensor(row["ids"]), 1
-        labels[i, row["prompt"]:n] = ids[i, row["prompt"]:n]
+        labels[i, row["prompt"] : n] = ids[i, row["prompt"] : n]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def tiny_qwen3(hidden: int, layers: int, tokenizer) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=2048,
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=hidden // 4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
 
 
 def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
@@ -75,15 +92,21 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
     while True:
         rows = order.bucketed(rng.permutation(len(lengths)).tolist(), lengths, size, rng)
         for start in range(0, max(1, len(rows) - size + 1), size):
-            yield rows[start:start + size]
+            yield rows[start : start + size]
 
 
-def make(recipe: dict, folder: Path, texts: list[dict] | None,
-         on_step: Callable[[int, int, float], None] = lambda *_: None) -> float:
+def make(
+    recipe: dict, folder: Path, texts: list[dict] | None, on_step: Callable[[int, int, float], None] = lambda *_: None
+) -> float:
     """Tokenizer and model in `folder`, pretrained on one-step problems (or on `texts`); returns the closing loss."""
     rows = texts or data.generated(ONE_STEP, recipe["seed"], 1)
-    tokenizer = word_tokenizer() if texts is None else stand_in.train_bpe_tokenizer(
-        [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in rows], OTHER_VOCABULARY, None)
+    tokenizer = (
+        word_tokenizer()
+        if texts is None
+        else stand_in.train_bpe_tokenizer(
+            [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in rows], OTHER_VOCABULARY, None
+        )
+    )
     steps, losses = recipe["pretrain_steps"], []
     rng = np.random.default_rng(recipe["seed"])
     with torch.random.fork_rng():
@@ -106,4 +129,4 @@ def make(recipe: dict, folder: Path, texts: list[dict] | None,
             on_step(step, steps, losses[-1])
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return float(np.mean(losses[-max(1, steps // 10):]))
+    return float(np.mean(losses[-max(1, steps // 10) :]))

@@ -9,11 +9,22 @@ from lib.graff import planner
 
 
 class BlockAdam(torch.optim.Optimizer):
-    """delta = - eta m_i u; u = bias-corrected Adam direction of the clipped gradient + weight decay. With m = 1 it is AdamW."""
+    """delta = - eta m_i u; u = bias-corrected Adam direction of the clipped gradient + weight decay. With m = 1 it is
+    AdamW."""
 
-    def __init__(self, parameters, lr: float, betas: tuple[float, float], weight_decay: float, blocks: Tensor, n: int,
-                 clip: float):
-        super().__init__(list(parameters), {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8, "count": 0})
+    def __init__(
+        self,
+        parameters,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        blocks: Tensor,
+        n: int,
+        clip: float,
+    ):
+        super().__init__(
+            list(parameters), {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8, "count": 0}
+        )
         self.blocks, self.n, self.clip = blocks, n, clip
         self.eta, self.m = lr, torch.ones(n)
         self.delta: list[Tensor] | None = None  # of the last step, for the hypergradient of the next
@@ -57,6 +68,11 @@ class BlockAdam(torch.optim.Optimizer):
     def jacobian(self) -> list[Tensor]:
         """m J c of the last step, c the clipping coefficient: what the next gradient is multiplied by to give v."""
         group, (k1, k2), m = self.param_groups[0], self.k, self.m.tolist()
-        return [m[b] * self.coefficient * planner.adam_jacobian(
-                    g, self.state[p]["m"] / k1, self.state[p]["v"] / k2, k1, k2, *group["betas"], group["eps"])
-                for p, g, b in zip(self.parameters, self.g, self.blocks.tolist(), strict=True)]
+        return [
+            m[b]
+            * self.coefficient
+            * planner.adam_jacobian(
+                g, self.state[p]["m"] / k1, self.state[p]["v"] / k2, k1, k2, *group["betas"], group["eps"]
+            )
+            for p, g, b in zip(self.parameters, self.g, self.blocks.tolist(), strict=True)
+        ]

@@ -10,13 +10,15 @@ import torch
 
 from lib.errors import StudyError
 
-UNIT_SECONDS = 5e-4  # virtual seconds per unit; a forward pass is 1 unit per token, forward and backward 3, a decoded token 1
+UNIT_SECONDS = (
+    5e-4  # virtual seconds per unit; a forward pass is 1 unit per token, forward and backward 3, a decoded token 1
+)
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 class Clock:
-    """Consumed seconds of a budget. `monotonic`: the wall clock between ticks; `virtual`: what was charged. Saved with each
-    checkpoint; a resumed run goes on from what was used."""
+    """Consumed seconds of a budget. `monotonic`: the wall clock between ticks; `virtual`: what was charged. Saved with
+    each checkpoint; a resumed run goes on from what was used."""
 
     def __init__(self, kind: str, budget: float, now=time.monotonic):
         self.kind, self.budget, self.used, self.now = kind, budget, 0.0, now
@@ -37,8 +39,12 @@ class Clock:
                 torch.cuda.synchronize()
             now = self.now()
             if now < self.last:
-                raise StudyError("the run's clock", f"it went back by {self.last - now:.3f} s", "a monotonic clock",
-                                 "run again; a machine that was suspended or migrated may do this")
+                raise StudyError(
+                    "the run's clock",
+                    f"it went back by {self.last - now:.3f} s",
+                    "a monotonic clock",
+                    "run again; a machine that was suspended or migrated may do this",
+                )
             self.used, self.last = self.used + now - self.last, now
         return self.used
 
@@ -48,7 +54,8 @@ class Clock:
 
 
 class Energy:
-    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl; or null with its reason."""
+    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl; or null with its
+    reason."""
 
     def __init__(self, joules: float | None = 0.0):
         self.source, self._read, self.reason = _source()
@@ -64,8 +71,8 @@ class Energy:
 
 
 class Polled:
-    """Power in watts, read twice a second by a thread of its own and integrated by the trapezoid rule; a call reads it once
-    more and gives the joules so far."""
+    """Power in watts, read twice a second by a thread of its own and integrated by the trapezoid rule; a call reads it
+    once more and gives the joules so far."""
 
     INTERVAL = 0.5
 

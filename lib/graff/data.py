@@ -1,4 +1,5 @@
-"""Problems: generated ones of one and two steps in GSM8K's form, GSM8K from a folder or the hub, GSM1k; the dev split."""
+"""Problems: generated ones of one and two steps in GSM8K's form, GSM8K from a folder or the hub, GSM1k; the dev
+split."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from lib.weights import hub
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
-HIGH = 10  # operands lie below it; one-step problems start below twice that, so that every second step was seen as a first
+HIGH = (
+    10  # operands lie below it; one-step problems start below twice that, so that every second step was seen as a first
+)
 
 
 def _step(rng, total: int) -> tuple[str, int, str]:
@@ -35,8 +38,10 @@ def problem(rng, steps: int) -> dict:
         said.append(f"{name} {verb} {n}.")
         worked.append(f"{total}{sign}{n}=<<{total}{sign}{n}={result}>>{result} {thing}.")
         total = result
-    return {"question": " ".join([*said, f"How many {thing} does {name} have?"]),
-            "answer": "\n".join([*worked, f"#### {total}"])}
+    return {
+        "question": " ".join([*said, f"How many {thing} does {name} have?"]),
+        "answer": "\n".join([*worked, f"#### {total}"]),
+    }
 
 
 def generated(count: int, seed: int, steps: int) -> list[dict]:
@@ -57,16 +62,19 @@ def checked(rows: list[dict], where: str) -> list[dict]:
 
 
 def load(name: str, split: str, revision: str | None = None, streaming: bool = False) -> list[dict]:
-    """A split of GSM8K (or of a set in its form) from a folder of <split>.jsonl, a file, or the hub (`streaming`: row by row,
-    without the hub's file on disk; the rows are held in memory either way)."""
+    """A split of GSM8K (or of a set in its form) from a folder of <split>.jsonl, a file, or the hub (`streaming`: row
+    by row, without the hub's file on disk; the rows are held in memory either way)."""
     path = Path(name)
     if path.exists():
         file = path / f"{split}.jsonl" if path.is_dir() else path
         if not file.exists():
-            raise MissingError(f"dataset.name = {name}", f"no {split}.jsonl", "a folder with train.jsonl and test.jsonl")
+            raise MissingError(
+                f"dataset.name = {name}", f"no {split}.jsonl", "a folder with train.jsonl and test.jsonl"
+            )
         return read_jsonl(file)
-    rows = hub.load_dataset(name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision,
-                            streaming=streaming)
+    rows = hub.load_dataset(
+        name, "main" if name == "openai/gsm8k" else None, split=split, revision=revision, streaming=streaming
+    )
     try:
         rows = list(rows)
     except Exception as error:  # of a stream, which is fetched here
@@ -76,6 +84,8 @@ def load(name: str, split: str, revision: str | None = None, streaming: bool = F
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(train, dev): the `size` rows whose seeded hash is lowest are dev, whatever the order of the file."""
-    ranked = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed} {rows[i]['question']}".encode()).hexdigest())
+    ranked = sorted(
+        range(len(rows)), key=lambda i: hashlib.sha256(f"{seed} {rows[i]['question']}".encode()).hexdigest()
+    )
     dev = set(ranked[:size])
     return [r for i, r in enumerate(rows) if i not in dev], [rows[i] for i in ranked[:size]]

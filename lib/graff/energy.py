@@ -1,8 +1,9 @@
-"""Energy to reach a level of exact match: of a run from its evaluations, and of all runs as rows that a claim is judged by.
+"""Energy to reach a level of exact match: of a run from its evaluations, and of all runs as rows that a claim is judged
+by.
 
-A run has one such figure, log E. The crossed bootstrap wants one value per seed and problem whose mean it is: what leaving one
-problem of the dev subset out does to log E (the jackknife's influence values), so that the interval holds the chance of the
-problems as well as the seeds'.
+A run has one such figure, log E. The crossed bootstrap wants one value per seed and problem whose mean it is: what
+leaving one problem of the dev subset out does to log E (the jackknife's influence values), so that the interval holds
+the chance of the problems as well as the seeds'.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Level(NamedTuple):
 
 
 def choose_level(evaluations: pd.DataFrame, stated: float | None) -> Level:
-    """The stated level; where none is, half-way from the base model's exact match to what the tuned fixed rate ends at (mean
-    over seeds; `evaluations` are of the runs at their chosen rates), which neither side of the claim has a say in. A level that
-    the base model has already is refused: no energy is spent on reaching it."""
+    """The stated level; where none is, half-way from the base model's exact match to what the tuned fixed rate ends at
+    (mean over seeds; `evaluations` are of the runs at their chosen rates), which neither side of the claim has a say
+    in. A level that the base model has already is refused: no energy is spent on reaching it."""
     first = evaluations.sort_values("used").groupby(["run_id", "cell", "seed"])["exact_match_subset"]
     base = float(first.first().max()) if len(evaluations) else math.nan
     if stated is not None:
@@ -41,18 +42,24 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> Level:
         return Level(stated, f"{stated:g}, as evaluation.energy_level states")
     fixed = evaluations[evaluations["method"] == "fixed"]
     if fixed.empty:
-        return Level(None, "no level is stated (evaluation.energy_level), and no fixed rate's record is there to choose one by")
+        return Level(
+            None, "no level is stated (evaluation.energy_level), and no fixed rate's record is there to choose one by"
+        )
     end = float(fixed.sort_values("used").groupby(["run_id", "cell", "seed"])["exact_match_subset"].last().mean())
     if end - base < 1e-9:  # means are not exact
-        return Level(None, f"the fixed rate ends at {end:.3f}, not above the base model's {base:.3f}: no level lies between")
+        return Level(
+            None, f"the fixed rate ends at {end:.3f}, not above the base model's {base:.3f}: no level lies between"
+        )
     half = (base + end) / 2
-    return Level(half, f"{half:.3f}, half-way from the base model's {base:.3f} to the {end:.3f} the tuned fixed rate ends at")
+    return Level(
+        half, f"{half:.3f}, half-way from the base model's {base:.3f} to the {end:.3f} the tuned fixed rate ends at"
+    )
 
 
 def rows(evaluations: pd.DataFrame, level: float, reference: str = "reactor") -> pd.DataFrame:
-    """One row per member and dev problem: METRIC is -log of the energy to the level, of `reference` of FACTOR times it, in
-    units of `reference`'s mean whole run: larger is better, and 0 is the claimed ratio in a difference. And `reached`: a run
-    that never got there counts with its whole energy, the least that it can have taken."""
+    """One row per member and dev problem: METRIC is -log of the energy to the level, of `reference` of FACTOR times it,
+    in units of `reference`'s mean whole run: larger is better, and 0 is the claimed ratio in a difference. And
+    `reached`: a run that never got there counts with its whole energy, the least that it can have taken."""
     found, whole = [], evaluations.groupby(["run_id", "cell", "seed"])["joules"].transform("max").astype(float)
     its = evaluations["method"] == reference
     unit = float(whole[its].mean() if its.any() else whole.mean())
@@ -66,8 +73,10 @@ def rows(evaluations: pd.DataFrame, level: float, reference: str = "reactor") ->
         influence = (hits.shape[1] - 1) * (left.mean() - left)
         factor = math.log(FACTOR) if mine["method"].iloc[0] == reference else 0.0
         keys = {key: mine[key].iloc[0] for key in KEYS}
-        found += [{**keys, "example": f"dev-{i}", METRIC: -(log_e + value) - factor, "reached": every is not None}
-                  for i, value in enumerate(influence)]
+        found += [
+            {**keys, "example": f"dev-{i}", METRIC: -(log_e + value) - factor, "reached": every is not None}
+            for i, value in enumerate(influence)
+        ]
     return pd.DataFrame(found, columns=[*KEYS, "example", METRIC, "reached"])
 
 
@@ -87,10 +96,11 @@ def unread(members: pd.DataFrame) -> str:
     return ""
 
 
-def judge(members: pd.DataFrame, evaluations: pd.DataFrame, stated: float | None
-          ) -> tuple[pd.DataFrame | None, dict[str, str], Level]:
-    """(rows for the claims about energy or None, {METRIC: why it has no values}, the level). `evaluations` are of the runs that
-    the claims compare; the level is chosen on those at their chosen rates, `at_chosen` a column of it."""
+def judge(
+    members: pd.DataFrame, evaluations: pd.DataFrame, stated: float | None
+) -> tuple[pd.DataFrame | None, dict[str, str], Level]:
+    """(rows for the claims about energy or None, {METRIC: why it has no values}, the level). `evaluations` are of the
+    runs that the claims compare; the level is chosen on those at their chosen rates, `at_chosen` a column of it."""
     why = unread(members)
     level = choose_level(evaluations[evaluations["at_chosen"]], stated)
     if why or level.value is None:
@@ -99,8 +109,8 @@ def judge(members: pd.DataFrame, evaluations: pd.DataFrame, stated: float | None
 
 
 def heed(verdicts: list, study: Claims, members: pd.DataFrame, energies: pd.DataFrame | None) -> None:
-    """What never reached the level stands with the least it can have taken: a verdict that rests on that becomes inconclusive,
-    and vacuous where neither side got there in any seed. Changes the verdicts on METRIC."""
+    """What never reached the level stands with the least it can have taken: a verdict that rests on that becomes
+    inconclusive, and vacuous where neither side got there in any seed. Changes the verdicts on METRIC."""
     of = {claim.id: claim for claim in study.claims if claim.metric == METRIC}
     for verdict in verdicts:
         if verdict.id in of and verdict.estimate is not None and energies is not None:
@@ -110,9 +120,15 @@ def heed(verdicts: list, study: Claims, members: pd.DataFrame, energies: pd.Data
 
 
 def _heed(verdict, names: tuple[str, str], treatment: pd.DataFrame, baseline: pd.DataFrame) -> None:
-    lost = [sorted(int(s) for s in side.loc[~side["reached"].astype(bool), "seed"].unique()) for side in (treatment, baseline)]
-    told = "; ".join(f"{name} did not reach the level with seed {', '.join(map(str, seeds))}"
-                     for name, seeds in zip(names, lost, strict=True) if seeds)
+    lost = [
+        sorted(int(s) for s in side.loc[~side["reached"].astype(bool), "seed"].unique())
+        for side in (treatment, baseline)
+    ]
+    told = "; ".join(
+        f"{name} did not reach the level with seed {', '.join(map(str, seeds))}"
+        for name, seeds in zip(names, lost, strict=True)
+        if seeds
+    )
     if not told:
         return
     if not treatment["reached"].any() and not baseline["reached"].any():

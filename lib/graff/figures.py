@@ -19,7 +19,9 @@ def _over_budget(rows: pd.DataFrame, column: str, places: np.ndarray) -> np.ndar
     return np.mean(found, axis=0) if found else places * np.nan
 
 
-def _lines(rows: pd.DataFrame, column: str, places: np.ndarray, title: str, label: str, scale: str = "linear") -> Drawing:
+def _lines(
+    rows: pd.DataFrame, column: str, places: np.ndarray, title: str, label: str, scale: str = "linear"
+) -> Drawing:
     """One line per run: the mean over seeds of `column` over the budget's fraction `x`."""
     drawn, axes = canvas(title=title, height=4.6)
     place, found = axes[0, 0], {}
@@ -37,17 +39,25 @@ def _lines(rows: pd.DataFrame, column: str, places: np.ndarray, title: str, labe
 @housestyle
 def rates(steps: pd.DataFrame, *, title: str = "Learning rate over the budget") -> Drawing:
     """One line per run: the mean over seeds of the applied rate, log scale."""
-    return _lines(steps.assign(x=steps["fraction"]), "eta", np.linspace(0.02, 0.98, 49), title, "applied learning rate", "log")
+    return _lines(
+        steps.assign(x=steps["fraction"]), "eta", np.linspace(0.02, 0.98, 49), title, "applied learning rate", "log"
+    )
 
 
 @housestyle
 def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match over time") -> Drawing:
-    """A panel a run, the area under its line shaded, which is AUC/B; the fixed rate's line in grey behind the others. The
-    first point is the base model's."""
+    """A panel a run, the area under its line shaded, which is AUC/B; the fixed rate's line in grey behind the others.
+    The first point is the base model's."""
     names = list(dict.fromkeys(rows["run_id"]))
     columns, grey = min(4, len(names)), "fixed" if "fixed" in names else names[0]
-    drawn, axes = canvas(-(-len(names) // columns), columns, title=title, height=max(4, 0.6 + 2.2 * -(-len(names) // columns)),
-                         sharex=True, sharey=True)
+    drawn, axes = canvas(
+        -(-len(names) // columns),
+        columns,
+        title=title,
+        height=max(4, 0.6 + 2.2 * -(-len(names) // columns)),
+        sharex=True,
+        sharey=True,
+    )
     places, rows = np.linspace(0, 1, 51), rows.assign(x=rows["used"] / budget)
     found = {name: _over_budget(rows[rows["run_id"] == name], "exact_match_subset", places) for name in names}
     for place, (name, look) in zip(axes.flat, looks(names).items(), strict=False):
@@ -57,19 +67,26 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
         place.fill_between(places, found[name], color=look.colour, alpha=0.25, linewidth=0)
         place.set_title(f"{name}: {number(np.trapezoid(found[name], places))}", fontsize=10)
     axes.flat[0].set_ylim(bottom=0)  # shared by all
-    for place in axes.flat[len(names):]:
+    for place in axes.flat[len(names) :]:
         place.set_axis_off()
     drawn.supxlabel("share of the budget used" + (f" (grey: {grey})" if len(names) > 1 else ""), fontsize=10)
     drawn.supylabel("exact match, dev subset", fontsize=10)
-    words = "; ".join(f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items())
+    words = "; ".join(
+        f"{n} ends at {number(v[-1])} with area {number(np.trapezoid(v, places))}" for n, v in found.items()
+    )
     return Drawing(drawn, title, f"{title}: {words}.", pd.DataFrame({"fraction": places, **found}))
 
 
 @housestyle
 def loss(rows: pd.DataFrame, budget: float, *, title: str = "Dev loss over time") -> Drawing:
     """One line per run: the mean over seeds of the loss on the dev subset, from the base model's on."""
-    return _lines(rows.assign(x=rows["used"] / budget), "dev_loss", np.linspace(0, 1, 51), title,
-                  "loss on the dev subset, nats per token")
+    return _lines(
+        rows.assign(x=rows["used"] / budget),
+        "dev_loss",
+        np.linspace(0, 1, 51),
+        title,
+        "loss on the dev subset, nats per token",
+    )
 
 
 @housestyle
@@ -98,7 +115,9 @@ def gaps(table: pd.DataFrame, *, title: str = "EM(GSM8K test) less EM(GSM1k)") -
     """A run a line: the gap and its bootstrap interval over models and problems."""
     drawn, axes = canvas(title=title, height=1.2 + 0.4 * len(table))
     place, rows = axes[0, 0], range(len(table))
-    place.errorbar(table["gap"], rows, xerr=[table["gap"] - table["low"], table["high"] - table["gap"]], fmt="o", capsize=3)
+    place.errorbar(
+        table["gap"], rows, xerr=[table["gap"] - table["low"], table["high"] - table["gap"]], fmt="o", capsize=3
+    )
     place.axvline(0, color=SOFT, linewidth=1)
     place.set_yticks(rows, table["run_id"])
     place.set_xlabel("gap (above 0: better on the public problems)")
@@ -127,8 +146,8 @@ def multipliers(steps: pd.DataFrame, *, title: str = "Block multipliers over the
 
 @housestyle
 def guard(steps: pd.DataFrame, beta1: float, *, title: str = "eta lambda against the guard") -> Drawing:
-    """Every step of every member with an estimate, and the two limits. The estimate is made after the step, so that a step may
-    lie above the limit that caps the next."""
+    """Every step of every member with an estimate, and the two limits. The estimate is made after the step, so that a
+    step may lie above the limit that caps the next."""
     drawn, axes = canvas(title=title)
     place, rows = axes[0, 0], steps.dropna(subset=["lambda"])
     values = rows["eta"].astype(float) * rows["lambda"].astype(float)
@@ -143,8 +162,12 @@ def guard(steps: pd.DataFrame, beta1: float, *, title: str = "eta lambda against
     place.set_xlabel("share of the budget used")
     place.set_ylabel("eta × lambda")
     largest = float(values.max()) if len(values) else float("nan")
-    return Drawing(drawn, title, f"{title}: largest {number(largest)}.",
-                   rows[["run_id", "seed", "step", "fraction"]].assign(product=values))
+    return Drawing(
+        drawn,
+        title,
+        f"{title}: largest {number(largest)}.",
+        rows[["run_id", "seed", "step", "fraction"]].assign(product=values),
+    )
 
 
 @housestyle

@@ -9,12 +9,16 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from lib import witness
 from lib.graff import answers, base_model
 
-LOOP, PERIOD, LOOK = 64, 16, 8  # tokens that repeat themselves, of which period at most, looked for every so many tokens
+LOOP, PERIOD, LOOK = (
+    64,
+    16,
+    8,
+)  # tokens that repeat themselves, of which period at most, looked for every so many tokens
 
 
 class Looping(StoppingCriteria):
-    """Ends a row whose last LOOP tokens repeat the same PERIOD or fewer: greedy decoding goes on like that to the last token it
-    is allowed, and a model that answers nothing does so in nearly every row."""
+    """Ends a row whose last LOOP tokens repeat the same PERIOD or fewer: greedy decoding goes on like that to the last
+    token it is allowed, and a model that answers nothing does so in nearly every row."""
 
     def __init__(self, prompt: int):
         self.prompt = prompt
@@ -32,27 +36,36 @@ class Looping(StoppingCriteria):
 
 @torch.no_grad()
 def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int) -> tuple[list[str], float]:
-    """(what the model writes to each question, units of the virtual clock: prompt tokens once, decoded tokens once each).
+    """(what the model writes to each question, units of the virtual clock: prompt tokens once, decoded tokens once
+    each).
 
-    Greedy whatever the model's own sampling configuration says; the cache is on; a row that only repeats itself is ended."""
+    Greedy whatever the model's own sampling configuration says; the cache is on; a row that only repeats itself is
+    ended."""
     model.eval()
     row = [{"question": q, "answer": ""} for q in questions]
-    ids = [e["ids"][:e["prompt"]] for e in (base_model.encode(tokenizer, r, 1 << 20) for r in row)]
+    ids = [e["ids"][: e["prompt"]] for e in (base_model.encode(tokenizer, r, 1 << 20) for r in row)]
     order, found, units = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids), 0
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=longest, pad_token_id=pad, eos_token_id=end,
-                              use_cache=True)
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=longest, pad_token_id=pad, eos_token_id=end, use_cache=True
+    )
     device = next(model.parameters()).device
     for start in witness.batches("evaluation", range(0, len(order), batch_size)):
-        mine = order[start:start + batch_size]
+        mine = order[start : start + batch_size]
         width = max(len(ids[i]) for i in mine)
         batch = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in mine], device=device)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in mine], device=device)
-        out = model.generate(input_ids=batch, attention_mask=mask, generation_config=greedy,
-                             stopping_criteria=StoppingCriteriaList([Looping(width)]))[:, width:]
+        out = model.generate(
+            input_ids=batch,
+            attention_mask=mask,
+            generation_config=greedy,
+            stopping_criteria=StoppingCriteriaList([Looping(width)]),
+        )[:, width:]
         units += batch.numel() + out.numel()
         for i, written in zip(mine, out.tolist(), strict=True):
-            text = tokenizer.decode(written[:written.index(end)] if end in written else written, skip_special_tokens=True)
+            text = tokenizer.decode(
+                written[: written.index(end)] if end in written else written, skip_special_tokens=True
+            )
             found[i] = text.split("Question:")[0]  # as the harness: what follows is a question the model asks itself
     return found, units
 
@@ -63,6 +76,12 @@ def scored(model, tokenizer, problems: list[dict], longest: int, batch_size: int
     rows = []
     for text, problem in zip(written, problems, strict=True):
         right = answers.reference(problem["answer"])
-        rows.append({"text": text, "reference": right, "strict": answers.strict(text) == right,
-                     "flexible": answers.flexible(text) == right})
+        rows.append(
+            {
+                "text": text,
+                "reference": right,
+                "strict": answers.strict(text) == right,
+                "flexible": answers.flexible(text) == right,
+            }
+        )
     return rows, units

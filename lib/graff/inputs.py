@@ -1,4 +1,5 @@
-"""What all members share, made once and kept on disk by content: problems, tokenizer, base model, the planner's warm start."""
+"""What all members share, made once and kept on disk by content: problems, tokenizer, base model, the planner's warm
+start."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def load_problems(run) -> tuple[dict[str, list[dict]], str]:
         every = data.generated((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = data.generated(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
     else:
-        every, test = (data.load(dataset.name, split, dataset.revision, dataset.streaming) for split in ("train", "test"))
+        every, test = (
+            data.load(dataset.name, split, dataset.revision, dataset.streaming) for split in ("train", "test")
+        )
     train, dev = data.split_dev(every, dataset.dev_size, dataset.split_seed)
     limit = dataset.limit
     extra = data.load(dataset.gsm1k, "test") if dataset.gsm1k and run.mode == "full" else []
@@ -61,14 +64,19 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
 
 
 def make_base(run, folder: Path, problems: dict[str, list[dict]], source: str) -> tuple[str, float | None]:
-    """(name or folder of the base model, closing loss of its pretraining, which is told in history.jsonl for the live line)."""
+    """(name or folder of the base model, closing loss of its pretraining, which is told in history.jsonl for the live
+    line)."""
     base, closing = run.model.name, None
     if base == "made":
         history, _ = record.recorder(folder)
         (folder / "history.jsonl").unlink(missing_ok=True)
         real = None if source.startswith("generated") else problems["train"]
-        closing = base_model.make(run.model.recipe.model_dump(), folder / "base", real,
-                                  lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
+        closing = base_model.make(
+            run.model.recipe.model_dump(),
+            folder / "base",
+            real,
+            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
+        )
         base = str(folder / "base")
     elif run.mode == "trial" and hub.out_of_reach(base):
         texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
@@ -78,29 +86,44 @@ def make_base(run, folder: Path, problems: dict[str, list[dict]], source: str) -
 
 def tokenize(run, folder: Path, problems: dict[str, list[dict]], base: str, made: dict) -> None:
     """Problems, rows, tokenizer and a report of them, with `made`, into `folder`."""
-    tokenizer = models.load_tokenizer(base, run.model.revision if base == run.model.name else None,
-                                      trust_remote_code=run.model.trust_remote_code)
-    rows = {name: [base_model.encode(tokenizer, r, run.dataset.max_tokens) for r in problems[name]]
-            for name in ("train", "dev")}
+    tokenizer = models.load_tokenizer(
+        base, run.model.revision if base == run.model.name else None, trust_remote_code=run.model.trust_remote_code
+    )
+    rows = {
+        name: [base_model.encode(tokenizer, r, run.dataset.max_tokens) for r in problems[name]]
+        for name in ("train", "dev")
+    }
     longest = run.dataset.max_tokens
-    cut = {name: sum(len(row["ids"]) == longest and row["ids"][-1] != tokenizer.eos_token_id for row in mine)
-           for name, mine in rows.items()}
-    rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]  # the others have nothing to learn from
-    counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"]:])
+    cut = {
+        name: sum(len(row["ids"]) == longest and row["ids"][-1] != tokenizer.eos_token_id for row in mine)
+        for name, mine in rows.items()
+    }
+    rows["train"] = [
+        row for row in rows["train"] if len(row["ids"]) > row["prompt"]
+    ]  # the others have nothing to learn from
+    counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
     frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
     tokenizer.save_pretrained(folder / "tokenizer")
     record.write_text(folder / "rows.json", json.dumps(rows))
     record.write_text(folder / "problems.json", json.dumps(problems, ensure_ascii=False))
     record.write_json(folder / "frequent.json", frequent)
-    record.write_json(folder / "report.json", {
-        "base": base, "stand_in": base != run.model.name != "made", **made,
-        "examples": {name: len(mine) for name, mine in problems.items()},
-        "cut_at_max_tokens": cut, "answer_tokens": answer_tokens(rows["train"]),
-        "answers_with_annotations": sum(bool(answers.ANNOTATION.search(r["answer"])) for r in problems["train"])})
+    record.write_json(
+        folder / "report.json",
+        {
+            "base": base,
+            "stand_in": base != run.model.name != "made",
+            **made,
+            "examples": {name: len(mine) for name, mine in problems.items()},
+            "cut_at_max_tokens": cut,
+            "answer_tokens": answer_tokens(rows["train"]),
+            "answers_with_annotations": sum(bool(answers.ANNOTATION.search(r["answer"])) for r in problems["train"]),
+        },
+    )
 
 
 def answer_tokens(rows: list[dict]) -> dict[str, int]:
-    """Of the answers as they are trained on: the middle one's length and the longest's, beside evaluation.max_new_tokens."""
+    """Of the answers as they are trained on: the middle one's length and the longest's, beside
+    evaluation.max_new_tokens."""
     found = sorted(len(row["ids"]) - row["prompt"] for row in rows)
     return {"median": found[len(found) // 2], "longest": found[-1]} if found else {}
 
@@ -111,14 +134,28 @@ def load(folder: Path) -> Inputs:
     report = record.read_json(folder / "report.json")
     base = str(folder / "base") if (folder / "base").is_dir() else report["base"]
     problems, rows, frequent = (record.read_json(folder / f"{name}.json") for name in ("problems", "rows", "frequent"))
-    return Inputs(models.load_tokenizer(str(folder / "tokenizer")), problems, rows, torch.tensor(frequent), report, base)
+    return Inputs(
+        models.load_tokenizer(str(folder / "tokenizer")), problems, rows, torch.tensor(frequent), report, base
+    )
 
 
 def load_model(run, given: Inputs, seed: int):
     """The base model with LoRA in float32, A drawn from `seed`."""
-    base = models.load_causal_lm(given.base, revision=None if Path(given.base).is_dir() else run.model.revision,
-                                 torch_dtype=run.model.torch_dtype, trust_remote_code=run.model.trust_remote_code,
-                                 gradient_checkpointing=run.training.gradient_checkpointing)
+    base = models.load_causal_lm(
+        given.base,
+        revision=None if Path(given.base).is_dir() else run.model.revision,
+        torch_dtype=run.model.torch_dtype,
+        trust_remote_code=run.model.trust_remote_code,
+        gradient_checkpointing=run.training.gradient_checkpointing,
+    )
     lora = run.model.lora
-    return models.add_lora(base, {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
-                                  "target_modules": lora.target_modules}, seed)
+    return models.add_lora(
+        base,
+        {
+            "lora_r": lora.r,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": lora.target_modules,
+        },
+        seed,
+    )

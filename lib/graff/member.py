@@ -1,4 +1,5 @@
-"""One member of the GRAFF study: train one cell with one seed until its budget is used up, score dev inside and test after."""
+"""One member of the GRAFF study: train one cell with one seed until its budget is used up, score dev inside and test
+after."""
 
 from __future__ import annotations
 
@@ -29,22 +30,34 @@ def build_optimizer(run, probes: Probes):
         from schedulefree import AdamWScheduleFree
 
         warm = max(1, round(methods.WARM_UP * (config.steps(run) or 1)))
-        return AdamWScheduleFree(probes.parameters, lr=lr, betas=tuple(made.betas), weight_decay=made.weight_decay,
-                                 warmup_steps=warm)
+        return AdamWScheduleFree(
+            probes.parameters, lr=lr, betas=tuple(made.betas), weight_decay=made.weight_decay, warmup_steps=warm
+        )
     if run.training.scheduler.type == "prodigy":
         from prodigyopt import Prodigy
 
         return Prodigy(probes.parameters, lr=1.0, betas=tuple(made.betas), weight_decay=made.weight_decay)
-    return BlockAdam(probes.parameters, lr, tuple(made.betas), made.weight_decay, probes.blocks, 2 * probes.layers,
-                     run.training.clip_grad_norm)
+    return BlockAdam(
+        probes.parameters,
+        lr,
+        tuple(made.betas),
+        made.weight_decay,
+        probes.blocks,
+        2 * probes.layers,
+        run.training.clip_grad_norm,
+    )
 
 
 def warm_start(path: str) -> dict:
     """The planner's tensors. Raises MissingError with the command that makes the file."""
     file = Path(path)
     if not file.exists():
-        raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a planner's warm start",
-                           MADE_BY["training.scheduler.warm_start_ckpt"].replace("FILE.safetensors", path))
+        raise MissingError(
+            f"training.scheduler.warm_start_ckpt = {path}",
+            "no such file",
+            "a planner's warm start",
+            MADE_BY["training.scheduler.warm_start_ckpt"].replace("FILE.safetensors", path),
+        )
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
@@ -74,7 +87,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
     set_seed(member.seed)
     model = inputs.load_model(run, given, member.seed).to(models.device())
     evaluation, size = run.evaluation, run.training.micro_batch_size
-    dev, subset = given.problems["dev"], given.problems["dev"][:evaluation.dev_subset]
+    dev, subset = given.problems["dev"], given.problems["dev"][: evaluation.dev_subset]
     probes = Probes(model, given.frequent, len(subset) / len(dev))
     method, optimizer = build_method(run, probes.layers, shared, planner), build_optimizer(run, probes)
     budget = clock.Clock(run.training.clock, 60 * run.training.budget_minutes)
@@ -86,31 +99,59 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
             mode()
         batch = evaluation.batch_size or 4 * size
         rows, units = generate.scored(now, given.tokenizer, dev if whole else subset, evaluation.max_new_tokens, batch)
-        losses, more = token_losses(now, given.tokenizer, given.rows["dev"][:len(subset)], batch)
+        losses, more = token_losses(now, given.tokenizer, given.rows["dev"][: len(subset)], batch)
         loss = sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
         if mode:
             optimizer.train()
         if whole:
             record.write_json(folder / "final.json", rows)
         hits = [r["strict"] for r in rows]
-        return {"exact_match_subset": sum(hits[:len(subset)]) / len(subset), "dev_loss": loss,
-                "hits": [int(h) for h in hits[:len(subset)]]}, units + more, len(dev) / len(rows)
+        return (
+            {
+                "exact_match_subset": sum(hits[: len(subset)]) / len(subset),
+                "dev_loss": loss,
+                "hits": [int(h) for h in hits[: len(subset)]],
+            },
+            units + more,
+            len(dev) / len(rows),
+        )
 
     args = TrainingArguments(
-        output_dir=str(folder / "checkpoints"), max_steps=run.training.total_steps or trainer.NO_CAP,
-        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation(run), max_grad_norm=0.0,
-        bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(), seed=member.seed, save_strategy="no",
-        eval_strategy="no", report_to=trackers.names(run, folder), disable_tqdm=True, dataloader_pin_memory=False,
-        logging_strategy="no", use_cpu=not torch.cuda.is_available())
+        output_dir=str(folder / "checkpoints"),
+        max_steps=run.training.total_steps or trainer.NO_CAP,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation(run),
+        max_grad_norm=0.0,
+        bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(),
+        seed=member.seed,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=trackers.names(run, folder),
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+    )
     identity = [config.dump(run)[part] for part in ("model", "dataset", "training", "evaluation")]
     mark = hashlib.sha256(json.dumps([identity, member.seed], sort_keys=True, default=str).encode()).hexdigest()
     checkpoint = checkpoints.usable(folder / "checkpoints", mark)
     marker = checkpoints.read_marker(checkpoint) if checkpoint else {"step": -1, "done": False}
     checkpoints.truncate_history(folder / "history.jsonl", marker["step"])
     its = trainer.BudgetTrainer(
-        model, given.rows["train"], args, run=run, probes=probes, method=method, clock=budget,
-        pad=given.tokenizer.pad_token_id, optimizer=optimizer, fingerprint=mark, on_record=history,
-        evaluate_now=evaluate_now, energy=clock.Energy())
+        model,
+        given.rows["train"],
+        args,
+        run=run,
+        probes=probes,
+        method=method,
+        clock=budget,
+        pad=given.tokenizer.pad_token_id,
+        optimizer=optimizer,
+        fingerprint=mark,
+        on_record=history,
+        evaluate_now=evaluate_now,
+        energy=clock.Energy(),
+    )
     if not marker["done"]:
         if hasattr(optimizer, "train"):
             optimizer.train()
@@ -147,12 +188,15 @@ def token_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[t
     model.eval()
     device, found, units = next(model.parameters()).device, [], 0
     for start in range(0, len(rows), batch):
-        made = base_model.collate(rows[start:start + batch], tokenizer.pad_token_id)
+        made = base_model.collate(rows[start : start + batch], tokenizer.pad_token_id)
         made = {k: v.to(device) for k, v in made.items()}
         labels = made["labels"][:, 1:]
         first = int((labels != -100).any(0).int().argmax())
-        logits = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"],
-                       logits_to_keep=labels.shape[1] + 1 - first).logits[:, :-1]
+        logits = model(
+            input_ids=made["input_ids"],
+            attention_mask=made["attention_mask"],
+            logits_to_keep=labels.shape[1] + 1 - first,
+        ).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.mT.float(), labels[:, first:], reduction="none")
         counts = (labels != -100).sum(1)
         found += list(zip(losses.sum(1).tolist(), counts.tolist(), strict=True))
@@ -161,43 +205,72 @@ def token_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[t
 
 
 def measured(run, folder: Path, given: inputs.Inputs, model, its, subset: int) -> dict:
-    """Metrics and predictions.jsonl; test is scored here, once, after the budget: what the model writes, and the loss of the
-    right answers, which tells models apart that answer next to nothing."""
+    """Metrics and predictions.jsonl; test is scored here, once, after the budget: what the model writes, and the loss
+    of the right answers, which tells models apart that answer next to nothing."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "exact_match_subset" in r]
     steps = [r for r in record.read_jsonl(folder / "history.jsonl") if "eta" in r]
     final, budget = record.read_json(folder / "final.json"), its.clock.budget
     if not final or not rows[-1]["final"]:
         raise StudyError(str(folder), "no evaluation at the end of the budget", "one", "run it again")
     batch = run.evaluation.batch_size or 4 * run.training.micro_batch_size
-    found = {name: generate.scored(model, given.tokenizer, given.problems[name], run.evaluation.max_new_tokens, batch)[0]
-             for name in ("test", "gsm1k")}
+    found = {
+        name: generate.scored(model, given.tokenizer, given.problems[name], run.evaluation.max_new_tokens, batch)[0]
+        for name in ("test", "gsm1k")
+    }
     tests = [base_model.encode(given.tokenizer, r, run.dataset.max_tokens) for r in given.problems["test"]]
     losses = token_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
     if rows[-1]["used"] > budget:  # the last evaluation ended after the budget: nothing counts as reached by then
         found, final, losses = dict.fromkeys(found, []), [], []
     times = [r["used"] for r in rows]
     areas = [curves.auc(times, [float(r["hits"][i]) for r in rows], budget) for i in range(subset)]
-    record.write_jsonl(folder / "predictions.jsonl", [
-        *({"kind": "example", "example": f"test-{i}", "exact_match": float(r["strict"]), "text": r["text"],
-           "reference": r["reference"], "flexible_match": float(r["flexible"]),
-           "test_loss": total / tokens if tokens else None}
-          for i, (r, (total, tokens)) in enumerate(zip(found["test"], losses, strict=True))),
-        *({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(r["strict"])} for i, r in enumerate(found["gsm1k"])),
-        *({"kind": "area", "example": f"dev-{i}", "auc": area} for i, area in enumerate(areas))])
+    record.write_jsonl(
+        folder / "predictions.jsonl",
+        [
+            *(
+                {
+                    "kind": "example",
+                    "example": f"test-{i}",
+                    "exact_match": float(r["strict"]),
+                    "text": r["text"],
+                    "reference": r["reference"],
+                    "flexible_match": float(r["flexible"]),
+                    "test_loss": total / tokens if tokens else None,
+                }
+                for i, (r, (total, tokens)) in enumerate(zip(found["test"], losses, strict=True))
+            ),
+            *(
+                {"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(r["strict"])}
+                for i, r in enumerate(found["gsm1k"])
+            ),
+            *({"kind": "area", "example": f"dev-{i}", "auc": area} for i, area in enumerate(areas)),
+        ],
+    )
 
     def share(mine: list[dict], kind: str) -> float | None:
         return sum(r[kind] for r in mine) / len(mine) if mine else None
 
     extra = share(found["gsm1k"], "strict")
     test = share(found["test"], "strict")
-    return {"status": "completed", "steps": steps[-1]["step"], "exact_match": test, "dev_exact_match": share(final, "strict"),
-            "flexible_match": share(found["test"], "flexible"), "dev_flexible_match": share(final, "flexible"),
-            "base_exact_match": rows[0]["exact_match_subset"], "dev_loss": rows[-1]["dev_loss"],
-            "test_loss": sum(t for t, _ in losses) / max(1, sum(n for _, n in losses)) if losses else None,
-            "auc": curves.auc(times, [r["exact_match_subset"] for r in rows], budget),
-            "used": rows[-1]["used"], "budget": budget, "in_budget": rows[-1]["used"] <= budget,
-            "energy": its.energy.joules, "energy_source": its.energy.source,
-            "energy_reason": its.energy.reason,
-            "energy_to_level": curves.to_level([r["joules"] for r in rows], [r["exact_match_subset"] for r in rows],
-                                               run.evaluation.energy_level),
-            "gsm1k_gap": None if extra is None or test is None else test - extra, "regret": steps[-1]["regret"]}
+    return {
+        "status": "completed",
+        "steps": steps[-1]["step"],
+        "exact_match": test,
+        "dev_exact_match": share(final, "strict"),
+        "flexible_match": share(found["test"], "flexible"),
+        "dev_flexible_match": share(final, "flexible"),
+        "base_exact_match": rows[0]["exact_match_subset"],
+        "dev_loss": rows[-1]["dev_loss"],
+        "test_loss": sum(t for t, _ in losses) / max(1, sum(n for _, n in losses)) if losses else None,
+        "auc": curves.auc(times, [r["exact_match_subset"] for r in rows], budget),
+        "used": rows[-1]["used"],
+        "budget": budget,
+        "in_budget": rows[-1]["used"] <= budget,
+        "energy": its.energy.joules,
+        "energy_source": its.energy.source,
+        "energy_reason": its.energy.reason,
+        "energy_to_level": curves.to_level(
+            [r["joules"] for r in rows], [r["exact_match_subset"] for r in rows], run.evaluation.energy_level
+        ),
+        "gsm1k_gap": None if extra is None or test is None else test - extra,
+        "regret": steps[-1]["regret"],
+    }

@@ -1,7 +1,7 @@
 """The schedulers: what each makes of the budget's fraction and what it has seen. One object per run, saved with it.
 
-    plan = method.decide(seen)      eta / eta_0, multipliers per block, exponent of the token weights
-    method.learn(...)               with the gradient of the fresh batch, before the step is taken
+plan = method.decide(seen)      eta / eta_0, multipliers per block, exponent of the token weights
+method.learn(...)               with the gradient of the fresh batch, before the step is taken
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Cosine(Fixed):
 
 
 class Hypergradient(Fixed):
-    """One scalar log eta, moved by its own hypergradient through Adam (Baydin et al. 2018). Matched gain: GRAFF's outer step
-    moves log eta by outer_lr * |(mean h, 1)|_1, here by as much at the |h| of the warm start that lies with the inputs."""
+    """One scalar log eta, moved by its own hypergradient through Adam (Baydin et al. 2018). Matched gain: GRAFF's outer
+    step moves log eta by outer_lr * |(mean h, 1)|_1, here by as much at the |h| of the warm start that lies with the
+    inputs."""
 
     gain = 4.0  # where there is no warm start
     wants_gradient = True
@@ -130,7 +131,7 @@ class Reactor(Fixed):
         self.adam.step()
 
     def learn(self, loss, c, lam, eta0, beta1):
-        self.count, self.losses = self.count + 1, [*self.losses, loss][-self.HOLD:]
+        self.count, self.losses = self.count + 1, [*self.losses, loss][-self.HOLD :]
         if self.count % self.HOLD == 0:
             now = statistics.fmean(self.losses)
             if self.last is not None:
@@ -140,9 +141,15 @@ class Reactor(Fixed):
             self.last = now
 
     def state(self):
-        return {"log_eta": self.log_eta, "omega": self.omega.detach(), "log_sigma": self.log_sigma.detach(),
-                "adam": self.adam.state_dict(), "generator": self.generator.get_state(), "s": self.s,
-                **{k: getattr(self, k) for k in ("a", "count", "losses", "last", "trend", "mean", "var")}}
+        return {
+            "log_eta": self.log_eta,
+            "omega": self.omega.detach(),
+            "log_sigma": self.log_sigma.detach(),
+            "adam": self.adam.state_dict(),
+            "generator": self.generator.get_state(),
+            "s": self.s,
+            **{k: getattr(self, k) for k in ("a", "count", "losses", "last", "trend", "mean", "var")},
+        }
 
     def restore(self, state):
         state = dict(state)
@@ -212,8 +219,10 @@ class Graff(Fixed):
     def decide(self, seen):
         n, remaining = 2 * self.layers, 1 - seen.fraction if self.scheduler.budget_feature else 0.0
         layer = torch.arange(n) // 2 / max(1, self.layers - 1)
-        x = torch.stack([seen.log_lambda, torch.full((n,), seen.entropy), torch.full((n,), remaining), layer,
-                         torch.arange(n) % 2], 1).float()
+        x = torch.stack(
+            [seen.log_lambda, torch.full((n,), seen.entropy), torch.full((n,), remaining), layer, torch.arange(n) % 2],
+            1,
+        ).float()
         self.pending = (x, self.h, self.edge)
         with torch.no_grad():
             plan, self.h = self.planner(*self.pending)
@@ -234,8 +243,13 @@ class Graff(Fixed):
         return edge / lam if lam > 0 else math.inf
 
     def state(self):
-        return {"planner": self.planner.state_dict(), "outer": self.outer.adam.state_dict() if self.outer else None,
-                "h": self.h, "kept": self.kept, "pending": getattr(self, "pending", None)}
+        return {
+            "planner": self.planner.state_dict(),
+            "outer": self.outer.adam.state_dict() if self.outer else None,
+            "h": self.h,
+            "kept": self.kept,
+            "pending": getattr(self, "pending", None),
+        }
 
     def restore(self, state):
         self.planner.load_state_dict(state["planner"])
@@ -244,8 +258,17 @@ class Graff(Fixed):
         self.h, self.kept, self.pending = state["h"], state["kept"], state["pending"]
 
 
-KINDS = {"fixed": Fixed, "cosine": Cosine, "hypergradient": Hypergradient, "reactor": Reactor, "graff": Graff,
-         "salelr_reconstructed": Salelr, "bats_reconstructed": Bats, "schedulefree": Fixed, "prodigy": Fixed}
+KINDS = {
+    "fixed": Fixed,
+    "cosine": Cosine,
+    "hypergradient": Hypergradient,
+    "reactor": Reactor,
+    "graff": Graff,
+    "salelr_reconstructed": Salelr,
+    "bats_reconstructed": Bats,
+    "schedulefree": Fixed,
+    "prodigy": Fixed,
+}
 
 
 def make(scheduler, layers: int) -> Fixed:

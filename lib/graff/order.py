@@ -1,4 +1,5 @@
-"""The order of training rows: a new one each epoch, through a shuffle buffer where one is asked for, bucketed by length."""
+"""The order of training rows: a new one each epoch, through a shuffle buffer where one is asked for, bucketed by
+length."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ def buffered(size: int, buffer: int, rng: np.random.Generator) -> list[int]:
 
 
 def bucketed(order: list[int], lengths: list[int], batch: int, rng: np.random.Generator) -> list[int]:
-    """Rows of like length in one batch: sorted inside windows of 16 batches, whose batches are then shuffled. An incomplete
-    batch stays the last."""
+    """Rows of like length in one batch: sorted inside windows of 16 batches, whose batches are then shuffled. An
+    incomplete batch stays the last."""
     found: list[int] = []
     for start in range(0, len(order), WINDOW * batch):
-        rows = sorted(order[start:start + WINDOW * batch], key=lambda i: lengths[i])
+        rows = sorted(order[start : start + WINDOW * batch], key=lambda i: lengths[i])
         whole = len(rows) // batch
         for b in rng.permutation(whole):
-            found += rows[b * batch:(b + 1) * batch]
-        found += rows[whole * batch:]
+            found += rows[b * batch : (b + 1) * batch]
+        found += rows[whole * batch :]
     return found
 
 

@@ -1,4 +1,5 @@
-"""The planner of GRAFF and its outer optimiser: what to multiply the learning rate by, per block, and how it learns that.
+"""The planner of GRAFF and its outer optimiser: what to multiply the learning rate by, per block, and how it learns
+that.
 
 Notation as in the study's specification: eta learning rate, m_i multiplier of block i, a exponent of the token weights,
 u Adam direction, g gradient of the next fresh batch, delta = -eta m u. N blocks, P trained tensors (all arguments named
@@ -32,8 +33,8 @@ def edges(layers: int, graph: bool = True) -> Tensor:
 
 
 class Bounded(torch.autograd.Function):
-    """clamp whose gradient passes unless descent would go further out: clamp's own is 0 beyond the bound, so that a value
-    that once ran out never came back."""
+    """clamp whose gradient passes unless descent would go further out: clamp's own is 0 beyond the bound, so that a
+    value that once ran out never came back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
@@ -46,7 +47,8 @@ class Bounded(torch.autograd.Function):
 
 
 class Planner(nn.Module):
-    """About 3k parameters whose sizes do not depend on N. The decoder is 0 at first, so that step 0 is exactly eta_0."""
+    """About 3k parameters whose sizes do not depend on N. The decoder is 0 at first, so that step 0 is exactly
+    eta_0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +71,9 @@ class Planner(nn.Module):
         mean = self.decoder(h.mean(0))
         log_m = self.decoder(h)[:, 1]
         bounded = Bounded.apply
-        return Plan(bounded(mean[0], *LOG_ETA), bounded(log_m - log_m.mean(), -LOG_M, LOG_M), bounded(mean[2], -1.0, 1.0)), h
+        return Plan(
+            bounded(mean[0], *LOG_ETA), bounded(log_m - log_m.mean(), -LOG_M, LOG_M), bounded(mean[2], -1.0, 1.0)
+        ), h
 
 
 def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tensor:
@@ -78,7 +82,9 @@ def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tens
     return torch.zeros(n, dtype=dots.dtype, device=dots.device).index_add(0, blocks.to(dots.device), dots).cpu()
 
 
-def adam_jacobian(g: Tensor, m_hat: Tensor, v_hat: Tensor, k1: float, k2: float, b1: float, b2: float, eps: float) -> Tensor:
+def adam_jacobian(
+    g: Tensor, m_hat: Tensor, v_hat: Tensor, k1: float, k2: float, b1: float, b2: float, eps: float
+) -> Tensor:
     """J = du/dg, elementwise, of u = m_hat / (sqrt(v_hat) + eps); k1, k2 the bias corrections."""
     root = v_hat.sqrt().clamp_min(eps * 1e-4)
     p = root + eps
@@ -97,7 +103,9 @@ def token_credit(eta: float, dw: Tensor, slopes: Tensor) -> Tensor:
     return -eta * (dw * slopes).mean()
 
 
-def cotangents(c: Tensor, c_a: float, g: list[Tensor], delta: list[Tensor], norm: str, weight: float) -> tuple[Tensor, ...]:
+def cotangents(
+    c: Tensor, c_a: float, g: list[Tensor], delta: list[Tensor], norm: str, weight: float
+) -> tuple[Tensor, ...]:
     """(c_eta, c, c_a), divided by |g| |delta| (`cos`) and weighted by regret's weight."""
     scale = weight
     if norm == "cos":
@@ -107,7 +115,8 @@ def cotangents(c: Tensor, c_a: float, g: list[Tensor], delta: list[Tensor], norm
 
 
 def curvature(s: list[Tensor], y: list[Tensor], p: list[Tensor], m: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
-    """Per block (N,) and global lambda of the Adam-preconditioned Hessian, from the secant y of step s on the SAME batch."""
+    """Per block (N,) and global lambda of the Adam-preconditioned Hessian, from the secant y of step s on the SAME
+    batch."""
     n = len(m)
     top = m * block_sums(y, torch._foreach_div(y, p), blocks, n).to(m)
     bottom = block_sums(s, torch._foreach_mul(s, p), blocks, n).to(m) / m
@@ -133,8 +142,9 @@ def project(decoder: nn.Linear, h: Tensor, c: float) -> float:
 
 
 class Outer:
-    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start, where what lies
-    before W has the rate `encoder_lr`: at W's own the states h_i run into +-1 alike, and no multiplier can differ any more."""
+    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start, where what
+    lies before W has the rate `encoder_lr`: at W's own the states h_i run into +-1 alike, and no multiplier can differ
+    any more."""
 
     def __init__(self, planner: Planner, lr: float, encoder_lr: float | None = None):
         groups = [{"params": list(planner.decoder.parameters()), "lr": lr}]
@@ -144,7 +154,8 @@ class Outer:
         self.planner, self.adam = planner, torch.optim.Adam(groups)
 
     def step(self, kept: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
-        """Replay the planner on the inputs it was given, send the hypergradients through it, take one step; returns h."""
+        """Replay the planner on the inputs it was given, send the hypergradients through it, take one step; returns
+        h."""
         plan, h = self.planner(*kept)
         self.adam.zero_grad()
         torch.autograd.backward(list(plan[:2]) + [plan.a], [gradients[0], gradients[1], gradients[2]])
@@ -153,7 +164,8 @@ class Outer:
 
 
 def gain(planner: Planner, layers: int, steps: int = 100) -> float:
-    """Mean |(mean h, 1)|_1 over a budget of `steps` with neutral features: what one outer step of W multiplies by outer_lr."""
+    """Mean |(mean h, 1)|_1 over a budget of `steps` with neutral features: what one outer step of W multiplies by
+    outer_lr."""
     n, edge, h, found = 2 * layers, edges(layers), torch.zeros(2 * layers, WIDTH), []
     place = torch.arange(n) // 2 / max(1, layers - 1)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""What a step looks at in the model: token losses, entropies, the secant on one micro-batch, probes along a direction."""
+"""What a step looks at in the model: token losses, entropies, the secant on one micro-batch, probes along a
+direction."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class Probes:
         self.base.model.layers[0].register_forward_hook(self._keep)
         # logits_to_keep hands the head a slice; in bfloat16 on a CPU that takes a hundred times as long as a copy of it
         copy = torch.contiguous_format
-        self.base.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].clone(memory_format=copy),))
+        self.base.get_output_embeddings().register_forward_pre_hook(
+            lambda _, given: (given[0].clone(memory_format=copy),)
+        )
 
     def _keep(self, _module, _inputs, output) -> None:
         self.hidden = (output[0] if isinstance(output, tuple) else output).detach()
@@ -62,8 +65,11 @@ class Probes:
         """((K,) losses of the label tokens in nats, (K,) standardised entropies, mean entropy over log |V'|)."""
         labels = inputs["labels"][:, 1:]
         start = int((labels != -100).any(0).int().argmax())  # no logits where every row has its prompt
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                       logits_to_keep=labels.shape[1] + 1 - start).logits[:, :-1]
+        logits = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=labels.shape[1] + 1 - start,
+        ).logits[:, :-1]
         labels = labels[:, start:]
         there = labels != -100
         exact = torch.promote_types(logits.dtype, torch.float32)
@@ -89,8 +95,8 @@ class Probes:
         self.rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def secant(self, model, held: tuple, optimizer, m: Tensor) -> tuple[Tensor, float]:
-        """(lambda per block (N,), global lambda) from the last micro-batch at theta_t (its share of the summed gradient) and
-        at theta_{t+1}, with the same dropout mask and weights."""
+        """(lambda per block (N,), global lambda) from the last micro-batch at theta_t (its share of the summed
+        gradient) and at theta_{t+1}, with the same dropout mask and weights."""
         inputs, w, _, tokens = held
         first = [p.grad if s is None else p.grad - s for p, s in zip(self.parameters, self.so_far, strict=True)]
         with torch.random.fork_rng():
@@ -121,7 +127,9 @@ class Probes:
         if not norm > 0:
             return 0.0
         size = 1e-2 / norm  # the step that rounding and curvature leave most digits at, in float32
-        slopes = (self.along(model, credit["inputs"], v, size) - self.along(model, credit["inputs"], v, -size)) / (2 * size)
+        slopes = (self.along(model, credit["inputs"], v, size) - self.along(model, credit["inputs"], v, -size)) / (
+            2 * size
+        )
         return float(pl.token_credit(credit["eta"], pl.token_weights(credit["a"], credit["z"])[1], slopes))
 
     def range(self, model, inputs: dict, optimizer, rho: float) -> float:

@@ -1,20 +1,51 @@
 """The typed sections of a GRAFF run YAML. Names and checks are in lib/graff/config.py."""
+
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lib.settings.schema import Compute, Count, Fraction, Name, NonNegative, Optuna, Positive, Run as BaseRun, Section, fault
+from lib.settings.schema import (
+    Compute,
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    Optuna,
+    Positive,
+    Run as BaseRun,
+    Section,
+    fault,
+)
 
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
-SCHEDULERS = ("graff", "fixed", "cosine", "reactor", "hypergradient", "salelr_reconstructed", "bats_reconstructed",
-              "schedulefree", "prodigy")
+SCHEDULERS = (
+    "graff",
+    "fixed",
+    "cosine",
+    "reactor",
+    "hypergradient",
+    "salelr_reconstructed",
+    "bats_reconstructed",
+    "schedulefree",
+    "prodigy",
+)
 READ_BY = {  # scheduler keys and the schedulers that read them; the others refuse them
-    "outer_lr": ("graff", "hypergradient"), "stability_guard": ("graff",), "guard": ("graff",),
-    "warm_start_ckpt": ("graff",), "cold": ("graff",), "norm": ("graff", "hypergradient"), "regret": ("graff",),
-    "graph": ("graff",), "budget_feature": ("graff",), "frozen": ("graff",), "token_weights": ("graff",),
-    "controller_lr": ("reactor",), "baseline_decay": ("reactor",), "entropy_bonus": ("reactor",),
+    "outer_lr": ("graff", "hypergradient"),
+    "stability_guard": ("graff",),
+    "guard": ("graff",),
+    "warm_start_ckpt": ("graff",),
+    "cold": ("graff",),
+    "norm": ("graff", "hypergradient"),
+    "regret": ("graff",),
+    "graph": ("graff",),
+    "budget_feature": ("graff",),
+    "frozen": ("graff",),
+    "token_weights": ("graff",),
+    "controller_lr": ("reactor",),
+    "baseline_decay": ("reactor",),
+    "entropy_bonus": ("reactor",),
 }
 
 
@@ -42,7 +73,9 @@ class Model(Section):
     revision: str | None = None
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()
-    parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the loaded model
+    parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = (
+        None  # compared with the loaded model
+    )
     trust_remote_code: bool = False
 
 
@@ -92,10 +125,20 @@ class Scheduler(Section):
     def _defaults(cls, raw):
         if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
             return raw
-        defaults = {"outer_lr": 1e-3, "guard": "adam", "cold": False, "norm": "cos",
-                    "regret": "area", "controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01,
-                    "graph": True, "budget_feature": True,
-                    "frozen": False, "token_weights": True}
+        defaults = {
+            "outer_lr": 1e-3,
+            "guard": "adam",
+            "cold": False,
+            "norm": "cos",
+            "regret": "area",
+            "controller_lr": 1e-4,
+            "baseline_decay": 0.9,
+            "entropy_bonus": 0.01,
+            "graph": True,
+            "budget_feature": True,
+            "frozen": False,
+            "token_weights": True,
+        }
         own = {key: value for key, value in defaults.items() if raw["type"] in READ_BY[key]}
         return {**raw, **{key: value for key, value in own.items() if raw.get(key) is None}}
 
@@ -103,8 +146,12 @@ class Scheduler(Section):
     def _read(self):
         for key, readers in READ_BY.items():
             if getattr(self, key) is not None and self.type not in readers:
-                raise fault(str(getattr(self, key)), f"no such key: {self.type} does not read it",
-                            f"remove it, or type: {readers[0]}", key)
+                raise fault(
+                    str(getattr(self, key)),
+                    f"no such key: {self.type} does not read it",
+                    f"remove it, or type: {readers[0]}",
+                    key,
+                )
         return self
 
 
@@ -132,7 +179,9 @@ class Evaluation(Section):
     dev_subset: Count = 200
     max_new_tokens: Count = 320
     batch_size: Count | None = None  # of generation; null: four micro-batches
-    energy_level: Annotated[Positive, Field(le=1)] | None = None  # exact match that energy is counted to; null: the analysis
+    energy_level: Annotated[Positive, Field(le=1)] | None = (
+        None  # exact match that energy is counted to; null: the analysis
+    )
     # chooses it, half-way from the base model's to the tuned fixed rate's
 
 

@@ -19,7 +19,8 @@ def _keyed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_kind(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:
-    """One row per member and problem: `example` (test problems' exact_match) or `area` (dev problems' area over time)."""
+    """One row per member and problem: `example` (test problems' exact_match) or `area` (dev problems' area over
+    time)."""
     columns = [*KEYS, "example", metric]
     if loaded.pairs.empty or metric not in loaded.pairs:
         return pd.DataFrame(columns=[*columns, "status"])
@@ -42,8 +43,8 @@ def all_members(loaded: record.Records) -> pd.DataFrame:
 
 
 def grid(loaded: record.Records) -> pd.DataFrame:
-    """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have none of
-    (dev_loss) is null where one diverged."""
+    """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have
+    none of (dev_loss) is null where one diverged."""
     names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "test_loss", "steps", "energy"]
     members = _keyed(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", "status", *names])
     members[names] = members[names].apply(pd.to_numeric, errors="coerce")
@@ -57,20 +58,29 @@ def grid(loaded: record.Records) -> pd.DataFrame:
 
 
 def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float = 0.5) -> pd.DataFrame:
-    """What each run had reached at `share` of its OWN budget ({run_id: seconds}): the last evaluation that had ended by then,
-    mean over seeds. Not a run of that shorter budget, whose cosine and budget feature end there: hence the label."""
+    """What each run had reached at `share` of its OWN budget ({run_id: seconds}): the last evaluation that had ended by
+    then, mean over seeds. Not a run of that shorter budget, whose cosine and budget feature end there: hence the
+    label."""
     rows = []
     for (run_id, cell), mine in evaluations.groupby(["run_id", "cell"], sort=False):
         at = share * budgets[run_id]
         each = [g[g["used"] <= at].sort_values("used").iloc[-1] for _, g in mine.groupby("seed")]
-        rows.append({"run_id": run_id, "cell": cell, "label": f"anytime: {at / 60:g} of {budgets[run_id] / 60:g} minutes",
-                     "exact_match_subset": float(np.mean([r["exact_match_subset"] for r in each])),
-                     "dev_loss": float(np.mean([r["dev_loss"] for r in each])), "seeds": len(each)})
+        rows.append(
+            {
+                "run_id": run_id,
+                "cell": cell,
+                "label": f"anytime: {at / 60:g} of {budgets[run_id] / 60:g} minutes",
+                "exact_match_subset": float(np.mean([r["exact_match_subset"] for r in each])),
+                "dev_loss": float(np.mean([r["dev_loss"] for r in each])),
+                "seeds": len(each),
+            }
+        )
     return pd.DataFrame(rows, columns=["run_id", "cell", "label", "exact_match_subset", "dev_loss", "seeds"])
 
 
 def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
-    """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's problems."""
+    """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's
+    problems."""
     rows = []
     pairs = loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind", "run_id", "cell"])
     for (run_id, cell), extra in pairs[pairs["kind"] == "gsm1k"].groupby(["run_id", "cell"], sort=False):
@@ -84,8 +94,17 @@ def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
             a, b = (x[np.ix_(models, rng.integers(x.shape[1], size=x.shape[1]))].mean() for x in (test, other))
             found.append(a - b)
         low, high = np.quantile(found, [0.025, 0.975])
-        rows.append({"run_id": run_id, "cell": cell, "gap": test.mean() - other.mean(), "low": low, "high": high,
-                     "models": len(seeds), "problems": other.shape[1]})
+        rows.append(
+            {
+                "run_id": run_id,
+                "cell": cell,
+                "gap": test.mean() - other.mean(),
+                "low": low,
+                "high": high,
+                "models": len(seeds),
+                "problems": other.shape[1],
+            }
+        )
     return pd.DataFrame(rows, columns=["run_id", "cell", "gap", "low", "high", "models", "problems"])
 
 

@@ -17,17 +17,34 @@ def wrap(model: nn.Module, adapter, total_steps: int) -> nn.Module:
     if adapter.type == "none":
         return model
     targets = adapter.target_modules
-    common = {"task_type": TaskType.SEQ_CLS, "modules_to_save": HEAD, "lora_alpha": adapter.lora_alpha,
-              "lora_dropout": adapter.lora_dropout, "target_modules": targets}
+    common = {
+        "task_type": TaskType.SEQ_CLS,
+        "modules_to_save": HEAD,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": targets,
+    }
     if adapter.type == "adalora":
         if adapter.tinit + adapter.tfinal >= total_steps:
-            raise StudyError("model.adapter.tfinal", f"tinit {adapter.tinit} + tfinal {adapter.tfinal} in a run of "
-                             f"{total_steps} steps", "a schedule that leaves steps to prune in", "lower both")
-        config = AdaLoraConfig(init_r=adapter.init_r, target_r=adapter.target_r, tinit=adapter.tinit, tfinal=adapter.tfinal,
-                               deltaT=adapter.delta_t, total_step=max(total_steps, 3),  # a trial has 2: one to weigh in
-                               **common)
+            raise StudyError(
+                "model.adapter.tfinal",
+                f"tinit {adapter.tinit} + tfinal {adapter.tfinal} in a run of {total_steps} steps",
+                "a schedule that leaves steps to prune in",
+                "lower both",
+            )
+        config = AdaLoraConfig(
+            init_r=adapter.init_r,
+            target_r=adapter.target_r,
+            tinit=adapter.tinit,
+            tfinal=adapter.tfinal,
+            deltaT=adapter.delta_t,
+            total_step=max(total_steps, 3),  # a trial has 2: one to weigh in
+            **common,
+        )
     else:
-        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)} if adapter.init == "eva" else {}
+        eva = (
+            {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)} if adapter.init == "eva" else {}
+        )
         config = LoraConfig(r=adapter.rank, use_rslora=adapter.use_rslora, use_dora=adapter.use_dora, **eva, **common)
     return get_peft_model(model, config)
 
@@ -43,8 +60,12 @@ def initialise_eva(model: nn.Module, batches: list[dict]) -> None:
     model.eval()
     with torch.random.fork_rng():
         initialize_lora_eva_weights(
-            model, [{k: v for k, v in b.items() if k != "labels"} for b in batches], prepare_layer_inputs_fn=given,
-            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(), show_progress_bar=False)
+            model,
+            [{k: v for k, v in b.items() if k != "labels"} for b in batches],
+            prepare_layer_inputs_fn=given,
+            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
+            show_progress_bar=False,
+        )
     model.train()
 
 
@@ -64,8 +85,12 @@ def allocator_state(model: nn.Module) -> dict | None:
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is None:
         return None
-    return {"ipt": allocator.ipt, "exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc,
-            "rank_pattern": model.peft_config["default"].rank_pattern}
+    return {
+        "ipt": allocator.ipt,
+        "exp_avg_ipt": allocator.exp_avg_ipt,
+        "exp_avg_unc": allocator.exp_avg_unc,
+        "rank_pattern": model.peft_config["default"].rank_pattern,
+    }
 
 
 def restore_allocator(model: nn.Module, state: dict | None) -> None:
@@ -79,8 +104,11 @@ def restore_allocator(model: nn.Module, state: dict | None) -> None:
 
 def ranks_used(model: nn.Module) -> dict[str, int]:
     """{matrix: triplets that are not pruned} of AdaLoRA."""
-    return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in model.named_modules()
-            if isinstance(getattr(layer, "lora_E", None), nn.ParameterDict) and "default" in layer.lora_E}
+    return {
+        name: int((layer.lora_E["default"] != 0).sum())
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "lora_E", None), nn.ParameterDict) and "default" in layer.lora_E
+    }
 
 
 def trainables(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,7 +18,13 @@ from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFas
 
 from lib import witness
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 REPLACED = 0.15
 LONGEST = 64
 
@@ -32,26 +38,46 @@ def word_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])])
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **SPECIAL)
 
 
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
     """DeBERTa-v3's relative attention with shared query and key projections, small; no dropout."""
     hidden = recipe["hidden_size"]
-    return DebertaV2Model(DebertaV2Config(
-        vocab_size=tokens, pad_token_id=pad, hidden_size=hidden, intermediate_size=2 * hidden, type_vocab_size=0,
-        num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"], max_position_embeddings=256,
-        relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], max_relative_positions=-1, position_biased_input=False, layer_norm_eps=1e-7,
-        initializer_range=0.1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_hidden_size=hidden, pooler_dropout=0.0))
+    return DebertaV2Model(
+        DebertaV2Config(
+            vocab_size=tokens,
+            pad_token_id=pad,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            type_vocab_size=0,
+            num_hidden_layers=recipe["layers"],
+            num_attention_heads=recipe["heads"],
+            max_position_embeddings=256,
+            relative_attention=True,
+            position_buckets=32,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            max_relative_positions=-1,
+            position_biased_input=False,
+            layer_norm_eps=1e-7,
+            initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pooler_hidden_size=hidden,
+            pooler_dropout=0.0,
+        )
+    )
 
 
 def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(corrupted ids, 1.0 where a token now differs), both (B, L). A replacement is a token from elsewhere in the same row,
-    which only its place betrays; special tokens (`special`, bool) are neither replaced nor drawn."""
+    """(corrupted ids, 1.0 where a token now differs), both (B, L). A replacement is a token from elsewhere in the same
+    row, which only its place betrays; special tokens (`special`, bool) are neither replaced nor drawn."""
     chosen = (torch.rand(ids.shape, generator=generator) < REPLACED) & ~special
     drawn = (~special).float()
     drawn[drawn.sum(1) == 0] = 1.0  # a row of special tokens alone (all its words unknown): nothing is replaced there
@@ -60,8 +86,13 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
     return corrupted, (corrupted != ids).float()
 
 
-def pretrain(model: DebertaV2Model, tokenizer, pairs: list[tuple[str, str]], recipe: dict,
-             on_step: Callable[[int, int, float], None]) -> float:
+def pretrain(
+    model: DebertaV2Model,
+    tokenizer,
+    pairs: list[tuple[str, str]],
+    recipe: dict,
+    on_step: Callable[[int, int, float], None],
+) -> float:
     """Train `model` in place; returns the mean loss (nats per token) of the last tenth of the steps."""
     a, b = zip(*pairs, strict=True)
     texts = (list(a),) if not any(b) else (list(a), list(b))
@@ -90,11 +121,15 @@ def pretrain(model: DebertaV2Model, tokenizer, pairs: list[tuple[str, str]], rec
         optimizer.zero_grad()
         losses.append(loss.item())
         on_step(step, steps, losses[-1])
-    return float(np.mean(losses[-max(1, steps // 10):]))
+    return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
-def make_base(pairs: list[tuple[str, str]], recipe: dict, folder: Path,
-              on_step: Callable[[int, int, float], None] = lambda *_: None) -> float:
+def make_base(
+    pairs: list[tuple[str, str]],
+    recipe: dict,
+    folder: Path,
+    on_step: Callable[[int, int, float], None] = lambda *_: None,
+) -> float:
     """Tokenizer and pretrained encoder saved in `folder`; returns the closing pretraining loss."""
     tokenizer = word_tokenizer([text for pair in pairs for text in pair], recipe["vocab_size"])
     with torch.random.fork_rng():

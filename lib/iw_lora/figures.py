@@ -1,4 +1,5 @@
-"""Figures of the IW-LoRA study: sensitivities over layers and projections, what is made of them, and what training did."""
+"""Figures of the IW-LoRA study: sensitivities over layers and projections, what is made of them, and what training
+did."""
 
 from __future__ import annotations
 
@@ -19,11 +20,14 @@ def placed(matrices: pd.DataFrame) -> pd.DataFrame:
 
 @housestyle
 def sensitivity_map(matrices: pd.DataFrame, *, title: str = "Sensitivity of the frozen matrices") -> Drawing:
-    """Mean over members of s_k / sum s (the weights w_k) with layers across and projections down; K times w is 1 where all
-    matrices are alike."""
+    """Mean over members of s_k / sum s (the weights w_k) with layers across and projections down; K times w is 1 where
+    all matrices are alike."""
     rows = placed(matrices.dropna(subset=["w"]))
-    table = rows.groupby(["projection", "layer"])["w"].mean().mul(rows["matrix"].nunique()).unstack() if len(rows) else \
-        pd.DataFrame()
+    table = (
+        rows.groupby(["projection", "layer"])["w"].mean().mul(rows["matrix"].nunique()).unstack()
+        if len(rows)
+        else pd.DataFrame()
+    )
     drawn, axes = canvas(height=1.6 + 0.5 * max(1, len(table)), title=title)
     place, words = axes[0, 0], []
     place.grid(False)
@@ -39,18 +43,29 @@ def sensitivity_map(matrices: pd.DataFrame, *, title: str = "Sensitivity of the 
         middle = (table.min().min() + table.max().max()) / 2
         for (i, name), (j, layer) in ((a, b) for a in enumerate(table.index) for b in enumerate(table.columns)):
             value = table.iloc[i, j]
-            place.annotate(number(value), (j, i), ha="center", va="center", fontsize=9 if table.shape[1] < 9 else 7,
-                           color="black" if value > middle else "white")
+            place.annotate(
+                number(value),
+                (j, i),
+                ha="center",
+                va="center",
+                fontsize=9 if table.shape[1] < 9 else 7,
+                color="black" if value > middle else "white",
+            )
             words.append(f"{name} of layer {layer:g} {number(value)}")
     alt = f"{title}: K times the weight of each matrix, mean over members. {'; '.join(words) or 'no sensitivities'}."
     return Drawing(drawn, title, alt, table.reset_index() if len(table) else rows)
 
 
 @housestyle
-def coefficient_spread(matrices: pd.DataFrame, *, title: str = "How much the penalty's coefficients discriminate") -> Drawing:
-    """Every matrix's coefficient over the mean of its member's, one row per run: points far from 1 are discriminated."""
+def coefficient_spread(
+    matrices: pd.DataFrame, *, title: str = "How much the penalty's coefficients discriminate"
+) -> Drawing:
+    """Every matrix's coefficient over the mean of its member's, one row per run: points far from 1 are
+    discriminated."""
     rows = matrices.dropna(subset=["coefficient"])
-    rows = rows.assign(relative=rows["coefficient"] / rows.groupby(["run_id", "cell", "seed"])["coefficient"].transform("mean"))
+    rows = rows.assign(
+        relative=rows["coefficient"] / rows.groupby(["run_id", "cell", "seed"])["coefficient"].transform("mean")
+    )
     names = list(dict.fromkeys(rows["run_id"]))
     drawn, axes = canvas(height=1.4 + 0.42 * max(1, len(names)), title=title)
     place, words = axes[0, 0], []
@@ -67,7 +82,9 @@ def coefficient_spread(matrices: pd.DataFrame, *, title: str = "How much the pen
     place.set_yticks(range(len(names)), names)
     place.set_xlabel("coefficient over its member's mean")
     place.invert_yaxis()
-    alt = f"{title}: coefficients relative to their mean, of every matrix and member. {'; '.join(words) or 'no penalty'}."
+    alt = (
+        f"{title}: coefficients relative to their mean, of every matrix and member. {'; '.join(words) or 'no penalty'}."
+    )
     return Drawing(drawn, title, alt, rows[["run_id", "cell", "seed", "matrix", "coefficient", "relative"]])
 
 
@@ -85,9 +102,15 @@ def update_norms(matrices: pd.DataFrame, *, title: str = "Size of the update wit
         at = np.arange(len(order)) + offset
         place.vlines(at, low, high, color=own.colour, linewidth=1)
         place.plot(at, mean, own.marker, color=own.colour, label=own.label, markersize=5)
-        words.append(f"{name} {number(float(mean.min()))} to {number(float(mean.max()))}, mean {number(float(mean.mean()))}")
-    place.set_xticks(range(len(order)), [m.replace("attention.self.", "") for m in order],
-                     rotation=90 if len(order) > 8 else 0, fontsize=8.5)
+        words.append(
+            f"{name} {number(float(mean.min()))} to {number(float(mean.max()))}, mean {number(float(mean.mean()))}"
+        )
+    place.set_xticks(
+        range(len(order)),
+        [m.replace("attention.self.", "") for m in order],
+        rotation=90 if len(order) > 8 else 0,
+        fontsize=8.5,
+    )
     place.set(ylabel="‖Δ‖ (Frobenius)", ylim=(0, None))
     legend_below(drawn)
     alt = f"{title}: Frobenius norm of every matrix's update at the end. {'; '.join(words) or 'no adapters'}."
@@ -95,8 +118,11 @@ def update_norms(matrices: pd.DataFrame, *, title: str = "Size of the update wit
 
 
 @housestyle
-def rank_against_sensitivity(matrices: pd.DataFrame, *, title: str = "AdaLoRA's kept ranks against the sensitivity") -> Drawing:
-    """Where AdaLoRA put its rank (mean over seeds, per matrix) against the same matrix's K w (mean over who measured it)."""
+def rank_against_sensitivity(
+    matrices: pd.DataFrame, *, title: str = "AdaLoRA's kept ranks against the sensitivity"
+) -> Drawing:
+    """Where AdaLoRA put its rank (mean over seeds, per matrix) against the same matrix's K w (mean over who measured
+    it)."""
     weight = matrices.dropna(subset=["w"]).groupby("matrix")["w"].mean()
     rank = matrices.dropna(subset=["rank"]).groupby("matrix")["rank"].mean()
     table = pd.DataFrame({"weight": weight * max(1, len(weight)), "rank": rank}).dropna()
@@ -104,8 +130,13 @@ def rank_against_sensitivity(matrices: pd.DataFrame, *, title: str = "AdaLoRA's 
     place = axes[0, 0]
     place.plot(table["weight"], table["rank"], "o", color="#0072B2")
     for name, row in table.iterrows():
-        place.annotate(str(name).replace("attention.self.", ""), (row["weight"], row["rank"]), xytext=(5, 4),
-                       textcoords="offset points", fontsize=8.5)
+        place.annotate(
+            str(name).replace("attention.self.", ""),
+            (row["weight"], row["rank"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8.5,
+        )
     place.set(xlabel="K × w of the frozen matrix, before training", ylabel="triplets that AdaLoRA kept")
     place.margins(x=0.25, y=0.2)
     correlation = table["weight"].corr(table["rank"], method="spearman") if len(table) > 2 else float("nan")
@@ -126,8 +157,9 @@ def confusions(examples: pd.DataFrame, labels: list[str], *, title: str = "Confu
         place.set_axis_off()
     for place, name in zip(axes.flat, names, strict=False):
         rows = examples[examples["label_of_run"] == name]
-        counts = pd.crosstab(rows["label"], rows["prediction"]).reindex(index=range(len(labels)), columns=range(len(labels)),
-                                                                        fill_value=0)
+        counts = pd.crosstab(rows["label"], rows["prediction"]).reindex(
+            index=range(len(labels)), columns=range(len(labels)), fill_value=0
+        )
         share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         place.set_axis_on()
         place.grid(False)
@@ -138,8 +170,14 @@ def confusions(examples: pd.DataFrame, labels: list[str], *, title: str = "Confu
         place.set_yticks(range(len(labels)), short, fontsize=7)
         for i in range(len(labels)):
             for j in range(len(labels)):
-                place.annotate(f"{share.iloc[i, j]:.2f}", (j, i), ha="center", va="center", fontsize=8,
-                               color="white" if share.iloc[i, j] > 0.55 else "black")
+                place.annotate(
+                    f"{share.iloc[i, j]:.2f}",
+                    (j, i),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share.iloc[i, j] > 0.55 else "black",
+                )
         right = (f"{label} right {number(float(share.iloc[i, i]))}" for i, label in enumerate(labels))
         words.append(f"{name}: {', '.join(right)}")
         data.append(counts.stack().rename("count").reset_index().assign(run=name))
@@ -166,4 +204,3 @@ def times(costs: pd.DataFrame, *, title: str = "Seconds of a step, measured in t
     place.set(xlabel="IW-LoRA's step, as a multiple", ylim=(-0.5, len(series) - 0.5))
     alt = f"{title}. {'; '.join(words) or 'not measured'}."
     return Drawing(drawn, title, alt, pd.concat(data) if data else pd.DataFrame(columns=["ratio", "against"]))
-

@@ -1,8 +1,8 @@
 """A generated entailment task that bags of words cannot solve, and the label-free text a tiny model is pretrained on.
 
 A premise states facts, the hypothesis restates one of them in the active or the passive voice: rightly (entailment), or
-with its roles swapped. Premise and hypothesis have the same words whatever the label, so neither the words nor their overlap
-tell the label; only who does what to whom does.
+with its roles swapped. Premise and hypothesis have the same words whatever the label, so neither the words nor their
+overlap tell the label; only who does what to whom does.
 """
 
 from __future__ import annotations

@@ -41,23 +41,36 @@ def prepare(run, folder: Path) -> None:
         if task != "generated":  # real text has more words than the generated task's few dozen
             recipe["vocab_size"] = max(recipe["vocab_size"], OTHER_VOCABULARY)
         corpus = generated.corpus(PRETRAINING_PAIRS, recipe["seed"]) if task == "generated" else pairs
-        closing = base_model.make_base(corpus, recipe, folder / "base",
-                                       lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
+        closing = base_model.make_base(
+            corpus,
+            recipe,
+            folder / "base",
+            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
+        )
         base = str(folder / "base")
     elif run.mode == "trial" and hub.out_of_reach(base):
         base = str(stand_in.write_stand_in(base, folder / "base", [text for pair in pairs for text in pair]))
-    tokenizer = models.load_tokenizer(base, run.model.revision if base == run.model.name else None,
-                                      trust_remote_code=run.model.trust_remote_code)
+    tokenizer = models.load_tokenizer(
+        base, run.model.revision if base == run.model.name else None, trust_remote_code=run.model.trust_remote_code
+    )
     rows = {name: encode(tokenizer, mine, run.dataset) for name, mine in splits.items()}
     tokenizer.save_pretrained(folder / "tokenizer")
     record.write_text(folder / "rows.json", json.dumps(rows))
     record.write_text(folder / "texts.json", json.dumps(splits, ensure_ascii=False))
-    record.write_json(folder / "report.json", {
-        "task": task, "labels": data.LABELS[task], "base": base, "stand_in": base != run.model.name != "made",
-        "source": f"generated, standing in for {run.dataset.name}" if standing_in else run.dataset.name,
-        "examples": {name: len(mine) for name, mine in splits.items()}, "pretraining_loss": closing,
-        "bag_of_words_baseline": data.bag_of_words(splits),
-        "majority_baseline": _majority(splits)})
+    record.write_json(
+        folder / "report.json",
+        {
+            "task": task,
+            "labels": data.LABELS[task],
+            "base": base,
+            "stand_in": base != run.model.name != "made",
+            "source": f"generated, standing in for {run.dataset.name}" if standing_in else run.dataset.name,
+            "examples": {name: len(mine) for name, mine in splits.items()},
+            "pretraining_loss": closing,
+            "bag_of_words_baseline": data.bag_of_words(splits),
+            "majority_baseline": _majority(splits),
+        },
+    )
 
 
 def _majority(splits: dict) -> float:
@@ -68,8 +81,12 @@ def _majority(splits: dict) -> float:
 def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
     """Token ids of each row, truncated to max_seq_length, padded where the configuration pads every row."""
     second = [row["text_b"] for row in rows] if any(row["text_b"] for row in rows) else None
-    encoded = tokenizer([row["text_a"] for row in rows], second, truncation=dataset.preprocessing.truncation,
-                        max_length=dataset.max_seq_length)
+    encoded = tokenizer(
+        [row["text_a"] for row in rows],
+        second,
+        truncation=dataset.preprocessing.truncation,
+        max_length=dataset.max_seq_length,
+    )
     return [{"ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
 
 
@@ -78,13 +95,24 @@ def load(folder: Path) -> Inputs:
     folder = Path(folder)
     report = record.read_json(folder / "report.json")
     base = str(folder / "base") if (folder / "base").is_dir() else report["base"]
-    return Inputs(models.load_tokenizer(str(folder / "tokenizer")), record.read_json(folder / "rows.json"),
-                  record.read_json(folder / "texts.json"), report, base)
+    return Inputs(
+        models.load_tokenizer(str(folder / "tokenizer")),
+        record.read_json(folder / "rows.json"),
+        record.read_json(folder / "texts.json"),
+        report,
+        base,
+    )
 
 
 def load_base(run, given: Inputs):
-    """The classifier on the base model in float32 (or the configured dtype); its new head is drawn from torch's generator."""
+    """The classifier on the base model in float32 (or the configured dtype); its new head is drawn from torch's
+    generator."""
     labels = given.report["labels"]
     return AutoModelForSequenceClassification.from_pretrained(
-        given.base, num_labels=len(labels), dtype=models.dtype_of(run.model.torch_dtype), ignore_mismatched_sizes=True,
-        revision=None if Path(given.base).is_dir() else run.model.revision, trust_remote_code=run.model.trust_remote_code)
+        given.base,
+        num_labels=len(labels),
+        dtype=models.dtype_of(run.model.torch_dtype),
+        ignore_mismatched_sizes=True,
+        revision=None if Path(given.base).is_dir() else run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )

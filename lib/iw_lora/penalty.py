@@ -15,18 +15,23 @@ def squared_norm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def pairs(model: nn.Module, adapter: str = "default") -> list[tuple[Tensor, Tensor, float]]:
     """(A, B, scaling) of every LoRA pair, in the order of `adapted`."""
-    return [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
-            for layer in adapted(model).values()]
+    return [
+        (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+        for layer in adapted(model).values()
+    ]
 
 
 def penalty(model: nn.Module, coefficients: Tensor, factors: bool = False) -> Tensor:
     """R in float32, outside autocast; `factors`: |A|^2 + |B|^2 in place of |Delta|^2."""
     found = pairs(model)
     with torch.autocast(found[0][0].device.type, enabled=False):
-        wide = [(a if a.dtype == torch.float64 else a.float(), b if b.dtype == torch.float64 else b.float(), scaling)
-                for a, b, scaling in found]
-        terms = torch.stack([(a**2).sum() + (b**2).sum() if factors else squared_norm(a, b, scaling)
-                             for a, b, scaling in wide])
+        wide = [
+            (a if a.dtype == torch.float64 else a.float(), b if b.dtype == torch.float64 else b.float(), scaling)
+            for a, b, scaling in found
+        ]
+        terms = torch.stack(
+            [(a**2).sum() + (b**2).sum() if factors else squared_norm(a, b, scaling) for a, b, scaling in wide]
+        )
         return (coefficients.to(terms) * terms).sum()
 
 

@@ -1,4 +1,5 @@
 """The typed sections of an IW-LoRA run YAML. Names, published names and checks are in lib/iw_lora/config.py."""
+
 from __future__ import annotations
 
 from typing import Annotated, Literal
@@ -38,7 +39,9 @@ class Adapter(Section):
     use_rslora: bool = False
     use_dora: bool = False
     init: Literal["default", "eva"] = "default"  # eva: A from the principal directions of the inputs of a few batches
-    eva_rho: Annotated[float, BeforeValidator(not_bool), Field(ge=1)] = 2.0  # largest rank over `rank`; 1: all stay alike
+    eva_rho: Annotated[float, BeforeValidator(not_bool), Field(ge=1)] = (
+        2.0  # largest rank over `rank`; 1: all stay alike
+    )
 
     @model_validator(mode="after")
     def _schedule(self):
@@ -48,15 +51,25 @@ class Adapter(Section):
         if self.type != "adalora":
             stray = [key for key, value in schedule.items() if value is not None]
             if stray:
-                raise fault(str(schedule[stray[0]]), f"no such key: type {self.type} does not read it", "type: adalora",
-                            stray[0])
+                raise fault(
+                    str(schedule[stray[0]]),
+                    f"no such key: type {self.type} does not read it",
+                    "type: adalora",
+                    stray[0],
+                )
             return self
         absent = [key for key, value in schedule.items() if value is None]
         if absent:
-            raise fault("missing", "AdaLoRA's whole schedule", "init_r: 12, target_r: 8, tinit, tfinal, delta_t", absent[0])
+            raise fault(
+                "missing", "AdaLoRA's whole schedule", "init_r: 12, target_r: 8, tinit, tfinal, delta_t", absent[0]
+            )
         if self.target_r >= self.init_r:
-            raise fault(f"target_r {self.target_r}, init_r {self.init_r}", "target_r below init_r: else nothing is pruned",
-                        "init_r: 12, target_r: 8", "target_r")
+            raise fault(
+                f"target_r {self.target_r}, init_r {self.init_r}",
+                "target_r below init_r: else nothing is pruned",
+                "init_r: 12, target_r: 8",
+                "target_r",
+            )
         return self
 
 
@@ -101,7 +114,9 @@ class Dataset(Section):
     preprocessing: Preprocessing = Preprocessing()
     train_examples: Count | None = None  # these two are for generated data
     validation_examples: Count | None = None
-    tuning_fraction: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
+    tuning_fraction: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = (
+        0.1  # of train: choices are made on it
+    )
     split_seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
     limit: Count | None = None
 
@@ -131,8 +146,12 @@ class Training(Section):
         if self.epochs is None and self.max_steps is None:
             raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
         if self.warmup_ratio and self.warmup_steps:
-            raise fault(f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}", "one of them",
-                        "remove warmup_steps", "warmup_steps")
+            raise fault(
+                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}",
+                "one of them",
+                "remove warmup_steps",
+                "warmup_steps",
+            )
         if self.fp16 and self.bf16:
             raise fault("fp16 and bf16", "one of them", "fp16: false", "fp16")
         if self.evaluation_strategy == "steps" and self.eval_steps is None:

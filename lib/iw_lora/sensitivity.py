@@ -2,8 +2,8 @@
 
     s_k = (1/N) sum_b || dL_b / dW_k ||_F        w_k = s_k / sum_j s_j
 
-over N calibration batches b, L_b the batch-mean loss: norms are averaged, not their squares. W_k is the frozen base weight.
-lora_A's own gradient is exactly zero at LoRA's initialisation (B = 0) and tells nothing.
+over N calibration batches b, L_b the batch-mean loss: norms are averaged, not their squares. W_k is the frozen base
+weight. lora_A's own gradient is exactly zero at LoRA's initialisation (B = 0) and tells nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ KINDS = ("importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2")
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
     """{name: layer} of every layer with a LoRA pair, in the model's order."""
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+    }
 
 
 @contextmanager
@@ -52,17 +56,26 @@ def undisturbed(model: nn.Module):
         np.random.set_state(numpy)
 
 
-def gradient_norms(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, dict], Tensor]) -> tuple[Tensor, int]:
-    """(norms (N, K) in float32, skipped): one row per finite batch, in the order of `adapted`; the model is left as it was.
+def gradient_norms(
+    model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, dict], Tensor]
+) -> tuple[Tensor, int]:
+    """(norms (N, K) in float32, skipped): one row per finite batch, in the order of `adapted`; the model is left as it
+    was.
 
     Raises StudyError for sharded weights, where a gradient is only a part of the matrix's."""
     layers = adapted(model)
     weights = [layer.base_layer.weight for layer in layers.values()]
     if not weights:
-        raise StudyError("model.adapter", "no LoRA pair in the model", "at least one adapted matrix", "check target_modules")
+        raise StudyError(
+            "model.adapter", "no LoRA pair in the model", "at least one adapted matrix", "check target_modules"
+        )
     if any(hasattr(w, "ds_id") or type(w).__name__ == "DTensor" for w in weights):
-        raise StudyError("compute.strategy", "sharded weights", "whole matrices: sensitivities cannot be read from shards",
-                         "strategy: none")
+        raise StudyError(
+            "compute.strategy",
+            "sharded weights",
+            "whole matrices: sensitivities cannot be read from shards",
+            "strategy: none",
+        )
     rows, skipped = [], 0
     with undisturbed(model):
         seen = torch.zeros(len(weights))
@@ -71,6 +84,7 @@ def gradient_norms(model: nn.Module, batches: Iterable, loss: Callable[[nn.Modul
             def hook(parameter: Tensor) -> None:
                 seen[k] = parameter.grad.float().norm().cpu()  # all uses of a shared projection are in it
                 parameter.grad = None
+
             return hook
 
         handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(record(k)) for k, w in enumerate(weights)]
@@ -109,19 +123,32 @@ def hooked_norms(model: nn.Module, batches: Iterable, loss: Callable[[nn.Module,
             def hook(_, arguments, output: Tensor) -> None:
                 x = arguments[0].detach().flatten(0, -2)
                 output.register_hook(lambda g, x=x: calls[k].append((x, g.detach().flatten(0, -2))))
+
             return hook
 
         handles = [layer.register_forward_hook(watch(k)) for k, layer in enumerate(layers)]
         # something must ask for a gradient, or none flows: the words, or the table of relative positions
-        handles += [layer.register_forward_pre_hook(
-            lambda _, x: (x[0] if x[0].requires_grad else x[0].detach().requires_grad_(True), *x[1:])) for layer in layers]
+        handles += [
+            layer.register_forward_pre_hook(
+                lambda _, x: (x[0] if x[0].requires_grad else x[0].detach().requires_grad_(True), *x[1:])
+            )
+            for layer in layers
+        ]
         try:
             for batch in batches:
                 for mine in calls:
                     mine.clear()
                 loss(model, batch).backward()
-                rows.append(torch.stack([gram_norm(torch.cat([x for x, _ in mine]), torch.cat([g for _, g in mine])).cpu()
-                                         if mine else torch.zeros(()) for mine in calls]))
+                rows.append(
+                    torch.stack(
+                        [
+                            gram_norm(torch.cat([x for x, _ in mine]), torch.cat([g for _, g in mine])).cpu()
+                            if mine
+                            else torch.zeros(())
+                            for mine in calls
+                        ]
+                    )
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -133,15 +160,19 @@ def sensitivities(norms: Tensor, buffer: int | None = None) -> Tensor:
     Raises StudyError where s is not finite and positive somewhere."""
     s = (norms[-buffer:] if buffer else norms).mean(0) if len(norms) else torch.full((norms.shape[1],), math.nan)
     if not bool(torch.isfinite(s).all()) or not bool((s > 0).any()):
-        raise StudyError("sensitivities", "all zero" if bool((s == 0).all()) else "not finite",
-                         "finite gradients of the base weights", "look at the calibration batches' loss")
+        raise StudyError(
+            "sensitivities",
+            "all zero" if bool((s == 0).all()) else "not finite",
+            "finite gradients of the base weights",
+            "look at the calibration batches' loss",
+        )
     return s
 
 
 def coefficients(kind: str, s: Tensor, beta: float, seed: int = 0) -> Tensor:
-    """What weights || Delta_k ||^2 in the penalty, (K,): `importance` (1 - w_k)^beta, `max` (1 - s_k/s_max)^beta, `inv_mean`
-    (mean s / s_k)^beta over its mean; controls: `uniform` has importance's mean everywhere, `shuffled` its values on other
-    matrices, `factor_l2` ones."""
+    """What weights || Delta_k ||^2 in the penalty, (K,): `importance` (1 - w_k)^beta, `max` (1 - s_k/s_max)^beta,
+    `inv_mean` (mean s / s_k)^beta over its mean; controls: `uniform` has importance's mean everywhere, `shuffled` its
+    values on other matrices, `factor_l2` ones."""
     importance = (1 - s / s.sum()) ** beta
     if kind == "importance":
         return importance

@@ -37,15 +37,19 @@ def at_chosen(frame: pd.DataFrame, results: Path) -> pd.DataFrame:
 def learning(loaded: record.Records, results: Path) -> pd.DataFrame:
     """The history of the methods (not of the controls) at their chosen cells, steps with a task loss."""
     rows = at_chosen(loaded.history, results)
-    rows = rows.reindex(columns=rows.columns.union(["task_loss", "step", "seed"], sort=False)).dropna(subset=["task_loss"])
+    rows = rows.reindex(columns=rows.columns.union(["task_loss", "step", "seed"], sort=False)).dropna(
+        subset=["task_loss"]
+    )
     return rows[rows["role"].isin(["proposed", "comparative"])]
 
 
 def exports(loaded: record.Records) -> dict[str, dict]:
     """{member: s, w, coefficients, norms and a rank_pattern for PEFT} of the proposed method's members."""
     rows = loaded.members[loaded.members["role"] == "proposed"] if len(loaded.members) else loaded.members
-    found = {f"{m['run_id']}/{m['cell']}-s{m['seed']}": record.read_json(Path(m["folder"]) / "adapters.json")
-             for m in rows.to_dict("records")}
+    found = {
+        f"{m['run_id']}/{m['cell']}-s{m['seed']}": record.read_json(Path(m["folder"]) / "adapters.json")
+        for m in rows.to_dict("records")
+    }
     return {name: made for name, made in found.items() if made}
 
 
@@ -61,13 +65,22 @@ def seed_noise(loaded: record.Records, assumed: tuple[float, ...]) -> pd.DataFra
     if loaded.members.empty:
         return loaded.members
     sds = loaded.members.groupby(["run_id", "cell"])["validation_accuracy"].agg(["std", "count"]).reset_index()
-    return sds[sds["count"] > 1].assign(assumed=" / ".join(f"{sd:g}" for sd in assumed)).rename(columns={"std": "seed sd"})
+    return (
+        sds[sds["count"] > 1].assign(assumed=" / ".join(f"{sd:g}" for sd in assumed)).rename(columns={"std": "seed sd"})
+    )
 
 
 def accuracies(loaded: record.Records) -> pd.DataFrame:
     """Every cell's accuracies beside what needs no model, mean over seeds."""
-    names = ["tuning_accuracy", "validation_accuracy", "validation_f1", "validation_macro_f1", "bag_of_words_baseline",
-             "majority_baseline", "trained_parameters"]
+    names = [
+        "tuning_accuracy",
+        "validation_accuracy",
+        "validation_f1",
+        "validation_macro_f1",
+        "bag_of_words_baseline",
+        "majority_baseline",
+        "trained_parameters",
+    ]
     groups = loaded.members.reindex(columns=["run_id", "cell", "seed", *names]).groupby(["run_id", "cell"], sort=False)
     return groups[names].mean().join(groups["seed"].count().rename("seeds")).reset_index()
 
@@ -78,13 +91,21 @@ def adapters(loaded: record.Records) -> pd.DataFrame:
     for member in loaded.members.to_dict("records"):
         made = record.read_json(Path(member["folder"]) / "adapters.json")
         for k, name in enumerate(made["matrices"] if made else ()):
-            rows.append({"run_id": member["run_id"], "method": member["method"], "cell": member["cell"],
-                         "seed": member["seed"], "matrix": name.split("encoder.layer.")[-1],
-                         "delta_norm": made["delta_norm"][k],
-                         **{key: made[key][k] if key in made else None for key in ("s", "w", "coefficient")},
-                         "rank": next((r for n, r in made["ranks"].items() if n.endswith(name)), None)})
-    return pd.DataFrame(rows, columns=[
-        "run_id", "method", "cell", "seed", "matrix", "delta_norm", "s", "w", "coefficient", "rank"])
+            rows.append(
+                {
+                    "run_id": member["run_id"],
+                    "method": member["method"],
+                    "cell": member["cell"],
+                    "seed": member["seed"],
+                    "matrix": name.split("encoder.layer.")[-1],
+                    "delta_norm": made["delta_norm"][k],
+                    **{key: made[key][k] if key in made else None for key in ("s", "w", "coefficient")},
+                    "rank": next((r for n, r in made["ranks"].items() if n.endswith(name)), None),
+                }
+            )
+    return pd.DataFrame(
+        rows, columns=["run_id", "method", "cell", "seed", "matrix", "delta_norm", "s", "w", "coefficient", "rank"]
+    )
 
 
 def confusion(examples: pd.DataFrame, labels: list[str]) -> pd.DataFrame:

@@ -1,7 +1,8 @@
-"""Classification training on tokenised rows: transformers.Trainer with the penalty, the record and the schedule of saves.
+"""Classification training on tokenised rows: transformers.Trainer with the penalty, the record and the schedule of
+saves.
 
-transformers keeps the loop, the optimiser, accumulation, saving and loading. The gradient of R is added once per optimiser
-step: every micro-batch carries R and is divided by their number, and data parallelism averages.
+transformers keeps the loop, the optimiser, accumulation, saving and loading. The gradient of R is added once per
+optimiser step: every micro-batch carries R and is divided by their number, and data parallelism averages.
 """
 
 from __future__ import annotations
@@ -62,14 +63,31 @@ class ImportanceTrainer(Trainer):
 
     loss_is_scaled_for_ga = False  # DeBERTa accepts num_items_in_batch and ignores it
 
-    def __init__(self, model, rows: list[dict], args: TrainingArguments, *, pad: int, term: Term | None, every: int | None,
-                 fingerprint: str, on_record: Callable, on_timing: Callable, on_evaluate: Callable):
+    def __init__(
+        self,
+        model,
+        rows: list[dict],
+        args: TrainingArguments,
+        *,
+        pad: int,
+        term: Term | None,
+        every: int | None,
+        fingerprint: str,
+        on_record: Callable,
+        on_timing: Callable,
+        on_evaluate: Callable,
+    ):
         self.term, self.fingerprint = term, fingerprint
         self.on_record, self.on_timing, self.on_evaluate = on_record, on_timing, on_evaluate
         self.parts: list[tuple[float, float]] = []
         self.started, self.diverged_at = 0.0, None
-        super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), callbacks=[Intervals(every, every)],
-                         data_collator=lambda batch: collate(batch, pad))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            callbacks=[Intervals(every, every)],
+            data_collator=lambda batch: collate(batch, pad),
+        )
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
         if adapters.allocator_state(model) is not None:
@@ -93,7 +111,9 @@ class ImportanceTrainer(Trainer):
         task = nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
         loss, extra = (outputs.loss if adapters.allocator_state(model) is not None else task), None
         if self.term is not None and self.term.alpha > 0:
-            extra = self.term.alpha * penalty(self.accelerator.unwrap_model(model), self.term.coefficients, self.term.factors)
+            extra = self.term.alpha * penalty(
+                self.accelerator.unwrap_model(model), self.term.coefficients, self.term.factors
+            )
             loss = loss + extra
         self.parts.append((float(task.detach()), 0.0 if extra is None else float(extra.detach())))
         return (loss, outputs) if return_outputs else loss
@@ -103,9 +123,18 @@ class ImportanceTrainer(Trainer):
             return
         task, extra = np.mean(self.parts, axis=0).tolist()
         seconds = time.perf_counter() - self.started
-        self.on_record({"step": self.state.global_step, "epoch": self.state.epoch, "steps": self.state.max_steps,
-                        "loss": task + extra, "task_loss": task, "penalty": extra, "grad_norm": float(logs["grad_norm"]),
-                        "learning_rate": logs["learning_rate"]})
+        self.on_record(
+            {
+                "step": self.state.global_step,
+                "epoch": self.state.epoch,
+                "steps": self.state.max_steps,
+                "loss": task + extra,
+                "task_loss": task,
+                "penalty": extra,
+                "grad_norm": float(logs["grad_norm"]),
+                "learning_rate": logs["learning_rate"],
+            }
+        )
         self.on_timing({"step": self.state.global_step, "seconds": seconds})
         if not math.isfinite(task + extra) or not math.isfinite(float(logs["grad_norm"])):
             self.diverged_at = self.state.global_step
@@ -122,8 +151,10 @@ class ImportanceTrainer(Trainer):
         """Exactly the trained parameters: PEFT's own form cuts AdaLoRA's matrices, and a resumed run would differ."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.contiguous().cpu() for name, p in adapters.trainables(self.model).items()},
-                  folder / "model.safetensors")
+        save_file(
+            {name: p.contiguous().cpu() for name, p in adapters.trainables(self.model).items()},
+            folder / "model.safetensors",
+        )
         torch.save(adapters.allocator_state(self.model), folder / "allocator.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -155,11 +186,26 @@ def total_steps(rows: int, training, trial: bool = False) -> int:
     return min(2, steps) if trial else steps
 
 
-def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warmup: int, every: int | None, pad: int,
-               term: Term | None, seed: int, folder: Path, identity: object, on_record: Callable, on_timing: Callable,
-               on_evaluate: Callable[[nn.Module], dict],
-               report_to: Sequence[str] = ()) -> Outcome:
-    """Train `model` in place; resumes from the last complete checkpoint in folder/checkpoints of the same `identity`."""
+def train_rows(
+    model: nn.Module,
+    rows: list[dict],
+    training,
+    *,
+    steps: int,
+    warmup: int,
+    every: int | None,
+    pad: int,
+    term: Term | None,
+    seed: int,
+    folder: Path,
+    identity: object,
+    on_record: Callable,
+    on_timing: Callable,
+    on_evaluate: Callable[[nn.Module], dict],
+    report_to: Sequence[str] = (),
+) -> Outcome:
+    """Train `model` in place; resumes from the last complete checkpoint in folder/checkpoints of the same
+    `identity`."""
     place = folder / "checkpoints"
     fingerprint = hashlib.sha256(json.dumps([identity, seed, steps], sort_keys=True, default=str).encode()).hexdigest()
     checkpoint = checkpoints.usable(place, fingerprint)
@@ -170,21 +216,46 @@ def train_rows(model: nn.Module, rows: list[dict], training, *, steps: int, warm
         restore(model, checkpoint)
         return Outcome("completed", done)
     args = TrainingArguments(
-        output_dir=str(place), max_steps=steps, per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps, learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay, optim="adamw_torch", lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=warmup, max_grad_norm=training.max_grad_norm, bf16=training.bf16, fp16=False, seed=seed,
-        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no",
+        output_dir=str(place),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        optim="adamw_torch",
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=warmup,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.bf16,
+        fp16=False,
+        seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
         report_to=list(report_to) or "none",
-        disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
-    trainer = ImportanceTrainer(model, rows, args, pad=pad, term=term, every=every, fingerprint=fingerprint,
-                                on_record=told(on_record, training.logging_steps, steps), on_timing=on_timing,
-                                on_evaluate=on_evaluate)
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = ImportanceTrainer(
+        model,
+        rows,
+        args,
+        pad=pad,
+        term=term,
+        every=every,
+        fingerprint=fingerprint,
+        on_record=told(on_record, training.logging_steps, steps),
+        on_timing=on_timing,
+        on_evaluate=on_evaluate,
+    )
     if training.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
 
-        trainer.optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=training.learning_rate,
-                                                      loraplus_lr_ratio=training.loraplus_lr_ratio)
+        trainer.optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=training.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio
+        )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.diverged_at is not None:
         return Outcome("diverged", trainer.diverged_at)

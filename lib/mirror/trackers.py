@@ -13,9 +13,18 @@ from lib.settings.schema import Finding
 
 # transformers' integrations and a module that each needs, all of whose alternatives are named
 PACKAGES = {
-    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "flyte": ("flytekit",), "kubeflow": ("kubeflow",),
-    "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",), "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
     "trackio": ("trackio",),
 }
 
@@ -25,19 +34,32 @@ def findings(run) -> list[Finding]:
     found, key = [], "wandb.report_to"
     for name in (run.wandb.report_to if run.wandb else None) or []:
         if name == "wandb":
-            found.append(Finding("error", key, "W&B is mirrored from the record, not from inside the training",
-                                 "remove it here, and set wandb.mode: online"))
+            found.append(
+                Finding(
+                    "error",
+                    key,
+                    "W&B is mirrored from the record, not from inside the training",
+                    "remove it here, and set wandb.mode: online",
+                )
+            )
         elif name not in PACKAGES:
             near = did_you_mean(name, list(PACKAGES))
             found.append(Finding("error", key, f"{name} is no tracker of transformers ({', '.join(PACKAGES)})", near))
         elif not any(importlib.util.find_spec(module) for module in PACKAGES[name]):
-            found.append(Finding("error", key, f"{name} needs the package {PACKAGES[name][0]}, which is not installed",
-                                 f".venv/bin/pip install {PACKAGES[name][0]}, or remove {name} from {key}"))
+            found.append(
+                Finding(
+                    "error",
+                    key,
+                    f"{name} needs the package {PACKAGES[name][0]}, which is not installed",
+                    f".venv/bin/pip install {PACKAGES[name][0]}, or remove {name} from {key}",
+                )
+            )
     return found
 
 
 def names(run, folder: Path) -> list[str]:
-    """For TrainingArguments(report_to=...) of the member in `folder`; none in a trial. TensorBoard's files go there too."""
+    """For TrainingArguments(report_to=...) of the member in `folder`; none in a trial. TensorBoard's files go there
+    too."""
     wanted = list((run.wandb.report_to if run.wandb and run.mode != "trial" else None) or [])
     if "tensorboard" in wanted:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(folder) / "tensorboard")

@@ -2,13 +2,13 @@
 
 The files of the record are the source of truth; W&B is a mirror of them, so nothing of W&B can stop or slow a run:
 
-    lib/mirror/tracking.py     what a run's W&B runs are (entries), read from its record; the senders' start and end (Mirrors)
-    lib/mirror/wandb_sync.py   the sender, a process of its own: live beside a running notebook, or later (`./run_all.sh sync`)
-    lib/mirror/wandb_read.py   the way back: a study's records from W&B, checked, for the analysis
+    lib/mirror/tracking.py     what a run's W&B runs are (entries), read from its record; the senders' start and end
+    (Mirrors) lib/mirror/wandb_sync.py   the sender, a process of its own: live beside a running notebook, or later
+    (`./run_all.sh sync`) lib/mirror/wandb_read.py   the way back: a study's records from W&B, checked, for the analysis
 
-A member is the W&B run `<run_id>--<member>-<8 digits of its key, place and attempt>` in the group `<run_id>`; the final run,
-that of the cell chosen on validation, carries the run_id (with `--laptop` behind it at laptop scale) and names its members.
-Trials of a search are not mirrored, only the final run of the best.
+A member is the W&B run `<run_id>--<member>-<8 digits of its key, place and attempt>` in the group `<run_id>`; the final
+run, that of the cell chosen on validation, carries the run_id (with `--laptop` behind it at laptop scale) and names its
+members. Trials of a search are not mirrored, only the final run of the best.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ LOCAL_SECONDS = 300  # for files that are written here, which the network does n
 
 @dataclass
 class Entry:
-    """One W&B run to be: everything about it, from the record. `files`: {name on W&B: local path}, the name being the path
-    below the study's results folder; `finished`: its history, summary and files are final."""
+    """One W&B run to be: everything about it, from the record. `files`: {name on W&B: local path}, the name being the
+    path below the study's results folder; `finished`: its history, summary and files are final."""
 
     id: str
     name: str
@@ -110,17 +110,30 @@ def member_entry(run_folder: Path, member: Path) -> Entry | None:
     files = _files(run_folder.parent, member) if finished else {}
     name = f"{run_folder.name}--{member.name}"
     return Entry(
-        id=_id(name, digest), name=name, group=run_folder.name, config=spec["config"], history=member / "history.jsonl",
-        summary=record.read_json(member / "metrics.json", {}) if finished else {}, files=files, finished=finished,
+        id=_id(name, digest),
+        name=name,
+        group=run_folder.name,
+        config=spec["config"],
+        history=member / "history.jsonl",
+        summary=record.read_json(member / "metrics.json", {}) if finished else {},
+        files=files,
+        finished=finished,
         **_address(run_folder, spec),
-        record={**_about(run_folder, spec), "member": member.name, "cell": spec["cell_name"], "seed": spec["seed"],
-                "key": spec["key"]["all"], "attempt": attempt, "files": {n: sha256(p) for n, p in files.items()}},
+        record={
+            **_about(run_folder, spec),
+            "member": member.name,
+            "cell": spec["cell_name"],
+            "seed": spec["seed"],
+            "key": spec["key"]["all"],
+            "attempt": attempt,
+            "files": {n: sha256(p) for n, p in files.items()},
+        },
     )
 
 
 def final_entry(run_folder: Path) -> Entry | None:
-    """The run's own W&B run: the history of its chosen cell's first member, the means over seeds as its summary, and the
-    ids of all its members. With a search, of the best. None while there is no whole record."""
+    """The run's own W&B run: the history of its chosen cell's first member, the means over seeds as its summary, and
+    the ids of all its members. With a search, of the best. None while there is no whole record."""
     made = record.read_json(run_folder / "metrics.json")
     members = {m.name: m for m in sorted((run_folder / "members").glob("*/")) if (m / "done.json").exists()}
     if not made or not members or "chosen_cell" not in made or not (run_folder / "done.json").exists():
@@ -143,16 +156,34 @@ def final_entry(run_folder: Path) -> Entry | None:
     if folder != f"{scale}-{about['mode']}":  # a variation must not take the study's own place
         own = _id(own, keys.digest(folder)[:8])
     return Entry(
-        id=_id(own), spare=_id(own, source[:8]), name=run_folder.name, group=run_folder.name, config=spec["config"],
-        history=chosen / "history.jsonl", summary=summary, files=files, finished=True, **_address(run_folder, spec),
-        record={**about, "member": None, "chosen": chosen.name, "members": ids, "source": source,
-                "files": {n: sha256(p) for n, p in files.items()}},
+        id=_id(own),
+        spare=_id(own, source[:8]),
+        name=run_folder.name,
+        group=run_folder.name,
+        config=spec["config"],
+        history=chosen / "history.jsonl",
+        summary=summary,
+        files=files,
+        finished=True,
+        **_address(run_folder, spec),
+        record={
+            **about,
+            "member": None,
+            "chosen": chosen.name,
+            "members": ids,
+            "source": source,
+            "files": {n: sha256(p) for n, p in files.items()},
+        },
     )
 
 
 def _about(run_folder: Path, spec: dict) -> dict:
-    return {"version": 1, "place": place_of(run_folder), "run_id": run_folder.name,
-            **{k: spec[k] for k in ("study", "scale", "mode")}}
+    return {
+        "version": 1,
+        "place": place_of(run_folder),
+        "run_id": run_folder.name,
+        **{k: spec[k] for k in ("study", "scale", "mode")},
+    }
 
 
 def _address(run_folder: Path, spec: dict) -> dict:
@@ -169,8 +200,14 @@ def _settings(path: Path) -> dict:
 
 def _files(results: Path, folder: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
     """The record's files in `folder`, by their names on W&B: what a reader needs to judge the study again."""
-    kept = [p for p in sorted(folder.glob("*")) if p.is_file() and p.suffix in (".json", ".jsonl", ".yaml")
-            and p.name not in NOT_MIRRORED and (names is None or p.name in names)]
+    kept = [
+        p
+        for p in sorted(folder.glob("*"))
+        if p.is_file()
+        and p.suffix in (".json", ".jsonl", ".yaml")
+        and p.name not in NOT_MIRRORED
+        and (names is None or p.name in names)
+    ]
     return {str(p.relative_to(results)): p for p in kept}
 
 
@@ -187,7 +224,8 @@ def over(run_folder: Path) -> bool:
 
 
 class Mirrors:
-    """The senders that are under way, one process each beside the runs; `close` waits for them a little and no longer."""
+    """The senders that are under way, one process each beside the runs; `close` waits for them a little and no
+    longer."""
 
     def __init__(self):
         self.live: dict[Path, threading.Thread] = {}
@@ -231,7 +269,10 @@ class Mirrors:
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
             process = self.processes[folder] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lib.mirror.wandb_sync", "live", mode, str(folder)],
-                stdin=subprocess.DEVNULL if self.ending else subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL if self.ending else subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )  # the end of its input tells the sender that nothing more will come
             code = process.wait()
             if process.stdin:
@@ -240,8 +281,8 @@ class Mirrors:
         return None
 
     def close(self, seconds: float) -> None:
-        """Wait for what is left, at most `seconds` in all, and for what is written here until it is; then end it. The record
-        is whole without it."""
+        """Wait for what is left, at most `seconds` in all, and for what is written here until it is; then end it. The
+        record is whole without it."""
         deadline, self.ending = time.monotonic() + seconds, True
         for process in list(self.processes.values()):  # one may be starting
             if process.stdin:
@@ -257,8 +298,14 @@ class Mirrors:
                 os.killpg(self.processes[folder].pid, signal.SIGKILL)
         for folder in [*late, *self.failed]:
             how = "not finished in time" if folder in late else "failed"
-            print(f"W&B mirror of {folder.name}: {how} (see {folder / 'wandb.log'}); the record is whole, and "
-                  "./run_all.sh sync brings W&B up to date", file=sys.stderr)
+            print(
+                f"W&B mirror of {folder.name}: {how} (see {folder / 'wandb.log'}); the record is whole, and "
+                "./run_all.sh sync brings W&B up to date",
+                file=sys.stderr,
+            )
         if unsent := self.unsent.difference(late, self.failed):
-            print(f"W&B could not be used: {len(unsent)} run{'s' * (len(unsent) > 1)} in offline files only (why: wandb.log); "
-                  "./run_all.sh sync brings W&B up to date", file=sys.stderr)
+            print(
+                f"W&B could not be used: {len(unsent)} run{'s' * (len(unsent) > 1)} in offline files only (why: wandb.log); "
+                "./run_all.sh sync brings W&B up to date",
+                file=sys.stderr,
+            )

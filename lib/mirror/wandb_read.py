@@ -1,8 +1,8 @@
 """Reading W&B: what it holds of a run, what that lacks of the record, and a study's records back from it, checked.
 
-The analysis always reads a folder of records. `fetch` makes one from W&B, file by file, each compared with the SHA-256 that
-its run's configuration states; so a study judged from W&B and one judged from local records are the same computation on the
-same bytes. Histories are also logged row by row for W&B's charts; `lacking` compares those too.
+The analysis always reads a folder of records. `fetch` makes one from W&B, file by file, each compared with the SHA-256
+that its run's configuration states; so a study judged from W&B and one judged from local records are the same
+computation on the same bytes. Histories are also logged row by row for W&B's charts; `lacking` compares those too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ def quiet() -> None:
 def key_or_mend() -> None:
     """Raises MissingError where no key is at hand: the client would ask for one at the terminal."""
     if not wandb_key(Machine().environ):
-        raise MissingError("W&B", f"there is no key for {wandb_host(Machine().environ)}", "a key",
-                           ".venv/bin/wandb login (or set WANDB_API_KEY), then the same command again")
+        raise MissingError(
+            "W&B",
+            f"there is no key for {wandb_host(Machine().environ)}",
+            "a key",
+            ".venv/bin/wandb login (or set WANDB_API_KEY), then the same command again",
+        )
 
 
 def api(seconds: int = SECONDS):
@@ -41,15 +45,26 @@ def api(seconds: int = SECONDS):
     import wandb
 
     try:
-        wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1, x_graphql_retry_wait_min_seconds=0.3,
-                                   x_graphql_retry_wait_max_seconds=1, x_graphql_timeout_seconds=seconds,
-                                   x_service_wait=SERVICE_SECONDS))
+        wandb.setup(
+            wandb.Settings(
+                silent=True,
+                x_graphql_retry_max=1,
+                x_graphql_retry_wait_min_seconds=0.3,
+                x_graphql_retry_wait_max_seconds=1,
+                x_graphql_timeout_seconds=seconds,
+                x_service_wait=SERVICE_SECONDS,
+            )
+        )
         made = wandb.Api(timeout=seconds)
         made.default_entity  # noqa: B018 (asks the server who we are)
         return made
     except Exception as error:  # the client raises errors of half a dozen kinds, some of them plain ValueErrors
-        raise MissingError("W&B", f"no answer that can be used ({first_line(error)})", "a server that knows this key",
-                           "check the connection and WANDB_BASE_URL; ./run_all.sh sync goes on later") from None
+        raise MissingError(
+            "W&B",
+            f"no answer that can be used ({first_line(error)})",
+            "a server that knows this key",
+            "check the connection and WANDB_BASE_URL; ./run_all.sh sync goes on later",
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -95,13 +110,22 @@ def lacking(entry: Entry, found) -> list[str]:
     ]
 
 
-def fetch(into: Path, *, run_ids: Iterable[str], study: str, scale: str, mode: str = "full", entity: str | None = None,
-          project: str, place: str | None = None) -> Path:
+def fetch(
+    into: Path,
+    *,
+    run_ids: Iterable[str],
+    study: str,
+    scale: str,
+    mode: str = "full",
+    entity: str | None = None,
+    project: str,
+    place: str | None = None,
+) -> Path:
     """The records of these runs from W&B in the folder `into`/<study>, as the runner leaves them; returns that folder.
 
-    `place`: where they were made (default `<scale>-<mode>/<study>`; a variation made with --set has another). A file that is
-    there already with the right checksum is kept. Raises StudyError where a run is not on W&B, or a file of it is missing or
-    not the one that its run states; MissingError where W&B cannot be reached.
+    `place`: where they were made (default `<scale>-<mode>/<study>`; a variation made with --set has another). A file
+    that is there already with the right checksum is kept. Raises StudyError where a run is not on W&B, or a file of it
+    is missing or not the one that its run states; MissingError where W&B cannot be reached.
     """
     key_or_mend()
     connection, results = api(), Path(into) / study
@@ -113,13 +137,21 @@ def fetch(into: Path, *, run_ids: Iterable[str], study: str, scale: str, mode: s
         mine = [r for r in group if (r.config.get("record") or {}).get("place") == place_wanted]
         final = next((r for r in reversed(mine) if r.config["record"].get("member") is None), None)
         if final is None:
-            raise StudyError(f"W&B {path}", f"no finished run {run_id} of {place_wanted}", "the run and its members",
-                             "./run_all.sh sync where its records are")
+            raise StudyError(
+                f"W&B {path}",
+                f"no finished run {run_id} of {place_wanted}",
+                "the run and its members",
+                "./run_all.sh sync where its records are",
+            )
         named = {r.id: r for r in mine}
         for member, name in _members(final).items():
             if name not in named:
-                raise StudyError(f"W&B {path}/{name}", f"member {member} of {run_id} is not there", "every member of the run",
-                                 "./run_all.sh sync where its records are")
+                raise StudyError(
+                    f"W&B {path}/{name}",
+                    f"member {member} of {run_id} is not there",
+                    "every member of the run",
+                    "./run_all.sh sync where its records are",
+                )
         for found in [final, *(named[name] for name in _members(final).values())]:
             download(found, results)
         settings = {k: v for k, v in final.config.items() if k != "record"}
@@ -152,13 +184,17 @@ def download(found, results: Path) -> None:
             there[name].download(root=str(results), replace=True)
         if not target.exists() or sha256(target) != checksum:
             target.unlink(missing_ok=True)
-            raise StudyError(f"W&B run {found.id}", f"{name} is {'not what its checksum says' if name in there else 'missing'}",
-                             f"SHA-256 {checksum}", "./run_all.sh sync where its records are")
+            raise StudyError(
+                f"W&B run {found.id}",
+                f"{name} is {'not what its checksum says' if name in there else 'missing'}",
+                f"SHA-256 {checksum}",
+                "./run_all.sh sync where its records are",
+            )
 
 
 def results(study: str, scale: str, mode: str, results_dir: str | Path | None, source: dict | None = None) -> Path:
-    """Where an analysis reads: its `results_dir` (default outputs/<scale>-<mode>/<study>), or, where `source` names them
-    ({"project": ..., "run_ids": [...], "entity": ..., "place": ...}), the records of those runs from W&B."""
+    """Where an analysis reads: its `results_dir` (default outputs/<scale>-<mode>/<study>), or, where `source` names
+    them ({"project": ..., "run_ids": [...], "entity": ..., "place": ...}), the records of those runs from W&B."""
     own = Path(results_dir or config.ROOT / "outputs" / f"{scale}-{mode}" / study)
     if not source:
         return own

@@ -1,10 +1,11 @@
 """The sender: a process of its own that mirrors records to W&B. Training never waits for it and does not know of it.
 
-    python -m lib.mirror.wandb_sync live online|offline RUN_FOLDER      beside a running notebook (tracking.py starts it)
-    python -m lib.mirror.wandb_sync sync RUN_FOLDER…                    bring W&B up to date with records (`./run_all.sh sync`)
+    python -m lib.mirror.wandb_sync live online|offline RUN_FOLDER      beside a running notebook (tracking.py starts
+    it) python -m lib.mirror.wandb_sync sync RUN_FOLDER…                    bring W&B up to date with records
+    (`./run_all.sh sync`)
 
-Both compare what W&B holds with the record and send what differs: a step is sent again only where W&B's row for it differs,
-a file only where its MD5 does. So sending twice changes nothing, and what was cut off half-way is completed.
+Both compare what W&B holds with the record and send what differs: a step is sent again only where W&B's row for it
+differs, a file only where its MD5 does. So sending twice changes nothing, and what was cut off half-way is completed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def beat() -> None:
 
 
 def watchdog(limit: float) -> None:
-    """End this process when one call of the client takes longer than `limit` seconds: some of them wait for ever. Its core
-    process watches for that and goes too."""
+    """End this process when one call of the client takes longer than `limit` seconds: some of them wait for ever. Its
+    core process watches for that and goes too."""
 
     def look() -> None:
         while time.monotonic() - _beat < limit:
@@ -52,13 +53,34 @@ def begin(entry: tracking.Entry, name: str, mode: str, folder: Path, seconds: fl
     import wandb
 
     run = wandb.init(
-        project=entry.project, entity=entry.entity, id=name, name=entry.name, group=entry.group, mode=mode, dir=str(folder),
-        resume="allow" if mode == "online" else None, reinit="create_new", config=entry.whole_config,
+        project=entry.project,
+        entity=entry.entity,
+        id=name,
+        name=entry.name,
+        group=entry.group,
+        mode=mode,
+        dir=str(folder),
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",
+        config=entry.whole_config,
         settings=wandb.Settings(
-            silent=True, console="off", init_timeout=min(seconds, 30), finish_timeout=seconds, finish_timeout_raises=True,
-            save_code=False, disable_git=True, disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True, x_save_requirements=False, x_file_stream_transmit_interval=2.0,
-            x_graphql_retry_max=2, x_service_wait=wandb_read.SERVICE_SECONDS, host="", program="",
+            silent=True,
+            console="off",
+            init_timeout=min(seconds, 30),
+            finish_timeout=seconds,
+            finish_timeout_raises=True,
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            x_file_stream_transmit_interval=2.0,
+            x_graphql_retry_max=2,
+            x_service_wait=wandb_read.SERVICE_SECONDS,
+            host="",
+            program="",
         ),
     )
     run.define_metric("*", step_metric="global_step")
@@ -77,7 +99,8 @@ def log(run, rows: dict[int, dict], sent: dict[int, dict]) -> int:
 
 
 def finish(run, entry: tracking.Entry) -> None:
-    """The final configuration, summary and files, and the end of the run. Raises TimeoutError where they do not get through."""
+    """The final configuration, summary and files, and the end of the run. Raises TimeoutError where they do not get
+    through."""
     run.config.update(entry.whole_config, allow_val_change=True)
     run.summary.update({k: v for k, v in entry.summary.items() if v is not None})
     for name, path in entry.files.items():
@@ -102,7 +125,8 @@ class Sender:
         return entry.id, found
 
     def follow(self, entry: tracking.Entry) -> None:
-        """Log what is new in an unfinished member's history, all but its newest step (its evaluation may still come)."""
+        """Log what is new in an unfinished member's history, all but its newest step (its evaluation may still
+        come)."""
         rows = tracking.by_step(record.read_jsonl(entry.history))
         if len(rows) < 2 and entry.id not in self.open:
             return
@@ -144,8 +168,8 @@ class Sender:
 
 
 def live(folder: Path) -> int:
-    """Follow a run while its notebook is at work, then complete it. Waits for W&B as long as there is time; where the run is
-    over and W&B was not to be reached, its offline files are written. Returns the exit code."""
+    """Follow a run while its notebook is at work, then complete it. Waits for W&B as long as there is time; where the
+    run is over and W&B was not to be reached, its offline files are written. Returns the exit code."""
     gone, sender, asked, finished, stamps = runner_gone(), None, False, set(), {}
     while True:
         last = tracking.over(folder) or gone.is_set()  # before the look: what was written until then is seen
@@ -185,7 +209,11 @@ def runner_gone() -> threading.Event:
 def pause(folder: Path, gone: threading.Event, seconds: float) -> None:
     """Let so many seconds pass, or less where the run ends meanwhile."""
     end = time.monotonic() + seconds
-    while not tracking.over(folder) and not gone.wait(min(1.0, max(0.0, end - time.monotonic()))) and time.monotonic() < end:
+    while (
+        not tracking.over(folder)
+        and not gone.wait(min(1.0, max(0.0, end - time.monotonic())))
+        and time.monotonic() < end
+    ):
         beat()
 
 
@@ -193,8 +221,10 @@ def _now(folder: Path, stamps: dict, last: bool) -> list[tracking.Entry]:
     """The members whose record has changed since the last look; at the last, all."""
     found = []
     for member in sorted((folder / "members").glob("*/")):
-        stamp = [(p.stat().st_mtime_ns, p.stat().st_size) if p.exists() else None
-                 for p in (member / "history.jsonl", member / "done.json")]
+        stamp = [
+            (p.stat().st_mtime_ns, p.stat().st_size) if p.exists() else None
+            for p in (member / "history.jsonl", member / "done.json")
+        ]
         if (last or stamps.get(member) != stamp) and (entry := tracking.member_entry(folder, member)):
             stamps[member] = stamp
             found.append(entry)
@@ -212,7 +242,8 @@ def reach(folder: Path) -> Sender | None:
 
 
 def offline(folder: Path) -> None:
-    """Offline files of everything finished in the run, for `wandb leet` and `wandb sync`; what is there already stays."""
+    """Offline files of everything finished in the run, for `wandb leet` and `wandb sync`; what is there already
+    stays."""
     wandb_read.quiet()
     wanted = {entry.id: entry for entry in tracking.entries(folder)}
     there = set()
@@ -250,8 +281,11 @@ def sync(folders: list[Path], entity: str | None, project: str | None) -> int:
                 short += [entry.name] if left else []
                 told = f"; W&B STILL LACKS {', '.join(left)}" if left else ""
                 print(f"  {entry.name}: sent {differing}{told}", flush=True)
-    print(f"W&B: {count} runs looked at, {sent} brought up to date, {count - sent} were" + (
-        f"; still incomplete: {', '.join(short)}" if short else ""), flush=True)
+    print(
+        f"W&B: {count} runs looked at, {sent} brought up to date, {count - sent} were"
+        + (f"; still incomplete: {', '.join(short)}" if short else ""),
+        flush=True,
+    )
     return 1 if short else 0
 
 

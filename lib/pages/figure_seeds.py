@@ -33,9 +33,19 @@ Reference = tuple[float, str] | None  # a level to draw, and its name
 
 
 @housestyle
-def box_over_seeds(members: pd.DataFrame, metric: str, *, title: str, ylabel: str = "", x: str = "beta",
-                   xlabel: str = "", by: str = "method", known: Mapping[str, Look] | None = None,
-                   diverged_value: float | None = None, reference: Reference = None) -> Drawing:
+def box_over_seeds(
+    members: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    ylabel: str = "",
+    x: str = "beta",
+    xlabel: str = "",
+    by: str = "method",
+    known: Mapping[str, Look] | None = None,
+    diverged_value: float | None = None,
+    reference: Reference = None,
+) -> Drawing:
     """`metric` per `x` and `by`: a box from three seeds on, every seed as a point, a diverged seed as a cross."""
     ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x
     table = outcomes(members, metric, diverged_value)
@@ -45,9 +55,18 @@ def box_over_seeds(members: pd.DataFrame, metric: str, *, title: str, ylabel: st
         values = cell["value"].dropna().to_numpy()
         if len(values) >= 3:
             line = {"color": own.colour}
-            place.boxplot(values, positions=[at], widths=width * 0.8, showfliers=False, patch_artist=True,
-                          manage_ticks=False, boxprops={"facecolor": own.colour + "2e", "edgecolor": own.colour},
-                          medianprops={**line, "linewidth": 2}, whiskerprops=line, capprops=line)
+            place.boxplot(
+                values,
+                positions=[at],
+                widths=width * 0.8,
+                showfliers=False,
+                patch_artist=True,
+                manage_ticks=False,
+                boxprops={"facecolor": own.colour + "2e", "edgecolor": own.colour},
+                medianprops={**line, "linewidth": 2},
+                whiskerprops=line,
+                capprops=line,
+            )
         points(place, at + spread(len(cell), width * 0.5), cell, own)
         words.setdefault(own.label, []).append(f"{xlabel} {_name(value)} {_summary(cell)}")
     _finish(drawn, place, table, by, x, xlabel, ylabel, known, reference)
@@ -56,9 +75,21 @@ def box_over_seeds(members: pd.DataFrame, metric: str, *, title: str, ylabel: st
 
 
 @housestyle
-def bars(members: pd.DataFrame, metric: str, *, title: str, ylabel: str = "", x: str = "beta", xlabel: str = "",
-         by: str = "method", known: Mapping[str, Look] | None = None, diverged_value: float | None = None,
-         intervals: pd.DataFrame | None = None, floor: float = 0.0, reference: Reference = None) -> Drawing:
+def bars(
+    members: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    ylabel: str = "",
+    x: str = "beta",
+    xlabel: str = "",
+    by: str = "method",
+    known: Mapping[str, Look] | None = None,
+    diverged_value: float | None = None,
+    intervals: pd.DataFrame | None = None,
+    floor: float = 0.0,
+    reference: Reference = None,
+) -> Drawing:
     """Mean of `metric` per `x` and `by` with its 95 % interval and every seed as a point.
 
     `intervals`: columns `by`, `x`, low, high (from lib.statistics: seeds and questions crossed); without it Student's
@@ -76,9 +107,16 @@ def bars(members: pd.DataFrame, metric: str, *, title: str, ylabel: str = "", x:
             low, high = (float(row["low"].iloc[0]), float(row["high"].iloc[0])) if len(row) else (np.nan, np.nan)
         if len(values):
             place.bar(at, mean - floor, width * 0.92, bottom=floor, color=own.colour + "59", edgecolor=own.colour)
-            place.annotate(number(mean), (at, np.nanmax([mean, high, *values])), xytext=(0, 3), ha="center",
-                           textcoords="offset points", fontsize=9, zorder=5,
-                           bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6})
+            place.annotate(
+                number(mean),
+                (at, np.nanmax([mean, high, *values])),
+                xytext=(0, 3),
+                ha="center",
+                textcoords="offset points",
+                fontsize=9,
+                zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+            )
         if np.isfinite(low):
             place.plot([at, at], [max(low, floor), high], color=INK, linewidth=1.3)
         points(place, at + spread(len(cell), width * 0.4), cell, own)
@@ -99,18 +137,42 @@ def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -
     for position, value, diverged, row in zip(positions, cell["value"], cell["diverged"], rows, strict=True):
         valued = np.isfinite(value)
         if valued or diverged:
-            mark(place, position, value if valued else 0.025, row, place.transData if valued else place.get_xaxis_transform())
+            mark(
+                place,
+                position,
+                value if valued else 0.025,
+                row,
+                place.transData if valued else place.get_xaxis_transform(),
+            )
         if diverged:
-            place.plot([position], [value if valued else 0.025], "x", color=BAD, markersize=7, markeredgewidth=2,
-                       zorder=4, clip_on=False, transform=place.transData if valued else place.get_xaxis_transform())
+            place.plot(
+                [position],
+                [value if valued else 0.025],
+                "x",
+                color=BAD,
+                markersize=7,
+                markeredgewidth=2,
+                zorder=4,
+                clip_on=False,
+                transform=place.transData if valued else place.get_xaxis_transform(),
+            )
         elif valued:
-            place.plot([position], [value], look.marker, color=look.colour, markersize=5, markeredgecolor="white",
-                       markeredgewidth=0.6, zorder=3, clip_on=False)
+            place.plot(
+                [position],
+                [value],
+                look.marker,
+                color=look.colour,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                zorder=3,
+                clip_on=False,
+            )
 
 
 def _cells(table: pd.DataFrame, by: str, x: str, known: Mapping[str, Look] | None, room: float):
-    """(look, value of x, position, width, members) of every cell that has members: side by side within a category, and in its
-    middle where each category has one."""
+    """(look, value of x, position, width, members) of every cell that has members: side by side within a category, and
+    in its middle where each category has one."""
     look = looks(table[by], known)
     alone = table.groupby(x)[by].nunique().max() == 1
     width = room / (3 if alone else max(1, len(look)))
@@ -121,8 +183,17 @@ def _cells(table: pd.DataFrame, by: str, x: str, known: Mapping[str, Look] | Non
                 yield own, value, position + offset, width, cell
 
 
-def _finish(drawn: Canvas, place: Axes, table: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str,
-            known: Mapping[str, Look] | None, reference: Reference) -> None:
+def _finish(
+    drawn: Canvas,
+    place: Axes,
+    table: pd.DataFrame,
+    by: str,
+    x: str,
+    xlabel: str,
+    ylabel: str,
+    known: Mapping[str, Look] | None,
+    reference: Reference,
+) -> None:
     """Ticks for the categories, labels, the reference line and one legend."""
     places = ordered(table[x])
     place.set_xticks(range(len(places)), [_name(value) for value in places])
@@ -130,8 +201,10 @@ def _finish(drawn: Canvas, place: Axes, table: pd.DataFrame, by: str, x: str, xl
     place.set(xlabel=xlabel, ylabel=ylabel)
     if reference is not None:
         reference_line(place, *reference)
-    extra = [(Line2D([], [], linestyle="", marker=own.marker, color=own.colour), own.label)
-             for own in looks(table[by], known).values()]
+    extra = [
+        (Line2D([], [], linestyle="", marker=own.marker, color=own.colour), own.label)
+        for own in looks(table[by], known).values()
+    ]
     legend_below(drawn, extra + ([DIVERGED] if table["diverged"].any() else []))
 
 

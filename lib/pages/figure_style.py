@@ -22,12 +22,31 @@ DASH = (0, (4, 3))
 IDENTITY = ("run_id", "method", "cell", "beta", "tau", "seed", "status")  # of a member
 WIDTH = 8.0  # inches; shown at about 900 px, so 10.5 pt stays readable
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10.5, "text.color": INK, "figure.facecolor": "white",
-    "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.edgecolor": SOFT, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
-    "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.8, "savefig.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "figure.facecolor": "white",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8,
+    "savefig.facecolor": "white",
     "pdf.fonttype": 42,
 }
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
@@ -52,8 +71,9 @@ class Drawing:
     data: pd.DataFrame
 
 
-def canvas(rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str = "", **options
-           ) -> tuple[Canvas, np.ndarray]:
+def canvas(
+    rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str = "", **options
+) -> tuple[Canvas, np.ndarray]:
     """An empty figure and its (rows, columns) axes; `options` go to matplotlib's Figure.subplots."""
     drawn = Canvas(figsize=(WIDTH, height), layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False, **options)
@@ -87,12 +107,15 @@ def marks(drawn: Canvas) -> list[Mark]:
         if 0 <= across <= width and 0 <= up <= height:
             value = "diverged" if member.get("diverged") else number(member.get("value"))
             words = f"{member.get('run_id')}, {member.get('cell')}, seed {member.get('seed')}: {value}"
-            found.append(Mark(round(float(across / width), 4), round(1 - float(up / height), 4), member["folder"], words))
+            found.append(
+                Mark(round(float(across / width), 4), round(1 - float(up / height), 4), member["folder"], words)
+            )
     return found
 
 
 def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict[str, Look]:
-    """A look for every name, in the study's own order and looks where it has them, else the next free colour and marker."""
+    """A look for every name, in the study's own order and looks where it has them, else the next free colour and
+    marker."""
     known, names = known or {}, list(dict.fromkeys(names))
     names = [name for name in known if name in names] + [name for name in names if name not in known]
     taken = {known[name].colour for name in names if name in known}
@@ -132,8 +155,9 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
     for i in range(len(heights) - 1, -1, -1):  # what was pushed over the top moves down again
         heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
     for height, (_, text, colour) in zip(heights, at, strict=True):
-        axes.annotate(text, (1.015, height), xycoords="axes fraction", color=colour, va="center", fontsize=9.5,
-                      fontweight="bold")
+        axes.annotate(
+            text, (1.015, height), xycoords="axes fraction", color=colour, va="center", fontsize=9.5, fontweight="bold"
+        )
 
 
 def label_points(drawn: Canvas, axes: Axes, labels: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
@@ -143,23 +167,46 @@ def label_points(drawn: Canvas, axes: Axes, labels: Sequence[tuple[float, float,
     places = axes.transData.transform([(x, y) for x, y, _, _ in labels]) if labels else []
     unit, names = drawn.dpi / 72, []
     for i, ((px, py), (x, y, text, colour)) in enumerate(zip(places, labels, strict=True)):
-        width, height, near = 0.62 * size * len(text), 1.1 * size, 9 * unit  # a name nearer to another point would mislead
+        width, height, near = (
+            0.62 * size * len(text),
+            1.1 * size,
+            9 * unit,
+        )  # a name nearer to another point would mislead
         taken = [(qx - near, qy - near, qx + near, qy + near) for j, (qx, qy) in enumerate(places) if j != i] + names
-        for dx, dy in ((6, 3), (6, -3 - height), (-6 - width, 3), (-6 - width, -3 - height), (-width / 2, 7),
-                       (-width / 2, -7 - height), (9, -height / 2), (-9 - width, -height / 2)):
+        for dx, dy in (
+            (6, 3),
+            (6, -3 - height),
+            (-6 - width, 3),
+            (-6 - width, -3 - height),
+            (-width / 2, 7),
+            (-width / 2, -7 - height),
+            (9, -height / 2),
+            (-9 - width, -height / 2),
+        ):
             left, low = px + dx * unit, py + dy * unit
             right, high = left + width * unit, low + height * unit
-            if left > axes.bbox.x0 and not any(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken):
-                axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=size, color=colour,
-                              zorder=5, annotation_clip=False)
+            if left > axes.bbox.x0 and not any(
+                left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken
+            ):
+                axes.annotate(
+                    text,
+                    (x, y),
+                    xytext=(dx, dy),
+                    textcoords="offset points",
+                    fontsize=size,
+                    color=colour,
+                    zorder=5,
+                    annotation_clip=False,
+                )
                 names.append((left, low, right, high))
                 break
 
 
 def legend_below(drawn: Canvas, extra: Sequence[tuple[object, str]] = ()) -> None:
     """One legend for all panels, under them; `extra` are further (handle, label)."""
-    named = {label: handle for axes in drawn.axes
-             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    named = {
+        label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     named |= {label: handle for handle, label in extra}
     if named:
         wide = 0.085 * (max(map(len, named)) + 6)  # inches of the widest entry at 9.5 pt
@@ -171,8 +218,16 @@ def reference_line(axes: Axes, value: float, label: str = "") -> None:
     """A dashed line at `value`, named at the right edge."""
     axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASH)
     if label:
-        axes.annotate(f"{label} {number(value)}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                      textcoords="offset points", va="center", fontsize=9, color=SOFT)
+        axes.annotate(
+            f"{label} {number(value)}",
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=SOFT,
+        )
 
 
 def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = None) -> pd.DataFrame:

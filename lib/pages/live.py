@@ -30,7 +30,8 @@ class Picture:
 
 @contextlib.contextmanager
 def redrawn(draw: Callable[[], Drawing], every: float = 1.0) -> Iterator[None]:
-    """Show `draw()`, again every so many seconds while the body runs, and once more when it has ended, however it ended.
+    """Show `draw()`, again every so many seconds while the body runs, and once more when it has ended, however it
+    ended.
 
     The drawing is done beside the body, which keeps the kernel's main thread: an interrupt reaches it.
     """

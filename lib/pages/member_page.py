@@ -23,7 +23,9 @@ CURVES = 6
 
 def write_pages(run_folder: Path, command: str = "") -> int:
     """Write members/<id>/member.html for every member with a record, searched ones too; how many there are."""
-    folders = [p.parent for p in [*run_folder.glob("members/*/member.json"), *run_folder.glob("sweep/trials/*/member.json")]]
+    folders = [
+        p.parent for p in [*run_folder.glob("members/*/member.json"), *run_folder.glob("sweep/trials/*/member.json")]
+    ]
     for folder in sorted(folders):
         write_text(folder / NAME, redact(page(folder, run_folder, command)))
     return len(folders)
@@ -33,50 +35,76 @@ def page(folder: Path, run_folder: Path, command: str = "") -> str:
     spec, done = _dict(read_json(folder / "member.json")), _dict(read_json(folder / "done.json"))
     history, error = _rows(folder / "history.jsonl"), _dict(read_json(folder / "error.json"))
     config = _dict(spec.get("config"))
-    command = command or f"./run_all.sh {spec.get('mode')} --scale {spec.get('scale')} --study {spec.get('study')} " \
-                         f"--run {shlex.quote(run_folder.name)}"
+    command = (
+        command
+        or f"./run_all.sh {spec.get('mode')} --scale {spec.get('scale')} --study {spec.get('study')} "
+        f"--run {shlex.quote(run_folder.name)}"
+    )
     status = str(done.get("status") or ("failed" if error else "unfinished"))
     return _template().render(
-        title=f"{run_folder.name}: {folder.name}", css=(PAGES / "style.css").read_text(encoding="utf-8"), policy=POLICY,
-        trail=_trail(folder, run_folder), status=status, method=config.get("method", ""), seed=spec.get("seed"),
+        title=f"{run_folder.name}: {folder.name}",
+        css=(PAGES / "style.css").read_text(encoding="utf-8"),
+        policy=POLICY,
+        trail=_trail(folder, run_folder),
+        status=status,
+        method=config.get("method", ""),
+        seed=spec.get("seed"),
         cell=_dict(spec.get("cell")),
         again=f"rm -r {shlex.quote(str(_shown(folder)))} && {command}",
-        metrics=[(k, v) for k, v in _dict(read_json(folder / "metrics.json")).items() if k != "status" and v is not None],
-        used=_dict(read_json(folder / "resources.json")), error=error.get("exception", ""),
-        curves=list(_curves(history)), rows=_predictions(folder), log=_tail(folder / "train.log"),
-        settings=list(_flat({k: v for k, v in config.items() if isinstance(v, dict) and k not in ("optuna", "wandb")})))
+        metrics=[
+            (k, v) for k, v in _dict(read_json(folder / "metrics.json")).items() if k != "status" and v is not None
+        ],
+        used=_dict(read_json(folder / "resources.json")),
+        error=error.get("exception", ""),
+        curves=list(_curves(history)),
+        rows=_predictions(folder),
+        log=_tail(folder / "train.log"),
+        settings=list(_flat({k: v for k, v in config.items() if isinstance(v, dict) and k not in ("optuna", "wandb")})),
+    )
 
 
 def _template():
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["plain"] = _plain
     return environment.get_template("member.html.j2")
 
 
 def _trail(folder: Path, run_folder: Path) -> list[tuple[str, str]]:
     index = run_folder.parent.parent.parent / "index.html"
-    places = [("All studies", index), (f"Run {run_folder.name}", run_folder / "run.html"),
-              ("Analysis", run_folder.parent / "comparison" / "analysis.html")]
+    places = [
+        ("All studies", index),
+        (f"Run {run_folder.name}", run_folder / "run.html"),
+        ("Analysis", run_folder.parent / "comparison" / "analysis.html"),
+    ]
     files = [(name, folder / name) for name in ("history.jsonl", "predictions.jsonl", "metrics.json", "train.log")]
-    return [(text, quote(os.path.relpath(path, folder))) for text, path in [*places, *files] if path.exists() or path == index]
+    return [
+        (text, quote(os.path.relpath(path, folder)))
+        for text, path in [*places, *files]
+        if path.exists() or path == index
+    ]
 
 
 def _shown(folder: Path) -> Path:
     """The folder as it is typed from the repository, where it lies below it."""
     parts = folder.resolve().parts
-    return Path(*parts[parts.index("outputs"):]) if "outputs" in parts else folder
+    return Path(*parts[parts.index("outputs") :]) if "outputs" in parts else folder
 
 
 def _curves(history: list[dict]) -> Iterator[dict]:
     """The recorded numbers that change over the steps, each as a polyline with its ends in words; the first few."""
     names = [n for n in dict.fromkeys(k for row in history for k in row) if n not in ("step", "steps", "epoch")]
-    names = sorted(names, key=lambda n: (n != "loss", not n.startswith(("validation", "tuning", "dev"))))  # else as recorded
+    names = sorted(
+        names, key=lambda n: (n != "loss", not n.startswith(("validation", "tuning", "dev")))
+    )  # else as recorded
     drawn = 0
     for name in names:
-        points = [(row["step"], row[name]) for row in history if isinstance(row.get(name), int | float) and "step" in row]
+        points = [
+            (row["step"], row[name]) for row in history if isinstance(row.get(name), int | float) and "step" in row
+        ]
         if len(points) < 2 or drawn == CURVES:
             continue
         drawn += 1
@@ -84,10 +112,16 @@ def _curves(history: list[dict]) -> Iterator[dict]:
         low, high = min(values), max(values)
         across = lambda step, a=first, b=last: LEFT + (WIDTH - 2 * LEFT) * (step - a) / max(1, b - a)  # noqa: E731
         down = lambda value, a=low, b=high: LEFT + (HEIGHT - 2 * LEFT) * (1 - (value - a) / ((b - a) or 1))  # noqa: E731
-        yield {"name": name.replace("_", " "), "low": _plain(low), "high": _plain(high), "first": first, "last": last,
-               "line": " ".join(f"{across(step):.1f},{down(value):.1f}" for step, value in points),
-               "words": f"{name.replace('_', ' ')} from {_plain(values[0])} at step {first} to {_plain(values[-1])} at step "
-                        f"{last}, between {_plain(low)} and {_plain(high)}"}
+        yield {
+            "name": name.replace("_", " "),
+            "low": _plain(low),
+            "high": _plain(high),
+            "first": first,
+            "last": last,
+            "line": " ".join(f"{across(step):.1f},{down(value):.1f}" for step, value in points),
+            "words": f"{name.replace('_', ' ')} from {_plain(values[0])} at step {first} to {_plain(values[-1])} at step "
+            f"{last}, between {_plain(low)} and {_plain(high)}",
+        }
 
 
 def _predictions(folder: Path) -> dict:

@@ -20,19 +20,36 @@ from lib.record import redact, write_text
 
 PAGES = Path(__file__).parent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-TAGS = frozenset(re.findall(r"\w+", """
+TAGS = frozenset(
+    re.findall(
+        r"\w+",
+        """
     a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img
-    ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"""))
+    ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul""",
+    )
+)
 ATTRIBUTES = {
-    "*": ["class", "id", "title", "lang"], "a": ["href"], "img": ["src", "alt", "width", "height"], "details": ["open"],
-    "td": ["colspan", "rowspan", "headers"], "th": ["colspan", "rowspan", "scope"], "col": ["span"], "ol": ["start"],
+    "*": ["class", "id", "title", "lang"],
+    "a": ["href"],
+    "img": ["src", "alt", "width", "height"],
+    "details": ["open"],
+    "td": ["colspan", "rowspan", "headers"],
+    "th": ["colspan", "rowspan", "scope"],
+    "col": ["span"],
+    "ol": ["start"],
 }
 POINT = re.compile(r'<a class="point x(\d{1,4}) y(\d{1,4})"')
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 
 
-def notebook_html(ipynb_path: str | Path, html_path: str | Path, *, title: str = "", command: str = "",
-                  links: Sequence[tuple[str, str]] | None = None) -> Path:
+def notebook_html(
+    ipynb_path: str | Path,
+    html_path: str | Path,
+    *,
+    title: str = "",
+    command: str = "",
+    links: Sequence[tuple[str, str]] | None = None,
+) -> Path:
     """Write the page of a notebook. `command` runs exactly it again and `links` are (text, href) shown above it; a page
     in an outputs folder finds both by itself."""
     import nbformat
@@ -40,8 +57,17 @@ def notebook_html(ipynb_path: str | Path, html_path: str | Path, *, title: str =
     ipynb_path, html_path = Path(ipynb_path), Path(html_path)
     notebook = nbformat.read(ipynb_path, as_version=4)
     again, found = _place(ipynb_path.resolve(), html_path.resolve())
-    write_text(html_path, redact(render(notebook, title=title or ipynb_path.stem, command=command or again,
-                                        links=found if links is None else links)))
+    write_text(
+        html_path,
+        redact(
+            render(
+                notebook,
+                title=title or ipynb_path.stem,
+                command=command or again,
+                links=found if links is None else links,
+            )
+        ),
+    )
     return html_path
 
 
@@ -67,8 +93,14 @@ def render(notebook, *, title: str, command: str = "", links: Sequence[tuple[str
     title = next((text for level, text, _ in heads if level == 1), title)
     config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
     exporter = _exporter()(config=config, extra_template_basedirs=[str(PAGES)], template_name="notebook")
-    page = {"title": title, "command": command, "links": list(links), "css": (PAGES / "style.css").read_text(encoding="utf-8"),
-            "policy": POLICY, "contents": [(text, anchor) for level, text, anchor in heads if level == 2]}
+    page = {
+        "title": title,
+        "command": command,
+        "links": list(links),
+        "css": (PAGES / "style.css").read_text(encoding="utf-8"),
+        "policy": POLICY,
+        "contents": [(text, anchor) for level, text, anchor in heads if level == 2],
+    }
     return exporter.from_notebook_node(notebook, {"page": page})[0]
 
 
@@ -98,19 +130,27 @@ def clean(fragment: str) -> str:
             image.replace_with(f"[{image.get('alt') or 'image'}]")
     for header in soup("th"):
         header["scope"] = header.get("scope") or ("row" if header.find_parent("tbody") else "col")
-    return placed(bleach.clean(str(soup), tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto", "data"},
-                               strip=True))
+    return placed(
+        bleach.clean(
+            str(soup), tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto", "data"}, strip=True
+        )
+    )
 
 
 def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
-    """A figure as HTML that needs no other file; over each point of a member lies a link to the member's page. Places are
-    written as classes in thousandths (`x123 y456`), which `placed` turns into positions: `clean` lets no style in."""
+    """A figure as HTML that needs no other file; over each point of a member lies a link to the member's page. Places
+    are written as classes in thousandths (`x123 y456`), which `placed` turns into positions: `clean` lets no style
+    in."""
     source = base64.b64encode(png).decode("ascii")
     points = "".join(
         f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
-        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>' for link in links)
-    return (f'<figure><div class="drawn"><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}">'
-            f"{points}</div></figure>")
+        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>'
+        for link in links
+    )
+    return (
+        f'<figure><div class="drawn"><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}">'
+        f"{points}</div></figure>"
+    )
 
 
 def placed(fragment: str) -> str:

@@ -51,7 +51,9 @@ def slices(table: pd.DataFrame, run) -> figures.Drawing:
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
             choices = [c for c in distribution.choices if (table[name] == c).any()]
             place.plot(table[name].map(choices.index), table["value"], "o", color=MAIN)
-            place.set_xticks(range(len(choices)), [number(c) if isinstance(c, float | int) else str(c) for c in choices])
+            place.set_xticks(
+                range(len(choices)), [number(c) if isinstance(c, float | int) else str(c) for c in choices]
+            )
         else:
             place.plot(table[name], table["value"], "o", color=MAIN)
             if distribution.log:

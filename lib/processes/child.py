@@ -1,4 +1,5 @@
-"""A child of the pool, from its first moment to its target's return. Imported by the server (lib/processes/forkserver.py).
+"""A child of the pool, from its first moment to its target's return. Imported by the server
+(lib/processes/forkserver.py).
 
 Like it, this knows no study code: what a target imports of `lib` is read from disk by each child.
 """

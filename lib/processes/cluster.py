@@ -1,4 +1,5 @@
-"""Several machines: what a slot of the pool would do is done on a node of a Ray cluster (`--cluster`), and gathered back.
+"""Several machines: what a slot of the pool would do is done on a node of a Ray cluster (`--cluster`), and gathered
+back.
 
     ./run_all.sh full --cluster             the cluster this machine belongs to; or --cluster HOST:PORT
 
@@ -47,15 +48,17 @@ def connect(address: str):
     if not ray.is_initialized():
         place = _listening(address)
         try:
-            ray.init(address=place, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            ray.init(
+                address=place, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False
+            )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise _absent(f"{place} is no cluster: {str(error).strip().splitlines()[0][:120]}") from None
     return ray
 
 
 def _listening(address: str) -> str:
-    """HOST:PORT of the cluster, where something listens there: Ray itself tries for many minutes. `auto`: what this machine
-    has joined."""
+    """HOST:PORT of the cluster, where something listens there: Ray itself tries for many minutes. `auto`: what this
+    machine has joined."""
     if address == "auto":
         try:
             address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
@@ -70,8 +73,13 @@ def _listening(address: str) -> str:
 
 
 def _absent(found: str) -> MissingError:
-    return MissingError("--cluster", found, "a running cluster", ".venv/bin/ray start --head on one machine, "
-                        ".venv/bin/ray start --address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379")
+    return MissingError(
+        "--cluster",
+        found,
+        "a running cluster",
+        ".venv/bin/ray start --head on one machine, "
+        ".venv/bin/ray start --address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379",
+    )
 
 
 @functools.cache
@@ -124,19 +132,26 @@ def unpack(content: bytes, folder: Path) -> None:
 
 
 def listed(folder: Path) -> dict[str, tuple]:
-    """{name: (size, time)} of a folder's files, those last that say that others are whole; half-written ones are left out."""
+    """{name: (size, time)} of a folder's files, those last that say that others are whole; half-written ones are left
+    out."""
     found = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.name.endswith((".tmp", ".partial", ".lock")):
                 found[path.relative_to(folder).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
-    return dict(sorted(found.items(), key=lambda item: (LATE.index(Path(item[0]).name) if Path(item[0]).name in LATE else -1)))
+    return dict(
+        sorted(found.items(), key=lambda item: LATE.index(Path(item[0]).name) if Path(item[0]).name in LATE else -1)
+    )
 
 
 def code() -> bytes:
     """The working tree's code, as this machine runs it."""
-    names = [p.relative_to(ROOT).as_posix() for top in ("lib", "params", "tests") for p in (ROOT / top).rglob("*")
-             if p.suffix in (".py", ".yaml") and "__pycache__" not in p.parts]
+    names = [
+        p.relative_to(ROOT).as_posix()
+        for top in ("lib", "params", "tests")
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in (".py", ".yaml") and "__pycache__" not in p.parts
+    ]
     return packed(ROOT, sorted(names))
 
 
@@ -158,16 +173,27 @@ def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> It
         argument = {**request["argument"], "folder": str(record), "inputs": str(scratch / "inputs")}
         argument |= {"final": str(scratch / "final")} if "final" in argument else {}
         (scratch / "request.json").write_text(json.dumps({"target": request["target"], "argument": argument}))
-        environment = {**os.environ, "PYTHONPATH": str(scratch / "code"), "OMP_NUM_THREADS": str(request["threads"]),
-                       "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(scratch / "code"),
+            "OMP_NUM_THREADS": str(request["threads"]),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "MPLBACKEND": "Agg",
+        }
         for name in ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS"):
             environment.pop(name, None)
         if not request["gpus"]:  # Ray hides none from who asks for none
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(scratch / "log", "wb") as log:
-            child = subprocess.Popen([sys.executable, "-m", "lib.processes.cluster", str(scratch / "request.json")],
-                                     env=environment, cwd=scratch / "code", stdout=log, stderr=subprocess.STDOUT,
-                                     start_new_session=True)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "lib.processes.cluster", str(scratch / "request.json")],
+                env=environment,
+                cwd=scratch / "code",
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         known, position = listed(record), 0
         while True:
             code_now = child.poll()
@@ -203,32 +229,51 @@ def run(argument: dict) -> None:
     compute = (inner["spec"] if trains else inner)["config"]["compute"]
     count = argument["slots"]
     task = ray.remote(on_node).options(
-        num_returns="streaming", max_retries=0, num_cpus=count * argument["threads"],
-        num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])), scheduling_strategy="SPREAD")
+        num_returns="streaming",
+        max_retries=0,
+        num_cpus=count * argument["threads"],
+        num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])),
+        scheduling_strategy="SPREAD",
+    )
     request = {"target": argument["target"], "argument": inner, "threads": argument["threads"], "gpus": compute["gpus"]}
     inputs = Path(inner["inputs"]) if "inputs" in inner else None
     shared = ray.put(packed(inputs, list(listed(inputs)))) if inputs else None
     source = ray.put(code())
-    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError,
-            ray.exceptions.LocalRayletDiedError, ray.exceptions.OutOfMemoryError)
+    lost = (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.LocalRayletDiedError,
+        ray.exceptions.OutOfMemoryError,
+    )
     for attempt in range(1, ATTEMPTS + 1):
         # only a member's own record is sent along; a measurement's folder is its run's, with all members in it
         sent = packed(folder, [n for n in listed(folder) if n != "train.log"]) if trains else b""
         try:
             ended = _gather((ray.get(part) for part in task.remote(request, source, shared, sent)), folder)
         except lost as error:
-            print(f"attempt {attempt}: {type(error).__name__}: the node or its worker was lost; sent again, from the last "
-                  "checkpoint", flush=True)
+            print(
+                f"attempt {attempt}: {type(error).__name__}: the node or its worker was lost; sent again, from the last "
+                "checkpoint",
+                flush=True,
+            )
             continue
         if ended < 0:
-            print(f"attempt {attempt}: killed by signal {-ended} on its node; sent again, from the last checkpoint", flush=True)
+            print(
+                f"attempt {attempt}: killed by signal {-ended} on its node; sent again, from the last checkpoint",
+                flush=True,
+            )
             continue
         if ended == 0 and "final" in inner:  # `prepare` gives its folder its final name when it is whole
             shutil.rmtree(inner["final"], ignore_errors=True)
             folder.rename(inner["final"])
         sys.exit(ended)
-    raise StudyError(f"{argument['target']} for {folder.name}", f"lost {ATTEMPTS} times on the cluster", "a node that keeps it",
-                     "look at the nodes' memory and at `ray status`, then the same command again")
+    raise StudyError(
+        f"{argument['target']} for {folder.name}",
+        f"lost {ATTEMPTS} times on the cluster",
+        "a node that keeps it",
+        "look at the nodes' memory and at `ray status`, then the same command again",
+    )
 
 
 def _gather(parts: Iterator[dict], folder: Path) -> int:

@@ -1,19 +1,21 @@
 """The pool: a process that has imported the third-party packages, no study code, and forks one process per member.
 
-Importing torch, transformers and trl costs 10 s; a record of fifty members must not pay it fifty times. Run as a script:
+Importing torch, transformers and trl costs 10 s; a record of fifty members must not pay it fifty times. Run as a
+script:
 
     python lib/processes/forkserver.py SOCKET SLOTS [--devices 0,1] [--bare]
 
 Protocol, over a Unix socket, one JSON object per line, one connection per child:
-    -> {"kind": "member" | "kernel", "target": "lib.processes.work:member", "argument": {...}, "log": path, "env": {...},
+    -> {"kind": "member" | "kernel", "target": "lib.processes.work:member", "argument": {...}, "log": path, "env":
+    {...},
         "name": same names never run at the same time, "threads": n, "slots": as many, "cpu": shown no GPU}
     <- {"event": "started", "pid": p}     when its slot is free (a kernel takes no slot)
     -> {"signal": n}                      sent on to the child's process group
     <- {"event": "exit", "code": c}       negative: killed by that signal
 Closing the connection kills the child with its process group, so a client that goes away leaves no orphan. The server
 reads the owner's secrets from its standard input, ends with it and takes its folder along; a child ends with the server
-(each holds a pipe whose other end only the server has). What a child writes to stdout and stderr comes through a pipe to
-the server, which writes the log: a killed child loses no line, and no line holds a secret.
+(each holds a pipe whose other end only the server has). What a child writes to stdout and stderr comes through a pipe
+to the server, which writes the log: a killed child loses no line, and no line holds a secret.
 """
 
 import argparse
@@ -32,7 +34,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # as a script: what lies beside it has no names of its own
-    sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent))]
+    sys.path[:] = [
+        str(ROOT),
+        *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent)),
+    ]
 
 # With these, all that the server knows of `lib`: it would not see later changes of what it has imported.
 from lib import redaction  # noqa: E402
@@ -117,7 +122,8 @@ class Server:
                 self.queue.append(child)
 
     def copy_output(self, child: Child, *, last: bool = False) -> None:
-        """What a child has written so far into its log. At its end (`last`) without waiting for whoever else has the pipe."""
+        """What a child has written so far into its log. At its end (`last`) without waiting for whoever else has the
+        pipe."""
         while child.output is not None:
             try:
                 data = os.read(child.output, 1 << 16)
@@ -146,7 +152,8 @@ class Server:
                 os.killpg(child.pid, signal.SIGKILL)
 
     def ask_to_stop(self) -> None:
-        """The owner has said so: start nothing more, let members save where they are, and end when the last has ended."""
+        """The owner has said so: start nothing more, let members save where they are, and end when the last has
+        ended."""
         self.stopping = True
         self.slots.close()
         for pid, child in self.children.items():
@@ -201,7 +208,8 @@ class Server:
             os._exit(code)
 
     def spawned(self, request: dict, out: int | None) -> int:
-        """A fresh interpreter: where CUDA is visible (bitsandbytes initialises it on import, and CUDA survives no fork)."""
+        """A fresh interpreter: where CUDA is visible (bitsandbytes initialises it on import, and CUDA survives no
+        fork)."""
         process = subprocess.Popen(
             [sys.executable, __file__, "--child", str(self.lifeline_read)],
             stdin=subprocess.PIPE,
@@ -250,8 +258,8 @@ class Server:
 
 @contextlib.contextmanager
 def owner_watched(server: Server):
-    """While we import, which takes seconds: end at once where the owner goes or asks us to stop, for nothing runs yet. No
-    thread is left when the first fork comes."""
+    """While we import, which takes seconds: end at once where the owner goes or asks us to stop, for nothing runs yet.
+    No thread is left when the first fork comes."""
     imported, poller = threading.Event(), select.poll()
     poller.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
 
@@ -280,7 +288,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("socket")
     parser.add_argument("slots", type=int)
-    parser.add_argument("--devices", default="", help="GPUs to hand out, one per slot; members are then spawned, not forked")
+    parser.add_argument(
+        "--devices", default="", help="GPUs to hand out, one per slot; members are then spawned, not forked"
+    )
     parser.add_argument("--bare", action="store_true", help="preload nothing (tests)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it closes our standard input

@@ -6,8 +6,8 @@ import gc
 
 @contextlib.contextmanager
 def importing():
-    """For a body that imports what stays: a quarter quicker. The collector does not look at it later either, nor in forked
-    children (3 % of a laptop member's time, and copies of what all of them share)."""
+    """For a body that imports what stays: a quarter quicker. The collector does not look at it later either, nor in
+    forked children (3 % of a laptop member's time, and copies of what all of them share)."""
     gc.disable()
     try:
         yield

@@ -43,10 +43,15 @@ class PoolProvisioner(LocalProvisioner):
         here = {k: v for k, v in environment.items() if os.environ.get(k) != v}
         self.code, self.buffer = None, b""
         self.connection = pool.connect(os.environ["STUDY_POOL"])
-        request = {"kind": "kernel", "target": "lib.processes.kernels:launch",
-                   "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
-                   "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]}, "unset": ["JPY_PARENT_PID"],
-                   "cwd": str(kwargs.get("cwd") or os.getcwd()), "log": os.environ.get("STUDY_KERNEL_LOG")}
+        request = {
+            "kind": "kernel",
+            "target": "lib.processes.kernels:launch",
+            "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
+            "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]},
+            "unset": ["JPY_PARENT_PID"],
+            "cwd": str(kwargs.get("cwd") or os.getcwd()),
+            "log": os.environ.get("STUDY_KERNEL_LOG"),
+        }
         self.connection.sendall(json.dumps(request).encode() + b"\n")
         self.connection.setblocking(False)
         while self.pid is None and await self.poll() is None:

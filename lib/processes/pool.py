@@ -35,7 +35,8 @@ class PoolLost(RuntimeError):
 
 
 def gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver, or where a cluster's count."""
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver, or where a cluster's
+    count."""
     if os.environ.get("STUDY_CLUSTER"):
         return []
     with contextlib.suppress(Exception):  # NVML raises its own errors where there is no driver
@@ -43,15 +44,18 @@ def gpus() -> list[str]:
 
         pynvml.nvmlInit()
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return [d for d in named.split(",") if d] if named is not None else [
-            str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return (
+            [d for d in named.split(",") if d]
+            if named is not None
+            else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        )
     return []
 
 
 @functools.cache
 def cores() -> int:
-    """The processors that this process may use: of the machine's what its affinity, its container's quota and the variable
-    LOKY_MAX_CPU_COUNT leave it."""
+    """The processors that this process may use: of the machine's what its affinity, its container's quota and the
+    variable LOKY_MAX_CPU_COUNT leave it."""
     from joblib import cpu_count
 
     return cpu_count()
@@ -64,7 +68,8 @@ def place() -> str:
 
 
 def own_folder() -> tuple[str, int]:
-    """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server (or a child) lives."""
+    """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server (or a child)
+    lives."""
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=place())
         held = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -93,16 +98,34 @@ class Pool:
         self.socket = os.path.join(self.folder, "s")
         environment = {k: v for k, v in os.environ.items() if keep_secrets or not redaction.is_secret(k, v)}
         # One thread each until a member asks for more: N slots with N threads each would fight for the same cores.
-        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
-                        "PYTHONUNBUFFERED": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "MPLBACKEND": "Agg",
+            "PYTHONUNBUFFERED": "1",
+            "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
+        }
         environment.pop("STUDY_POOL", None)
-        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
+        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with
+        # ours.
         environment["TMPDIR"] = os.path.join(self.folder, "tmp")
         os.mkdir(environment["TMPDIR"])
         self.process = subprocess.Popen(
-            [sys.executable, str(FORKSERVER), self.socket, str(self.slots), "--devices", ",".join(devices),
-             *(["--bare"] if bare else [])],
-            stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[held])
+            [
+                sys.executable,
+                str(FORKSERVER),
+                self.socket,
+                str(self.slots),
+                "--devices",
+                ",".join(devices),
+                *(["--bare"] if bare else []),
+            ],
+            stdin=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[held],
+        )
         os.close(held)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(redaction.of(os.environ)).encode() + b"\n")
@@ -118,13 +141,15 @@ class Pool:
         return self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """Members save a checkpoint after the step they are in and end; when none is left, the server ends with the rest."""
+        """Members save a checkpoint after the step they are in and end; when none is left, the server ends with the
+        rest."""
         with contextlib.suppress(OSError):
             self.process.stdin.write(b"stop\n")
             self.process.stdin.flush()
 
     def close(self) -> None:
-        """End the server, which kills its children first; where it does not react, they end by its death (their lifeline)."""
+        """End the server, which kills its children first; where it does not react, they end by its death (their
+        lifeline)."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
@@ -192,11 +217,24 @@ def start(task: Task) -> None:
     task.attempts += 1
     target, argument = task.target, task.argument
     if os.environ.get("STUDY_CLUSTER"):
-        argument = {"target": target, "argument": argument, "folder": str(task.folder), "slots": task.slots,
-                    "threads": task.threads}
+        argument = {
+            "target": target,
+            "argument": argument,
+            "folder": str(task.folder),
+            "slots": task.slots,
+            "threads": task.threads,
+        }
         target = "lib.processes.cluster:run"
-    request = {"kind": "member", "name": str(task.folder), "target": target, "argument": argument,
-               "log": str(task.log), "threads": task.threads, "slots": task.slots, "cpu": task.cpu}
+    request = {
+        "kind": "member",
+        "name": str(task.folder),
+        "target": target,
+        "argument": argument,
+        "log": str(task.log),
+        "threads": task.threads,
+        "slots": task.slots,
+        "cpu": task.cpu,
+    }
     task.connection.sendall(json.dumps(request).encode() + b"\n")
 
 
@@ -207,8 +245,9 @@ def stop(tasks: Iterable[Task]) -> None:
             task.connection = None
 
 
-def drive(tasks: list[Task], on_change: Callable[[Task], None] = lambda task: None,
-          on_tick: Callable[[], None] = lambda: None) -> None:
+def drive(
+    tasks: list[Task], on_change: Callable[[Task], None] = lambda task: None, on_tick: Callable[[], None] = lambda: None
+) -> None:
     """Watch started tasks until all have ended. A lost process is started once more; an exception is not."""
     selector = selectors.DefaultSelector()
     for task in tasks:

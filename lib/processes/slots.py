@@ -13,7 +13,8 @@ class Slots:
         self.total, self.devices, self.free = total, devices, list(range(total))
 
     def turns(self, waiting: Collection, busy: set) -> Iterator:
-        """Those of `waiting` (forkserver.Child) that may start now, each with its slots taken. `busy`: names at work."""
+        """Those of `waiting` (forkserver.Child) that may start now, each with its slots taken. `busy`: names at
+        work."""
         for child in list(waiting):
             if child.takes_slot:
                 wanted, name = min(child.request.get("slots", 1), self.total), child.request.get("name")
@@ -34,7 +35,8 @@ class Slots:
         self.free = []
 
     def environment(self, child) -> dict[str, str]:
-        """What a child on its slots is to see of the GPUs; nothing is said where there are none, or of who takes no slot."""
+        """What a child on its slots is to see of the GPUs; nothing is said where there are none, or of who takes no
+        slot."""
         if not self.devices or not child.slots:
             return {}
         given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in child.slots)

@@ -24,7 +24,8 @@ def study_module(study: str, part: str = "member"):
 
 
 def member(argument: dict) -> None:
-    """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and ends."""
+    """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and
+    ends."""
     record.heed_stop()
     train(argument)
 
@@ -107,13 +108,17 @@ def measure(argument: dict) -> None:
 
 @contextlib.contextmanager
 def here(count: int, cpu: bool):
-    """In this kernel what a process of the pool would have: as many threads, on which sums of floats depend, and no GPU where
-    none is asked for."""
+    """In this kernel what a process of the pool would have: as many threads, on which sums of floats depend, and no GPU
+    where none is asked for."""
     import torch
 
     if cpu and torch.cuda.is_available():
-        raise StudyError("compute.gpus", "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU", "a kernel "
-                         "that sees none", "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1")
+        raise StudyError(
+            "compute.gpus",
+            "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU",
+            "a kernel that sees none",
+            "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1",
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -22,9 +22,9 @@ class Client(PapermillNotebookClient):
     """Replaces secrets in every message before it becomes an output that papermill saves."""
 
     def create_kernel_manager(self):
-        """The kernel's connection file holds a key: it stands in the pool's folder and goes with it. So do its sockets: a port
-        on which it does not listen yet can be the very one that an attempt to connect comes from, and ZeroMQ, connected to
-        itself, tries no more; who waits for a kernel that starts slowly then waits in vain."""
+        """The kernel's connection file holds a key: it stands in the pool's folder and goes with it. So do its sockets:
+        a port on which it does not listen yet can be the very one that an attempt to connect comes from, and ZeroMQ,
+        connected to itself, tries no more; who waits for a kernel that starts slowly then waits in vain."""
         manager, name = super().create_kernel_manager(), uuid.uuid4().hex
         manager.connection_file = str(Path(os.environ["STUDY_POOL"]).with_name(f"kernel-{name}.json"))
         manager.transport, manager.ip = "ipc", str(Path(os.environ["STUDY_POOL"]).with_name(f"k{name[:8]}"))
@@ -38,11 +38,19 @@ class Client(PapermillNotebookClient):
 
 class Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=600, execution_timeout=None, **_):
-        """`start_timeout` is also for what a cell has shown, which 4 s after its reply would be left out without a word; a
-        kernel that dies ends both."""
-        client = Client(nb_man, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout,
-                        iopub_timeout=start_timeout, log_output=log_output)
+    def execute_managed_notebook(
+        cls, nb_man, kernel_name, log_output=False, start_timeout=600, execution_timeout=None, **_
+    ):
+        """`start_timeout` is also for what a cell has shown, which 4 s after its reply would be left out without a
+        word; a kernel that dies ends both."""
+        client = Client(
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=execution_timeout,
+            startup_timeout=start_timeout,
+            iopub_timeout=start_timeout,
+            log_output=log_output,
+        )
         return client.execute()
 
 

@@ -1,7 +1,7 @@
 """What a run of a large model will need, estimated before anything starts: GPU memory, download, checkpoints.
 
-From the model's config.json (local, cached, or asked of the hub) and the run's settings, by counting. Estimates, and said
-so: they find what cannot fit, and they are no promise that what they let pass will.
+From the model's config.json (local, cached, or asked of the hub) and the run's settings, by counting. Estimates, and
+said so: they find what cannot fit, and they are no promise that what they let pass will.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ class Shape:
     def linear(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of one layer's seven projections."""
         query, key = self.heads * self.head_size, self.kv_heads * self.head_size
-        return [(self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden),
-                (self.hidden, self.inner), (self.hidden, self.inner), (self.inner, self.hidden)]
+        return [
+            (self.hidden, query),
+            (self.hidden, key),
+            (self.hidden, key),
+            (query, self.hidden),
+            (self.hidden, self.inner),
+            (self.hidden, self.inner),
+            (self.inner, self.hidden),
+        ]
 
     @property
     def weights(self) -> int:
@@ -49,9 +56,16 @@ def shape(settings: dict) -> Shape | None:
     """The shape that a model's config.json describes; None where it is not of this kind."""
     try:
         heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-        return Shape(settings["num_hidden_layers"], hidden, settings["intermediate_size"], heads,
-                     settings.get("num_key_value_heads") or heads, settings.get("head_dim") or hidden // heads,
-                     settings["vocab_size"], bool(settings.get("tie_word_embeddings", False)))
+        return Shape(
+            settings["num_hidden_layers"],
+            hidden,
+            settings["intermediate_size"],
+            heads,
+            settings.get("num_key_value_heads") or heads,
+            settings.get("head_dim") or hidden // heads,
+            settings["vocab_size"],
+            bool(settings.get("tie_word_embeddings", False)),
+        )
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 
@@ -68,7 +82,8 @@ def adapter_weights(model: Shape, rank: int) -> int:
 
 
 def rank(run) -> int | None:
-    """The rank of the adapters that a run trains, as its study's section calls it; None where the whole model is trained."""
+    """The rank of the adapters that a run trains, as its study's section calls it; None where the whole model is
+    trained."""
     model = run.model
     if peft := getattr(model, "peft", None):
         return peft.lora_r
@@ -84,7 +99,8 @@ def trained_weights(run, model: Shape) -> int:
 
 
 def training_bytes(run, model: Shape) -> float:
-    """Peak memory of one GPU that trains a member of `run`: weights, optimiser, activations of a full-length micro-batch.
+    """Peak memory of one GPU that trains a member of `run`: weights, optimiser, activations of a full-length
+    micro-batch.
 
     A pair is at most two answers of max_length with their prompt. With checkpointing a layer's input is kept for each
     layer, and one layer's inner values at a time; adapters see their inputs in float32.
@@ -103,7 +119,8 @@ def training_bytes(run, model: Shape) -> float:
 
 
 def member_bytes(run, model: Shape, *, finished: bool) -> float:
-    """A member's record on disk: weights in float32 of the best and the last checkpoint; while it trains, with moments."""
+    """A member's record on disk: weights in float32 of the best and the last checkpoint; while it trains, with
+    moments."""
     weights = 4 * trained_weights(run, model)
     return 2 * weights if finished else KEPT_CHECKPOINTS * 3 * weights
 
@@ -114,7 +131,8 @@ def batch_limit(run) -> str:
 
 
 def smaller_batch(run, model: Shape, available: float) -> int | None:
-    """The largest value (a half, a quarter, ...) of `batch_limit` that would fit in `available` bytes; None where none does."""
+    """The largest value (a half, a quarter, ...) of `batch_limit` that would fit in `available` bytes; None where none
+    does."""
     key = batch_limit(run)
     least = 2 * run.dataset.preprocessing.max_length if key == "token_budget" else 1
     size = getattr(run.training, key)

@@ -16,9 +16,23 @@ from pathlib import Path
 from lib.running.probe import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate", "numpy",
-            "datasets", "safetensors", "scikit-learn", "schedulefree", "prodigyopt")
-# Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's numbers.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "tokenizers",
+    "accelerate",
+    "numpy",
+    "datasets",
+    "safetensors",
+    "scikit-learn",
+    "schedulefree",
+    "prodigyopt",
+)
+# Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's
+# numbers.
 NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "optuna", "wandb", "compute")
 
 
@@ -48,11 +62,17 @@ def _imports(tree: ast.AST) -> set[str]:
 def _parsed(path: str, stamp: tuple) -> tuple[str, tuple[str, ...]]:
     """(hash of the code without docstrings and comments, the `lib` modules it imports)."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    imports = filter(_module_file, _imports(tree))  # here, once, because most names are functions: `plan` asks for every member
+    imports = filter(
+        _module_file, _imports(tree)
+    )  # here, once, because most names are functions: `plan` asks for every member
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(sorted(imports))
 
@@ -106,9 +126,9 @@ def source(name: str, revision: str | None) -> str:
 
 @functools.cache
 def device_kind(gpus: int = 1) -> str:
-    """What a member that asks for so many GPUs trains on: 'cpu' with its architecture (0, or no GPU to use), else the name of
-    the GPUs that may be used, of each kind that they are of. Asked of NVML: importing torch would cost seconds. On a
-    cluster the kinds of its GPUs."""
+    """What a member that asks for so many GPUs trains on: 'cpu' with its architecture (0, or no GPU to use), else the
+    name of the GPUs that may be used, of each kind that they are of. Asked of NVML: importing torch would cost seconds.
+    On a cluster the kinds of its GPUs."""
     if gpus and os.environ.get("STUDY_DEVICES"):
         return os.environ["STUDY_DEVICES"]
     try:
@@ -130,8 +150,8 @@ def versions() -> dict[str, str]:
 
 
 def member_key(config: dict, seed: int, module: str, mode: str, files: dict[str, str] | None = None) -> dict:
-    """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`: where
-    its training lives; `files`: what other local files it names hold."""
+    """The key of one member, in parts. `config`: the run's sections with its cell applied, as plain data; `module`:
+    where its training lives; `files`: what other local files it names hold."""
     numbers = {k: v for k, v in config.items() if k not in NOT_NUMBERS}
     numbers["threads"] = config.get("compute", {}).get("threads")  # the order of float sums depends on it
     if config.get("compute", {}).get("strategy") == "fsdp":
@@ -150,7 +170,8 @@ def member_key(config: dict, seed: int, module: str, mode: str, files: dict[str,
 
 
 def silent(module: str) -> tuple[str, ...]:
-    """The dotted keys of which the study of this training function says that no number depends on them (NOT_NUMBERS)."""
+    """The dotted keys of which the study of this training function says that no number depends on them
+    (NOT_NUMBERS)."""
     return getattr(importlib.import_module(f"{module.rpartition('.')[0]}.config"), "NOT_NUMBERS", ())
 
 
@@ -174,8 +195,9 @@ def difference(old: dict | None, new: dict) -> str:
     before, after = old.get("config", {}), new["config"]
     changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
     reasons += [f"{k} {before.get(k)} -> {after.get(k)}" for k in changed[:2]] + (["…"] if len(changed) > 2 else [])
-    reasons += [f"{part} changed" for part in ("code", "data", "model", "device", "files")
-                if old.get(part) != new.get(part)]
+    reasons += [
+        f"{part} changed" for part in ("code", "data", "model", "device", "files") if old.get(part) != new.get(part)
+    ]
     if old.get("versions") != new["versions"]:
         reasons += [
             f"{k} {old.get('versions', {}).get(k)} -> {v}"

@@ -1,4 +1,5 @@
-"""One runner at a time in an outputs folder. The lock is the system's: it dies with its holder, however that one dies."""
+"""One runner at a time in an outputs folder. The lock is the system's: it dies with its holder, however that one
+dies."""
 
 import contextlib
 import fcntl
@@ -16,13 +17,21 @@ def locked(root: Path):
         root.mkdir(parents=True, exist_ok=True)
         file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
     except OSError as error:
-        raise MissingError(str(root), f"cannot write there ({error.strerror})", "a folder this user can write to",
-                           f"chmod -R u+w {root}") from None
+        raise MissingError(
+            str(root),
+            f"cannot write there ({error.strerror})",
+            "a folder this user can write to",
+            f"chmod -R u+w {root}",
+        ) from None
     with file:
         if not _taken(file, root):
             file.seek(0)
-            raise StudyError(str(root), f"another runner works here (process {file.read().strip() or 'unknown'})",
-                             "one runner at a time", "wait for it, or look at ./run_all.sh status")
+            raise StudyError(
+                str(root),
+                f"another runner works here (process {file.read().strip() or 'unknown'})",
+                "one runner at a time",
+                "wait for it, or look at ./run_all.sh status",
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -13,8 +13,15 @@ from lib.running import forecast, keys
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
-RECORDS = ("*/status.json", "*/done.json", "*/sweep/status.json", "*/sweep/done.json", "*/members/*/done.json",
-           "*/members/*/error.json", "*/sweep/trials/*/done.json")
+RECORDS = (
+    "*/status.json",
+    "*/done.json",
+    "*/sweep/status.json",
+    "*/sweep/done.json",
+    "*/members/*/done.json",
+    "*/members/*/error.json",
+    "*/sweep/trials/*/done.json",
+)
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 
 
@@ -58,12 +65,20 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for path in (NOTEBOOKS / study / "train.ipynb", NOTEBOOKS / "sweep.ipynb", NOTEBOOKS / study / "analysis.ipynb",
-                     config.ROOT / "params" / study / "claims.yaml"):
+        for path in (
+            NOTEBOOKS / study / "train.ipynb",
+            NOTEBOOKS / "sweep.ipynb",
+            NOTEBOOKS / study / "analysis.ipynb",
+            config.ROOT / "params" / study / "claims.yaml",
+        ):
             if not path.exists():
                 name = os.path.relpath(path, config.ROOT)
-                raise StudyError(name, "not there", "the study's notebooks and claims",
-                                 f"leave this study out (--study), or add it (git checkout -- {name})")
+                raise StudyError(
+                    name,
+                    "not there",
+                    "the study's notebooks and claims",
+                    f"leave this study out (--study), or add it (git checkout -- {name})",
+                )
         train = [_train(run, force) for run in mine]
         unmade = {members.inputs_folder(s.run): s for s in reversed(train) if s.members}
         for folder, first in unmade.items():
@@ -98,7 +113,9 @@ def _train(run, force: bool) -> Step:
     reason = _why(key, folder, folder / "run.ipynb", "status.json", force)
     if stale and not reason.startswith("forced"):
         reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
-    step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale))
+    step = Step(
+        "train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale)
+    )
     _predict(step)
     step.seconds = step.training + (NOTEBOOK_SECONDS if reason else 0)
     return step
@@ -113,8 +130,12 @@ def _predict(step: Step) -> None:
 def _sweep(train: Step, force: bool) -> Step:
     run, folder, notebook = train.run, train.folder / "sweep", NOTEBOOKS / "sweep.ipynb"
     key = keys.digest([train.key, keys.notebook_code(notebook), keys.closure("lib.sweep")])
-    reason = "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
-    step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train])
+    reason = (
+        "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
+    )
+    step = Step(
+        "sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train]
+    )
     if reason:
         step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
         _predict(step)
@@ -137,18 +158,26 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
 
 
 def analysis_key(study: str, results: Path) -> str:
-    """What an analysis depends on: its code, its claims, and the records that lie in `results` (whichever runs were asked for),
-    each told by the attempts that made it, and by what a judge graded since."""
+    """What an analysis depends on: its code, its claims, and the records that lie in `results` (whichever runs were
+    asked for), each told by the attempts that made it, and by what a judge graded since."""
     claims, folder = config.ROOT / "params" / study / "claims.yaml", results / "comparison"
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
-    return keys.digest([records, record.read_json(folder / "runs.json"), claims.read_text(), *([graded] if graded else []),
-                        keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True)])
+    return keys.digest(
+        [
+            records,
+            record.read_json(folder / "runs.json"),
+            claims.read_text(),
+            *([graded] if graded else []),
+            keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True),
+        ]
+    )
 
 
 def refresh(step: Step) -> None:
-    """Give an analysis that is about to be executed its key anew: its runs have ended, and the records are what they are."""
+    """Give an analysis that is about to be executed its key anew: its runs have ended, and the records are what they
+    are."""
     if step.kind == "analysis":
         step.key = analysis_key(step.study, step.folder.parent)
 
@@ -164,5 +193,14 @@ def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "it
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     key = analysis_key(study, results)
     again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
-    return Step("analysis", study, "comparison", NOTEBOOKS / study / "analysis.ipynb", results / "comparison", parameters, key,
-                why, again=again)
+    return Step(
+        "analysis",
+        study,
+        "comparison",
+        NOTEBOOKS / study / "analysis.ipynb",
+        results / "comparison",
+        parameters,
+        key,
+        why,
+        again=again,
+    )

@@ -2,6 +2,7 @@
 
 Asked before anything starts; each finding says what to do. No value of a key or token is ever part of one.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -27,6 +28,7 @@ HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # se
 def of_cluster(address: str) -> Machine:
     """This machine with the GPUs of a Ray cluster, of which only number and kind are known here."""
     from lib.processes import cluster
+
     return Machine(gpus=lambda environ: [Gpu(kind, float("inf"), (99, 0)) for kind in cluster.gpus(address)])
 
 
@@ -42,8 +44,14 @@ def missing_for(runs: list[Run], machine: Machine | None = None) -> list[Finding
     for run in wanted:
         model = footprint.shape(settings(run, machine) or {})
         own = getattr(study_module(run.study), "needs", lambda run: [])  # what only this study knows of
-        found += [*_gpus(run, machine, model), *_hub(run, machine), *_storage(run), *wandb(run, machine),
-                  *_judge(run, machine), *own(run)]
+        found += [
+            *_gpus(run, machine, model),
+            *_hub(run, machine),
+            *_storage(run),
+            *wandb(run, machine),
+            *_judge(run, machine),
+            *own(run),
+        ]
     return list(dict.fromkeys([*found, *_disk(wanted, machine)]))
 
 
@@ -60,28 +68,58 @@ def _gpus(run: Run, machine: Machine, model: footprint.Shape | None) -> list[Fin
     # 2 % of tolerance: a card sold as 80 GB reports 79 to 85.
     if sum(gpu.memory_gb >= 0.98 * floor for gpu in found) < run.compute.gpus:
         there = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in found)
-        return [Finding("error", "compute.min_gpu_memory_gb", f"{needed} needed for each member, found {there}",
-                        elsewhere + f", or lower training.{footprint.batch_limit(run)} and then compute.min_gpu_memory_gb")]
+        return [
+            Finding(
+                "error",
+                "compute.min_gpu_memory_gb",
+                f"{needed} needed for each member, found {there}",
+                elsewhere + f", or lower training.{footprint.batch_limit(run)} and then compute.min_gpu_memory_gb",
+            )
+        ]
     if model and hasattr(run.model, "peft"):
         largest = sorted((gpu.memory_gb for gpu in found), reverse=True)[run.compute.gpus - 1]
         needed = footprint.training_bytes(run, model) / 1e9
         if needed > largest:
             size = footprint.smaller_batch(run, model, largest * 1e9)
             key = f"training.{footprint.batch_limit(run)}"
-            lower = (f"--set {key}={size}" if size else
-                     "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length")
-            return [Finding("error", key, f"about {needed:.0f} GB of GPU memory for a batch of full length at {key}: "
-                            f"{getattr(run.training, footprint.batch_limit(run))}, the GPU has {largest:.0f}", lower)]
+            lower = (
+                f"--set {key}={size}"
+                if size
+                else "a larger GPU, compute.strategy: fsdp over several, or a shorter dataset.preprocessing.max_length"
+            )
+            return [
+                Finding(
+                    "error",
+                    key,
+                    f"about {needed:.0f} GB of GPU memory for a batch of full length at {key}: "
+                    f"{getattr(run.training, footprint.batch_limit(run))}, the GPU has {largest:.0f}",
+                    lower,
+                )
+            ]
     if mixed := _mixed(run, machine, found):
         return [mixed]
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     differing = [gpu.name for gpu in found if wanted not in gpu.name.lower()]
-    other = [Finding("warning", "compute.gpu_type", f"{name} instead of {run.compute.gpu_type}: times are not comparable "
-                     "and sums round differently", "compute.gpu_type: null says that any will do") for name in differing[:1]]
+    other = [
+        Finding(
+            "warning",
+            "compute.gpu_type",
+            f"{name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently",
+            "compute.gpu_type: null says that any will do",
+        )
+        for name in differing[:1]
+    ]
     if getattr(run.model, "torch_dtype", None) == "bfloat16" and any(gpu.capability < (8, 0) for gpu in found):
         old = next(gpu for gpu in found if gpu.capability < (8, 0))
-        return [Finding("error", "model.torch_dtype", f"bfloat16, which {old.name} (compute capability "
-                        f"{'.'.join(map(str, old.capability))}) does not have", "an Ampere GPU or newer, or float32"), *other]
+        return [
+            Finding(
+                "error",
+                "model.torch_dtype",
+                f"bfloat16, which {old.name} (compute capability {'.'.join(map(str, old.capability))}) does not have",
+                "an Ampere GPU or newer, or float32",
+            ),
+            *other,
+        ]
     return other
 
 
@@ -97,8 +135,13 @@ def _mixed(run: Run, machine: Machine, found: list[Gpu]) -> Finding | None:
     mend = f"CUDA_VISIBLE_DEVICES={','.join(d for d, gpu in zip(shown, found, strict=False) if gpu.name == kind)}"
     if machine.environ.get("STUDY_CLUSTER"):
         mend = f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
-    return Finding("error", "compute.gpu_type", f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of "
-                   "them, and sums round differently", f"show the runs one kind: {mend}")
+    return Finding(
+        "error",
+        "compute.gpu_type",
+        f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of "
+        "them, and sums round differently",
+        f"show the runs one kind: {mend}",
+    )
 
 
 def _home(environ: Mapping[str, str]) -> Path:
@@ -155,26 +198,47 @@ def _hub(run: Run, machine: Machine) -> list[Finding]:
         if not is_hub_id(name) or cached(environ, api, name, revision):
             continue
         key, page = f"{section}.name", f"{endpoint}/{prefix}{name}"
-        fetch = f"hf download {name}" + (" --repo-type dataset" if prefix else "") + (f" --revision {revision}" if revision
-                                                                                     else "")
+        fetch = (
+            f"hf download {name}"
+            + (" --repo-type dataset" if prefix else "")
+            + (f" --revision {revision}" if revision else "")
+        )
         by_hand = f"{fetch} --local-dir DIR where there is a network, then --set {key}=DIR"
         licence = f"accept the licence at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
         if not have_token and name.startswith(GATED):
             found.append(Finding("error", key, f"{name} is gated and no hub token is set", licence))
         if offline:
-            found.append(Finding("error", key, f"{name} is not in the cache, and HF_HUB_OFFLINE is set",
-                                 f"unset HF_HUB_OFFLINE, or {by_hand}"))
+            found.append(
+                Finding(
+                    "error",
+                    key,
+                    f"{name} is not in the cache, and HF_HUB_OFFLINE is set",
+                    f"unset HF_HUB_OFFLINE, or {by_hand}",
+                )
+            )
             continue
         status, code = machine.hub(f"{endpoint}/api/{api}/{name}/auth-check", have_token)
         if status is None:
-            found.append(Finding("error", key, f"{name} is not in the cache, and {urlparse(endpoint).netloc} does not "
-                                 f"answer within {SECONDS:g} s", by_hand))
+            found.append(
+                Finding(
+                    "error",
+                    key,
+                    f"{name} is not in the cache, and {urlparse(endpoint).netloc} does not answer within {SECONDS:g} s",
+                    by_hand,
+                )
+            )
         elif code == "GatedRepo" or status == 403:
             if have_token or not name.startswith(GATED):
                 found.append(Finding("error", key, f"{name} is gated and access was refused", licence))
         elif status in (401, 404) and not (name.startswith(GATED) and not have_token):
-            found.append(Finding("error", key, f"{name}: the hub has no such {section}, or it is private",
-                                 f"correct {key}, or .venv/bin/hf auth login for a private one"))
+            found.append(
+                Finding(
+                    "error",
+                    key,
+                    f"{name}: the hub has no such {section}, or it is private",
+                    f"correct {key}, or .venv/bin/hf auth login for a private one",
+                )
+            )
     return found
 
 
@@ -198,12 +262,19 @@ def wandb(run: Run, machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     if wandb_mode(run) != "online" or wandb_key(machine.environ):
         return []
-    return [Finding("error", "wandb.mode", f"online, and there is no W&B key for {wandb_host(machine.environ)}",
-                    ".venv/bin/wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline")]
+    return [
+        Finding(
+            "error",
+            "wandb.mode",
+            f"online, and there is no W&B key for {wandb_host(machine.environ)}",
+            ".venv/bin/wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline",
+        )
+    ]
 
 
 def settings(run: Run, machine: Machine) -> dict | None:
-    """The config.json of the run's model: of a local folder, of the cache, or asked of the hub; None where it is not had."""
+    """The config.json of the run's model: of a local folder, of the cache, or asked of the hub; None where it is not
+    had."""
     name, revision = run.model.name, getattr(run.model, "revision", None)
     if not is_hub_id(name):
         return read_json(Path(name) / "config.json")
@@ -211,8 +282,9 @@ def settings(run: Run, machine: Machine) -> dict | None:
         return read_json(snapshot / "config.json")
     if _offline(machine.environ):
         return None
-    found = machine.read(f"{_endpoint(machine.environ)}/{name}/resolve/{revision or 'main'}/config.json",
-                         token(machine.environ))
+    found = machine.read(
+        f"{_endpoint(machine.environ)}/{name}/resolve/{revision or 'main'}/config.json", token(machine.environ)
+    )
     return found if isinstance(found, dict) else None
 
 
@@ -221,10 +293,18 @@ def _download(run: Run, machine: Machine, model: footprint.Shape | None) -> floa
     name, revision = run.model.name, getattr(run.model, "revision", None)
     if not is_hub_id(name) or cached(machine.environ, "models", name, revision):
         return 0.0
-    listed = None if _offline(machine.environ) else machine.read(
-        f"{_endpoint(machine.environ)}/api/models/{name}/tree/{revision or 'main'}?recursive=true", token(machine.environ))
+    listed = (
+        None
+        if _offline(machine.environ)
+        else machine.read(
+            f"{_endpoint(machine.environ)}/api/models/{name}/tree/{revision or 'main'}?recursive=true",
+            token(machine.environ),
+        )
+    )
     if isinstance(listed, list):
-        return sum(f.get("size", 0) for f in listed if str(f.get("path", "")).endswith((".safetensors", ".json", ".model")))
+        return sum(
+            f.get("size", 0) for f in listed if str(f.get("path", "")).endswith((".safetensors", ".json", ".model"))
+        )
     return footprint.model_bytes(model, "none", "bfloat16") if model else 0.0
 
 
@@ -240,8 +320,9 @@ def _disk(runs: list[Run], machine: Machine) -> list[Finding]:
         folder = Path(run.results_dir) / run.run_id / "members"
         left = sum(not (folder / member.id / "done.json").exists() for member in members(run))
         at_once = min(left, max(1, len(machine.gpus(machine.environ))))
-        needed[_place(run.results_dir)] += (left * footprint.member_bytes(run, model, finished=True)
-                                            + at_once * footprint.member_bytes(run, model, finished=False))
+        needed[_place(run.results_dir)] += left * footprint.member_bytes(
+            run, model, finished=True
+        ) + at_once * footprint.member_bytes(run, model, finished=False)
         downloads[run.model.name] = _download(run, machine, model)
     if not runs:
         return []
@@ -254,9 +335,15 @@ def _disk(runs: list[Run], machine: Machine) -> list[Finding]:
         free = machine.free_bytes(place)
         if free < wanted:
             parts = f" (downloads {sum(downloads.values()) / 1e9:.0f} GB, the rest checkpoints)" if downloads else ""
-            found.append(Finding("error", "results_dir", f"{free / 1e9:.1f} GB free at {place}, about {wanted / 1e9:.3g} GB "
-                                 f"needed{parts}", "free space there, STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk, "
-                                 "or fewer runs at a time (--run)"))
+            found.append(
+                Finding(
+                    "error",
+                    "results_dir",
+                    f"{free / 1e9:.1f} GB free at {place}, about {wanted / 1e9:.3g} GB needed{parts}",
+                    "free space there, STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk, "
+                    "or fewer runs at a time (--run)",
+                )
+            )
     return found
 
 
@@ -282,8 +369,14 @@ def _storage(run: Run) -> list[Finding]:
 
 def judge_package() -> str:
     """The package of the extra `judge` that is not installed, empty where all are."""
-    return next((name for name, module in (("inspect-ai", "inspect_ai"), ("openai", "openai"))
-                 if importlib.util.find_spec(module) is None), "")
+    return next(
+        (
+            name
+            for name, module in (("inspect-ai", "inspect_ai"), ("openai", "openai"))
+            if importlib.util.find_spec(module) is None
+        ),
+        "",
+    )
 
 
 def _judge(run: Run, machine: Machine) -> list[Finding]:
@@ -291,9 +384,21 @@ def _judge(run: Run, machine: Machine) -> list[Finding]:
         return []
     found, key = [], "evaluation.judge"
     if lacking := judge_package():
-        found.append(Finding("warning", key, f"{lacking} is not installed: training goes on and judging stays pending",
-                             f"{JUDGE_EXTRA}, then ./run_all.sh judge"))
+        found.append(
+            Finding(
+                "warning",
+                key,
+                f"{lacking} is not installed: training goes on and judging stays pending",
+                f"{JUDGE_EXTRA}, then ./run_all.sh judge",
+            )
+        )
     if not any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
-        found.append(Finding("warning", key, "no judge endpoint: training goes on and judging stays pending",
-                             "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"))
+        found.append(
+            Finding(
+                "warning",
+                key,
+                "no judge endpoint: training goes on and judging stays pending",
+                "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge",
+            )
+        )
     return found

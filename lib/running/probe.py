@@ -1,4 +1,5 @@
-"""What can be asked of a machine before a run: its GPUs, the hub, free disk. A `Machine` answers, so that tests can too."""
+"""What can be asked of a machine before a run: its GPUs, the hub, free disk. A `Machine` answers, so that tests can
+too."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ class Gpu:
 def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
     """The GPUs that CUDA would show, by NVML (which does not initialise CUDA); [] without a driver."""
     import pynvml
+
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
@@ -39,8 +41,13 @@ def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(int(device))
             else:
                 handle = pynvml.nvmlDeviceGetHandleByUUID(device)
-            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9,
-                             tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
+            found.append(
+                Gpu(
+                    pynvml.nvmlDeviceGetName(handle),
+                    pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9,
+                    tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+                )
+            )
         return found
     except pynvml.NVMLError:
         return []

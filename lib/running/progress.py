@@ -1,4 +1,5 @@
-"""What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the same."""
+"""What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the
+same."""
 
 import shutil
 import sys
@@ -38,7 +39,8 @@ def _step(state: dict) -> str:
 
 
 def seconds_left(state: dict | None) -> float | None:
-    """Of a run's members, from the share that is done: whole members, and the steps of those that run. None at the start."""
+    """Of a run's members, from the share that is done: whole members, and the steps of those that run. None at the
+    start."""
     if not state or state.get("phase") != "training" or not state.get("members"):
         return None
     parts = [min(1.0, r["step"] / r["steps"]) for r in state["running"] if r.get("step") and r.get("steps")]
@@ -48,12 +50,14 @@ def seconds_left(state: dict | None) -> float | None:
 
 def duration(seconds: float) -> str:
     seconds = int(round(seconds))
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+    return (
+        f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+    )
 
 
 def predicted(found, about: str = "") -> str:
-    """The wall-clock of a Forecast, in words: where members train for as long as their data turns out to have, that it is a
-    lower bound."""
+    """The wall-clock of a Forecast, in words: where members train for as long as their data turns out to have, that it
+    is a lower bound."""
     return f"{'more than ' if found.at_least else about}{duration(found.wall_seconds)}"
 
 
@@ -100,8 +104,9 @@ class Live:
         self.shown = len(lines) + 1
 
     def left(self, running: list) -> float:
-        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as planned; a
-        notebook that is open and whose members wait for the slots of another's has all of its time before it."""
+        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as
+        planned; a notebook that is open and whose members wait for the slots of another's has all of its time before
+        it."""
         now, slots, own = time.monotonic(), self.runner.slots, []
         waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
         for step in running:

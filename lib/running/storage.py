@@ -1,7 +1,7 @@
 """Where a search's trials are kept: a journal file of the run's own, or a data base that several machines share.
 
-`optuna.storage` in a YAML is an SQLAlchemy URL; what is secret in it is named, never written: `${env.DB_PASSWORD}`. Only
-the reference reaches records, logs and pages. Light: optuna and SQLAlchemy are imported where a study is opened.
+`optuna.storage` in a YAML is an SQLAlchemy URL; what is secret in it is named, never written: `${env.DB_PASSWORD}`.
+Only the reference reaches records, logs and pages. Light: optuna and SQLAlchemy are imported where a study is opened.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ def written(text: str) -> tuple[str, str]:
         raise StudyError("optuna.storage", found, f"a URL of {', '.join(DRIVERS)}", MEND)
     account = rest.rpartition("@")[0] if "@" in rest.split("/", 1)[0] else ""
     if account.partition(":")[2] and REFERENCE.sub("", account.partition(":")[2]):
-        raise StudyError("optuna.storage", "a password written in the YAML", "a reference to an environment variable", MEND)
+        raise StudyError(
+            "optuna.storage", "a password written in the YAML", "a reference to an environment variable", MEND
+        )
     for name in REFERENCE.findall(text):
         if not record.is_secret(name):  # else its value would not be taken out of logs and pages
-            raise StudyError("optuna.storage", f"${{env.{name}}}", "a variable whose name says that it is secret, such as "
-                             "DB_PASSWORD", MEND)
+            raise StudyError(
+                "optuna.storage",
+                f"${{env.{name}}}",
+                "a variable whose name says that it is secret, such as DB_PASSWORD",
+                MEND,
+            )
     return scheme, rest
 
 
@@ -47,10 +53,16 @@ def url_of(run) -> str | None:
     scheme, rest = written(text)
     for name in REFERENCE.findall(text):
         if not os.environ.get(name):
-            raise MissingError("optuna.storage", f"{name} is not set", "the variable that the URL names", f"export {name}=…")
+            raise MissingError(
+                "optuna.storage", f"{name} is not set", "the variable that the URL names", f"export {name}=…"
+            )
     if importlib.util.find_spec(DRIVERS[scheme]) is None:
-        raise MissingError("optuna.storage", f"{DRIVERS[scheme]} is not installed", f"the driver of {scheme}",
-                           ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'")
+        raise MissingError(
+            "optuna.storage",
+            f"{DRIVERS[scheme]} is not installed",
+            f"the driver of {scheme}",
+            ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'",
+        )
     scheme = "postgresql+psycopg" if scheme == "postgresql" else scheme
     return f"{scheme}://" + REFERENCE.sub(lambda found: quote(os.environ[found[1]], safe=""), rest)
 
@@ -61,7 +73,8 @@ def name_of(run) -> str:
 
 
 def opened(run, folder: Path):
-    """Optuna's storage for the run. Raises MissingError, in one line without secrets, where the data base does not answer."""
+    """Optuna's storage for the run. Raises MissingError, in one line without secrets, where the data base does not
+    answer."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -76,5 +89,9 @@ def opened(run, folder: Path):
         return RDBStorage(url, engine_kwargs={"connect_args": options, "pool_pre_ping": True})
     except SQLAlchemyError as error:
         told = record.redact(str(getattr(error, "orig", None) or error)).strip().splitlines()[0]
-        raise MissingError("optuna.storage", f"{run.optuna.storage}: {told[:160]}", "a data base that answers",
-                           "start it, or correct the URL, user or password") from None
+        raise MissingError(
+            "optuna.storage",
+            f"{run.optuna.storage}: {told[:160]}",
+            "a data base that answers",
+            "start it, or correct the URL, user or password",
+        ) from None

@@ -1,4 +1,6 @@
-"""Faults of a YAML in words a person can act on: file, key, what was found, what was expected, and the nearest known key."""
+"""Faults of a YAML in words a person can act on: file, key, what was found, what was expected, and the nearest known
+key."""
+
 from __future__ import annotations
 
 import difflib
@@ -45,7 +47,8 @@ def did_you_mean(key: str, known: list[str]) -> str:
 
 
 def _describe(error: dict, known: list[str]) -> tuple[str, str, str, str]:
-    """(key, found, expected, mend) of one pydantic error. The value of an unknown key is never shown: it may be secret."""
+    """(key, found, expected, mend) of one pydantic error. The value of an unknown key is never shown: it may be
+    secret."""
     context = error.get("ctx", {})
     parts = [str(part) for part in error["loc"]] + ([context["key"]] if context.get("key") else [])
     key = ".".join(parts) or "(top level)"
@@ -68,7 +71,13 @@ def raise_faults(error: ValidationError, where: str, run_type: type[BaseModel]) 
     if len(faults) == 1:
         key, found, expected, mend = faults[0]
         raise StudyError(f"{where}: {key}", found, expected, mend) from None
-    lines = [f"\n  {key}: {found}; expected {expected}" + (f"; {mend}" if mend else "")
-             for key, found, expected, mend in faults]
-    raise StudyError(where, f"{len(faults)} faults" + "".join(lines), "known keys with values of the right type and "
-                     "range", "correct each of them; params/ has complete examples") from None
+    lines = [
+        f"\n  {key}: {found}; expected {expected}" + (f"; {mend}" if mend else "")
+        for key, found, expected, mend in faults
+    ]
+    raise StudyError(
+        where,
+        f"{len(faults)} faults" + "".join(lines),
+        "known keys with values of the right type and range",
+        "correct each of them; params/ has complete examples",
+    ) from None

@@ -2,6 +2,7 @@
 
 Part of lib/config.py's interface.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -58,17 +59,29 @@ def cell_name(study: str, cell: Mapping[str, Any]) -> str:
 def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
     """(cells, seeds) of each block. Without a grid, the categorical choices of the marked keys are the grid."""
     if run.grid:
-        return [(block.cells or [dict(zip(block.product, values, strict=True))
-                                 for values in itertools.product(*block.product.values())],
-                 block.seeds or run.seed_list) for block in run.grid]
+        return [
+            (
+                block.cells
+                or [
+                    dict(zip(block.product, values, strict=True))
+                    for values in itertools.product(*block.product.values())
+                ],
+                block.seeds or run.seed_list,
+            )
+            for block in run.grid
+        ]
     space, wanted = search_space(run), markers(run)
     missing = [key for key in wanted if key not in space or space[key].type != "categorical"]
     if missing:
-        raise StudyError(f"{run.source or run.run_id}: {missing[0]}", f"${{opt.{wanted[missing[0]]}}}, which nothing "
-                         "supplies", "a value, a grid over it, or categorical choices in optuna.search_space",
-                         f"grid: [{{cells: [{{{missing[0]}: ...}}]}}], or run the sweep and train its best.yaml")
-    cells = [dict(zip(wanted, values, strict=True))
-             for values in itertools.product(*(space[key].choices for key in wanted))]
+        raise StudyError(
+            f"{run.source or run.run_id}: {missing[0]}",
+            f"${{opt.{wanted[missing[0]]}}}, which nothing supplies",
+            "a value, a grid over it, or categorical choices in optuna.search_space",
+            f"grid: [{{cells: [{{{missing[0]}: ...}}]}}], or run the sweep and train its best.yaml",
+        )
+    cells = [
+        dict(zip(wanted, values, strict=True)) for values in itertools.product(*(space[key].choices for key in wanted))
+    ]
     return [(cells, run.seed_list)]
 
 
@@ -77,8 +90,12 @@ def _resolved(run: Run, written: Mapping[str, Any]) -> dict[str, Any]:
     cell = {resolve(run.study, key, f"{run.run_id}: grid:"): value for key, value in written.items()}
     outside = [key for key in cell if key.split(".")[0] not in TUNABLE]
     if outside:
-        raise StudyError(f"{run.run_id}: grid: {outside[0]}", "not a key that differs between members",
-                         "keys of " + ", ".join(TUNABLE), "write another run YAML for it")
+        raise StudyError(
+            f"{run.run_id}: grid: {outside[0]}",
+            "not a key that differs between members",
+            "keys of " + ", ".join(TUNABLE),
+            "write another run YAML for it",
+        )
     return cell
 
 
@@ -89,8 +106,12 @@ def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
     trained = apply(run, cell, where=f"{run.source or run.run_id}: grid cell {name}") if cell else run
     left = markers(trained)
     if left:
-        raise StudyError(f"{run.source or run.run_id}: {next(iter(left))}", f"not supplied by the cell {name}",
-                         "a value in every cell", "add it to the cell, or write a value instead of ${opt...}")
+        raise StudyError(
+            f"{run.source or run.run_id}: {next(iter(left))}",
+            f"not supplied by the cell {name}",
+            "a value in every cell",
+            "add it to the cell, or write a value instead of ${opt...}",
+        )
     return Member(trained, cell, name, seed)
 
 
@@ -103,9 +124,15 @@ def members(run: Run, all_seeds: bool = False) -> list[Member]:
             name = cell_name(run.study, cell)
             known, have = cells.setdefault(name, (cell, []))
             if known != cell:
-                raise StudyError(f"{run.run_id}: grid", f"two cells named {name}: {known} and {cell}",
-                                 "cells that differ in their names", "drop one of them")
-            have += [seed for seed in dict.fromkeys([*seeds, *(run.seed_list if all_seeds else ())]) if seed not in have]
+                raise StudyError(
+                    f"{run.run_id}: grid",
+                    f"two cells named {name}: {known} and {cell}",
+                    "cells that differ in their names",
+                    "drop one of them",
+                )
+            have += [
+                seed for seed in dict.fromkeys([*seeds, *(run.seed_list if all_seeds else ())]) if seed not in have
+            ]
     found = []
     for cell, seeds in cells.values():
         first = member(run, cell, seeds[0])
@@ -133,10 +160,16 @@ def trial(run: Run) -> Run:
     first, seed = first_cell(run)
     with witness.unseen():
         changes = study_module(run.study).trial_changes(apply(run, first))
-    shrunk = apply(run, {
-        **changes, "optuna.n_trials": 0, "seed_list": [seed],
-        "grid": [{"cells": [first], "seeds": [seed]}] if first else None,
-        "wandb": {**(run.wandb or Wandb()).model_dump(), "mode": "disabled"}})
+    shrunk = apply(
+        run,
+        {
+            **changes,
+            "optuna.n_trials": 0,
+            "seed_list": [seed],
+            "grid": [{"cells": [first], "seeds": [seed]}] if first else None,
+            "wandb": {**(run.wandb or Wandb()).model_dump(), "mode": "disabled"},
+        },
+    )
     full = default_results(run.study, run.scale, "full")
     results = default_results(run.study, run.scale, "trial") if run.results_dir == full else run.results_dir
     return shrunk.model_copy(update={"mode": "trial", "results_dir": results})

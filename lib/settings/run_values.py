@@ -2,6 +2,7 @@
 
 Part of lib/config.py's interface, apart from it so that lib/settings/grid.py can use it too.
 """
+
 from __future__ import annotations
 
 import copy
@@ -42,9 +43,12 @@ def recognise(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
     found = [study for study in studies() if study_module(study).recognises(raw)]
     if len(found) != 1:
-        raise StudyError(where, "belongs to " + (" and ".join(found) or "no study") + " by its sections",
-                         "the sections of one study: " + ", ".join(studies()),
-                         "put the file under params/<study>/<scale>/, or compare it with the examples there")
+        raise StudyError(
+            where,
+            "belongs to " + (" and ".join(found) or "no study") + " by its sections",
+            "the sections of one study: " + ", ".join(studies()),
+            "put the file under params/<study>/<scale>/, or compare it with the examples there",
+        )
     return found[0]
 
 
@@ -56,8 +60,12 @@ def resolve(study: str, key: str, where: str = "key") -> str:
     if dotted in known or dotted.startswith("optuna.search_space."):
         return dotted
     near = did_you_mean(key, known + list(module.ALIASES))
-    raise StudyError(f"{where} {key}", "no such configuration key", f"a dotted key of {study}'s YAML or one of "
-                     + ", ".join(sorted(module.ALIASES)), "" if near == "remove it" else near)
+    raise StudyError(
+        f"{where} {key}",
+        "no such configuration key",
+        f"a dotted key of {study}'s YAML or one of " + ", ".join(sorted(module.ALIASES)),
+        "" if near == "remove it" else near,
+    )
 
 
 def is_local(name: str | None) -> bool:
@@ -137,6 +145,7 @@ def apply(run: Run, values: Mapping[str, Any], where: str = "") -> Run:
 
 def markers(run: Run) -> dict[str, str]:
     """{dotted key: name in the search space} of the values that the search still has to supply."""
+
     def walk(section, prefix):
         for name in type(section).model_fields:
             value = getattr(section, name)
@@ -144,5 +153,6 @@ def markers(run: Run) -> dict[str, str]:
                 yield prefix + name, value.name
             elif section_type(type(value)):
                 yield from walk(value, f"{prefix}{name}.")
+
     with witness.unseen():
         return dict(walk(run, ""))

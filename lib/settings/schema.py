@@ -2,6 +2,7 @@
 
 A study's own sections are typed in lib/<study>/config.py; lib/config.py reads, shrinks and expands runs.
 """
+
 from __future__ import annotations
 
 import math
@@ -164,7 +165,9 @@ class Compute(Fixed):
     processes: Count | None = None  # of one member under fsdp; null: one per GPU (a number shards on the CPU too)
     threads: Count = 1
     min_gpu_memory_gb: Positive | None = None
-    seconds_per_step: NonNegative = 0.0  # of one member; with prepare_seconds, what `plan` goes by before it has a record
+    seconds_per_step: NonNegative = (
+        0.0  # of one member; with prepare_seconds, what `plan` goes by before it has a record
+    )
     prepare_seconds: NonNegative = 0.0
 
     @property
@@ -177,7 +180,9 @@ class Wandb(Fixed):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
-    report_to: list[Name] | None = None  # other trackers of transformers, in the training process: lib/mirror/trackers.py
+    report_to: list[Name] | None = (
+        None  # other trackers of transformers, in the training process: lib/mirror/trackers.py
+    )
 
 
 class Block(Frozen):
@@ -190,8 +195,11 @@ class Block(Frozen):
     @model_validator(mode="after")
     def _one_kind(self):
         if bool(self.cells) == bool(self.product):
-            raise fault("both" if self.cells else "neither", "either cells or product",
-                        "cells: [{beta: 0.05}] or product: {beta: [0.01, 0.05]}")
+            raise fault(
+                "both" if self.cells else "neither",
+                "either cells or product",
+                "cells: [{beta: 0.05}] or product: {beta: [0.01, 0.05]}",
+            )
         return self
 
 

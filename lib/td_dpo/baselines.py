@@ -20,17 +20,20 @@ def length_baseline(pairs: Sequence[dict]) -> float:
 
 
 def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int = 0) -> float:
-    """Pairwise accuracy on `test` of a logistic regression on the difference of log(1 + count) of words; ties count one half.
+    """Pairwise accuracy on `test` of a logistic regression on the difference of log(1 + count) of words; ties count one
+    half.
 
-    No intercept, so that swapping the answers of a pair turns the sign. One fixed, strong penalty (C = 0.01: words are many,
-    pairs few) and no search. Words in fewer than 3 answers are left out.
+    No intercept, so that swapping the answers of a pair turns the sign. One fixed, strong penalty (C = 0.01: words are
+    many, pairs few) and no search. Words in fewer than 3 answers are left out.
     """
     import numpy as np
     from scipy import sparse
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = CountVectorizer(min_df=min(3, 2 * len(train)), max_features=20_000, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    vectorizer = CountVectorizer(
+        min_df=min(3, 2 * len(train)), max_features=20_000, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
+    )
     chosen, rejected = answers(train)
     vectorizer.fit(chosen + rejected)
 

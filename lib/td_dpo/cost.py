@@ -1,4 +1,5 @@
-"""What a loss costs beside DPO: optimizer steps of both on the same batches, taken in turns in one process (claim C5)."""
+"""What a loss costs beside DPO: optimizer steps of both on the same batches, taken in turns in one process (claim
+C5)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ WARM_UP = 3  # pairs of steps run before the clock counts: allocation, caches, l
 def _stepper(model: torch.nn.Module, loss: dict, training: dict) -> Callable[[dict], float]:
     """A function that takes one optimizer step on a batch and returns its seconds."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training["learning_rate"], weight_decay=training.get("weight_decay") or 0.0)
+    optimizer = torch.optim.AdamW(
+        trained, lr=training["learning_rate"], weight_decay=training.get("weight_decay") or 0.0
+    )
     model.train()
 
     def step(batch: dict) -> float:
@@ -52,13 +55,24 @@ def _batches(rows: list[dict], size: int, steps: int, seed: int, collate: Callab
         yield on_device(batch, device)
 
 
-def step_cost(model: Callable[[], torch.nn.Module] | str | os.PathLike, rows: list[dict], reference: Tensor, loss: dict,
-              baseline_loss: dict, training: dict, steps: int, seed: int, *, pad: int = 0) -> list[dict]:
+def step_cost(
+    model: Callable[[], torch.nn.Module] | str | os.PathLike,
+    rows: list[dict],
+    reference: Tensor,
+    loss: dict,
+    baseline_loss: dict,
+    training: dict,
+    steps: int,
+    seed: int,
+    *,
+    pad: int = 0,
+) -> list[dict]:
     """Paired step times: one {"pair", "seconds", "seconds_baseline"} per batch, `steps` of them.
 
-    `model` makes a fresh model, or names the folder of one. Each loss trains its own copy on the same batches; which of the
-    two goes first alternates, so that neither profits from warm caches or suffers from a clock that slows down.
+    `model` makes a fresh model, or names the folder of one. Each loss trains its own copy on the same batches; which of
+    the two goes first alternates, so that neither profits from warm caches or suffers from a clock that slows down.
     """
+
     def make() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, (str, Path, os.PathLike)) else model()
 
@@ -70,7 +84,7 @@ def step_cost(model: Callable[[], torch.nn.Module] | str | os.PathLike, rows: li
     table = with_reference(rows, reference)
     for pair, batch in enumerate(_batches(table, device_batch, steps + WARM_UP, seed, collate, models[0].device)):
         seconds = [0.0, 0.0]
-        for which in ((0, 1) if pair % 2 == 0 else (1, 0)):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
             seconds[which] = steppers[which](batch)
         if pair >= WARM_UP:
             pairs.append({"pair": pair - WARM_UP, "seconds": seconds[0], "seconds_baseline": seconds[1]})

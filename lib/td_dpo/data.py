@@ -1,8 +1,8 @@
 """Preference pairs from anywhere, through one loader: generated, a local file or directory, or the hub.
 
-load_splits(dataset section) -> ({"train", "validation", "test"}: lists of pairs, report). Bad rows are refused with their
-numbers (`on_bad_row: drop` counts and leaves them out); a split the source does not have is carved from train by prompt, so
-that no prompt is in both.
+load_splits(dataset section) -> ({"train", "validation", "test"}: lists of pairs, report). Bad rows are refused with
+their numbers (`on_bad_row: drop` counts and leaves them out); a split the source does not have is carved from train by
+prompt, so that no prompt is in both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MEND = "correct these rows, or leave them out and have them counted: --set datas
 
 
 def layout_of(file: str, rows: list) -> str:
-    """'pair' or 'choice' for one file, from the columns that occur in any of its rows; an error where neither is complete."""
+    """'pair' or 'choice' for one file, from the columns that occur in any of its rows; an error where neither is
+    complete."""
     columns = {column for row in rows if isinstance(row, dict) for column in row}
     if not columns or {"chosen", "rejected"} <= columns:
         return "pair"
@@ -45,7 +46,8 @@ def layout_of(file: str, rows: list) -> str:
 
 
 def choice_base(sources: list[Source]) -> int:
-    """The number that means completion_a in all files: 0 where choices are 0/1, 1 where they are 1/2; ambiguity is an error."""
+    """The number that means completion_a in all files: 0 where choices are 0/1, 1 where they are 1/2; ambiguity is an
+    error."""
     numbers = {
         choice_number(row.get("choice")): (file, index)
         for _, file, rows in sources
@@ -114,7 +116,9 @@ def describe(kind: str, found: list[tuple[int, str]]) -> str:
     """'3 rows: empty chosen (rows 4, 9, 11; row 4: no messages)'."""
     several = "s" * (len(found) > 1)
     rows = (
-        f"row{several} " + ", ".join(str(row) for row, _ in found[:ROWS_SHOWN]) + (", ..." if len(found) > ROWS_SHOWN else "")
+        f"row{several} "
+        + ", ".join(str(row) for row, _ in found[:ROWS_SHOWN])
+        + (", ..." if len(found) > ROWS_SHOWN else "")
     )
     first, detail = found[0]
     if detail:
@@ -145,7 +149,9 @@ def carve(pairs: list[dict], fraction: float, seed: int, salt: str) -> tuple[lis
             break
         held.add(key)
         count += groups[key]
-    return [pair for pair in pairs if prompt_key(pair) not in held], [pair for pair in pairs if prompt_key(pair) in held]
+    return [pair for pair in pairs if prompt_key(pair) not in held], [
+        pair for pair in pairs if prompt_key(pair) in held
+    ]
 
 
 def fingerprint(splits: dict[str, list[dict]]) -> str:
@@ -153,17 +159,24 @@ def fingerprint(splits: dict[str, list[dict]]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for pair in splits.get(split, []):
-            digest.update(json.dumps([split, pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True).encode())
+            digest.update(
+                json.dumps([split, pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True).encode()
+            )
     return digest.hexdigest()
 
 
 def load_splits(dataset: Any, *, generated: Callable[..., dict] | None = None) -> tuple[dict[str, list[dict]], dict]:
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section (typed or a plain dict).
 
-    report: source, files, rows per split, carved splits, dropped rows with reasons, overlap of test with train, fingerprint.
+    report: source, files, rows per split, carved splits, dropped rows with reasons, overlap of test with train,
+    fingerprint.
     """
     section = dataset if isinstance(dataset, dict) else dataset.model_dump()
-    name, seed, fraction = str(section["name"]), section.get("split_seed") or 0, section.get("validation_fraction") or 0.1
+    name, seed, fraction = (
+        str(section["name"]),
+        section.get("split_seed") or 0,
+        section.get("validation_fraction") or 0.1,
+    )
     carved: dict[str, float] = {}
     if name == "generated":
         if generated is None:
@@ -178,7 +191,10 @@ def load_splits(dataset: Any, *, generated: Callable[..., dict] | None = None) -
             splits = {"train": next(iter(splits.values()))}
         if "train" not in splits:
             raise StudyError(
-                f"dataset.name = {name}", f"splits {', '.join(splits)}", "a train split", "name the file to train on train.*"
+                f"dataset.name = {name}",
+                f"splits {', '.join(splits)}",
+                "a train split",
+                "name the file to train on train.*",
             )
         for split in ("test", "validation"):
             if split not in splits:

@@ -43,9 +43,9 @@ BESIDE = ("td_dpo_anchored", "discopop_card")  # trained where one claim looks, 
 
 
 def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.DataFrame:
-    """The rows of the methods that are compared over beta, those that somebody added included: one cell per method and beta,
-    the tempered ones at the tau fixed in advance for each beta (params/td_dpo/claims.yaml). Runs of one method (of several
-    models, say) stand under their own names."""
+    """The rows of the methods that are compared over beta, those that somebody added included: one cell per method and
+    beta, the tempered ones at the tau fixed in advance for each beta (params/td_dpo/claims.yaml). Runs of one method
+    (of several models, say) stand under their own names."""
     if table.empty:
         return table
     if "run_id" in table:
@@ -58,8 +58,16 @@ def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.Data
 
 
 @housestyle
-def heat_maps(members: pd.DataFrame, metric: str, *, title: str, label: str = "", diverged_value: float | None = None,
-              centre: float | None = None, digits: int = 3) -> Drawing:
+def heat_maps(
+    members: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    label: str = "",
+    diverged_value: float | None = None,
+    centre: float | None = None,
+    digits: int = 3,
+) -> Drawing:
     """`metric` over beta and tau: the tempered methods as maps, the others as single rows under them on the same beta
     columns and the same colour scale.
 
@@ -77,20 +85,38 @@ def heat_maps(members: pd.DataFrame, metric: str, *, title: str, label: str = ""
             for column, beta in enumerate(betas):
                 cell = table[(table["method"] == method) & (table["beta"] == beta)]
                 cell = cell if tau is None else cell[cell["tau"] == tau]
-                squares.append({"method": method, "beta": beta, "tau": tau, "mean": cell["value"].mean(),
-                                "sd": cell["value"].std(ddof=1), "seeds": len(cell),
-                                "diverged": int(cell["diverged"].sum()), "row": row, "column": column})
+                squares.append(
+                    {
+                        "method": method,
+                        "beta": beta,
+                        "tau": tau,
+                        "mean": cell["value"].mean(),
+                        "sd": cell["value"].std(ddof=1),
+                        "seeds": len(cell),
+                        "diverged": int(cell["diverged"].sum()),
+                        "row": row,
+                        "column": column,
+                    }
+                )
     data = pd.DataFrame(squares, columns=["method", "beta", "tau", "mean", "sd", "seeds", "diverged", "row", "column"])
     norm, colours = _colours(data["mean"].dropna(), centre)
     rows = [len(taus[m]) for m in methods]
-    drawn, axes = canvas(max(1, len(methods)), 1, height=1.2 + 0.62 * sum(rows) + 0.32 * len(rows), title=title, sharex=True,
-                         height_ratios=rows or [1])
+    drawn, axes = canvas(
+        max(1, len(methods)),
+        1,
+        height=1.2 + 0.62 * sum(rows) + 0.32 * len(rows),
+        title=title,
+        sharex=True,
+        height_ratios=rows or [1],
+    )
     words = []
     for place, method in zip(axes[:, 0], methods, strict=False):
         for square in data[data["method"] == method].to_dict("records"):
             tau = f" tau {number(square['tau'])}" if method in TEMPERED else ""
-            words.append(f"{look[method].label} beta {number(square['beta'])}{tau}: "
-                         f"{_square(place, square, norm, colours, digits)}.")
+            words.append(
+                f"{look[method].label} beta {number(square['beta'])}{tau}: "
+                f"{_square(place, square, norm, colours, digits)}."
+            )
         place.set(xlim=(-0.5, len(betas) - 0.5), ylim=(len(taus[method]) - 0.5, -0.5), title=look[method].label)
         place.set_yticks(range(len(taus[method])), [f"τ = {number(t)}" if t is not None else "" for t in taus[method]])
         place.grid(False)
@@ -137,27 +163,38 @@ def _square(place, square: Mapping, norm, colours, digits: int) -> str:
     place.add_patch(Rectangle(**box, facecolor=face))
     note = f"± {number(square['sd'], 2)}" if np.isfinite(square["sd"]) else f"{square['seeds']} seed"
     note += f", {diverged}/{square['seeds']} diverged" if diverged else ""
-    place.text(column, row - 0.13, number(mean, digits), ha="center", va="center", color=ink, fontsize=12, fontweight="bold")
+    place.text(
+        column, row - 0.13, number(mean, digits), ha="center", va="center", color=ink, fontsize=12, fontweight="bold"
+    )
     place.text(column, row + 0.26, note, ha="center", va="center", color=ink, fontsize=8.5)
     return f"{number(mean, digits)} ({note})"
 
 
 @housestyle
-def likelihood_displacement(history: pd.DataFrame, *, title: str = "Likelihood displacement", smooth: int = 5,
-                            prefix: str = "") -> Drawing:
+def likelihood_displacement(
+    history: pd.DataFrame, *, title: str = "Likelihood displacement", smooth: int = 5, prefix: str = ""
+) -> Drawing:
     """log(pi_theta/pi_0) of chosen and of rejected answers over the steps, mean over seeds: a column per beta, a row
     per method, one scale per column. Both falling is likelihood displacement.
 
     `prefix` "validation_" draws the evaluations in place of the training batches. Give it one cell per method and beta.
     """
-    answers = (("chosen", f"{prefix}chosen_log_ratio", PALETTE[0], "-"),
-               ("rejected", f"{prefix}rejected_log_ratio", PALETTE[2], (0, (4, 1.5))))
+    answers = (
+        ("chosen", f"{prefix}chosen_log_ratio", PALETTE[0], "-"),
+        ("rejected", f"{prefix}rejected_log_ratio", PALETTE[2], (0, (4, 1.5))),
+    )
     needed = [column for _, column, _, _ in answers]
     rows = history.reindex(columns=[*IDENTITY, "step", *needed]).dropna(subset=needed)
     betas, methods = ordered(rows["beta"]), _methods(rows)
     look, words, data = looks(methods, LOOKS), [], []
-    drawn, axes = canvas(max(1, len(methods)), max(1, len(betas)), height=1.2 + 1.75 * max(1, len(methods)), title=title,
-                         sharex=True, sharey="col")
+    drawn, axes = canvas(
+        max(1, len(methods)),
+        max(1, len(betas)),
+        height=1.2 + 1.75 * max(1, len(methods)),
+        title=title,
+        sharex=True,
+        sharey="col",
+    )
     for i, method in enumerate(methods):
         for j, beta in enumerate(betas):
             place, said = axes[i, j], []
@@ -183,15 +220,25 @@ def likelihood_displacement(history: pd.DataFrame, *, title: str = "Likelihood d
     for i, method in enumerate(methods):
         axes[i, 0].set_ylabel(f"{look[method].label}\n(nats)")
     legend_below(drawn)
-    alt = (f"{title}: mean log-ratio to the reference, in nats, of chosen and rejected answers "
-           f"(smoothed over {smooth} points). {' '.join(words)}")
+    alt = (
+        f"{title}: mean log-ratio to the reference, in nats, of chosen and rejected answers "
+        f"(smoothed over {smooth} points). {' '.join(words)}"
+    )
     return Drawing(drawn, title, alt, pd.concat(data) if data else rows)
 
 
 @housestyle
-def over_beta(members: pd.DataFrame, metric: str, *, title: str, ylabel: str,
-              reference: tuple[float, str] | None = None, diverged_value: float | None = None) -> Drawing:
-    """`metric` (length, score, accuracy) over beta on a log axis: a line through each method's means, seeds as points."""
+def over_beta(
+    members: pd.DataFrame,
+    metric: str,
+    *,
+    title: str,
+    ylabel: str,
+    reference: tuple[float, str] | None = None,
+    diverged_value: float | None = None,
+) -> Drawing:
+    """`metric` (length, score, accuracy) over beta on a log axis: a line through each method's means, seeds as
+    points."""
     table = outcomes(members, metric, diverged_value)
     look = looks(_methods(table), LOOKS)
     drawn, axes = canvas(height=4.0, title=title)
@@ -223,15 +270,22 @@ def over_beta(members: pd.DataFrame, metric: str, *, title: str, ylabel: str,
     return Drawing(drawn, title, alt, table[["method", "beta", "tau", "seed", "status", "value"]])
 
 
-def answer_length(members: pd.DataFrame, *, reference: tuple[float, str] | None = None,
-                  title: str = "Length of sampled answers") -> Drawing:
+def answer_length(
+    members: pd.DataFrame, *, reference: tuple[float, str] | None = None, title: str = "Length of sampled answers"
+) -> Drawing:
     """Mean length of the sampled answers over beta; `reference` is the untrained model's."""
     return over_beta(members, "answer_length", title=title, ylabel="answer length (tokens)", reference=reference)
 
 
 @housestyle
-def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, reference: float | None = None,
-                     title: str = "Score against distance from the reference") -> Drawing:
+def kl_against_score(
+    members: pd.DataFrame,
+    score: str,
+    *,
+    score_label: str,
+    reference: float | None = None,
+    title: str = "Score against distance from the reference",
+) -> Drawing:
     """Sampled KL(pi_theta || pi_0) against the score: seeds faint, the mean of each cell bold and named by its beta.
     A diverged member has no KL and so no point; the words count them."""
     table = outcomes(members, score)
@@ -251,12 +305,25 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
         several = len(group.drop_duplicates(keys)) > group["beta"].nunique()
         said = []
         for cell in group.groupby(keys)[["kl", "value"]].mean().reset_index().to_dict("records"):
-            place.scatter(cell["kl"], cell["value"], color=own.colour, marker=own.marker, s=75, edgecolors="white",
-                          linewidths=0.8, zorder=3, label=own.label)
+            place.scatter(
+                cell["kl"],
+                cell["value"],
+                color=own.colour,
+                marker=own.marker,
+                s=75,
+                edgecolors="white",
+                linewidths=0.8,
+                zorder=3,
+                label=own.label,
+            )
             if not several:  # a whole grid of beta and tau is too crowded to name; the words and the CSV have it
                 names.append((cell["kl"], cell["value"], f"β {number(cell['beta'])}", own.colour))
-            said.append(" ".join(f"{word} {number(cell[key])}" for word, key in
-                                 [*((key, key) for key in keys), ("KL", "kl"), ("score", "value")]))
+            said.append(
+                " ".join(
+                    f"{word} {number(cell[key])}"
+                    for word, key in [*((key, key) for key in keys), ("KL", "kl"), ("score", "value")]
+                )
+            )
         words.append(f"{own.label}: {'; '.join(said)}.")
     if reference is not None:
         reference_line(place, reference, "reference")

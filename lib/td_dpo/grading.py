@@ -1,8 +1,10 @@
 """Members' saved MT-Bench answers graded, and the grades put into their records in the form of the oracle's scores.
 
-What `./run_all.sh judge` calls (lib/commands/judge.py): `due` says why a member is to be graded, `read` what is to be asked,
-`finish` writes what came back. After it, a member's predictions.jsonl holds a graded answer per question and turn and its
-metrics.json the scores, as if they had been measured when it was trained; judged.json says by whom, and is written last.
+What `./run_all.sh judge` calls (lib/commands/judge.py): `due` says why a member is to be graded, `read` what is to be
+asked,
+`finish` writes what came back. After it, a member's predictions.jsonl holds a graded answer per question and turn and
+its metrics.json the scores, as if they had been measured when it was trained; judged.json says by whom, and is written
+last.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def due(folder: Path, model: str) -> str:
 
 
 def read(folders: Iterable[Path], model: str, data: str | None) -> dict[Path, list[dict]]:
-    """{member's folder: its grading requests}. `data`: MT-Bench's folder, where not the one that the member was trained with.
-    MissingError where that is not there, StudyError where its questions are not those that were answered."""
+    """{member's folder: its grading requests}. `data`: MT-Bench's folder, where not the one that the member was trained
+    with. MissingError where that is not there, StudyError where its questions are not those that were answered."""
     benches: dict[str, dict] = {}
     made = {}
     for folder in folders:
@@ -53,14 +55,19 @@ def read(folders: Iterable[Path], model: str, data: str | None) -> dict[Path, li
         for row in answers:
             question = benches[place]["questions"].get(row["question"])
             if question and row.get("asked", mt_bench.digest(question)) != mt_bench.digest(question):
-                raise StudyError(str(folder), f"question {row['question']} was answered in other words than {place} has",
-                                 "the MT-Bench that was answered", "--data DIR with that one")
+                raise StudyError(
+                    str(folder),
+                    f"question {row['question']} was answered in other words than {place} has",
+                    "the MT-Bench that was answered",
+                    "--data DIR with that one",
+                )
         made[folder] = judging.requests(benches[place], answers, model)
     return made
 
 
 def gather(folders: Iterable[Path], cache: Path) -> None:
-    """Replies that records hold, earlier attempts' too, into the cache where it lacks them: a lost cache costs nothing."""
+    """Replies that records hold, earlier attempts' too, into the cache where it lacks them: a lost cache costs
+    nothing."""
     there = {row["key"] for row in judging.replies(cache)}
     for folder in folders:
         old = (folder.parent.parent / "attempts").glob(f"{folder.name}.*/{REPLIES}")
@@ -72,29 +79,49 @@ def gather(folders: Iterable[Path], cache: Path) -> None:
 
 
 def finish(folder: Path, asked: list[dict], kept: dict[str, dict], cache: Path, model: str, prices: tuple) -> dict:
-    """Write a member's grades into its record; returns judged.json. An answer that was refused, or whose every reply was
-    without a grade, has none and is counted; no score stands in for it."""
+    """Write a member's grades into its record; returns judged.json. An answer that was refused, or whose every reply
+    was without a grade, has none and is counted; no score stands in for it."""
     texts = {(row["question"], row["turn"]): row for row in record.read_jsonl(folder / ANSWERS)}
     graded = [judging.scored(row, kept) for row in asked]
     mine = {row["key"] for row in asked}
     own = [row for row in judging.replies(cache) if row["key"] in mine]
     others = [row for row in record.read_jsonl(folder / REPLIES) if row["key"] not in mine]
-    (folder / JUDGED).unlink(missing_ok=True)  # from here to its end the record is neither the old judge's nor the new one's
+    (folder / JUDGED).unlink(
+        missing_ok=True
+    )  # from here to its end the record is neither the old judge's nor the new one's
     record.write_jsonl(folder / REPLIES, [*others, *own])
     kind = {"kind": "answer", "judge": "mt_bench"}
     before = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
-    record.write_jsonl(folder / "predictions.jsonl", [*before, *(
-        {**kind, **row, **{k: texts[row["question"], row["turn"]].get(k) for k in ("length", "text")}} for row in graded)])
+    record.write_jsonl(
+        folder / "predictions.jsonl",
+        [
+            *before,
+            *(
+                {**kind, **row, **{k: texts[row["question"], row["turn"]].get(k) for k in ("length", "text")}}
+                for row in graded
+            ),
+        ],
+    )
     found = mt_bench.summary(graded)
     metrics = {name: found.pop(name) for name in ("mt_bench_score", "mt_bench_score_corrected")}
-    record.write_json(folder / "metrics.json", {
-        **record.read_json(folder / "metrics.json", {}), **metrics, "mt_bench_unparsed": found["unparsed"]})
+    record.write_json(
+        folder / "metrics.json",
+        {**record.read_json(folder / "metrics.json", {}), **metrics, "mt_bench_unparsed": found["unparsed"]},
+    )
     spent = {name: sum(kept[key][name] for key in mine if key in kept) for name in judging.COUNTED}
     made = {
-        "judge": "mt_bench", "model": model, "endpoints": sorted({row["endpoint"] for row in own}), "answers": _digest(folder),
-        "refused": len(mine - set(kept)), **metrics, **found,
-        "spent": {**spent, "price": judging.price(spent["prompt_tokens"], spent["completion_tokens"], *prices),
-                  "estimated": any(row["estimated"] for row in own)},
+        "judge": "mt_bench",
+        "model": model,
+        "endpoints": sorted({row["endpoint"] for row in own}),
+        "answers": _digest(folder),
+        "refused": len(mine - set(kept)),
+        **metrics,
+        **found,
+        "spent": {
+            **spent,
+            "price": judging.price(spent["prompt_tokens"], spent["completion_tokens"], *prices),
+            "estimated": any(row["estimated"] for row in own),
+        },
     }
     record.write_json(folder / JUDGED, made)
     return made

@@ -1,8 +1,8 @@
 """The head of a language model where only answer tokens meet the vocabulary: log softmax(hidden W^T + b)[label].
 
-The gradient of a token's log-probability, d log p_t / d hidden = W_t - sum_v p_v W_v, does not wait for the loss, whose own
-gradient only scales it. So it is computed in the forward pass while the chunk's probabilities are at hand: under a frozen
-head nothing of size (tokens, vocabulary) outlives its chunk, and no logit is ever computed twice.
+The gradient of a token's log-probability, d log p_t / d hidden = W_t - sum_v p_v W_v, does not wait for the loss, whose
+own gradient only scales it. So it is computed in the forward pass while the chunk's probabilities are at hand: under a
+frozen head nothing of size (tokens, vocabulary) outlives its chunk, and no logit is ever computed twice.
 """
 
 from __future__ import annotations
@@ -87,12 +87,15 @@ def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         hidden, weight, bias = (x if x is None else x.to(kind) for x in (hidden, weight, bias))
     if torch.is_grad_enabled():
         return _TokenScores.apply(hidden, weight, bias, targets, size)
-    return torch.cat([_scores(x, weight, bias, t)[0] for x, t in zip(hidden.split(size), targets.split(size), strict=True)])
+    return torch.cat(
+        [_scores(x, weight, bias, t)[0] for x, t in zip(hidden.split(size), targets.split(size), strict=True)]
+    )
 
 
 @contextlib.contextmanager
 def completion_head(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model(..., score_labels=labels)` returns (R, L) log-probabilities of the labels, zero where there is none.
+    """Inside, `model(..., score_labels=labels)` returns (R, L) log-probabilities of the labels, zero where there is
+    none.
 
     It is reached through `forward` (rather than by calling the backbone) so that PEFT, autocast, DDP and FSDP wrappers
     stay in force. Calls without `score_labels` are the model's own, generation included. The patch is taken off at the
@@ -103,11 +106,18 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     config = model.config.get_text_config()
-    rescaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-                if getattr(config, name, None) not in (None, 1.0)]
+    rescaled = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+        if getattr(config, name, None) not in (None, 1.0)
+    ]
     if rescaled:
-        raise StudyError("model.name", f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
-                         "a model whose log-probabilities are log softmax(hidden W^T + b)", "choose another model")
+        raise StudyError(
+            "model.name",
+            f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
+            "a model whose log-probabilities are log softmax(hidden W^T + b)",
+            "choose another model",
+        )
     original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
 
     def forward(self, *args, score_labels: Tensor | None = None, **kwargs):

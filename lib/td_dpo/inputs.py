@@ -1,5 +1,5 @@
-"""What all members of a grid share, made once and kept on disk by content: pairs, tokeniser, base model, tokenised rows,
-reference log-probabilities and the baselines that need no training."""
+"""What all members of a grid share, made once and kept on disk by content: pairs, tokeniser, base model, tokenised
+rows, reference log-probabilities and the baselines that need no training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _bag_of_words(splits: dict) -> float | None:
 
 
 def pairs_of(run) -> tuple[dict, dict]:
-    """The run's pairs and the loader's report; generated ones in the data set's own columns where the hub is out of reach."""
+    """The run's pairs and the loader's report; generated ones in the data set's own columns where the hub is out of
+    reach."""
     section = run.dataset.model_dump()
     if run.mode == "trial" and out_of_reach(run.dataset.name):
         size = run.dataset.limit or 8
@@ -113,7 +114,9 @@ def base_of(run, pairs: list[dict], folder: Path) -> str:
         )
         return str(place)
     if uses_stand_in(run):
-        texts = [m["content"] for pair in pairs for m in itertools.chain(pair["prompt"], pair["chosen"], pair["rejected"])]
+        texts = [
+            m["content"] for pair in pairs for m in itertools.chain(pair["prompt"], pair["chosen"], pair["rejected"])
+        ]
         return str(stand_in.write_stand_in(run.model.name, place, texts))
     return run.model.name
 
@@ -158,5 +161,10 @@ def load(folder: Path) -> Inputs:
     tokenizer = models.load_tokenizer(str(folder / "tokenizer"), needs_chat_template=True)
     pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
     return Inputs(
-        tokenizer, load_rows(folder / "rows.safetensors"), load_file(folder / "reference.safetensors"), pairs, report, base
+        tokenizer,
+        load_rows(folder / "rows.safetensors"),
+        load_file(folder / "reference.safetensors"),
+        pairs,
+        report,
+        base,
     )

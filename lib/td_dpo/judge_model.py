@@ -1,8 +1,8 @@
 """The judge through inspect-ai: its OpenAI-compatible provider, with its connections and its retries.
 
-Imported where answers are graded and nowhere else: it needs the extra `judge` and a second. Of inspect-ai only the model
-layer is used. Its eval() would read a `.env`, write a log and a trace of its own with all that an endpoint says (a key that
-it repeats, too), and keep the grades a second time, beside the members' records.
+Imported where answers are graded and nowhere else: it needs the extra `judge` and a second. Of inspect-ai only the
+model layer is used. Its eval() would read a `.env`, write a log and a trace of its own with all that an endpoint says
+(a key that it repeats, too), and keep the grades a second time, beside the members' records.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Stopped(Exception):
 
 
 class Judge(OpenAICompatibleAPI):
-    """inspect-ai's provider, but for three things: a reply is kept as it came, `Retry-After` is waited for, and no request is
-    tried again once `stopped` is set."""
+    """inspect-ai's provider, but for three things: a reply is kept as it came, `Retry-After` is waited for, and no
+    request is tried again once `stopped` is set."""
 
     def __init__(self, model_name: str, wait: float = 1.0, **given):
-        super().__init__(model_name, service="judge", max_retries=0, **given)  # inspect-ai tries again, not openai's client too
+        super().__init__(
+            model_name, service="judge", max_retries=0, **given
+        )  # inspect-ai tries again, not openai's client too
         self.growing, self.stopped = wait_exponential_jitter(multiplier=wait, max=60 * wait), False
         self.scope = uuid.uuid4().hex
 
@@ -71,7 +73,8 @@ class Judge(OpenAICompatibleAPI):
         return ex  # not a reply without a grade: nothing was graded
 
     def chat_choices_from_completion(self, completion, tools) -> list[ChatCompletionChoice]:
-        """The first choice's text as it came. `completion` is mended where an endpoint leaves out what nobody here reads."""
+        """The first choice's text as it came. `completion` is mended where an endpoint leaves out what nobody here
+        reads."""
         try:
             text = completion.choices[0].message.content or ""
         except (AttributeError, LookupError, TypeError):
@@ -80,8 +83,11 @@ class Judge(OpenAICompatibleAPI):
             raise OpenAIResponseError("server_error", "not a chat completion")  # which is tried again
         used = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         completion.model = self.model_name
-        completion.usage = CompletionUsage(prompt_tokens=used[0], completion_tokens=used[1], total_tokens=sum(used)) if all(
-            isinstance(count, int) for count in used) else None
+        completion.usage = (
+            CompletionUsage(prompt_tokens=used[0], completion_tokens=used[1], total_tokens=sum(used))
+            if all(isinstance(count, int) for count in used)
+            else None
+        )
         return [ChatCompletionChoice(message=ChatMessageAssistant(content=text, source="generate"), stop_reason="stop")]
 
     def should_retry(self, ex):
@@ -90,6 +96,7 @@ class Judge(OpenAICompatibleAPI):
 
     def retry_wait(self) -> Callable[[RetryCallState], float]:
         """Seconds before the next attempt: what the endpoint names, else exponentially growing ones."""
+
         def seconds(state: RetryCallState) -> float:
             named = wanted_wait(state.outcome.exception())
             return self.growing(state) if named is None else named
@@ -103,11 +110,18 @@ def _judge() -> type[Judge]:
 
 
 def connected(base: str, secret: str, name: str, *, workers: int, attempts: int, wait: float, timeout: float) -> Model:
-    """The judge `name` at an endpoint, at temperature 0: at most `attempts` of a request, at first `wait` seconds apart, each
-    given up after `timeout` seconds without a byte."""
+    """The judge `name` at an endpoint, at temperature 0: at most `attempts` of a request, at first `wait` seconds
+    apart, each given up after `timeout` seconds without a byte."""
     settings = GenerateConfig(temperature=0, max_tokens=MAX_TOKENS, max_retries=attempts - 1, max_connections=workers)
-    return get_model(f"judge/{name}", config=settings, base_url=base, api_key=secret or NO_KEY, memoize=False, wait=wait,
-                     client_timeout=timeout)
+    return get_model(
+        f"judge/{name}",
+        config=settings,
+        base_url=base,
+        api_key=secret or NO_KEY,
+        memoize=False,
+        wait=wait,
+        client_timeout=timeout,
+    )
 
 
 async def ask(model: Model, body: list[dict]) -> dict:
@@ -118,24 +132,35 @@ async def ask(model: Model, body: list[dict]) -> dict:
     try:
         output = await model.generate([_MESSAGES[row["role"]](content=row["content"]) for row in body])
     except RetryError as error:
-        raise MissingError("the judge", f"{_said(error.last_attempt.exception())}, {error.last_attempt.attempt_number} times",
-                           "an endpoint that answers",
-                           "the same command again: what is graded is kept and not asked again") from None
+        raise MissingError(
+            "the judge",
+            f"{_said(error.last_attempt.exception())}, {error.last_attempt.attempt_number} times",
+            "an endpoint that answers",
+            "the same command again: what is graded is kept and not asked again",
+        ) from None
     except (APIError, ModelGenerateError, OpenAIResponseError, ValueError) as error:
         if model.api.stopped:
             raise Stopped from None
         if _status(error) in _OF_THIS_REQUEST:
             raise Refused(_said(error)) from None
         if (after := wanted_wait(error) or 0) > PATIENCE:
-            raise MissingError("the judge", f"{_said(error)}, to be asked again in {after:.0f} s", "an endpoint that answers",
-                               "the same command then: what is graded is kept") from None
+            raise MissingError(
+                "the judge",
+                f"{_said(error)}, to be asked again in {after:.0f} s",
+                "an endpoint that answers",
+                "the same command then: what is graded is kept",
+            ) from None
         raise StudyError("the judge", _said(error), "an answer", "check the model's name and the key") from None
     used = output.usage
-    return {"text": output.completion,
-            "usage": {"prompt_tokens": used.input_tokens, "completion_tokens": used.output_tokens} if used else {}}
+    return {
+        "text": output.completion,
+        "usage": {"prompt_tokens": used.input_tokens, "completion_tokens": used.output_tokens} if used else {},
+    }
 
 
-def ask_each(model: Model, rows: Iterable[dict], one: Callable[[dict], Awaitable[None]], workers: int, timeout: float) -> None:
+def ask_each(
+    model: Model, rows: Iterable[dict], one: Callable[[dict], Awaitable[None]], workers: int, timeout: float
+) -> None:
     """`one(row)` for each row, `workers` at a time. At the first failure nothing more is asked, what is under way has
     `timeout` seconds to come back and be kept, and the failure is raised."""
     failed: list[Exception] = []

@@ -1,4 +1,5 @@
-"""Asking an OpenAI-compatible endpoint for grades, through inspect-ai. Every reply is kept as it comes: nothing is paid twice.
+"""Asking an OpenAI-compatible endpoint for grades, through inspect-ai. Every reply is kept as it comes: nothing is paid
+twice.
 
 `./run_all.sh judge` grades the members of a study with it (lib/td_dpo/grading.py). Answers from elsewhere:
 
@@ -29,16 +30,26 @@ COUNTED = ("calls", "prompt_tokens", "completion_tokens")
 
 
 def requests(bench: dict, answers: list[dict], model: str) -> list[dict]:
-    """One grading request per answer, with the key that it is kept under. A second turn needs its first one's answer."""
+    """One grading request per answer, with the key that it is kept under. A second turn needs its first one's
+    answer."""
     texts = {(row["question"], row["turn"]): row["text"] for row in answers}
     made = []
     for (number, turn), _ in sorted(texts.items()):
         question = bench["questions"].get(number)
         if question is None or turn not in (1, 2) or (number, 1) not in texts:
-            raise StudyError("the answers", f"question {number}, turn {turn}", "questions of this MT-Bench, each with turn 1")
+            raise StudyError(
+                "the answers", f"question {number}, turn {turn}", "questions of this MT-Bench, each with turn 1"
+            )
         body = mt_bench.messages(bench, question, [texts[number, t] for t in range(1, turn + 1)], turn)
-        made.append({"question": number, "category": question["category"], "turn": turn, "messages": body,
-                     "key": keys.digest([model, body])})
+        made.append(
+            {
+                "question": number,
+                "category": question["category"],
+                "turn": turn,
+                "messages": body,
+                "key": keys.digest([model, body]),
+            }
+        )
     return made
 
 
@@ -77,8 +88,13 @@ def cost(asked: list[dict], kept: dict, price_in: float | None, price_out: float
     open_ = {row["key"]: row for row in asked if not settled(kept, row["key"])}
     prompt = sum(_tokens("".join(m["content"] for m in row["messages"])) for row in open_.values())
     reply = REPLY_TOKENS * len(open_)
-    return {"calls": len(open_), "cached": len(asked) - sum(row["key"] in open_ for row in asked), "prompt_tokens": prompt,
-            "reply_tokens": reply, "price": price(prompt, reply, price_in, price_out)}
+    return {
+        "calls": len(open_),
+        "cached": len(asked) - sum(row["key"] in open_ for row in asked),
+        "prompt_tokens": prompt,
+        "reply_tokens": reply,
+        "price": price(prompt, reply, price_in, price_out),
+    }
 
 
 def price(prompt: int, reply: int, price_in: float | None, price_out: float | None) -> float | None:
@@ -91,24 +107,45 @@ def _tokens(text: str) -> int:
 
 
 def reply_row(row: dict, model: str, base: str, reply: dict) -> dict:
-    """A reply as it is kept; its score is None where it holds no grade. Tokens are estimated where they are not reported."""
+    """A reply as it is kept; its score is None where it holds no grade. Tokens are estimated where they are not
+    reported."""
     usage = reply["usage"]
     counted = {"prompt_tokens": usage.get("prompt_tokens"), "completion_tokens": usage.get("completion_tokens")}
     known = all(isinstance(n, int) for n in counted.values())
     if not known:
-        counted = {"prompt_tokens": _tokens("".join(m["content"] for m in row["messages"])),
-                   "completion_tokens": _tokens(reply["text"])}
-    return {"key": row["key"], "model": model, "endpoint": host(base), "question": row["question"], "turn": row["turn"],
-            "score": mt_bench.rating(reply["text"]), "calls": 1, **counted, "estimated": not known,
-            "reply": record.redact(reply["text"])}
+        counted = {
+            "prompt_tokens": _tokens("".join(m["content"] for m in row["messages"])),
+            "completion_tokens": _tokens(reply["text"]),
+        }
+    return {
+        "key": row["key"],
+        "model": model,
+        "endpoint": host(base),
+        "question": row["question"],
+        "turn": row["turn"],
+        "score": mt_bench.rating(reply["text"]),
+        "calls": 1,
+        **counted,
+        "estimated": not known,
+        "reply": record.redact(reply["text"]),
+    }
 
 
-def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: int = 8, attempts: int | None = None,
-                   wait: float | None = None, timeout: float = 120.0,
-                   on_graded: Callable[[int, int], None] = lambda done, of: None) -> tuple[dict, dict]:
+def grade_requests(
+    asked: list[dict],
+    model: str,
+    cache_path: Path,
+    *,
+    workers: int = 8,
+    attempts: int | None = None,
+    wait: float | None = None,
+    timeout: float = 120.0,
+    on_graded: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[dict, dict]:
     """({key: judgement} of the cache, what this call took). A refused answer has no judgement there.
 
-    Raises MissingError when the judge stays away, StudyError when it refuses everything; every reply until then is kept.
+    Raises MissingError when the judge stays away, StudyError when it refuses everything; every reply until then is
+    kept.
     """
     base, secret = endpoint()
     spent, refused = dict.fromkeys(COUNTED, 0), {}
@@ -120,21 +157,37 @@ def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: 
             return kept, {**spent, "refused": 0}
         from lib.td_dpo import judge_model  # inspect-ai, which is slow to import
 
-        judge, done = judge_model.connected(base, secret, model, workers=workers, attempts=attempts or ATTEMPTS,
-                                            wait=WAIT if wait is None else wait, timeout=timeout), []
+        judge, done = (
+            judge_model.connected(
+                base,
+                secret,
+                model,
+                workers=workers,
+                attempts=attempts or ATTEMPTS,
+                wait=WAIT if wait is None else wait,
+                timeout=timeout,
+            ),
+            [],
+        )
 
         async def one(row: dict) -> None:
             try:
                 while not settled(kept, row["key"]):
                     made = reply_row(row, model, base, await judge_model.ask(judge, row["messages"]))
-                    record.append_jsonl(cache_path, made)  # at once: a kill costs no more than the calls that are under way
+                    record.append_jsonl(
+                        cache_path, made
+                    )  # at once: a kill costs no more than the calls that are under way
                     kept.update(folded([*([kept[row["key"]]] if row["key"] in kept else []), made]))
                     spent.update({name: spent[name] + made[name] for name in COUNTED})
             except judge_model.Refused as error:
                 refused[row["key"]] = str(error)
                 if len(refused) > ASKED_AGAIN and not spent["calls"]:
-                    raise StudyError("the judge", f"{error} for every request", "an answer",
-                                     "check the model's name and what the endpoint's log says") from None
+                    raise StudyError(
+                        "the judge",
+                        f"{error} for every request",
+                        "an answer",
+                        "check the model's name and what the endpoint's log says",
+                    ) from None
             done.append(row["key"])
             on_graded(len(done), len(todo))
 
@@ -143,11 +196,14 @@ def grade_requests(asked: list[dict], model: str, cache_path: Path, *, workers: 
 
 
 def _alone(cache_path: Path):
-    """A file of replies, locked until the end of the `with`. Raises StudyError where another process is grading into it."""
+    """A file of replies, locked until the end of the `with`. Raises StudyError where another process is grading into
+    it."""
     try:
         return filelock.FileLock(f"{cache_path}.lock").acquire(timeout=2)
     except filelock.Timeout:
-        raise StudyError(str(cache_path), "another process is grading into it", "one at a time", "wait for it") from None
+        raise StudyError(
+            str(cache_path), "another process is grading into it", "one at a time", "wait for it"
+        ) from None
 
 
 def grade(bench: dict, answers: list[dict], model: str, cache_path: Path, **settings) -> tuple[list[dict], dict]:
@@ -159,15 +215,22 @@ def grade(bench: dict, answers: list[dict], model: str, cache_path: Path, **sett
 
 def scored(row: dict, kept: dict[str, dict]) -> dict:
     """A request as a graded answer: question, category, turn, score (None where no reply held a grade)."""
-    return {name: row[name] for name in ("question", "category", "turn")} | {"score": kept.get(row["key"], {}).get("score")}
+    return {name: row[name] for name in ("question", "category", "turn")} | {
+        "score": kept.get(row["key"], {}).get("score")
+    }
 
 
 def told(before: dict) -> str:
     """What `cost` found, in one line."""
-    about = "cost unknown (--price-in, --price-out per million tokens)" if before["price"] is None else \
-        f"about {before['price']:.2f} in all"
-    return (f"{before['calls']} judge calls, {before['cached']} cached; about {before['prompt_tokens']} prompt and "
-            f"{before['reply_tokens']} reply tokens; {about}")
+    about = (
+        "cost unknown (--price-in, --price-out per million tokens)"
+        if before["price"] is None
+        else f"about {before['price']:.2f} in all"
+    )
+    return (
+        f"{before['calls']} judge calls, {before['cached']} cached; about {before['prompt_tokens']} prompt and "
+        f"{before['reply_tokens']} reply tokens; {about}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,12 +260,17 @@ def main(argv: list[str] | None = None) -> int:
     except StudyError as error:
         print(record.redact(str(error)), file=sys.stderr)
         return error.exit_code
-    kept, of_these = load_cache(cache), {row["key"] for row in asked}  # all they ever took, in this call or an earlier one
+    kept, of_these = (
+        load_cache(cache),
+        {row["key"] for row in asked},
+    )  # all they ever took, in this call or an earlier one
     total = {name: sum(kept[key][name] for key in of_these if key in kept) for name in COUNTED}
     made = {"judge": given.model, **mt_bench.summary(graded), "spent": total, "answers": graded}
     record.write_json(given.answers.with_name("mt_bench.json"), made)
-    print(f"score {made['mt_bench_score']}, without wrong references {made['mt_bench_score_corrected']}; "
-          f"{made['unparsed']} of {len(graded)} unparsed; {spent['calls']} calls")
+    print(
+        f"score {made['mt_bench_score']}, without wrong references {made['mt_bench_score_corrected']}; "
+        f"{made['unparsed']} of {len(graded)} unparsed; {spent['calls']} calls"
+    )
     return 0
 
 

@@ -83,8 +83,14 @@ def _styles(names: Sequence[str]) -> dict[str, tuple[str, object]]:
 
 
 @housestyle
-def loss_landscape(scaled: Mapping[str, Curve], in_nats: Mapping[str, Curve], *, beta: float, reach: float = 12.0,
-                   title: str = "The losses and their slopes") -> Drawing:
+def loss_landscape(
+    scaled: Mapping[str, Curve],
+    in_nats: Mapping[str, Curve],
+    *,
+    beta: float,
+    reach: float = 12.0,
+    title: str = "The losses and their slopes",
+) -> Drawing:
     """Loss (above) and slope (below). Left: `scaled`, functions of z = beta rho near 0, with minima and barriers
     computed and marked. Right: `in_nats`, functions of the margin in nats (rho; Delta for td_dpo) at `beta`.
 
@@ -92,8 +98,10 @@ def loss_landscape(scaled: Mapping[str, Curve], in_nats: Mapping[str, Curve], *,
     """
     drawn, axes = canvas(2, 2, height=6.6, title=title, sharex="col")
     styles, words, data, drawn_curves = _styles(list(dict.fromkeys([*scaled, *in_nats]))), [], [], []
-    sides = (("z = β·ρ", np.linspace(-0.6, 0.6, 1201), scaled),
-             (f"margin in nats, at β = {number(beta)}", np.linspace(-reach, reach, 1601), in_nats))
+    sides = (
+        ("z = β·ρ", np.linspace(-0.6, 0.6, 1201), scaled),
+        (f"margin in nats, at β = {number(beta)}", np.linspace(-reach, reach, 1601), in_nats),
+    )
     for column, (xlabel, x, curves) in enumerate(sides):
         for name, curve in curves.items():
             (colour, dash), loss, steep = styles[name], np.asarray(curve(x)), slope(curve, x)
@@ -104,11 +112,15 @@ def loss_landscape(scaled: Mapping[str, Curve], in_nats: Mapping[str, Curve], *,
             axes[1, column].plot(x, steep, color=colour, linestyle=dash)
             data.append(pd.DataFrame({"axis": xlabel, "curve": name, "x": x, "loss": loss, "slope": steep}))
             zero = np.array([0.0])
-            words.append(f"{name} over {xlabel}: loss {number(float(curve(zero)[0]))}, "
-                         f"slope {number(float(slope(curve, zero)[0]))} at 0")
+            words.append(
+                f"{name} over {xlabel}: loss {number(float(curve(zero)[0]))}, "
+                f"slope {number(float(slope(curve, zero)[0]))} at 0"
+            )
             marks = stationary_points(curve, x)
-            words += [f"{name} has a {'barrier' if kind == 'maximum' else 'minimum'} at {_signed(at, 3 - column)}"
-                      for at, kind in marks]
+            words += [
+                f"{name} has a {'barrier' if kind == 'maximum' else 'minimum'} at {_signed(at, 3 - column)}"
+                for at, kind in marks
+            ]
             if column == 0:
                 _mark(axes[0, 0], axes[1, 0], curve, marks, colour, beta)
         axes[1, column].axhline(0, color=SOFT, linewidth=0.9)
@@ -127,14 +139,29 @@ def _mark(above, below, curve: Curve, marks: Sequence[tuple[float, str]], colour
         low = kind == "minimum"
         height = float(curve(np.array([at]))[0])
         above.plot([at], [height], "o" if low else "^", color=colour, markersize=7, zorder=4)
-        above.annotate(f"{kind if low else 'barrier'}\n{_signed(at, 3)}", (at, height), xytext=(-6, -30) if low else (6, 8),
-                       textcoords="offset points", fontsize=9, ha="right" if low else "left", color=colour)
+        above.annotate(
+            f"{kind if low else 'barrier'}\n{_signed(at, 3)}",
+            (at, height),
+            xytext=(-6, -30) if low else (6, 8),
+            textcoords="offset points",
+            fontsize=9,
+            ha="right" if low else "left",
+            color=colour,
+        )
     for (start, kind), (end, _) in zip(marks, marks[1:], strict=False):
         if kind == "minimum":
             below.axvspan(start, end, color=colour, alpha=0.12, linewidth=0)
-            below.annotate(f"pushed the wrong\nway: ρ from {_signed(start / beta, 1)}\nto {_signed(end / beta, 1)} nats\n"
-                           f"at β = {number(beta)}", (end, 1), xycoords=("data", "axes fraction"), xytext=(5, -2),
-                           textcoords="offset points", va="top", fontsize=9, color=colour)
+            below.annotate(
+                f"pushed the wrong\nway: ρ from {_signed(start / beta, 1)}\nto {_signed(end / beta, 1)} nats\n"
+                f"at β = {number(beta)}",
+                (end, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(5, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=9,
+                color=colour,
+            )
 
 
 def _signed(value: float, decimals: int) -> str:
@@ -147,6 +174,7 @@ def hessian_eigenvalues(loss: PairLoss, margin: np.ndarray, step: float = 1e-3) 
 
     Those are the eigenvectors wherever the loss is f(log p+ - log p-) plus a quadratic that treats both answers alike.
     """
+
     def second(sign: int) -> np.ndarray:
         shift = step / np.sqrt(2)
         ahead, here, behind = (loss(margin / 2 + s * shift, -margin / 2 + s * sign * shift) for s in (1, 0, -1))
@@ -156,9 +184,11 @@ def hessian_eigenvalues(loss: PairLoss, margin: np.ndarray, step: float = 1e-3) 
 
 
 @housestyle
-def curvature(losses: Mapping[str, PairLoss], *, beta: float, reach: float = 10.0,
-              title: str = "Curvature of the losses") -> Drawing:
-    """Hessian eigenvalues over the margin: what holds the level of both answers (left), what bends the margin (right)."""
+def curvature(
+    losses: Mapping[str, PairLoss], *, beta: float, reach: float = 10.0, title: str = "Curvature of the losses"
+) -> Drawing:
+    """Hessian eigenvalues over the margin: what holds the level of both answers (left), what bends the margin
+    (right)."""
     margin = np.linspace(-reach, reach, 801)
     drawn, axes = canvas(1, 2, height=4.2, title=title, sharex=True)
     styles, words, data, levels = _styles(list(losses)), [], [], {}
@@ -169,16 +199,26 @@ def curvature(losses: Mapping[str, PairLoss], *, beta: float, reach: float = 10.
             place.plot(margin, mode, color=styles[name][0], linestyle=styles[name][1], label=name)
         common, bend = values[len(margin) // 2]
         levels.setdefault(round(common, 6), []).append(name)
-        words.append(f"{name}: at margin 0 common mode {number(common)}, margin mode {number(bend)}; "
-                     f"at {number(reach)} nats margin mode {number(values[-1, 1])}")
-        data.append(pd.DataFrame({"loss": name, "margin": margin, "common_mode": values[:, 0], "margin_mode": values[:, 1]}))
+        words.append(
+            f"{name}: at margin 0 common mode {number(common)}, margin mode {number(bend)}; "
+            f"at {number(reach)} nats margin mode {number(values[-1, 1])}"
+        )
+        data.append(
+            pd.DataFrame({"loss": name, "margin": margin, "common_mode": values[:, 0], "margin_mode": values[:, 1]})
+        )
     left, right = axes[0]
     left.set(title="common mode", xlabel="margin (nats)", ylabel=f"Hessian eigenvalue at β = {number(beta)}")
     right.set(title="margin mode", xlabel="margin (nats)")
     left.margins(y=0.35)
     for level, names in levels.items():
-        left.annotate(",\n".join([", ".join(names[i:i + 2]) for i in range(0, len(names), 2)]) + f": {number(level)}",
-                      (-reach, level), xytext=(2, 5), textcoords="offset points", fontsize=9, va="bottom")
+        left.annotate(
+            ",\n".join([", ".join(names[i : i + 2]) for i in range(0, len(names), 2)]) + f": {number(level)}",
+            (-reach, level),
+            xytext=(2, 5),
+            textcoords="offset points",
+            fontsize=9,
+            va="bottom",
+        )
     legend_below(drawn)
     alt = f"{title} at beta {number(beta)}: eigenvalues of the Hessian. {'; '.join(words)}."
     return Drawing(drawn, title, alt, pd.concat(data))

@@ -42,8 +42,12 @@ def paired_batch(rows: list[dict], pad: int) -> Batch:
             sequences.append(prompt + answer[:-1])  # nothing is predicted from the last token
             labels.append([IGNORE] * (len(prompt) - 1) + answer)
             segments.append([PROMPT] * (len(prompt) - 1) + [segment] * len(answer))
-    return {"input_ids": _padded(sequences, pad), "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
-            "labels": _padded(labels, IGNORE), "segments": _padded(segments, PADDING)}
+    return {
+        "input_ids": _padded(sequences, pad),
+        "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
+        "labels": _padded(labels, IGNORE),
+        "segments": _padded(segments, PADDING),
+    }
 
 
 def shared_batch(rows: list[dict], pad: int, mask_dtype: torch.dtype | None = None) -> Batch:
@@ -65,8 +69,13 @@ def shared_batch(rows: list[dict], pad: int, mask_dtype: torch.dtype | None = No
     mask = (((key == PROMPT) | (key == query)).tril())[:, None]
     if mask_dtype is not None:
         mask = torch.zeros(mask.shape, dtype=mask_dtype).masked_fill_(~mask, torch.finfo(mask_dtype).min)
-    return {"input_ids": _padded(sequences, pad), "position_ids": _padded(positions, 0), "attention_mask": mask,
-            "labels": _padded(labels, IGNORE), "segments": segment}
+    return {
+        "input_ids": _padded(sequences, pad),
+        "position_ids": _padded(positions, 0),
+        "attention_mask": mask,
+        "labels": _padded(labels, IGNORE),
+        "segments": segment,
+    }
 
 
 def packed_batch(rows: list[dict], pad: int) -> Batch:
@@ -80,18 +89,37 @@ def packed_batch(rows: list[dict], pad: int) -> Batch:
     return {**batch, "slots": slots, "lengths": tuple(real.sum(dim=1).tolist())}
 
 
-def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     dropout: float = 0.0, scaling: float | None = None, lengths: tuple[int, ...] | None = None, **kwargs):
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lengths: tuple[int, ...] | None = None,
+    **kwargs,
+):
     """Attention over packed rows (1, heads, T, d): each row by itself, so that none pays for the longest one's padding.
 
     Without `lengths` (generation) it is transformers' own.
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    found = [scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[row : row + 1, :, :length, :length],
-                                          dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-             for row, (length, q, k, v) in enumerate(zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)),
-                                                         strict=True))]
+    found = [
+        scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask[row : row + 1, :, :length, :length],
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for row, (length, q, k, v) in enumerate(
+            zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        )
+    ]
     return torch.cat(found, dim=2).transpose(1, 2), None
 
 
@@ -111,14 +139,15 @@ def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
         return lambda rows: paired_batch(rows, pad)
     if layout == "packed":
         return lambda rows: packed_batch(rows, pad)
-    # Dense L x L masks, under which all L^2 products are computed: in a 7B Llama with rows of 3k tokens some 12 % of a pass.
-    # FlexAttention's BlockMask could leave out more than half of them; it has to be compiled and tried on a GPU.
+    # Dense L x L masks, under which all L^2 products are computed: in a 7B Llama with rows of 3k tokens some 12 % of a
+    # pass. FlexAttention's BlockMask could leave out more than half of them; it has to be compiled and tried on a GPU.
     mask_dtype = model.dtype if attention == "eager" else None
     return lambda rows: shared_batch(rows, pad, mask_dtype)
 
 
 def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities (B,) of the chosen and of the rejected answers, in nats. Inside `completion_head(model)`."""
+    """Summed log-probabilities (B,) of the chosen and of the rejected answers, in nats. Inside
+    `completion_head(model)`."""
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "lengths")}
     tokens = model(**inputs, score_labels=batch["labels"])
     if "position_ids" not in batch:
@@ -130,8 +159,8 @@ def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor
 
 
 def token_budget_batches(lengths: list[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
-    """Indices in order of length, cut so that rows x longest row stays within `budget` tokens, and the rows within `rows`
-    (but at least one row)."""
+    """Indices in order of length, cut so that rows x longest row stays within `budget` tokens, and the rows within
+    `rows` (but at least one row)."""
     chunk: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if chunk and ((len(chunk) + 1) * lengths[index] > budget or len(chunk) == rows):
@@ -182,8 +211,14 @@ def evaluating(model: torch.nn.Module):
         model.train(training)
 
 
-def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, pad: int = 0, layout: str | None = None,
-                      token_budget: int = SCORING_TOKENS) -> Tensor:
+def sequence_logprobs(
+    model: torch.nn.Module,
+    rows: list[dict],
+    *,
+    pad: int = 0,
+    layout: str | None = None,
+    token_budget: int = SCORING_TOKENS,
+) -> Tensor:
     """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
     collate, device = collator(model, pad, layout), model.device
     out: Tensor | None = None
@@ -205,8 +240,14 @@ def sample_logprobs(model: torch.nn.Module, samples: Iterable[dict], **options) 
     """
     samples = list(samples)
     spoken = [i for i, sample in enumerate(samples) if sample["completion_ids"]]
-    rows = [{"prompt_ids": samples[i]["prompt_ids"], "chosen_ids": samples[i]["completion_ids"],
-             "rejected_ids": samples[i]["completion_ids"][:1]} for i in spoken]
+    rows = [
+        {
+            "prompt_ids": samples[i]["prompt_ids"],
+            "chosen_ids": samples[i]["completion_ids"],
+            "rejected_ids": samples[i]["completion_ids"][:1],
+        }
+        for i in spoken
+    ]
     table = sequence_logprobs(model, rows, **options)
     out = table.new_zeros(len(samples))
     out[spoken] = table[:, 0]

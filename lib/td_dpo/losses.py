@@ -20,8 +20,9 @@ DISCOPOP_TEMPERATURE = 0.05  # arXiv:2406.08414, equation 5
 Parts = dict[str, Tensor]
 
 
-def log_ratios(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
-               ) -> tuple[Tensor, Tensor]:
+def log_ratios(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
+) -> tuple[Tensor, Tensor]:
     """r+ and r-, each (B,), in nats."""
     return policy_chosen - reference_chosen, policy_rejected - reference_rejected
 
@@ -36,8 +37,9 @@ def _with_anchor(preference: Tensor, r_chosen: Tensor, r_rejected: Tensor, beta:
     return preference + anchor, {"preference_loss": preference, "anchor_loss": anchor}
 
 
-def dpo(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *,
-        beta: float) -> tuple[Tensor, Parts]:
+def dpo(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
+) -> tuple[Tensor, Parts]:
     """sp(-beta rho) (arXiv:2305.18290, equation 7)."""
     r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     return _without_anchor(-logsigmoid(beta * (r_chosen - r_rejected)))
@@ -51,16 +53,18 @@ def _discopop(z: Tensor, gate: Tensor) -> Tensor:
     return torch.sigmoid(-gate) * -logsigmoid(z) + torch.exp(logsigmoid(gate) - z)
 
 
-def discopop(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *,
-             beta: float) -> tuple[Tensor, Parts]:
+def discopop(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
+) -> tuple[Tensor, Parts]:
     """DiscoPOP as its paper and TRL have it: gate sigma(z/.05) (arXiv:2406.08414, equation 5)."""
     r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     z = beta * (r_chosen - r_rejected)
     return _without_anchor(_discopop(z, z / DISCOPOP_TEMPERATURE))
 
 
-def discopop_card(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-                  reference_rejected: Tensor, *, beta: float) -> tuple[Tensor, Parts]:
+def discopop_card(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
+) -> tuple[Tensor, Parts]:
     """DiscoPOP as the released model's card has it: gate sigma(rho). It equals the paper's form only at beta = .05.
 
     At beta > 1 it grows like exp(-(beta - 1) rho) on wrongly ordered pairs. That is left to overflow: a divergence is
@@ -71,35 +75,75 @@ def discopop_card(policy_chosen: Tensor, policy_rejected: Tensor, reference_chos
     return _without_anchor(_discopop(beta * rho, rho))
 
 
-def td_dpo(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *,
-           beta: float, tau: float) -> tuple[Tensor, Parts]:
+def td_dpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    tau: float,
+) -> tuple[Tensor, Parts]:
     """sp(-Delta/tau) + beta/2 (r+^2 + r-^2): the margin's temperature tau is free of the anchor's weight beta."""
     r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     preference = -logsigmoid((policy_chosen - policy_rejected) / tau)
     return _with_anchor(preference, r_chosen, r_rejected, beta)
 
 
-def td_dpo_anchored(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-                    reference_rejected: Tensor, *, beta: float, tau: float) -> tuple[Tensor, Parts]:
+def td_dpo_anchored(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    tau: float,
+) -> tuple[Tensor, Parts]:
     """td_dpo with the margin taken against the reference: sp(-rho/tau) + beta/2 (r+^2 + r-^2)."""
     r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     return _with_anchor(-logsigmoid((r_chosen - r_rejected) / tau), r_chosen, r_rejected, beta)
 
 
 LOSSES: dict[str, Callable[..., tuple[Tensor, Parts]]] = {
-    "dpo": dpo, "discopop": discopop, "discopop_card": discopop_card, "td_dpo": td_dpo,
+    "dpo": dpo,
+    "discopop": discopop,
+    "discopop_card": discopop_card,
+    "td_dpo": td_dpo,
     "td_dpo_anchored": td_dpo_anchored,
 }
 TEMPERED = ("td_dpo", "td_dpo_anchored")  # the losses that take tau
 # trl 1.16's loss_type values, in the order of its own error message; `dpo` and `discopop` are ours under these names.
-TRL_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-              "aot_unpaired", "apo_zero", "apo_down", "sft", "sigmoid_norm")
+TRL_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "sft",
+    "sigmoid_norm",
+)
 
 
-def preference_loss(name: str, policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-                    reference_rejected: Tensor, *, beta: float, tau: float = 1.0, label_smoothing: float = 0.0,
-                    chosen_length: Tensor | None = None, rejected_length: Tensor | None = None
-                    ) -> tuple[Tensor, Parts]:
+def preference_loss(
+    name: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+    chosen_length: Tensor | None = None,
+    rejected_length: Tensor | None = None,
+) -> tuple[Tensor, Parts]:
     """Loss (B,) and its two terms for one of LOSSES, or for a TRL loss_type by TRL's own code.
 
     `chosen_length` and `rejected_length` (B,), in tokens, are needed only by TRL losses that average over tokens.
@@ -113,9 +157,17 @@ def preference_loss(name: str, policy_chosen: Tensor, policy_rejected: Tensor, r
     raise StudyError("loss.name", repr(name), f"one of {', '.join([*LOSSES, *TRL_LOSSES])}")
 
 
-def _trl_loss(name: str, policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-              reference_rejected: Tensor, beta: float, label_smoothing: float, chosen_length: Tensor | None,
-              rejected_length: Tensor | None) -> Tensor:
+def _trl_loss(
+    name: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
+    label_smoothing: float,
+    chosen_length: Tensor | None,
+    rejected_length: Tensor | None,
+) -> Tensor:
     """TRL's own `_compute_loss` run on a stand-in model whose tokens sum to the given log-probabilities.
 
     TRL gives only the batch mean (some of its losses sort the batch), so the mean is repeated B times. The losses read
@@ -124,8 +176,9 @@ def _trl_loss(name: str, policy_chosen: Tensor, policy_rejected: Tensor, referen
     from trl import DPOTrainer  # not at import time: the losses alone should not cost TRL's import
 
     ones = torch.ones_like(policy_chosen, dtype=torch.long)
-    lengths = torch.cat([ones if chosen_length is None else chosen_length,
-                         ones if rejected_length is None else rejected_length])
+    lengths = torch.cat(
+        [ones if chosen_length is None else chosen_length, ones if rejected_length is None else rejected_length]
+    )
     width = int(lengths.max())
     mask = (torch.arange(width + 1, device=lengths.device) <= lengths[:, None]).long()
     mask[:, 0] = 0  # one prompt token
@@ -137,12 +190,28 @@ def _trl_loss(name: str, policy_chosen: Tensor, policy_rejected: Tensor, referen
     bucket = type("Discard", (dict,), {"__missing__": lambda self, key: metrics})
     accelerator = SimpleNamespace(device=sums.device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     stand_in = SimpleNamespace(
-        model=SimpleNamespace(training=False), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[name], loss_weights=[1.0], beta=beta,
-        label_smoothing=label_smoothing, use_weighting=False, _metrics={"eval": bucket()}, _total_train_tokens=0,
-        args=SimpleNamespace(discopop_tau=DISCOPOP_TEMPERATURE))
-    inputs = {"input_ids": mask, "completion_mask": mask, "attention_mask": mask,
-              "ref_chosen_logps": reference_chosen, "ref_rejected_logps": reference_rejected}
+        model=SimpleNamespace(training=False),
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[name],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=False,
+        _metrics={"eval": bucket()},
+        _total_train_tokens=0,
+        args=SimpleNamespace(discopop_tau=DISCOPOP_TEMPERATURE),
+    )
+    inputs = {
+        "input_ids": mask,
+        "completion_mask": mask,
+        "attention_mask": mask,
+        "ref_chosen_logps": reference_chosen,
+        "ref_rejected_logps": reference_rejected,
+    }
     loss = DPOTrainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
     return loss.expand(len(policy_chosen))
 
@@ -159,8 +228,16 @@ def slope(name: str, rho: Tensor, *, beta: float, tau: float = 1.0) -> Tensor:
         return torch.autograd.grad(loss.sum(), chosen)[0]
 
 
-def hessian(name: str, policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-            reference_rejected: Tensor, *, beta: float, tau: float = 1.0) -> Tensor:
+def hessian(
+    name: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    tau: float = 1.0,
+) -> Tensor:
     """(B, 2, 2) second derivatives of each pair's loss in (log p+, log p-).
 
     For td_dpo: sigma(Delta/tau) sigma(-Delta/tau) / tau^2 [[1,-1],[-1,1]] + beta I, so the common mode (1,1)/sqrt 2 has

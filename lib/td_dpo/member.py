@@ -40,7 +40,11 @@ def train(member, folder: Path, shared: Path) -> dict:
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
-    kept = outcome.best or trainer.last_complete_checkpoint(folder / "checkpoints") if run.compute.devices > 1 else outcome.best
+    kept = (
+        outcome.best or trainer.last_complete_checkpoint(folder / "checkpoints")
+        if run.compute.devices > 1
+        else outcome.best
+    )
     if kept is not None:
         trainer.load_checkpoint(model, kept)
     return {
@@ -57,10 +61,20 @@ def frozen_base(run, base: str):
 
 
 def sharded(member, folder: Path, shared: Path) -> trainer.Outcome:
-    """Train over several processes (compute.strategy: fsdp); what is left is the checkpoints, which one process scores."""
+    """Train over several processes (compute.strategy: fsdp); what is left is the checkpoints, which one process
+    scores."""
     run = member.run
-    spec = {"study": run.study, "scale": run.scale, "mode": run.mode, "config": config.dump(run), "cell": member.cell,
-            "cell_name": member.cell_name, "seed": member.seed, "folder": str(folder), "shared": str(shared)}
+    spec = {
+        "study": run.study,
+        "scale": run.scale,
+        "mode": run.mode,
+        "config": config.dump(run),
+        "cell": member.cell,
+        "cell_name": member.cell_name,
+        "seed": member.seed,
+        "folder": str(folder),
+        "shared": str(shared),
+    }
     told = distributed.launch("lib.td_dpo.member:train_share", spec, run.compute.devices, threads=run.compute.threads)
     return trainer.Outcome(told["status"], told["step"], None, told["best_step"], told["best"] and Path(told["best"]))
 
@@ -70,8 +84,12 @@ def train_share(spec: dict) -> dict:
     run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
     member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
     outcome, *_ = fit(member, Path(spec["folder"]), inputs.load(Path(spec["shared"])))
-    return {"status": outcome.status, "step": outcome.step, "best_step": outcome.best_step,
-            "best": outcome.best and str(outcome.best)}
+    return {
+        "status": outcome.status,
+        "step": outcome.step,
+        "best_step": outcome.best_step,
+        "best": outcome.best and str(outcome.best),
+    }
 
 
 def fit(member, folder: Path, given: inputs.Inputs) -> tuple:
@@ -196,13 +214,16 @@ def base_score(run, given: inputs.Inputs) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
     with torch.no_grad():
         return _mean(
-            [a["score"] for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])]
+            [
+                a["score"]
+                for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])
+            ]
         )
 
 
 def _validation(folder: Path, step: int | None) -> dict:
-    """Validation metrics at the checkpoint that is kept, from the member's own history; the sampled KL is that of answers to
-    validation prompts."""
+    """Validation metrics at the checkpoint that is kept, from the member's own history; the sampled KL is that of
+    answers to validation prompts."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
     return (
         {

@@ -15,16 +15,28 @@ def batches(bench: dict, size: int, count: int | None = None) -> list[tuple[floa
     for number in sorted(bench["questions"])[:count]:
         question = bench["questions"][number]
         by_temperature.setdefault(mt_bench.TEMPERATURES.get(question["category"], 0.7), []).append(question)
-    return [(heat, rows[k : k + size]) for heat, rows in sorted(by_temperature.items()) for k in range(0, len(rows), size)]
+    return [
+        (heat, rows[k : k + size]) for heat, rows in sorted(by_temperature.items()) for k in range(0, len(rows), size)
+    ]
 
 
-def answer(model, tokenizer, bench: dict, path: Path, *, seed: int, max_new_tokens: int, batch_size: int,
-           count: int | None = None) -> list[dict]:
+def answer(
+    model,
+    tokenizer,
+    bench: dict,
+    path: Path,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    count: int | None = None,
+) -> list[dict]:
     """Both turns of every question in the model's chat template, the second after its own first answer; appended to
     `path` batch by batch. Questions with both answers there are not asked again: a kill costs at most one batch.
 
     Each row: question (id), category, turn, text, length (tokens, the end token included), finished, temperature, asked
-    (digest of the question). The answers depend on `seed`, the batch size and the model; not on where a run was interrupted.
+    (digest of the question). The answers depend on `seed`, the batch size and the model; not on where a run was
+    interrupted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {(row["question"], row["turn"]): row for row in record.read_jsonl(path)}
@@ -33,11 +45,20 @@ def answer(model, tokenizer, bench: dict, path: Path, *, seed: int, max_new_toke
     for number, (heat, questions) in enumerate(batches(bench, batch_size, count)):
         if all((q["id"], turn) in kept for q in questions for turn in (1, 2)):
             continue
-        made = sampling.answer_questions(model, tokenizer, questions, seed=1000 * seed + number, temperature=heat,
-                                         max_new_tokens=max_new_tokens, batch_size=batch_size)
+        made = sampling.answer_questions(
+            model,
+            tokenizer,
+            questions,
+            seed=1000 * seed + number,
+            temperature=heat,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
         for row in made:
             saved = {k: row[k] for k in ("question", "category", "turn", "text", "length", "finished")} | {
-                "temperature": heat, "asked": mt_bench.digest(bench["questions"][row["question"]])}
+                "temperature": heat,
+                "asked": mt_bench.digest(bench["questions"][row["question"]]),
+            }
             if (row["question"], row["turn"]) not in kept:
                 record.append_jsonl(path, saved)
                 kept[row["question"], row["turn"]] = saved

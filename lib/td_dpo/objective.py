@@ -22,11 +22,19 @@ def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Ten
     if loss.get("average_log_probs"):  # a flagged ablation: means over tokens instead of sums
         scaled = tuple(x / length for x, length in zip(four, lengths * 2, strict=True))
     options = {k: loss[k] for k in LOSS_OPTIONS if loss.get(k) is not None}
-    values, parts = preference_loss(loss["name"], *scaled, **options, chosen_length=lengths[0],
-                                    rejected_length=lengths[1])
+    values, parts = preference_loss(
+        loss["name"], *scaled, **options, chosen_length=lengths[0], rejected_length=lengths[1]
+    )
     r_chosen, r_rejected = log_ratios(*(x.detach() for x in four))
-    columns = (values, parts["preference_loss"], parts["anchor_loss"], r_chosen, r_rejected,
-               (chosen - rejected), *lengths)
+    columns = (
+        values,
+        parts["preference_loss"],
+        parts["anchor_loss"],
+        r_chosen,
+        r_rejected,
+        (chosen - rejected),
+        *lengths,
+    )
     return values, parts, torch.stack([c.detach().to(values.dtype) for c in columns], dim=1)
 
 
@@ -34,10 +42,38 @@ def summary(columns: Tensor) -> dict[str, float | None]:
     """Means over pairs of what a step records, from (N, 8) columns of `objective`; None where not finite."""
     loss, preference, anchor, r_chosen, r_rejected, raw, chosen_length, rejected_length = columns.double().unbind(dim=1)
     rho = r_chosen - r_rejected
-    means = torch.stack([loss, preference, anchor, (rho > 0).double(), (raw > 0).double(), rho, raw, r_chosen,
-                         r_rejected, chosen_length, rejected_length]).mean(dim=1).tolist()
-    names = ("loss", "preference_loss", "anchor_loss", "implicit_accuracy", "raw_accuracy", "margin", "raw_margin",
-             "chosen_log_ratio", "rejected_log_ratio", "chosen_length", "rejected_length")
+    means = (
+        torch.stack(
+            [
+                loss,
+                preference,
+                anchor,
+                (rho > 0).double(),
+                (raw > 0).double(),
+                rho,
+                raw,
+                r_chosen,
+                r_rejected,
+                chosen_length,
+                rejected_length,
+            ]
+        )
+        .mean(dim=1)
+        .tolist()
+    )
+    names = (
+        "loss",
+        "preference_loss",
+        "anchor_loss",
+        "implicit_accuracy",
+        "raw_accuracy",
+        "margin",
+        "raw_margin",
+        "chosen_log_ratio",
+        "rejected_log_ratio",
+        "chosen_length",
+        "rejected_length",
+    )
     return {name: finite_or_none(value) for name, value in zip(names, means, strict=True)}
 
 
@@ -49,20 +85,25 @@ def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     """Rows with their two columns of reference log-probabilities."""
     if reference.shape != (len(rows), 2):
         raise StudyError("reference log-probabilities", f"shape {tuple(reference.shape)}", f"({len(rows)}, 2)")
-    return [{**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)]
+    return [
+        {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)
+    ]
 
 
 def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The columns of a batch that the objective needs besides the policy's log-probabilities."""
-    return {"ref_chosen_logps": torch.tensor([r["ref_chosen_logps"] for r in rows], dtype=dtype),
-            "ref_rejected_logps": torch.tensor([r["ref_rejected_logps"] for r in rows], dtype=dtype),
-            "chosen_length": torch.tensor([len(r["chosen_ids"]) for r in rows]),
-            "rejected_length": torch.tensor([len(r["rejected_ids"]) for r in rows])}
+    return {
+        "ref_chosen_logps": torch.tensor([r["ref_chosen_logps"] for r in rows], dtype=dtype),
+        "ref_rejected_logps": torch.tensor([r["ref_rejected_logps"] for r in rows], dtype=dtype),
+        "chosen_length": torch.tensor([len(r["chosen_ids"]) for r in rows]),
+        "rejected_length": torch.tensor([len(r["rejected_ids"]) for r in rows]),
+    }
 
 
-def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0,
-                layout: str | None = None) -> list[dict]:
+def pair_scores(
+    model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0, layout: str | None = None
+) -> list[dict]:
     """Per pair, in nats: rho (implicit margin), delta (raw margin) and the two log-ratios; None where not finite."""
     table = sequence_logprobs(model, rows, pad=pad, layout=layout)
     r = table - reference.to(table.dtype)

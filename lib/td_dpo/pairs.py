@@ -16,11 +16,14 @@ MAX_ROW_CHARACTERS = 1_000_000
 ROLES = ("system", "user", "assistant")
 TURN = re.compile(r"\n\n(Human|Assistant):")  # the markup of HH-RLHF
 LETTERS = {"a": 0, "b": 1, "completion_a": 0, "completion_b": 1}
-LAYOUTS = "chosen and rejected (with or without prompt), or prompt|instruction with completion_a, completion_b and choice"
+LAYOUTS = (
+    "chosen and rejected (with or without prompt), or prompt|instruction with completion_a, completion_b and choice"
+)
 
 
 class BadRow(Exception):
-    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row holds."""
+    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row
+    holds."""
 
     def __init__(self, kind: str, detail: str = ""):
         self.kind, self.detail = kind, detail
@@ -66,7 +69,8 @@ def messages(value: list, column: str) -> list[dict]:
 
 
 def parse_turns(transcript: str) -> list[dict]:
-    """Messages of an HH-RLHF transcript ('\\n\\nHuman: ...\\n\\nAssistant: ...'); text before the first is the system's."""
+    """Messages of an HH-RLHF transcript ('\\n\\nHuman: ...\\n\\nAssistant: ...'); text before the first is the
+    system's."""
     head, *rest = TURN.split(transcript)
     turns = [{"role": "system", "content": head.strip()}] if head.strip() else []
     for speaker, content in zip(rest[::2], rest[1::2], strict=True):
@@ -75,7 +79,8 @@ def parse_turns(transcript: str) -> list[dict]:
 
 
 def prompt_messages(value: Any, column: str) -> list[dict]:
-    """A prompt column as messages: a message list, an HH-RLHF transcript that ends with 'Assistant:', or one user turn."""
+    """A prompt column as messages: a message list, an HH-RLHF transcript that ends with 'Assistant:', or one user
+    turn."""
     if isinstance(value, (list, tuple)):
         return messages(list(value), column)
     value = text(value, column)
@@ -101,8 +106,11 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[list[dict], str, str]
     return parse_turns(chosen[:cut]), *answers
 
 
-def split_conversations(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None) -> tuple[list[dict], str, str]:
-    """(prompt, chosen, rejected) of two message lists; `prompt` from its own column, or None: then all but the last message."""
+def split_conversations(
+    chosen: list[dict], rejected: list[dict], prompt: list[dict] | None
+) -> tuple[list[dict], str, str]:
+    """(prompt, chosen, rejected) of two message lists; `prompt` from its own column, or None: then all but the last
+    message."""
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
         if not conversation:
             raise BadRow(f"empty {name}", "no messages")
@@ -112,13 +120,16 @@ def split_conversations(chosen: list[dict], rejected: list[dict], prompt: list[d
     if lead != other:
         raise BadRow("chosen and rejected have different prompts", shown((lead or other)[-1]["content"]))
     if prompt is None and not lead:
-        raise BadRow("no prompt (expected a prompt column, or the prompt's messages at the head of chosen and rejected)")
+        raise BadRow(
+            "no prompt (expected a prompt column, or the prompt's messages at the head of chosen and rejected)"
+        )
     if prompt is not None and lead:
         # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
         contents = [message["content"].strip() for message in lead]
         if lead != prompt and not all(message["content"].strip() in contents for message in prompt):
             raise BadRow(
-                "the prompt column disagrees with the conversation in chosen", shown(prompt[-1]["content"] if prompt else "")
+                "the prompt column disagrees with the conversation in chosen",
+                shown(prompt[-1]["content"] if prompt else ""),
             )
     return lead or prompt, chosen[-1]["content"], rejected[-1]["content"]
 
@@ -177,7 +188,9 @@ def to_pair(row: Any, number: int, layout: str, base: int = 0) -> dict:
     ):  # Alpaca's second half of a request
         prompt[-1]["content"] += "\n\n" + text(row["input"], "input")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = split_conversations(messages(chosen, "chosen"), messages(rejected, "rejected"), prompt)
+        prompt, chosen, rejected = split_conversations(
+            messages(chosen, "chosen"), messages(rejected, "rejected"), prompt
+        )
     elif isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = text(chosen, "chosen"), text(rejected, "rejected")
         if prompt is None and chosen.strip() and rejected.strip():
@@ -193,7 +206,9 @@ def to_pair(row: Any, number: int, layout: str, base: int = 0) -> dict:
     if chosen.strip() == rejected.strip():
         raise BadRow("identical chosen and rejected", shown(chosen))
     if not prompt or prompt[-1]["role"] != "user":
-        raise BadRow("prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}" if prompt else "no turns")
+        raise BadRow(
+            "prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}" if prompt else "no turns"
+        )
     if not prompt[-1]["content"].strip():
         raise BadRow("empty prompt")
     return {

@@ -57,8 +57,15 @@ def without_adapters(model: torch.nn.Module) -> contextlib.AbstractContextManage
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def reference_logprobs(model: torch.nn.Module, rows: list[dict], *, cache_dir: str | os.PathLike,
-                       model_fingerprint: str, quantization: str = "none", pad: int = 0) -> Tensor:
+def reference_logprobs(
+    model: torch.nn.Module,
+    rows: list[dict],
+    *,
+    cache_dir: str | os.PathLike,
+    model_fingerprint: str,
+    quantization: str = "none",
+    pad: int = 0,
+) -> Tensor:
     """(N, 2) summed reference log-probabilities (chosen, rejected), in nats, from the cache or computed and cached.
 
     `model` is the base model, or the model with its adapters (they are switched off). Processes that ask for the same
@@ -77,7 +84,9 @@ def reference_logprobs(model: torch.nn.Module, rows: list[dict], *, cache_dir: s
     return table
 
 
-def log_ratio_of_samples(model: torch.nn.Module, reference_model: torch.nn.Module | None, samples: list[dict]) -> Tensor:
+def log_ratio_of_samples(
+    model: torch.nn.Module, reference_model: torch.nn.Module | None, samples: list[dict]
+) -> Tensor:
     """(N,) sum over tokens of log pi - log pi_0, in nats, of answers {"prompt_ids", "completion_ids"} sampled from pi.
 
     Their mean is the sampled KL(pi || pi_0) (the k1 estimator). With `reference_model=None` the reference is `model`

@@ -1,4 +1,5 @@
 """The typed sections of a TD-DPO run YAML. Names, published names and checks are in lib/td_dpo/config.py."""
+
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
@@ -23,8 +24,21 @@ from lib.settings.schema import (
 
 OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 # TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.
-TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-              "apo_zero", "apo_down", "sft", "sigmoid_norm")
+TRL_LOSSES = (
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "sft",
+    "sigmoid_norm",
+)
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
 VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
 
@@ -44,8 +58,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise fault(f"hidden_size {self.hidden_size}, heads {self.heads}", "heads of an even, equal size",
-                        "hidden_size: a multiple of 2 x heads", "heads")
+            raise fault(
+                f"hidden_size {self.hidden_size}, heads {self.heads}",
+                "heads of an even, equal size",
+                "hidden_size: a multiple of 2 x heads",
+                "heads",
+            )
         return self
 
 
@@ -75,11 +93,16 @@ class Model(Section):
     @model_validator(mode="after")
     def _quantised_needs_adapters(self):
         if self.quantization == "nf4" and self.peft is None:
-            raise fault("nf4 without adapters", "LoRA on a 4-bit base: its weights cannot be trained",
-                        "peft: {lora_r: 64}, or quantization: none", "quantization")
+            raise fault(
+                "nf4 without adapters",
+                "LoRA on a 4-bit base: its weights cannot be trained",
+                "peft: {lora_r: 64}, or quantization: none",
+                "quantization",
+            )
         if self.quantization == "nf4" and self.name == "made":
-            raise fault("nf4 on the made model", "a model of the hub or a local one", "quantization: none",
-                        "quantization")
+            raise fault(
+                "nf4 on the made model", "a model of the hub or a local one", "quantization: none", "quantization"
+            )
         return self
 
 
@@ -89,9 +112,14 @@ class Preprocessing(Section):
 
     @model_validator(mode="after")
     def _prompt_leaves_room(self):
-        if (isinstance(self.max_prompt_length, int) and isinstance(self.max_length, int)
-                and self.max_prompt_length >= self.max_length):
-            raise fault(str(self.max_prompt_length), f"less than max_length ({self.max_length})", "", "max_prompt_length")
+        if (
+            isinstance(self.max_prompt_length, int)
+            and isinstance(self.max_length, int)
+            and self.max_prompt_length >= self.max_length
+        ):
+            raise fault(
+                str(self.max_prompt_length), f"less than max_length ({self.max_length})", "", "max_prompt_length"
+            )
         return self
 
 
@@ -123,7 +151,9 @@ class Training(Section):
     max_steps: Count | None = None  # where given it decides, not the epochs
     global_batch_size: Count
     per_device_train_batch_size: Count
-    token_budget: Count | None = None  # of one forward pass (rows x longest row): a step's pairs, by length, in such passes
+    token_budget: Count | None = (
+        None  # of one forward pass (rows x longest row): a step's pairs, by length, in such passes
+    )
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
@@ -144,11 +174,19 @@ class Training(Section):
         if self.epochs is None and self.max_steps is None:
             raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
         if self.warmup_ratio and self.warmup_steps:
-            raise fault(f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}", "one of them",
-                        "remove warmup_steps", "warmup_steps")
+            raise fault(
+                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}",
+                "one of them",
+                "remove warmup_steps",
+                "warmup_steps",
+            )
         if self.fp16:
-            raise fault("true", "false: weights are float32 or bfloat16 here, whose range log-probabilities need",
-                        "bf16: true with torch_dtype: bfloat16", "fp16")
+            raise fault(
+                "true",
+                "false: weights are float32 or bfloat16 here, whose range log-probabilities need",
+                "bf16: true with torch_dtype: bfloat16",
+                "fp16",
+            )
         return self
 
 
@@ -164,10 +202,16 @@ class Loss(Section):
         if self.name in WITH_TAU and self.tau is None:
             raise fault("missing", f"the temperature of {self.name}", "tau: 1.0", "tau")
         if self.name not in WITH_TAU and not isinstance(self.name, Marker) and self.tau is not None:
-            raise fault(str(self.tau), f"no tau: {self.name} does not read it", "remove it; with --set add --run 'td_dpo*'",
-                        "tau")
+            raise fault(
+                str(self.tau),
+                f"no tau: {self.name} does not read it",
+                "remove it; with --set add --run 'td_dpo*'",
+                "tau",
+            )
         if self.label_smoothing and self.name not in ("robust", "exo_pair"):
-            raise fault(str(self.label_smoothing), f"0: {self.name} does not read it", "name: robust", "label_smoothing")
+            raise fault(
+                str(self.label_smoothing), f"0: {self.name} does not read it", "name: robust", "label_smoothing"
+            )
         return self
 
 

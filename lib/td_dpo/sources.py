@@ -1,6 +1,7 @@
 """Rows of a data set from a local file, a local directory or the hub, file by file, as its columns are written.
 
-A line that cannot be read becomes a BadRow in its place: it is refused (or dropped and counted) with the other bad rows.
+A line that cannot be read becomes a BadRow in its place: it is refused (or dropped and counted) with the other bad
+rows.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def read_jsonl(path: Path) -> Rows:
                 BadRow("a line that is not UTF-8", f"line {line_number}, byte {error.start}: 0x{line[error.start]:02x}")
             )
         except (ValueError, RecursionError) as error:
-            rows.append(BadRow("a line that is not JSON", f"line {line_number}: {str(error)[:80]}; it begins {line[:40]!r}"))
+            rows.append(
+                BadRow("a line that is not JSON", f"line {line_number}: {str(error)[:80]}; it begins {line[:40]!r}")
+            )
     return rows
 
 
@@ -75,7 +78,9 @@ def read_json(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         if content.lstrip().startswith("{") and "\n" in content.strip():
             return read_jsonl(path)
-        raise StudyError(str(path), f"not JSON: {str(error)[:120]}", "an array of rows, or one JSON object per line") from None
+        raise StudyError(
+            str(path), f"not JSON: {str(error)[:120]}", "an array of rows, or one JSON object per line"
+        ) from None
     found = found["data"] if isinstance(found, dict) and isinstance(found.get("data"), list) else found
     if isinstance(found, dict) and ({"chosen", "completion_a"} & found.keys()):
         return [found]  # a .json of one line
@@ -140,14 +145,19 @@ def read_file(path: Path) -> Rows:
     try:
         return READERS[path.suffix](path)
     except PermissionError:
-        raise StudyError(str(path), "not readable (permission denied)", "a readable file", f"chmod u+r '{path}'") from None
+        raise StudyError(
+            str(path), "not readable (permission denied)", "a readable file", f"chmod u+r '{path}'"
+        ) from None
 
 
 def files_of(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a directory by split: data/train-*.parquet as on the hub, or train.*, test.*, validation.* in it."""
+    """Data files of a directory by split: data/train-*.parquet as on the hub, or train.*, test.*, validation.* in
+    it."""
     for place in (folder, folder / "data"):
         candidates = (
-            sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file()) if place.is_dir() else []
+            sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
+            if place.is_dir()
+            else []
         )
         named = [(match, path) for path in candidates if (match := FILE_OF_SPLIT.match(path.stem))]
         if named or len(candidates) == 1:
@@ -158,7 +168,9 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
     if not named and len(candidates) == 1:
         found["train"] = candidates
     for split, paths in found.items():
-        if len({path.suffix for path in paths}) > 1 or (len(paths) > 1 and any(path.stem in SPLIT_OF for path in paths)):
+        if len({path.suffix for path in paths}) > 1 or (
+            len(paths) > 1 and any(path.stem in SPLIT_OF for path in paths)
+        ):
             raise StudyError(
                 str(folder),
                 f"several files for {split}: {', '.join(path.name for path in paths)}",

@@ -31,8 +31,8 @@ BESIDE = ("mt_bench_score_corrected", "implicit_accuracy", "raw_accuracy")  # dr
 class Judged(NamedTuple):
     """What judged the answers: the runs' own `evaluation.judge` and nothing else.
 
-    `metric` of a member; `label` for people; `mend` what is missing of the scores, with the command that gets it; `known`
-    False where the scores of several judges would be mixed, so that none can be used.
+    `metric` of a member; `label` for people; `mend` what is missing of the scores, with the command that gets it;
+    `known` False where the scores of several judges would be mixed, so that none can be used.
     """
 
     metric: str | None
@@ -45,7 +45,9 @@ def judged(planned: list, loaded: record.Records) -> Judged:
     """What judged the answers of these runs (config.Run objects)."""
     kinds = sorted({run.evaluation.judge for run in planned})
     if len(kinds) > 1:
-        return Judged(None, "", f"The runs name different judges ({', '.join(kinds)}): one evaluation.judge for all", False)
+        return Judged(
+            None, "", f"The runs name different judges ({', '.join(kinds)}): one evaluation.judge for all", False
+        )
     if kinds == ["oracle"]:
         return Judged("oracle_score", "oracle score")
     if kinds != ["mt_bench"]:
@@ -56,20 +58,34 @@ def judged(planned: list, loaded: record.Records) -> Judged:
     models = sorted({model for model in graders.values() if model})
     if len(models) > 1:
         counted = ", ".join(f"{model}: {list(graders.values()).count(model)} members" for model in models)
-        return Judged("mt_bench_score", "MT-Bench", f"Graded by several judges ({counted}): ./run_all.sh judge --study {study} "
-                      f"--model {models[0]} has all graded by one", False)
+        return Judged(
+            "mt_bench_score",
+            "MT-Bench",
+            f"Graded by several judges ({counted}): ./run_all.sh judge --study {study} "
+            f"--model {models[0]} has all graded by one",
+            False,
+        )
     label = f"MT-Bench score, judge {models[0]}" if models else "MT-Bench"
     unsaved = sum(not (folder / "answers.jsonl").exists() for folder in done)
     left = sum(not model for model in graders.values()) - unsaved
-    mends = [*([f"{left} of {len(done)} members have answers that are not graded: ./run_all.sh judge --study {study}"]
-               if left else []),
-             *([f"{unsaved} of {len(done)} members saved no answers: train them again with evaluation.mt_bench"]
-               if unsaved else [])]
+    mends = [
+        *(
+            [f"{left} of {len(done)} members have answers that are not graded: ./run_all.sh judge --study {study}"]
+            if left
+            else []
+        ),
+        *(
+            [f"{unsaved} of {len(done)} members saved no answers: train them again with evaluation.mt_bench"]
+            if unsaved
+            else []
+        ),
+    ]
     return Judged("mt_bench_score", label, "; ".join(mends))
 
 
 def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int] = ()) -> pd.DataFrame:
-    """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it. `leave_out`: questions."""
+    """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it. `leave_out`:
+    questions."""
     if loaded.answers.empty or not by.metric or not by.known:
         return pd.DataFrame(columns=["method", "beta", "tau", "seed", "status", "question", "score"])
     keys = ["method", "beta", "tau", "seed", "question"]
@@ -79,19 +95,29 @@ def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int
 
 
 def beside_corrected(found: list[Verdict], corrected: list[Verdict]) -> None:
-    """Put what the same rules say without the questions whose reference is wrong beside each verdict; it decides nothing."""
+    """Put what the same rules say without the questions whose reference is wrong beside each verdict; it decides
+    nothing."""
     for verdict, other in zip(found, corrected, strict=True):
         fewer = verdict.n_questions - other.n_questions
         if fewer > 0 and other.estimate is not None:
-            verdict.beside.append({
-                "name": f"without the {fewer} questions whose reference answer is wrong", "decides": False,
-                "by_the_same_rule": other.verdict, "reason": other.reason, "estimate": other.estimate,
-                "interval95": other.interval95, "n_questions": other.n_questions})
+            verdict.beside.append(
+                {
+                    "name": f"without the {fewer} questions whose reference answer is wrong",
+                    "decides": False,
+                    "by_the_same_rule": other.verdict,
+                    "reason": other.reason,
+                    "estimate": other.estimate,
+                    "interval95": other.interval95,
+                    "n_questions": other.n_questions,
+                }
+            )
 
 
 def all_members(loaded: record.Records) -> pd.DataFrame:
     """Finished members and, without metrics, the missing ones: coverage names both."""
-    return pd.concat([loaded.members, pd.DataFrame([{**m, **m.get("cell", {})} for m in loaded.missing])], ignore_index=True)
+    return pd.concat(
+        [loaded.members, pd.DataFrame([{**m, **m.get("cell", {})} for m in loaded.missing])], ignore_index=True
+    )
 
 
 def counts(loaded: record.Records, expected: list) -> str:
@@ -111,7 +137,9 @@ def primary(loaded: record.Records, by: Judged) -> str:
 
 def base_score(results: Path) -> float | None:
     """The oracle score of the base model, which every member started from."""
-    made = [record.read_json(path, {}).get("base_oracle_score") for path in sorted(Path(results).glob("*/metrics.json"))]
+    made = [
+        record.read_json(path, {}).get("base_oracle_score") for path in sorted(Path(results).glob("*/metrics.json"))
+    ]
     return next((score for score in made if score is not None), None)
 
 
@@ -121,14 +149,21 @@ def accuracies(loaded: record.Records) -> pd.DataFrame:
         return loaded.members
     names = present(
         loaded,
-        ["implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "length_baseline", "bag_of_words_baseline"],
+        [
+            "implicit_accuracy",
+            "raw_accuracy",
+            "validation_implicit_accuracy",
+            "length_baseline",
+            "bag_of_words_baseline",
+        ],
     )
     table = loaded.members.groupby(["run_id", "cell"], sort=False)
     return table[names].mean().join(table["seed"].count().rename("seeds")).reset_index()
 
 
 def noise(study: Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
-    """Standard deviations per arm behind each claim about a difference of scores, beside those that the power table assumes."""
+    """Standard deviations per arm behind each claim about a difference of scores, beside those that the power table
+    assumes."""
     found = [
         {
             "claim": "assumed",
@@ -141,7 +176,9 @@ def noise(study: Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataF
         if claim.across or claim.test == "cost_ratio":
             continue
         cells = [
-            comparison.choose(study, c, loaded.members) for side in ("treatment", "baseline") for c in study.levels(claim, side)
+            comparison.choose(study, c, loaded.members)
+            for side in ("treatment", "baseline")
+            for c in study.levels(claim, side)
         ]
         paired = comparison.pair_up(study, rows, loaded.members, cells, claim.metric)
         if isinstance(paired, comparison.Paired) and len(paired.seeds) > 1:

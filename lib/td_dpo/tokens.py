@@ -12,21 +12,33 @@ from transformers import PreTrainedTokenizerBase
 from lib.errors import StudyError
 
 Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chosen_ids", "rejected_ids": list[int]}
-COUNTS = ("pairs", "kept", "dropped", "truncated", "eos_dropped", "prompt_not_prefix", "prompt_truncated",
-          "identical_after_truncation")
+COUNTS = (
+    "pairs",
+    "kept",
+    "dropped",
+    "truncated",
+    "eos_dropped",
+    "prompt_not_prefix",
+    "prompt_truncated",
+    "identical_after_truncation",
+)
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], *,
-                     add_generation_prompt: bool = False) -> list[list[int]]:
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], *, add_generation_prompt: bool = False
+) -> list[list[int]]:
     """Token ids of each conversation through the chat template, with at most one BOS.
 
-    The template writes the special tokens as text, so the tokenizer adds none; one that it would have added and that the
-    template forgot is put in front. Used for training, evaluation and generation alike, so that all see the same prompt.
+    The template writes the special tokens as text, so the tokenizer adds none; one that it would have added and that
+    the template forgot is put in front. Used for training, evaluation and generation alike, so that all see the same
+    prompt.
     """
     if not conversations:
         return []
-    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=add_generation_prompt)
-             for c in conversations]
+    texts = [
+        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=add_generation_prompt)
+        for c in conversations
+    ]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -41,7 +53,8 @@ def _one_bos(ids: list[int], bos: int, adds_bos: bool) -> list[int]:
 
 
 def _one_eos(ids: list[int], eos: int) -> list[int]:
-    """Cut after the answer's end token (ChatML templates write a line break after it); add it if the template does not."""
+    """Cut after the answer's end token (ChatML templates write a line break after it); add it if the template does
+    not."""
     if eos not in ids:
         return [*ids, eos]
     return ids[: ids.index(eos) + 1]
@@ -52,8 +65,12 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[dict], max_length: int | None = None,
-                 max_prompt_length: int | None = None) -> tuple[list[Row], dict[str, int]]:
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+) -> tuple[list[Row], dict[str, int]]:
     """Rows of token ids and the counts that go into the record (see COUNTS; `truncated` counts pairs, `eos_dropped`
     answers).
 
@@ -70,8 +87,11 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[dict], max_leng
         shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
         counts["prompt_not_prefix"] += shared < len(prompt)
         if shared == 0:
-            raise StudyError(f"row {pairs[index].get('row', index)}", "prompt and answer share no leading token",
-                             "a chat template that renders the prompt the same with and without the answer")
+            raise StudyError(
+                f"row {pairs[index].get('row', index)}",
+                "prompt and answer share no leading token",
+                "a chat template that renders the prompt the same with and without the answer",
+            )
         row = _row(tokenizer.eos_token_id, index, chosen, rejected, shared, max_length, max_prompt_length, counts)
         if row is not None:
             rows.append(row)
@@ -79,11 +99,19 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[dict], max_leng
     return rows, dict(counts)
 
 
-def _row(eos: int, index: int, chosen: list[int], rejected: list[int], split: int, max_length: int | None,
-         max_prompt_length: int | None, counts: Counter) -> Row | None:
+def _row(
+    eos: int,
+    index: int,
+    chosen: list[int],
+    rejected: list[int],
+    split: int,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    counts: Counter,
+) -> Row | None:
     prompt = chosen[:split]
     if max_prompt_length is not None and len(prompt) > max_prompt_length:
-        prompt = prompt[:1] + prompt[len(prompt) - max_prompt_length + 1:]  # its BOS and its end, nearest the answer
+        prompt = prompt[:1] + prompt[len(prompt) - max_prompt_length + 1 :]  # its BOS and its end, nearest the answer
         counts["prompt_truncated"] += 1
     whole = [_one_eos(ids[split:], eos) for ids in (chosen, rejected)]
     kept = whole if max_length is None else [ids[: max(max_length - len(prompt), 0)] for ids in whole]

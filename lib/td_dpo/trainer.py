@@ -60,11 +60,26 @@ class Outcome:
 class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     """trl.DPOTrainer on tokenised rows with reference columns; `compute_loss` and `log` are the points of extension."""
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
+    loss_is_scaled_for_ga = (
+        True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
+    )
 
-    def __init__(self, model, tokenizer, rows: list[dict], validation: list[dict], loss: dict, args: DPOConfig, *,
-                 training: dict, layout: str | None, fingerprint: str, on_record: Callable, on_timing: Callable,
-                 on_evaluate: Callable | None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        rows: list[dict],
+        validation: list[dict],
+        loss: dict,
+        args: DPOConfig,
+        *,
+        training: dict,
+        layout: str | None,
+        fingerprint: str,
+        on_record: Callable,
+        on_timing: Callable,
+        on_evaluate: Callable | None,
+    ):
         self.loss_section, self.validation, self.layout, self.fingerprint = loss, validation, layout, fingerprint
         self.on_record, self.on_timing = (on_record, on_timing) if distributed.rank() == 0 else (lambda row: None,) * 2
         self.on_evaluate = on_evaluate
@@ -79,16 +94,26 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         def collate_pass(rows: list[dict]) -> dict:
             mine = distributed.share(rows)
             rows = mine or rows[:1]  # a process without a row still takes part, with nothing
-            return {**collate(rows), **reference_columns(rows, self.wide), "pairs": len(mine),
-                    "tokens": sum(map(row_tokens, rows))}
+            return {
+                **collate(rows),
+                **reference_columns(rows, self.wide),
+                "pairs": len(mine),
+                "tokens": sum(map(row_tokens, rows)),
+            }
 
         def collate_rows(rows: list[dict]) -> dict:
             passes = [collate_pass(part) for part in cut_by_length(rows, *self.limits.values())]
             return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
         intervals = Intervals(training.get("eval_steps"), training.get("save_steps"))
-        super().__init__(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         data_collator=collate_rows, callbacks=[intervals])
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            data_collator=collate_rows,
+            callbacks=[intervals],
+        )
         self.remove_callback(PrinterCallback)
         trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
@@ -139,9 +164,11 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         except torch.OutOfMemoryError as error:
             limit = "token_budget" if self.limits["token_budget"] else "per_device_train_batch_size"
             raise OutOfMemory(
-                f"step {self.state.global_step + 1}", f"no memory for a batch of {pairs} pairs with {tokens} tokens",
-                "a batch that fits the device", f"lower training.{limit} ({self.limits[limit]}) or "
-                "dataset.preprocessing.max_length") from error
+                f"step {self.state.global_step + 1}",
+                f"no memory for a batch of {pairs} pairs with {tokens} tokens",
+                "a batch that fits the device",
+                f"lower training.{limit} ({self.limits[limit]}) or dataset.preprocessing.max_length",
+            ) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = batch_logprobs(model, inputs)
@@ -153,14 +180,29 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     def log(self, logs, start_time=None):
         if "grad_norm" not in logs:  # transformers' closing summary, at the end of train()
             return
-        columns, gradient_norm = torch.cat(distributed.gathered(torch.cat(self.columns).cpu())), float(logs["grad_norm"])
-        record = {"step": self.state.global_step, "epoch": self.state.epoch, **summary(columns),
-                  "grad_norm": finite_or_none(gradient_norm), "learning_rate": logs["learning_rate"]}
-        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended machine).
+        columns, gradient_norm = (
+            torch.cat(distributed.gathered(torch.cat(self.columns).cpu())),
+            float(logs["grad_norm"]),
+        )
+        record = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            **summary(columns),
+            "grad_norm": finite_or_none(gradient_norm),
+            "learning_rate": logs["learning_rate"],
+        }
+        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended
+        # machine).
         seconds = max(time.perf_counter() - self.started, 1e-9)
         self.on_record(record)
-        self.on_timing({"step": self.state.global_step, "seconds": seconds, "pairs_per_second": len(columns) / seconds,
-                        "tokens_per_second": distributed.total(self.tokens) / seconds})
+        self.on_timing(
+            {
+                "step": self.state.global_step,
+                "seconds": seconds,
+                "pairs_per_second": len(columns) / seconds,
+                "tokens_per_second": distributed.total(self.tokens) / seconds,
+            }
+        )
         # fp16's loss scaler finds its scale by overflowing and skipping the step: only there is inf no divergence
         skipped = self.args.fp16 and self.accelerator.optimizer_step_was_skipped
         if record["loss"] is None or (record["grad_norm"] is None and not skipped):
@@ -174,10 +216,21 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         record: dict = {"step": self.state.global_step}
         if self.validation:
             table = sequence_logprobs(self.model, self.validation, pad=self.pad, layout=self.layout)
-            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation, self.wide))[2]
+            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation, self.wide))[
+                2
+            ]
             measured = summary(columns)
-            record |= {f"validation_{k}": measured[k] for k in ("implicit_accuracy", "raw_accuracy", "loss", "margin",
-                                                                "chosen_log_ratio", "rejected_log_ratio")}
+            record |= {
+                f"validation_{k}": measured[k]
+                for k in (
+                    "implicit_accuracy",
+                    "raw_accuracy",
+                    "loss",
+                    "margin",
+                    "chosen_log_ratio",
+                    "rejected_log_ratio",
+                )
+            }
             accuracy = measured["implicit_accuracy"]
             if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
                 self.best_step, self.best_accuracy = self.state.global_step, accuracy
@@ -198,14 +251,21 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
 
     def _complete_checkpoint(self, folder: Path) -> None:
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        checkpoints.mark_complete(checkpoint, {"step": self.state.global_step, "fingerprint": self.fingerprint,
-                                               "best_step": self.best_step, "best_accuracy": self.best_accuracy})
+        checkpoints.mark_complete(
+            checkpoint,
+            {
+                "step": self.state.global_step,
+                "fingerprint": self.fingerprint,
+                "best_step": self.best_step,
+                "best_accuracy": self.best_accuracy,
+            },
+        )
         checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
 
 
 def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
-    """An optimiser step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for both
-    answers) and `largest` pairs per process; uncut without a budget."""
+    """An optimiser step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for
+    both answers) and `largest` pairs per process; uncut without a budget."""
     if not budget:
         return [rows]
     world = distributed.world()
@@ -230,9 +290,12 @@ def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
     low_precision = model.dtype in (torch.bfloat16, torch.float16)
     slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
     if not ((table - reference).abs() <= slack).all():
-        raise StudyError("reference log-probabilities", f"a log-ratio of {(table - reference).abs().max():.3g} nats before "
-                         "the first step", "0: the reference of this very model, quantisation and tokenised data",
-                         "remove the cached reference log-probabilities (.cache) and run again")
+        raise StudyError(
+            "reference log-probabilities",
+            f"a log-ratio of {(table - reference).abs().max():.3g} nats before the first step",
+            "0: the reference of this very model, quantisation and tokenised data",
+            "remove the cached reference log-probabilities (.cache) and run again",
+        )
 
 
 def _resume_point(folder: Path, fingerprint: str | None) -> tuple[Path | None, dict]:
@@ -244,12 +307,25 @@ def _resume_point(folder: Path, fingerprint: str | None) -> tuple[Path | None, d
     return checkpoint, state
 
 
-def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_validation: list[dict],
-                reference: dict[str, Tensor], *, loss: dict, training: dict, seed: int, folder: str | Path,
-                report_to: Sequence[str] = (),
-                on_record: Callable[[dict], None], on_timing: Callable[[dict], None] = lambda timing: None,
-                on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
-                max_batches: int | None = None, resume: bool = True, layout: str | None = None) -> Outcome:
+def train_pairs(
+    model: torch.nn.Module,
+    tokenizer,
+    rows_train: list[dict],
+    rows_validation: list[dict],
+    reference: dict[str, Tensor],
+    *,
+    loss: dict,
+    training: dict,
+    seed: int,
+    folder: str | Path,
+    report_to: Sequence[str] = (),
+    on_record: Callable[[dict], None],
+    on_timing: Callable[[dict], None] = lambda timing: None,
+    on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
+    max_batches: int | None = None,
+    resume: bool = True,
+    layout: str | None = None,
+) -> Outcome:
     """Train `model` in place on preference pairs.
 
     `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `folder` is the member's:
@@ -268,17 +344,34 @@ def train_pairs(model: torch.nn.Module, tokenizer, rows_train: list[dict], rows_
     counting = {key: value for key, value in training.items() if f"training.{key}" not in NOT_NUMBERS}
     identity = json.dumps([loss, counting, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(model, training | {"report_to": list(report_to)}, steps, device_batch * distributed.world(),
-                              accumulation, seed, place)
+    args = training_arguments(
+        model,
+        training | {"report_to": list(report_to)},
+        steps,
+        device_batch * distributed.world(),
+        accumulation,
+        seed,
+        place,
+    )
 
     transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
     checkpoint, state = distributed.first(lambda: _resume_point(folder, fingerprint if resume else None))
     keep_4bit_differentiable(model)
     with completion_head(model):
         trainer = PreferenceTrainer(
-            model, tokenizer, rows, validation, loss, args, training=training, layout=layout,
-            fingerprint=fingerprint, on_record=told(on_record, training.get("logging_steps"), steps), on_timing=on_timing,
-            on_evaluate=on_evaluate)
+            model,
+            tokenizer,
+            rows,
+            validation,
+            loss,
+            args,
+            training=training,
+            layout=layout,
+            fingerprint=fingerprint,
+            on_record=told(on_record, training.get("logging_steps"), steps),
+            on_timing=on_timing,
+            on_evaluate=on_evaluate,
+        )
         trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
         if checkpoint is None:
             _check_start(trainer.model, rows[:device_batch], trainer.pad, layout)

@@ -1,10 +1,11 @@
-"""Whether the runs that a claim compares have learnt anything: a difference between runs at chance says nothing of methods.
+"""Whether the runs that a claim compares have learnt anything: a difference between runs at chance says nothing of
+methods.
 
-What chance is stands in claims.yaml (`chance`), fixed before any score is seen. Runs are at chance unless they are shown to
-be above it or, where they began with something to lose, below that: a cell as a whole (one-sided at the companion's level, by
-the crossed seed x question standard error), or any of them alone, over its questions (at that level over the number of runs:
-one lucky seed of many shows nothing, and one that has clearly learnt is no run at chance, however much the seeds differ).
-To diverge is a result, and not chance.
+What chance is stands in claims.yaml (`chance`), fixed before any score is seen. Runs are at chance unless they are
+shown to be above it or, where they began with something to lose, below that: a cell as a whole (one-sided at the
+companion's level, by the crossed seed x question standard error), or any of them alone, over its questions (at that
+level over the number of runs: one lucky seed of many shows nothing, and one that has clearly learnt is no run at
+chance, however much the seeds differ). To diverge is a result, and not chance.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class Unknown(Exception):
     """What is missing to tell."""
 
 
-def at_chance(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], n: int, names: tuple[str, str]
-              ) -> str:
-    """The sentence that says it, where every one of `cells` (the first `n` called names[0], the rest names[1]) is at chance;
-    the empty string where one is not. Raises Unknown where that cannot be told. `study` has a `chance`."""
+def at_chance(
+    study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], n: int, names: tuple[str, str]
+) -> str:
+    """The sentence that says it, where every one of `cells` (the first `n` called names[0], the rest names[1]) is at
+    chance; the empty string where one is not. Raises Unknown where that cannot be told. `study` has a `chance`."""
     chance = study.chance
     pairs = pair_up(study, rows, members, cells, chance.metric, all_seeds=False)
     if not isinstance(pairs, Paired):
@@ -44,8 +46,10 @@ def at_chance(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: l
                 return ""
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
     of = [f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)]
-    return (f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {' and '.join(of)}, not shown to "
-            f"be above {upper:.3f} ({chance.what}), and differences between runs at chance show nothing")
+    return (
+        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {' and '.join(of)}, not shown to "
+        f"be above {upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
+    )
 
 
 def _limits(study: Claims, chance: Chance, cell: Cell, members: pd.DataFrame) -> tuple[float, float | None]:

@@ -1,8 +1,9 @@
-"""What params/<study>/claims.yaml may hold, as typed objects: the claims, their cells, and the noise for the power table.
+"""What params/<study>/claims.yaml may hold, as typed objects: the claims, their cells, and the noise for the power
+table.
 
-A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}. A key that is fixed in
-advance by another (tau by beta) may be left out and is filled in; a cell that contradicts it is refused, so that nobody
-chooses it on the judged score. The value `best` means: chosen on the study's validation metric.
+A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}. A key that is fixed
+in advance by another (tau by beta) may be left out and is filled in; a cell that contradicts it is refused, so that
+nobody chooses it on the judged score. The value `best` means: chosen on the study's validation metric.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Beside(Frozen):
 
 
 class Chance(Frozen):
-    """What runs show that have learnt nothing: `metric` is no better than the highest of `no_better_than` and no worse than
+    """What runs show that have learnt nothing: `metric` is no better than the highest of `no_better_than` and no worse
+    than
     `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
 
     `what`: its name in sentences. Where all runs of a claim about scores are at chance, its verdict is `vacuous`.
@@ -87,7 +89,9 @@ class Claim(Frozen):
     test: Test
     treatment: Cell
     baseline: Cell | None = None
-    baseline_name: str = ""  # what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's)
+    baseline_name: str = (
+        ""  # what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's)
+    )
     across: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     metric: str = "score"
     margin: float
@@ -137,9 +141,15 @@ class Claims(Frozen):
             self.levels(claim, "treatment")
             if claim.baseline is not None:
                 self.levels(claim, "baseline")
-            for cell in [claim.treatment, claim.baseline, *(c for b in claim.beside for c in (b.treatment, b.baseline))]:
+            for cell in [
+                claim.treatment,
+                claim.baseline,
+                *(c for b in claim.beside for c in (b.treatment, b.baseline)),
+            ]:
                 if cell and BEST in cell.values() and self.choose_on is None:
-                    raise ValueError(f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on")
+                    raise ValueError(
+                        f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on"
+                    )
         return self
 
     def filled(self, cell: Cell) -> Cell:
@@ -151,8 +161,10 @@ class Claims(Frozen):
                 raise ValueError(f"{fixed.key} of {fixed.method} is not fixed for {fixed.by} = {by:g}")
             value = fixed.values[by]
             if cell.get(fixed.key, value) != value:
-                raise ValueError(f"{fixed.method} at {fixed.by} = {by:g} has {fixed.key} = {cell[fixed.key]:g}, but "
-                                 f"{value:g} was fixed in advance")
+                raise ValueError(
+                    f"{fixed.method} at {fixed.by} = {by:g} has {fixed.key} = {cell[fixed.key]:g}, but "
+                    f"{value:g} was fixed in advance"
+                )
             cell = {**cell, fixed.key: value}
         return cell
 
@@ -168,7 +180,9 @@ class Claims(Frozen):
     def label(self, cell: Cell) -> str:
         """`TD-DPO (beta 0.01, tau 0.5)`."""
         method = str(cell.get("method", ""))
-        rest = ", ".join(f"{k} {v:g}" if isinstance(v, float | int) else f"{k} {v}" for k, v in cell.items() if k != "method")
+        rest = ", ".join(
+            f"{k} {v:g}" if isinstance(v, float | int) else f"{k} {v}" for k, v in cell.items() if k != "method"
+        )
         name = self.names.get(method, method)
         return f"{name} ({rest})" if rest else name
 
@@ -188,7 +202,8 @@ def _known_keys(location: tuple) -> list[str]:
 
 
 def load(path: str | Path) -> Claims:
-    """Read a claims file. Raises StudyError naming file and key of every fault, with "did you mean" for unknown keys."""
+    """Read a claims file. Raises StudyError naming file and key of every fault, with "did you mean" for unknown
+    keys."""
     raw = load_yaml(path)
     try:
         return Claims.model_validate(raw)

@@ -19,7 +19,8 @@ FINISHED = ("completed", "diverged")
 
 
 class Paired(NamedTuple):
-    """`values` (cells, S, Q) for the same seeds and questions in every cell; `diverged` lists each cell's diverged seeds;
+    """`values` (cells, S, Q) for the same seeds and questions in every cell; `diverged` lists each cell's diverged
+    seeds;
     `dropped` counts questions left out because a score is missing in some run."""
 
     values: np.ndarray
@@ -81,8 +82,16 @@ def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
     return table.dropna(axis=0, how="all")
 
 
-def pair_up(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], metric: str, *,
-            seeds: Iterable[int] = (), all_seeds: bool = True) -> Paired | list[str]:
+def pair_up(
+    study: Claims,
+    rows: pd.DataFrame,
+    members: pd.DataFrame,
+    cells: list[Cell],
+    metric: str,
+    *,
+    seeds: Iterable[int] = (),
+    all_seeds: bool = True,
+) -> Paired | list[str]:
     """The scores of `cells` as one array, or the list of what is missing.
 
     `all_seeds`: every seed that any of the cells has, and every one in `seeds`, must be there in all of them; otherwise
@@ -94,8 +103,14 @@ def pair_up(study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: lis
         gaps += _mixed(study, cell, runs)
         states.append(dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {})
         tables.append(_scores(rows, cell, metric))
-    ready = [{seed for seed, status in state.items() if status == "diverged" or (status == "completed" and seed in table.index)}
-             for state, table in zip(states, tables, strict=True)]
+    ready = [
+        {
+            seed
+            for seed, status in state.items()
+            if status == "diverged" or (status == "completed" and seed in table.index)
+        }
+        for state, table in zip(states, tables, strict=True)
+    ]
     wanted = set().union(*states, seeds) if all_seeds else set.intersection(*ready)
     for cell, state, there in zip(cells, states, ready, strict=True):
         if not there:
@@ -117,18 +132,25 @@ def _mixed(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
         return []
     twice = twice[twice["seed"] == twice["seed"].iloc[0]]
     names = f" ({', '.join(sorted(set(twice['run_id'])))})" if "run_id" in twice else ""
-    return [f"{study.label(cell)}, seed {twice['seed'].iloc[0]:g}: one member, of the {len(twice)}{names} that answer to it"]
+    return [
+        f"{study.label(cell)}, seed {twice['seed'].iloc[0]:g}: one member, of the {len(twice)}{names} that answer to it"
+    ]
 
 
 def _why(status: str | None) -> str:
     return "no run" if status in (None, "missing") else "no scores" if status in FINISHED else status
 
 
-def _stack(study: Claims, tables: list[pd.DataFrame], states: list[dict], seeds: list[int], metric: str) -> Paired | list[str]:
+def _stack(
+    study: Claims, tables: list[pd.DataFrame], states: list[dict], seeds: list[int], metric: str
+) -> Paired | list[str]:
     """Fill the array: diverged runs with the worst score, questions with a gap left out of every run."""
     diverged = [[seed for seed in seeds if state[seed] == "diverged"] for state in states]
-    scored = [table.loc[[seed for seed in seeds if state[seed] != "diverged"]]
-              for table, state in zip(tables, states, strict=True) if len(table)]
+    scored = [
+        table.loc[[seed for seed in seeds if state[seed] != "diverged"]]
+        for table, state in zip(tables, states, strict=True)
+        if len(table)
+    ]
     scored = [table for table in scored if len(table)]
     if scored:
         every = pd.concat(scored, axis=0)

@@ -17,10 +17,10 @@ VERDICTS = ("supported", "refuted", "inconclusive", "vacuous", "not evaluated")
 class Verdict:
     """What one claim came to, at one scale. Numbers that do not exist are None.
 
-    `p` is the one-sided p of the claim's own primary test, `holm_p` adjusted over the claims evaluated with it, `p_companion`
-    that of the t test over seeds. `per_seed` maps a seed to its own estimate. `level` is that of the interval which
-    supports the claim. `scored_by` names what gave the scores. `n_pairs` counts pairs of costs, `n_dropped` questions left
-    out for want of a score.
+    `p` is the one-sided p of the claim's own primary test, `holm_p` adjusted over the claims evaluated with it,
+    `p_companion` that of the t test over seeds. `per_seed` maps a seed to its own estimate. `level` is that of the
+    interval which supports the claim. `scored_by` names what gave the scores. `n_pairs` counts pairs of costs,
+    `n_dropped` questions left out for want of a score.
     """
 
     id: str
@@ -65,12 +65,24 @@ def _span(bounds: tuple | None) -> str:
 
 def table(verdicts: list[Verdict]) -> pd.DataFrame:
     """One row per claim, for people."""
-    return pd.DataFrame([{
-        "claim": v.id, "verdict": v.verdict, "estimate": v.estimate, "95 % interval": _span(v.interval95), "p": v.p,
-        "Holm p": v.holm_p, "P(improvement)": v.probability_of_improvement,
-        "per seed": ", ".join(f"{value:.3g}" for value in v.per_seed.values() if value is not None),
-        "seeds": v.n_seeds, "scale": v.scale, "why": v.reason,
-    } for v in verdicts])
+    return pd.DataFrame(
+        [
+            {
+                "claim": v.id,
+                "verdict": v.verdict,
+                "estimate": v.estimate,
+                "95 % interval": _span(v.interval95),
+                "p": v.p,
+                "Holm p": v.holm_p,
+                "P(improvement)": v.probability_of_improvement,
+                "per seed": ", ".join(f"{value:.3g}" for value in v.per_seed.values() if value is not None),
+                "seeds": v.n_seeds,
+                "scale": v.scale,
+                "why": v.reason,
+            }
+            for v in verdicts
+        ]
+    )
 
 
 def sentence(verdict: Verdict) -> str:

@@ -84,8 +84,8 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
 
 
 def usable(place: Path, fingerprint: str | None) -> Path | None:
-    """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is removed,
-    and so is what a kill between a save and its tidying left: only the last and its best are kept."""
+    """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is
+    removed, and so is what a kill between a save and its tidying left: only the last and its best are kept."""
     found = None
     for folder in checkpoint_folders(place):
         marker = read_marker(folder)

@@ -58,8 +58,12 @@ def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
     the job is started once more (its member resumes). Whatever ends this function ends the job.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
-        raise MissingError("compute.gpus", f"{torch.cuda.device_count()} GPUs given to this member", f"{count}",
-                           f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none")
+        raise MissingError(
+            "compute.gpus",
+            f"{torch.cuda.device_count()} GPUs given to this member",
+            f"{count}",
+            f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none",
+        )
     for attempt in (1, 2):
         try:
             return _job(target, argument, count, threads)
@@ -73,13 +77,34 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
     with tempfile.TemporaryDirectory(prefix="study-job-") as folder:
         request = Path(folder) / "request.json"
         request.write_text(json.dumps({"target": target, "argument": argument, "folder": folder}))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
-                       "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch torchrun.
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
+        # torchrun.
         job = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={count}",
-             "--max-restarts=0", "--module", "lib.weights.distributed", str(request)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, cwd=ROOT)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nnodes=1",
+                f"--nproc-per-node={count}",
+                "--max-restarts=0",
+                "--module",
+                "lib.weights.distributed",
+                str(request),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            cwd=ROOT,
+        )
         tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         try:
             for line in job.stdout:
@@ -92,7 +117,9 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
         if errors:
             raise errors[0]
         if code:
-            raise WorkerLost(f"a process of {target} was lost (torchrun ended with {code}); its last lines:\n{''.join(tail)}")
+            raise WorkerLost(
+                f"a process of {target} was lost (torchrun ended with {code}); its last lines:\n{''.join(tail)}"
+            )
         return json.loads((Path(folder) / "result.json").read_text())
 
 
@@ -109,7 +136,8 @@ def _end(job: subprocess.Popen) -> None:
 
 
 def worker(request: dict) -> None:
-    """One process of a job, started by torchrun: joins the others, calls the target, leaves its result or its exception."""
+    """One process of a job, started by torchrun: joins the others, calls the target, leaves its result or its
+    exception."""
     folder = Path(request["folder"])
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -123,7 +151,10 @@ def worker(request: dict) -> None:
             (folder / "result.json").write_text(json.dumps(result))
         dist.barrier()
     except BaseException as error:
-        if isinstance(error, RuntimeError) and "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+        if (
+            isinstance(error, RuntimeError)
+            and "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename
+        ):
             raise  # a collective that another process left: not the cause
         path = folder / f"{rank()}.error"
         try:
@@ -141,7 +172,7 @@ def worker(request: dict) -> None:
 
 def share(rows: list) -> list:
     """This process's rows of a batch; the union over the processes is the batch."""
-    return rows[rank()::world()]
+    return rows[rank() :: world()]
 
 
 def total(value: int) -> int:
@@ -248,16 +279,22 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.to(parameter.device)
     # every process has read the same file: nothing is sent
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
 def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """A gathered optimiser state_dict laid out for an optimiser of sharded parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [index for group in state["param_groups"] for index in group["params"]]
-    laid = {index: {key: like(value, parameter) if torch.is_tensor(value) else value
-                    for key, value in state["state"].get(index, {}).items()}
-            for index, parameter in zip(places, parameters, strict=True)}
+    laid = {
+        index: {
+            key: like(value, parameter) if torch.is_tensor(value) else value
+            for key, value in state["state"].get(index, {}).items()
+        }
+        for index, parameter in zip(places, parameters, strict=True)
+    }
     return {**state, "state": {index: values for index, values in laid.items() if values}}
 
 

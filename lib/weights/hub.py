@@ -1,4 +1,5 @@
-"""The Hugging Face hub: whether it is within reach, how to keep away from it, and its errors in words a person can act on.
+"""The Hugging Face hub: whether it is within reach, how to keep away from it, and its errors in words a person can act
+on.
 
 Light: huggingface_hub, datasets and transformers are touched only where they are already imported.
 """
@@ -17,11 +18,19 @@ from pathlib import Path
 from lib.errors import MissingError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout", "gaierror"}
+UNREACHABLE = {
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "gaierror",
+}
 
 
 def go_offline() -> None:
-    """From here on, in this process and those it starts, only the local cache is used (laptop scale: no network, ever)."""
+    """From here on, in this process and those it starts, only the local cache is used (laptop scale: no network,
+    ever)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     for module in ("huggingface_hub.constants", "datasets.config"):  # both read the variable once, when imported
         if module in sys.modules:
@@ -55,7 +64,8 @@ def _answers(endpoint: str, seconds: float) -> bool:
         except (OSError, ValueError):
             answered.append(False)
 
-    # In a thread, because the time-out of urlopen does not cover name resolution, which can take 20 s without a network.
+    # In a thread, because the time-out of urlopen does not cover name resolution, which can take 20 s without a
+    # network.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -63,24 +73,28 @@ def _answers(endpoint: str, seconds: float) -> bool:
 
 
 def reachable(seconds: float = 3.0) -> bool:
-    """Whether the hub answers within `seconds`. False, without trying, where HF_HUB_OFFLINE is set. Asked once per process."""
+    """Whether the hub answers within `seconds`. False, without trying, where HF_HUB_OFFLINE is set. Asked once per
+    process."""
     return not is_offline() and _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), seconds)
 
 
 def out_of_reach(name: str) -> bool:
     """Whether `name` is a hub's id (and nothing that a study makes itself, nor a path) and the hub does not answer."""
-    return bool(HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists() and not reachable()
+    return (
+        bool(HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists() and not reachable()
+    )
 
 
 def prepare() -> None:
-    """Before loading a hub id: where the hub is out of reach use the cache at once (its client retries for 23 s otherwise)."""
+    """Before loading a hub id: where the hub is out of reach use the cache at once (its client retries for 23 s
+    otherwise)."""
     if not reachable():
         go_offline()
 
 
 def load_dataset(name: str, config: str | None = None, *, revision: str | None = None, **options):
-    """`datasets.load_dataset` of a hub id. Where the hub is out of reach: what was loaded before or, where it was not, the
-    files that `hf download` left in the hub's cache. MissingError where it cannot be had."""
+    """`datasets.load_dataset` of a hub id. Where the hub is out of reach: what was loaded before or, where it was not,
+    the files that `hf download` left in the hub's cache. MissingError where it cannot be had."""
     prepare()
     from datasets import load_dataset as load
     from huggingface_hub import snapshot_download
@@ -110,7 +124,8 @@ def names_in_chain(error: BaseException | None) -> set[str]:
 
 
 def explain(error: BaseException, name: str, *, kind: str, key: str, revision: str | None = None) -> MissingError:
-    """The MissingError for a failed load of hub id `name`; `kind` is 'model' or 'dataset', `key` the configuration key."""
+    """The MissingError for a failed load of hub id `name`; `kind` is 'model' or 'dataset', `key` the configuration
+    key."""
     names = names_in_chain(error)
     text = str(error)
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
@@ -126,7 +141,10 @@ def explain(error: BaseException, name: str, *, kind: str, key: str, revision: s
         )
     if "RevisionNotFoundError" in names:
         return MissingError(
-            where, "the hub has no such revision", f"a commit, branch or tag of {page}", "correct or remove the revision"
+            where,
+            "the hub has no such revision",
+            f"a commit, branch or tag of {page}",
+            "correct or remove the revision",
         )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return MissingError(

@@ -15,9 +15,16 @@ LLAMA2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 1100
              "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096}  # fmt: skip
 
 
-def random_llama(shape: dict | None = None, *, quantization: str = "nf4", torch_dtype: str = "bfloat16",
-                 quant_storage: str | None = None, gradient_checkpointing: bool = True, seed: int = 0,
-                 device: str | torch.device | None = None) -> PreTrainedModel:
+def random_llama(
+    shape: dict | None = None,
+    *,
+    quantization: str = "nf4",
+    torch_dtype: str = "bfloat16",
+    quant_storage: str | None = None,
+    gradient_checkpointing: bool = True,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
     """A Llama of `shape` (default: Llama-2-7b), in evaluation mode, as models.load_causal_lm would have loaded it.
 
     At 7B it holds 13.5 GB for a moment before it is quantised; nothing goes through the disk.
@@ -25,7 +32,9 @@ def random_llama(shape: dict | None = None, *, quantization: str = "nf4", torch_
     place, dtype = torch.device(device) if device is not None else models.device(), models.dtype_of(torch_dtype)
     with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(LlamaConfig(**(shape or LLAMA2_7B), tie_word_embeddings=False), dtype=dtype)
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**(shape or LLAMA2_7B), tie_word_embeddings=False), dtype=dtype
+        )
     if quantization == "nf4":
         quantize(model, dtype, models.dtype_of(quant_storage) if quant_storage else torch.uint8)
     model.config.use_cache = False
@@ -44,11 +53,24 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype, storage: torch.dtype) -
             if type(child) is not nn.Linear or child is head:
                 continue
             place = child.weight.device
-            small = Linear4bit(child.in_features, child.out_features, child.bias is not None, compute_dtype=dtype,
-                               compress_statistics=True, quant_type="nf4", quant_storage=storage, device="meta")
-            small.weight = Params4bit(child.weight.data.cpu() if place.type == "cpu" else child.weight.data,
-                                      requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                      quant_storage=storage, module=small).to(place)
+            small = Linear4bit(
+                child.in_features,
+                child.out_features,
+                child.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                quant_storage=storage,
+                device="meta",
+            )
+            small.weight = Params4bit(
+                child.weight.data.cpu() if place.type == "cpu" else child.weight.data,
+                requires_grad=False,
+                compress_statistics=True,
+                quant_type="nf4",
+                quant_storage=storage,
+                module=small,
+            ).to(place)
             small.bias = child.bias
             setattr(parent, name, small)
     model.is_loaded_in_4bit = True

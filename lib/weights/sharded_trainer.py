@@ -1,7 +1,8 @@
-"""What transformers.Trainer has to do otherwise where its model is sharded (distributed.py); nothing of it in one process.
+"""What transformers.Trainer has to do otherwise where its model is sharded (distributed.py); nothing of it in one
+process.
 
-Checkpoints are those of one process, so that any number of processes resumes them: the full adapter (or weights) and the
-full optimiser state, written by rank 0.
+Checkpoints are those of one process, so that any number of processes resumes them: the full adapter (or weights) and
+the full optimiser state, written by rank 0.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from lib.weights import distributed
 
 
 class ShardedTrainer(Trainer):
-    """Trainer whose model may be sharded over the processes of a job. Data are the same batches on every process, of which
-    the collator takes `distributed.share`; losses are scaled by `distributed.world()`, because FSDP averages gradients."""
+    """Trainer whose model may be sharded over the processes of a job. Data are the same batches on every process, of
+    which the collator takes `distributed.share`; losses are scaled by `distributed.world()`, because FSDP averages
+    gradients."""
 
     def shard(self) -> None:
         """Shard the model; before train(), after whatever adds, removes or casts parameters."""
@@ -34,7 +36,9 @@ class ShardedTrainer(Trainer):
         if distributed.world() == 1:
             return loader
         # accelerate would deal out whole batches, repeat rows to fill up the last round, and lose the epoch on a resume
-        plain = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler.batch_sampler, collate_fn=loader.collate_fn)
+        plain = DataLoader(
+            loader.dataset, batch_sampler=loader.batch_sampler.batch_sampler, collate_fn=loader.collate_fn
+        )
         return prepare_data_loader(plain, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
     def _defer_fsdp_gradient_reduction(self):

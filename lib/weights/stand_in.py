@@ -1,4 +1,5 @@
-"""Stand-ins for the models of the paper's scale where the hub is out of reach: same architecture and chat format, tiny, random.
+"""Stand-ins for the models of the paper's scale where the hub is out of reach: same architecture and chat format, tiny,
+random.
 
 They exercise a YAML end to end (trial); what they produce means nothing.
 """
@@ -68,7 +69,10 @@ def train_bpe_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=names, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocab_size,
+        special_tokens=names,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     if "cls_token" in special:
@@ -109,13 +113,21 @@ DEBERTA_V3 = {  # its relative attention, which decides which projections exist
 }
 FAMILIES = {  # beginning of the hub id -> (builder, chat format, special tokens)
     "meta-llama/": (_tiny(LlamaConfig, LlamaForCausalLM, num_key_value_heads=4, **CAUSAL), LLAMA2, LLAMA_TOKENS),
-    "Qwen/Qwen3": (_tiny(Qwen3Config, Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16, **CAUSAL), CHATML, QWEN_TOKENS),
+    "Qwen/Qwen3": (
+        _tiny(Qwen3Config, Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16, **CAUSAL),
+        CHATML,
+        QWEN_TOKENS,
+    ),
     "mistralai/": (
         _tiny(MistralConfig, MistralForCausalLM, num_key_value_heads=2, sliding_window=None, **CAUSAL),
         MISTRAL,
         LLAMA_TOKENS,
     ),
-    "microsoft/deberta-v3": (_tiny(DebertaV2Config, DebertaV2ForSequenceClassification, **DEBERTA_V3), None, DEBERTA_TOKENS),
+    "microsoft/deberta-v3": (
+        _tiny(DebertaV2Config, DebertaV2ForSequenceClassification, **DEBERTA_V3),
+        None,
+        DEBERTA_TOKENS,
+    ),
 }
 
 
@@ -133,7 +145,8 @@ def family(name: str) -> tuple:
 
 
 def stand_in(name: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **settings) -> PreTrainedModel:
-    """A tiny, randomly initialised model of the architecture of `name`; `settings` of its config, such as num_labels=3."""
+    """A tiny, randomly initialised model of the architecture of `name`; `settings` of its config, such as
+    num_labels=3."""
     build = family(name)[0]
     ids = {
         key: getattr(tokenizer, key)
@@ -148,7 +161,8 @@ def stand_in(name: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **
 def write_stand_in(
     name: str, folder: str | Path, texts: Iterable[str], *, vocab_size: int = 1024, seed: int = 0, **settings
 ) -> Path:
-    """Model and tokeniser of the stand-in saved in `folder`, which loads like any local model (4-bit too); returns it."""
+    """Model and tokeniser of the stand-in saved in `folder`, which loads like any local model (4-bit too); returns
+    it."""
     _, chat_template, special = family(name)
     tokenizer = train_bpe_tokenizer(texts, vocab_size, chat_template, special)
     stand_in(name, tokenizer, seed=seed, **settings).save_pretrained(folder)

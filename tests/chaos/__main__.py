@@ -1,7 +1,8 @@
 """A hundred faults: python -m tests.chaos --faults 100 --seed 0
 
-One undisturbed run first, whose events are what the seed chooses from. Then one small study per fault: it is struck, and
-the same command is given again, until it has succeeded. Afterwards its record must be the undisturbed one bit for bit.
+One undisturbed run first, whose events are what the seed chooses from. Then one small study per fault: it is struck,
+and the same command is given again, until it has succeeded. Afterwards its record must be the undisturbed one bit for
+bit.
 """
 
 import argparse
@@ -23,7 +24,12 @@ def trial(fault: dict, home: Path, calm: dict[str, bytes]) -> dict:
     """One study under one fault. Returns what happened; `wrong` is empty where all held."""
     study = lives.Study(home)
     kind, do, mounted = fault["kind"], fault["do"], False
-    told = {"kind": kind, "do": do, "at": f"{fault['role']} {fault['event']} {fault['path']} #{fault['n']}", "wrong": []}
+    told = {
+        "kind": kind,
+        "do": do,
+        "at": f"{fault['role']} {fault['event']} {fault['path']} #{fault['n']}",
+        "wrong": [],
+    }
     try:
         if kind == "disk full (a real one)" or do == "mounted":
             mounted = lives.mount(study)
@@ -64,8 +70,10 @@ def trial(fault: dict, home: Path, calm: dict[str, bytes]) -> dict:
 
 def table(results: list[dict]) -> str:
     """The results by kind, as Markdown."""
-    lines = ["| fault | times | of itself | by the same command again | record equal, nothing left | note |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | times | of itself | by the same command again | record equal, nothing left | note |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in schedule.KINDS:
         mine = [r for r in results if r["kind"] == kind]
         if not mine:
@@ -74,14 +82,20 @@ def table(results: list[dict]) -> str:
         note = collections.Counter(r["skipped"] for r in mine if "skipped" in r)
         note += collections.Counter(w.split(":")[0] for r in mine for w in r["wrong"])
         missed = sum(r.get("struck") is False for r in ran)
-        texts = [f"{count} {text}" for text, count in note.items()] + ([f"{missed} came too late to strike"] if missed else [])
-        lines.append(f"| {kind} | {len(mine)} | {sum(r['codes'] == [0] for r in ran)} | "
-                     f"{sum(r['codes'][-1] == 0 and len(r['codes']) > 1 for r in ran)} | "
-                     f"{sum(not r['wrong'] for r in ran)} of {len(mine)} | {', '.join(texts)} |")
+        texts = [f"{count} {text}" for text, count in note.items()] + (
+            [f"{missed} came too late to strike"] if missed else []
+        )
+        lines.append(
+            f"| {kind} | {len(mine)} | {sum(r['codes'] == [0] for r in ran)} | "
+            f"{sum(r['codes'][-1] == 0 and len(r['codes']) > 1 for r in ran)} | "
+            f"{sum(not r['wrong'] for r in ran)} of {len(mine)} | {', '.join(texts)} |"
+        )
     ran = [r for r in results if "codes" in r]
-    lines.append(f"| all | {len(results)} | {sum(r['codes'] == [0] for r in ran)} | "
-                 f"{sum(r['codes'][-1] == 0 and len(r['codes']) > 1 for r in ran)} | "
-                 f"{sum(not r['wrong'] for r in ran)} of {len(results)} | |")
+    lines.append(
+        f"| all | {len(results)} | {sum(r['codes'] == [0] for r in ran)} | "
+        f"{sum(r['codes'][-1] == 0 and len(r['codes']) > 1 for r in ran)} | "
+        f"{sum(not r['wrong'] for r in ran)} of {len(results)} | |"
+    )
     return "\n".join(lines)
 
 
@@ -97,7 +111,11 @@ def main() -> int:
     print(f"one undisturbed run in {home}", flush=True)
     events, calm = lives.events(home / "calm")
     faults = schedule.draw(events, options.faults, options.seed)
-    chosen = [f for f in faults if (options.kind or "") in f["kind"] and (not options.only or int(f["id"][1:]) in options.only)]
+    chosen = [
+        f
+        for f in faults
+        if (options.kind or "") in f["kind"] and (not options.only or int(f["id"][1:]) in options.only)
+    ]
     results = []
 
     def one(fault: dict) -> None:

@@ -17,7 +17,11 @@ from tests.conftest import PATIENCE, ROOT, TINY
 
 HOOK = Path(__file__).with_name("hook")
 # One run of one cell with two seeds and its analysis; nothing of it is a timing (role: no interleaved step cost).
-STUDY = {**TINY, "role": "comparative", "training": {**TINY["training"], "max_steps": 8, "eval_steps": 4, "save_steps": 2}}
+STUDY = {
+    **TINY,
+    "role": "comparative",
+    "training": {**TINY["training"], "max_steps": 8, "eval_steps": 4, "save_steps": 2},
+}
 RUN = "outputs/laptop-full/td_dpo/tiny"
 COMMAND = ("full", "--scale", "laptop")
 
@@ -45,8 +49,9 @@ class Study:
         command = [sys.executable, "-m", "lib", *command, "--params", str(self.home / "params"), "--jobs", "1"]
         with open(self.home / "out.txt", "a") as out:
             stream = out if terminal is None else terminal
-            return subprocess.Popen(command, env=environment, cwd=ROOT, stdin=terminal, stdout=stream, stderr=stream,
-                                    start_new_session=True)
+            return subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdin=terminal, stdout=stream, stderr=stream, start_new_session=True
+            )
 
     def fired(self, fault: dict) -> bool:
         return (self.home / f"{fault['id']}.fired").exists()
@@ -55,7 +60,8 @@ class Study:
         (self.home / f"{fault['id']}.go").touch()
 
     def live(self, faults: list[dict], act=None, **spec) -> int:
-        """One life: start it, `act(study, process, fault)` when a fault that tells has struck; returns the exit code."""
+        """One life: start it, `act(study, process, fault)` when a fault that tells has struck; returns the exit
+        code."""
         process = self.start(faults, **spec)
         waiting = [f for f in faults if f["do"] == "tell"]
         deadline = time.monotonic() + 2 * PATIENCE  # a whole life, in which a fault that tells may take its time
@@ -86,7 +92,8 @@ class Study:
         return found
 
     def orphans(self, seconds: float = 60.0) -> list[psutil.Process]:
-        """Who is still there `seconds` after the runner has gone; a server or a kernel that nobody ends is there for ever."""
+        """Who is still there `seconds` after the runner has gone; a server or a kernel that nobody ends is there for
+        ever."""
         deadline = time.monotonic() + seconds
         while (left := self.relatives()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -130,7 +137,9 @@ def fill_disk(study: Study, process: subprocess.Popen, fault: dict) -> None:
 def mount(study: Study) -> bool:
     """Outputs on a tmpfs; False where this machine does not let us."""
     (study.home / "outputs").mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", study.home / "outputs"], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", study.home / "outputs"], capture_output=True
+    )
     return done.returncode == 0
 
 
@@ -138,15 +147,20 @@ def unmount(study: Study) -> None:
     subprocess.run(["umount", "-l", study.home / "outputs"], capture_output=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ what must hold
+# ------------------------------------------------------------------------------------------------------------ what must
+# hold
 
 
 def content(run: Path) -> dict[str, bytes]:
     """All of a record that must not depend on what happened on the way; times and costs are left out."""
     found = {}
     for folder in sorted((run / "members").glob("*/")):
-        for path in [folder / "history.jsonl", folder / "predictions.jsonl", *folder.glob("checkpoints/*/*.safetensors"),
-                     *folder.glob("checkpoints/*/complete.json")]:
+        for path in [
+            folder / "history.jsonl",
+            folder / "predictions.jsonl",
+            *folder.glob("checkpoints/*/*.safetensors"),
+            *folder.glob("checkpoints/*/complete.json"),
+        ]:
             found[str(path.relative_to(run))] = path.read_bytes()
         found[f"{folder.name}/metrics"] = plain(folder / "metrics.json")
     found["run metrics"] = plain(run / "metrics.json")
@@ -159,7 +173,9 @@ def plain(path: Path) -> bytes:
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in sorted(value.items()) if "second" not in k and k not in ("minutes", "hours")}
+            return {
+                k: timeless(v) for k, v in sorted(value.items()) if "second" not in k and k not in ("minutes", "hours")
+            }
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
     return json.dumps(timeless(record.read_json(path))).encode()
@@ -171,7 +187,8 @@ def differences(run: Path, calm: dict[str, bytes]) -> list[str]:
 
 
 def false_successes(study: Study, calm: dict[str, bytes]) -> list[str]:
-    """What says it is done and is not what an undisturbed run has done. Asked after every life, also one that failed."""
+    """What says it is done and is not what an undisturbed run has done. Asked after every life, also one that
+    failed."""
     wrong = []
     for done in study.run.glob("members/*/done.json"):
         if record.read_json(done):
@@ -183,8 +200,11 @@ def false_successes(study: Study, calm: dict[str, bytes]) -> list[str]:
                 wrong.append(f"{name}/metrics.json")
     for folder, output in ((study.run, "run"), (study.run.parent / "comparison", "analysis")):
         if (record.read_json(folder / "status.json") or {}).get("status") == "succeeded":
-            wrong += [f"{folder.name}/{name}" for name in (f"{output}.ipynb", "metrics.json", "done.json")
-                      if not (folder / name).exists()]
+            wrong += [
+                f"{folder.name}/{name}"
+                for name in (f"{output}.ipynb", "metrics.json", "done.json")
+                if not (folder / name).exists()
+            ]
     return wrong
 
 

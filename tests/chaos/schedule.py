@@ -23,10 +23,18 @@ KINDS = {  # how many of a hundred
 def candidates(events: list[dict]) -> dict[str, list[dict]]:
     """The events that each kind of fault may strike at."""
     outputs = [e for e in events if e["path"].startswith("outputs/laptop-full/td_dpo/")]
-    steps = [e for e in outputs if e["role"] == "member" and e["event"] == "open" and e["path"].endswith("history.jsonl")]
+    steps = [
+        e for e in outputs if e["role"] == "member" and e["event"] == "open" and e["path"].endswith("history.jsonl")
+    ]
     kernel = [e for e in outputs if e["role"] == "kernel" and "progress.json" not in e["path"]]
-    json_writes = [e for e in events if e["event"] in ("open", "os.chmod", "os.rename") and "progress.json" not in e["path"]
-                   and re.search(r"\.jsonl?(~tmp)?$", e["path"]) and (e["event"] == "os.rename" or e["path"].endswith("~tmp"))]
+    json_writes = [
+        e
+        for e in events
+        if e["event"] in ("open", "os.chmod", "os.rename")
+        and "progress.json" not in e["path"]
+        and re.search(r"\.jsonl?(~tmp)?$", e["path"])
+        and (e["event"] == "os.rename" or e["path"].endswith("~tmp"))
+    ]
     return {
         "member killed": [e for e in events if e["role"] == "member" and "checkpoint-" not in e["path"]],
         "kernel killed": kernel,
@@ -79,7 +87,9 @@ def fault(kind: str, event: dict, rng: random.Random, number: int) -> dict:
 def draw(events: list[dict], count: int, seed: int) -> list[dict]:
     """`count` faults: each kind in its share, in an order and at places that depend on the seed alone."""
     rng = random.Random(seed)
-    known = {kind: sorted(found, key=lambda e: (e["path"], e["event"], e["n"])) for kind, found in candidates(events).items()}
+    known = {
+        kind: sorted(found, key=lambda e: (e["path"], e["event"], e["n"])) for kind, found in candidates(events).items()
+    }
     kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
     rng.shuffle(kinds)
     kinds = (kinds * (1 + count // len(kinds)))[:count]

@@ -58,7 +58,8 @@ class Terminal:
         return lines
 
     def wait_for(self, process: subprocess.Popen | None, *texts: str) -> str:
-        """The first line that holds all of these, once `process` has written it; None: it may have ended before we read it."""
+        """The first line that holds all of these, once `process` has written it; None: it may have ended before we read
+        it."""
 
         def found() -> list[str]:
             return [line for line in self.screen() if all(text in line for text in texts)]
@@ -152,7 +153,9 @@ def test_ctrl_c_twice(tmp_path, request):
     assert process.wait(0.75 * runner.STOP_SECONDS) == 130, "sooner than it would give up waiting for the held member"
     terminal.wait_for(None, "left at once")
     assert not study.orphans()
-    left = [name for name in lives.litter(study) if not name.endswith(("/progress.json", ".tmp")) or name.startswith("tmp")]
+    left = [
+        name for name in lives.litter(study) if not name.endswith(("/progress.json", ".tmp")) or name.startswith("tmp")
+    ]
     assert not left, "but for what the next start removes"
 
 
@@ -162,7 +165,9 @@ def test_a_schedule_depends_on_its_seed_and_on_nothing_else():
         ("member", "open", "members/default-s1/checkpoints/checkpoint-2/trainer_state.json"),
         ("kernel", "os.rename", "metrics.json"), ("runner", "os.rename", "run.ipynb"),
     )  # fmt: skip
-    events = [{**strike(0, role, event, f"{lives.RUN}/{path}", "", n)} for n in range(1, 9) for role, event, path in places]
+    events = [
+        {**strike(0, role, event, f"{lives.RUN}/{path}", "", n)} for n in range(1, 9) for role, event, path in places
+    ]
     faults = schedule.draw(events, 100, 0)
     assert faults == schedule.draw(events, 100, 0) != schedule.draw(events, 100, 1)
     assert {f["kind"] for f in faults} == set(schedule.KINDS)

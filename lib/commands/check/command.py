@@ -1,4 +1,5 @@
-"""`./run_all.sh check`: may this study spend GPU hours? Static findings, then a watched trial, then what it will cost."""
+"""`./run_all.sh check`: may this study spend GPU hours? Static findings, then a watched trial, then what it will
+cost."""
 
 from __future__ import annotations
 
@@ -18,10 +19,17 @@ Found = list[tuple[Path, "config.Run | StudyError", list]]
 
 def reached(studies: list[str]) -> list[str]:
     """The modules of `lib` that a run of these studies reaches: the runner's, the studies', their notebooks'."""
-    started = ("processes.work", "processes.forkserver", "processes.kernels", "mirror.wandb_sync")  # by name, not by an import
+    started = (
+        "processes.work",
+        "processes.forkserver",
+        "processes.kernels",
+        "mirror.wandb_sync",
+    )  # by name, not by an import
     modules = keys.closure("lib.cli", "lib.runner", "lib.sweep", *(f"lib.{name}" for name in started))
     for study in studies:
-        modules |= keys.closure(*(f"lib.{study}.{part}" for part in ("config", "inputs", "member", "grading", "judging")))
+        modules |= keys.closure(
+            *(f"lib.{study}.{part}" for part in ("config", "inputs", "member", "grading", "judging"))
+        )
         for notebook in notebooks_of(study):
             cells, wrong = notebooks.read(notebook)
             text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
@@ -30,12 +38,16 @@ def reached(studies: list[str]) -> list[str]:
 
 
 def notebooks_of(study: str) -> list[Path]:
-    return [plan.NOTEBOOKS / study / "train.ipynb", plan.NOTEBOOKS / study / "analysis.ipynb", plan.NOTEBOOKS / "sweep.ipynb"]
+    return [
+        plan.NOTEBOOKS / study / "train.ipynb",
+        plan.NOTEBOOKS / study / "analysis.ipynb",
+        plan.NOTEBOOKS / "sweep.ipynb",
+    ]
 
 
 def static(found: Found, scale: str, whole: Found) -> list[Finding]:
-    """What can be seen without running anything: YAMLs, claims, notebooks and code of the studies in `found`. `whole`: the
-    same with all runs of these studies, which the claims are about whichever runs are picked."""
+    """What can be seen without running anything: YAMLs, claims, notebooks and code of the studies in `found`. `whole`:
+    the same with all runs of these studies, which the claims are about whichever runs are picked."""
     told = [*yamls.findings(found), *designs.findings(found)]
     runs = [run for _, run, _ in whole if not isinstance(run, StudyError)]
     studies = list(dict.fromkeys(run.study for _, run, _ in found if not isinstance(run, StudyError)))
@@ -142,7 +154,9 @@ def check(found: Found, whole: Found, options, root: Path, slots: int) -> int:
 
 def told_again(options) -> list[str]:
     """The options that choose the runs, and how many members at a time, for the trial."""
-    chosen = [part for name in ("study", "run") for value in getattr(options, name) or [] for part in (f"--{name}", value)]
+    chosen = [
+        part for name in ("study", "run") for value in getattr(options, name) or [] for part in (f"--{name}", value)
+    ]
     chosen += ["--params", os.path.abspath(options.params)] if options.params else []
     chosen += ["--jobs", str(options.jobs)] if options.jobs else []
     return chosen + [part for text in options.sets for part in ("--set", text)]

@@ -29,11 +29,21 @@ def findings(loaded: list[tuple[Path, object, list]]) -> Iterator[Finding]:
                 yield Finding("warning", named(file), "", "its design writes it, and it is not there", again)
             elif old != text:
                 key, _, change = command.difference(old, text).partition(": ")
-                yield Finding("warning", named(file), key, f"differs from its design{change and f' ({change})'}",
-                              f"{again} --force, or change the design to what the file says")
+                yield Finding(
+                    "warning",
+                    named(file),
+                    key,
+                    f"differs from its design{change and f' ({change})'}",
+                    f"{again} --force, or change the design to what the file says",
+                )
         for file in command.strangers(folder, files):
-            yield Finding("warning", named(file), "", "not in the design beside it",
-                          "write it into the design, or keep it in a folder of its own, for --params")
+            yield Finding(
+                "warning",
+                named(file),
+                "",
+                "not in the design beside it",
+                "write it into the design, or keep it in a folder of its own, for --params",
+            )
 
 
 def home(path: Path) -> Path:

@@ -12,7 +12,8 @@ from lib.settings.run_values import ROOT
 
 @dataclass(frozen=True)
 class Finding:
-    """`place`: the YAML's key, the notebook's cell, or the line of code; empty for a whole file. An error means not ready."""
+    """`place`: the YAML's key, the notebook's cell, or the line of code; empty for a whole file. An error means not
+    ready."""
 
     severity: Literal["error", "warning"]
     file: str

@@ -1,4 +1,5 @@
-"""The notebooks of a study: sources, not records; one parameters cell, every parameter of it used; code that fits `lib`."""
+"""The notebooks of a study: sources, not records; one parameters cell, every parameter of it used; code that fits
+`lib`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from pathlib import Path
 from lib.commands.check import sources
 from lib.commands.check.finding import Finding, named
 
-CELL_LINES = 25
 ABSOLUTE = re.compile(r"""["'](/|~|[A-Z]:\\)""")
 PASSED = {"study", "scale", "mode", "results_dir", "nonce"}  # what every executed notebook is given
 ALL = "from_notebook(globals())"  # reads every parameter that is a section of the run
@@ -45,12 +45,14 @@ def findings(path: Path, known: sources.Signatures, run_type: type | None) -> It
         try:
             trees[number] = ast.parse(text)
         except SyntaxError as error:
-            yield Finding("error", file, place, f"does not parse: {error.msg} (line {error.lineno})", "correct the cell")
+            yield Finding(
+                "error", file, place, f"does not parse: {error.msg} (line {error.lineno})", "correct the cell"
+            )
             continue
-        if len(text.splitlines()) > CELL_LINES and not _is_parameters(cell):
-            yield Finding("error", file, place, f"{len(text.splitlines())} lines, more than {CELL_LINES}", "move code to lib/")
         if ABSOLUTE.search(text):
-            yield Finding("error", file, place, "holds an absolute path", "take it from a parameter, or from config.ROOT")
+            yield Finding(
+                "error", file, place, "holds an absolute path", "take it from a parameter, or from config.ROOT"
+            )
         yield from sources.placeholders(trees[number], text, file)
         if run_type is not None:
             yield from sources.wrong_keys(trees[number], file, run_type, place)
@@ -76,7 +78,9 @@ def _parameters(file: str, cells: list[dict], trees: dict[int, ast.Module]) -> I
             "tag the one that papermill is to replace",
         )
         return
-    names = [t.id for s in trees[tagged[0]].body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)]
+    names = [
+        t.id for s in trees[tagged[0]].body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)
+    ]
     lacking = sorted(PASSED - set(names))
     if lacking:
         yield Finding(
@@ -87,9 +91,13 @@ def _parameters(file: str, cells: list[dict], trees: dict[int, ast.Module]) -> I
             f"{lacking[0]} = None",
         )
     others = [tree for number, tree in trees.items() if number != tagged[0]]
-    read_names = {n.id for tree in others for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    read_names = {
+        n.id for tree in others for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
     takes_all = any(ALL in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     for name in [] if takes_all and "nonce" in read_names else [n for n in names if n not in read_names]:
         if takes_all and name != "nonce":
             continue
-        yield Finding("error", file, f"cell {tagged[0]}", f"the parameter {name} is read by no cell", "read it, or remove it")
+        yield Finding(
+            "error", file, f"cell {tagged[0]}", f"the parameter {name} is read by no cell", "read it, or remove it"
+        )

@@ -1,7 +1,8 @@
-"""The code that a run reaches: it parses, holds no placeholder, and calls its own helpers and its run's keys as they are.
+"""The code that a run reaches: it parses, holds no placeholder, and calls its own helpers and its run's keys as they
+are.
 
-Read as syntax trees, nothing is imported: a fault that an import would hide (a call in a branch that a trial does not take)
-shows all the same. What cannot be resolved (a call through a variable, `*arguments`) is left to the dynamic part.
+Read as syntax trees, nothing is imported: a fault that an import would hide (a call in a branch that a trial does not
+take) shows all the same. What cannot be resolved (a call through a variable, `*arguments`) is left to the dynamic part.
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ from lib.settings.run_values import ROOT
 from lib.settings.schema import Section, section_type
 
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX)\b")
-TRANSPARENT = {"contextmanager", "cache", "lru_cache", "no_grad", "wraps", "staticmethod"}  # decorators that keep a signature
-Signatures = dict[str, dict[str, ast.arguments]]  # module -> function -> its parameters (a class: those of its __init__)
+TRANSPARENT = {
+    "contextmanager",
+    "cache",
+    "lru_cache",
+    "no_grad",
+    "wraps",
+    "staticmethod",
+}  # decorators that keep a signature
+Signatures = dict[
+    str, dict[str, ast.arguments]
+]  # module -> function -> its parameters (a class: those of its __init__)
 
 
 def read(path: Path) -> tuple[ast.Module | None, str, list[Finding]]:
@@ -75,7 +85,11 @@ def placeholders(tree: ast.AST, text: str, file: str) -> Iterator[Finding]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and UNFINISHED.search(token.string):
             yield Finding(
-                "error", file, f"line {token.start[0]}", f"unfinished: {token.string.strip()}", "finish it, or open an issue"
+                "error",
+                file,
+                f"line {token.start[0]}",
+                f"unfinished: {token.string.strip()}",
+                "finish it, or open an issue",
             )
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _is_empty(node.body):
@@ -104,7 +118,10 @@ def _is_empty(body: list[ast.stmt]) -> bool:
         if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str))
     ]
     return bool(rest) and all(
-        isinstance(s, ast.Pass) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and s.value.value is ...
+        isinstance(s, ast.Pass)
+        or isinstance(s, ast.Expr)
+        and isinstance(s.value, ast.Constant)
+        and s.value.value is ...
         for s in rest
     )
 

@@ -28,12 +28,14 @@ CACHES = (  # variables that name a place of this kind; the first two are our ow
     "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "NUMBA_CACHE_DIR",
 )  # fmt: skip
-# Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the source.
+# Not read by a member: the runner, the search and the tracker read them, where a trial does not lead. Shown by the
+# source.
 RUNNERS = {"compute": Compute, "optuna": Optuna, "wandb": Wandb}
 
 
 def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[str]) -> Iterator[Finding]:
-    """Run the trial of these YAMLs and judge it. `arguments`: what `trial` is told besides the scale (--params, --study …)."""
+    """Run the trial of these YAMLs and judge it. `arguments`: what `trial` is told besides the scale (--params, --study
+    …)."""
     with tempfile.TemporaryDirectory(prefix="study-check-") as place:
         outputs, told = Path(place, "outputs"), Path(place, "witness")
         told.mkdir()
@@ -129,8 +131,8 @@ def unread_keys(study: str, found: list[tuple[Path, config.Run]], evidence: list
 
 
 def attributes_used() -> set[tuple[str, str]]:
-    """(section, key) of every `….<section>.<key>` in `lib`, but where configurations are made and shrunk; and what a section's
-    own properties are made of."""
+    """(section, key) of every `….<section>.<key>` in `lib`, but where configurations are made and shrunk; and what a
+    section's own properties are made of."""
     used = {
         (section, node.attr)
         for section, kind in RUNNERS.items()
@@ -140,12 +142,18 @@ def attributes_used() -> set[tuple[str, str]]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
     for path in (config.ROOT / "lib").rglob("*.py"):
-        if path.parent.name == "settings" or path.name in ("config.py", "sections.py") and path != Path(config.__file__):
+        if (
+            path.parent.name == "settings"
+            or path.name in ("config.py", "sections.py")
+            and path != Path(config.__file__)
+        ):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 owner = node.value
-                name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+                name = (
+                    owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+                )
                 used.add((name, node.attr))
     return used
 
@@ -157,7 +165,9 @@ def trained(results: Path, run: config.Run) -> bool:
 
 def untold_phases(evidence: list[dict]) -> Iterator[Finding]:
     if not any(row["kind"] == "batch" for row in evidence):
-        yield Finding("error", "lib", "", "no phase told of its batches", "take them through lib.witness.batches(phase, items)")
+        yield Finding(
+            "error", "lib", "", "no phase told of its batches", "take them through lib.witness.batches(phase, items)"
+        )
 
 
 def too_many_batches(evidence: list[dict]) -> Iterator[Finding]:
@@ -214,9 +224,11 @@ def not_off(results: Path) -> Iterator[Finding]:
 
 
 def unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]:
-    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name. What is
-    primary at another scale only is not asked of this one."""
-    logged = {name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path) or {}}
+    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name.
+    What is primary at another scale only is not asked of this one."""
+    logged = {
+        name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path) or {}
+    }
     if not logged:
         return
     module = config.study_module(study)

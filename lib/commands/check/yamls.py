@@ -1,4 +1,5 @@
-"""Run YAMLs and claims as they are written: everything that lib/config.py refuses, and claims whose cells nobody trains."""
+"""Run YAMLs and claims as they are written: everything that lib/config.py refuses, and claims whose cells nobody
+trains."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ Loaded = list[tuple[Path, "config.Run | StudyError", list]]
 
 
 def findings(loaded: Loaded) -> Iterator[Finding]:
-    """Of run YAMLs as config.load_folder gives them; each is also shrunk to its trial form and split into its members."""
+    """Of run YAMLs as config.load_folder gives them; each is also shrunk to its trial form and split into its
+    members."""
     for path, run, told in loaded:
         if isinstance(run, StudyError):
             yield of_error(run, named(path))
@@ -33,9 +35,9 @@ def findings(loaded: Loaded) -> Iterator[Finding]:
 
 
 def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iterator[Finding]:
-    """The study's claims (in `path`, or as shipped): they load, their metrics exist and, where `runs` are the study's own as
-    they lie beside it, at this scale their cells are trained. Of somebody's own runs, or with --set, claims may stay open:
-    that is a warning, and their analysis says so too."""
+    """The study's claims (in `path`, or as shipped): they load, their metrics exist and, where `runs` are the study's
+    own as they lie beside it, at this scale their cells are trained. Of somebody's own runs, or with --set, claims may
+    stay open: that is a warning, and their analysis says so too."""
     path = path or config.ROOT / "params" / study / "claims.yaml"
     try:
         published = claim_types.load(path)
@@ -45,11 +47,18 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
     module = config.study_module(study)
     if published.choose_on and published.choose_on not in module.METRICS:
         yield Finding(
-            "error", named(path), "choose_on", f"{published.choose_on} is no metric of {study}", ", ".join(module.METRICS)
+            "error",
+            named(path),
+            "choose_on",
+            f"{published.choose_on} is no metric of {study}",
+            ", ".join(module.METRICS),
         )
     if published.chance and published.chance.metric not in module.CLAIM_METRICS:
         yield Finding(
-            "error", named(path), "chance.metric", f"{published.chance.metric} is in no table of {study}'s analysis",
+            "error",
+            named(path),
+            "chance.metric",
+            f"{published.chance.metric} is in no table of {study}'s analysis",
             "one of: " + ", ".join(module.CLAIM_METRICS),
         )
     open_claims: dict[str, str] = {}
@@ -87,7 +96,8 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
             "warning",
             named(path),
             ", ".join(open_claims),
-            f"not decided by these runs, of which none trains {first}" + (" and others" if len(open_claims) > 1 else ""),
+            f"not decided by these runs, of which none trains {first}"
+            + (" and others" if len(open_claims) > 1 else ""),
             "nothing, if they are not what these runs are for",
         )
 
@@ -101,7 +111,8 @@ def _members(run) -> list:
 
 
 def _row(member) -> dict:
-    """A member as the tables of an analysis name it: its cell's keys by their own names and by the study's short ones."""
+    """A member as the tables of an analysis name it: its cell's keys by their own names and by the study's short
+    ones."""
     aliases = config.study_module(member.run.study).ALIASES.items()
     short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}
     return short | record.identity(_spec(member))

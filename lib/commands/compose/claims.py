@@ -1,5 +1,6 @@
 """From a design to the text of claims.yaml: the design's own lines; the methods' labels as `names`; a claim with
-`each: {<level>: <id>, ...}` once for each of these levels, <dataset> and <dataset.label> (or another kind) filled in."""
+`each: {<level>: <id>, ...}` once for each of these levels, <dataset> and <dataset.label> (or another kind) filled
+in."""
 
 from __future__ import annotations
 
@@ -30,9 +31,17 @@ def text(design: Design) -> str | None:
     if listed and isinstance(listed.value, list) and all(isinstance(claim, dict) for claim in design.claims["claims"]):
         listed.value = [listed.value[0], *_expanded(design, listed.value[1:], where)]
     names = {name: factor.level.label for name, factor in design.methods.items() if factor.level.label}
-    flow = yaml.safe_dump(names, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
-    about = [f"# {line}".rstrip() for line in (*str(design.claims.get("about") or "").splitlines(), MADE.format("design.yaml"))]
-    return "\n".join([*about, f"study: {design.study}", *([f"names: {flow}"] if names else []), *layout.write(body)]) + "\n"
+    flow = yaml.safe_dump(
+        names, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    ).strip()
+    about = [
+        f"# {line}".rstrip()
+        for line in (*str(design.claims.get("about") or "").splitlines(), MADE.format("design.yaml"))
+    ]
+    return (
+        "\n".join([*about, f"study: {design.study}", *([f"names: {flow}"] if names else []), *layout.write(body)])
+        + "\n"
+    )
 
 
 def _expanded(design: Design, lines: list[str], where: str) -> list[str]:
@@ -78,8 +87,12 @@ def _items(lines: list[str]) -> list[tuple[list[str], list[str]]]:
 
 
 def _filled(design: Design, lines: list[str], name: str, where: str) -> list[str]:
-    known = {level: (kind, factor.level.label) for scale in design.scales for kind, levels in design.factors(scale).items()
-             for level, factor in levels.items()}
+    known = {
+        level: (kind, factor.level.label)
+        for scale in design.scales
+        for kind, levels in design.factors(scale).items()
+        for level, factor in levels.items()
+    }
     if name not in known:
         near = did_you_mean(name, list(known))
         raise StudyError(where, repr(name), "a method, model, data set or variant", near if near != "remove it" else "")
@@ -89,8 +102,12 @@ def _filled(design: Design, lines: list[str], name: str, where: str) -> list[str
         if match[1] not in FACTORS:
             return match[0]
         if match[1] != kind or (match[2] and not label):
-            raise StudyError(where, match[0] + ("" if label else f", and {name} has no label"), f"<{kind}> or <{kind}.label>",
-                             "" if label else f"label: of {name}")
+            raise StudyError(
+                where,
+                match[0] + ("" if label else f", and {name} has no label"),
+                f"<{kind}> or <{kind}.label>",
+                "" if label else f"label: of {name}",
+            )
         return label if match[2] else name
 
     return [MARK.sub(fill, line) for line in lines]

@@ -1,5 +1,6 @@
 """`./run_all.sh compose design.yaml`: a design's run YAMLs and claims.yaml, validated as `plan` and `check` do, then
-written: all of them, or none. A file that differs from what its design writes is kept without --force; what differs is said."""
+written: all of them, or none. A file that differs from what its design writes is kept without --force; what differs is
+said."""
 
 from __future__ import annotations
 
@@ -23,17 +24,25 @@ SHOWN = 6  # differing keys of a file that are named
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="./run_all.sh compose", description="Write the run YAMLs and claims.yaml of a design.")
+    top = argparse.ArgumentParser(
+        prog="./run_all.sh compose", description="Write the run YAMLs and claims.yaml of a design."
+    )
     top.add_argument("design", nargs="*", type=Path, help="a design.yaml (default: those of all studies in params/)")
-    top.add_argument("--out", type=Path, metavar="DIR", help="write into DIR/laptop, DIR/paper and DIR/claims.yaml (default: "
-                     "beside the design); --params DIR runs them")
+    top.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write into DIR/laptop, DIR/paper and DIR/claims.yaml (default: "
+        "beside the design); --params DIR runs them",
+    )
     top.add_argument("--force", action="store_true", help="overwrite files that differ")
     top.add_argument("--dry-run", action="store_true", help="write nothing; show the lines that would change")
     return top
 
 
 def main(argv: list[str]) -> int:
-    """The command: nothing is written before every design's files are known to be valid, and to be new or as they are."""
+    """The command: nothing is written before every design's files are known to be valid, and to be new or as they
+    are."""
     options = parser().parse_args(argv)
     paths = options.design or sorted((config.ROOT / "params").glob("*/design.yaml"))
     if options.out and len(paths) > 1:
@@ -54,8 +63,8 @@ def main(argv: list[str]) -> int:
 
 
 def changes(path: Path, out: Path, options: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
-    """({file: text} that this design would write and that is not there like that, what to say of it). Refused: a design with a
-    fault, and one that would overwrite what differs without being told to."""
+    """({file: text} that this design would write and that is not there like that, what to say of it). Refused: a design
+    with a fault, and one that would overwrite what differs without being told to."""
     files = {out / name: text for name, text in composed(path).items()}
     study = load(path).study
     validate(study, path, out, files)
@@ -63,12 +72,16 @@ def changes(path: Path, out: Path, options: argparse.Namespace) -> tuple[dict[Pa
     differing = {file: text for file, text in changed.items() if file.exists()}
     if differing and not options.force and not options.dry_run:
         refuse(path, differing)
-    told = [f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
-            f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are"]
+    told = [
+        f"{named(path.absolute())}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
+        f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are"
+    ]
     for file, text in changed.items():
         told.append(f"  {'differs' if file in differing else 'new'}: {named(file)}")
         if options.dry_run:
-            told += difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm="")
+            told += difflib.unified_diff(
+                _old(file).splitlines(), text.splitlines(), named(file), "composed", lineterm=""
+            )
     told += [f"  not in this design, left alone: {named(file)}" for file in strangers(out, files)]
     read = config.ROOT / "params" / study / "claims.yaml"
     if out / "claims.yaml" in files and out / "claims.yaml" != read:
@@ -84,7 +97,8 @@ def composed(path: Path) -> dict[str, str]:
 
 
 def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> None:
-    """Refuse what `plan` or `check` would refuse, before anything is written: the files are loaded from another folder."""
+    """Refuse what `plan` or `check` would refuse, before anything is written: the files are loaded from another
+    folder."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / study
         for file, text in files.items():
@@ -103,8 +117,12 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
         if wrong:
             told = "".join(f"\n  {finding.file}: {finding.place}: {finding.what}" for finding in wrong)
             told = told.replace(str(folder), named(out))
-            raise StudyError(named(path.absolute()), f"in what it writes, faults: {len(wrong)}{told}",
-                             "run YAMLs and claims that ./run_all.sh check takes", wrong[0].mend)
+            raise StudyError(
+                named(path.absolute()),
+                f"in what it writes, faults: {len(wrong)}{told}",
+                "run YAMLs and claims that ./run_all.sh check takes",
+                wrong[0].mend,
+            )
 
 
 def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
@@ -115,9 +133,13 @@ def strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
 def refuse(path: Path, differing: Mapping[Path, str]) -> None:
     told = "".join(f"\n  {named(file)}: {difference(_old(file), text)}" for file, text in differing.items())
     many = "1 file differs" if len(differing) == 1 else f"{len(differing)} files differ"
-    raise StudyError(named(path.absolute()), f"{many} from what it writes (file -> design){told}",
-                     "new files, or files as they are", "--force, to overwrite; --dry-run, to see the lines; or bring into the "
-                     "design what was changed in the files by hand")
+    raise StudyError(
+        named(path.absolute()),
+        f"{many} from what it writes (file -> design){told}",
+        "new files, or files as they are",
+        "--force, to overwrite; --dry-run, to see the lines; or bring into the "
+        "design what was changed in the files by hand",
+    )
 
 
 def difference(old: str, new: str) -> str:

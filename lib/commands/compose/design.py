@@ -4,16 +4,17 @@
     methods: {<name>: <level>, ...}        in the order of their numbers: comparative-1, comparative-2, ...
     scales:
       laptop | paper:
-        name: <role>-<model>-<dataset>     a run's name (also <method>, <variant>); this is the default: proposed-made-generated
-        models: {<name>: <level>}, datasets: {<name>: <level>}, variants: {<name>: <level>}
+        name: <role>-<model>-<dataset>     a run's name (also <method>, <variant>); this is the default:
+        proposed-made-generated models: {<name>: <level>}, datasets: {<name>: <level>}, variants: {<name>: <level>}
         base: the sections of a complete run YAML, with their comments
     claims: what claims.yaml holds, without `study` and `names`
 
-A level sets what it makes different: `set` (keys that the base has), `add` (keys that it has not), `drop`, each by dotted keys;
-`when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its kind, save
-what it writes itself, `only` names the levels and scales it is for. `label` is its name in claims and verdicts, `about` the
-comment at the head of its runs; of `role` and `name` (instead of the scale's) a run has the last that its method, model, data
-set and variant say.
+A level sets what it makes different: `set` (keys that the base has), `add` (keys that it has not), `drop`, each by
+dotted keys;
+`when: {<other level or scale>: {set, add, drop}}` where both come together. `like` takes over another level of its
+kind, save what it writes itself, `only` names the levels and scales it is for. `label` is its name in claims and
+verdicts, `about` the comment at the head of its runs; of `role` and `name` (instead of the scale's) a run has the last
+that its method, model, data set and variant say.
 """
 
 from __future__ import annotations
@@ -167,8 +168,12 @@ def _levels(raw: dict, tree: layout.Tree, where: str) -> dict[str, Factor]:
             if level.like not in typed or level.like in chain:
                 others = [other for other in typed if other not in chain]
                 near = did_you_mean(level.like, others)
-                raise StudyError(f"{place}.like", repr(level.like), f"one of {', '.join(others) or 'none'}",
-                                 near if near != "remove it" else "name one that is not like this one")
+                raise StudyError(
+                    f"{place}.like",
+                    repr(level.like),
+                    f"one of {', '.join(others) or 'none'}",
+                    near if near != "remove it" else "name one that is not like this one",
+                )
             own = _over(follow(level.like, (*chain, level.like)), own)
         _lost(own)
         whole[name] = own
@@ -209,12 +214,17 @@ def _over(old: Factor, new: Factor) -> Factor:
 
 
 def _lost(factor: Factor) -> None:
-    """Refused: a key that the level sets for some runs and drops for the same ones, which would lose the setting silently."""
+    """Refused: a key that the level sets for some runs and drops for the same ones, which would lose the setting
+    silently."""
     for drop in (edit for edit in factor.edits if edit.verb == "drop"):
         for edit in factor.edits:
             if edit.verb != "drop" and drop.other in ("", edit.other) and f"{edit.key}.".startswith(f"{drop.key}."):
-                raise StudyError(edit.where, f"dropped by {drop.where.rpartition(': ')[2]}", "a key that is there",
-                                 "remove one of them, or drop it under `when:` only")
+                raise StudyError(
+                    edit.where,
+                    f"dropped by {drop.where.rpartition(': ')[2]}",
+                    "a key that is there",
+                    "remove one of them, or drop it under `when:` only",
+                )
 
 
 def _names(design: Design) -> None:
@@ -225,15 +235,25 @@ def _names(design: Design) -> None:
     for kind, levels in kinds:
         for name in levels:
             if owner.setdefault(name, kind) != kind:
-                raise StudyError(f"{design.path}: {name}", f"{kind} and {owner[name]}", "two names", "rename one of them")
+                raise StudyError(
+                    f"{design.path}: {name}", f"{kind} and {owner[name]}", "two names", "rename one of them"
+                )
     for kind, levels in kinds:
         for name, factor in levels.items():
             for key, places in (("only", factor.level.only), ("when", factor.level.when)):
                 for other in places:
                     if other not in owner or owner[other] == kind:
                         near = did_you_mean(other, [n for n in owner if owner[n] != kind])
-                        raise StudyError(f"{design.path}: {name}.{key}", repr(other), "a scale or a level of another kind",
-                                         near if near != "remove it" else "")
+                        raise StudyError(
+                            f"{design.path}: {name}.{key}",
+                            repr(other),
+                            "a scale or a level of another kind",
+                            near if near != "remove it" else "",
+                        )
             if kind == "a method" and factor.level.role is None:
-                raise StudyError(f"{design.path}: methods.{name}.role", "missing", "proposed, comparative, ablation or control",
-                                 "role: comparative")
+                raise StudyError(
+                    f"{design.path}: methods.{name}.role",
+                    "missing",
+                    "proposed, comparative, ablation or control",
+                    "role: comparative",
+                )

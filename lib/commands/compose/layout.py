@@ -1,9 +1,9 @@
-"""The text of a YAML mapping as a tree of lines: keys can be set, added and dropped, and every other line, comment, number and
-quote stays as it was written.
+"""The text of a YAML mapping as a tree of lines: keys can be set, added and dropped, and every other line, comment,
+number and quote stays as it was written.
 
-PyYAML says where each key and value stands; nothing is dumped again. (ruamel.yaml's round trip was tried first: it hangs a
-comment on the value before it, so that dropping or replacing a value takes the next key's comment along, and it rewrites null,
-columns and blank lines.) A comment line or blank line belongs to the key that follows it.
+PyYAML says where each key and value stands; nothing is dumped again. (ruamel.yaml's round trip was tried first: it
+hangs a comment on the value before it, so that dropping or replacing a value takes the next key's comment along, and it
+rewrites null, columns and blank lines.) A comment line or blank line belongs to the key that follows it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from lib.errors import StudyError
 
 @dataclass
 class Entry:
-    """One key. `value`: text on the key's line, a Tree, or the lines of anything longer, the first being what follows the
-    colon. `comment`: behind the value or the colon, with the gap before it. `above`: comment and blank lines before the key."""
+    """One key. `value`: text on the key's line, a Tree, or the lines of anything longer, the first being what follows
+    the colon. `comment`: behind the value or the colon, with the gap before it. `above`: comment and blank lines before
+    the key."""
 
     key: str
     written: str
@@ -38,7 +39,8 @@ class Tree:
     tail: list[str] = field(default_factory=list)
 
     def entry(self, key: str, where: str) -> Entry:
-        """The entry of a key that the file has. Refused: a {mapping} over several lines, whose parts are not told apart."""
+        """The entry of a key that the file has. Refused: a {mapping} over several lines, whose parts are not told
+        apart."""
         for entry in self.entries:
             if entry.key == key:
                 return entry
@@ -60,8 +62,12 @@ def read(text: str, where: str) -> Tree:
     for token in yaml.scan(text):
         if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
             mark = token.start_mark
-            raise StudyError(f"{where}:{mark.line + 1}:{mark.column + 1}", "an anchor or alias (&, *)",
-                             "values written out: they are copied into files of their own", "`like:` takes a method over")
+            raise StudyError(
+                f"{where}:{mark.line + 1}:{mark.column + 1}",
+                "an anchor or alias (&, *)",
+                "values written out: they are copied into files of their own",
+                "`like:` takes a method over",
+            )
     lines = text.splitlines()
     return _block(yaml.compose(text, Loader=yaml.SafeLoader), lines, 0, len(lines))
 
@@ -144,8 +150,8 @@ def one_line(value: str | Tree) -> str:
 
 
 def locate(tree: Tree, dotted: str, line: Entry | None = None) -> tuple[Tree, Entry, Entry] | None:
-    """(its mapping, the entry, the entry whose line it stands on) of a dotted key; None where there is none. Keys may hold
-    dots themselves, as those of a search space do."""
+    """(its mapping, the entry, the entry whose line it stands on) of a dotted key; None where there is none. Keys may
+    hold dots themselves, as those of a search space do."""
     for entry in tree.entries:
         own = line if tree.flow and line else entry
         if entry.key == dotted:
@@ -158,8 +164,8 @@ def locate(tree: Tree, dotted: str, line: Entry | None = None) -> tuple[Tree, En
 
 
 def put(tree: Tree, dotted: str, given: Entry, where: str = "") -> None:
-    """Another value for a key that is there. Without a comment of its own a value on one line keeps the comment of the one
-    it replaces; an empty one (#) takes it away."""
+    """Another value for a key that is there. Without a comment of its own a value on one line keeps the comment of the
+    one it replaces; an empty one (#) takes it away."""
     home, entry, line = locate(tree, dotted)
     _fits(home, given, where or dotted)
     short = [_short(entry), _short(given)]
@@ -197,7 +203,9 @@ def _short(entry: Entry) -> bool:
 
 def _fits(home: Tree, given: Entry, where: str) -> None:
     if home.flow and not _short(given):
-        raise StudyError(where, "a value of several lines", "one line: it goes inside a {mapping}", "a [list] or {mapping}")
+        raise StudyError(
+            where, "a value of several lines", "one line: it goes inside a {mapping}", "a [list] or {mapping}"
+        )
 
 
 def _home(tree: Tree, dotted: str, line: Entry | None = None) -> tuple[Tree, str, Entry | None]:

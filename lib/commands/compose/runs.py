@@ -52,18 +52,22 @@ def cells(design: Design) -> Iterator[Cell]:
 
 
 def _allows(own: str, only: tuple[str, ...], design: Design, scale: str, chosen: dict[str, str]) -> bool:
-    """Whether an `only` leaves this run: its scale is one that is named or that has a model, data set or variant named, and of
-    each kind of which some are named here, the chosen one is."""
-    named = {s: {kind: set(only) & set(levels) for kind, levels in design.factors(s).items() if kind != own}
-             for s in design.scales}
+    """Whether an `only` leaves this run: its scale is one that is named or that has a model, data set or variant named,
+    and of each kind of which some are named here, the chosen one is."""
+    named = {
+        s: {kind: set(only) & set(levels) for kind, levels in design.factors(s).items() if kind != own}
+        for s in design.scales
+    }
     scales = {s for s in ("laptop", "paper") if s in only}
     scales |= {s for s, kinds in named.items() if any(names for kind, names in kinds.items() if kind != "method")}
-    return (not scales or scale in scales) and all(not names or chosen[kind] in names for kind, names in named[scale].items())
+    return (not scales or scale in scales) and all(
+        not names or chosen[kind] in names for kind, names in named[scale].items()
+    )
 
 
 def role_numbers(design: Design) -> dict[str, str]:
-    """{method: proposed, comparative-1, comparative-2, ...} in the design's order; a number where a role has several, and
-    for `comparative` always, as published."""
+    """{method: proposed, comparative-1, comparative-2, ...} in the design's order; a number where a role has several,
+    and for `comparative` always, as published."""
     numbers: dict[str, str] = {}
     for role in ("proposed", "comparative", "ablation", "control"):
         mine = [name for name, factor in design.methods.items() if factor.level.role == role]
@@ -78,14 +82,22 @@ def run_id(design: Design, cell: Cell, numbers: dict[str, str]) -> str:
     for found in MARK.findall(pattern):
         if found not in known:
             near = did_you_mean(found, list(known))
-            raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"<{found}>", "<" + ">, <".join(known) + ">",
-                             near if near != "remove it" else "")
+            raise StudyError(
+                f"{design.path}: scales.{cell.scale}.name",
+                f"<{found}>",
+                "<" + ">, <".join(known) + ">",
+                near if near != "remove it" else "",
+            )
     name = MARK.sub(lambda match: known[match[1]], pattern)
     try:
         return TypeAdapter(RunId).validate_python(name)
     except ValidationError:  # a path, say
-        raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name!r} as a run_id",
-                         "a file name of letters, digits and . _ + -", "change the name") from None
+        raise StudyError(
+            f"{design.path}: scales.{cell.scale}.name",
+            f"{name!r} as a run_id",
+            "a file name of letters, digits and . _ + -",
+            "change the name",
+        ) from None
 
 
 def texts(design: Design) -> dict[str, str]:
@@ -95,8 +107,12 @@ def texts(design: Design) -> dict[str, str]:
         name = run_id(design, cell, numbers)
         file = f"{cell.scale}/{name}.yaml"
         if (first := owner.setdefault(file.lower(), cell)) is not cell:  # some disks do not tell A from a
-            raise StudyError(f"{design.path}: scales.{cell.scale}.name", f"{name} is the name of {first} and of {cell}",
-                             "a name of its own for each run", "<role>-<model>-<dataset>-<variant> tells all apart")
+            raise StudyError(
+                f"{design.path}: scales.{cell.scale}.name",
+                f"{name} is the name of {first} and of {cell}",
+                "a name of its own for each run",
+                "<role>-<model>-<dataset>-<variant> tells all apart",
+            )
         made[file] = text(design, cell, name)
     if not made:
         raise StudyError(f"{design.path}: only", "rules out every run", "a method for some scale", "remove an `only`")
@@ -112,10 +128,20 @@ def text(design: Design, cell: Cell, name: str) -> str:
         there = layout.locate(tree, edit.key)
         if bool(there) is (edit.verb == "add"):
             near = did_you_mean(edit.key, _keys(values))
-            found, mend = ("has this key", "write it under set:") if there else (
-                "has no such key", near if near != "remove it" else "where the study knows it, write it under add:")
-            raise StudyError(edit.where, f"{edit.key}: the base of {cell.scale} {found} ({cell})",
-                             "a key that it has not" if there else "a key that it has", mend)
+            found, mend = (
+                ("has this key", "write it under set:")
+                if there
+                else (
+                    "has no such key",
+                    near if near != "remove it" else "where the study knows it, write it under add:",
+                )
+            )
+            raise StudyError(
+                edit.where,
+                f"{edit.key}: the base of {cell.scale} {found} ({cell})",
+                "a key that it has not" if there else "a key that it has",
+                mend,
+            )
         home, last = _reach(values, edit.key)
         if edit.verb == "drop":
             layout.drop(tree, edit.key)
@@ -129,18 +155,25 @@ def text(design: Design, cell: Cell, name: str) -> str:
     head = {"run_id": name, "method": cell.names["method"], "role": cell.last("role")}
     about = [line for level in cell.levels.values() for line in (level.level.about or "").strip().splitlines()]
     lines = [f"# {line}".rstrip() for line in (*about, MADE.format("../design.yaml"))]
-    lines += [f"{key}: {value if parse_yaml(value, key) == value else json.dumps(value)}" for key, value in head.items()]
+    lines += [
+        f"{key}: {value if parse_yaml(value, key) == value else json.dumps(value)}" for key, value in head.items()
+    ]
     body = layout.write(tree)
     written = "\n".join([*lines, *([] if body[:1] == [""] else [""]), *body]) + "\n"
     if parse_yaml(written, f"{design.path}: {name}") != {**head, **values}:
-        raise StudyError(f"{design.path}: {name}", "a layout that compose cannot carry over",
-                         "a value on its key's line, or as a block below it", "write values of several lines in block form")
+        raise StudyError(
+            f"{design.path}: {name}",
+            "a layout that compose cannot carry over",
+            "a value on its key's line, or as a block below it",
+            "write values of several lines in block form",
+        )
     return written
 
 
 def edits(design: Design, cell: Cell) -> list[Edit]:
-    """What this run takes, wider keys first and drops last. What stands under `when` wins over what is always so; where two
-    others set one key neither wins, and that is refused; what one drops the settings of others do not bring back."""
+    """What this run takes, wider keys first and drops last. What stands under `when` wins over what is always so; where
+    two others set one key neither wins, and that is refused; what one drops the settings of others do not bring
+    back."""
     always: dict[str, Edit] = {}
     special: dict[str, Edit] = {}
     gone: dict[str, Edit] = {}
@@ -150,8 +183,12 @@ def edits(design: Design, cell: Cell) -> list[Edit]:
         kept = gone if edit.verb == "drop" else special if edit.other else always
         first = kept.setdefault(edit.key, edit)
         if first is not edit and edit.verb != "drop":
-            raise StudyError(edit.where, f"{edit.key} of {cell} is set by {first.where.rpartition(': ')[2]} too", "one of them",
-                             "say under when: which value counts where they meet")
+            raise StudyError(
+                edit.where,
+                f"{edit.key} of {cell} is set by {first.where.rpartition(': ')[2]} too",
+                "one of them",
+                "say under when: which value counts where they meet",
+            )
     for key, edit in special.items():
         if key in always:  # a key that was added is there to be set
             edit = edit._replace(verb=always[key].verb)
@@ -178,10 +215,12 @@ def _keys(values: dict, prefix: str = "") -> list[str]:
 
 def _order(run_type: type[BaseModel]):
     """For layout.add: the keys of a section in the order of its type."""
+
     def of(prefix: str) -> list[str]:
         kind: type[BaseModel] | None = run_type
         for part in filter(None, prefix.split(".")):
             field = kind.model_fields.get(part) if kind else None
             kind = section_type(field.annotation) if field else None
         return list(kind.model_fields) if kind else []
+
     return of

@@ -1,8 +1,9 @@
 """Puts faults into every process of a study: Python imports this at start where the folder is on PYTHONPATH.
 
 CHAOS_SPEC names a JSON file: {"home", "record", "faults": [{"id", "event", "path", "role", "n", "do"}], "clocks",
-"patience"}. Every opening for writing, renaming, chmod, mkdir and removal below `home` is an event; the n-th of its kind in
-its process is where a fault strikes, once. `record` (a path) has every event written down, for a schedule to choose from.
+"patience"}. Every opening for writing, renaming, chmod, mkdir and removal below `home` is an event; the n-th of its
+kind in its process is where a fault strikes, once. `record` (a path) has every event written down, for a schedule to
+choose from.
 
 do: kill (this process) | kill:server | kill:runner | kill:kernel | errno:<n> (this call fails; its message ends with
 CHAOS_WORDS) | errno:<n>:stay (from here on every write of every process fails) | tell (create <id>.fired and wait for
