@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One way in: makes the environment on first use, then hands over to `python -m lib` (see lib/cli.py). Bash 3.2 is enough.
+# One way in: makes the environment on first use, then hands over to `python -m lib` (see lib/run/cli.py). Bash 3.2 is enough.
 set -eu
 root="$(cd "$(dirname "$0")" && pwd)"
 

@@ -39,7 +39,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.preference_step import SHAPES
-from lib.processes import pool
+from lib.run import pool
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("dpo", "td_dpo")

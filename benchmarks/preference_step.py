@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.processes import pool
+from lib.run import pool
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads

@@ -1,3 +1,3 @@
-from lib.cli import main
+from lib.run.cli import main
 
 raise SystemExit(main())

@@ -1,6 +1,6 @@
 """What must not reach a record, a log or a terminal: secret values, and control characters that act on a terminal.
 
-Standard library only, and no other module of `lib`: the pool's server imports it too (lib/processes/forkserver.py).
+Standard library only, and no other module of `lib`: the pool's server imports it too (lib/run/forkserver.py).
 """
 
 import contextlib

@@ -17,7 +17,7 @@ from lib.errors import StudyError
 from lib.pages import member_page
 from lib.pages.notebook_html import PAGES, POLICY, embedded, notebook_html, placed
 from lib.record import read_json, read_jsonl, redact, write_text
-from lib.running import lock
+from lib.run import lock
 
 __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")

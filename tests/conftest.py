@@ -9,7 +9,7 @@ import psutil
 import pytest
 import yaml
 
-from lib.processes.importing import importing
+from lib.run.importing import importing
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
@@ -73,7 +73,7 @@ def gone(pid):
 @pytest.fixture(scope="session")
 def pool_socket():
     """One pool for the session, with everything imported, as the runner has it."""
-    from lib.processes import pool
+    from lib.run import pool
 
     own = pool.Pool(2)
     os.environ["STUDY_POOL"] = own.socket
@@ -85,7 +85,7 @@ def pool_socket():
 @pytest.fixture
 def bare(monkeypatch):
     """A pool that preloads nothing: starts in a moment."""
-    from lib.processes import pool
+    from lib.run import pool
 
     own = pool.Pool(2, bare=True)
     monkeypatch.setenv("STUDY_POOL", own.socket)

@@ -13,10 +13,10 @@ def _die_once(marker: str) -> None:
 
 
 def killed_member(argument: dict) -> None:
-    """lib.processes.work.train, killed right after step `kill_at` is in its history, or inside the save of a
+    """lib.run.work.train, killed right after step `kill_at` is in its history, or inside the save of a
     checkpoint."""
     from lib import record
-    from lib.processes import work
+    from lib.run import work
     from lib.weights import checkpoints
 
     marker, kill_at = argument["marker"], argument["kill_at"]
@@ -37,9 +37,9 @@ def killed_member(argument: dict) -> None:
 
 
 def stopped_member(argument: dict) -> None:
-    """lib.processes.work.member, asked to stop (SIGTERM), once, when step `stop_at` is in its history."""
+    """lib.run.work.member, asked to stop (SIGTERM), once, when step `stop_at` is in its history."""
     from lib import record
-    from lib.processes import work
+    from lib.run import work
 
     append = record.append_jsonl
 
@@ -96,8 +96,8 @@ def note_environment(argument: dict) -> None:
 
 
 def out_of_memory_member(argument: dict) -> None:
-    """lib.processes.work.train on a GPU that is too small: the allocator gives up in the backward pass of step 3."""
-    from lib.processes import work
+    """lib.run.work.train on a GPU that is too small: the allocator gives up in the backward pass of step 3."""
+    from lib.run import work
     from lib.td_dpo import trainer
 
     no_memory_at(trainer, 3)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lib import cli, config, members, record
+from lib import config, record
 from lib.commands.check import command, sources, trial
-from lib.commands.options import parser
-from lib.running import ready
+from lib.run import cli, members, ready
+from lib.run.options import parser
 from lib.settings import faults
 from lib.weights import hub
 from tests.conftest import ROOT

@@ -10,10 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lib import cli, config, members, record
+from lib import config, record
 from lib.errors import MissingError
-from lib.processes import cluster, pool
-from lib.running import preflight
+from lib.run import cli, cluster, members, pool, preflight
 from tests.conftest import TINY, gone, text_of, until
 
 LONG = {**TINY["training"], "max_steps": 400, "eval_steps": 100, "save_steps": 10}
@@ -117,7 +116,7 @@ def at_work() -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "lib.processes.cluster" in command:
+        if "lib.run.cluster" in command:
             try:
                 found[json.loads(Path(command[-1]).read_text())["argument"]["spec"]["seed"]] = process
             except (OSError, KeyError):

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import cli, config, record
+from lib import config, record
 from lib.commands.check import designs
 from lib.commands.compose import command, layout
 from lib.errors import StudyError
+from lib.run import cli
 from lib.td_dpo import figures
 from tests.conftest import ROOT
 
@@ -525,7 +526,7 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
         ["plan", "--study", "td_dpo", "--run", "ipo"],
         ["check", "--static", "--json", "--study", "td_dpo"],
     ]
-    code = "from lib import cli; " + "; print('----'); ".join(f"assert cli.main({each}) == 0" for each in commands)
+    code = "from lib.run import cli; " + "; print('----'); ".join(f"assert cli.main({each}) == 0" for each in commands)
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd=tmp_path,

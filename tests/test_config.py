@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import config, members
-from lib.commands import options
+from lib import config
 from lib.errors import StudyError
+from lib.run import members, options
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
 SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
@@ -859,7 +859,7 @@ def test_a_name_taken_by_another_object(raw):
 
 def test_importing_and_loading_is_light():
     code = (
-        "import sys; from lib import config; from lib.running import preflight; import lib.td_dpo.grading;"
+        "import sys; from lib import config; from lib.run import preflight; import lib.td_dpo.grading;"
         "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
         "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy"
     )

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 
-from lib import config, members, models
+from lib import config, models
 from lib.errors import MissingError
+from lib.run import members
 from lib.td_dpo import tokens
 from lib.weights import distributed
 from lib.weights.stand_in import write_stand_in

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import cli, record, runner
-from lib.commands import show
-from lib.running import forecast, plan, resources
+from lib import record
+from lib.run import cli, forecast, plan, resources, runner, show
 from tests.conftest import TINY
 
 

@@ -15,11 +15,10 @@ import urllib.request
 import nbformat
 import pytest
 
-from lib import record, report, runner
-from lib.commands import lab
+from lib import record, report
 from lib.pages import live
 from lib.pages.figure_style import Drawing, canvas
-from lib.running import plan
+from lib.run import lab, plan, runner
 from tests.browser import PROGRAM, browser
 from tests.conftest import PATIENCE, ROOT, TINY, until
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import config, members, record, runner
+from lib import config, record
 from lib.errors import StudyError
-from lib.processes import pool, work
-from lib.running import keys
+from lib.run import keys, members, pool, runner, work
 from tests.conftest import TINY
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lib import models
 from lib.errors import MissingError, StudyError
-from lib.running import footprint
+from lib.run import footprint
 from lib.weights import hub
 from lib.weights.random_model import LLAMA2_7B, random_llama
 from lib.weights.stand_in import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in

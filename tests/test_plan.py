@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from lib import config, members, record, report, runner
+from lib import config, record, report
 from lib.pages import member_page, model_card
-from lib.running import plan
+from lib.run import members, plan, runner
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from lib import record
-from lib.processes import pool
-from lib.processes.slots import Slots
+from lib.run import pool
+from lib.run.slots import Slots
 from tests.conftest import ROOT, gone, text_of, until
 
 
@@ -25,7 +25,7 @@ def task(tmp_path, name, target, check=lambda: True, **argument):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_as_many_slots_as_this_process_may_use_cores():
     mine = min(os.sched_getaffinity(0))
-    one = f"import os; os.sched_setaffinity(0, [{mine}]); from lib.processes import pool; print(pool.cores())"
+    one = f"import os; os.sched_setaffinity(0, [{mine}]); from lib.run import pool; print(pool.cores())"
     told = subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout == "1\n"
 
@@ -79,7 +79,7 @@ def test_a_client_that_closes_takes_its_member_along(bare, tmp_path):
 @pytest.mark.parametrize("how", ["kill the server", "kill the owner"])
 def test_no_orphan_outlives_server_or_owner(tmp_path, how):
     script = (
-        "import sys; from lib.processes import pool; from tests.test_pool import task; import os, pathlib, time\n"
+        "import sys; from lib.run import pool; from tests.test_pool import task; import os, pathlib, time\n"
         "p = pool.Pool(1, bare=True); os.environ['STUDY_POOL'] = p.socket; t = pathlib.Path(sys.argv[1])\n"
         "j = task(t, 'a', 'sleep', started=str(t / 'pid'), seconds=3600); pool.start(j)\n"
         "(t / 'server').write_text(str(p.process.pid)); time.sleep(3600)"
@@ -146,7 +146,7 @@ def test_who_asks_for_no_gpu_is_shown_none(tmp_path, monkeypatch):
 
 
 class Waiting:
-    """As lib.processes.forkserver.Child stands in the queue."""
+    """As lib.run.forkserver.Child stands in the queue."""
 
     def __init__(self, name, slots=1, kind="member", cpu=False):
         self.request = {"name": name, "slots": slots, "kind": kind, "cpu": cpu}
@@ -250,7 +250,7 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monke
     monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     script = (
-        "from lib.processes import pool; import os, time\n"
+        "from lib.run import pool; import os, time\n"
         "p = pool.Pool(1, bare=True); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", script], cwd=short, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -284,7 +284,7 @@ def test_a_server_that_still_imports_goes_with_its_owner(short):
         "import os, time\nopen(os.environ['IMPORTING'], 'w').close(); time.sleep(3600)"
     )
     script = (
-        "from lib.processes import pool; import time\n"
+        "from lib.run import pool; import time\n"
         "p = pool.Pool(1); open('server', 'w').write(str(p.process.pid)); time.sleep(3600)"
     )
     environment = {

@@ -1,4 +1,4 @@
-"""lib/running/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
+"""lib/run/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lib import config
-from lib.running import footprint, preflight
-from lib.running.preflight import Gpu, Machine
+from lib.run import footprint, preflight
+from lib.run.preflight import Gpu, Machine
 from lib.weights import hub
 from tests.judge_endpoint import write_bench
 

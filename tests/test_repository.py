@@ -61,7 +61,7 @@ def test_notebook(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["lib.cli", "lib.running.plan", "lib.runner", "lib.report", "lib.claims", "lib.figures", "lib.running.preflight"],
+    ["lib.run.cli", "lib.run.plan", "lib.run.runner", "lib.report", "lib.claims", "lib.figures", "lib.run.preflight"],
 )
 def test_the_runner_starts_without_torch(module):
     code = f"import {module}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"
@@ -70,7 +70,7 @@ def test_the_runner_starts_without_torch(module):
 
 def test_a_plan_of_the_studies_imports_no_torch(tmp_path):
     code = (
-        "import sys; from lib import cli; assert cli.main(['plan']) == 0; "
+        "import sys; from lib.run import cli; assert cli.main(['plan']) == 0; "
         "assert 'torch' not in sys.modules and 'optuna' not in sys.modules"
     )
     subprocess.run(
@@ -100,7 +100,7 @@ def test_nothing_heavy_is_tracked():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lib").rglob("__init__.py")), ids=lambda p: p.parent.name)
 def test_a_package_is_no_more_than_its_docstring(path):
-    """Code there would run without being part of a member's key (lib/running/keys.py), and unseen by the pool's
+    """Code there would run without being part of a member's key (lib/run/keys.py), and unseen by the pool's
     server."""
     (only,) = ast.parse(path.read_text()).body or [ast.Expr(ast.Constant(""))]
     assert isinstance(only, ast.Expr)

@@ -14,15 +14,14 @@ import nbformat
 import pytest
 import yaml
 
-from lib import cli, config, record, runner
-from lib.commands import show
-from lib.commands.options import parser
+from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.running import lock, plan, progress
+from lib.run import cli, lock, plan, progress, runner, show
+from lib.run.options import parser
 from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
 
-SENTINEL = "from lib import runs; runs.finish(folder, {'ok': 1}, nonce)"
+SENTINEL = "from lib.run import runs; runs.finish(folder, {'ok': 1}, nonce)"
 
 
 def step_of(tmp_path, *cells):
@@ -75,7 +74,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     (["import time; time.sleep(3600)", SENTINEL], "timed out"),
     (["raise KeyboardInterrupt", SENTINEL], "KeyboardInterrupt"),
     (["1"], "no sentinel"),
-    (["from lib import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
+    (["from lib.run import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
     ([SENTINEL, "open(folder + '/metrics.json', 'w').write('{')"], "metrics.json"),
 ])  # fmt: skip
 def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):
@@ -180,9 +179,7 @@ def test_json_never_holds_nan(tmp_path):
 
 def test_two_runners_at_once(tmp_path):
     with runner.locked(tmp_path / "outputs"):
-        code = (
-            "import sys; from pathlib import Path; from lib import runner\nwith runner.locked(Path(sys.argv[1])): pass"
-        )
+        code = "import sys; from pathlib import Path; from lib.run import runner\nwith runner.locked(Path(sys.argv[1])): pass"
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "outputs")], capture_output=True, text=True, cwd=ROOT
         )

@@ -6,8 +6,9 @@ import re
 import pytest
 import yaml
 
-from lib import cli, config, record, runner
+from lib import config, record
 from lib.errors import StudyError
+from lib.run import cli, runner
 from tests.chaos import lives
 from tests.conftest import TINY
 
@@ -86,7 +87,7 @@ def test_data_that_is_a_link_to_itself_or_not_text(command, tmp_path):
 
 
 def test_links_that_lead_out_of_the_results_are_refused(tiny, tmp_path):
-    from lib.running import plan
+    from lib.run import plan
 
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from lib import aggregate, config, members, record, runs, sweep
+from lib import aggregate, config, record
 from lib.errors import MissingError, StudyError
-from lib.running import storage
+from lib.run import members, runs, storage, sweep
 from tests.conftest import TINY
 
 SPACE = {

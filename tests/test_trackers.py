@@ -19,8 +19,8 @@ def test_tensorboard_gets_every_step(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from lib import members, record
-    from lib.processes import work
+    from lib import record
+    from lib.run import members, work
 
     run = tiny(**TRACKED)
     member, folder = config.members(run)[0], tmp_path / "member"

@@ -14,10 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import aggregate, claims, cli, config, members, record, runner, runs
+from lib import aggregate, claims, config, record
 from lib.errors import StudyError
 from lib.mirror import tracking, wandb_read, wandb_sync
-from lib.running import plan
+from lib.run import cli, members, plan, runner, runs
 from lib.td_dpo import tables
 from lib.verdict import claim_types, verdicts
 from tests import wandb_member

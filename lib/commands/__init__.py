@@ -1,1 +1,1 @@
-"""What ./run_all.sh does besides running: show, check, compose, judge, sync and pull, lab."""
+"""What ./run_all.sh does besides running: check, compose, judge."""

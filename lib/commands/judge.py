@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import config, members, record, report, runner, runs
-from lib.commands import show
-from lib.commands.options import wants
+from lib import config, record, report
 from lib.errors import MissingError, StudyError
 from lib.mirror import tracking
 from lib.pages import member_page, model_card
-from lib.running import plan
+from lib.run import members, plan, runner, runs, show
+from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
 SAID_EVERY = 20.0  # seconds between two lines while it grades

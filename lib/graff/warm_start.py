@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from lib import config
 from lib.errors import StudyError
 from lib.graff import inputs, member
-from lib.processes.parent import end_with_parent
+from lib.run.parent import end_with_parent
 
 STEPS, BATCHES = (
     100,

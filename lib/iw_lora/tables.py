@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import aggregate, members, record, runs
+from lib import aggregate, record
 from lib.iw_lora import data
+from lib.run import members, runs
 
 
 def example_scores(loaded: record.Records) -> pd.DataFrame:

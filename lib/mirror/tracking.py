@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import record
-from lib.running import keys
+from lib.run import keys
 
 FROM = "from=wandb"  # in the name of a folder of records that came from W&B
 PROJECT = "llm-finetuning-studies"

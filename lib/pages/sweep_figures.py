@@ -4,8 +4,9 @@ import optuna
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from lib import figures, sweep
+from lib import figures
 from lib.pages.figure_style import canvas, housestyle, number
+from lib.run import sweep
 
 MAIN, SECOND = "#0072B2", "#D55E00"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lib import config
 from lib.errors import StudyError
 from lib.mirror import trackers
-from lib.running import storage
+from lib.run import storage
 from lib.settings.faults import did_you_mean
 from lib.settings.schema import Finding, Run
 from lib.verdict import claim_types

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from lib.errors import MissingError
-from lib.running import preflight
+from lib.run import preflight
 
 
 def endpoint(environ=os.environ) -> tuple[str, str]:

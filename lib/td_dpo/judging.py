@@ -19,7 +19,7 @@ import filelock
 
 from lib import record
 from lib.errors import StudyError
-from lib.running import keys
+from lib.run import keys
 from lib.td_dpo import mt_bench
 from lib.td_dpo.judge_client import endpoint, host, probe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib import record
 from lib.errors import MissingError, StudyError
-from lib.running import keys
+from lib.run import keys
 from lib.weights import hub
 
 # FastChat's per-category sampling temperatures; what it does not name it samples at 0.7.

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lib.errors import MissingError
-from lib.processes.importing import importing
-from lib.processes.parent import end_with_parent
+from lib.run.importing import importing
+from lib.run.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 40  # lines of its output that an error shows

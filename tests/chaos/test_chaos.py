@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lib import record, runner
+from lib import record
+from lib.run import runner
 from tests.chaos import __main__ as chaos, lives, schedule
 from tests.conftest import until
 

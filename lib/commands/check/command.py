@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 
 from lib import config, record
-from lib.commands import show
 from lib.commands.check import designs, notebooks, sources, trial, yamls
 from lib.commands.check.finding import Finding
 from lib.errors import StudyError
-from lib.running import forecast, keys, plan, progress
+from lib.run import forecast, keys, plan, progress, show
 
 Found = list[tuple[Path, "config.Run | StudyError", list]]
 
@@ -20,12 +19,12 @@ Found = list[tuple[Path, "config.Run | StudyError", list]]
 def reached(studies: list[str]) -> list[str]:
     """The modules of `lib` that a run of these studies reaches: the runner's, the studies', their notebooks'."""
     started = (
-        "processes.work",
-        "processes.forkserver",
-        "processes.kernels",
+        "run.work",
+        "run.forkserver",
+        "run.kernels",
         "mirror.wandb_sync",
     )  # by name, not by an import
-    modules = keys.closure("lib.cli", "lib.runner", "lib.sweep", *(f"lib.{name}" for name in started))
+    modules = keys.closure("lib.run.cli", "lib.run.runner", "lib.run.sweep", *(f"lib.{name}" for name in started))
     for study in studies:
         modules |= keys.closure(
             *(f"lib.{study}.{part}" for part in ("config", "inputs", "member", "grading", "judging"))

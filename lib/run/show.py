@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from lib import config, record
-from lib.running import forecast, lock, progress
+from lib.run import forecast, lock, progress
 
 
 def table(steps: list, finished) -> None:

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib import runner
-from lib.commands import show
-from lib.commands.options import wants
 from lib.mirror import tracking, wandb_read
-from lib.running import plan
+from lib.run import plan, runner, show
+from lib.run.options import wants
 
 
 def sync(roots: list[Path], options) -> int:

@@ -1,5 +1,5 @@
 """A child of the pool, from its first moment to its target's return. Imported by the server
-(lib/processes/forkserver.py).
+(lib/run/forkserver.py).
 
 Like it, this knows no study code: what a target imports of `lib` is read from disk by each child.
 """
@@ -15,7 +15,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from lib.processes.importing import importing
+from lib.run.importing import importing
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = (

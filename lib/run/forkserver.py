@@ -3,10 +3,10 @@
 Importing torch, transformers and trl costs 10 s; a record of fifty members must not pay it fifty times. Run as a
 script:
 
-    python lib/processes/forkserver.py SOCKET SLOTS [--devices 0,1] [--bare]
+    python lib/run/forkserver.py SOCKET SLOTS [--devices 0,1] [--bare]
 
 Protocol, over a Unix socket, one JSON object per line, one connection per child:
-    -> {"kind": "member" | "kernel", "target": "lib.processes.work:member", "argument": {...}, "log": path, "env":
+    -> {"kind": "member" | "kernel", "target": "lib.run.work:member", "argument": {...}, "log": path, "env":
     {...},
         "name": same names never run at the same time, "threads": n, "slots": as many, "cpu": shown no GPU}
     <- {"event": "started", "pid": p}     when its slot is free (a kernel takes no slot)
@@ -41,8 +41,8 @@ if __name__ == "__main__":  # as a script: what lies beside it has no names of i
 
 # With these, all that the server knows of `lib`: it would not see later changes of what it has imported.
 from lib import redaction  # noqa: E402
-from lib.processes.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
-from lib.processes.slots import Slots  # noqa: E402
+from lib.run.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
+from lib.run.slots import Slots  # noqa: E402
 
 
 class Child:

@@ -13,7 +13,7 @@ import os
 import platform
 from pathlib import Path
 
-from lib.running.probe import visible_gpus
+from lib.run.probe import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (

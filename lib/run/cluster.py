@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.errors import MissingError, StudyError
-from lib.processes.parent import end_with_parent
+from lib.run.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up
@@ -187,7 +187,7 @@ def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> It
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(scratch / "log", "wb") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "lib.processes.cluster", str(scratch / "request.json")],
+                [sys.executable, "-m", "lib.run.cluster", str(scratch / "request.json")],
                 env=environment,
                 cwd=scratch / "code",
                 stdout=log,

@@ -14,9 +14,9 @@ from pathlib import Path
 import optuna
 import psutil
 
-from lib import config, members, record
+from lib import config, record
 from lib.errors import StudyError
-from lib.running import keys, storage
+from lib.run import keys, members, storage
 
 BATCH = 4  # trials proposed at a time; fixed, or the same seed would search differently on another machine
 POLL = 10.0  # seconds between two looks at trials that other machines still train

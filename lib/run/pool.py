@@ -1,4 +1,4 @@
-"""The client's side of the pool (`lib/processes/forkserver.py`): start one, give it work, watch the work, lose nothing.
+"""The client's side of the pool (`lib/run/forkserver.py`): start one, give it work, watch the work, lose nothing.
 
 The runner owns one pool for all notebooks (its socket is in STUDY_POOL); a kernel without a runner, as in JupyterLab,
 starts its own at the first use and takes it down when the kernel ends.
@@ -224,7 +224,7 @@ def start(task: Task) -> None:
             "slots": task.slots,
             "threads": task.threads,
         }
-        target = "lib.processes.cluster:run"
+        target = "lib.run.cluster:run"
     request = {
         "kind": "member",
         "name": str(task.folder),

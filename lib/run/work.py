@@ -1,4 +1,4 @@
-"""What the pool's processes do for a run: train one member, prepare what members share, measure. See lib/members.py."""
+"""What the pool's processes do for a run: train one member, prepare what members share, measure. See lib/run/members.py."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ from filelock import FileLock
 from lib import config, record
 from lib.errors import StudyError, ended_as
 from lib.pages import model_card
-from lib.running import forecast, resources
+from lib.run import forecast, resources
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")

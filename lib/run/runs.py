@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError
-from lib.running import keys
+from lib.run import keys
 
 
 def provenance(run) -> dict:

@@ -1,6 +1,6 @@
 """The pool's slots: whose turn it is among those that wait, and which GPUs it is then shown.
 
-Bookkeeping without processes; lib/processes/forkserver.py starts whom this names, and like it this knows no study code.
+Bookkeeping without processes; lib/run/forkserver.py starts whom this names, and like it this knows no study code.
 """
 
 from collections.abc import Collection, Iterator

@@ -13,7 +13,7 @@ from typing import Any
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from lib.processes import pool
+from lib.run import pool
 
 
 def launch(argument: dict) -> None:
@@ -45,7 +45,7 @@ class PoolProvisioner(LocalProvisioner):
         self.connection = pool.connect(os.environ["STUDY_POOL"])
         request = {
             "kind": "kernel",
-            "target": "lib.processes.kernels:launch",
+            "target": "lib.run.kernels:launch",
             "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
             "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]},
             "unset": ["JPY_PARENT_PID"],

@@ -18,13 +18,12 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, members, record, report
+from lib import config, record, report
 from lib.errors import MissingError, StudyError
 from lib.mirror import tracking
 from lib.pages import member_page, model_card
-from lib.processes import pool
-from lib.running import plan, progress, resources
-from lib.running.lock import locked  # noqa: F401 (part of this module's interface)
+from lib.run import members, plan, pool, progress, resources
+from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
 STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
@@ -294,7 +293,7 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     """Papermill on the step's notebook, to a name that says it is not finished."""
     import papermill
 
-    from lib.running import engine
+    from lib.run import engine
 
     engine.register()
     path = partial(step)

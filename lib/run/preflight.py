@@ -15,11 +15,11 @@ from urllib.parse import urlparse
 from lib.config import Finding, Run, is_hub_id, members, study_module, wandb_mode
 from lib.errors import StudyError
 from lib.record import read_json
-from lib.running import footprint, storage
-from lib.running.probe import SECONDS, Gpu, Machine, ask_hub, visible_gpus  # noqa: F401 (part of this module's interface)
+from lib.run import footprint, storage
+from lib.run.probe import SECONDS, Gpu, Machine, ask_hub, visible_gpus  # noqa: F401 (part of this module's interface)
 
 GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
-NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/running/footprint.py)
+NEEDED_GB = {"laptop": 0.2, "paper": 60}  # where no estimate can be made (lib/run/footprint.py)
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
 JUDGE_EXTRA = ".venv/bin/pip install -c constraints.txt -e '.[judge]'"
 HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # section, API name, page prefix
@@ -27,7 +27,7 @@ HUB_KEYS = (("model", "models", ""), ("dataset", "datasets", "datasets/"))  # se
 
 def of_cluster(address: str) -> Machine:
     """This machine with the GPUs of a Ray cluster, of which only number and kind are known here."""
-    from lib.processes import cluster
+    from lib.run import cluster
 
     return Machine(gpus=lambda environ: [Gpu(kind, float("inf"), (99, 0)) for kind in cluster.gpus(address)])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, record
-from lib.running import resources
+from lib.run import resources
 
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 KEPT = 50  # executions in the history of predictions

@@ -16,11 +16,9 @@ import time
 from pathlib import Path
 
 from lib import config, errors, record
-from lib.commands import show
-from lib.commands.options import parser, short, wants
 from lib.errors import StudyError
-from lib.processes import cluster, pool
-from lib.running import forecast, keys, plan, progress, ready
+from lib.run import cluster, forecast, keys, plan, pool, progress, ready, show
+from lib.run.options import parser, short, wants
 from lib.weights import hub
 
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
-        from lib.commands import lab
+        from lib.run import lab
 
         return lab.lab(argv[1:])
     if argv[:1] == ["compose"]:
@@ -190,7 +188,8 @@ def slots_of(options) -> int:
 
 
 def execute(options, runs: list, whole: list) -> int:
-    from lib import report, runner
+    from lib import report
+    from lib.run import runner
 
     root = root_of(options)
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
@@ -274,7 +273,7 @@ def rebuild(options) -> int:
 
 def mirror(options) -> int:
     """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
-    from lib.commands import sync
+    from lib.run import sync
 
     if options.command == "sync":
         return sync.sync(roots_of(options), options)

@@ -1,6 +1,6 @@
 """A process that ends when the one that started it has, where nobody else would end it.
 
-Apart from lib/processes/child.py, because members depend on it and are trained again when it changes.
+Apart from lib/run/child.py, because members depend on it and are trained again when it changes.
 """
 
 import os

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.processes import pool, work
-from lib.running import keys
+from lib.run import keys, pool, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
@@ -99,7 +98,7 @@ def prepared(run) -> Path:
     argument = {**_context(run), "config": config.dump(run), "final": str(final), "folder": str(partial)}
     task = pool.Task(
         name="prepare",
-        target="lib.processes.work:prepare",
+        target="lib.run.work:prepare",
         argument=argument,
         folder=partial,
         threads=run.compute.threads,
@@ -133,7 +132,7 @@ def measure(run, function: str) -> None:
             return work.measure(argument)
     task = pool.Task(
         name=function,
-        target="lib.processes.work:measure",
+        target="lib.run.work:measure",
         argument=argument,
         folder=folder,
         threads=run.compute.threads,
@@ -191,7 +190,7 @@ def _task(member, folder: Path) -> pool.Task:
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     return pool.Task(
         name=member.id,
-        target="lib.processes.work:member",
+        target="lib.run.work:member",
         folder=folder,
         argument={
             "spec": spec,

@@ -3,9 +3,9 @@
 import contextlib
 import os
 
-from lib import config, members, record
+from lib import config, record
 from lib.errors import StudyError
-from lib.running import keys, plan
+from lib.run import keys, members, plan
 
 
 def built(loaded) -> bool:
@@ -36,7 +36,7 @@ def wide_enough(options, found: list[tuple]) -> None:
 def obstacles(options, found: list[tuple]) -> tuple[dict[str, list], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else
     0."""
-    from lib.running import preflight
+    from lib.run import preflight
 
     told: dict[str, list] = {}
     for path, loaded, findings in found:

@@ -1,5 +1,5 @@
 """What a member really used, measured in its own process: `resources.json` beside its record, for
-`lib/running/forecast.py`.
+`lib/run/forecast.py`.
 
 Kept apart from metrics.json because no two executions use the same: a record is compared byte for byte, this is not.
 """
