@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return lab.lab(argv[1:])
     if argv[:1] == ["compose"]:
-        from lib.commands.compose import command
+        from lib.commands.compose import command as compose
 
-        return guarded(lambda: command.main(argv[1:]))
+        return guarded(lambda: compose.main(argv[1:]))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
