@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 
 from lib import claims, config, record
-from lib.commands import judge
 from lib.errors import MissingError, StudyError
-from lib.run import cli, plan, preflight, runs
+from lib.run import cli, judge, plan, preflight, runs
 from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
 from lib.verdict import claim_types
 from tests.conftest import PATIENCE, ROOT, until

@@ -292,7 +292,7 @@ def roots_of(options) -> list[Path]:
 
 def judge(options) -> int:
     """Have saved answers graded; --params: those of its YAMLs' runs."""
-    from lib.commands import judge
+    from lib.run import judge
 
     named = (
         {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)}

@@ -1,6 +1,6 @@
 """Members' saved MT-Bench answers graded, and the grades put into their records in the form of the oracle's scores.
 
-What `./run_all.sh judge` calls (lib/commands/judge.py): `due` says why a member is to be graded, `read` what is to be
+What `./run_all.sh judge` calls (lib/run/judge.py): `due` says why a member is to be graded, `read` what is to be
 asked,
 `finish` writes what came back. After it, a member's predictions.jsonl holds a graded answer per question and turn and
 its metrics.json the scores, as if they had been measured when it was trained; judged.json says by whom, and is written
