@@ -17,7 +17,6 @@ from lib.graff import base_model, clock, curves, generate, inputs, methods, plan
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes
-from lib.mirror import trackers
 from lib.weights import checkpoints
 
 ENCODER_LR = 3e-4  # of the warm start
@@ -126,7 +125,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
         seed=member.seed,
         save_strategy="no",
         eval_strategy="no",
-        report_to=trackers.names(run, folder),
+        report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         logging_strategy="no",

@@ -21,7 +21,6 @@ from lib.graff.block_adam import BlockAdam
 from lib.graff.clock import Clock, Energy
 from lib.graff.order import Bucketed
 from lib.graff.probes import Probes
-from lib.mirror import trackers
 from lib.weights import checkpoints
 
 NO_CAP = 100_000
@@ -95,7 +94,6 @@ class BudgetTrainer(Trainer):
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         )
         self.remove_callback(PrinterCallback)
-        trackers.attach(self)
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 
     def _get_train_sampler(self, train_dataset=None):

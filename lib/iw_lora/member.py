@@ -15,7 +15,6 @@ from lib import config, models, record, witness
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import NOT_NUMBERS, warmup
 from lib.iw_lora.penalty import delta_norms
-from lib.mirror import trackers
 from lib.training import SeededOrder
 
 COST_PAIRS = 60  # interleaved rounds of steps
@@ -160,7 +159,6 @@ def train(member, folder: Path, shared: Path) -> dict:
         on_record=history,
         on_timing=timing,
         on_evaluate=at_evaluation,
-        report_to=trackers.names(run, folder),
     )
     metrics = {
         "status": outcome.status,

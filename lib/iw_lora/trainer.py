@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
-from lib.mirror import trackers
 from lib.training import Intervals, SeededOrder, told
 from lib.weights import checkpoints
 
@@ -89,7 +88,6 @@ class ImportanceTrainer(Trainer):
             data_collator=lambda batch: collate(batch, pad),
         )
         self.remove_callback(PrinterCallback)
-        trackers.attach(self)
         if adapters.allocator_state(model) is not None:
             self.add_callback(adapters.Allocate(self))
 
@@ -202,7 +200,6 @@ def train_rows(
     on_record: Callable,
     on_timing: Callable,
     on_evaluate: Callable[[nn.Module], dict],
-    report_to: Sequence[str] = (),
 ) -> Outcome:
     """Train `model` in place; resumes from the last complete checkpoint in folder/checkpoints of the same
     `identity`."""
@@ -233,7 +230,7 @@ def train_rows(
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
-        report_to=list(report_to) or "none",
+        report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),

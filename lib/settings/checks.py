@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lib import config
 from lib.errors import StudyError
-from lib.mirror import trackers
 from lib.run import storage
 from lib.settings.faults import did_you_mean
 from lib.settings.schema import Finding, Run
@@ -18,7 +17,7 @@ TEXT = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def shared_findings(run: Run) -> list[Finding]:
-    return [*_objective(run), *_search_space(run), *_storage(run), *_grid(run), *_files(run), *trackers.findings(run)]
+    return [*_objective(run), *_search_space(run), *_storage(run), *_grid(run), *_files(run)]
 
 
 def _objective(run: Run) -> list[Finding]:

@@ -180,9 +180,6 @@ class Wandb(Fixed):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
-    report_to: list[Name] | None = (
-        None  # other trackers of transformers, in the training process: lib/mirror/trackers.py
-    )
 
 
 class Block(Frozen):

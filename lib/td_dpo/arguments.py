@@ -38,8 +38,8 @@ def steps_and_accumulation(
 def training_arguments(
     model: torch.nn.Module, training: dict, steps: int, device_batch: int, accumulation: int, seed: int, folder: Path
 ) -> DPOConfig:
-    """The run's training section as TRL's arguments; everything that prints or saves by itself is off, and
-    only the trackers that the YAML names are on."""
+    """The run's training section as TRL's arguments; everything that prints or saves by itself is off: the record
+    is what is mirrored to W&B."""
     adapters = hasattr(model, "peft_config")
     warmup = training.get("warmup_steps")
     optimizer = training.get("optimizer") or "adamw"
@@ -64,7 +64,7 @@ def training_arguments(
             logging_nan_inf_filter=False,
             save_strategy="no",
             eval_strategy="no",
-            report_to=training.get("report_to") or "none",
+            report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
             max_length=None,

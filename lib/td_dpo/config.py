@@ -169,13 +169,8 @@ def _intervals(raw: dict, training: dict, refuse) -> None:
     reported = training.pop("report_to", "wandb")
     if reported == "none":
         raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
-    elif not isinstance(reported, str | list):
-        refuse("training.report_to", reported, "none, or trackers of transformers by name", "report_to: [wandb]")
     elif reported not in ("wandb", ["wandb"]):
-        names = [reported] if isinstance(reported, str) else list(reported)
-        given = raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}
-        tracked = {**given, "report_to": [name for name in names if name != "wandb"]}
-        raw["wandb"] = tracked if "wandb" in names else {**tracked, "mode": "disabled"}
+        refuse("training.report_to", reported, "wandb or none: there is no other tracker", "report_to: wandb")
 
 
 def _roles(raw: dict, loss: Any) -> dict:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from lib import config, models, record
-from lib.mirror import trackers
 from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling, trainer
 from lib.td_dpo.reference import log_ratio_of_samples
 from lib.td_dpo.tokens import pad_token
@@ -125,7 +124,6 @@ def fit(member, folder: Path, given: inputs.Inputs) -> tuple:
         given.reference,
         loss=run.loss.model_dump(),
         training=run.training.model_dump(),
-        report_to=trackers.names(run, folder),
         seed=member.seed,
         folder=folder,
         on_record=history,

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from lib.errors import OutOfMemory, StudyError
-from lib.mirror import trackers
 from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
 from lib.td_dpo.config import NOT_NUMBERS
 from lib.td_dpo.logprobs import (
@@ -115,7 +114,6 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
             callbacks=[intervals],
         )
         self.remove_callback(PrinterCallback)
-        trackers.attach(self)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
         if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
@@ -318,7 +316,6 @@ def train_pairs(
     training: dict,
     seed: int,
     folder: str | Path,
-    report_to: Sequence[str] = (),
     on_record: Callable[[dict], None],
     on_timing: Callable[[dict], None] = lambda timing: None,
     on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
@@ -346,7 +343,7 @@ def train_pairs(
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     args = training_arguments(
         model,
-        training | {"report_to": list(report_to)},
+        training,
         steps,
         device_batch * distributed.world(),
         accumulation,
