@@ -8,12 +8,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lib import claims as c, statistics as st
+from lib import claims as c, power, stats as st
+from lib.claims import Chance, Claims, Noise, choose, pair_up, select
 from lib.config import ROOT
 from lib.errors import StudyError
-from lib.verdict import power
-from lib.verdict.claim_types import Chance, Claims, Noise
-from lib.verdict.comparison import choose, pair_up, select
 
 PATH = ROOT / "params" / "td_dpo" / "claims.yaml"
 STUDY = c.load(PATH)
@@ -804,4 +802,4 @@ def test_power_where_only_seeds_differ_is_a_closed_form():
 def test_noise_seen_recovers_what_was_put_in():
     rng = np.random.default_rng(4)
     d = rng.normal(0, 0.5, (200, 1)) + rng.normal(0, 0.8, (1, 400)) + rng.normal(0, 1.2, (200, 400))
-    assert power.noise_seen(d) == pytest.approx({"seed": 0.5, "question": 0.8, "answer": 1.2}, rel=0.12)
+    assert st.noise_seen(d) == pytest.approx({"seed": 0.5, "question": 0.8, "answer": 1.2}, rel=0.12)

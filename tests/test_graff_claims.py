@@ -10,10 +10,9 @@ import pytest
 from lib import claims, config
 from lib.graff import compare, curves, energy, tables
 from lib.graff.config import DIVERGED
-from lib.verdict import claim_types
 from tests.conftest import ROOT
 
-PUBLISHED = claim_types.load(ROOT / "params" / "graff" / "claims.yaml")
+PUBLISHED = claims.load(ROOT / "params" / "graff" / "claims.yaml")
 SEEDS = (42, 43, 44)
 
 

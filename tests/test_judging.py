@@ -14,7 +14,6 @@ from lib import claims, config, record
 from lib.errors import MissingError, StudyError
 from lib.run import cli, judge, plan, preflight, runs
 from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
-from lib.verdict import claim_types
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -611,7 +610,7 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     loaded = record.load(outputs / "laptop-full/td_dpo")
     by = tables.judged(planned, loaded)
     rows = tables.question_scores(loaded, by, leave_out)
-    published = claim_types.load(ROOT / "params/td_dpo/claims.yaml")
+    published = claims.load(ROOT / "params/td_dpo/claims.yaml")
     only = published.model_copy(update={"claims": tuple(c for c in published.claims if c.id == "C3")})
     done = loaded.members[loaded.members["status"] == "completed"]
     (verdict,) = claims.evaluate(

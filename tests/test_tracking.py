@@ -19,7 +19,6 @@ from lib.errors import StudyError
 from lib.mirror import tracking, wandb_read, wandb_sync
 from lib.run import cli, members, plan, runner, runs
 from lib.td_dpo import tables
-from lib.verdict import claim_types, verdicts
 from tests import wandb_member
 from tests.conftest import PATIENCE, ROOT, TINY, until
 from tests.wandb_server import CORE_CRASH, ENTITY, KEY, serve
@@ -308,7 +307,7 @@ def study(tmp_path, seeds=(42, 43, 44)):
 def judged(results, planned):
     """What the study's analysis makes of a folder of records: its tables, verdicts and aggregated metrics."""
     loaded = record.load(results, [m for run in planned for m in config.members(run)])
-    published = claim_types.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
+    published = claims.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
     rows = tables.question_scores(loaded, tables.judged(planned, loaded))
     verdict = claims.evaluate(
         published, rows, scale="laptop", mode="full", draws=500, members=tables.all_members(loaded), costs=loaded.costs
@@ -317,7 +316,7 @@ def judged(results, planned):
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")
         for name in ("members", "history", "answers", "pairs", "costs")
     }
-    return frames, verdicts.to_json(verdict), aggregate.aggregated("td_dpo", results)
+    return frames, claims.to_json(verdict), aggregate.aggregated("td_dpo", results)
 
 
 def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):

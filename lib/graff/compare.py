@@ -7,16 +7,14 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lib import config
-from lib.verdict import claim_types
-from lib.verdict.comparison import Cell, Paired, choose, pair_up
-from lib.verdict.measured import measure
+from lib import claims, config
+from lib.claims import Cell, Paired, choose, measure, pair_up
 
 COLUMNS = ["method", "less", "difference", "low", "high", "t low", "t high", "seeds", "problems", "per seed", "why not"]
 WORST_FIT = -1e9  # of a diverged run, where base rates are chosen by loss
 
 
-def headline(planned: Iterable, published: claim_types.Claims) -> list[str]:
+def headline(planned: Iterable, published: claims.Claims) -> list[str]:
     """Methods of the figures over all methods: those that some run proposes or compares with, and the controls that a
     claim compares with; ablations and reconstructions beside the claims stand in tables of their own."""
     runs, claimed = list(planned), set()
@@ -113,7 +111,7 @@ def groups(planned: Iterable) -> list[tuple[str, str, list[str]]]:
 
 
 def differences(
-    study: claim_types.Claims,
+    study: claims.Claims,
     rows: pd.DataFrame,
     members: pd.DataFrame,
     pairs: Iterable[tuple[Cell, Cell]],
@@ -139,7 +137,7 @@ def differences(
         elif any(made.diverged) and metric not in study.diverged:
             found.append({**row, "seeds": len(made.seeds), "why not": "diverged"})
         else:
-            claim = claim_types.Claim(
+            claim = claims.Claim(
                 id=f"{metric} {names}",
                 sentence="",
                 estimand="",
@@ -164,7 +162,7 @@ def differences(
     return pd.DataFrame(found, columns=COLUMNS)
 
 
-def by_loss(study: claim_types.Claims, members: pd.DataFrame) -> tuple[claim_types.Claims, pd.DataFrame]:
+def by_loss(study: claims.Claims, members: pd.DataFrame) -> tuple[claims.Claims, pd.DataFrame]:
     """(claims, members) that choose base rates by the lowest dev loss, for comparisons of loss; a diverged run is the
     worst."""
     loss = pd.to_numeric(members["dev_loss"], errors="coerce") if "dev_loss" in members else float("nan")

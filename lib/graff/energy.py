@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lib.claims import Claims, choose, select
 from lib.graff.curves import to_level
-from lib.verdict.claim_types import Claims
-from lib.verdict.comparison import choose, select
 
 KEYS = ["run_id", "method", "learning_rate", "seed"]
 FACTOR = 0.83  # of REACTOR's energy, as was claimed

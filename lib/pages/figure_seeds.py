@@ -92,7 +92,7 @@ def bars(
 ) -> Drawing:
     """Mean of `metric` per `x` and `by` with its 95 % interval and every seed as a point.
 
-    `intervals`: columns `by`, `x`, low, high (from lib.statistics: seeds and questions crossed); without it Student's
+    `intervals`: columns `by`, `x`, low, high (from lib.stats: seeds and questions crossed); without it Student's
     over seeds. `floor`: the lowest possible value of the metric, where the bars start.
     """
     ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x

@@ -6,12 +6,11 @@ import codecs
 import contextlib
 from pathlib import Path
 
-from lib import config
+from lib import claims, config
 from lib.errors import StudyError
 from lib.run import storage
 from lib.settings.faults import did_you_mean
 from lib.settings.schema import Finding, Run
-from lib.verdict import claim_types
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
 
@@ -225,7 +224,7 @@ def _shared_cells(runs: list[Run]) -> dict[tuple[str, str], list[Finding]]:
         with contextlib.suppress(
             StudyError, OSError
         ):  # claims that are absent, or that say themselves what is wrong with them
-            if len(same) < 2 or "run_id" in claim_types.load(config.ROOT / "params" / study / "claims.yaml").keys:
+            if len(same) < 2 or "run_id" in claims.load(config.ROOT / "params" / study / "claims.yaml").keys:
                 continue
             owner: dict[tuple[str, int], str] = {}
             for run in same:

@@ -9,11 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib import record
+from lib import claims, record, stats
 from lib.td_dpo.config import METRICS, SECOND_METRIC
-from lib.verdict import comparison, power
-from lib.verdict.claim_types import Claims
-from lib.verdict.verdicts import Verdict
 
 TITLES = {
     "oracle_score": "Oracle score (1-10)",
@@ -94,7 +91,7 @@ def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int
     return scores.assign(status="completed")
 
 
-def beside_corrected(found: list[Verdict], corrected: list[Verdict]) -> None:
+def beside_corrected(found: list[claims.Verdict], corrected: list[claims.Verdict]) -> None:
     """Put what the same rules say without the questions whose reference is wrong beside each verdict; it decides
     nothing."""
     for verdict, other in zip(found, corrected, strict=True):
@@ -161,7 +158,7 @@ def accuracies(loaded: record.Records) -> pd.DataFrame:
     return table[names].mean().join(table["seed"].count().rename("seeds")).reset_index()
 
 
-def noise(study: Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
+def noise(study: claims.Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
     """Standard deviations per arm behind each claim about a difference of scores, beside those that the power table
     assumes."""
     found = [
@@ -176,13 +173,13 @@ def noise(study: Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataF
         if claim.across or claim.test == "cost_ratio":
             continue
         cells = [
-            comparison.choose(study, c, loaded.members)
+            claims.choose(study, c, loaded.members)
             for side in ("treatment", "baseline")
             for c in study.levels(claim, side)
         ]
-        paired = comparison.pair_up(study, rows, loaded.members, cells, claim.metric)
-        if isinstance(paired, comparison.Paired) and len(paired.seeds) > 1:
-            seen = power.noise_seen(paired.values[0] - paired.values[1])
+        paired = claims.pair_up(study, rows, loaded.members, cells, claim.metric)
+        if isinstance(paired, claims.Paired) and len(paired.seeds) > 1:
+            seen = stats.noise_seen(paired.values[0] - paired.values[1])
             found.append({"claim": claim.id, **{k: round(v / np.sqrt(2), 3) for k, v in seen.items()}})
     return pd.DataFrame(found)
 

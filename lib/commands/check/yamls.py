@@ -9,10 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from lib import config, record
+from lib.claims import BEST, load, select
 from lib.commands.check.finding import Finding, named, of_error
 from lib.errors import StudyError
-from lib.verdict import claim_types
-from lib.verdict.comparison import select
 
 Loaded = list[tuple[Path, "config.Run | StudyError", list]]
 
@@ -40,7 +39,7 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
     stay open: that is a warning, and their analysis says so too."""
     path = path or config.ROOT / "params" / study / "claims.yaml"
     try:
-        published = claim_types.load(path)
+        published = load(path)
     except StudyError as error:
         yield of_error(error, named(path))
         return
@@ -77,7 +76,7 @@ def claims(study: str, runs: list, scale: str, path: Path | None = None) -> Iter
             )
         for side in ("treatment", "baseline"):
             for cell in published.levels(claim, side) if getattr(claim, side) else ():
-                known = {key: value for key, value in cell.items() if value != claim_types.BEST}
+                known = {key: value for key, value in cell.items() if value != BEST}
                 if members.empty or not select(members, known).empty:
                     continue
                 if not shipped:

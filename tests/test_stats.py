@@ -1,4 +1,4 @@
-"""lib/statistics.py against hand-computed cases, full enumeration, scipy and simulated coverage."""
+"""lib/stats.py against hand-computed cases, full enumeration, scipy and simulated coverage."""
 
 from itertools import product
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib import statistics as st
+from lib import stats as st
 
 LADDER = np.array([[0.0, 2.0], [2.0, 4.0], [4.0, 6.0]])  # 3 seeds x 2 questions, purely additive
 

@@ -293,3 +293,18 @@ def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> f
     4). Both (S, Q)."""
     difference = treatment[:, None, :] - baseline[None, :, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def noise_seen(difference: np.ndarray) -> dict[str, float]:
+    """Standard deviations behind a paired difference (S, Q), from its mean squares: between seeds, between questions,
+    and what is left. To be set beside the assumed ones."""
+    s, q = difference.shape
+    mean = difference.mean()
+    by_seed, by_question = difference.mean(1), difference.mean(0)
+    left = difference - by_seed[:, None] - by_question[None, :] + mean
+    error = (left**2).sum() / ((s - 1) * (q - 1))
+    return {
+        "seed": float(np.sqrt(max(0.0, by_seed.var(ddof=1) - error / q))),
+        "question": float(np.sqrt(max(0.0, by_question.var(ddof=1) - error / s))),
+        "answer": float(np.sqrt(error)),
+    }

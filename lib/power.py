@@ -6,16 +6,11 @@ it.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 
-from lib import statistics as st
-from lib.claims import HOLM_LEVEL
-from lib.verdict.claim_types import Claim, Claims, Noise
-from lib.verdict.measured import decide_mean
-from lib.verdict.verdicts import Verdict
+from lib import stats as st
+from lib.claims import HOLM_LEVEL, Claim, Claims, Noise, Verdict, decide_mean
 
 SIMULATED_DRAWS = 400  # bootstrap draws inside a simulated experiment, where no closed form gives the standard error
 HARDLY = "hardly ever"
@@ -186,18 +181,3 @@ def beside(verdicts: list[Verdict], table: pd.DataFrame | None) -> None:
             verdict.reason += (
                 f" Even if it is true, a study of this size would hardly ever show it (power {powers[verdict.id]})."
             )
-
-
-def noise_seen(difference: np.ndarray) -> dict[str, float]:
-    """Standard deviations behind a paired difference (S, Q), from its mean squares: between seeds, between questions,
-    and what is left. To be set beside the assumed ones."""
-    s, q = difference.shape
-    mean = difference.mean()
-    by_seed, by_question = difference.mean(1), difference.mean(0)
-    left = difference - by_seed[:, None] - by_question[None, :] + mean
-    error = (left**2).sum() / ((s - 1) * (q - 1))
-    return {
-        "seed": math.sqrt(max(0.0, by_seed.var(ddof=1) - error / q)),
-        "question": math.sqrt(max(0.0, by_question.var(ddof=1) - error / s)),
-        "answer": math.sqrt(error),
-    }
