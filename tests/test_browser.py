@@ -3,8 +3,8 @@ it."""
 
 import pytest
 
-from lib import report
-from lib.pages.notebook_html import PAGES
+from lib.run import pages
+from lib.run.notebook_html import PAGES
 from tests.browser import PROGRAM, browser
 from tests.test_report import outputs  # noqa: F401 (a fixture)
 
@@ -39,7 +39,7 @@ def page():
 
 @pytest.fixture
 def index(outputs):  # noqa: F811
-    return report.index_html(outputs).as_uri()
+    return pages.index_html(outputs).as_uri()
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from lib import figures, tables
-from lib.pages.figure_style import PALETTE, looks, number, outcomes
+from lib import plots as figures, tables
+from lib.plots import PALETTE, looks, number, outcomes
 from lib.td_dpo import figures as study, landscape
 
 FIXED = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
@@ -363,7 +363,7 @@ def test_no_heavy_import():
     import sys
 
     code = (
-        "import sys, lib.figures, lib.report, lib.td_dpo.figures, lib.td_dpo.landscape\n"
+        "import sys, lib.plots, lib.run.pages, lib.td_dpo.figures, lib.td_dpo.landscape\n"
         "print({'torch', 'transformers', 'trl', 'nbconvert'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,10 +15,9 @@ import urllib.request
 import nbformat
 import pytest
 
-from lib import record, report
-from lib.pages import live
-from lib.pages.figure_style import Drawing, canvas
-from lib.run import lab, plan, runner
+from lib import plots, record
+from lib.plots import Drawing, canvas
+from lib.run import lab, pages, plan, runner
 from tests.browser import PROGRAM, browser
 from tests.conftest import PATIENCE, ROOT, TINY, until
 
@@ -47,7 +46,7 @@ def test_start_here_runs_headlessly(pool_socket, tmp_path):
     steps = TINY["training"]["max_steps"]
     assert f"step {steps} of {steps}" in shown[3], "the live figure ends where the training ended"
     nbformat.write(notebook, folder / "run.ipynb")
-    page = report.notebook_html(folder / "run.ipynb", folder / "run.html").read_text()
+    page = pages.notebook_html(folder / "run.ipynb", folder / "run.html").read_text()
     assert page.count("<img") == 4
     assert "A picture without a description" not in page
 
@@ -65,7 +64,7 @@ def test_a_live_figure_moves_and_ends_with_its_body(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda picture, display_id: shown.append(picture.alt) or Handle())
 
     def body() -> None:
-        with live.redrawn(draw, every=0.01):
+        with plots.redrawn(draw, every=0.01):
             count[0] = 1
             until(lambda: "step 1" in shown)
             count[0] = 2

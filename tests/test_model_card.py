@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from lib import config, record
-from lib.pages import model_card
-from lib.run import members
+from lib.run import members, model_card
 from lib.td_dpo import generated, inputs, tokens, trainer
 from lib.weights import checkpoints
 from lib.weights.stand_in import write_stand_in

@@ -14,9 +14,8 @@ import nbformat.v4 as v4
 import numpy as np
 import pytest
 
-from lib import report
-from lib.pages import member_page
-from lib.pages.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
+from lib.run import member_page, pages
+from lib.run.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
 
 TABLE = (PAGES / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
@@ -178,7 +177,7 @@ def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-secret")
     printed = v4.new_output("stream", name="stdout", text="key 0123456789abcdef-secret")
     nbformat.write(notebook(code("x", printed)), tmp_path / "run.ipynb")
-    page = report.notebook_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    page = pages.notebook_html(tmp_path / "run.ipynb", tmp_path / "run.html")
     assert "0123456789abcdef-secret" not in page.read_text()
     assert "[WANDB_API_KEY]" in page.read_text()
 
@@ -189,7 +188,7 @@ def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
     folder = tmp_path / "outputs" / "laptop-full" / "td_dpo" / "dpo"
     folder.mkdir(parents=True)
     nbformat.write(notebook(v4.new_markdown_cell("# Run")), folder / "run.ipynb")
-    page = Page(report.notebook_html(folder / "run.ipynb", folder / "run.html").read_text())
+    page = Page(pages.notebook_html(folder / "run.ipynb", folder / "run.html").read_text())
     assert [a["href"] for a in page.all("a")][1:3] == ["../../../index.html", "run.ipynb"]
     assert "./run_all.sh full --scale laptop --study td_dpo --run dpo --force" in page.text
 
@@ -310,7 +309,7 @@ def outputs(tmp_path):
 
 
 def test_the_index_lists_every_run_with_what_it_came_to(outputs):
-    page = assert_inert(report.index_html(outputs).read_text(), TABLE)
+    page = assert_inert(pages.index_html(outputs).read_text(), TABLE)
     for said in (
         "TD-DPO, laptop scale",
         "GRAFF, laptop scale",
@@ -340,7 +339,7 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
 
 
 def test_claims_come_first_with_verdict_and_interval(outputs):
-    text = report.index_html(outputs).read_text()
+    text = pages.index_html(outputs).read_text()
     page = Page(text)
     assert (
         text.index("refuted")
@@ -359,13 +358,13 @@ def test_claims_come_first_with_verdict_and_interval(outputs):
 
 
 def test_the_main_figure_is_the_primary_metrics_with_its_words(outputs):
-    pictures = Page(report.index_html(outputs).read_text()).all("img")
+    pictures = Page(pages.index_html(outputs).read_text()).all("img")
     assert [p["alt"] for p in pictures] == ['DPO 7.95 "at" <beta> 0.5']
     assert pictures[0]["src"].startswith("data:image/png;base64,")
 
 
 def test_a_point_leads_to_its_members_page(outputs):
-    (point,) = [a for a in Page(report.index_html(outputs).read_text()).all("a") if a.get("class") == "point"]
+    (point,) = [a for a in Page(pages.index_html(outputs).read_text()).all("a") if a.get("class") == "point"]
     assert point["href"] == "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"
     assert point["style"] == "left:25.0%;top:50.0%"
     assert (outputs / point["href"]).exists()
@@ -396,18 +395,18 @@ def test_a_members_page_says_what_it_is_and_how_to_make_it_again(outputs):
 
 
 def test_every_table_has_a_caption_and_scoped_headers(outputs):
-    page = Page(report.index_html(outputs).read_text().split("<script>")[0])
+    page = Page(pages.index_html(outputs).read_text().split("<script>")[0])
     assert len(page.all("caption")) == len(page.all("table")) > 3
     assert all(a.get("scope") in ("row", "col") for a in page.all("th"))
 
 
 def test_an_empty_outputs_folder_says_how_to_begin(tmp_path):
-    page = assert_inert(report.index_html(tmp_path).read_text(), TABLE)
+    page = assert_inert(pages.index_html(tmp_path).read_text(), TABLE)
     assert "./run_all.sh" in page.text
 
 
 def test_the_index_twice_is_the_same(outputs):
-    assert report.index_html(outputs).read_bytes() == report.index_html(outputs).read_bytes()
+    assert pages.index_html(outputs).read_bytes() == pages.index_html(outputs).read_bytes()
 
 
 def luminance(colour: str) -> float:

@@ -61,7 +61,7 @@ def test_notebook(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["lib.run.cli", "lib.run.plan", "lib.run.runner", "lib.report", "lib.claims", "lib.figures", "lib.run.preflight"],
+    ["lib.run.cli", "lib.run.plan", "lib.run.runner", "lib.run.pages", "lib.claims", "lib.plots", "lib.run.preflight"],
 )
 def test_the_runner_starts_without_torch(module):
     code = f"import {module}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from lib import aggregate, config, record
+from lib import config, record, tables
 from lib.errors import MissingError, StudyError
 from lib.run import members, runs, storage, sweep
 from tests.conftest import TINY
@@ -343,7 +343,7 @@ def test_aggregated_metrics_in_the_contracts_form(tmp_path):
                 "members": {},
             },
         )
-    made = aggregate.aggregated("td_dpo", tmp_path)
+    made = tables.aggregated("td_dpo", tmp_path)
     assert made["primary_metric"] == "oracle_score"
     assert made["metrics"]["oracle_score"] == {"abl": 9.0, "base_a": 8.0, "base_b": 7.0, "ours": 6.0}
     assert made["best_proposed"] == {"run_id": "ours", "value": 6.0}

@@ -14,10 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import aggregate, claims, config, record
+from lib import claims, config, record
 from lib.errors import StudyError
-from lib.mirror import tracking, wandb_read, wandb_sync
-from lib.run import cli, members, plan, runner, runs
+from lib.run import cli, members, plan, runner, runs, tracking, wandb_read, wandb_sync
+from lib.tables import aggregated
 from lib.td_dpo import tables
 from tests import wandb_member
 from tests.conftest import PATIENCE, ROOT, TINY, until
@@ -316,7 +316,7 @@ def judged(results, planned):
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")
         for name in ("members", "history", "answers", "pairs", "costs")
     }
-    return frames, claims.to_json(verdict), aggregate.aggregated("td_dpo", results)
+    return frames, claims.to_json(verdict), aggregated("td_dpo", results)
 
 
 def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):
@@ -498,7 +498,7 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     )
     monkeypatch.setattr(runner, "execute_notebook", execute)
     monkeypatch.setattr(runner, "check_success", lambda *_: None)
-    monkeypatch.setattr(runner.report, "notebook_html", lambda *_, **__: None)
+    monkeypatch.setattr(runner.pages, "notebook_html", lambda *_, **__: None)
     mine.attempt(step, time.time())
     assert seen == [("begin", folder, "online", False), "executed", ("end", folder, "online", True)]
 

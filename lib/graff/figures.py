@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from lib.pages.figure_style import BAD, SOFT, Drawing, canvas, housestyle, legend_below, looks, number
+from lib.plots import BAD, SOFT, Drawing, canvas, housestyle, legend_below, looks, number
 
 
 def _over_budget(rows: pd.DataFrame, column: str, places: np.ndarray) -> np.ndarray:

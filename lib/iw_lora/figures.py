@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lib.pages.figure_style import SOFT, Drawing, canvas, housestyle, legend_below, looks, number
+from lib.plots import SOFT, Drawing, canvas, housestyle, legend_below, looks, number
 
 MATRIX = r"(?P<layer>\d+)\.(?:.*\.)?(?P<projection>\w+)$"
 

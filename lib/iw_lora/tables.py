@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import aggregate, record
+from lib import record
 from lib.iw_lora import data
 from lib.run import members, runs
+from lib.tables import run_metrics
 
 
 def example_scores(loaded: record.Records) -> pd.DataFrame:
@@ -28,7 +29,7 @@ def all_members(loaded: record.Records) -> pd.DataFrame:
 
 def at_chosen(frame: pd.DataFrame, results: Path) -> pd.DataFrame:
     """The rows of each run's cell that was chosen on the tuning split; `label_of_run` names its run."""
-    chosen = {run_id: made["chosen_cell"] for run_id, made in aggregate.run_metrics(results).items()}
+    chosen = {run_id: made["chosen_cell"] for run_id, made in run_metrics(results).items()}
     if frame.empty:
         return frame.reindex(columns=[*frame.columns, *{"run_id", "cell", "role", "label_of_run"} - set(frame.columns)])
     mine = frame[[chosen.get(run_id) == cell for run_id, cell in zip(frame["run_id"], frame["cell"], strict=True)]]

@@ -188,8 +188,7 @@ def slots_of(options) -> int:
 
 
 def execute(options, runs: list, whole: list) -> int:
-    from lib import report
-    from lib.run import runner
+    from lib.run import pages, runner
 
     root = root_of(options)
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
@@ -236,7 +235,7 @@ def execute(options, runs: list, whole: list) -> int:
                     runner.remove_leftovers(root)
                 print(f"ended after {progress.duration(time.time() - started)}")
                 show.table(steps, finished)
-    index = report.index_html(OUTPUTS)
+    index = pages.index_html(OUTPUTS)
     if options.mode == "full":
         show.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
@@ -260,14 +259,13 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib import report
-    from lib.pages import member_page
+    from lib.run import member_page, pages
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
-        report.notebook_html(notebook, notebook.with_suffix(".html"))
+        pages.notebook_html(notebook, notebook.with_suffix(".html"))
     for folder in sorted({p.parents[2] for p in OUTPUTS.glob("*/*/*/members/*/member.json")}):
         member_page.write_pages(folder)
-    print(os.path.relpath(report.index_html(OUTPUTS), os.getcwd()))
+    print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
 
 

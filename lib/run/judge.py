@@ -17,11 +17,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import config, record, report
+from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.mirror import tracking
-from lib.pages import member_page, model_card
-from lib.run import members, plan, runner, runs, show
+from lib.run import member_page, members, model_card, pages, plan, runner, runs, show, tracking
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
@@ -76,7 +74,7 @@ def command(options, roots: list[Path], wanted: set[tuple[str, str]] | None, out
         print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
         return error.exit_code
     if roots and not options.dry_run:
-        print(os.path.relpath(report.index_html(outputs), os.getcwd()))
+        print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
     return code
 
 

@@ -18,11 +18,9 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib import config, record, report
+from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.mirror import tracking
-from lib.pages import member_page, model_card
-from lib.run import members, plan, pool, progress, resources
+from lib.run import member_page, members, model_card, pages, plan, pool, progress, resources, tracking
 from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
@@ -203,7 +201,7 @@ class Runner:
             os.replace(partial(step), step.output)
             if step.kind != "analysis":
                 member_page.write_pages(Path(step.run.results_dir) / step.name, command(step))
-            report.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
+            pages.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
                 self.mirrors.end(step.folder, config.wandb_mode(step.run))

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.mirror import tracking, wandb_read
-from lib.run import plan, runner, show
+from lib.run import plan, runner, show, tracking, wandb_read
 from lib.run.options import wants
 
 
@@ -32,7 +31,7 @@ def sync(roots: list[Path], options) -> int:
             locks.enter_context(runner.locked(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
         return subprocess.call(
-            [sys.executable, "-P", "-m", "lib.mirror.wandb_sync", "sync", *named, "--", *map(str, found)]
+            [sys.executable, "-P", "-m", "lib.run.wandb_sync", "sync", *named, "--", *map(str, found)]
         )
 
 

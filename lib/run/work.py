@@ -11,8 +11,7 @@ from filelock import FileLock
 
 from lib import config, record
 from lib.errors import StudyError, ended_as
-from lib.pages import model_card
-from lib.run import forecast, resources
+from lib.run import forecast, model_card, resources
 
 # The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from lib.pages.figure_seeds import DIVERGED, points
-from lib.pages.figure_style import (
+from lib.plots import (
     BAD,
+    DIVERGED,
     IDENTITY,
     INK,
     PALETTE,
@@ -27,6 +27,7 @@ from lib.pages.figure_style import (
     number,
     ordered,
     outcomes,
+    points,
     reference_line,
     spread,
 )

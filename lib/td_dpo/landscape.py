@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from lib.pages.figure_style import PALETTE, SOFT, Drawing, canvas, housestyle, legend_below, number
+from lib.plots import PALETTE, SOFT, Drawing, canvas, housestyle, legend_below, number
 from lib.td_dpo.figures import LOOKS, TEMPERED
 
 Curve = Callable[[np.ndarray], np.ndarray]  # loss per pair as a function of margins (n,), float64

@@ -22,7 +22,7 @@ def reached(studies: list[str]) -> list[str]:
         "run.work",
         "run.forkserver",
         "run.kernels",
-        "mirror.wandb_sync",
+        "run.wandb_sync",
     )  # by name, not by an import
     modules = keys.closure("lib.run.cli", "lib.run.runner", "lib.run.sweep", *(f"lib.{name}" for name in started))
     for study in studies:

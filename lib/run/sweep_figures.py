@@ -4,14 +4,14 @@ import optuna
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from lib import figures
-from lib.pages.figure_style import canvas, housestyle, number
+from lib import plots
+from lib.plots import canvas, housestyle, number
 from lib.run import sweep
 
 MAIN, SECOND = "#0072B2", "#D55E00"
 
 
-def drawings(study: optuna.Study, run) -> dict[str, figures.Drawing]:
+def drawings(study: optuna.Study, run) -> dict[str, plots.Drawing]:
     """{topic: drawing}; importance needs two settings and a spread of values, and is left out without them."""
     table = sweep.table(study).sort_values("trial", ignore_index=True)
     made = {"history": history(table, run), "slices": slices(table, run)}
@@ -27,7 +27,7 @@ def drawings(study: optuna.Study, run) -> dict[str, figures.Drawing]:
 
 
 @housestyle
-def history(table: pd.DataFrame, run) -> figures.Drawing:
+def history(table: pd.DataFrame, run) -> plots.Drawing:
     """Every trial's value and the best so far."""
     minimise = run.optuna.direction == "minimize"
     best = table["value"].cummin() if minimise else table["value"].cummax()
@@ -38,11 +38,11 @@ def history(table: pd.DataFrame, run) -> figures.Drawing:
     axes[0, 0].set(xlabel="trial", ylabel=run.optuna.objective_metric.replace("_", " "))
     axes[0, 0].legend(loc="lower right")
     alt = f"{len(table)} trials; the best value is {number(best.iloc[-1])}, the first {number(table['value'].iloc[0])}."
-    return figures.Drawing(drawn, title, alt, table.assign(best=best))
+    return plots.Drawing(drawn, title, alt, table.assign(best=best))
 
 
 @housestyle
-def slices(table: pd.DataFrame, run) -> figures.Drawing:
+def slices(table: pd.DataFrame, run) -> plots.Drawing:
     """The value over each setting by itself."""
     space = sweep.distributions(run)
     title = f"{run.run_id}: where the trials lie"
@@ -63,11 +63,11 @@ def slices(table: pd.DataFrame, run) -> figures.Drawing:
         place.set_xlabel(name.replace("_", " "))
         told.append(f"best at {name} {number(table.loc[best, name])}")
     axes[0, 0].set_ylabel(run.optuna.objective_metric.replace("_", " "))
-    return figures.Drawing(drawn, title, "; ".join(told) + ".", table)
+    return plots.Drawing(drawn, title, "; ".join(told) + ".", table)
 
 
 @housestyle
-def importance(shares: dict[str, float], run) -> figures.Drawing:
+def importance(shares: dict[str, float], run) -> plots.Drawing:
     """Share of the objective's variance that each setting explains (fANOVA)."""
     table = pd.DataFrame({"setting": list(shares), "importance": list(shares.values())})
     title = f"{run.run_id}: what the objective depends on"
@@ -76,4 +76,4 @@ def importance(shares: dict[str, float], run) -> figures.Drawing:
     axes[0, 0].invert_yaxis()
     axes[0, 0].set(xlabel="share of the variance (fANOVA)", xlim=(0, 1))
     alt = "; ".join(f"{s}: {number(v)}" for s, v in shares.items()) + " of the objective's variance."
-    return figures.Drawing(drawn, title, alt, table)
+    return plots.Drawing(drawn, title, alt, table)

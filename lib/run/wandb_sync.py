@@ -1,7 +1,7 @@
 """The sender: a process of its own that mirrors records to W&B. Training never waits for it and does not know of it.
 
-    python -m lib.mirror.wandb_sync live online|offline RUN_FOLDER      beside a running notebook (tracking.py starts
-    it) python -m lib.mirror.wandb_sync sync RUN_FOLDER…                    bring W&B up to date with records
+    python -m lib.run.wandb_sync live online|offline RUN_FOLDER      beside a running notebook (tracking.py starts
+    it) python -m lib.run.wandb_sync sync RUN_FOLDER…                    bring W&B up to date with records
     (`./run_all.sh sync`)
 
 Both compare what W&B holds with the record and send what differs: a step is sent again only where W&B's row for it
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lib import record
 from lib.errors import MissingError
-from lib.mirror import tracking, wandb_read
+from lib.run import tracking, wandb_read
 
 POLL = 1.0  # seconds between two looks at the histories of running members
 LIVE_SECONDS, SYNC_SECONDS = 8, 600  # for one run's data to get through, beside a running study and afterwards
@@ -290,7 +290,7 @@ def sync(folders: list[Path], entity: str | None, project: str | None) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.mirror.wandb_sync")
+    parser = argparse.ArgumentParser(prog="python -m lib.run.wandb_sync")
     parser.add_argument("what", choices=("live", "sync"))
     parser.add_argument("--entity")
     parser.add_argument("--project")

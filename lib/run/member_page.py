@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from lib.pages.notebook_html import PAGES, POLICY
 from lib.record import inert, read_json, read_jsonl, redact, write_text
+from lib.run.notebook_html import PAGES, POLICY
 
 NAME = "member.html"
 SHOWN_ROWS = 6  # of its predictions

@@ -268,7 +268,7 @@ class Mirrors:
         (self.local.add if mode == "offline" else self.local.discard)(folder)
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
             process = self.processes[folder] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lib.mirror.wandb_sync", "live", mode, str(folder)],
+                [sys.executable, "-P", "-m", "lib.run.wandb_sync", "live", mode, str(folder)],
                 stdin=subprocess.DEVNULL if self.ending else subprocess.PIPE,
                 stdout=log,
                 stderr=log,

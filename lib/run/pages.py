@@ -14,10 +14,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lib.errors import StudyError
-from lib.pages import member_page
-from lib.pages.notebook_html import PAGES, POLICY, embedded, notebook_html, placed
 from lib.record import read_json, read_jsonl, redact, write_text
-from lib.run import lock
+from lib.run import lock, member_page
+from lib.run.notebook_html import PAGES, POLICY, notebook_html, placed
 
 __all__ = ["index_html", "notebook_html"]
 FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
@@ -231,6 +230,8 @@ def _summary(aggregated: dict) -> str:
 def _figure(root: Path, folder: Path, metric: str) -> str:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its
     words, its points linked to their members' pages."""
+    from lib.plots import embedded  # with matplotlib
+
     wanted = (
         "comparison_primary*.png",
         f"comparison_{metric}*.png",

@@ -6,19 +6,18 @@ the page's Content-Security-Policy forbids scripts and every request, so that no
 
 from __future__ import annotations
 
-import base64
 import copy
 import html
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from lib.record import redact, write_text
 
-PAGES = Path(__file__).parent
+PAGES = Path(__file__).parent / "assets"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TAGS = frozenset(
     re.findall(
@@ -134,22 +133,6 @@ def clean(fragment: str) -> str:
         bleach.clean(
             str(soup), tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto", "data"}, strip=True
         )
-    )
-
-
-def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
-    """A figure as HTML that needs no other file; over each point of a member lies a link to the member's page. Places
-    are written as classes in thousandths (`x123 y456`), which `placed` turns into positions: `clean` lets no style
-    in."""
-    source = base64.b64encode(png).decode("ascii")
-    points = "".join(
-        f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
-        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>'
-        for link in links
-    )
-    return (
-        f'<figure><div class="drawn"><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}">'
-        f"{points}</div></figure>"
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.mirror.tracking import FROM, Entry, by_step, sha256, stated
 from lib.run.preflight import Machine, wandb_host, wandb_key
+from lib.run.tracking import FROM, Entry, by_step, sha256, stated
 
 SECONDS = 15  # for one request to W&B
 SERVICE_SECONDS = 300.0  # for the client's own process to start, on a slow disk; one that dies is not waited for
