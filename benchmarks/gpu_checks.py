@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import random_llama
 from lib import models, record
 from lib.run import footprint
 from lib.td_dpo import trainer
 from lib.td_dpo.logprobs import row_tokens
 from lib.td_dpo.reference import sequence_logprobs
-from lib.weights import distributed, random_model
+from lib.weights import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -70,7 +71,7 @@ def measure(argument: dict) -> dict:
     """Train and measure, in this process or as one of a sharded job: {losses, pairs_per_second, ...}."""
     shape, cuda = argument["shape"], torch.cuda.is_available()
     storage = "bfloat16" if distributed.world() > 1 and argument["quantization"] == "nf4" else None
-    base = random_model.random_llama(shape, quantization=argument["quantization"], quant_storage=storage)
+    base = random_llama.random_llama(shape, quantization=argument["quantization"], quant_storage=storage)
     model = models.add_lora(base, {"lora_r": argument["rank"], "target_modules": "all-linear"}, seed=1)
     training = argument["training"]
     rows = pairs(
@@ -124,7 +125,7 @@ def estimate(argument: dict, processes: int) -> float:
 def checks(small: bool, steps: int) -> list[dict]:
     """One row per check; a row that could not be had says why."""
     batch = 2 if small else 4
-    argument = {"shape": SMALL if small else random_model.LLAMA2_7B, "rank": 4 if small else 64,
+    argument = {"shape": SMALL if small else random_llama.LLAMA2_7B, "rank": 4 if small else 64,
                 "longest": 128 if small else 2048, "scale": 0.05 if small else 1.0,
                 "training": {"max_steps": steps, "global_batch_size": 4 * batch, "per_device_train_batch_size": batch,
                              "learning_rate": 1e-5, "bf16": True, "gradient_checkpointing": True}}  # fmt: skip

@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks import random_llama
 from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models
@@ -31,13 +32,12 @@ from lib.td_dpo.logprobs import keep_4bit_differentiable
 from lib.td_dpo.reference import sequence_logprobs
 from lib.td_dpo.trainer import train_pairs
 from lib.training import SeededOrder
-from lib.weights import random_model
 
 PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
 
 
 def base(spec: dict) -> nn.Module:
-    model = random_model.random_llama(
+    model = random_llama.random_llama(
         spec["shape"],
         quantization=spec["quantization"],
         torch_dtype=spec["dtype"],

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, record
+from lib import config, hub, record
 from lib.commands.check import command, sources, trial
 from lib.run import cli, members, ready
 from lib.run.options import parser
 from lib.settings import faults
-from lib.weights import hub
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")

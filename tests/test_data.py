@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lib import hub
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import sources
 from lib.td_dpo.baselines import bag_of_words_baseline, length_baseline
 from lib.td_dpo.data import carve, fingerprint, load_splits, prompt_key
-from lib.weights import hub
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 
@@ -517,7 +517,7 @@ def test_hub_errors_in_words(monkeypatch, name, message):
     outer.__cause__ = type(name, (Exception,), {})("x")
     if name == "Other":
         outer = outer.__cause__
-    error = hub.explain(outer, "a/b", kind="dataset", key="dataset.name")
+    error = hub.explain(outer, "a/b", kind="dataset")
     assert isinstance(error, MissingError)
     assert message in str(error)
 

@@ -15,10 +15,10 @@ import torch
 
 from lib import config, models
 from lib.errors import MissingError
+from lib.made import write_stand_in
 from lib.run import members
 from lib.td_dpo import tokens
 from lib.weights import distributed
-from lib.weights.stand_in import write_stand_in
 from tests import sharded
 from tests.conftest import ROOT, gone, until
 from tests.test_engine import make_pairs

@@ -9,8 +9,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 
+from lib.made import LLAMA2
 from lib.td_dpo import logprobs, sampling, tokens
-from lib.weights.stand_in import LLAMA2
 
 WORDS = ["be", "brief", "hi", "yes", "no", "why", "user", "assistant", "system"]
 # Mistral's instruct models since v0.3: [INST] and [/INST] are tokens of their own, and one BOS begins the conversation.

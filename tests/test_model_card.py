@@ -10,7 +10,6 @@ from lib import config, record
 from lib.run import members, model_card
 from lib.td_dpo import generated, inputs, tokens, trainer
 from lib.weights import checkpoints
-from lib.weights.stand_in import write_stand_in
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 

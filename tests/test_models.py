@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lib import models
+from benchmarks.random_llama import LLAMA2_7B, random_llama
+from lib import hub, models
 from lib.errors import MissingError, StudyError
+from lib.made import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
 from lib.run import footprint
-from lib.weights import hub
-from lib.weights.random_model import LLAMA2_7B, random_llama
-from lib.weights.stand_in import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
 
 TEXTS = [f"Question {i}: name {i} rivers, please. Answer: the Rhine, the Nile and the Amazon." for i in range(60)]
 LORA = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -136,11 +135,9 @@ def test_lora_settings_reach_peft(llama):
         )
 
 
-def test_float32_trainables_recasts_and_asserts():
+def test_trainable_parameters_become_float32_and_there_is_one():
     layer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(torch.bfloat16)
     layer[0].requires_grad_(False)
-    with pytest.raises(AssertionError, match="2 trainable parameters are not float32: 1.weight"):
-        models.assert_float32_trainables(layer)
     models.float32_trainables(layer)
     assert layer[0].weight.dtype == torch.bfloat16
     assert layer[1].weight.dtype == torch.float32
@@ -148,24 +145,11 @@ def test_float32_trainables_recasts_and_asserts():
         models.float32_trainables(layer.requires_grad_(False))
 
 
-def test_disable_dropout_reaches_layers_and_attention(folders):
-    name = "microsoft/deberta-v3-base"
-    model = models.load_causal_lm(
-        str(folders[name]), device="cpu", auto_class=AutoModelForSequenceClassification
-    ).train()
-    batch = models.load_tokenizer(str(folders[name]))(TEXTS[:2], padding=True, return_tensors="pt")
-    assert not torch.equal(model(**batch).logits, model(**batch).logits)
-    models.disable_dropout(model)
-    assert torch.equal(model(**batch).logits, model(**batch).logits)
-
-
 # ---- loading ----
 
 
-def test_load_in_bfloat16_and_from_a_section(llama):
-    model = models.load_model(
-        {"name": llama, "torch_dtype": "bfloat16", "quantization": "none", "revision": None, "peft": None}, device="cpu"
-    )
+def test_a_model_loads_in_bfloat16_for_evaluation(llama):
+    model = models.load_causal_lm(llama, torch_dtype="bfloat16", device="cpu")
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert not model.config.use_cache
@@ -222,7 +206,7 @@ def test_missing_models_say_what_to_do(tmp_path, llama):
 
 
 def test_hub_id_while_offline_is_missing_at_once(offline):
-    for load in (models.load_causal_lm, models.load_tokenizer, models.fingerprint):
+    for load in (models.load_causal_lm, models.load_tokenizer):
         with pytest.raises(MissingError, match=r"HF_HUB_OFFLINE is set[\s\S]*hf download nobody/no-model") as caught:
             load("nobody/no-model")
         assert caught.value.exit_code == 3
@@ -316,20 +300,13 @@ def test_bpe_tokenizer_is_deterministic_and_encodes_any_text():
 # ---- fingerprints ----
 
 
-def test_fingerprint_is_of_content(llama, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(llama, copy)
-    first = models.fingerprint(llama)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "_name_or_path": "elsewhere"}))
-    assert models.fingerprint(copy) == first
-    model = models.load_causal_lm(str(copy), device="cpu")
+def test_fingerprint_is_of_content(llama):
+    model = models.load_causal_lm(llama, device="cpu")
     before = models.fingerprint(model)
+    assert models.fingerprint(models.load_causal_lm(llama, device="cpu")) == before
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     assert models.fingerprint(model) != before
-    model.save_pretrained(copy)
-    assert models.fingerprint(copy) != first
 
 
 def test_fingerprint_of_a_quantised_model_differs_from_the_plain_one(llama):
@@ -380,7 +357,7 @@ def test_the_random_models_default_is_the_papers_shape():
 def test_the_gpu_checks_run_at_a_tiny_shape(tmp_path):
     out = tmp_path / "checks.json"
     command = [sys.executable, "benchmarks/gpu_checks.py", "--small", "--steps", "3", "--out", str(out)]
-    subprocess.run(command, cwd=models.ROOT, check=True, env={**os.environ, "PYTHONPATH": str(models.ROOT)})
+    subprocess.run(command, cwd=hub.ROOT, check=True, env={**os.environ, "PYTHONPATH": str(hub.ROOT)})
     rows = json.loads(out.read_text())["rows"]
     assert [row["check"] for row in rows] == ["NF4 base, 1 process", "bf16 base, 1 process", "NF4 base, 2 processes"]
     assert all(row["pairs_per_second"] > 0 for row in rows)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from lib import record
-from lib.weights.stand_in import write_stand_in
+from lib.made import write_stand_in
 from tests.conftest import PATIENCE
 from tests.judge_endpoint import write_bench
 from tests.test_engine import make_pairs

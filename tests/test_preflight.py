@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import config
+from lib import config, hub
 from lib.run import footprint, preflight
 from lib.run.preflight import Gpu, Machine
-from lib.weights import hub
 from tests.judge_endpoint import write_bench
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
-from lib import witness
+from lib import made
 from lib.graff import answers, data, order
-from lib.weights import stand_in
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 ONE_STEP = 8000  # problems that pretraining draws from
@@ -95,38 +94,29 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
             yield rows[start : start + size]
 
 
-def make(
-    recipe: dict, folder: Path, texts: list[dict] | None, on_step: Callable[[int, int, float], None] = lambda *_: None
-) -> float:
+def make(recipe: dict, folder: Path, texts: list[dict] | None, on_step: made.OnStep = lambda *_: None) -> float:
     """Tokenizer and model in `folder`, pretrained on one-step problems (or on `texts`); returns the closing loss."""
     rows = texts or data.generated(ONE_STEP, recipe["seed"], 1)
-    tokenizer = (
-        word_tokenizer()
-        if texts is None
-        else stand_in.train_bpe_tokenizer(
-            [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in rows], OTHER_VOCABULARY, None
-        )
-    )
-    steps, losses = recipe["pretrain_steps"], []
-    rng = np.random.default_rng(recipe["seed"])
+    if texts is None:
+        tokenizer = word_tokenizer()
+    else:
+        words = [prompt(r["question"]) + " " + answers.target(r["answer"]) for r in rows]
+        tokenizer = made.train_bpe_tokenizer(words, OTHER_VOCABULARY, None)
+    steps, rng = recipe["pretrain_steps"], np.random.default_rng(recipe["seed"])
+    encoded = [encode(tokenizer, row, 512) for row in rows]
+    lengths = [len(row["ids"]) for row in encoded]
+    batches = pretraining_batches(lengths, recipe["pretrain_batch_size"], rng, texts is not None)
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
         model = tiny_qwen3(recipe["hidden_size"], recipe["layers"], tokenizer).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
-        schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-        encoded = [encode(tokenizer, row, 512) for row in rows]
-        lengths = [len(row["ids"]) for row in encoded]
-        batches = pretraining_batches(lengths, recipe["pretrain_batch_size"], rng, texts is not None)
-        for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
-            batch = collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)
-            loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            on_step(step, steps, losses[-1])
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+
+    def loss() -> torch.Tensor:
+        return model(**collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)).loss
+
+    closing = made.pretrain(loss, parameters, optimizer, schedule, steps, on_step)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+    return closing

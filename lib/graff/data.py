@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import hub
 from lib.errors import MissingError
 from lib.graff import answers
-from lib.weights import hub
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
@@ -78,7 +78,7 @@ def load(name: str, split: str, revision: str | None = None, streaming: bool = F
     try:
         rows = list(rows)
     except Exception as error:  # of a stream, which is fetched here
-        raise hub.explain(error, name, kind="dataset", key="dataset.name", revision=revision) from error
+        raise hub.explain(error, name, kind="dataset", revision=revision) from error
     return checked(rows, name)
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lib import models, record
+from lib import hub, made, models, record
 from lib.graff import answers, base_model, data
-from lib.weights import hub, stand_in
 
 STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
 FREQUENT = 4096  # vocabulary rows that the entropy is over
@@ -64,31 +63,17 @@ def prepare(run, folder: Path, warm: bool = True) -> None:
 
 
 def make_base(run, folder: Path, problems: dict[str, list[dict]], source: str) -> tuple[str, float | None]:
-    """(name or folder of the base model, closing loss of its pretraining, which is told in history.jsonl for the live
-    line)."""
-    base, closing = run.model.name, None
-    if base == "made":
-        history, _ = record.recorder(folder)
-        (folder / "history.jsonl").unlink(missing_ok=True)
-        real = None if source.startswith("generated") else problems["train"]
-        closing = base_model.make(
-            run.model.recipe.model_dump(),
-            folder / "base",
-            real,
-            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
-        )
-        base = str(folder / "base")
-    elif run.mode == "trial" and hub.out_of_reach(base):
-        texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
-        base = str(stand_in.write_stand_in(base, folder / "base", texts))
-    return base, closing
-
-
-def tokenize(run, folder: Path, problems: dict[str, list[dict]], base: str, made: dict) -> None:
-    """Problems, rows, tokenizer and a report of them, with `made`, into `folder`."""
-    tokenizer = models.load_tokenizer(
-        base, run.model.revision if base == run.model.name else None, trust_remote_code=run.model.trust_remote_code
+    """(name or folder of the base model, closing loss of its pretraining)."""
+    real = None if source.startswith("generated") else problems["train"]
+    texts = [r["question"] + " " + r["answer"] for r in problems["train"]]
+    return made.base_model(
+        run, folder, texts, lambda place, on_step: base_model.make(run.model.recipe.model_dump(), place, real, on_step)
     )
+
+
+def tokenize(run, folder: Path, problems: dict[str, list[dict]], base: str, notes: dict) -> None:
+    """Problems, rows, tokenizer and a report of them, with `notes`, into `folder`."""
+    tokenizer = models.load_tokenizer(base, run.model.revision, trust_remote_code=run.model.trust_remote_code)
     rows = {
         name: [base_model.encode(tokenizer, r, run.dataset.max_tokens) for r in problems[name]]
         for name in ("train", "dev")
@@ -112,7 +97,7 @@ def tokenize(run, folder: Path, problems: dict[str, list[dict]], base: str, made
         {
             "base": base,
             "stand_in": base != run.model.name != "made",
-            **made,
+            **notes,
             "examples": {name: len(mine) for name, mine in problems.items()},
             "cut_at_max_tokens": cut,
             "answer_tokens": answer_tokens(rows["train"]),
@@ -143,7 +128,7 @@ def load_model(run, given: Inputs, seed: int):
     """The base model with LoRA in float32, A drawn from `seed`."""
     base = models.load_causal_lm(
         given.base,
-        revision=None if Path(given.base).is_dir() else run.model.revision,
+        revision=run.model.revision,
         torch_dtype=run.model.torch_dtype,
         trust_remote_code=run.model.trust_remote_code,
         gradient_checkpointing=run.training.gradient_checkpointing,

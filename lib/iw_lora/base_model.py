@@ -7,7 +7,6 @@ learns, token by token, which ones were: binary cross-entropy over all but the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from lib import witness
+from lib import made
 
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
 REPLACED = 0.15
 LONGEST = 64
 
@@ -33,8 +25,8 @@ def word_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     """Whole lower-case words and punctuation marks, the `vocab_size` most frequent ones."""
     split = pre_tokenizers.BertPreTokenizer()
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text.lower()))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL)]
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *ranked])}
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(made.DEBERTA_TOKENS)]
+    vocabulary = {word: i for i, word in enumerate([*made.DEBERTA_TOKENS.values(), *ranked])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -42,37 +34,26 @@ def word_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **made.DEBERTA_TOKENS)
 
 
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
     """DeBERTa-v3's relative attention with shared query and key projections, small; no dropout."""
     hidden = recipe["hidden_size"]
-    return DebertaV2Model(
-        DebertaV2Config(
-            vocab_size=tokens,
-            pad_token_id=pad,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            type_vocab_size=0,
-            num_hidden_layers=recipe["layers"],
-            num_attention_heads=recipe["heads"],
-            max_position_embeddings=256,
-            relative_attention=True,
-            position_buckets=32,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            max_relative_positions=-1,
-            position_biased_input=False,
-            layer_norm_eps=1e-7,
-            initializer_range=0.1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pooler_hidden_size=hidden,
-            pooler_dropout=0.0,
-        )
-    )
+    own = {
+        "vocab_size": tokens,
+        "pad_token_id": pad,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": recipe["layers"],
+        "num_attention_heads": recipe["heads"],
+        "max_position_embeddings": 256,
+        "position_buckets": 32,
+        "initializer_range": 0.1,
+        "pooler_hidden_size": hidden,
+    }
+    no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout"), 0.0)
+    return DebertaV2Model(DebertaV2Config(**{**made.DEBERTA_V3, **own, **no_dropout}))
 
 
 def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -86,56 +67,37 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
     return corrupted, (corrupted != ids).float()
 
 
-def pretrain(
-    model: DebertaV2Model,
-    tokenizer,
-    pairs: list[tuple[str, str]],
-    recipe: dict,
-    on_step: Callable[[int, int, float], None],
+def make_base(
+    pairs: list[tuple[str, str]], recipe: dict, folder: Path, on_step: made.OnStep = lambda *_: None
 ) -> float:
-    """Train `model` in place; returns the mean loss (nats per token) of the last tenth of the steps."""
-    a, b = zip(*pairs, strict=True)
-    texts = (list(a),) if not any(b) else (list(a), list(b))
-    ids = tokenizer(*texts, truncation=True, max_length=LONGEST)["input_ids"]
-    marks = torch.tensor(tokenizer.all_special_ids)
-    generator = torch.Generator().manual_seed(recipe["seed"])
-    head = nn.Linear(model.config.hidden_size, 1)
-    trained = [*model.parameters(), *head.parameters()]
-    steps, batch = recipe["pretrain_steps"], recipe["pretrain_batch_size"]
-    optimizer = torch.optim.AdamW(trained, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
+    """Tokenizer and pretrained encoder saved in `folder`; returns the closing loss in nats per token."""
+    tokenizer = word_tokenizer([text for pair in pairs for text in pair], recipe["vocab_size"])
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)["input_ids"]
+    marks, steps, size = (
+        torch.tensor(tokenizer.all_special_ids),
+        recipe["pretrain_steps"],
+        recipe["pretrain_batch_size"],
+    )
+    generator, order = torch.Generator().manual_seed(recipe["seed"]), np.random.default_rng(recipe["seed"])
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe["seed"])
+        model = tiny_deberta(recipe, len(tokenizer), tokenizer.pad_token_id).train()
+        head = nn.Linear(model.config.hidden_size, 1)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    order, losses = np.random.default_rng(recipe["seed"]), []
-    model.train()
-    for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
-        rows = [ids[i] for i in order.integers(len(ids), size=batch)]
+
+    def loss() -> Tensor:
+        rows = [ids[i] for i in order.integers(len(ids), size=size)]
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         special = torch.isin(padded["input_ids"], marks)
         corrupted, replaced = replace_tokens(padded["input_ids"], special, generator)
         hidden = model(input_ids=corrupted, attention_mask=padded["attention_mask"]).last_hidden_state
         logits = head(hidden).squeeze(-1)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits[~special], replaced[~special])
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        on_step(step, steps, losses[-1])
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+        return nn.functional.binary_cross_entropy_with_logits(logits[~special], replaced[~special])
 
-
-def make_base(
-    pairs: list[tuple[str, str]],
-    recipe: dict,
-    folder: Path,
-    on_step: Callable[[int, int, float], None] = lambda *_: None,
-) -> float:
-    """Tokenizer and pretrained encoder saved in `folder`; returns the closing pretraining loss."""
-    tokenizer = word_tokenizer([text for pair in pairs for text in pair], recipe["vocab_size"])
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe["seed"])
-        model = tiny_deberta(recipe, len(tokenizer), tokenizer.pad_token_id)
-        loss = pretrain(model, tokenizer, pairs, recipe, on_step)
+    closing = made.pretrain(loss, parameters, optimizer, schedule, steps, on_step)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return loss
+    return closing

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import hub
 from lib.errors import MissingError, StudyError
 from lib.iw_lora import generated
-from lib.weights import hub
 
 COLUMNS = {"mnli": ("premise", "hypothesis"), "sst2": ("sentence", None), "rte": ("sentence1", "sentence2")}
 LABELS = {

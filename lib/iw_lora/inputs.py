@@ -8,9 +8,8 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification
 
-from lib import models, record
+from lib import hub, made, models, record
 from lib.iw_lora import base_model, data, generated
-from lib.weights import hub, stand_in
 
 PRETRAINING_PAIRS = 20_000
 OTHER_VOCABULARY = 8192  # words at most of a small model made for text that is not generated
@@ -33,26 +32,16 @@ def prepare(run, folder: Path) -> None:
     task = run.dataset.subset if standing_in else data.task_of(run.dataset)
     splits = data.load_splits(run.dataset, standing_in)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
-    base, closing = run.model.name, None
-    if base == "made":
-        history, _ = record.recorder(folder)
-        (folder / "history.jsonl").unlink(missing_ok=True)
+
+    def make(place: Path, on_step) -> float:
         recipe = run.model.recipe.model_dump()
         if task != "generated":  # real text has more words than the generated task's few dozen
             recipe["vocab_size"] = max(recipe["vocab_size"], OTHER_VOCABULARY)
         corpus = generated.corpus(PRETRAINING_PAIRS, recipe["seed"]) if task == "generated" else pairs
-        closing = base_model.make_base(
-            corpus,
-            recipe,
-            folder / "base",
-            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
-        )
-        base = str(folder / "base")
-    elif run.mode == "trial" and hub.out_of_reach(base):
-        base = str(stand_in.write_stand_in(base, folder / "base", [text for pair in pairs for text in pair]))
-    tokenizer = models.load_tokenizer(
-        base, run.model.revision if base == run.model.name else None, trust_remote_code=run.model.trust_remote_code
-    )
+        return base_model.make_base(corpus, recipe, place, on_step)
+
+    base, closing = made.base_model(run, folder, [text for pair in pairs for text in pair], make)
+    tokenizer = models.load_tokenizer(base, run.model.revision, trust_remote_code=run.model.trust_remote_code)
     rows = {name: encode(tokenizer, mine, run.dataset) for name, mine in splits.items()}
     tokenizer.save_pretrained(folder / "tokenizer")
     record.write_text(folder / "rows.json", json.dumps(rows))
@@ -113,6 +102,6 @@ def load_base(run, given: Inputs):
         num_labels=len(labels),
         dtype=models.dtype_of(run.model.torch_dtype),
         ignore_mismatched_sizes=True,
-        revision=None if Path(given.base).is_dir() else run.model.revision,
+        revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )

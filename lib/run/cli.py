@@ -15,11 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from lib import config, errors, record
+from lib import config, errors, hub, record
 from lib.errors import StudyError
 from lib.run import cluster, forecast, keys, plan, pool, progress, ready, show
 from lib.run.options import parser, short, wants
-from lib.weights import hub
 
 LONGEST = 180  # bytes of what --set changed in a folder's name
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()

@@ -7,19 +7,21 @@ has as much room to become better as to become worse.
 from __future__ import annotations
 
 import random
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from lib import witness
+from lib import made
 from lib.errors import StudyError
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL = {
+    "pad_token": "<|pad|>",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eos|>",
+    "additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"],
+}
 # One BOS, and one EOS after a final answer only: in a conversation the next turn's mark ends the earlier answer. So the
 # prompt with its generation mark is, character by character and at a special token's edge, how the whole begins.
 CHAT_TEMPLATE = (
@@ -27,45 +29,15 @@ CHAT_TEMPLATE = (
     "{% if loop.last and message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-DEFAULTS = {
-    "vocab_size": 2048, "hidden_size": 96, "layers": 3, "heads": 4, "max_length": 512, "sft_steps": 450,
-    "sft_batch_size": 32, "sft_max_tokens": 2048, "sft_learning_rate": 6e-3, "seed": 0,
-}  # fmt: skip
-_WARMUP = 0.05
-_BUCKET = 16  # batches whose rows are sorted by length together
+LONGEST = 512  # tokens of a conversation that are learned from
+MAX_TOKENS = 2048  # of a padded batch
+WARM_UP = 0.05
+BUCKET = 16  # batches whose rows are sorted by length together
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts` (so any text can be encoded), with the chat template above."""
-    special = [PAD, BOS, EOS, *ROLES]
-    smallest = len(special) + 256
-    if vocab_size < smallest:
-        raise StudyError(
-            "model.recipe.vocab_size", str(vocab_size), f"at least {smallest}: 256 bytes and {len(special)} marks"
-        )
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            min_frequency=2,
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
+    return made.train_bpe_tokenizer(texts, vocab_size, CHAT_TEMPLATE, SPECIAL, min_frequency=2)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> LlamaForCausalLM:
@@ -92,7 +64,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> LlamaForC
 
 
 def conversations(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST
 ) -> list[tuple[list[int], int]]:
     """(token ids, length of the prompt) of every chosen and rejected answer, cut to `max_length` tokens.
 
@@ -116,7 +88,7 @@ def conversations(
             "base model",
             f"no answer within {max_length} tokens in {len(pairs)} training pairs",
             "training pairs with answers",
-            "raise model.recipe.max_length or check the data set",
+            "check the data set",
         )
     return kept
 
@@ -127,9 +99,9 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
     while True:
         order = rng.sample(range(len(lengths)), len(lengths))
         epoch: list[list[int]] = []
-        for start in range(0, len(order), size * _BUCKET):
+        for start in range(0, len(order), size * BUCKET):
             batch: list[int] = []
-            for index in sorted(order[start : start + size * _BUCKET], key=lambda i: lengths[i]):
+            for index in sorted(order[start : start + size * BUCKET], key=lambda i: lengths[i]):
                 if batch and (len(batch) == size or (len(batch) + 1) * lengths[index] > max_tokens):
                     epoch.append(batch)
                     batch = []
@@ -149,41 +121,24 @@ def _loss(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], int]], pad: i
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[where]), inputs[:, 1:][where])
 
 
-def make_base(
-    pairs_train: Sequence[dict],
-    recipe: Mapping,
-    folder: Path,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> None:
-    """Makes tokenizer and model from the training pairs and saves both in `folder` (safetensors).
-
-    `recipe` may hold any key of DEFAULTS. `progress(step, total, loss)` is called after every step. The result is the
-    same for the same pairs, recipe and number of threads, and the caller's random state is left alone.
-    """
-    unknown = sorted(set(recipe) - set(DEFAULTS))
-    if unknown:
-        raise StudyError("model.recipe", f"unknown key {unknown[0]!r}", f"keys among {', '.join(DEFAULTS)}")
-    recipe = ChainMap(recipe, DEFAULTS)
-    texts = [m["content"] for pair in pairs_train for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
+def make_base(pairs: Sequence[dict], recipe: Mapping, folder: Path, on_step: made.OnStep = lambda *_: None) -> float:
+    """Make tokenizer and model from the training pairs and save both in `folder`; returns the closing loss. The result
+    is the same for the same pairs, recipe and number of threads, and the caller's random state is left alone."""
+    texts = [m["content"] for pair in pairs for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
     tokenizer = make_tokenizer(texts, recipe["vocab_size"])
-    rows = conversations(tokenizer, pairs_train, recipe["max_length"])
+    rows = conversations(tokenizer, pairs)
     model = make_model(tokenizer, recipe).train()
-    total = recipe["sft_steps"]
+    steps, parameters = recipe["sft_steps"], list(model.parameters())
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe["sft_learning_rate"], betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        parameters, lr=recipe["sft_learning_rate"], betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(_WARMUP * total), total)
-    batches = _batches(
-        [len(ids) for ids, _ in rows], recipe["sft_batch_size"], recipe["sft_max_tokens"], recipe["seed"]
-    )
-    for step in witness.batches("supervised fine-tuning of the made model", range(1, total + 1)):
-        loss = _loss(model, [rows[index] for index in next(batches)], tokenizer.pad_token_id)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if progress is not None:
-            progress(step, total, loss.item())
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    batches = _batches([len(ids) for ids, _ in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])
+
+    def loss() -> torch.Tensor:
+        return _loss(model, [rows[index] for index in next(batches)], tokenizer.pad_token_id)
+
+    closing = made.pretrain(loss, parameters, optimizer, schedule, steps, on_step)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return closing

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib import models, record
+from lib import hub, made, models, record
 from lib.td_dpo import base_model, baselines, data, generated
 from lib.td_dpo.reference import reference_logprobs
 from lib.td_dpo.tokens import encode_pairs, pad_token
-from lib.weights import hub, stand_in
 
 SPLITS = ("train", "validation", "test")
 
@@ -102,30 +101,19 @@ def pairs_of(run) -> tuple[dict, dict]:
 
 def base_of(run, pairs: list[dict], folder: Path) -> str:
     """Name or path of the base model; 'made' ones and stand-ins are made in `folder`/base."""
-    place = folder / "base"
-    if run.model.name == "made":
-        history, _ = record.recorder(folder)
-        (folder / "history.jsonl").unlink(missing_ok=True)
-        base_model.make_base(
-            pairs,
-            run.model.recipe.model_dump(),
-            place,
-            lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}),
-        )
-        return str(place)
-    if uses_stand_in(run):
-        texts = [
-            m["content"] for pair in pairs for m in itertools.chain(pair["prompt"], pair["chosen"], pair["rejected"])
-        ]
-        return str(stand_in.write_stand_in(run.model.name, place, texts))
-    return run.model.name
+    texts = [m["content"] for pair in pairs for m in itertools.chain(pair["prompt"], pair["chosen"], pair["rejected"])]
+    return made.base_model(
+        run,
+        folder,
+        texts,
+        lambda place, on_step: base_model.make_base(pairs, run.model.recipe.model_dump(), place, on_step),
+    )[0]
 
 
 def load_base(run, base: str, **options):
-    """The base model as the run trains it (quantisation, dtype, device). Stand-ins and made models know no revision."""
-    section = run.model.model_dump()
-    section |= {"name": base, "revision": None if Path(base).is_dir() else run.model.revision}
-    return models.load_model(section, **options)
+    """The base model as the run trains it (quantization, dtype, device)."""
+    keys = ("revision", "torch_dtype", "quantization", "trust_remote_code")
+    return models.load_causal_lm(base, **{key: getattr(run.model, key) for key in keys}, **options)
 
 
 def save_rows(path: Path, rows: dict[str, list[dict]]) -> None:

@@ -139,7 +139,7 @@ def policy(run, base: str, seed: int):
     # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
     storage = run.model.torch_dtype if distributed.world() > 1 and run.model.quantization == "nf4" else None
     model = inputs.load_base(run, base, quant_storage=storage)
-    return models.add_lora(model, run.model.peft, seed) if run.model.peft else model
+    return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
 
 def log_ratios(model, frozen, answers: list[dict]) -> list[float]:

@@ -11,10 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib import record
+from lib import hub, record
 from lib.errors import MissingError, StudyError
 from lib.run import keys
-from lib.weights import hub
 
 # FastChat's per-category sampling temperatures; what it does not name it samples at 0.7.
 TEMPERATURES = {
@@ -50,7 +49,7 @@ def _place(folder: Path, name: str) -> Path:
 def read(folder: str | Path) -> dict:
     """{"questions": {id: row}, "references": {id: two turns}, "prompts": {name: row}}; every fault names its file. A
     relative path is looked for in the working directory, then in the repository."""
-    folder = hub.local_path(str(folder), root=keys.ROOT) or Path(folder).expanduser()
+    folder = hub.local_path(str(folder)) or Path(folder).expanduser()
     for name in _FILES:
         if not _place(folder, name).is_file():
             raise MissingError(

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib import hub
 from lib.errors import StudyError
 from lib.td_dpo.pairs import BadRow, unpack
-from lib.weights import hub
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT_OF = {
@@ -212,7 +212,7 @@ def from_hub(name: str, revision: str | None) -> list[Source]:
 
 def find_sources(name: str, revision: str | None) -> list[Source]:
     """All rows of the named data set, file by file."""
-    path = hub.local_path(name, root=ROOT)
+    path = hub.local_path(name)
     if path is None:
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in SUFFIXES
         if looks_local or not hub.HUB_ID.match(name):

@@ -27,7 +27,7 @@ def random_llama(
 ) -> PreTrainedModel:
     """A Llama of `shape` (default: Llama-2-7b), in evaluation mode, as models.load_causal_lm would have loaded it.
 
-    At 7B it holds 13.5 GB for a moment before it is quantised; nothing goes through the disk.
+    At 7B it holds 13.5 GB for a moment before it is quantized; nothing goes through the disk.
     """
     place, dtype = torch.device(device) if device is not None else models.device(), models.dtype_of(torch_dtype)
     with torch.random.fork_rng(), torch.device(place):
@@ -44,7 +44,7 @@ def random_llama(
 
 
 def quantize(model: PreTrainedModel, dtype: torch.dtype, storage: torch.dtype) -> None:
-    """Every linear map but the head in NF4 with double quantisation, in place, one at a time."""
+    """Every linear map but the head in NF4 with double quantization, in place, one at a time."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     head = model.get_output_embeddings()

@@ -1,0 +1,189 @@
+"""Small models made on this machine: stand-ins for models of the hub, and the pretraining of a study's own tiny model.
+
+A stand-in has the architecture and chat format of its model, random weights and a tokenizer trained on the run's own
+texts: it exercises a YAML end to end where the hub cannot be reached (trial); what it produces means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    DebertaV2ForSequenceClassification,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+)
+
+from lib import hub, record, witness
+from lib.errors import StudyError
+
+OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
+
+# Formats of the models that are stood in for; each puts the beginning token itself, where the model has one.
+LLAMA2 = (
+    "{% set system = '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL = LLAMA2.replace("{{ bos_token + '[INST] '", "{{ (bos_token if loop.first else '') + '[INST] '")
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+QWEN_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+DEBERTA_TOKENS = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CAUSAL = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
+DEBERTA_V3 = {  # its relative attention, which decides which projections exist
+    "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "layer_norm_eps": 1e-7,
+}
+QWEN3 = {"num_key_value_heads": 2, "head_dim": 16, **CAUSAL}
+MISTRAL_7B = {"num_key_value_heads": 2, "sliding_window": None, **CAUSAL}
+FAMILIES = {  # beginning of the hub id -> (model class, its settings beside TINY, chat format, special tokens)
+    "meta-llama/": (LlamaForCausalLM, {"num_key_value_heads": 4, **CAUSAL}, LLAMA2, LLAMA_TOKENS),
+    "Qwen/Qwen3": (Qwen3ForCausalLM, QWEN3, CHATML, QWEN_TOKENS),
+    "mistralai/": (MistralForCausalLM, MISTRAL_7B, MISTRAL, LLAMA_TOKENS),
+    "microsoft/deberta-v3": (DebertaV2ForSequenceClassification, DEBERTA_V3, None, DEBERTA_TOKENS),
+}
+
+
+def train_bpe_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    chat_template: str | None = CHATML,
+    special_tokens: dict | None = None,
+    min_frequency: int = 0,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts` (any text can be encoded: all bytes are in its alphabet).
+
+    `special_tokens` maps names such as eos_token to strings; a [CLS]/[SEP] pair is put round every encoded text.
+    """
+    special = dict(special_tokens or QWEN_TOKENS)
+    names = [name for value in special.values() for name in ([value] if isinstance(value, str) else value)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(names) + len(alphabet):
+        least = f"at least {len(names) + len(alphabet)}: {len(alphabet)} bytes and {len(names)} special tokens"
+        raise StudyError("model.recipe.vocab_size", str(vocab_size), least)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=names,
+        initial_alphabet=alphabet,
+        min_frequency=min_frequency,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if "cls_token" in special:
+        first, last = special["cls_token"], special["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}",
+            pair=f"{first} $A {last} $B:1 {last}:1",
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in (first, last)],
+        )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="right", clean_up_tokenization_spaces=False, **special
+    )
+    wrapped.chat_template = chat_template
+    if wrapped.pad_token is None:
+        wrapped.pad_token = wrapped.unk_token or wrapped.eos_token
+    return wrapped
+
+
+def family(name: str) -> tuple:
+    """The entry of FAMILIES for a hub id, or an error that lists them."""
+    for beginning, entry in FAMILIES.items():
+        if name.startswith(beginning):
+            return entry
+    expected, fix = f"a model under {', '.join(FAMILIES)}", "add its family to lib/made.py, or run where the hub is"
+    raise StudyError(f"model.name = {name}", "no stand-in for this architecture", expected, fix)
+
+
+def stand_in(name: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **settings) -> PreTrainedModel:
+    """A tiny, randomly initialized model of the architecture of `name`; `settings` of its config, such as
+    num_labels=3."""
+    architecture, own, *_ = family(name)
+    ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = {key: value for key, value in ids.items() if value is not None}
+    config = architecture.config_class(**{**TINY, **own, "vocab_size": len(tokenizer), **ids, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return architecture(config).eval()
+
+
+def write_stand_in(
+    name: str, folder: str | Path, texts: Iterable[str], *, vocab_size: int = 1024, seed: int = 0, **settings
+) -> Path:
+    """Model and tokenizer of the stand-in saved in `folder`, which loads like any local model (4-bit too)."""
+    *_, chat_template, special = family(name)
+    tokenizer = train_bpe_tokenizer(texts, vocab_size, chat_template, special)
+    stand_in(name, tokenizer, seed=seed, **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def pretrain(
+    loss: Callable[[], Tensor],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    steps: int,
+    on_step: OnStep,
+) -> float:
+    """Take `steps` optimizer steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1; returns
+    the mean loss of the last tenth of the steps."""
+    losses = []
+    for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+        on_step(step, steps, losses[-1])
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def base_model(
+    run, folder: Path, texts: Iterable[str], make: Callable[[Path, OnStep], float]
+) -> tuple[str, float | None]:
+    """(name or folder of the run's base model, closing loss of its pretraining). Where its name is 'made',
+    `make(folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without the hub a stand-in
+    is made of `texts`."""
+    place = folder / "base"
+    if run.model.name == "made":
+        (folder / "history.jsonl").unlink(missing_ok=True)
+        history, _ = record.recorder(folder)
+        return str(place), make(place, lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
+    if run.mode == "trial" and hub.out_of_reach(run.model.name):
+        return str(write_stand_in(run.model.name, place, texts)), None
+    return run.model.name, None
