@@ -17,6 +17,7 @@ from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFas
 
 from lib import made
 
+SPECIAL = {key: made.DEBERTA_TOKENS[key] for key in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
 REPLACED = 0.15
 LONGEST = 64
 
@@ -25,8 +26,8 @@ def word_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     """Whole lower-case words and punctuation marks, the `vocab_size` most frequent ones."""
     split = pre_tokenizers.BertPreTokenizer()
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text.lower()))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(made.DEBERTA_TOKENS)]
-    vocabulary = {word: i for i, word in enumerate([*made.DEBERTA_TOKENS.values(), *ranked])}
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL)]
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *ranked])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -34,7 +35,7 @@ def word_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **made.DEBERTA_TOKENS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **SPECIAL)
 
 
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
