@@ -616,7 +616,7 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path):
 
 def test_relative_paths_work_from_any_directory(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "here" / "p.jsonl", [mix_row(i) for i in range(20)])
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(hub, "ROOT", tmp_path)
     assert sum(load(Path("here/p.jsonl"))[1]["rows"].values()) == 20
 
 
