@@ -12,7 +12,6 @@ import pytest
 
 from lib import hub
 from lib.errors import MissingError, StudyError
-from lib.td_dpo import sources
 from lib.td_dpo.baselines import bag_of_words_baseline, length_baseline
 from lib.td_dpo.data import carve, fingerprint, load_splits, prompt_key
 
