@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lib import config, record
+from lib.made import write_stand_in
 from lib.run import members, model_card
 from lib.td_dpo import generated, inputs, tokens, trainer
 from lib.weights import checkpoints
