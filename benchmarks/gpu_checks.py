@@ -27,12 +27,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import random_llama
-from lib import models, record
-from lib.run import footprint
-from lib.td_dpo import trainer
+from lib import models, record, training
+from lib.errors import OutOfMemory
+from lib.run import footprint, sharding
 from lib.td_dpo.logprobs import row_tokens
 from lib.td_dpo.reference import sequence_logprobs
-from lib.weights import distributed
+from lib.td_dpo.trainer import PreferenceTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -70,12 +70,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def measure(argument: dict) -> dict:
     """Train and measure, in this process or as one of a sharded job: {losses, pairs_per_second, ...}."""
     shape, cuda = argument["shape"], torch.cuda.is_available()
-    storage = "bfloat16" if distributed.world() > 1 and argument["quantization"] == "nf4" else None
+    storage = "bfloat16" if training.world() > 1 and argument["quantization"] == "nf4" else None
     base = random_llama.random_llama(shape, quantization=argument["quantization"], quant_storage=storage)
     model = models.add_lora(base, {"lora_r": argument["rank"], "target_modules": "all-linear"}, seed=1)
-    training = argument["training"]
+    section = argument["training"]
     rows = pairs(
-        training["max_steps"] * training["global_batch_size"],
+        section["max_steps"] * section["global_batch_size"],
         shape["vocab_size"],
         argument["longest"],
         argument["scale"],
@@ -84,21 +84,20 @@ def measure(argument: dict) -> dict:
         reference = {"train": sequence_logprobs(model, rows, pad=2)}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    history, timing = [], []
+    kind = sharding.sharded(PreferenceTrainer) if training.world() > 1 else PreferenceTrainer
     with tempfile.TemporaryDirectory() as folder:
-        trainer.train_pairs(
+        kind(
             model,
             tokenizer(),
             rows,
             [],
             reference,
             loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-            training=training,
+            training=section,
             seed=1,
             folder=folder,
-            on_record=history.append,
-            on_timing=timing.append,
-        )
+        ).fit()
+        history, timing = (record.read_jsonl(Path(folder) / f"{name}.jsonl") for name in ("history", "timing"))
     timed = timing[WARM_UP:] or timing
     return {
         "losses": [row["loss"] for row in history if "loss" in row],
@@ -137,10 +136,8 @@ def checks(small: bool, steps: int) -> list[dict]:
             continue
         now, started = {**argument, "quantization": quantization}, time.monotonic()
         try:
-            found = (
-                measure(now) if processes == 1 else distributed.launch("benchmarks.gpu_checks:measure", now, processes)
-            )
-        except (torch.OutOfMemoryError, trainer.OutOfMemory) as error:
+            found = measure(now) if processes == 1 else sharding.launch("benchmarks.gpu_checks:measure", now, processes)
+        except (torch.OutOfMemoryError, OutOfMemory) as error:
             found = {"left_out": str(error).splitlines()[0]}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 `naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`:
 trl.DPOTrainer.train() with its reference log-probabilities precomputed; `trl_completions`: the same with its head made
 to score completion tokens only, which TRL itself does on CUDA and not on the CPU. `ours`:
-lib.td_dpo.trainer.train_pairs. All draw the same adapters and see the same pairs in the same optimiser steps. The gate
+lib.td_dpo.trainer.PreferenceTrainer. All draw the same adapters and see the same pairs in the same optimiser steps. The gate
 between two steps is the trainers' own log call, so a step is a whole turn of their loop: data, collation, forward,
 backward, optimiser, metrics, record.
 """
@@ -30,7 +30,7 @@ from benchmarks.gpu_checks import tokenizer
 from lib import models
 from lib.td_dpo.logprobs import keep_4bit_differentiable
 from lib.td_dpo.reference import sequence_logprobs
-from lib.td_dpo.trainer import train_pairs
+from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import SeededOrder
 
 PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
@@ -85,7 +85,14 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
     with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
         reference = sequence_logprobs(model, spec["rows"], pad=PAD)
     gate.ready(now() - started)
-    train_pairs(
+
+    class Passing(PreferenceTrainer):
+        def write(self, row):
+            super().write(row)
+            if "loss" in row:
+                gate.passed(row["loss"])
+
+    Passing(
         model,
         tokenizer(),
         spec["rows"],
@@ -95,8 +102,7 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
         training={**_arguments(spec), "global_batch_size": spec["batch"]},
         seed=SEED,
         folder=folder,
-        on_record=lambda row: gate.passed(row["loss"]),
-    )
+    ).fit()
 
 
 class Stock(DPOTrainer):

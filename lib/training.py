@@ -1,16 +1,63 @@
-"""What every study's trainer (a subclass of transformers.Trainer) shares: batch order, intervals, random state."""
+"""What the trainings of all studies share: a transformers.Trainer that records every step and resumes bit for bit.
+
+A study subclasses StudyTrainer and supplies its loss, what a step and an evaluation record, and whatever else a
+resumed run must remember. Order, history, divergence, checkpoints and resume are here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
+import os
 import random
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+import torch.distributed as dist
+from peft import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, load_model, save_file
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from lib import record, witness
+
+MARKER = "complete.json"  # written last and fsynced: without it a folder is the remains of a kill inside a save
+STATE = "state.pt"  # of a checkpoint: what a study remembers beside its weights
+
+# ---- the processes of one training (one, but for a sharded model: lib/run/sharding.py) ----
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(value: Any) -> list:
+    """The processes' values, by rank."""
+    if world() == 1:
+        return [value]
+    values: list = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, which alone calls it, on every rank: for what changes files."""
+    return gathered(function() if rank() == 0 else None)[0]
+
+
+# ---- order and random state ----
 
 
 class SeededOrder(torch.utils.data.Sampler):
@@ -29,9 +76,371 @@ class SeededOrder(torch.utils.data.Sampler):
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
+@contextlib.contextmanager
+def untouched_rng(device: torch.device) -> Iterator[None]:
+    """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+# ---- checkpoints: complete, or they do not count ----
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def mark_complete(checkpoint: Path, state: dict) -> None:
+    """Force everything in `checkpoint` to disk, then write its marker holding `state`."""
+    for file in checkpoint.iterdir():
+        _fsync(file)
+    record.write_json(checkpoint / MARKER, state)
+    _fsync(checkpoint)
+    _fsync(checkpoint.parent)
+
+
+def read_marker(checkpoint: Path) -> dict | None:
+    """The state a complete checkpoint was marked with; None where it is not complete."""
+    return record.read_json(checkpoint / MARKER)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its marker first, so that a kill half-way leaves nothing that counts."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    _fsync(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def checkpoint_folders(folder: str | os.PathLike) -> list[Path]:
+    """All checkpoint folders under `folder`, complete or not, by step."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The complete checkpoint with the highest step under `folder` (a member's `checkpoints`), or None."""
+    return next((p for p in reversed(checkpoint_folders(folder)) if read_marker(p) is not None), None)
+
+
+def keep_last_and_best(place: Path, last: Path, best_step: int | None) -> None:
+    """Remove every other checkpoint."""
+    for other in checkpoint_folders(place):
+        if other != last and other.name != f"checkpoint-{best_step}":
+            remove_checkpoint(other)
+
+
+def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
+    """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is
+    removed, and so is what a kill between a save and its tidying left: only the last and its best are kept."""
+    found = None
+    for folder in checkpoint_folders(place):
+        marker = read_marker(folder)
+        if marker is None or marker["fingerprint"] != fingerprint:
+            remove_checkpoint(folder)
+        else:
+            found = folder
+    if found is not None:
+        keep_last_and_best(place, found, read_marker(found).get("best_step"))
+    return found
+
+
+def truncate_history(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines history up to and with `step`; a half-written last line goes too. Atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    record.write_text(path, "".join(kept))
+
+
+def resume_point(folder: Path, fingerprint: str) -> Path | None:
+    """The checkpoint that the member in `folder` goes on from; its histories are cut back to it."""
+    checkpoint = usable_checkpoint(folder / "checkpoints", fingerprint)
+    for name in ("history.jsonl", "timing.jsonl"):
+        truncate_history(folder / name, -1 if checkpoint is None else read_marker(checkpoint)["step"])
+    return checkpoint
+
+
+def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.Module:
+    """Load the weights that transformers or PEFT saved (all, or the adapter) into `model`, in place."""
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device=str(model.device)))
+    else:
+        load_model(model, str(Path(checkpoint) / "model.safetensors"), device=str(model.device))
+    return model
+
+
+def fingerprint(*identity: Any) -> str:
+    """A digest of everything that a checkpoint must have been made under for a run to go on from it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# ---- training ----
+
+
+@dataclass
+class Outcome:
+    """How a training ended. `step`: steps done, or the step that diverged. `best_step` and `best`: the checkpoint of
+    the best evaluation (the earliest of equals), None where none is chosen."""
+
+    status: str  # completed | diverged
+    step: int
+    best_step: int | None = None
+    best: Path | None = None
+
+
+def arguments(folder: Path, *, steps: int, seed: int, device: torch.device, kind: type = TrainingArguments, **values):
+    """transformers' arguments for a member in `folder`, with everything off that prints, saves or evaluates by
+    itself."""
+    fixed = {
+        "output_dir": str(Path(folder) / "checkpoints"),
+        "max_steps": steps,
+        "seed": seed,
+        "use_cpu": device.type == "cpu",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+    }
+    return kind(**fixed | values)
+
+
+class _Events(TrainerCallback):
+    """transformers' events as methods of the trainer."""
+
+    def __init__(self, trainer: StudyTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **_):
+        if witness.FOLDER:
+            number = (state.global_step + 1) * args.gradient_accumulation_steps
+            witness.tell("batch", phase="training", number=number)
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.trainer.before_update()
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self.trainer.after_update()
+
+    def on_step_end(self, args, state, control, **_):
+        self.trainer.schedule()
+        if record.stopping() and self.trainer.diverged_at is None:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **_):
+        if record.stopping() and not self.trainer.finished():
+            print(f"asked to stop: step {state.global_step} is saved", flush=True)
+            record.stop()
+
+
+class StudyTrainer(Trainer):
+    """A transformers.Trainer (also in front of a subclass of it: `class X(StudyTrainer, DPOTrainer)`) whose run is a
+    record: history.jsonl and timing.jsonl in the member's `folder`, complete checkpoints in its `checkpoints`.
+
+    A study supplies `compute_loss`, `measure` and `validate`, and where it needs them the hooks below these.
+    """
+
+    best_metric: str | None = None  # of `validate`: the highest value's checkpoint is kept as the best
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rows,
+        collate: Callable[[list], dict],
+        args: TrainingArguments,
+        *,
+        folder: str | Path,
+        fingerprint: str,
+        eval_steps: int | None = None,
+        save_steps: int | None = None,
+        log_every: int | None = None,
+        **options,
+    ):
+        self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
+        self.eval_steps, self.save_steps = eval_steps, save_steps
+        self.started = 0.0
+        self.diverged_at: int | None = None
+        self.best_step: int | None = None
+        self.best_value: float | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[_Events(self)],
+            **options,
+        )
+        self.remove_callback(PrinterCallback)
+
+    # -- what a study supplies
+
+    def measure(self) -> dict:
+        """What history holds of the step that has just ended: at least its `loss`."""
+        return {}
+
+    def throughput(self, seconds: float) -> dict:
+        """What timing.jsonl holds of the step besides its seconds."""
+        return {}
+
+    def validate(self) -> dict:
+        """What history holds of an evaluation; its random numbers do not touch the training's."""
+        return {}
+
+    def begin(self) -> None:
+        """Before the first step of a run that starts from nothing."""
+
+    def before_update(self) -> None:
+        """Between the last backward pass of a step and the optimizer."""
+
+    def after_update(self) -> None:
+        """Between the optimizer and the clearing of gradients."""
+
+    def schedule(self) -> None:
+        """Decide after a step whether to evaluate and save: at the intervals (None: not in between) and at the end."""
+        step = self.state.global_step
+
+        def due(every: int | None) -> bool:
+            return self.finished() or bool(every and step % every == 0)
+
+        self.control.should_evaluate, self.control.should_save = due(self.eval_steps), due(self.save_steps)
+
+    def finished(self) -> bool:
+        """Whether the step that has just ended was the last one."""
+        return self.state.global_step >= self.args.max_steps
+
+    def extra_state(self) -> dict:
+        """What a resumed run needs besides weights, optimizer, schedule and random state (plain values, tensors)."""
+        return {}
+
+    def load_extra_state(self, state: dict) -> None:
+        """Take over what `extra_state` returned when the checkpoint was saved."""
+
+    # -- running
+
+    def fit(self) -> Outcome:
+        """Train from the last complete checkpoint of this fingerprint, else from the start; a finished run is loaded."""
+        transformers_logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
+        checkpoint = on_first(lambda: resume_point(self.folder, self.fingerprint))
+        marker = read_marker(checkpoint) if checkpoint else {}
+        self.best_step, self.best_value = marker.get("best_step"), marker.get("best_value")
+        if marker.get("done"):
+            self._load_from_checkpoint(str(checkpoint))
+            self.state.global_step = marker["step"]
+        else:
+            if checkpoint is None:
+                self.begin()
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        best = None if self.best_step is None else Path(self.args.output_dir) / f"checkpoint-{self.best_step}"
+        if self.diverged_at is not None:
+            return Outcome("diverged", self.diverged_at, self.best_step, best)
+        return Outcome("completed", self.state.global_step, self.best_step, best)
+
+    def diverge(self) -> None:
+        """End the run here; a diverged model is neither evaluated nor saved."""
+        self.diverged_at = self.state.global_step
+        self.control.should_training_stop = True
+        self.control.should_evaluate = self.control.should_save = False
+
+    def write(self, row: dict) -> None:
+        """Append a row to the member's history; every `log_every` steps print a line."""
+        if rank() > 0:
+            return
+        record.append_jsonl(self.folder / "history.jsonl", row)
+        if self.log_every and row.get("loss") is not None and row["step"] % self.log_every == 0:
+            print(f"step {row['step']}/{self.args.max_steps} loss {row['loss']:.4f}", flush=True)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.started = time.perf_counter()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def log(self, logs, start_time=None):
+        if "grad_norm" not in logs:  # transformers' closing summary
+            return
+        measured, gradient_norm = self.measure(), float(logs["grad_norm"])
+        # `measure` waits for the device, so its work is included; a clock may stand still (coarse, or suspended)
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        where = {"step": self.state.global_step, "epoch": self.state.epoch}
+        self.write({**where, **measured, "grad_norm": gradient_norm, "learning_rate": logs["learning_rate"]})
+        rates = self.throughput(seconds)
+        if rank() == 0:
+            row = {"step": self.state.global_step, "seconds": seconds, **rates}
+            record.append_jsonl(self.folder / "timing.jsonl", row)
+        if not (math.isfinite(measured["loss"]) and math.isfinite(gradient_norm)):
+            self.diverge()
+
+    def evaluate(self, *_, **__):
+        """Write down `validate`; a new best asks for a checkpoint."""
+        self.control.should_evaluate = False
+        with untouched_rng(self.model.device):
+            measured = self.validate()
+        if measured:
+            self.write({"step": self.state.global_step, **measured})
+        value = measured.get(self.best_metric)
+        if value is not None and (self.best_value is None or value > self.best_value):
+            self.best_step, self.best_value = self.state.global_step, value
+            self.control.should_save = True
+        self.model.train()
+        return {}
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+
+    def floating_point_ops(self, inputs):
+        return 0  # transformers counts all parameters at every step for a figure nobody reads
+
+    # -- saving
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Exactly the trained parameters (PEFT's own form cuts AdaLoRA's matrices: a resumed run would differ)."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / "model.safetensors")
+        torch.save(self.extra_state(), folder / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        assert set(saved) == set(trained), "a checkpoint of other parameters"
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                trained[name].copy_(tensor)
+        self.load_extra_state(torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True))
+
+    def _save_checkpoint(self, model, trial):
+        Trainer._save_checkpoint(self, model, trial)  # without the model card that TRL writes every time
+        gathered(None)  # every process has written its part
+        on_first(self._complete_checkpoint)
+
+    def _complete_checkpoint(self) -> None:
+        place, step = Path(self.args.output_dir), self.state.global_step
+        checkpoint = place / f"checkpoint-{step}"
+        marker = {"step": step, "fingerprint": self.fingerprint, "done": self.finished()}
+        mark_complete(checkpoint, {**marker, "best_step": self.best_step, "best_value": self.best_value})
+        keep_last_and_best(place, checkpoint, self.best_step)
+
+
+# ---- until iw_lora's trainer is a StudyTrainer ----
+
+
 class Intervals(TrainerCallback):
-    """Evaluate and save every so many optimiser steps (None: not in between) and always at the last one. A member that
-    is asked to stop (lib.record.stopping) saves after the step it is in and ends."""
+    """Evaluate and save every so many optimizer steps (None: not in between) and always at the last one."""
 
     def __init__(self, eval_steps: int | None, save_steps: int | None):
         self.eval_steps, self.save_steps = eval_steps, save_steps
@@ -55,7 +464,7 @@ class Intervals(TrainerCallback):
 
 
 def told(on_record: Callable[[dict], None], every: int | None, steps: int) -> Callable[[dict], None]:
-    """`on_record` that also prints a plain line to the member's log every so many steps (`training.logging_steps`)."""
+    """`on_record` that also prints a plain line to the member's log every so many steps."""
 
     def tell(row: dict) -> None:
         on_record(row)
@@ -63,13 +472,3 @@ def told(on_record: Callable[[dict], None], every: int | None, steps: int) -> Ca
             print(f"step {row['step']}/{steps} loss {row['loss']:.4f}", flush=True)
 
     return tell
-
-
-@contextlib.contextmanager
-def untouched_rng(device: torch.device) -> Iterator[None]:
-    """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -15,9 +15,8 @@ def _die_once(marker: str) -> None:
 def killed_member(argument: dict) -> None:
     """lib.run.work.train, killed right after step `kill_at` is in its history, or inside the save of a
     checkpoint."""
-    from lib import record
+    from lib import record, training as checkpoints
     from lib.run import work
-    from lib.weights import checkpoints
 
     marker, kill_at = argument["marker"], argument["kill_at"]
     append, mark = record.append_jsonl, checkpoints.mark_complete
@@ -132,13 +131,13 @@ class Hook(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
         def patched(module):
             execute(module)
-            train = module.train_pairs
-            def train_pairs(*arguments, seed, **options):
+            made = module.PreferenceTrainer.__init__
+            def init(self, *arguments, seed, **options):
                 if seed == 2:
                     from tests.faults import no_memory_at
                     no_memory_at(module, 3)
-                return train(*arguments, seed=seed, **options)
-            module.train_pairs = train_pairs
+                made(self, *arguments, seed=seed, **options)
+            module.PreferenceTrainer.__init__ = init
         spec.loader.exec_module = patched
         return spec
 

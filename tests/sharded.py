@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from lib import models
-from lib.td_dpo import reference, trainer
-from lib.weights import distributed
+from lib import models, training
+from lib.run import sharding
+from lib.td_dpo import reference
+from lib.td_dpo.trainer import PreferenceTrainer
 
 
 def model_of(argument: dict, *, sharded: bool):
@@ -30,30 +31,31 @@ def train(argument: dict) -> dict:
     given = json.loads(Path(argument["rows"]).read_text())
     folder = Path(argument["folder"])
     folder.mkdir(exist_ok=True, parents=True)
-    model = model_of(argument, sharded=distributed.world() > 1)
+    model = model_of(argument, sharded=training.world() > 1)
     whole = {name: p.numel() for name, p in model.named_parameters()}
     tables = {split: torch.tensor(given["reference"][split]) for split in ("train", "validation")}
     held = {}
 
-    def history(row):
-        with open(folder / "history.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if row["step"] == argument.get("fail_at") and not (folder / "failed").exists():
-            (folder / "failed").touch()
-            raise ValueError("seven is not a prime of two")
-        if row["step"] == argument.get("die_at") and not (folder / "failed").exists():
-            (folder / "failed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    class Trainer(PreferenceTrainer):
+        def write(self, row):
+            super().write(row)
+            if training.rank() == 0 and row["step"] == argument.get("fail_at") and not (folder / "failed").exists():
+                (folder / "failed").touch()
+                raise ValueError("seven is not a prime of two")
+            if training.rank() == 0 and row["step"] == argument.get("die_at") and not (folder / "failed").exists():
+                (folder / "failed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def look(step, policy):
-        if distributed.world() > 1:
-            distributed.backbone(policy).reshard()
+        if training.world() > 1:
+            sharding.backbone(policy).reshard()
         for name, p in policy.named_parameters():
             local = p.to_local() if hasattr(p, "to_local") else p
             held[name] = local.numel()
         return {}
 
-    outcome = trainer.train_pairs(
+    kind = sharding.sharded(Trainer) if training.world() > 1 else Trainer
+    outcome = kind(
         model,
         models.load_tokenizer(argument["model"]),
         given["train"],
@@ -63,10 +65,9 @@ def train(argument: dict) -> dict:
         training=argument["training"],
         seed=3,
         folder=folder,
-        on_record=history,
         on_evaluate=look,
-    )
-    return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": distributed.gathered(held)}
+    ).fit()
+    return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": training.gathered(held)}
 
 
 def scores(model, rows: list[dict]) -> list:

@@ -16,9 +16,8 @@ import torch
 from lib import config, models
 from lib.errors import MissingError
 from lib.made import write_stand_in
-from lib.run import members
+from lib.run import members, sharding
 from lib.td_dpo import tokens
-from lib.weights import distributed
 from tests import sharded
 from tests.conftest import ROOT, gone, until
 from tests.test_engine import make_pairs
@@ -71,7 +70,7 @@ def test_two_processes_train_as_one_fail_aloud_and_resume_in_two_and_in_one(job,
     }  # also cut by length here, which `one` was not
     broken = {**argument, "folder": str(tmp_path / "two"), "fail_at": 5}
     with pytest.raises(ValueError, match="seven is not a prime of two"):
-        distributed.launch("tests.sharded:train", broken, 2)
+        sharding.launch("tests.sharded:train", broken, 2)
     assert "ValueError: seven is not a prime of two" in capfd.readouterr().out, "its output was streamed"
     assert_same(history(tmp_path / "two"), expected[: len(history(tmp_path / "two"))], 1e-5)
     assert history(tmp_path / "two")[-1]["step"] == 5
@@ -83,7 +82,7 @@ def test_two_processes_train_as_one_fail_aloud_and_resume_in_two_and_in_one(job,
     sharded.train({**argument, "folder": str(tmp_path / "resumed")})
     assert_same(history(tmp_path / "resumed"), expected, 1e-5)
 
-    told = distributed.launch("tests.sharded:train", broken, 2)
+    told = sharding.launch("tests.sharded:train", broken, 2)
     assert (told["status"], told["step"]) == ("completed", 6)
     assert_same(history(tmp_path / "two"), expected, 1e-5)
     layers = [name for name in told["whole"] if ".layers." in name]
@@ -96,17 +95,7 @@ def test_fewer_gpus_than_processes_is_one_line_that_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(MissingError, match="1 GPUs given to this member"):
-        distributed.launch("tests.sharded:train", {}, 2)
-
-
-def test_rows_are_shared_out_once_each(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(list(range(7))))
-    assert sorted(sum(shares, [])) == list(range(7))
-    assert distributed.share([0]) == [], "the last process has nothing of a batch of one"
+        sharding.launch("tests.sharded:train", {}, 2)
 
 
 @pytest.mark.slow
@@ -119,14 +108,14 @@ def test_bfloat16_with_checkpointed_activations_is_within_its_rounding(job, tmp_
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     argument["rows"] = str(tmp_path / "rows.json")
     sharded.train({**argument, "folder": str(tmp_path / "one")})
-    distributed.launch("tests.sharded:train", {**argument, "folder": str(tmp_path / "two")}, 2)
+    sharding.launch("tests.sharded:train", {**argument, "folder": str(tmp_path / "two")}, 2)
     assert_same(history(tmp_path / "two"), history(tmp_path / "one"), 0.05)
 
 
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "long"), "training": {**TRAINING, "max_steps": 100_000}}
-    code = f"from lib.weights import distributed; distributed.launch('tests.sharded:train', {argument!r}, 2)"
+    code = f"from lib.run import sharding; sharding.launch('tests.sharded:train', {argument!r}, 2)"
     launcher = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
     )
@@ -141,7 +130,7 @@ def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
 @pytest.mark.slow
 def test_a_lost_process_is_started_once_more(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "lost"), "die_at": 5}
-    told = distributed.launch("tests.sharded:train", argument, 2)
+    told = sharding.launch("tests.sharded:train", argument, 2)
     assert told["step"] == 6
     assert_same(history(tmp_path / "lost"), history(job[1] / "one"), 1e-5)
 

@@ -17,13 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib import training
+from lib import record, training as runs
 from lib.errors import StudyError
 from lib.td_dpo import head, logprobs, reference, tokens, trainer as engine
-from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.cost import step_cost
-from lib.td_dpo.objective import reference_columns, with_reference
-from lib.weights import checkpoints
+from lib.td_dpo.objective import pair_scores, reference_columns, with_reference
+from lib.td_dpo.trainer import PreferenceTrainer, steps_and_accumulation
 
 WORDS = [
     a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]
@@ -132,22 +131,20 @@ def references(model):
 REFERENCE = references(make_model())
 
 
-def train(
-    folder, *, model=None, loss=DPO, seed=3, on_record=None, rows=ROWS, table=REFERENCE, options=None, **training
-):
-    """One training of the tiny model; returns the outcome and its records, which also go to folder/history.jsonl."""
+def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, table=REFERENCE, options=None, **training):
+    """One training of the tiny model; returns the outcome and the records that it wrote itself."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     records = []
 
-    def record(line):
-        records.append(line)
-        with open(folder / "history.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        if on_record:
-            on_record(line)
+    class Trainer(PreferenceTrainer):
+        def write(self, row):
+            super().write(row)
+            records.append(record.finite(row))
+            if on_write:
+                on_write(row)
 
-    outcome = engine.train_pairs(
+    trainer = Trainer(
         model or make_model(),
         TOKENIZER,
         rows,
@@ -157,10 +154,9 @@ def train(
         training=TRAINING | training,
         seed=seed,
         folder=folder,
-        on_record=record,
         **(options or {}),
     )
-    return outcome, records
+    return trainer.fit(), records
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -526,13 +522,16 @@ HISTORY = [
 
 
 def test_training_learns_and_records_every_step(tmp_path):
-    timings = []
+    model = make_model()
     outcome, records = train(
         tmp_path,
+        model=model,
         loss={"name": "td_dpo_anchored", "beta": 0.01, "tau": 1.0},
         max_steps=30,
-        options={"on_timing": timings.append, "on_evaluate": lambda step, model: {"sampled_kl": 1.0}},
+        options={"on_evaluate": lambda step, model: {"sampled_kl": 1.0}},
     )
+    timings = record.read_jsonl(tmp_path / "timing.jsonl")
+    assert record.read_jsonl(tmp_path / "history.jsonl") == records
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "loss" not in r]
     assert outcome.status == "completed"
@@ -551,7 +550,7 @@ def test_training_learns_and_records_every_step(tmp_path):
     assert steps[-1]["margin"] > 3
     assert steps[-1]["anchor_loss"] > 0
     assert steps[-1]["loss"] == pytest.approx(steps[-1]["preference_loss"] + steps[-1]["anchor_loss"], rel=1e-5)
-    scores = engine.pair_scores(outcome.model, VALIDATION, REFERENCE["validation"])
+    scores = pair_scores(model, VALIDATION, REFERENCE["validation"])
     assert sum(s["rho"] for s in scores) / 16 == pytest.approx(evaluations[-1]["validation_margin"], rel=1e-4)
     assert sum(s["delta"] > 0 for s in scores) / 16 == evaluations[-1]["validation_raw_accuracy"]
 
@@ -562,10 +561,10 @@ def test_the_best_checkpoint_is_kept_and_gives_its_metric_back(tmp_path):
     best = max(evaluations, key=evaluations.get)
     assert outcome.best_step == best
     assert outcome.best == tmp_path / "checkpoints" / f"checkpoint-{best}"
-    kept = {int(p.name[11:]) for p in checkpoints.checkpoint_folders(tmp_path / "checkpoints")}
+    kept = {int(p.name[11:]) for p in runs.checkpoint_folders(tmp_path / "checkpoints")}
     assert kept == {best, 14}
-    model = engine.load_checkpoint(make_model(seed=4), outcome.best)
-    scores = engine.pair_scores(model, VALIDATION, REFERENCE["validation"])
+    model = runs.load_checkpoint(make_model(seed=4), outcome.best)
+    scores = pair_scores(model, VALIDATION, REFERENCE["validation"])
     assert sum(s["rho"] > 0 for s in scores) / 16 == evaluations[best]
 
 
@@ -673,7 +672,7 @@ def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
     first = lengths("dpo", 42)
     assert first == lengths("td_dpo", 42) == lengths("ipo", 42) != lengths("dpo", 43)
     assert first[:5] != first[5:]  # 40 pairs in batches of 8: a new order in the second epoch
-    order = training.SeededOrder(40, 42)
+    order = runs.SeededOrder(40, 42)
     assert sorted(order) == list(range(40))
     assert list(order) == list(order)
 
@@ -681,7 +680,8 @@ def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
 @pytest.mark.parametrize("loss", [{"name": "discopop_card", "beta": 60.0}, {"name": "dpo", "beta": 0.1}])
 def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
     rate = 1.0 if loss["name"] == "discopop_card" else 1e30
-    outcome, records = train(tmp_path, loss=loss, learning_rate=rate, max_grad_norm=None, max_steps=30)
+    model = make_model()
+    outcome, records = train(tmp_path, model=model, loss=loss, learning_rate=rate, max_grad_norm=None, max_steps=30)
     steps = [r for r in records if "loss" in r]
     assert outcome.status == "diverged"
     assert outcome.step == steps[-1]["step"] < 30
@@ -689,15 +689,14 @@ def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in steps[:-1])
     assert records[-1] is steps[-1]  # neither evaluated nor saved afterwards
     assert all(
-        s["rho"] is None or math.isfinite(s["rho"])
-        for s in engine.pair_scores(outcome.model, VALIDATION, REFERENCE["validation"])
+        s["rho"] is None or math.isfinite(s["rho"]) for s in pair_scores(model, VALIDATION, REFERENCE["validation"])
     )
 
 
 def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     loss = {"name": "td_dpo", "beta": 0.0, "tau": 0.5, "average_log_probs": True}
     _, records = train(tmp_path, loss=loss, options={"max_batches": 1})
-    rows = [ROWS[i] for i in list(training.SeededOrder(40, 3))[:8]]
+    rows = [ROWS[i] for i in list(runs.SeededOrder(40, 3))[:8]]
     table = reference.sequence_logprobs(make_model(), rows)
     delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
         [len(r["rejected_ids"]) for r in rows]
@@ -762,9 +761,7 @@ def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
     assert "ref" not in model.peft_config
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    twin = engine.load_checkpoint(
-        with_adapter(make_model()), checkpoints.last_complete_checkpoint(tmp_path / "checkpoints")
-    )
+    twin = runs.load_checkpoint(with_adapter(make_model()), runs.last_complete_checkpoint(tmp_path / "checkpoints"))
     torch.testing.assert_close(
         reference.sequence_logprobs(twin, VALIDATION), reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0
     )
@@ -842,14 +839,14 @@ def undisturbed(request, tmp_path_factory):
 
 def assert_same_run(folder, undisturbed):
     assert (folder / "history.jsonl").read_text() == (undisturbed / "history.jsonl").read_text()
-    last = [checkpoints.last_complete_checkpoint(f / "checkpoints") for f in (folder, undisturbed)]
+    last = [runs.last_complete_checkpoint(f / "checkpoints") for f in (folder, undisturbed)]
     assert last[0].name == last[1].name == "checkpoint-10"
     weights = next(p.name for p in last[0].glob("*.safetensors"))
     assert (last[0] / weights).read_bytes() == (last[1] / weights).read_bytes()
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         a, b = (torch.load(f / name, weights_only=False) for f in last)
         assert str(a) == str(b), name
-    assert checkpoints.read_marker(last[0]) == checkpoints.read_marker(last[1])
+    assert runs.read_marker(last[0]) == runs.read_marker(last[1])
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 8, 10])
@@ -857,7 +854,7 @@ def test_resume_after_a_kill_is_bit_identical(tmp_path, undisturbed, step):
     build, folder = undisturbed
 
     def killed():
-        train(tmp_path, model=build(), on_record=lambda r: r["step"] == step and die())
+        train(tmp_path, model=build(), on_write=lambda r: r["step"] == step and die())
 
     assert in_child(killed) == -signal.SIGKILL
     outcome, records = train(tmp_path, model=build())
@@ -872,7 +869,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside)
     build, folder = undisturbed
 
     def killed():
-        owner = checkpoints if inside == "mark_complete" else engine.PreferenceTrainer
+        owner = runs if inside == "mark_complete" else engine.PreferenceTrainer
         real, calls = getattr(owner, inside), []
 
         def dies_the_second_time(*args, **kwargs):
@@ -883,21 +880,22 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside)
         train(tmp_path, model=build())
 
     assert in_child(killed) == -signal.SIGKILL
-    folders = checkpoints.checkpoint_folders(tmp_path / "checkpoints")
+    folders = runs.checkpoint_folders(tmp_path / "checkpoints")
     assert len(folders) == 2
-    assert checkpoints.last_complete_checkpoint(tmp_path / "checkpoints") == folders[0]
+    assert runs.last_complete_checkpoint(tmp_path / "checkpoints") == folders[0]
     _, records = train(tmp_path, model=build())
     assert records[0]["step"] == 4
     assert_same_run(tmp_path, folder)
 
 
 def test_a_finished_run_is_loaded_not_trained(tmp_path):
-    first, _ = train(tmp_path)
-    again, records = train(tmp_path)
+    models = make_model(), make_model()
+    first, _ = train(tmp_path, model=models[0])
+    again, records = train(tmp_path, model=models[1])
     assert again.step == 10
     assert again.best_step == first.best_step
     assert not records
-    assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
 
 
 def test_other_intervals_of_saves_and_log_lines_go_on_from_the_same_checkpoints(tmp_path):
@@ -913,14 +911,12 @@ def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):
     assert outcome.step == 10
     kept = [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert kept == [r["step"] for r in records]
-    outcome, records = train(tmp_path, loss={"name": "dpo", "beta": 0.2}, options={"resume": False})
-    assert records[0]["step"] == 1
 
 
 def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n{"step": 3}\n{"step": 1, "lo')
-    checkpoints.truncate_history(path, 2)
+    runs.truncate_history(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n'
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 
+from lib import training as checkpoints
 from lib.iw_lora import adapters, trainer
 from lib.iw_lora.sections import Training
-from lib.weights import checkpoints
 from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, rows
 
 

@@ -176,22 +176,22 @@ def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_so
 
 def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_path):
     """Found by the fourth of a hundred faults: the last checkpoint was saved, the older ones not yet removed."""
-    from lib.weights import checkpoints
+    from lib import training as checkpoints
 
     for step in (2, 4, 6, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()
         checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", {"step": step, "fingerprint": "f", "best_step": 4})
     (tmp_path / "checkpoint-10").mkdir()  # killed inside its save
-    assert checkpoints.usable(tmp_path, "f") == tmp_path / "checkpoint-8"
+    assert checkpoints.usable_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-8"
     assert [p.name for p in checkpoints.checkpoint_folders(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
-    assert checkpoints.usable(tmp_path, "another") is None
+    assert checkpoints.usable_checkpoint(tmp_path, "another") is None
     assert checkpoints.checkpoint_folders(tmp_path) == []
 
 
 def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
     """Markers and histories are written like every other file, so that what a kill leaves has the name that is
     swept."""
-    from lib.weights import checkpoints
+    from lib import training as checkpoints
 
     for what in ("mark", "cut"):
         folder = tmp_path / what

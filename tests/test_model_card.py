@@ -6,11 +6,10 @@ import re
 import pytest
 import yaml
 
-from lib import config, record
+from lib import config, record, training as checkpoints
 from lib.made import write_stand_in
 from lib.run import members, model_card
-from lib.td_dpo import generated, inputs, tokens, trainer
-from lib.weights import checkpoints
+from lib.td_dpo import generated, inputs, objective, tokens
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -31,7 +30,7 @@ def trained(tiny, monkeypatch):
 
 def scores(model, given) -> dict:
     """The metrics of the test pairs, as lib/td_dpo/member.py measures them."""
-    rows = trainer.pair_scores(
+    rows = objective.pair_scores(
         model, given.rows["test"], given.reference["test"], pad=tokens.pad_token(given.tokenizer)
     )
     return {

@@ -196,7 +196,7 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         assert order.index(("wide", "running")) < order.index(("narrow", "running"))
         too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
         too_wide.slots = (
-            8  # more than there are: it runs with what there is, and says so itself (lib/weights/distributed.py)
+            8  # more than there are: it runs with what there is, and says so itself (lib/run/sharding.py)
         )
         pool.start(too_wide)
         pool.drive([too_wide])

@@ -35,7 +35,7 @@ def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
     spec = record.read_json(folder / "member.json")
     done = record.read_json(folder / "checkpoint.json", {}).get("step", 0)
     kept = [row for row in record.read_jsonl(folder / "history.jsonl") if row["step"] <= done]
-    record.write_jsonl(folder / "history.jsonl", kept)  # as lib.weights.checkpoints does, without its torch
+    record.write_jsonl(folder / "history.jsonl", kept)  # as lib.training does, without its torch
     history, _ = record.recorder(folder)
     for step in range(done + 1, steps + 1):
         made = row(spec["seed"], step)

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
-from lib import config, models, record
+from lib import config, models, record, training as checkpoints
 from lib.errors import MissingError, StudyError
 from lib.graff import base_model, clock, curves, generate, inputs, methods, planner as planner_maths, trainer
 from lib.graff.block_adam import BlockAdam
 from lib.graff.config import MADE_BY, accumulation
 from lib.graff.probes import Probes
-from lib.weights import checkpoints
 
 ENCODER_LR = 3e-4  # of the warm start
 
@@ -133,7 +132,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
     )
     identity = [config.dump(run)[part] for part in ("model", "dataset", "training", "evaluation")]
     mark = hashlib.sha256(json.dumps([identity, member.seed], sort_keys=True, default=str).encode()).hexdigest()
-    checkpoint = checkpoints.usable(folder / "checkpoints", mark)
+    checkpoint = checkpoints.usable_checkpoint(folder / "checkpoints", mark)
     marker = checkpoints.read_marker(checkpoint) if checkpoint else {"step": -1, "done": False}
     checkpoints.truncate_history(folder / "history.jsonl", marker["step"])
     its = trainer.BudgetTrainer(

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import record, witness
+from lib import record, training as checkpoints, witness
 from lib.errors import StudyError
 from lib.graff import base_model, methods, planner as pl
 from lib.graff.block_adam import BlockAdam
 from lib.graff.clock import Clock, Energy
 from lib.graff.order import Bucketed
 from lib.graff.probes import Probes
-from lib.weights import checkpoints
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from lib import training as checkpoints
 from lib.iw_lora import adapters
 from lib.iw_lora.penalty import penalty
 from lib.training import Intervals, SeededOrder, told
-from lib.weights import checkpoints
 
 
 @dataclass
@@ -205,7 +205,7 @@ def train_rows(
     `identity`."""
     place = folder / "checkpoints"
     fingerprint = hashlib.sha256(json.dumps([identity, seed, steps], sort_keys=True, default=str).encode()).hexdigest()
-    checkpoint = checkpoints.usable(place, fingerprint)
+    checkpoint = checkpoints.usable_checkpoint(place, fingerprint)
     done = checkpoints.read_marker(checkpoint)["step"] if checkpoint else 0
     for name in ("history.jsonl", "timing.jsonl"):
         checkpoints.truncate_history(folder / name, done)

@@ -22,6 +22,12 @@ def study_module(study: str, part: str = "member"):
     return importlib.import_module(f"lib.{study}.{part}")
 
 
+def member_of(spec: dict) -> config.Member:
+    """The member that a member.json describes."""
+    run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
+    return config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
+
+
 def member(argument: dict) -> None:
     """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and
     ends."""
@@ -33,11 +39,14 @@ def train(argument: dict) -> None:
     """Train one member; the last thing written is the sentinel with this attempt's nonce."""
     folder, spec = Path(argument["folder"]), argument["spec"]
     try:
-        run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
-        member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
-        started = time.monotonic()
+        member = member_of(spec)
+        run, options, started = member.run, {}, time.monotonic()
         with resources.measured(folder, forecast.expected_seconds(run) if run.mode == "full" else 0.0):
-            metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]))
+            if run.compute.devices > 1:
+                from lib.run import sharding
+
+                options["outcome"] = sharding.train_member(argument, run.compute.devices, run.compute.threads)
+            metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lib.td_dpo.arguments import steps_and_accumulation
 from lib.td_dpo.logprobs import batch_logprobs, collator, completion_head, on_device
 from lib.td_dpo.objective import objective, reference_columns, with_reference
+from lib.td_dpo.trainer import steps_and_accumulation
 from lib.training import SeededOrder
 
 WARM_UP = 3  # pairs of steps run before the clock counts: allocation, caches, lazy initialisation

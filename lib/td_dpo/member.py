@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lib import config, models, record
-from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling, trainer
+from lib import config, models, record, training
+from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling
+from lib.td_dpo.objective import pair_scores
 from lib.td_dpo.reference import log_ratio_of_samples
 from lib.td_dpo.tokens import pad_token
-from lib.weights import distributed
+from lib.td_dpo.trainer import PreferenceTrainer
+from lib.training import Outcome
 
 SAMPLE_BATCH = 80
 MT_BATCH = 16  # long answers: their cached keys and values fill the memory
 COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
 
 
-def train(member, folder: Path, shared: Path) -> dict:
-    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
+def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) -> dict:
+    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured.
+    `outcome`: of a training that is over (lib/run/sharding.py) and whose checkpoints are in `folder`."""
     run, given = member.run, inputs.load(shared)
-    if run.compute.devices > 1:
-        outcome = sharded(member, folder, shared)
-        model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
-    else:
+    if outcome is None:
         outcome, model, frozen = fit(member, folder, given)
+        kept = outcome.best
+    else:
+        model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
+        kept = outcome.best or training.last_complete_checkpoint(folder / "checkpoints")
     metrics = {
         "status": outcome.status,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,
@@ -39,13 +44,8 @@ def train(member, folder: Path, shared: Path) -> dict:
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
-    kept = (
-        outcome.best or trainer.last_complete_checkpoint(folder / "checkpoints")
-        if run.compute.devices > 1
-        else outcome.best
-    )
     if kept is not None:
-        trainer.load_checkpoint(model, kept)
+        training.load_checkpoint(model, kept)
     return {
         **metrics,
         **_validation(folder, outcome.best_step),
@@ -59,64 +59,31 @@ def frozen_base(run, base: str):
     return None if run.model.peft else inputs.load_base(run, base)
 
 
-def sharded(member, folder: Path, shared: Path) -> trainer.Outcome:
-    """Train over several processes (compute.strategy: fsdp); what is left is the checkpoints, which one process
-    scores."""
-    run = member.run
-    spec = {
-        "study": run.study,
-        "scale": run.scale,
-        "mode": run.mode,
-        "config": config.dump(run),
-        "cell": member.cell,
-        "cell_name": member.cell_name,
-        "seed": member.seed,
-        "folder": str(folder),
-        "shared": str(shared),
-    }
-    told = distributed.launch("lib.td_dpo.member:train_share", spec, run.compute.devices, threads=run.compute.threads)
-    return trainer.Outcome(told["status"], told["step"], None, told["best_step"], told["best"] and Path(told["best"]))
-
-
-def train_share(spec: dict) -> dict:
-    """One process of `sharded`."""
-    run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
-    member = config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
-    outcome, *_ = fit(member, Path(spec["folder"]), inputs.load(Path(spec["shared"])))
-    return {
-        "status": outcome.status,
-        "step": outcome.step,
-        "best_step": outcome.best_step,
-        "best": outcome.best and str(outcome.best),
-    }
-
-
-def fit(member, folder: Path, given: inputs.Inputs) -> tuple:
-    """The training itself: (outcome, trained model, frozen reference)."""
+def fit(member, folder: Path, given: inputs.Inputs, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
+    """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer into one of its kind
+    (for a sharded model, say)."""
     run = member.run
     model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
-    history, timing = record.recorder(folder)
     prompts = [pair["prompt"] for pair in given.pairs["validation"][: run.evaluation.kl_prompts]]
 
     def at_evaluation(step: int, policy_now) -> dict:
         """A few sampled answers: how far the policy has moved where it speaks itself."""
         if not prompts:
             return {}
-        answers = distributed.agreed(
-            sampling.sample(
-                policy_now,
-                given.tokenizer,
-                prompts,
-                max_new_tokens=run.evaluation.max_new_tokens,
-                temperature=run.evaluation.temperature,
-                seed=member.seed,
-                batch_size=SAMPLE_BATCH,
-            )
+        answers = sampling.sample(
+            policy_now,
+            given.tokenizer,
+            prompts,
+            max_new_tokens=run.evaluation.max_new_tokens,
+            temperature=run.evaluation.temperature,
+            seed=member.seed,
+            batch_size=SAMPLE_BATCH,
         )
+        answers = training.gathered(answers)[0]  # what all processes score must be the same to the last token
         ratios = log_ratios(policy_now, frozen, answers)
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
 
-    outcome = trainer.train_pairs(
+    trainer = kind(PreferenceTrainer)(
         model,
         given.tokenizer,
         given.rows["train"],
@@ -126,18 +93,16 @@ def fit(member, folder: Path, given: inputs.Inputs) -> tuple:
         training=run.training.model_dump(),
         seed=member.seed,
         folder=folder,
-        on_record=history,
-        on_timing=timing,
         on_evaluate=at_evaluation,
         max_batches=2 if run.mode == "trial" else None,
     )
-    return outcome, model, frozen
+    return trainer.fit(), model, frozen
 
 
 def policy(run, base: str, seed: int):
     """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
     # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
-    storage = run.model.torch_dtype if distributed.world() > 1 and run.model.quantization == "nf4" else None
+    storage = run.model.torch_dtype if training.world() > 1 and run.model.quantization == "nf4" else None
     model = inputs.load_base(run, base, quant_storage=storage)
     return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
@@ -152,7 +117,7 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
-    scores = trainer.pair_scores(model, rows, given.reference["test"], pad=pad_token(given.tokenizer))
+    scores = pair_scores(model, rows, given.reference["test"], pad=pad_token(given.tokenizer))
     predictions = [
         {"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)
     ]

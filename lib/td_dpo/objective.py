@@ -38,8 +38,8 @@ def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Ten
     return values, parts, torch.stack([c.detach().to(values.dtype) for c in columns], dim=1)
 
 
-def summary(columns: Tensor) -> dict[str, float | None]:
-    """Means over pairs of what a step records, from (N, 8) columns of `objective`; None where not finite."""
+def summary(columns: Tensor) -> dict[str, float]:
+    """Means over pairs of what a step records, from (N, 8) columns of `objective`."""
     loss, preference, anchor, r_chosen, r_rejected, raw, chosen_length, rejected_length = columns.double().unbind(dim=1)
     rho = r_chosen - r_rejected
     means = (
@@ -74,7 +74,7 @@ def summary(columns: Tensor) -> dict[str, float | None]:
         "chosen_length",
         "rejected_length",
     )
-    return {name: finite_or_none(value) for name, value in zip(names, means, strict=True)}
+    return dict(zip(names, means, strict=True))
 
 
 def finite_or_none(value: float) -> float | None:

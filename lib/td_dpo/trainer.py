@@ -1,29 +1,26 @@
-"""Preference training on tokenised pairs: trl.DPOTrainer with its loss, record and schedule replaced.
+"""Preference training on tokenized pairs: trl.DPOTrainer with its loss, record and schedule replaced.
 
-TRL, transformers and accelerate keep the loop, the optimizer, mixed precision, adapters, saving and loading. What is
-ours: rows come tokenised with their reference log-probabilities (no second tokenisation, no reference model), the
-objective is a function of four (B,) tensors (losses.py), batches depend on the seed alone, and every step is recorded.
+TRL, transformers and accelerate keep the loop, the optimizer, mixed precision and adapters. What is ours: rows come
+tokenized with their reference log-probabilities (no second tokenization, no reference model), the objective is a
+function of four (B,) tensors (losses.py), and the run is recorded and resumed as every study's is (lib/training.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import time
+import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, Trainer
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
+from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
-from lib.td_dpo.arguments import steps_and_accumulation, training_arguments
 from lib.td_dpo.config import NOT_NUMBERS
 from lib.td_dpo.logprobs import (
     batch_logprobs,
@@ -34,34 +31,44 @@ from lib.td_dpo.logprobs import (
     sequence_logprobs,
     token_budget_batches,
 )
-from lib.td_dpo.objective import finite_or_none, objective, pair_scores, reference_columns, summary, with_reference
+from lib.td_dpo.objective import objective, reference_columns, summary, with_reference
+from lib.td_dpo.sections import VALIDATION_METRIC
 from lib.td_dpo.tokens import pad_token, rows_digest
-from lib.training import Intervals, SeededOrder, told, untouched_rng
-from lib.weights import checkpoints, distributed
-from lib.weights.checkpoints import last_complete_checkpoint, load_checkpoint
-from lib.weights.sharded_trainer import ShardedTrainer, load_sharded
 
-__all__ = ["Outcome", "PreferenceTrainer", "last_complete_checkpoint", "load_checkpoint", "pair_scores", "train_pairs"]
+VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
-@dataclass
-class Outcome:
-    """How a training ended. `step`: steps done, or the step that diverged. `best`: checkpoint with the highest
-    validation implicit accuracy (the earliest of equals), None without validation."""
+def steps_and_accumulation(
+    pairs: int, training: dict, world_size: int = 1, max_batches: int | None = None
+) -> tuple[int, int, int]:
+    """Optimizer steps, per-device batch and accumulation. The global batch is what is stated; accumulation follows.
 
-    status: str  # completed | diverged
-    step: int
-    model: torch.nn.Module
-    best_step: int | None = None
-    best: Path | None = None
+    With a token budget the trainer is handed the whole global batch and cuts it by itself (cut_by_length).
+    """
+    batch = training["global_batch_size"]
+    device_batch = training.get("per_device_train_batch_size") or batch
+    if batch % (device_batch * world_size):
+        raise StudyError(
+            "training.global_batch_size",
+            f"{batch} with {device_batch} per device on {world_size} devices",
+            "a multiple of per_device_train_batch_size x devices",
+        )
+    if training.get("token_budget"):
+        device_batch = batch // world_size
+    steps = training.get("max_steps") or math.ceil(training["epochs"] * math.ceil(pairs / batch))
+    return (min(steps, max_batches) if max_batches else steps), device_batch, batch // (device_batch * world_size)
 
 
-class PreferenceTrainer(ShardedTrainer, DPOTrainer):
-    """trl.DPOTrainer on tokenised rows with reference columns; `compute_loss` and `log` are the points of extension."""
+class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
+    """trl.DPOTrainer that trains `model` in place on tokenized rows and their reference log-probabilities.
 
-    loss_is_scaled_for_ga = (
-        True  # compute_loss divides by the optimizer step's pairs, so uneven micro-batches are exact
-    )
+    `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `on_evaluate(step, model)`
+    returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode). `layout`
+    forces one layout of pairs (logprobs.py).
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs: uneven micro-batches are exact
+    best_metric = VALIDATION_METRIC
 
     def __init__(
         self,
@@ -69,56 +76,63 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         tokenizer,
         rows: list[dict],
         validation: list[dict],
-        loss: dict,
-        args: DPOConfig,
+        reference: dict[str, Tensor],
         *,
+        loss: dict,
         training: dict,
-        layout: str | None,
-        fingerprint: str,
-        on_record: Callable,
-        on_timing: Callable,
-        on_evaluate: Callable | None,
+        seed: int,
+        folder: str | Path,
+        on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
+        max_batches: int | None = None,
+        layout: str | None = None,
     ):
-        self.loss_section, self.validation, self.layout, self.fingerprint = loss, validation, layout, fingerprint
-        self.on_record, self.on_timing = (on_record, on_timing) if distributed.rank() == 0 else (lambda row: None,) * 2
-        self.on_evaluate = on_evaluate
-        self.columns: list[Tensor] = []
-        self.tokens, self.started, self.diverged_at = 0, 0.0, None
-        self.best_step, self.best_accuracy = None, None
+        if not rows:
+            raise StudyError("training pairs", "0 rows", "at least one pair left after tokenization")
+        steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, shared.world(), max_batches)
+        self.loss_section, self.layout, self.on_evaluate = loss, layout, on_evaluate
+        self.validation = with_reference(validation, reference["validation"]) if validation else []
+        if max_batches:
+            self.validation = self.validation[: max_batches * training["global_batch_size"]]
         self.pad = pad_token(tokenizer)
         self.limits = {key: training.get(key) for key in ("token_budget", "per_device_train_batch_size")}
-        self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        collate = collator(model, self.pad, layout)
-
-        def collate_pass(rows: list[dict]) -> dict:
-            mine = distributed.share(rows)
-            rows = mine or rows[:1]  # a process without a row still takes part, with nothing
-            return {
-                **collate(rows),
-                **reference_columns(rows, self.wide),
-                "pairs": len(mine),
-                "tokens": sum(map(row_tokens, rows)),
-            }
-
-        def collate_rows(rows: list[dict]) -> dict:
-            passes = [collate_pass(part) for part in cut_by_length(rows, *self.limits.values())]
-            return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
-
-        intervals = Intervals(training.get("eval_steps"), training.get("save_steps"))
+        self.columns: list[Tensor] = []
+        self.pairs = self.tokens = 0
+        counting = {key: value for key, value in training.items() if f"training.{key}" not in NOT_NUMBERS}
+        mark = shared.fingerprint(loss, counting, seed, steps, layout, rows_digest(rows))
+        rows = with_reference(rows, reference["train"])
+        self.first_rows = rows[:device_batch]
+        keep_4bit_differentiable(model)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
+            model,
+            Dataset.from_list(rows),
+            self._collate(collator(model, self.pad, layout)),
+            _arguments(model, training, steps, device_batch, accumulation, seed, folder),
+            folder=folder,
+            fingerprint=mark,
+            eval_steps=training.get("eval_steps"),
+            save_steps=training.get("save_steps"),
+            log_every=training.get("logging_steps"),
             processing_class=tokenizer,
-            data_collator=collate_rows,
-            callbacks=[intervals],
         )
-        self.remove_callback(PrinterCallback)
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
         if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
-        _float32_trainables(self.model)
-        self.shard()
+        models.float32_trainables(self.model)  # TRL casts QLoRA adapters to bfloat16: small updates are rounded away
+
+    def _collate(self, collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+        """The collator of a micro-batch, which may take several passes."""
+
+        def one_pass(rows: list[dict]) -> dict:
+            mine = rows[shared.rank() :: shared.world()]
+            rows = mine or rows[:1]  # a process without a row still takes part, with nothing
+            tokens = sum(map(row_tokens, rows))
+            return {**collate(rows), **reference_columns(rows), "pairs": len(mine), "tokens": tokens}
+
+        def all_passes(rows: list[dict]) -> dict:
+            passes = [one_pass(part) for part in cut_by_length(rows, *self.limits.values())]
+            return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
+
+        return all_passes
 
     # What TRL would do to data and reference has been done once for the whole grid.
     def _prepare_dataset(self, dataset, *_):
@@ -130,28 +144,46 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     def _send_telemetry(self):
         """A run at laptop scale touches no network."""
 
-    def _get_train_sampler(self, train_dataset=None):
-        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+    def fit(self) -> shared.Outcome:
+        with completion_head(self.model):
+            outcome = super().fit()
+        self.model.zero_grad(set_to_none=True)
+        return outcome
 
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
-
-    def floating_point_ops(self, inputs):
-        return 0  # transformers counts all parameters at every step for a figure nobody reads
+    def begin(self) -> None:
+        """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
+        table = sequence_logprobs(self.model, self.first_rows, pad=self.pad, layout=self.layout)
+        reference = torch.tensor(
+            [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in self.first_rows], dtype=table.dtype
+        )
+        low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
+        slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
+        if not ((table - reference).abs() <= slack).all():
+            raise StudyError(
+                "reference log-probabilities",
+                f"a log-ratio of {(table - reference).abs().max():.3g} nats before the first step",
+                "0: the reference of this very model, quantization and tokenized data",
+                "remove the cached reference log-probabilities (.cache) and run again",
+            )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self.started, self.columns, self.tokens = time.perf_counter(), [], 0
+        self.columns, self.tokens = [], 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        return distributed.total(sum(batch["pairs"] for batch in batch_samples))  # pairs of this optimizer step
+        """Pairs of this optimizer step, over all processes."""
+        return sum(shared.gathered(sum(batch["pairs"] for batch in batch_samples)))
+
+    def deferred_reduction(self) -> contextlib.AbstractContextManager:
+        """Around every pass of a batch but the last one, for a model whose gradients are reduced over processes."""
+        return contextlib.nullcontext()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a batch, in one pass or, with a token budget, in several."""
         *first, last = inputs["passes"]
         losses = []
         for part in first:
-            with distributed.deferred(self.model) if distributed.world() > 1 else contextlib.nullcontext():
+            with self.deferred_reduction():
                 losses.append(self._one_pass(model, part, num_items_in_batch))
         return sum(losses, self._one_pass(model, last, num_items_in_batch))
 
@@ -173,212 +205,68 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         values, _, columns = objective(self.loss_section, chosen, rejected, inputs)
         self.columns.append(columns[: inputs["pairs"]])
         self.tokens += inputs["tokens"]
-        return distributed.world() * values[: inputs["pairs"]].sum() / (num_items_in_batch or len(values))
+        return shared.world() * values[: inputs["pairs"]].sum() / (num_items_in_batch or len(values))
 
-    def log(self, logs, start_time=None):
-        if "grad_norm" not in logs:  # transformers' closing summary, at the end of train()
-            return
-        columns, gradient_norm = (
-            torch.cat(distributed.gathered(torch.cat(self.columns).cpu())),
-            float(logs["grad_norm"]),
-        )
-        record = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            **summary(columns),
-            "grad_norm": finite_or_none(gradient_norm),
-            "learning_rate": logs["learning_rate"],
-        }
-        # `summary` waits for the device, so its work is included. A clock may stand still (coarse, or a suspended
-        # machine).
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        self.on_record(record)
-        self.on_timing(
-            {
-                "step": self.state.global_step,
-                "seconds": seconds,
-                "pairs_per_second": len(columns) / seconds,
-                "tokens_per_second": distributed.total(self.tokens) / seconds,
-            }
-        )
-        # fp16's loss scaler finds its scale by overflowing and skipping the step: only there is inf no divergence
-        skipped = self.args.fp16 and self.accelerator.optimizer_step_was_skipped
-        if record["loss"] is None or (record["grad_norm"] is None and not skipped):
-            self.diverged_at = self.state.global_step
-            self.control.should_training_stop = True
-            self.control.should_evaluate = self.control.should_save = False
+    def measure(self) -> dict:
+        columns = torch.cat(shared.gathered(torch.cat(self.columns).cpu()))
+        self.pairs = len(columns)
+        return summary(columns)
 
-    def evaluate(self, *_, **__):
-        """Validation metrics as one record; a new best (by implicit accuracy) asks for a checkpoint."""
-        self.control.should_evaluate = False
-        record: dict = {"step": self.state.global_step}
+    def throughput(self, seconds: float) -> dict:
+        tokens = sum(shared.gathered(self.tokens))
+        return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": tokens / seconds}
+
+    def validate(self) -> dict:
+        measured = {}
         if self.validation:
             table = sequence_logprobs(self.model, self.validation, pad=self.pad, layout=self.layout)
-            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation, self.wide))[
-                2
-            ]
-            measured = summary(columns)
-            record |= {
-                f"validation_{k}": measured[k]
-                for k in (
-                    "implicit_accuracy",
-                    "raw_accuracy",
-                    "loss",
-                    "margin",
-                    "chosen_log_ratio",
-                    "rejected_log_ratio",
-                )
-            }
-            accuracy = measured["implicit_accuracy"]
-            if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
-                self.best_step, self.best_accuracy = self.state.global_step, accuracy
-                self.control.should_save = True
-        if self.on_evaluate is not None:
-            with untouched_rng(self.model.device):
-                record |= self.on_evaluate(self.state.global_step, self.model) or {}
-        if len(record) > 1:
-            self.on_record(record)
-        return {}
+            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[2]
+            means = summary(columns)
+            measured = {f"validation_{name}": means[name] for name in VALIDATED}
+        more = self.on_evaluate(self.state.global_step, self.model) if self.on_evaluate else None
+        return measured | (more or {})
 
-    def _save_checkpoint(self, model, trial):
-        Trainer._save_checkpoint(self, model, trial)  # without DPOTrainer's model card, which it writes every time
-        distributed.gathered(None)  # every process has written its part
-        if distributed.rank() == 0:
-            self._complete_checkpoint(Path(self.args.output_dir))
-        distributed.gathered(None)
+    # The model or its adapter in transformers' and PEFT's own form, which other tools load.
+    def _save(self, output_dir=None, state_dict=None):
+        Trainer._save(self, output_dir, state_dict)
 
-    def _complete_checkpoint(self, folder: Path) -> None:
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        checkpoints.mark_complete(
-            checkpoint,
-            {
-                "step": self.state.global_step,
-                "fingerprint": self.fingerprint,
-                "best_step": self.best_step,
-                "best_accuracy": self.best_accuracy,
-            },
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        shared.load_checkpoint(self.model, resume_from_checkpoint)
+
+
+def _arguments(model, training: dict, steps: int, device_batch: int, accumulation: int, seed: int, folder) -> DPOConfig:
+    """The run's training section as TRL's arguments."""
+    adapters, warmup = hasattr(model, "peft_config"), training.get("warmup_steps")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument that TRL still sets
+        return shared.arguments(
+            folder,
+            steps=steps,
+            seed=seed,
+            device=model.device,
+            kind=DPOConfig,
+            per_device_train_batch_size=device_batch * shared.world(),  # each process takes its share of every batch
+            gradient_accumulation_steps=accumulation,
+            learning_rate=training["learning_rate"],
+            weight_decay=training.get("weight_decay") or 0.0,
+            optim="adamw_torch_fused",
+            lr_scheduler_type=training.get("lr_scheduler_type") or "cosine",
+            warmup_steps=math.ceil((training.get("warmup_ratio") or 0.0) * steps) if warmup is None else warmup,
+            max_grad_norm=training.get("max_grad_norm") or 0.0,
+            bf16=bool(training.get("bf16")),
+            fp16=False,
+            gradient_checkpointing=bool(training.get("gradient_checkpointing")),
+            max_length=None,
+            disable_dropout=not adapters,  # TRL's default, save for an adapter's own configured dropout
+            precompute_ref_log_probs=not adapters,  # only so that TRL loads no reference model
         )
-        checkpoints.keep_last_and_best(folder, checkpoint, self.best_step)
 
 
 def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
-    """An optimiser step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for
+    """An optimizer step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for
     both answers) and `largest` pairs per process; uncut without a budget."""
     if not budget:
         return [rows]
-    world = distributed.world()
+    world = shared.world()
     batches = token_budget_batches([row_tokens(row) for row in rows], budget * world, largest and largest * world)
     return [[rows[index] for index in batch] for batch in batches]
-
-
-def _float32_trainables(model: torch.nn.Module) -> None:
-    """TRL casts QLoRA adapters to bfloat16, where small updates are rounded away: trained weights stay in float32."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    assert trained, "nothing to train"
-    assert all(p.dtype in (torch.float32, torch.float64) for p in trained), "trainables must be float32"
-
-
-def _check_start(model, rows: list[dict], pad: int, layout: str | None) -> None:
-    """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
-    table = sequence_logprobs(model, rows, pad=pad, layout=layout)
-    reference = torch.tensor([[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in rows], dtype=table.dtype)
-    low_precision = model.dtype in (torch.bfloat16, torch.float16)
-    slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
-    if not ((table - reference).abs() <= slack).all():
-        raise StudyError(
-            "reference log-probabilities",
-            f"a log-ratio of {(table - reference).abs().max():.3g} nats before the first step",
-            "0: the reference of this very model, quantisation and tokenised data",
-            "remove the cached reference log-probabilities (.cache) and run again",
-        )
-
-
-def _resume_point(folder: Path, fingerprint: str | None) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from, with its state; the histories are cut back to it."""
-    checkpoint = checkpoints.usable(folder / "checkpoints", fingerprint)
-    state = checkpoints.read_marker(checkpoint) if checkpoint else {"step": 0, "best_step": None, "best_accuracy": None}
-    for name in ("history.jsonl", "timing.jsonl"):
-        checkpoints.truncate_history(folder / name, state["step"])
-    return checkpoint, state
-
-
-def train_pairs(
-    model: torch.nn.Module,
-    tokenizer,
-    rows_train: list[dict],
-    rows_validation: list[dict],
-    reference: dict[str, Tensor],
-    *,
-    loss: dict,
-    training: dict,
-    seed: int,
-    folder: str | Path,
-    on_record: Callable[[dict], None],
-    on_timing: Callable[[dict], None] = lambda timing: None,
-    on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
-    max_batches: int | None = None,
-    resume: bool = True,
-    layout: str | None = None,
-) -> Outcome:
-    """Train `model` in place on preference pairs.
-
-    `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `folder` is the member's:
-    checkpoints go to folder/checkpoints; on resume its history.jsonl and timing.jsonl are cut to the checkpoint's step.
-    `max_batches` limits steps and validation batches (trial mode). `layout` forces one layout of pairs (logprobs.py).
-    """
-    folder, place = Path(folder), Path(folder) / "checkpoints"
-    rows, validation = with_reference(rows_train, reference["train"]), []
-    if rows_validation:
-        validation = with_reference(rows_validation, reference["validation"])
-    if not rows:
-        raise StudyError("training pairs", "0 rows", "at least one pair left after tokenisation")
-    steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, distributed.world(), max_batches)
-    if max_batches:
-        validation = validation[: max_batches * training["global_batch_size"]]
-    counting = {key: value for key, value in training.items() if f"training.{key}" not in NOT_NUMBERS}
-    identity = json.dumps([loss, counting, seed, steps, layout, rows_digest(rows_train)], sort_keys=True, default=str)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    args = training_arguments(
-        model,
-        training,
-        steps,
-        device_batch * distributed.world(),
-        accumulation,
-        seed,
-        place,
-    )
-
-    transformers.utils.logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
-    checkpoint, state = distributed.first(lambda: _resume_point(folder, fingerprint if resume else None))
-    keep_4bit_differentiable(model)
-    with completion_head(model):
-        trainer = PreferenceTrainer(
-            model,
-            tokenizer,
-            rows,
-            validation,
-            loss,
-            args,
-            training=training,
-            layout=layout,
-            fingerprint=fingerprint,
-            on_record=told(on_record, training.get("logging_steps"), steps),
-            on_timing=on_timing,
-            on_evaluate=on_evaluate,
-        )
-        trainer.best_step, trainer.best_accuracy = state["best_step"], state["best_accuracy"]
-        if checkpoint is None:
-            _check_start(trainer.model, rows[:device_batch], trainer.pad, layout)
-        if state["step"] >= steps:  # transformers would train one step more before it noticed
-            (load_sharded if distributed.world() > 1 else load_checkpoint)(model, checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        done = max(trainer.state.global_step, state["step"])
-        trainer.model.zero_grad(set_to_none=True)
-    best = None if trainer.best_step is None else place / f"checkpoint-{trainer.best_step}"
-    if trainer.diverged_at is not None:
-        return Outcome("diverged", trainer.diverged_at, model, trainer.best_step, best)
-    return Outcome("completed", done, model, trainer.best_step, best)

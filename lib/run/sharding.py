@@ -1,9 +1,9 @@
-"""One run over several devices: processes started by torchrun, weights and adapters sharded over them with FSDP2.
+"""One member over several devices: processes started by torchrun, weights and adapters sharded over them with FSDP2.
 
-    launch("lib.td_dpo.member:train_share", argument, count=4)     from a cell or a member: streams, waits, raises
+    train_member(argument, count=4)     in place of the study's own training: streams, waits, raises
 
 Every process loads the same model, `shard` leaves it a part of each decoder layer, and the batch of a step is shared
-out by rows. Checkpoints are gathered to the full adapters and optimiser state, so any number of processes resumes them.
+out by rows. Checkpoints are gathered to the full adapters and optimizer state, so any number of processes resumes them.
 `accelerate.notebook_launcher` cannot do this: it refuses once bitsandbytes has been imported.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -19,15 +20,20 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from peft import load_peft_weights
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
+from lib import training
 from lib.errors import MissingError
+from lib.run import work
 from lib.run.importing import importing
 from lib.run.parent import end_with_parent
 
@@ -37,15 +43,6 @@ TAIL = 40  # lines of its output that an error shows
 
 class WorkerLost(RuntimeError):
     """A process of the job went away (killed, out of host memory) without an exception of its own."""
-
-
-def world() -> int:
-    """Processes of this job; 1 outside one."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 # ---- starting a job ----
@@ -95,7 +92,7 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
                 f"--nproc-per-node={count}",
                 "--max-restarts=0",
                 "--module",
-                "lib.weights.distributed",
+                "lib.run.sharding",
                 str(request),
             ],
             stdout=subprocess.PIPE,
@@ -147,7 +144,7 @@ def worker(request: dict) -> None:
         with importing():
             target = getattr(importlib.import_module(module), function)
         result = target(request["argument"])
-        if rank() == 0:
+        if training.rank() == 0:
             (folder / "result.json").write_text(json.dumps(result))
         dist.barrier()
     except BaseException as error:
@@ -156,7 +153,7 @@ def worker(request: dict) -> None:
             and "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename
         ):
             raise  # a collective that another process left: not the cause
-        path = folder / f"{rank()}.error"
+        path = folder / f"{training.rank()}.error"
         try:
             path.with_suffix(".partial").write_bytes(pickle.dumps(error))
         except Exception:  # an exception that cannot be pickled still says what it was
@@ -167,40 +164,25 @@ def worker(request: dict) -> None:
         dist.destroy_process_group()
 
 
+# ---- a member of a study that has `fit(member, folder, inputs, trainer=)` ----
+
+
+def train_member(argument: dict, count: int, threads: int) -> training.Outcome:
+    """Train the member that `argument` (of lib.run.work.train) names; its checkpoints are left for one process to
+    score."""
+    outcome = launch("lib.run.sharding:train_share", argument, count, threads=threads)
+    return training.Outcome(**outcome | {"best": outcome["best"] and Path(outcome["best"])})
+
+
+def train_share(argument: dict) -> dict:
+    """One process of `train_member`."""
+    member = work.member_of(argument["spec"])
+    study = work.study_module(member.run.study)
+    outcome, *_ = study.fit(member, Path(argument["folder"]), study.inputs.load(Path(argument["inputs"])), sharded)
+    return dataclasses.asdict(outcome) | {"best": outcome.best and str(outcome.best)}
+
+
 # ---- inside a job ----
-
-
-def share(rows: list) -> list:
-    """This process's rows of a batch; the union over the processes is the batch."""
-    return rows[rank() :: world()]
-
-
-def total(value: int) -> int:
-    """Sum over the processes."""
-    return sum(gathered(value)) if world() > 1 else value
-
-
-def gathered(value: Any) -> list:
-    """The processes' values, by rank."""
-    if world() == 1:
-        return [value]
-    values: list = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def agreed(value: Any) -> Any:
-    """Rank 0's value, on every rank: what all must do alike although it was computed by each (sampled answers)."""
-    if world() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def first(function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, which alone calls it: for what changes files."""
-    return agreed(function() if rank() == 0 else None)
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -224,7 +206,7 @@ def shard(model: nn.Module) -> nn.Module:
         if state is not None:
             module.quant_state = state  # the sharded parameter loses it; bitsandbytes looks for it here
     stack = backbone(model)
-    mesh = init_device_mesh("cuda" if next(model.parameters()).is_cuda else "cpu", (world(),))
+    mesh = init_device_mesh("cuda" if next(model.parameters()).is_cuda else "cpu", (training.world(),))
     head = base.get_output_embeddings()
     whole = set(head.parameters()) if head is not None else set()  # tied embeddings included
     for layer in stack.layers:
@@ -233,17 +215,6 @@ def shard(model: nn.Module) -> nn.Module:
     base._is_fsdp_managed_module = True  # generate() then keeps the processes in step
     base._is_distributed_loading_by_transformers = True  # Trainer: neither DDP around it nor another sharding
     return model
-
-
-@contextlib.contextmanager
-def deferred(model: nn.Module):
-    """Without the reduction of gradients, which only the last micro-batch of a step needs."""
-    stack = backbone(model)
-    stack.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        stack.set_requires_gradient_sync(True)
 
 
 def full(value: Any) -> Any:
@@ -285,7 +256,7 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """A gathered optimiser state_dict laid out for an optimiser of sharded parameters."""
+    """A gathered optimizer state_dict laid out for an optimizer of sharded parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [index for group in state["param_groups"] for index in group["params"]]
     laid = {
@@ -298,7 +269,74 @@ def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     return {**state, "state": {index: values for index, values in laid.items() if values}}
 
 
+class Sharded:
+    """In front of a StudyTrainer: what it does otherwise where its model is sharded. Every process draws the same
+    batches, of which the study's collator takes its share; losses are scaled by the number of processes, because FSDP
+    averages gradients. Checkpoints are those of one process, written by rank 0."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        shard(self.model)  # after whatever adds, removes or casts parameters
+        self.is_distributed_loading_by_transformers = True
+        self.place_model_on_device = False
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        # accelerate would deal out whole batches, repeat rows to fill up the last round, and lose the epoch on a resume
+        plain = DataLoader(
+            loader.dataset, batch_sampler=loader.batch_sampler.batch_sampler, collate_fn=loader.collate_fn
+        )
+        return prepare_data_loader(plain, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+
+    @contextlib.contextmanager
+    def deferred_reduction(self):
+        """Without the reduction of gradients, which only the last micro-batch of a step needs."""
+        stack = backbone(self.model)
+        stack.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            stack.set_requires_gradient_sync(True)
+
+    _defer_fsdp_gradient_reduction = deferred_reduction  # transformers' name, for accumulation
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return full(super()._get_grad_norm(model, grad_norm))
+
+    def _save(self, output_dir=None, state_dict=None):
+        state = trained_state(self.model)
+        if self.args.should_save:
+            super()._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        state = full(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint = Path(resume_from_checkpoint)
+        if not hasattr(self.model, "peft_config"):
+            return load_trained_state(self.model, load_file(checkpoint / "model.safetensors"))
+        saved = load_peft_weights(str(checkpoint), device="cpu")
+        adapter = f".{self.model.active_adapter}."
+        names = {name.replace(adapter, "."): name for name, p in self.model.named_parameters() if p.requires_grad}
+        load_trained_state(self.model, {names[name]: value for name, value in saved.items()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(optimizer_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+
+def sharded(trainer: type) -> type:
+    """The trainer class for a sharded model."""
+    return type(f"Sharded{trainer.__name__}", (Sharded, trainer), {})
+
+
 if __name__ == "__main__":
     end_with_parent()  # torchrun gives each worker a session of its own, where nobody's group kill reaches it
     # by its own name: the functions above must be those that the study's modules import
-    importlib.import_module("lib.weights.distributed").worker(json.loads(Path(sys.argv[1]).read_text()))
+    importlib.import_module("lib.run.sharding").worker(json.loads(Path(sys.argv[1]).read_text()))
