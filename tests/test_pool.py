@@ -195,9 +195,7 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
         assert order.index(("wide", "running")) < order.index(("narrow", "running"))
         too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
-        too_wide.slots = (
-            8  # more than there are: it runs with what there is, and says so itself (lib/run/sharding.py)
-        )
+        too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/run/sharding.py)
         pool.start(too_wide)
         pool.drive([too_wide])
         assert too_wide.state == "succeeded"
