@@ -5,6 +5,7 @@ per step, and a torn last line (the process died inside the write) is dropped by
 one study into the tables that analysis reads.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,12 @@ def finite(value):
     if hasattr(value, "tolist"):
         return finite(value.tolist())
     return value
+
+
+def digest(value) -> str:
+    """16 hexadecimal digits of SHA-256 over the value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_bytes(path: Path, content: bytes) -> None:

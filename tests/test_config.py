@@ -859,8 +859,8 @@ def test_a_name_taken_by_another_object(raw):
 
 def test_importing_and_loading_is_light():
     code = (
-        "import sys; from lib import config; from lib.run import preflight; import lib.td_dpo.grading;"
-        "config.load_folder('params', 'paper', 'full'); absent = {'inspect_ai', 'openai', 'torch', 'transformers', 'trl', "
+        "import sys; from lib import config; from lib.run import preflight; import lib.td_dpo.judge;"
+        "config.load_folder('params', 'paper', 'full'); absent = {'openai', 'torch', 'transformers', 'trl', "
         "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True)

@@ -1,11 +1,11 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pandas as pd
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from lib import claims, config, record
 from lib.errors import MissingError, StudyError
 from lib.run import cli, judge, plan, preflight, runs
-from lib.td_dpo import grading, judge_client, judging, mt_answers, mt_bench, sampling, tables
+from lib.td_dpo import judge as judging, mt_bench, sampling, tables
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -41,8 +41,10 @@ def answers(ids=(81, 104, 106, 111)):
 
 
 def graded(data, cache, **more):
-    settings = {"workers": 1, "attempts": 4, "wait": 0.001, **more}
-    return judging.grade(mt_bench.read(data), answers(), "judge", cache, **settings)
+    """(requests with their score, what it took)."""
+    asked = judging.requests(mt_bench.read(data), answers(), "judge")
+    kept, spent = judging.grade_requests(asked, "judge", cache, **{"workers": 1, **more})
+    return [{**row, "score": kept.get(row["key"], {}).get("score")} for row in asked], spent
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def graded(data, cache, **more):
     ],
 )
 def test_a_rating_is_one_number_from_1_to_10_or_none(reply, score):
-    assert mt_bench.rating(reply) == score
+    assert judging.rating(reply) == score
 
 
 def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_first(data):
@@ -80,7 +82,7 @@ def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_f
 
 def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(data, judge_server, tmp_path):
     bench, cache = mt_bench.read(data), tmp_path / "j.jsonl"
-    before = judging.cost(judging.requests(bench, answers(), "judge"), {}, 1.0, 2.0)
+    before = judging.cost(judging.requests(bench, answers(), "judge"), {}, (1.0, 2.0))
     assert (before["calls"], before["cached"]) == (8, 0)
     assert before["price"] == pytest.approx((before["prompt_tokens"] + 2 * 8 * judging.REPLY_TOKENS) / 1e6)
     rows, spent = graded(data, cache, workers=4)
@@ -89,9 +91,8 @@ def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(
     assert {r["temperature"] for r in judge_server.seen} == {0}
     assert graded(data, cache)[1]["calls"] == 0
     assert len(judge_server.seen) == 8
-    assert (
-        judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), None, None)["calls"] == 8
-    )
+    others = judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), (None, None))
+    assert (others["calls"], others["price"]) == (8, None)
 
 
 @pytest.mark.parametrize("bad", ["no rating", "[[2]] and [[9]]", "[[11]]"])
@@ -101,7 +102,7 @@ def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_ser
         completion(bad if "first 81" in request["messages"][1]["content"] else "[[4]]"),
     )
     rows, spent = graded(data, tmp_path / "j.jsonl")
-    told = mt_bench.summary(rows)
+    told = judging.summary(rows)
     assert [r["score"] for r in rows if r["question"] == 81] == [None, None]
     assert (told["unparsed"], told["graded"], told["mt_bench_score"]) == (2, 6, 4.0)
     assert spent["calls"] == 6 + 2 * 3
@@ -157,19 +158,18 @@ def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_pa
     assert (spent["prompt_tokens"], spent["completion_tokens"]) == (70, 9)
     (sent,) = judge_server.seen
     assert (sent["model"], sent["messages"]) == ("org/judge", asked[0]["messages"])
-    assert judge_server.keys == [None]
+    assert judge_server.keys == ["Bearer none"]
 
 
-def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server, tmp_path, monkeypatch):
-    from lib.td_dpo import judge_model
-
-    connected, judges = judge_model.connected, []
-    monkeypatch.setattr(judge_model, "connected", lambda *a, **k: judges.append(connected(*a, **k)) or judges[0])
+def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server, tmp_path):
+    refused = threading.Event()
 
     def script(n, request):
         if n == 1:
-            until(lambda: judges[0].api.stopped)  # the other worker has raised
+            assert refused.wait(PATIENCE)
+            time.sleep(0.3)  # the other request has failed meanwhile
             return 200, completion("[[6]]")
+        refused.set()
         return 401, "{}"
 
     judge_server.script = script
@@ -177,56 +177,6 @@ def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server
         graded(data, tmp_path / "j.jsonl", workers=2)
     assert [row["score"] for row in judging.replies(tmp_path / "j.jsonl")] == [6.0]
     assert len(judge_server.seen) == 2
-
-
-def test_inspect_ai_leaves_nothing_behind_and_reads_nothing_that_lies_about(data, judge_server, tmp_path):
-    """No log, trace or cache of its own, no `.env` of the working directory; the key is nowhere, whoever repeats it."""
-    path, home, here = tmp_path / "run" / "answers.jsonl", tmp_path / "home", tmp_path / "here"
-    home.mkdir()
-    here.mkdir()
-    (here / ".env").write_text("OPENAI_BASE_URL=http://127.0.0.1:9/v1\nINSPECT_LOG_LEVEL=debug\n")
-    record.write_jsonl(path, answers())
-    repeats = json.dumps({"error": {"message": KEY, "code": KEY}})
-    faults = {
-        1: (429, repeats, {"Retry-After": "0", "Set-Cookie": KEY}),
-        2: (400, repeats),
-        3: (200, f'{{"choices": "{KEY}"}}'),
-    }
-    judge_server.script = lambda n, request: faults.get(n, (200, completion(f"{KEY} [[7]]")))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | {
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lib.td_dpo.judging",
-            str(path),
-            "--data",
-            str(data),
-            "--model",
-            "judge",
-            "--workers",
-            "1",
-        ],
-        cwd=here,
-        env=environ,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(judge_server.seen) == 8 + 2
-    assert [p.name for p in home.rglob("*")] == []
-    assert sorted(p.name for p in path.parent.iterdir()) == [
-        "answers.jsonl",
-        "judgements.jsonl",
-        "judgements.jsonl.lock",
-        "mt_bench.json",
-    ]
-    assert [p.name for p in here.iterdir()] == [".env"]
-    assert KEY not in done.stdout + "".join(p.read_text() for p in path.parent.iterdir())
 
 
 def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_server, tmp_path):
@@ -239,15 +189,16 @@ def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_
         return 200, completion("[[6]]")
 
     judge_server.script = slow_once
-    rows, _ = graded(
-        data, tmp_path / "j.jsonl", timeout=0.5, attempts=100
-    )  # on a slow machine others may be late as well
+    rows, _ = graded(data, tmp_path / "j.jsonl", timeout=0.5)
     assert len(rows) == 8
     first = judge_server.seen[0]["messages"]
     assert [request["messages"] for request in judge_server.seen].count(first) >= 2
 
 
-def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeated(data, judge_server, tmp_path):
+def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeated(
+    data, judge_server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(judging, "RETRIES", 1)  # gives up soon
     cache = tmp_path / "j.jsonl"
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 3 else (None, "")
     with pytest.raises(MissingError, match="the same command again"):
@@ -276,48 +227,38 @@ def test_the_second_score_leaves_out_the_wrong_references():
     rows = [
         {"question": q, "category": "math", "turn": 1, "score": s} for q, s in ((111, 2.0), (112, 8.0), (113, None))
     ]
-    told = mt_bench.summary(rows)
+    told = judging.summary(rows)
     assert (told["mt_bench_score"], told["mt_bench_score_corrected"], told["unparsed"]) == (5.0, 8.0, 1)
 
 
-def test_the_command_shows_the_cost_first_and_never_writes_the_key(data, judge_server, tmp_path, capsys):
-    path = tmp_path / "run" / "answers.jsonl"
-    record.write_jsonl(path, answers())
-    command = [str(path), "--data", str(data), "--model", "judge", "--workers", "2"]
-    assert judging.main([*command, "--dry-run", "--price-in", "1", "--price-out", "1"]) == 0
-    assert "8 judge calls, 0 cached" in capsys.readouterr().out
-    assert judge_server.seen == []
-    judge_server.script = lambda n, request: (200, completion(f"your key is {KEY} [[7]]"))
-    assert judging.main(command) == 0
+def test_the_key_is_sent_as_a_header_and_is_nowhere_else(outputs, judge_server, capsys):
+    """Whoever repeats it: in a reply, an error or a header."""
+    repeats = json.dumps({"error": {"message": KEY, "code": KEY}})
+    faults = {
+        1: (429, repeats, {"Retry-After": "0", "Set-Cookie": KEY}),
+        2: (400, repeats),
+        3: (200, f'{{"choices": "{KEY}"}}'),
+    }
+    judge_server.script = lambda n, request: faults.get(n, (200, completion(f"your key is {KEY} [[7]]")))
+    assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1, "one answer is refused"
     assert set(judge_server.keys) == {f"Bearer {KEY}"}
-    written = "".join(p.read_text() for p in path.parent.iterdir() if p.is_file())
-    assert judging.main(command) == 0
-    made = record.read_json(path.with_name("mt_bench.json"))
-    assert (made["mt_bench_score"], made["spent"]["calls"]) == (7, 8), "what the grades took stays recorded"
-    assert len(judge_server.seen) == 8
+    judge_server.script = lambda n, request: (401, repeats)
+    assert cli.main(["judge", "--model", "other"]) == 1
     told = capsys.readouterr()
+    written = "".join(path.read_text() for path in outputs.parent.rglob("*") if path.is_file())
+    assert "your key is" in written
     assert KEY not in written + told.out + told.err
 
 
-def test_what_is_missing_is_named_with_its_mend(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    path = tmp_path / "answers.jsonl"
-    record.write_jsonl(path, answers())
-    assert judging.main([str(path), "--data", str(data), "--model", "judge"]) == 3
-    assert "OPENAI_BASE_URL" in capsys.readouterr().err
-    assert judging.main([str(path), "--data", str(tmp_path / "none"), "--model", "judge"]) == 3
-    assert "question.jsonl" in capsys.readouterr().err
+def test_what_is_missing_is_found_before_training(data, tmp_path):
     shipped = config.load_run(config.ROOT / "params/td_dpo/paper/dpo.yaml", study="td_dpo", scale="paper", mode="full")
     module = config.study_module("td_dpo")
     machine = preflight.Machine(environ={}, gpus=lambda e: [], hub=lambda u, t: (200, ""), read=lambda u, t: None)
     (tmp_path / "odd/reference_answer").mkdir(parents=True)
-    for name in ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"):
+    for name in mt_bench.FILES:
         (tmp_path / "odd" / name).write_text("")
     for place, faulty, missing in ((data, 0, 0), (tmp_path / "none", 0, 1), (tmp_path / "odd", 1, 0), (None, 1, 0)):
-        run = config.apply(
-            shipped, {"evaluation.mt_bench": place and str(place)}
-        )  # found before training, not after it
+        run = config.apply(shipped, {"evaluation.mt_bench": place and str(place)})
         assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
         found = [f for f in preflight.missing(run, machine) if f.key == "evaluation.mt_bench"]
         assert len(found) == missing
@@ -348,18 +289,18 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
 
     monkeypatch.setattr(sampling, "answer_questions", stand_in)
     settings = {"seed": 42, "max_new_tokens": 4, "batch_size": 1}
-    whole = mt_answers.answer(None, None, bench, tmp_path / "a.jsonl", **settings)
+    whole = mt_bench.answer(None, None, bench, tmp_path / "a.jsonl", **settings)
     assert asked == [([104], 0.0), ([106], 0.0), ([111], 0.0), ([81], 0.7)]
     asked.clear()
     dies_after[0] = 2
     with pytest.raises(KeyboardInterrupt):
-        mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings)
+        mt_bench.answer(None, None, bench, tmp_path / "b.jsonl", **settings)
     with open(tmp_path / "b.jsonl", "a") as file:
         file.write('{"question": 111, "tu')
     dies_after[0] = 99
-    assert mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
+    assert mt_bench.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
     assert [ids for ids, _ in asked] == [[104], [106], [111], [81]]
-    assert mt_answers.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
+    assert mt_bench.answer(None, None, bench, tmp_path / "b.jsonl", **settings) == whole
     assert len(asked) == 4
     assert len(record.read_jsonl(tmp_path / "b.jsonl")) == 8
 
@@ -445,28 +386,23 @@ def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_o
     assert len(judge_server.seen) == 32
 
 
-def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_server, capsys, monkeypatch):
-    def lines(*arguments):
+def test_what_the_command_needs_is_named_and_nothing_is_sent(outputs, judge_server, capsys, monkeypatch):
+    def said(*arguments):
         assert cli.main(["judge", "--model", "m", *arguments]) == 3
-        return capsys.readouterr().err.strip().splitlines()
+        return capsys.readouterr().err
 
     with monkeypatch.context() as bare:
-        there = preflight.importlib.util.find_spec
-        bare.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "inspect_ai" else there(name))
-        (line,) = lines()
-        assert "inspect-ai is not installed" in line
-        assert "pip install -c constraints.txt -e '.[judge]'" in line
-        assert cli.main(["judge", "--model", "m", "--dry-run"]) == 0, "the cost can be told without it"
-    (line,) = lines("--data", str(outputs / "nowhere"))
-    assert "question.jsonl" in line
-    assert "git clone" in line
+        bare.setitem(sys.modules, "openai", None)
+        assert "openai is not installed" in (message := said())
+        assert "pip install -c constraints.txt -e '.[judge]'" in message
+        assert cli.main(["judge", "--model", "m", "--dry-run"]) == 0, "the cost can be shown without it"
+    assert "question.jsonl" in (message := said("--data", str(outputs / "nowhere")))
+    assert "git clone" in message
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    (line,) = lines()
-    assert "127.0.0.1:9 does not answer" in line
+    assert "127.0.0.1:9 does not answer" in said()
     monkeypatch.delenv("OPENAI_BASE_URL")
     monkeypatch.delenv("OPENAI_API_KEY")
-    (line,) = lines()
-    assert "OPENAI_BASE_URL" in line
+    assert "OPENAI_BASE_URL" in said()
     assert not judge_server.seen
     assert not list(outputs.rglob("judged.json"))
 
@@ -481,11 +417,11 @@ def test_what_the_command_needs_is_one_line_and_nothing_is_sent(outputs, judge_s
     ],
 )
 def test_records_name_an_endpoint_without_user_or_path(base, name, monkeypatch):
-    assert judge_client.host(base) == name
+    assert judging.host(base) == name
     if "port" in base or "//" not in base:  # no address: said before anything is sent
         monkeypatch.setenv("OPENAI_BASE_URL", base)
         with pytest.raises(MissingError, match="correct OPENAI_BASE_URL"):
-            judge_client.probe()
+            judging.probe()
 
 
 def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge_server, capsys):
@@ -532,8 +468,7 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
 
 
 def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs, judge_server, monkeypatch, capsys):
-    monkeypatch.setattr(judging, "ATTEMPTS", 2)  # gives up soon
-    monkeypatch.setattr(judging, "WAIT", 0.001)
+    monkeypatch.setattr(judging, "RETRIES", 1)  # gives up soon
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 20 else (None, "")
     assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
     assert "the same command again" in capsys.readouterr().err
@@ -568,34 +503,21 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_for_all_of_it(outputs,
     assert not list(outputs.rglob("judged.json"))
 
 
-@pytest.mark.parametrize(
-    ("header", "wait"), [("7", 7.0), ("0.5", 0.5), ("Fri, 01 Jan 2100 00:00:00 GMT", None), (None, 0.01)]
-)
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(judge_server, monkeypatch, header, wait, status):
-    """A wait is asked of inspect-ai's sleep, which notes it and does not wait."""
-    from inspect_ai.model import _retry
-
-    from lib.td_dpo import judge_model
-
-    waited = []
-
-    async def noted(seconds):
-        waited.append(seconds)
-
-    monkeypatch.setattr(_retry, "_sleep", noted)
+def test_retry_after_is_waited_for(data, judge_server, tmp_path, status):
     judge_server.script = lambda n, request: (
-        (status, "{}", {"Retry-After": header} if header else {}) if n == 1 else (200, completion("[[5]]"))
+        (status, "{}", {"Retry-After": "1.5"}) if n == 1 else (200, completion("[[5]]"))
     )
-    judge = judge_model.connected(judge_server.url, KEY, "m", workers=1, attempts=3, wait=0.01, timeout=10)
-    body = [{"role": "user", "content": "x"}]
-    if wait is None:  # too far off: left for a later call
-        with pytest.raises(MissingError, match="to be asked again in"):
-            asyncio.run(judge_model.ask(judge, body))
-        return
-    assert asyncio.run(judge_model.ask(judge, body))["text"] == "[[5]]"
-    assert len(waited) == 1
-    assert wait <= waited[0] <= wait + (1 if header is None else 0)  # without a header it grows, with jitter
+    graded(data, tmp_path / "j.jsonl")
+    first, second = judge_server.times[:2]
+    assert second - first >= 1.5
+
+
+def test_a_wait_of_hours_is_left_for_a_later_call(data, judge_server, tmp_path):
+    judge_server.script = lambda n, request: (429, "{}", {"Retry-After": "7200"})
+    with pytest.raises(MissingError, match="the same command again"):
+        graded(data, tmp_path / "j.jsonl")
+    assert len(judge_server.seen) == 1
 
 
 def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
@@ -634,8 +556,8 @@ def test_claims_wait_for_the_grades_and_never_take_another_score(outputs, judge_
     assert verdict.scored_by == by.label
     means = rows.groupby(["method", "seed"])["score"].mean()
     assert verdict.estimate == pytest.approx((means["td_dpo"] - means["dpo"]).mean())
-    assert set(analysed(outputs, leave_out=mt_bench.WRONG_REFERENCES)[1]["question"]) == {81, 106}
-    without = analysed(outputs, leave_out=mt_bench.WRONG_REFERENCES)[2]
+    assert set(analysed(outputs, leave_out=judging.WRONG_REFERENCES)[1]["question"]) == {81, 106}
+    without = analysed(outputs, leave_out=judging.WRONG_REFERENCES)[2]
     tables.beside_corrected([verdict], [without])
     assert (verdict.beside[-1]["estimate"], verdict.beside[-1]["decides"]) == (without.estimate, False)
 
@@ -732,14 +654,14 @@ def test_a_second_judge_that_dies_half_way_leaves_no_score_under_the_firsts_name
                 "reply": "",
             },
         )
-        grading.finish(folder, asked, judging.load_cache(cache), cache, model, (None, None))
+        judging.finish(folder, asked, judging.load_cache(cache), cache, model, (None, None))
 
     grade("first", 9.0)
-    assert grading.due(folder, "first") == ""
+    assert judging.due(folder, "first") == ""
     write = record.write_json
 
     def dies(path, value):
-        if path.name == grading.JUDGED:
+        if path.name == judging.JUDGED:
             raise KeyboardInterrupt
         write(path, value)
 
@@ -747,4 +669,4 @@ def test_a_second_judge_that_dies_half_way_leaves_no_score_under_the_firsts_name
     with pytest.raises(KeyboardInterrupt):
         grade("second", 2.0)
     assert record.read_json(folder / "metrics.json")["mt_bench_score"] == 2.0
-    assert grading.due(folder, "first") != "", "what is in the record is not the first judge's"
+    assert judging.due(folder, "first") != "", "what is in the record is not the first judge's"

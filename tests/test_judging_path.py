@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lib import record
-from lib.td_dpo import judging, mt_bench
+from lib.td_dpo import judge as judging, mt_bench
 from tests.conftest import PATIENCE, ROOT, TINY
 from tests.judge_endpoint import Endpoint, completion, grade_of
 

@@ -243,7 +243,7 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
     ({"free": 20e9}, {}, "results_dir", "20.0 GB free", "larger disk"),
     ({"drop": ("WANDB_API_KEY",)}, {}, "wandb.mode", "no W&B key", "wandb login"),
     ({"drop": ("OPENAI_API_KEY",)}, {}, "evaluation.judge", "no judge endpoint", "OPENAI_BASE_URL"),
-    ({"package": "inspect_ai"}, {}, "evaluation.judge", "inspect-ai is not installed",
+    ({"package": "openai"}, {}, "evaluation.judge", "openai is not installed",
      "pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"),
     ({}, {"optuna.storage": PASSWORD}, "optuna.storage", "DB_PASSWORD is not set", "export DB_PASSWORD="),
     ({"password": "s3cr3t-secret", "package": "psycopg"}, {"optuna.storage": PASSWORD}, "optuna.storage",

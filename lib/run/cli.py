@@ -296,4 +296,4 @@ def judge(options) -> int:
         if options.params
         else None
     )
-    return judge.command(options, roots_of(options), named, OUTPUTS)
+    return judge.judge(options, roots_of(options), named, OUTPUTS)

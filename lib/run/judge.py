@@ -1,8 +1,7 @@
-"""The command `judge`: members' saved answers graded, the cost told before anything is sent and recorded afterwards.
+"""The command `judge`: members' saved answers graded, the cost shown before anything is sent and recorded afterwards.
 
-A study whose answers a judge grades has lib/<study>/grading.py (due, read, gather, finish; see lib/td_dpo/grading.py)
-and lib/<study>/judging.py, which asks the endpoint. Which judge, at which price, is in params/judge.yaml or in the
-options.
+A study whose answers a judge grades has a module lib/<study>/judge.py (see lib/td_dpo/judge.py). Which judge, at which
+price, is in params/judge.yaml or in the options.
 """
 
 from __future__ import annotations
@@ -14,16 +13,19 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from lib import config, record
-from lib.errors import MissingError, StudyError
+from lib.errors import StudyError
 from lib.run import member_page, members, model_card, pages, plan, runner, runs, show, tracking
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
-SAID_EVERY = 20.0  # seconds between two lines while it grades
+SECONDS_BETWEEN_LINES = 20.0  # while it grades
 LOG = "judging.jsonl"  # in a study's comparison/: what each call of this command took
 
 
@@ -42,161 +44,154 @@ class Settings(NamedTuple):
         return members.CACHE / "judgements" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', self.model)}.jsonl"
 
 
+@dataclass
+class Job:
+    """What is to be graded in one study's folder of results."""
+
+    results: Path
+    study: ModuleType  # lib.<study>.judge
+    asked: dict[Path, list[dict]]  # requests of each member's folder
+    unsaved: int  # members without answers
+    before: dict  # calls, tokens and cost, as shown
+
+
 def settings(options) -> Settings:
     """The options, else params/judge.yaml, whose prices are those of its own model only."""
-    found = config.load_yaml(SETTINGS) if SETTINGS.exists() else {}
-    for key, value in found.items():
+    shipped = config.load_yaml(SETTINGS) if SETTINGS.exists() else {}
+    for key, value in shipped.items():
         if key not in Settings._fields:
             raise StudyError(f"{SETTINGS}: {key}", "unknown key", "one of " + ", ".join(Settings._fields), "remove it")
         if key != "model" and not (value is None or isinstance(value, int | float) and value >= 0):
             raise StudyError(f"{SETTINGS}: {key}", repr(value), "a price per million tokens, or null")
-    model = options.model or found.get("model")
+    model = options.model or shipped.get("model")
     if not model:
         raise StudyError("the judge", "no model named", "the name of the judge at its endpoint", "--model gpt-4")
-    listed = found if model == found.get("model") else {}
-    price_in, price_out = (
-        own or options.price or listed.get(name)
-        for own, name in ((options.price_in, "price_in"), (options.price_out, "price_out"))
-    )
+    listed = shipped if model == shipped.get("model") else {}
+    price_in = options.price_in or options.price or listed.get("price_in")
+    price_out = options.price_out or options.price or listed.get("price_out")
     return Settings(str(model), price_in, price_out)
 
 
-def part(study: str, name: str):
-    """lib/<study>/<name>.py, None where the study has none."""
-    return importlib.import_module(f"lib.{study}.{name}") if importlib.util.find_spec(f"lib.{study}.{name}") else None
-
-
-def command(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outputs: Path) -> int:
-    """`judge`, with what is missing in one line and the index page brought up to date."""
-    try:
-        code = judge(roots, options, wanted)
-    except MissingError as error:
-        print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
-        return error.exit_code
-    if roots and not options.dry_run:
-        print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
-    return code
-
-
-def judge(roots: list[Path], options, wanted: set[tuple[str, str]] | None) -> int:
+def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outputs: Path) -> int:
     """Grade what is ungraded in these folders of results (outputs/<scale>-full…). `wanted`: (study, run_id), None for
-    all. Exit code: 0 all are graded, 1 not all of them, 3 no key, endpoint or questions (nothing was sent)."""
+    all. Exit code: 0 all are graded, 1 not all of them; MissingError without key, endpoint or questions, and nothing
+    was sent."""
     given = settings(options)
-    found = [folder for root in roots if tracking.FROM not in root.name for folder in finished(root, options, wanted)]
-    if not found:
+    groups: dict[Path, list[Path]] = {}
+    for root in roots:
+        for folder in finished(root, options, wanted) if tracking.FROM not in root.name else ():
+            groups.setdefault(folder.parents[2], []).append(folder)
+    if not groups:
         print("nothing to grade: no finished member with evaluation.judge: mt_bench in", *(roots or ["outputs"]))
         return 0
     with contextlib.ExitStack() as locks:
-        if not options.dry_run:
-            for root in dict.fromkeys(folder.parents[3] for folder in found):
+        for root in dict.fromkeys(results.parent for results in groups):
+            if not options.dry_run:
                 locks.enter_context(runner.locked(root))
-        jobs = [
-            job
-            for results in dict.fromkeys(folder.parents[2] for folder in found)
-            if (job := _job(results, [f for f in found if f.parents[2] == results], given, options))
-        ]
-        code = max((1 for job in jobs if job.unsaved), default=0)
+        jobs = [prepare(results, folders, given, options) for results, folders in groups.items()]
+        code = 1 if any(job.unsaved for job in jobs) else 0
         if options.dry_run:
             return code
-        for job in jobs:  # nothing is sent before all of it has been told
+        for job in jobs:  # nothing is sent before the cost of all has been shown
             if job.before["calls"]:
-                job.judging.probe()
+                job.study.probe()
         for job in jobs:
-            code = max(code, _grade(job, given, options))
+            code = max(code, grade(job, given, options))
+    print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
     return code
 
 
+def grader(study: str) -> ModuleType | None:
+    """lib/<study>/judge.py, None where the study has none."""
+    name = f"lib.{study}.judge"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
 def finished(root: Path, options, wanted: set | None) -> list[Path]:
-    """Folders of completed members whose answers a judge grades."""
+    """Folders of completed members whose answers a judge grades; a diverged one has no answers."""
     found = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
         folder, run, study = done.parent, done.parents[2].name, done.parents[3].name
-        if (
-            study not in config.studies()
-            or not wants(options, run)
-            or options.study
-            and study not in options.study
-            or wanted is not None
-            and (study, run) not in wanted
-        ):
+        chosen = wants(options, run) and (not options.study or study in options.study)
+        if not chosen or study not in config.studies() or wanted is not None and (study, run) not in wanted:
             continue
-        grading, spec = part(study, "grading"), record.read_json(folder / "member.json")
-        completed = (record.read_json(done) or {}).get(
-            "status"
-        ) == "completed"  # a diverged one has no answers to grade
-        if grading and spec and completed and grading.expects(spec):
+        spec, status = record.read_json(folder / "member.json"), (record.read_json(done) or {}).get("status")
+        module = grader(study)
+        if module and spec and status == "completed" and module.expects(spec):
             found.append(folder)
     return found
 
 
-class Job(NamedTuple):
-    """What is to be graded in one study's folder of results: `asked` {member's folder: requests}."""
-
-    results: Path
-    asked: dict[Path, list[dict]]
-    unsaved: int  # members without answers
-    before: dict  # calls, tokens and cost, as told
-    grading: object
-    judging: object
-
-
-def _job(results: Path, folders: list[Path], given: Settings, options) -> Job:
+def prepare(results: Path, folders: list[Path], given: Settings, options) -> Job:
     """Say what there is to grade and what it will take."""
-    study = results.name
-    grading, judging = part(study, "grading"), part(study, "judging")
-    saved = [f for f in folders if (f / grading.ANSWERS).exists()]
-    reasons = {folder: reason for folder in saved if (reason := grading.due(folder, given.model))}
-    name = f"{results.parent.name}/{study}"
+    study = importlib.import_module(f"lib.{results.name}.judge")
+    saved = [folder for folder in folders if (folder / study.ANSWERS).exists()]
+    reasons = {folder: reason for folder in saved if (reason := study.due(folder, given.model))}
+    name = f"{results.parent.name}/{results.name}"
     why = ", ".join(sorted(set(reasons.values()) - {"not graded"}))
     print(
         f"{name}: {len(saved)} members with answers, {len(saved) - len(reasons)} graded by {given.model}, "
         f"{len(reasons)} to grade" + (f" ({why})" if why else "")
     )
-    if unsaved := len(folders) - len(saved):
-        print(
-            f"{name}: {unsaved} members saved no answers (trained without evaluation.mt_bench): train them again with it"
-        )
+    unsaved = len(folders) - len(saved)
+    if unsaved:
+        print(f"{name}: {unsaved} members saved no answers: train them again with evaluation.mt_bench")
+    asked = study.read(reasons, given.model, options.data)
     if reasons and not options.dry_run:
-        judging.endpoint()  # before the long work of looking at what is to be asked
-    asked = grading.read(reasons, given.model, options.data)
-    grading.gather(saved if reasons and not options.dry_run else (), given.cache)
-    before = judging.cost(
-        [row for rows in asked.values() for row in rows], judging.load_cache(given.cache), *given.prices
-    )
+        study.gather(saved, given.cache)
+    before = study.cost(sum(asked.values(), []), study.load_cache(given.cache), given.prices)
     if reasons:
-        print(f"{name}: {judging.told(before)}", flush=True)
-    return Job(results, asked, unsaved, before, grading, judging)
+        print(f"{name}: {study.describe(before)}", flush=True)
+    return Job(results, study, asked, unsaved, before)
 
 
-def _grade(job: Job, given: Settings, options) -> int:
+def grade(job: Job, given: Settings, options) -> int:
     """Ask, write what came back into the members' records, and record what it took."""
     if not job.asked:
         return 0
-    at_first, started, failed = job.judging.load_cache(given.cache), time.time(), None
+    study, requests = job.study, sum(job.asked.values(), [])
+    at_first, started, failed = study.load_cache(given.cache), time.time(), None
     try:
-        job.judging.grade_requests(
-            [row for rows in job.asked.values() for row in rows],
-            given.model,
-            given.cache,
-            workers=options.workers,
-            on_graded=told_now_and_then(),
+        study.grade_requests(
+            requests, given.model, given.cache, workers=options.workers, on_graded=print_now_and_then()
         )
     except (StudyError, KeyboardInterrupt) as error:
         failed = error
-    kept = job.judging.load_cache(given.cache)
-    made = {
-        folder: job.grading.finish(folder, rows, kept, given.cache, given.model, given.prices)
+    kept = study.load_cache(given.cache)
+    judged = {
+        folder: study.finish(folder, rows, kept, given.cache, given.model, given.prices)
         for folder, rows in job.asked.items()
-        if failed is None or all(job.judging.settled(kept, row["key"]) for row in rows)
+        if failed is None or all(study.settled(kept, row["key"]) for row in rows)
     }
-    _log(job, given, at_first, kept, started, failed)
-    refused = sum(one["refused"] for one in made.values())
+    graded_keys = {row["key"] for row in requests} & set(kept)
+    spent = {
+        name: sum(kept[key][name] - at_first.get(key, {}).get(name, 0) for key in graded_keys) for name in study.COUNTED
+    }
+    cost = study.price(spent["prompt_tokens"], spent["completion_tokens"], given.prices)
+    (job.results / "comparison").mkdir(exist_ok=True)
+    entry = {
+        "model": given.model,
+        "endpoint": study.host(study.endpoint()[0]),
+        "started": started,
+        "seconds": round(time.time() - started, 1),
+        "members": len(job.asked),
+        "told_before": job.before,
+        "spent": spent,
+        "cost": cost,
+        "prices_per_million": given.prices,
+        "ended": "completed" if failed is None else type(failed).__name__,
+    }
+    record.append_jsonl(job.results / "comparison" / LOG, entry)
+    name, refused = job.results.name, sum(one["refused"] for one in judged.values())
     print(
-        f"{job.results.name}: {len(made)} of {len(job.asked)} members graded; "
-        f"{sum(one['unparsed'] for one in made.values())} answers without a grade, {refused} of these refused"
+        f"{name}: {spent['calls']} calls, {spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply "
+        f"tokens, {'cost unknown' if cost is None else f'{cost:.2f} in all'}\n"
+        f"{name}: {len(judged)} of {len(job.asked)} members graded; "
+        f"{sum(one['unparsed'] for one in judged.values())} answers without a grade, {refused} of these refused",
+        flush=True,
     )
-    if made:
-        bring_up_to_date(job.results, list(made), options)
+    if judged:
+        bring_up_to_date(job.results, list(judged), options)
     if isinstance(failed, KeyboardInterrupt):
         raise failed
     if failed is not None:
@@ -204,48 +199,17 @@ def _grade(job: Job, given: Settings, options) -> int:
     return 1 if failed or refused else 0
 
 
-def told_now_and_then():
+def print_now_and_then() -> Callable[[int, int], None]:
     """A plain line now and then, for a log and for a person."""
-    last = [time.monotonic()]
+    last = time.monotonic()
 
-    def told(done: int, of: int) -> None:
-        if done == of or time.monotonic() - last[0] > SAID_EVERY:
-            last[0] = time.monotonic()
+    def tell(done: int, of: int) -> None:
+        nonlocal last
+        if done == of or time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
             print(f"  {done} of {of} answers graded", flush=True)
 
-    return told
-
-
-def _log(job: Job, given: Settings, at_first: dict, kept: dict, started: float, failed: BaseException | None) -> None:
-    """What this call took, on paper and on the screen: counted by the endpoint, or estimated where it counts
-    nothing."""
-    mine = {row["key"] for rows in job.asked.values() for row in rows}
-    spent = {
-        name: sum(kept[key][name] - at_first.get(key, {}).get(name, 0) for key in mine if key in kept)
-        for name in job.judging.COUNTED
-    }
-    cost = job.judging.price(spent["prompt_tokens"], spent["completion_tokens"], *given.prices)
-    (job.results / "comparison").mkdir(exist_ok=True)
-    record.append_jsonl(
-        job.results / "comparison" / LOG,
-        {
-            "model": given.model,
-            "endpoint": job.judging.host(job.judging.endpoint()[0]),
-            "started": started,
-            "seconds": round(time.time() - started, 1),
-            "members": len(job.asked),
-            "told_before": job.before,
-            "spent": spent,
-            "cost": cost,
-            "prices_per_million": given.prices,
-            "ended": "completed" if failed is None else type(failed).__name__,
-        },
-    )
-    print(
-        f"{job.results.name}: {spent['calls']} calls, {spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply "
-        f"tokens, {'cost unknown' if cost is None else f'{cost:.2f} in all'}",
-        flush=True,
-    )
+    return tell
 
 
 def bring_up_to_date(results: Path, folders: list[Path], options) -> None:

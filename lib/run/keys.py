@@ -13,6 +13,7 @@ import os
 import platform
 from pathlib import Path
 
+from lib.record import digest
 from lib.run.probe import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,12 +35,6 @@ PACKAGES = (
 # Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's
 # numbers.
 NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "optuna", "wandb", "compute")
-
-
-def digest(value) -> str:
-    """16 hexadecimal digits of SHA-256 over the value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _module_file(name: str) -> str | None:

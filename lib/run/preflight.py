@@ -367,28 +367,16 @@ def _storage(run: Run) -> list[Finding]:
     return []
 
 
-def judge_package() -> str:
-    """The package of the extra `judge` that is not installed, empty where all are."""
-    return next(
-        (
-            name
-            for name, module in (("inspect-ai", "inspect_ai"), ("openai", "openai"))
-            if importlib.util.find_spec(module) is None
-        ),
-        "",
-    )
-
-
 def _judge(run: Run, machine: Machine) -> list[Finding]:
     if getattr(run.evaluation, "judge", None) != "mt_bench":
         return []
     found, key = [], "evaluation.judge"
-    if lacking := judge_package():
+    if importlib.util.find_spec("openai") is None:
         found.append(
             Finding(
                 "warning",
                 key,
-                f"{lacking} is not installed: training goes on and judging stays pending",
+                "openai is not installed: training goes on and judging stays pending",
                 f"{JUDGE_EXTRA}, then ./run_all.sh judge",
             )
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lib import config, models, record, training
-from lib.td_dpo import cost, generated, inputs, mt_answers, mt_bench, oracle, sampling
+from lib.td_dpo import cost, generated, inputs, mt_bench, oracle, sampling
 from lib.td_dpo.objective import pair_scores
 from lib.td_dpo.reference import log_ratio_of_samples
 from lib.td_dpo.tokens import pad_token
@@ -145,7 +145,7 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
-        answers = mt_answers.answer(
+        answers = mt_bench.answer(
             model,
             given.tokenizer,
             mt_bench.read(run.evaluation.mt_bench),
