@@ -1,8 +1,7 @@
-"""Figures: their style, plots over members and seeds, and their record (PDF, PNG, CSV and alternative text).
+"""Figures: the house style, plots over members and seeds drawn with seaborn, and their files.
 
-A plot is a function DataFrame -> Drawing; `save(drawing, folder, name)` writes its files and returns a Figure that
-shows itself in a notebook with its alternative text kept. Figures are made without pyplot: no global state and no
-display is needed.
+A plot is a function DataFrame -> Drawing: a figure with its numbers and the same numbers in words, its alternative
+text. `save` writes its files. Figures are made without pyplot where that is possible: no global state, no display.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -37,11 +37,10 @@ INK, SOFT, GRID, BAD = "#1b1f24", "#59636e", "#d9dde2", "#b3261e"
 DASH = (0, (4, 3))
 IDENTITY = ("run_id", "method", "cell", "beta", "tau", "seed", "status")  # of a member
 WIDTH = 8.0  # inches; shown at about 900 px, so 10.5 pt stays readable
-STYLE = {
+STYLE = sns.axes_style("whitegrid") | {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "text.color": INK,
-    "figure.facecolor": "white",
     "axes.labelcolor": INK,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -50,11 +49,11 @@ STYLE = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
+    "xtick.bottom": True,
+    "ytick.left": True,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "xtick.labelcolor": INK,
@@ -66,6 +65,9 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
+DIVERGED = (Line2D([], [], linestyle="", marker="x", color=BAD, markeredgewidth=2), "diverged seed")
+MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
+VERDICT_COLORS = {"supported": "#0072B2", "refuted": "#B34700"}
 
 
 @dataclass(frozen=True)
@@ -79,65 +81,104 @@ class Look:
 
 @dataclass
 class Drawing:
-    """A drawn figure with the numbers it shows and those numbers in words."""
+    """A figure with the numbers it shows and those numbers in words. It shows itself in a notebook with its alternative
+    text, and needs no other file there; `save` adds the links from its points to their members."""
 
-    canvas: Canvas
+    canvas: Figure
     title: str
     alt: str
     data: pd.DataFrame
+    links: Sequence[Mapping] = ()  # {left, top: fractions of width and height, href, words}
+
+    @housestyle
+    def render(self, kind: str = "png", **metadata) -> bytes:
+        buffer = io.BytesIO()
+        self.canvas.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        return embedded(self.render(), self.alt, self.links)
+
+    def __repr__(self) -> str:
+        return self.alt
 
 
-def canvas(
-    rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str = "", **options
-) -> tuple[Canvas, np.ndarray]:
+def save(drawing: Drawing, folder: str | Path, name: str) -> Drawing:
+    """Write <name>.pdf, .png, .csv, .alt.txt and .links.json, each atomically and free of dates. The links lead to each
+    member's row on the page of its run, relative to the folder that holds `folder`, where the analysis' page lies."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "pdf": drawing.render("pdf", CreationDate=None, Title=drawing.title),
+        "png": drawing.render("png", Software=None, Description=drawing.alt),
+        "csv": drawing.data.to_csv(index=False).encode(),
+        "alt.txt": f"{drawing.alt}\n".encode(),
+    }
+    drawing.links = _links(drawing.canvas, folder.absolute().parent)
+    files["links.json"] = (json.dumps(drawing.links, indent=1, ensure_ascii=False) + "\n").encode()
+    for kind, content in files.items():
+        write_bytes(folder / f"{name}.{kind}", content)
+    return drawing
+
+
+def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
+    """A figure as HTML that needs no other file; over each point of a member lies a link. Places are written as classes
+    in thousandths (`x123 y456`), which lib/run/pages.py turns into positions: it lets no style of a notebook in."""
+    points = "".join(
+        f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
+        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>'
+        for link in links
+    )
+    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(alt)}">'
+    return f'<figure><div class="drawn">{image}{points}</div></figure>'
+
+
+@contextlib.contextmanager
+def redrawn(draw: Callable[[], Drawing], every: float = 1.0) -> Iterator[None]:
+    """Show `draw()` in a notebook, again every so many seconds while the body runs and once more at its end. It is
+    drawn in a thread, so that an interrupt reaches the body."""
+    from IPython.display import display
+
+    handle, ended = display(draw(), display_id=True), threading.Event()
+
+    def redraw() -> None:
+        while not ended.wait(every):
+            handle.update(draw())
+
+    # In a copy of this context, because a kernel finds the cell that an output belongs to in it.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(redraw,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        handle.update(draw())
+
+
+# ---- parts of figures
+
+
+def canvas(rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str = "", **options):
     """An empty figure and its (rows, columns) axes; `options` go to matplotlib's Figure.subplots."""
-    drawn = Canvas(figsize=(WIDTH, height), layout="constrained")
+    drawn = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False, **options)
     if title:
         drawn.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
     return drawn, axes
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Where in a figure a member is drawn. `left`, `top`: fractions of its width and height; `folder`: the member's."""
-
-    left: float
-    top: float
-    folder: str
-    words: str
-
-
-def mark(axes: Axes, x: float, y: float, member: Mapping, transform=None) -> None:
-    """Remember that the point (x, y) stands for this member (a row with its `folder`); see `marks`."""
-    if isinstance(member.get("folder"), str):
-        made = axes.figure.__dict__.setdefault("member_marks", [])
-        made.append((transform or axes.transData, float(x), float(y), dict(member)))
-
-
-def marks(drawn: Canvas) -> list[Mark]:
-    """The marked points where they lie once everything is laid out; call it after drawing."""
-    found, (width, height) = [], (drawn.bbox.width, drawn.bbox.height)
-    for transform, x, y, member in drawn.__dict__.get("member_marks", ()):
-        across, up = transform.transform((x, y))
-        if 0 <= across <= width and 0 <= up <= height:
-            value = "diverged" if member.get("diverged") else number(member.get("value"))
-            words = f"{member.get('run_id')}, {member.get('cell')}, seed {member.get('seed')}: {value}"
-            found.append(
-                Mark(round(float(across / width), 4), round(1 - float(up / height), 4), member["folder"], words)
-            )
-    return found
-
-
 def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict[str, Look]:
-    """A look for every name, in the study's own order and looks where it has them, else the next free colour and
+    """A look for every name, in the study's own order and looks where it has them, else the next free color and
     marker."""
     known, names = known or {}, list(dict.fromkeys(names))
-    names = [name for name in known if name in names] + [name for name in names if name not in known]
-    taken = {known[name].colour for name in names if name in known}
-    free = [i for i, colour in enumerate(PALETTE) if colour not in taken] or list(range(len(PALETTE)))
-    new = {name: free[i % len(free)] for i, name in enumerate(n for n in names if n not in known)}
-    return {n: known[n] if n in known else Look(str(n), PALETTE[new[n]], MARKERS[new[n]]) for n in names}
+    found = {name: known[name] for name in known if name in names}
+    taken = {look.colour for look in found.values()}
+    free = [i for i, color in enumerate(PALETTE) if color not in taken] or list(range(len(PALETTE)))
+    for i, name in enumerate(name for name in names if name not in known):
+        place = free[i % len(free)]
+        found[name] = Look(str(name), PALETTE[place], MARKERS[place])
+    return found
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -148,6 +189,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return (f"{value:.0f}" if "e+0" in text else text).replace("-", "−")
 
 
+def name_of(value: object) -> str:
+    return number(value) if isinstance(value, float | int) else str(value)
+
+
 def ordered(values: Iterable) -> list:
     """The distinct values, sorted, without missing ones."""
     return sorted(pd.unique(pd.Series(list(values)).dropna()))
@@ -156,94 +201,6 @@ def ordered(values: Iterable) -> list:
 def spread(count: int, width: float) -> np.ndarray:
     """`count` offsets around 0 over `width`."""
     return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.075) -> None:
-    """Names of series at the right edge instead of a legend: (y in data units, text, colour), pushed apart to `gap` of
-    the height. Call it when everything else is drawn: it reads the limits."""
-    axes.get_ylim()  # autoscales now, so that the transform below is the final one
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    at = [(float(to_fraction.transform((1, y))[1]), text, colour) for y, text, colour in ends if np.isfinite(y)]
-    at.sort(key=lambda item: item[0])
-    heights = np.array([min(1.0, max(0.0, item[0])) for item in at])
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in range(len(heights) - 1, -1, -1):  # what was pushed over the top moves down again
-        heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
-    for height, (_, text, colour) in zip(heights, at, strict=True):
-        axes.annotate(
-            text, (1.015, height), xycoords="axes fraction", color=colour, va="center", fontsize=9.5, fontweight="bold"
-        )
-
-
-def label_points(drawn: Canvas, axes: Axes, labels: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
-    """Names beside points, (x, y, text, colour), each at the first of eight sides where it covers no point and no other
-    name; a name with no room is left out (the words have it). Call it when everything else is drawn."""
-    drawn.draw_without_rendering()  # lays the axes out, so that the places below are the final ones
-    places = axes.transData.transform([(x, y) for x, y, _, _ in labels]) if labels else []
-    unit, names = drawn.dpi / 72, []
-    for i, ((px, py), (x, y, text, colour)) in enumerate(zip(places, labels, strict=True)):
-        width, height, near = (
-            0.62 * size * len(text),
-            1.1 * size,
-            9 * unit,
-        )  # a name nearer to another point would mislead
-        taken = [(qx - near, qy - near, qx + near, qy + near) for j, (qx, qy) in enumerate(places) if j != i] + names
-        for dx, dy in (
-            (6, 3),
-            (6, -3 - height),
-            (-6 - width, 3),
-            (-6 - width, -3 - height),
-            (-width / 2, 7),
-            (-width / 2, -7 - height),
-            (9, -height / 2),
-            (-9 - width, -height / 2),
-        ):
-            left, low = px + dx * unit, py + dy * unit
-            right, high = left + width * unit, low + height * unit
-            if left > axes.bbox.x0 and not any(
-                left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken
-            ):
-                axes.annotate(
-                    text,
-                    (x, y),
-                    xytext=(dx, dy),
-                    textcoords="offset points",
-                    fontsize=size,
-                    color=colour,
-                    zorder=5,
-                    annotation_clip=False,
-                )
-                names.append((left, low, right, high))
-                break
-
-
-def legend_below(drawn: Canvas, extra: Sequence[tuple[object, str]] = ()) -> None:
-    """One legend for all panels, under them; `extra` are further (handle, label)."""
-    named = {
-        label: handle for axes in drawn.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    named |= {label: handle for handle, label in extra}
-    if named:
-        wide = 0.085 * (max(map(len, named)) + 6)  # inches of the widest entry at 9.5 pt
-        rows = -(-len(named) // max(1, int(WIDTH / wide)))
-        drawn.legend(list(named.values()), list(named), loc="outside lower left", ncols=-(-len(named) // rows))
-
-
-def reference_line(axes: Axes, value: float, label: str = "") -> None:
-    """A dashed line at `value`, named at the right edge."""
-    axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASH)
-    if label:
-        axes.annotate(
-            f"{label} {number(value)}",
-            (1.0, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=SOFT,
-        )
 
 
 def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = None) -> pd.DataFrame:
@@ -257,7 +214,7 @@ def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = 
     return table
 
 
-def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
     """Student interval of a mean over seeds; (nan, nan) with fewer than two."""
     from scipy import stats
 
@@ -269,280 +226,191 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-DIVERGED = (Line2D([], [], linestyle="", marker="x", color=BAD, markeredgewidth=2), "diverged seed")
-Reference = tuple[float, str] | None  # a level to draw, and its name
-
-
-@housestyle
-def box_over_seeds(
-    members: pd.DataFrame,
-    metric: str,
-    *,
-    title: str,
-    ylabel: str = "",
-    x: str = "beta",
-    xlabel: str = "",
-    by: str = "method",
-    known: Mapping[str, Look] | None = None,
-    diverged_value: float | None = None,
-    reference: Reference = None,
-) -> Drawing:
-    """`metric` per `x` and `by`: a box from three seeds on, every seed as a point, a diverged seed as a cross."""
-    ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x
-    table = outcomes(members, metric, diverged_value)
-    drawn, axes = canvas(height=4.2, title=title)
-    place, words = axes[0, 0], {}
-    for own, value, at, width, cell in _cells(table, by, x, known, 0.8):
-        values = cell["value"].dropna().to_numpy()
-        if len(values) >= 3:
-            line = {"color": own.colour}
-            place.boxplot(
-                values,
-                positions=[at],
-                widths=width * 0.8,
-                showfliers=False,
-                patch_artist=True,
-                manage_ticks=False,
-                boxprops={"facecolor": own.colour + "2e", "edgecolor": own.colour},
-                medianprops={**line, "linewidth": 2},
-                whiskerprops=line,
-                capprops=line,
-            )
-        points(place, at + spread(len(cell), width * 0.5), cell, own)
-        words.setdefault(own.label, []).append(f"{xlabel} {_name(value)} {_summary(cell)}")
-    _finish(drawn, place, table, by, x, xlabel, ylabel, known, reference)
-    alt = f"{title}: {ylabel} of every seed by {xlabel}. {_sentences(words)}{_reference_words(reference)}"
-    return Drawing(drawn, title, alt, table[_columns(table, by, x)])
-
-
-@housestyle
-def bars(
-    members: pd.DataFrame,
-    metric: str,
-    *,
-    title: str,
-    ylabel: str = "",
-    x: str = "beta",
-    xlabel: str = "",
-    by: str = "method",
-    known: Mapping[str, Look] | None = None,
-    diverged_value: float | None = None,
-    intervals: pd.DataFrame | None = None,
-    floor: float = 0.0,
-    reference: Reference = None,
-) -> Drawing:
-    """Mean of `metric` per `x` and `by` with its 95 % interval and every seed as a point.
-
-    `intervals`: columns `by`, `x`, low, high (from lib.stats: seeds and questions crossed); without it Student's
-    over seeds. `floor`: the lowest possible value of the metric, where the bars start.
-    """
-    ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x
-    table = outcomes(members, metric, diverged_value)
-    drawn, axes = canvas(height=4.2, title=title)
-    place, words, data = axes[0, 0], {}, []
-    for own, value, at, width, cell in _cells(table, by, x, known, 0.84):
-        name, values = cell[by].iloc[0], cell["value"].dropna().to_numpy()
-        mean, (low, high) = (values.mean() if len(values) else np.nan), t_interval(values)
-        if intervals is not None:
-            row = intervals[(intervals[by] == name) & (intervals[x] == value)]
-            low, high = (float(row["low"].iloc[0]), float(row["high"].iloc[0])) if len(row) else (np.nan, np.nan)
-        if len(values):
-            place.bar(at, mean - floor, width * 0.92, bottom=floor, color=own.colour + "59", edgecolor=own.colour)
-            place.annotate(
-                number(mean),
-                (at, np.nanmax([mean, high, *values])),
-                xytext=(0, 3),
-                ha="center",
-                textcoords="offset points",
-                fontsize=9,
-                zorder=5,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-            )
-        if np.isfinite(low):
-            place.plot([at, at], [max(low, floor), high], color=INK, linewidth=1.3)
-        points(place, at + spread(len(cell), width * 0.4), cell, own)
-        interval = f", 95 % interval {number(low)} to {number(high)}" if np.isfinite(low) else ""
-        words.setdefault(own.label, []).append(f"{xlabel} {_name(value)} {_summary(cell)}{interval}")
-        data.append({by: name, x: value, "mean": mean, "low": low, "high": high, "seeds": len(cell)})
-    place.set_ylim(bottom=floor)
-    _finish(drawn, place, table, by, x, xlabel, ylabel, known, reference)
-    alt = f"{title}: mean {ylabel} by {xlabel}. {_sentences(words)}{_reference_words(reference)}"
-    table = table[_columns(table, by, x)]
-    return Drawing(drawn, title, alt, table.merge(pd.DataFrame(data), on=[by, x], how="left") if data else table)
-
-
 def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -> None:
     """Every member of a cell: a filled point, or a cross where it diverged (at the foot where it has no value). Each is
-    marked, so that a page can link it to the member's own."""
-    rows = cell.to_dict("records")
-    for position, value, diverged, row in zip(positions, cell["value"], cell["diverged"], rows, strict=True):
-        valued = np.isfinite(value)
-        if valued or diverged:
-            mark(
-                place,
-                position,
-                value if valued else 0.025,
-                row,
-                place.transData if valued else place.get_xaxis_transform(),
+    remembered, so that a page can link it to its member."""
+    members = place.figure.__dict__.setdefault("members", [])
+    for position, row in zip(positions, cell.to_dict("records"), strict=True):
+        valued = np.isfinite(row["value"])
+        if not valued and not row["diverged"]:
+            continue
+        value, transform = (row["value"], place.transData) if valued else (0.025, place.get_xaxis_transform())
+        members.append((transform, position, value, row))
+        style = {"marker": look.marker, "color": look.colour, "markersize": 5, "markeredgecolor": "white", "zorder": 3}
+        if row["diverged"]:
+            style = {"marker": "x", "color": BAD, "markersize": 7, "markeredgewidth": 2, "zorder": 4}
+        place.plot([position], [value], linestyle="", clip_on=False, transform=transform, **style)
+
+
+def _links(drawn: Figure, page_folder: Path) -> list[dict]:
+    """Where the members' points lie once everything is drawn, and the places on pages that they stand for."""
+    links, (width, height) = [], (drawn.bbox.width, drawn.bbox.height)
+    for transform, x, y, row in drawn.__dict__.get("members", ()):
+        across, up = transform.transform((x, y))
+        if isinstance(row.get("folder"), str) and 0 <= across <= width and 0 <= up <= height:
+            member = Path(row["folder"])
+            value = "diverged" if row["diverged"] else number(row["value"])
+            href = quote(os.path.relpath(member.parents[1] / "run.html", page_folder)) + f"#{quote(member.name)}"
+            links.append(
+                {
+                    "left": round(float(across / width), 4),
+                    "top": round(1 - float(up / height), 4),
+                    "words": f"{row.get('run_id')}, {row.get('cell')}, seed {row.get('seed')}: {value}",
+                    "href": href,
+                }
             )
-        if diverged:
-            place.plot(
-                [position],
-                [value if valued else 0.025],
-                "x",
-                color=BAD,
-                markersize=7,
-                markeredgewidth=2,
-                zorder=4,
-                clip_on=False,
-                transform=place.transData if valued else place.get_xaxis_transform(),
-            )
-        elif valued:
-            place.plot(
-                [position],
-                [value],
-                look.marker,
-                color=look.colour,
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-                zorder=3,
-                clip_on=False,
-            )
+    return links
 
 
-def _cells(table: pd.DataFrame, by: str, x: str, known: Mapping[str, Look] | None, room: float):
-    """(look, value of x, position, width, members) of every cell that has members: side by side within a category, and
-    in its middle where each category has one."""
-    look = looks(table[by], known)
-    alone = table.groupby(x)[by].nunique().max() == 1
-    width = room / (3 if alone else max(1, len(look)))
-    for offset, (name, own) in zip(spread(len(look), 0 if alone else room - width), look.items(), strict=True):
-        for position, value in enumerate(ordered(table[x])):
-            cell = table[(table[by] == name) & (table[x] == value)]
-            if len(cell):
-                yield own, value, position + offset, width, cell
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.075) -> None:
+    """Names of series at the right edge instead of a legend: (y in data units, text, color), pushed apart to `gap` of
+    the height. Call it when everything else is drawn: it reads the limits."""
+    axes.get_ylim()  # autoscales now, so that the transform below is the final one
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    at = sorted((float(to_fraction.transform((1, y))[1]), text, color) for y, text, color in ends if np.isfinite(y))
+    heights = np.clip([height for height, _, _ in at], 0.0, 1.0)
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in range(len(heights) - 1, -1, -1):  # what was pushed over the top moves down again
+        heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
+    style = {"xycoords": "axes fraction", "va": "center", "fontsize": 9.5, "fontweight": "bold"}
+    for height, (_, text, color) in zip(heights, at, strict=True):
+        axes.annotate(text, (1.015, height), color=color, **style)
 
 
-def _finish(
-    drawn: Canvas,
-    place: Axes,
-    table: pd.DataFrame,
-    by: str,
-    x: str,
-    xlabel: str,
-    ylabel: str,
-    known: Mapping[str, Look] | None,
-    reference: Reference,
-) -> None:
-    """Ticks for the categories, labels, the reference line and one legend."""
-    places = ordered(table[x])
-    place.set_xticks(range(len(places)), [_name(value) for value in places])
-    place.set_xlim(-0.6, max(0, len(places) - 1) + 0.6)
-    place.set(xlabel=xlabel, ylabel=ylabel)
-    if reference is not None:
-        reference_line(place, *reference)
-    extra = [
-        (Line2D([], [], linestyle="", marker=own.marker, color=own.colour), own.label)
-        for own in looks(table[by], known).values()
-    ]
-    legend_below(drawn, extra + ([DIVERGED] if table["diverged"].any() else []))
+def label_points(drawn: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
+    """Names of points, (x, y, text, color), each at the first of four corners where it covers no other point or name; a
+    name with no room is left out (the words have it). Call it when everything else is drawn."""
+    drawn.draw_without_rendering()  # lays the axes out, so that the places below are the final ones
+    places = axes.transData.transform([(x, y) for x, y, _, _ in labels]) if labels else []
+    taken, near = [], 9 * drawn.dpi / 72  # a name nearer to another point would mislead
+    for i, ((px, py), (x, y, text, color)) in enumerate(zip(places, labels, strict=True)):
+        others = [(qx - near, qy - near, qx + near, qy + near) for j, (qx, qy) in enumerate(places) if j != i]
+        width, height = 0.62 * size * len(text) * drawn.dpi / 72, 1.1 * size * drawn.dpi / 72
+        for across, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            left, low = px + (near if across > 0 else -near - width), py + (2 if up > 0 else -2 - height)
+            box = (left, low, left + width, low + height)
+            clear = all(box[0] > b[2] or b[0] > box[2] or box[1] > b[3] or b[1] > box[3] for b in others + taken)
+            if clear and left > axes.bbox.x0:
+                at = ((left - px) * 72 / drawn.dpi, (low - py) * 72 / drawn.dpi)
+                axes.annotate(text, (x, y), at, textcoords="offset points", fontsize=size, color=color, zorder=5)
+                taken.append(box)
+                break
 
 
-def _summary(cell: pd.DataFrame) -> str:
-    values, diverged = cell["value"].dropna(), int(cell["diverged"].sum())
-    seeds = ", ".join(number(v) for v in values)
-    text = f"mean {number(values.mean())} (seeds {seeds})" if len(values) else "no value"
-    return text + (f", {diverged} of {len(cell)} diverged" if diverged else "")
+def legend_below(drawn: Figure, extra: Sequence[tuple[object, str]] = ()) -> None:
+    """One legend for all panels, under them; `extra` are further (handle, label)."""
+    pairs = [pair for axes in drawn.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    named = {label: handle for handle, label in [*pairs, *extra]}
+    if named:
+        wide = 0.085 * (max(map(len, named)) + 6)  # inches of the widest entry at 9.5 pt
+        rows = -(-len(named) // max(1, int(WIDTH / wide)))
+        drawn.legend(list(named.values()), list(named), loc="outside lower left", ncols=-(-len(named) // rows))
 
 
-def _sentences(words: Mapping[str, Sequence[str]]) -> str:
-    return " ".join(f"{label}: {'; '.join(said)}." for label, said in words.items())
+def reference_line(axes: Axes, value: float, label: str = "") -> None:
+    """A dashed line at `value`, named at the right edge."""
+    axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASH)
+    if label:
+        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{label} {number(value)}", (1.0, value), (4, 0), color=SOFT, **style)
 
 
-def _name(value: object) -> str:
-    return number(value) if isinstance(value, float | int) else str(value)
-
-
-def _columns(table: pd.DataFrame, by: str, x: str) -> list[str]:
-    wanted = dict.fromkeys(("run_id", by, "cell", x, "seed", "status", "diverged", "value"))
-    return [column for column in wanted if column in table]
-
-
-def _reference_words(reference: Reference) -> str:
-    return "" if reference is None else f" {reference[1]}: {number(reference[0])}."
-
-
-MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
-VERDICT_COLOURS = {"supported": "#0072B2", "refuted": "#B34700"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A saved figure. Its HTML form embeds the image, so that an executed notebook and its page need no other file."""
-
-    name: str
-    title: str
-    alt: str
-    folder: Path
-    png: bytes = field(repr=False)
-    links: tuple[dict, ...] = ()  # {left, top, href, words}: the members that its points stand for
-
-    @property
-    def files(self) -> dict[str, Path]:
-        return {kind: self.folder / f"{self.name}.{kind}" for kind in ("pdf", "png", "csv", "alt.txt", "links.json")}
-
-    def _repr_html_(self) -> str:
-        return embedded(self.png, self.alt, self.links)
-
-    def __repr__(self) -> str:
-        return self.alt
+# ---- plots over members and seeds
 
 
 @housestyle
-def save(
-    drawing: Drawing | Canvas,
-    folder: str | Path,
-    name: str,
-    *,
-    data: pd.DataFrame | None = None,
-    alt: str | None = None,
-    title: str | None = None,
-) -> Figure:
-    """Write <name>.pdf, .png, .csv, .alt.txt and .links.json, each atomically and free of dates; return the record that
-    shows itself. Links are relative to the folder that holds `folder`, where the page lies.
+def box_over_seeds(members: pd.DataFrame, metric: str, **options) -> Drawing:
+    """`metric` per `x` and `by`: a box from three seeds on, every seed as a point, a diverged seed as a cross. Options
+    are those of `_over_cells`."""
 
-    A Drawing brings its numbers and words; a matplotlib figure of one's own needs `data`, `alt` and `title`.
-    """
-    if isinstance(drawing, Canvas):
-        if data is None or not alt or not title:
-            raise ValueError(f"figure {name}: a matplotlib figure is saved with its data, alt and title")
-        drawing = Drawing(drawing, title, alt, data)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "pdf": {"CreationDate": None, "Title": drawing.title},
-        "png": {"Software": None, "Description": drawing.alt},
-    }
-    contents = {"csv": drawing.data.to_csv(index=False).encode(), "alt.txt": (drawing.alt + "\n").encode()}
-    for kind, metadata in about.items():
-        buffer = io.BytesIO()
-        drawing.canvas.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-        contents[kind] = buffer.getvalue()
-    links = [
-        {
-            "left": m.left,
-            "top": m.top,
-            "words": m.words,
-            "href": quote(os.path.relpath(Path(m.folder) / "member.html", folder.absolute().parent)),
-        }
-        for m in marks(drawing.canvas)
-    ]  # after drawing, when everything has its place
-    contents["links.json"] = (json.dumps(links, indent=1, ensure_ascii=False) + "\n").encode()
-    figure = Figure(name, drawing.title, drawing.alt, folder, contents["png"], tuple(links))
-    for kind, path in figure.files.items():
-        write_bytes(path, contents[kind])
-    return figure
+    def draw(place, table, style):
+        several = table.groupby(["category", style["hue"]])["value"].transform("count") >= 3
+        if several.any():
+            sns.boxplot(table[several], showfliers=False, fill=False, gap=0.2, linewidth=1.3, ax=place, **style)
+
+    return _over_cells(members, metric, draw, words="{ylabel} of every seed by {xlabel}", **options)
+
+
+@housestyle
+def bars(members: pd.DataFrame, metric: str, *, floor: float = 0.0, **options) -> Drawing:
+    """Mean of `metric` per `x` and `by` with Student's 95 % interval over seeds, and every seed as a point. `floor`: the
+    lowest possible value of the metric, where the bars start. Options are those of `_over_cells`."""
+
+    def draw(place, table, style):
+        if table["value"].notna().any():
+            line = {"color": INK, "linewidth": 1.3}
+            sns.barplot(table, errorbar=t_interval, gap=0.08, alpha=0.4, err_kws=line, ax=place, **style)
+            place.set_ylim(bottom=floor)
+
+    return _over_cells(members, metric, draw, words="mean {ylabel} by {xlabel}", interval=True, **options)
+
+
+def _over_cells(
+    members: pd.DataFrame,
+    metric: str,
+    draw: Callable[[Axes, pd.DataFrame, dict], None],
+    *,
+    title: str,
+    words: str,
+    ylabel: str = "",
+    x: str = "beta",
+    xlabel: str = "",
+    by: str = "method",
+    known: Mapping[str, Look] | None = None,
+    diverged_value: float | None = None,
+    reference: tuple[float, str] | None = None,
+    interval: bool = False,
+) -> Drawing:
+    """What boxes and bars share: categories of `x`, the series of `by` side by side in each (in its middle where each
+    category has one), every member's point, one legend, a `reference` level with its name, and the words."""
+    ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x
+    table = outcomes(members, metric, diverged_value)
+    table["category"] = table[x].map(name_of) if len(table) else None
+    places, look = [name_of(value) for value in ordered(table[x])], looks(table[by], known)
+    alone = table.groupby(x)[by].nunique().max() == 1
+    width = 0.27 if alone else 0.8
+    drawn, axes = canvas(height=4.2, title=title)
+    place, said, rows = axes[0, 0], {}, []
+    colors = {name: own.colour for name, own in look.items()}
+    style = {"x": "category", "y": "value", "hue": by, "order": places, "hue_order": list(look), "palette": colors}
+    draw(place, table, style | {"dodge": not alone, "width": width, "saturation": 1, "legend": False})
+    for i, (name, own) in enumerate(look.items()):
+        offset = 0 if alone else width / len(look) * (i - (len(look) - 1) / 2)
+        for j, category in enumerate(places):
+            cell = table[(table[by] == name) & (table["category"] == category)]
+            if cell.empty:
+                continue
+            points(place, j + offset + spread(len(cell), width / (2 if alone else 2 * len(look))), cell, own)
+            text, (low, high), mean = _cell_words(cell), t_interval(cell["value"]), cell["value"].mean()
+            if interval and np.isfinite(mean):
+                top = np.nanmax([high, *cell["value"]])
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+                put = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "zorder": 5, "bbox": box}
+                place.annotate(number(mean), (j + offset, top), (0, 3), **put)
+            if interval and np.isfinite(low):
+                text += f", 95 % interval {number(low)} to {number(high)}"
+            said.setdefault(own.label, []).append(f"{xlabel} {category} {text}")
+            rows.append({by: name, "category": category, "mean": mean, "low": low, "high": high, "seeds": len(cell)})
+    place.set_xticks(range(len(places)), places)
+    place.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.6, max(0, len(places) - 1) + 0.6))
+    alt = f"{title}: {words.format(ylabel=ylabel, xlabel=xlabel)}. "
+    alt += " ".join(f"{label}: {'; '.join(cells)}." for label, cells in said.items())
+    if reference is not None:
+        reference_line(place, *reference)
+        alt += f" {reference[1]}: {number(reference[0])}."
+    handles = [(Line2D([], [], linestyle="", marker=o.marker, color=o.colour), o.label) for o in look.values()]
+    legend_below(drawn, handles + ([DIVERGED] if table["diverged"].any() else []))
+    if interval and rows:
+        table = table.merge(pd.DataFrame(rows), on=[by, "category"], how="left")
+    shown = ("run_id", by, "cell", x, "seed", "status", "diverged", "value", "mean", "low", "high", "seeds")
+    return Drawing(drawn, title, alt, table[[column for column in dict.fromkeys(shown) if column in table]])
+
+
+def _cell_words(cell: pd.DataFrame) -> str:
+    values, diverged = cell["value"].dropna(), int(cell["diverged"].sum())
+    text = f"mean {number(values.mean())} (seeds {', '.join(map(number, values))})" if len(values) else "no value"
+    return text + (f", {diverged} of {len(cell)} diverged" if diverged else "")
 
 
 @housestyle
@@ -553,7 +421,7 @@ def learning_curves(
     title: str,
     ylabel: str = "",
     x: str = "step",
-    xlabel: str = "optimiser step",
+    xlabel: str = "optimizer step",
     by: str = "method",
     panel: str | None = None,
     panel_label: Callable[[object], str] = str,
@@ -567,32 +435,35 @@ def learning_curves(
     One line per value of `by` in each `panel`; the rows of one line must differ in nothing but seed and step, so that
     no mean hides a choice. `smooth`: rolling mean over so many points.
     """
-    ylabel = ylabel or y.replace("_", " ")
-    rows = history.reindex(columns=dict.fromkeys([*history.columns, x, y, by, "seed", *([panel] if panel else [])]))
-    rows = rows.dropna(subset=[y])
+    ylabel, line = ylabel or y.replace("_", " "), [by] if panel is None else [panel, by]
+    rows = history.reindex(columns=dict.fromkeys([*history.columns, x, y, "seed", *line])).dropna(subset=[y])
+    if rows.duplicated([*line, x, "seed"]).any():
+        raise ValueError(f"learning_curves: a {by} has several members per seed; choose one cell first")
+    rows = rows.sort_values(x)
+    rolled = rows.groupby([*line, "seed"])[y].transform(lambda values: values.rolling(smooth, min_periods=1).mean())
+    everyone = rows.groupby([*line, x])["seed"].transform("nunique") == rows.groupby(line)["seed"].transform("nunique")
+    rows = rows.assign(shown=rolled, everyone=everyone)
     panels = ordered(rows[panel]) if panel else [None]
     columns = min(columns, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
-    drawn, axes = canvas(
-        lines, columns, height=1.1 + (3.4 if lines == 1 else 2.5 * lines), title=title, sharex=True, sharey=True
-    )
-    look, words, data = looks(rows[by], known), [], []
-    own_legends = panel is not None and len(look) > 6  # too many to tell apart by colour: each panel has its own
+    height = 1.1 + (3.4 if lines == 1 else 2.5 * lines)
+    drawn, axes = canvas(lines, columns, height=height, title=title, sharex=True, sharey=True)
+    look, words = looks(rows[by], known), []
+    own_legends = panel is not None and len(look) > 6  # too many to tell apart by color: each panel has its own
     for place, value in zip(axes.flat, panels, strict=False):
-        here, ends, said = rows if panel is None else rows[rows[panel] == value], [], []
-        present = [name for name in look if (here[by] == name).any()]
-        for name, own in (
-            looks(sorted(present, key=str), known) if own_legends else {n: look[n] for n in present}
-        ).items():
-            group = here[here[by] == name]
-            if group.duplicated([x, "seed"]).any():
-                raise ValueError(f"learning_curves: {by} {name} has several members per seed; choose one cell first")
-            end, text = _curve(
-                place, group.pivot(index=x, columns="seed", values=y).sort_index(), own, smooth, here[x].max(), xlabel
-            )
+        here = rows if panel is None else rows[rows[panel] == value]
+        own = looks(sorted(set(here[by]), key=str), known) if own_legends else look
+        own = {name: each for name, each in own.items() if (here[by] == name).any()}
+        colors = {name: each.colour for name, each in own.items()}
+        style = {"hue_order": list(own), "palette": colors, "legend": False}
+        if len(here):
+            style |= {"units": "seed", "estimator": None, "alpha": 0.35, "linewidth": 0.9}
+            sns.lineplot(here, x=x, y="shown", hue=by, ax=place, **style)
+        ends, said = [], []
+        for name, each in own.items():
+            end, text = _curve(place, here[here[by] == name], each, x, here[x].max(), xlabel)
             ends += [end] if end else []
             said.append(text)
-            data.append(group[[c for c in (by, panel, "cell", "seed", x, y) if c and c in group]])
         if reference is not None:
             reference_line(place, reference)
         if own_legends:
@@ -602,48 +473,39 @@ def learning_curves(
         else:
             label_ends(place, ends)
         words.append((f"{panel_label(value)}: " if panel else "") + ("; ".join(said) or "no data") + ".")
+        place.set(xlabel=xlabel, ylabel=ylabel)
+        place.label_outer()
+        place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=pd.api.types.is_integer_dtype(rows[x])))
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
-    for place in axes[-1]:
-        place.set_xlabel(xlabel)
-        place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=pd.api.types.is_integer_dtype(rows[x])))
-    for place in axes[:, 0]:
-        place.set_ylabel(ylabel)
     if panel and not own_legends:
         legend_below(drawn)
-    alt = (
-        f"{title}: {ylabel} over {xlabel}, mean over seeds with each seed faint"
-        + (f", smoothed over {smooth} points" if smooth > 1 else "")
-        + ". "
-        + " ".join(words)
-    )
-    return Drawing(drawn, title, alt, pd.concat(data) if data else rows)
+    smoothed = f", smoothed over {smooth} points" if smooth > 1 else ""
+    alt = f"{title}: {ylabel} over {xlabel}, mean over seeds with each seed faint{smoothed}. {' '.join(words)}"
+    return Drawing(drawn, title, alt, rows[[c for c in (by, panel, "cell", "seed", x, y) if c and c in rows]])
 
 
-def _curve(place, wide: pd.DataFrame, own: Look, smooth: int, last: float, xlabel: str) -> tuple[tuple | None, str]:
-    """One line of learning_curves; `wide` is steps x seeds. Returns the label for its end, and its numbers in words."""
-    shown = wide.rolling(smooth, min_periods=1).mean().where(wide.notna()) if smooth > 1 else wide
-    stops = {seed: wide[seed].last_valid_index() for seed in wide}
-    early = {seed: stop for seed, stop in stops.items() if stop < last}
-    for seed in wide:
-        place.plot(shown[seed].dropna(), color=own.colour, alpha=0.35, linewidth=0.9)
-    for seed, stop in early.items():
-        place.plot([stop], [shown[seed][stop]], "x", color=own.colour, markersize=8, markeredgewidth=2, zorder=4)
-    mean = shown.dropna().mean(axis=1)
+def _curve(place: Axes, rows: pd.DataFrame, own: Look, x: str, last: float, xlabel: str) -> tuple[tuple | None, str]:
+    """The mean of one line, and crosses where its seeds end early; returns the label for its end, and its numbers in
+    words."""
+    ends = rows.groupby("seed").last()
+    early = ends[ends[x] < last]
+    for stop in early.to_dict("records"):
+        place.plot([stop[x]], [stop["shown"]], "x", color=own.colour, markersize=8, markeredgewidth=2, zorder=4)
+    mean = rows[rows["everyone"]].groupby(x)["shown"].mean()
     place.plot(mean, color=own.colour, label=own.label)
-    text = f"{own.label} has no step that all {wide.shape[1]} seeds reached"
+    text, label = f"{own.label} has no step that all {len(ends)} seeds reached", None
     if len(mean):
-        at_end = shown.loc[mean.index[-1]]
+        final = rows[rows[x] == mean.index[-1]]["shown"]
         text = (
             f"{own.label} from {number(mean.iloc[0])} at {xlabel} {mean.index[0]} to {number(mean.iloc[-1])} at "
-            f"{mean.index[-1]} (seeds {number(at_end.min())} to {number(at_end.max())})"
+            f"{mean.index[-1]} (seeds {number(final.min())} to {number(final.max())})"
         )
-    if early:
-        text += f", {len(early)} of {wide.shape[1]} seeds end early, the first at {min(early.values())}"
-    if not len(mean):
-        return None, text
-    note = f" (to {mean.index[-1]})" if mean.index[-1] < last else ""
-    return (float(mean.iloc[-1]), own.label + note, own.colour), text
+        note = f" (to {mean.index[-1]})" if mean.index[-1] < last else ""
+        label = (float(mean.iloc[-1]), own.label + note, own.colour)
+    if len(early):
+        text += f", {len(early)} of {len(ends)} seeds end early, the first at {early[x].min()}"
+    return label, text
 
 
 @housestyle
@@ -656,151 +518,107 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
     """
     drawn, axes = canvas(max(1, len(records)), 1, height=0.7 + 1.05 * max(1, len(records)), title=title)
     words, data = [], []
+    bound = lambda value: "no bound" if value is None else number(value)  # noqa: E731
     for place, record in zip(axes[:, 0], records, strict=False):
         low, high = (record.get("interval95") or [None, None])[:2]
-        estimate, verdict = record.get("estimate"), str(record.get("verdict", "")).replace("_", " ")
-        margins = [
-            sign * record["margin"]
-            for sign in MARGIN_SIGNS.get(record.get("test"), (1,))
-            if isinstance(record.get("margin"), int | float)
-        ]
-        _claim(
-            place, str(record.get("id", "")), str(record.get("estimand") or ""), verdict, estimate, low, high, margins
-        )
-        words.append(
-            f"{record.get('id')}: {verdict}, estimate {number(estimate)}, 95 % interval {_bound(low)} to "
-            f"{_bound(high)}" + (f", margin {', '.join(map(number, margins))}" if margins else "") + "."
-        )
-        data.append(
-            {
-                "id": record.get("id"),
-                "verdict": verdict,
-                "estimate": estimate,
-                "low": low,
-                "high": high,
-                "margins": " ".join(map(str, margins)),
-            }
-        )
+        estimate, margin = record.get("estimate"), record.get("margin")
+        verdict = str(record.get("verdict", "")).replace("_", " ")
+        signs = MARGIN_SIGNS.get(record.get("test"), (1,)) if isinstance(margin, int | float) else ()
+        margins = [sign * margin for sign in signs]
+        _claim(place, record, verdict, estimate, low, high, margins)
+        told = f", margin {', '.join(map(number, margins))}" if margins else ""
+        interval = f"95 % interval {bound(low)} to {bound(high)}"
+        words.append(f"{record.get('id')}: {verdict}, estimate {number(estimate)}, {interval}{told}.")
+        row = {"id": record.get("id"), "verdict": verdict, "estimate": estimate, "low": low, "high": high}
+        data.append(row | {"margins": " ".join(map(str, margins))})
     return Drawing(drawn, title, f"{title}: " + " ".join(words), pd.DataFrame(data))
 
 
-def _bound(value: float | None) -> str:
-    return "no bound" if value is None else number(value)
-
-
-def _claim(
-    place,
-    name: str,
-    quantity: str,
-    verdict: str,
-    estimate: float | None,
-    low: float | None,
-    high: float | None,
-    margins: Sequence[float],
-) -> None:
-    colour = VERDICT_COLOURS.get(verdict, SOFT)
+def _claim(place: Axes, record: Mapping, verdict: str, estimate, low, high, margins: Sequence[float]) -> None:
+    color = VERDICT_COLORS.get(verdict, SOFT)
     place.set(yticks=[], ylim=(-1, 1))
     place.spines["left"].set_visible(False)
     for margin in margins:
         place.axvline(margin, ymax=0.94, linewidth=1.2, linestyle=DASH, color=INK)
     if margins:  # the two of an equivalence claim may be too close for a label each
-        told = number(margins[0]) if len(margins) == 1 else f"±{number(max(margins))}"
-        place.annotate(
-            f"margin {told}",
-            (sum(margins) / len(margins), 0.97),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            fontsize=8.5,
-        )
-    if low is not None and high is not None:
-        place.plot([low, high], [0, 0], color=colour, linewidth=5, solid_capstyle="round", alpha=0.5)
-    if estimate is not None:
-        place.plot([estimate], [0], "D", color=colour, markersize=8)
-        place.annotate(
-            number(estimate),
-            (estimate, 0.3),
-            ha="center",
-            va="bottom",
-            fontsize=9.5,
-            fontweight="bold",
-            color=colour,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-        )
+        text = f"margin {number(margins[0]) if len(margins) == 1 else '±' + number(max(margins))}"
+        at = (sum(margins) / len(margins), 0.97)
+        place.annotate(text, at, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5)
     shown = [v for v in (estimate, low, high, *margins) if v is not None]
-    if shown:
-        pad = 0.12 * (max(shown) - min(shown)) or 0.5
-        place.set_xlim(min(shown) - pad, max(shown) + pad)
-        if (low is None) != (high is None):  # an interval without an end on one side, drawn to the edge
-            bound, edge = (low, max(shown) + pad) if high is None else (high, min(shown) - pad)
-            place.plot([bound, edge], [0, 0], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
-            place.plot([edge], [0], ">" if high is None else "<", color=colour, markersize=10, clip_on=False)
-    else:
+    pad = 0.12 * (max(shown) - min(shown)) or 0.5 if shown else 0.5
+    left, right = (min(shown) - pad, max(shown) + pad) if shown else (-1, 1)
+    place.set_xlim(left, right)
+    if low is not None or high is not None:  # an interval without an end on one side is drawn to the edge
+        ends = [left if low is None else low, right if high is None else high]
+        place.plot(ends, [0, 0], color=color, linewidth=5, alpha=0.5, solid_capstyle="round")
+        for value, edge, marker in ((low, left, "<"), (high, right, ">")):
+            if value is None:
+                place.plot([edge], [0], marker, color=color, markersize=10, clip_on=False)
+    if estimate is not None:
+        place.plot([estimate], [0], "D", color=color, markersize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+        style = {"ha": "center", "va": "bottom", "fontsize": 9.5, "fontweight": "bold", "color": color, "bbox": box}
+        place.annotate(number(estimate), (estimate, 0.3), **style)
+    if not shown:
         place.set_xticks([])
         place.annotate("no estimate", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=SOFT)
-    place.annotate(
-        name, (-0.02, 0.62), xycoords="axes fraction", ha="right", va="center", fontsize=12, fontweight="bold"
-    )
-    place.annotate(
-        verdict, (-0.02, 0.25), xycoords="axes fraction", ha="right", va="center", fontsize=9.5, color=colour
-    )
+    edge = {"xycoords": "axes fraction", "ha": "right", "va": "center"}
+    place.annotate(str(record.get("id", "")), (-0.02, 0.62), fontsize=12, fontweight="bold", **edge)
+    place.annotate(verdict, (-0.02, 0.25), fontsize=9.5, color=color, **edge)
     place.tick_params(labelsize=8.5)
-    place.set_xlabel(quantity, fontsize=9, loc="left")
+    place.set_xlabel(str(record.get("estimand") or ""), fontsize=9, loc="left")
 
 
-def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
-    """A figure as HTML that needs no other file; over each point of a member lies a link to the member's page. Places
-    are written as classes in thousandths (`x123 y456`), which `placed` turns into positions: `clean` lets no style
-    in."""
-    source = base64.b64encode(png).decode("ascii")
-    points = "".join(
-        f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
-        f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>'
-        for link in links
-    )
-    return (
-        f'<figure><div class="drawn"><img src="data:image/png;base64,{source}" alt="{html.escape(alt, quote=True)}">'
-        f"{points}</div></figure>"
-    )
+# ---- a search
 
 
-class Picture:
-    """A drawing as it stands, for the screen alone: `figures.save` makes its files."""
+@housestyle
+def search(study, objective: str, title: str, seed: int = 0) -> dict[str, Drawing]:
+    """{topic: drawing} of an Optuna study: the objective by trial, over each setting by itself, and the share of its
+    variance that each setting explains (fANOVA), which needs two settings and a spread of values.
 
-    @housestyle
-    def __init__(self, drawing: Drawing):
-        buffer = io.BytesIO()
-        drawing.canvas.savefig(buffer, format="png", dpi=128)
-        self.alt, self.html = drawing.alt, embedded(buffer.getvalue(), drawing.alt)
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        return self.alt
-
-
-@contextlib.contextmanager
-def redrawn(draw: Callable[[], Drawing], every: float = 1.0) -> Iterator[None]:
-    """Show `draw()`, again every so many seconds while the body runs, and once more when it has ended, however it
-    ended.
-
-    The drawing is done beside the body, which keeps the kernel's main thread: an interrupt reaches it.
+    (optuna.visualization.matplotlib has the same three. Its color bar covers a panel, its style is one of its own, and
+    it draws with pyplot, whose figures a notebook would show a second time.)
     """
-    from IPython.display import display
+    import optuna
 
-    handle, ended = display(Picture(draw()), display_id=True), threading.Event()
+    done = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    table = pd.DataFrame([{"trial": trial.number, "value": trial.value, **trial.params} for trial in done])
+    space, label, best = done[0].distributions, objective.replace("_", " "), study.best_trial
+    table["best so far"] = table["value"].cummin() if study.direction.name == "MINIMIZE" else table["value"].cummax()
 
-    def redraw() -> None:
-        while not ended.wait(every):
-            handle.update(Picture(draw()))
+    history, axes = canvas(height=3.6, title=f"{title}: {label} by trial")
+    sns.scatterplot(table, x="trial", y="value", color=PALETTE[0], label="trial", ax=axes[0, 0])
+    sns.lineplot(
+        table, x="trial", y="best so far", drawstyle="steps-post", color=PALETTE[2], label="best so far", ax=axes[0, 0]
+    )
+    axes[0, 0].set(ylabel=label)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    first = f"{len(done)} trials; the best value is {number(best.value)}, the first {number(done[0].value)}."
+    made = {"history": Drawing(history, f"{title}: {label} by trial", first, table)}
 
-    # In a copy of this context, because a kernel finds the cell that an output belongs to in it.
-    beside = threading.Thread(target=contextvars.copy_context().run, args=(redraw,), daemon=True)
-    beside.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        beside.join()
-        handle.update(Picture(draw()))
+    slices, axes = canvas(1, len(space), height=3.4, title=f"{title}: where the trials lie", sharey=True)
+    for place, (name, distribution) in zip(axes[0], space.items(), strict=True):
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            choices = [name_of(choice) for choice in distribution.choices if (table[name] == choice).any()]
+            sns.stripplot(
+                x=table[name].map(name_of), y=table["value"], order=choices, color=PALETTE[0], jitter=False, ax=place
+            )
+        else:
+            sns.scatterplot(table, x=name, y="value", color=PALETTE[0], ax=place)
+            place.set_xscale("log" if getattr(distribution, "log", False) else "linear")
+        place.set(xlabel=name.replace("_", " "), ylabel=label)
+    words = "; ".join(f"best at {name} {name_of(value)}" for name, value in best.params.items()) + "."
+    made["slices"] = Drawing(slices, f"{title}: where the trials lie", words, table)
+
+    if len(done) > 3 and len(space) > 1 and table["value"].nunique() > 1:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shares = pd.DataFrame({"setting": list(found), "importance": list(found.values())})
+        heading = f"{title}: what the objective depends on"
+        importance, axes = canvas(height=1.2 + 0.5 * len(shares), title=heading)
+        sns.barplot(shares, x="importance", y="setting", color=PALETTE[0], ax=axes[0, 0])
+        axes[0, 0].set(xlabel="share of the variance (fANOVA)", ylabel="", xlim=(0, 1))
+        words = "; ".join(f"{name}: {number(share)}" for name, share in found.items()) + " of the objective's variance."
+        made["importance"] = Drawing(importance, heading, words, shares)
+    return made
