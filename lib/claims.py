@@ -1,4 +1,4 @@
-"""The verdict on each published claim of a study.
+"""The claims of a study (params/<study>/claims.yaml) and the verdict on each of them.
 
 A claim is supported only if three things hold: the rule of its own test on the crossed seed x question bootstrap
 interval (primary), the companion t test over seeds on the same side at 5 %, one-sided, and a Holm-adjusted p below .05
@@ -6,9 +6,9 @@ over the claims evaluated together. It is refuted if the rule and the companion 
 differ, or Holm does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own
 primary test.
 
-A claim about scores is `vacuous` where no run that it compares is shown to be above chance (`at_chance`),
-where all of them diverged, or where scores vary less because they are worse (`guard`): its numbers are then told, and
-decide nothing.
+A claim about scores is `vacuous` where no run that it compares is shown to be above chance (`at_chance`), where all of
+them diverged, or where scores vary less because they are worse (`guard`): its numbers are then shown, and decide
+nothing.
 
 With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than
 questions do; the companion is what keeps that at 5 %, at the price of power (lib/power.py prints both).
@@ -16,10 +16,8 @@ questions do; the companion is what keeps that at 5 %, at the price of power (li
 
 from __future__ import annotations
 
-import difflib
-import json
+import contextlib
 import math
-import typing
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,19 +26,33 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lib import stats as st
-from lib.errors import StudyError
 from lib.record import finite
+from lib.settings.faults import raise_faults
 from lib.settings.schema import Frozen, plain
 from lib.settings.yaml_file import load_yaml
 
+VERDICTS = ("supported", "refuted", "inconclusive", "vacuous", "not evaluated")
+DRAWS = 10_000
+COST_DRAWS = 2_000  # each draw sorts all pairs
+MIN_COST_PAIRS = 20
+HOLM_LEVEL = 0.05
+BEST = "best"  # in a cell: the value that is chosen on the study's validation metric
+MISSING = "missing: "  # how the reason of a claim begins whose scores are not all there
+UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
+FINISHED = ("completed", "diverged")
+
 # ---- what claims.yaml holds
+#
+# A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}. A key that is
+# fixed in advance by another (tau by beta) may be left out and is filled in; a cell that contradicts it is refused, so
+# that nobody chooses it on the judged score.
 
 Cell = dict[str, Annotated[float | int | str, BeforeValidator(plain)]]
 Test = Literal["non_inferiority", "superiority", "equivalence", "variance_ratio", "cost_ratio", "absolute"]
-BEST = "best"
+Side = Literal["treatment", "baseline"]
 
 
 class Fixed(Frozen):
@@ -61,9 +73,8 @@ class Beside(Frozen):
 
 
 class Chance(Frozen):
-    """What runs show that have learnt nothing: `metric` is no better than the highest of `no_better_than` and no worse
-    than
-    `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
+    """What runs show that have learned nothing: `metric` is no better than the highest of `no_better_than` and no worse
+    than `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
 
     `what`: its name in sentences. Where all runs of a claim about scores are at chance, its verdict is `vacuous`.
     """
@@ -99,7 +110,8 @@ class Claim(Frozen):
 
     margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
     (cost_ratio) or the largest point estimate of the ratio of variances (variance_ratio). claimed: the size that was
-    claimed, on the same scale, planted in the power table. not_evaluated: why no record can decide it.
+    claimed, on the same scale, planted in the power table. not_evaluated: why no record can decide it. baseline_name:
+    what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's).
     """
 
     id: str
@@ -108,9 +120,7 @@ class Claim(Frozen):
     test: Test
     treatment: Cell
     baseline: Cell | None = None
-    baseline_name: str = (
-        ""  # what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's)
-    )
+    baseline_name: str = ""
     across: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     metric: str = "score"
     margin: float
@@ -126,10 +136,9 @@ class Claim(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Claim:
-        if self.test == "absolute":
-            if self.reported is None:
-                raise ValueError("test absolute needs `reported`, the figure that was reported")
-        elif self.baseline is None:
+        if self.test == "absolute" and self.reported is None:
+            raise ValueError("test absolute needs `reported`, the figure that was reported")
+        if self.test != "absolute" and self.baseline is None:
             raise ValueError(f"test {self.test} needs a `baseline`")
         if (self.test == "variance_ratio") != bool(self.across):
             raise ValueError("`across` (a key and its levels) belongs to test variance_ratio and to no other")
@@ -157,18 +166,10 @@ class Claims(Frozen):
         if len(set(ids)) < len(ids):
             raise ValueError(f"claim ids are not unique: {', '.join(ids)}")
         for claim in self.claims:
-            self.levels(claim, "treatment")
-            if claim.baseline is not None:
-                self.levels(claim, "baseline")
-            for cell in [
-                claim.treatment,
-                claim.baseline,
-                *(c for b in claim.beside for c in (b.treatment, b.baseline)),
-            ]:
-                if cell and BEST in cell.values() and self.choose_on is None:
-                    raise ValueError(
-                        f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on"
-                    )
+            self.levels(claim, "treatment"), self.levels(claim, "baseline")
+            cells = [cell for part in (claim, *claim.beside) for cell in (part.treatment, part.baseline) if cell]
+            if self.choose_on is None and any(BEST in cell.values() for cell in cells):
+                raise ValueError(f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on")
         return self
 
     def filled(self, cell: Cell) -> Cell:
@@ -187,37 +188,21 @@ class Claims(Frozen):
             cell = {**cell, fixed.key: value}
         return cell
 
-    def levels(self, claim: Claim, side: Literal["treatment", "baseline"]) -> list[Cell]:
-        """The cells of one side: one, or one for each level of `across`."""
+    def levels(self, claim: Claim, side: Side) -> list[Cell]:
+        """The cells of one side: one, or one for each level of `across`; none for the baseline of a figure."""
         cell = getattr(claim, side)
-        if not claim.across:
-            # a cost is measured over all cells that match
-            return [cell if claim.test == "cost_ratio" else self.filled(cell)]
-        ((key, values),) = claim.across.items()
-        return [self.filled({**cell, key: value}) for value in values]
+        if cell is None:
+            return []
+        if claim.test == "cost_ratio":  # a cost is measured over all cells that match
+            return [cell]
+        levels = [{key: value} for key, values in claim.across.items() for value in values]
+        return [self.filled({**cell, **level}) for level in levels or [{}]]
 
     def label(self, cell: Cell) -> str:
         """`TD-DPO (beta 0.01, tau 0.5)`."""
         method = str(cell.get("method", ""))
-        rest = ", ".join(
-            f"{k} {v:g}" if isinstance(v, float | int) else f"{k} {v}" for k, v in cell.items() if k != "method"
-        )
-        name = self.names.get(method, method)
-        return f"{name} ({rest})" if rest else name
-
-
-def _known_keys(location: tuple) -> list[str]:
-    """The keys of the section that an unknown key stands in: walks the types along the error's location."""
-    model = Claims
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        found = [field.annotation] if field else []
-        while found:
-            kind = found.pop()
-            if isinstance(kind, type) and not typing.get_args(kind) and issubclass(kind, BaseModel):
-                model = kind
-            found += typing.get_args(kind)
-    return list(model.model_fields)
+        values = [f"{k} {v if isinstance(v, str) else format(v, 'g')}" for k, v in cell.items() if k != "method"]
+        return self.names.get(method, method) + (f" ({', '.join(values)})" if values else "")
 
 
 def load(path: str | Path) -> Claims:
@@ -227,38 +212,18 @@ def load(path: str | Path) -> Claims:
     try:
         return Claims.model_validate(raw)
     except ValidationError as error:
-        # unknown keys first: a slip of the pen is why another key is missing
-        errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-        faults = [_fault(item) for item in errors]
-    key, found, expected, mend = faults[0]
-    others = "".join(f"\n  {k}: {f}; expected {e}" for k, f, e, _ in faults[1:])
-    raise StudyError(f"{path}: {key}", found + others, expected, mend)
+        raise_faults(error, str(path), Claims)
 
 
-def _fault(item: dict) -> tuple[str, str, str, str]:
-    """(key, found, expected, mend) of one of pydantic's errors."""
-    key = ".".join(map(str, item["loc"])) or "(top level)"
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        return key, "unknown key", f"one of {', '.join(known)}", f"did you mean {close[0]}?" if close else "remove it"
-    if item["type"] == "missing":
-        return key, "missing", "this key", f"write {key}: ..."
-    if item["type"] == "value_error":
-        return key, str(item["ctx"]["error"]), "a claim that can be decided", ""
-    return key, repr(item["input"])[:80], item["msg"].removeprefix("Input should be "), ""
-
-
-# ---- from rows of scores to arrays
-
-UNITS = ("question", "problem", "example", "pair")  # the column that tells what one score is about
-FINISHED = ("completed", "diverged")
+# ---- from rows of scores to arrays of cells x seeds x questions
+#
+# A diverged run is a result: it gets the study's worst score on every question. A run that is missing, failed or not
+# yet graded is a gap: nothing is guessed for it, and what needs it is not evaluated.
 
 
 class Paired(NamedTuple):
     """`values` (cells, S, Q) for the same seeds and questions in every cell; `diverged` lists each cell's diverged
-    seeds;
-    `dropped` counts questions left out because a score is missing in some run."""
+    seeds; `dropped` counts questions left out because a score is missing in some run."""
 
     values: np.ndarray
     seeds: list[int]
@@ -272,18 +237,16 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     for key, value in cell.items():
         if key not in frame:
             return frame.iloc[:0]
-        column = frame[key]
         if isinstance(value, str):
-            keep &= (column == value).to_numpy()
+            keep &= (frame[key] == value).to_numpy()
         else:
-            keep &= np.isclose(pd.to_numeric(column, errors="coerce"), float(value), rtol=1e-9)
+            keep &= np.isclose(pd.to_numeric(frame[key], errors="coerce"), float(value), rtol=1e-9)
     return frame[keep]
 
 
 def members_of(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
     """One row per run (method, keys, seed, status), read off its scores."""
-    columns = [c for c in ("method", *keys, "seed", "status") if c in rows]
-    found = rows[columns].drop_duplicates()
+    found = rows[[c for c in ("method", *keys, "seed", "status") if c in rows]].drop_duplicates()
     return found if "status" in found else found.assign(status="completed")
 
 
@@ -294,29 +257,18 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     if not open_keys:
         return study.filled(cell)
     rest = {key: value for key, value in cell.items() if key not in open_keys}
-    found = select(members, rest)
-    if study.choose_on not in found or not set(open_keys) <= set(found):
+    runs = select(members, rest)
+    if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
-    metric = pd.to_numeric(found[study.choose_on], errors="coerce")
-    metric = metric.mask(found["status"] == "diverged", study.diverged.get("accuracy", 0.5))
-    if found.empty or metric[found[open_keys].notna().all(axis=1)].isna().any():
+    metric = pd.to_numeric(runs[study.choose_on], errors="coerce")
+    metric = metric.mask(runs["status"] == "diverged", study.diverged.get("accuracy", 0.5))
+    if metric[runs[open_keys].notna().all(axis=1)].isna().any():
         return None
-    means = metric.groupby([found[key] for key in open_keys]).mean()
+    means = metric.groupby([runs[key] for key in open_keys]).mean()
     if means.empty:
         return None
     best = means.idxmax()
     return study.filled({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
-
-
-def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
-    """Seeds x questions; a question's mean over its rows (turns), missing where one of them is."""
-    found = select(rows, cell)
-    unit = next((name for name in UNITS if name in found), None)
-    if unit is None or metric not in found:
-        return pd.DataFrame()
-    values = pd.to_numeric(found[metric], errors="coerce").groupby([found["seed"], found[unit]])
-    table = values.mean().where(values.count() == values.size()).unstack()
-    return table.dropna(axis=0, how="all")
 
 
 def pair_up(
@@ -326,35 +278,29 @@ def pair_up(
     cells: list[Cell],
     metric: str,
     *,
-    seeds: Iterable[int] = (),
     all_seeds: bool = True,
 ) -> Paired | list[str]:
     """The scores of `cells` as one array, or the list of what is missing.
 
-    `all_seeds`: every seed that any of the cells has, and every one in `seeds`, must be there in all of them; otherwise
-    the seeds they share are taken.
+    `all_seeds`: every seed that any of the cells has must be there in all of them; otherwise the seeds they share are
+    taken.
     """
-    tables, states, gaps = [], [], []
+    tables, states, ready, gaps = [], [], [], []
     for cell in cells:
-        runs = select(members, cell)
-        gaps += _mixed(study, cell, runs)
-        states.append(dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {})
-        tables.append(_scores(rows, cell, metric))
-    ready = [
-        {
-            seed
-            for seed, status in state.items()
-            if status == "diverged" or (status == "completed" and seed in table.index)
-        }
-        for state, table in zip(states, tables, strict=True)
-    ]
-    wanted = set().union(*states, seeds) if all_seeds else set.intersection(*ready)
+        runs, table = select(members, cell), _scores(rows, cell, metric)
+        gaps += _duplicates(study, cell, runs)
+        state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
+        scored = {seed for seed in state if state[seed] == "completed" and seed in table.index}
+        tables.append(table)
+        states.append(state)
+        ready.append(scored | {seed for seed in state if state[seed] == "diverged"})
+    wanted = set().union(*states) if all_seeds else set.intersection(*ready)
     for cell, state, there in zip(cells, states, ready, strict=True):
-        if not there:
-            why = f": {_why(next(iter(state.values())))}" if state else ""
-            gaps.append(f"{study.label(cell)}{why}" if state else f"{study.label(cell)}: no run")
-            continue
-        gaps += [f"{study.label(cell)}, seed {seed}: {_why(state.get(seed))}" for seed in sorted(wanted - there)]
+        name = study.label(cell)
+        if there:
+            gaps += [f"{name}, seed {seed}: {_why(state.get(seed))}" for seed in sorted(wanted - there)]
+        else:
+            gaps.append(f"{name}: {_why(next(iter(state.values()), None))}")
     if gaps:
         return gaps
     if not wanted:
@@ -362,16 +308,25 @@ def pair_up(
     return _stack(study, tables, states, sorted(wanted), metric)
 
 
-def _mixed(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
-    """What to say where several members of one seed answer to `cell`: their mean would be nobody's score."""
+def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
+    """Seeds x questions; a question's mean over its rows (turns), missing where one of them is."""
+    mine = select(rows, cell)
+    unit = next((name for name in UNITS if name in mine), None)
+    if unit is None or metric not in mine:
+        return pd.DataFrame()
+    values = pd.to_numeric(mine[metric], errors="coerce").groupby([mine["seed"], mine[unit]])
+    return values.mean().where(values.count() == values.size()).unstack().dropna(axis=0, how="all")
+
+
+def _duplicates(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
+    """What to say where several members of one seed match `cell`: their mean would be nobody's score."""
     twice = runs[runs["seed"].duplicated(keep=False)] if len(runs) else runs
     if twice.empty:
         return []
-    twice = twice[twice["seed"] == twice["seed"].iloc[0]]
+    seed = twice["seed"].iloc[0]
+    twice = twice[twice["seed"] == seed]
     names = f" ({', '.join(sorted(set(twice['run_id'])))})" if "run_id" in twice else ""
-    return [
-        f"{study.label(cell)}, seed {twice['seed'].iloc[0]:g}: one member, of the {len(twice)}{names} that answer to it"
-    ]
+    return [f"{study.label(cell)}, seed {seed:g}: one member, of the {len(twice)}{names} that answer to it"]
 
 
 def _why(status: str | None) -> str:
@@ -383,32 +338,42 @@ def _stack(
 ) -> Paired | list[str]:
     """Fill the array: diverged runs with the worst score, questions with a gap left out of every run."""
     diverged = [[seed for seed in seeds if state[seed] == "diverged"] for state in states]
-    scored = [
-        table.loc[[seed for seed in seeds if state[seed] != "diverged"]]
-        for table, state in zip(tables, states, strict=True)
-        if len(table)
-    ]
-    scored = [table for table in scored if len(table)]
-    if scored:
-        every = pd.concat(scored, axis=0)
+    scored = [[seed for seed in seeds if state[seed] != "diverged"] for state in states]
+    kept = [table.loc[own] for table, own in zip(tables, scored, strict=True) if own]
+    complete, dropped = pd.Index([0]), 0  # where every run diverged, one question stands for all
+    if kept:
+        every = pd.concat(kept, axis=0)
         complete = every.columns[every.notna().all()]
+        dropped = every.shape[1] - len(complete)
         if complete.empty:
             return [f"questions with a {metric} in every run"]
-        dropped = every.shape[1] - len(complete)
-    else:  # every run diverged: one question stands for all
-        complete, dropped = pd.Index([0]), 0
     values = np.full((len(tables), len(seeds), len(complete)), study.diverged.get(metric, 0.0))
-    for i, (table, state) in enumerate(zip(tables, states, strict=True)):
-        for j, seed in enumerate(seeds):
-            if state[seed] != "diverged":
-                values[i, j] = table.loc[seed, complete].to_numpy(dtype=float)
+    for i, own in enumerate(scored):
+        for seed in own:
+            values[i, seeds.index(seed)] = tables[i].loc[seed, complete].to_numpy(dtype=float)
     return Paired(values, seeds, diverged, int(dropped))
 
 
-# ---- one comparison measured
+# ---- one comparison measured: the fields of a verdict, as a dict
 
-WORD = {st.SUPPORTED: "supported", st.REFUTED: "refuted", st.INCONCLUSIVE: "inconclusive"}
 Names = tuple[str, str]  # of treatment and baseline, for sentences
+WORD = {st.SUPPORTED: "supported", st.REFUTED: "refuted", st.INCONCLUSIVE: "inconclusive"}
+RULES = {  # what the interval does where it supports and where it refutes a claim of each test
+    "non_inferiority": ("the 90 % interval stays above -{m:g}", "the 95 % interval lies below -{m:g}"),
+    "superiority": ("the 95 % interval reaches {m:g}", "the 95 % interval lies below {m:g}"),
+    "equivalence": ("the 90 % interval lies within {m:g} of 0", "the 95 % interval lies more than {m:g} from 0"),
+    "absolute": ("the 95 % interval is at most {m:g} below it", "the 95 % interval lies more than {m:g} below it"),
+    "variance_ratio": ("the interval lies below 1 and the ratio is at most {m:g}", "the interval lies above {m:g}"),
+    "cost_ratio": ("the interval stays at or below {m:g}", "the interval lies above {m:g}"),
+}
+
+
+def measure(claim: Claim, pairs: Paired, n: int, names: Names, part: str = "") -> dict:
+    """Estimate, intervals, p, verdict and reason of one comparison: the first `n` cells against the rest."""
+    treatment, baseline = pairs.values[:n], pairs.values[n:]
+    if claim.test == "variance_ratio":
+        return _measure_variance(claim, treatment, baseline, names, pairs.seeds, part)
+    return _measure_mean(claim, treatment[0], baseline[0] if len(baseline) else None, names, pairs.seeds, part)
 
 
 def _rng(claim: Claim, part: str = "") -> np.random.Generator:
@@ -416,108 +381,65 @@ def _rng(claim: Claim, part: str = "") -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{claim.id} {part}".encode()))
 
 
-def measure(claim: Claim, pairs: Paired, n: int, names: Names, draws: int, part: str = "") -> dict:
-    """Estimate, intervals, p, verdict and reason of one comparison: the first `n` cells against the rest."""
-    treatment, baseline = pairs.values[:n], pairs.values[n:]
-    if claim.test == "variance_ratio":
-        return _measure_variance(claim, treatment, baseline, names, pairs.seeds, draws, part)
-    return _measure_mean(claim, treatment[0], baseline[0] if len(baseline) else None, names, pairs.seeds, draws, part)
+def _because(claim: Claim, decision: st.Decision) -> str:
+    if decision.primary == st.INCONCLUSIVE:
+        return "this leaves the claim open."
+    text = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
+    companion = "stretches of pairs" if claim.test == "cost_ratio" else "seeds"
+    return text + (
+        "." if decision.code == decision.primary else f", but the t test over {companion} does not bear it out."
+    )
 
 
-def decide_mean(claim: Claim, primary: st.Estimate, companion: st.Estimate) -> st.Decision:
-    """The rule of a claim about a mean (difference); the simulations of lib/power.py decide by it too."""
-    if claim.test == "absolute":  # a figure is reached to within the margin
-        return st.superiority(primary, companion, -claim.margin)
-    return {"non_inferiority": st.non_inferiority, "superiority": st.superiority, "equivalence": st.equivalence}[
-        claim.test
-    ](primary, companion, claim.margin)
-
-
-def _measure_mean(claim, treatment, baseline, names, seeds, draws, part) -> dict:
+def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     difference = treatment - (claim.reported if baseline is None else baseline)
-    primary = st.crossed_bootstrap(difference, draws=draws, rng=_rng(claim, part))
+    primary = st.crossed_bootstrap(difference, draws=DRAWS, rng=_rng(claim, part))
     companion = st.over_seeds(difference.mean(-1))
-    decision = decide_mean(claim, primary, companion)
-    code, low95, high95 = int(decision.code), *map(float, st.interval(primary, 0.95))
-    low90, high90 = map(float, st.interval(primary, 0.90))
+    decision = st.decide_mean(claim.test, primary, companion, claim.margin)
     estimate = float(primary.value)
-    side = "above" if estimate >= 0 else "below"
-    m = claim.margin
-    digits = 2 if max(m, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
-    reason = f"{names[0]} scored {abs(estimate):.{digits}f} {side} {names[1]}"
-    reason += (
-        f" (95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, "
-        f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); "
-    )
-    support, refute = {
-        "non_inferiority": (f"the 90 % interval stays above -{m:g}", f"the 95 % interval lies below -{m:g}"),
-        "superiority": (f"the 95 % interval reaches {m:g}", f"the 95 % interval lies below {m:g}"),
-        "equivalence": (f"the 90 % interval lies within {m:g} of 0", f"the 95 % interval lies more than {m:g} from 0"),
-        "absolute": (
-            f"the 95 % interval is at most {m:g} below it",
-            f"the 95 % interval lies more than {m:g} below it",
-        ),
-    }[claim.test]
-    reason += _because(decision, support, refute)
-    against = {"non_inferiority": -m, "superiority": m, "absolute": -m, "equivalence": None}[claim.test]
-    p_companion = (
-        max(float(st.p_above(companion, -m)), float(st.p_below(companion, m)))
-        if against is None
-        else float(st.p_above(companion, against))
-    )
-    improvement = None if baseline is None else st.probability_of_improvement(treatment, baseline)
+    low95, high95 = map(float, st.interval(primary, 0.95))
+    low90, high90 = map(float, st.interval(primary, 0.90))
+    digits = 2 if max(claim.margin, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
     return {
-        "verdict": WORD[code],
-        "reason": reason,
+        "verdict": WORD[int(decision.code)],
+        "reason": f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]} "
+        f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, "
+        f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); " + _because(claim, decision),
         "estimate": estimate,
         "interval95": (low95, high95),
         "interval90": (low90, high90),
         "level": 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95,
         "p": float(decision.p),
-        "p_companion": p_companion,
+        "p_companion": float(decision.p_companion),
         "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
         "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
-        "probability_of_improvement": improvement,
+        "probability_of_improvement": None if baseline is None else st.probability_of_improvement(treatment, baseline),
     }
 
 
-def _because(decision: st.Decision, support: str, refute: str, companion: str = "the t test over seeds") -> str:
-    primary = int(decision.primary)
-    if primary == st.INCONCLUSIVE:
-        return "this leaves the claim open."
-    text = support if primary == st.SUPPORTED else refute
-    return f"{text}." if decision.agrees else f"{text}, but {companion} does not bear it out."
-
-
-def _measure_variance(claim, treatment, baseline, names, seeds, draws, part) -> dict:
-    result = st.variance_ratio(treatment, baseline, draws=draws, rng=_rng(claim, part))
+def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
+    result = st.variance_ratio(treatment, baseline, draws=DRAWS, rng=_rng(claim, part))
     decision = st.lower_variance(result, claim.margin)
     ratio, low, high = float(result.ratio), float(result.low), float(result.high)
     (key,) = claim.across
-    reason = f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]}"
-    reason += f" (95 % interval {low:.2f} to {high:.2f}); "
-    reason += _because(
-        decision,
-        f"the interval lies below 1 and the ratio is at most {claim.margin:g}",
-        f"the interval lies above {claim.margin:g}",
-    )
     word = WORD[int(decision.code)]
+    reason = (
+        f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]} (95 % interval "
+        f"{low:.2f} to {high:.2f}); {_because(claim, decision)}"
+    )
     if not np.isfinite(ratio):
         word, reason = "inconclusive", f"across {key} the scores of {names[1]} vary no more than noise does"
     means, means_baseline = treatment.mean((1, 2)), baseline.mean((1, 2))
-    if claim.guard is not None:
-        for what, a, b in (("best", means.max(), means_baseline.max()), ("mean", means.mean(), means_baseline.mean())):
-            if a < b - claim.guard:
-                word = "vacuous"
-                reason = (
-                    f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that "
-                    f"vary less (ratio of variances {ratio:.2f}, 95 % interval {low:.2f} to {high:.2f}) because they "
-                    "are worse show nothing"
-                )
-                break
-    own, own_baseline = (v for v in result.per_seed)
+    for what, a, b in (("mean", means.mean(), means_baseline.mean()), ("best", means.max(), means_baseline.max())):
+        if claim.guard is not None and a < b - claim.guard:
+            word = "vacuous"
+            reason = (
+                f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that "
+                f"vary less (ratio of variances {ratio:.2f}, 95 % interval {low:.2f} to {high:.2f}) because they "
+                "are worse show nothing"
+            )
+    own, own_baseline = result.per_seed
     own_ratio = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
-    lower = own[:, None] - own_baseline[None, :]
     return {
         "verdict": word,
         "reason": reason,
@@ -525,37 +447,29 @@ def _measure_variance(claim, treatment, baseline, names, seeds, draws, part) -> 
         "interval95": (low, high),
         "level": 0.95,
         "p": float(decision.p),
-        "p_companion": float(st.p_below(st.over_seeds(own - own_baseline), 0.0)),
+        "p_companion": float(decision.p_companion),
         "per_seed": dict(zip(seeds, own_ratio, strict=True)),
-        "probability_of_improvement": float((lower < 0).mean() + 0.5 * (lower == 0).mean()),
+        "probability_of_improvement": st.probability_of_improvement(-own[:, None], -own_baseline[:, None]),
     }
 
 
-def measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names, draws: int) -> dict:
+def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
     """Ratio of costs from pairs `metric`, `metric`_baseline, in the order in which they were measured."""
     cost, baseline = (pairs[name].to_numpy(dtype=float) for name in (claim.metric, f"{claim.metric}_baseline"))
-    result = st.time_ratio(cost, baseline, draws=draws, rng=_rng(claim))
+    result = st.time_ratio(cost, baseline, draws=COST_DRAWS, rng=_rng(claim))
     decision = st.cost_at_most(result, claim.margin)
     ratio, low, high = float(result.ratio), float(result.low), float(result.high)
-    reason = f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]}"
-    reason += f" (95 % interval {low:.3f} to {high:.3f}, {len(pairs)} pairs); "
-    reason += _because(
-        decision,
-        f"the interval stays at or below {claim.margin:g}",
-        f"the interval lies above {claim.margin:g}",
-        companion="the t test over stretches of pairs",
-    )
-    per_seed = {}
-    if "seed" in pairs:
-        per_seed = (pairs[claim.metric] / pairs[f"{claim.metric}_baseline"]).groupby(pairs["seed"]).median()
+    ratios = pairs[claim.metric] / pairs[f"{claim.metric}_baseline"]
+    per_seed = ratios.groupby(pairs["seed"]).median() if "seed" in pairs else {}
     return {
         "verdict": WORD[int(decision.code)],
-        "reason": reason,
+        "reason": f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]} (95 % interval {low:.3f} to "
+        f"{high:.3f}, {len(pairs)} pairs); {_because(claim, decision)}",
         "estimate": ratio,
         "interval95": (low, high),
         "level": 0.95,
         "p": float(decision.p),
-        "p_companion": float(st.p_below(st.over_seeds(result.blocks), np.log(claim.margin))),
+        "p_companion": float(decision.p_companion),
         "per_seed": {int(seed): float(value) for seed, value in per_seed.items()},
         "probability_of_improvement": float((cost < baseline).mean() + 0.5 * (cost == baseline).mean()),
         "n_seeds": len(per_seed),
@@ -563,60 +477,7 @@ def measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names, draws: int) ->
     }
 
 
-# ---- whether runs have learned anything
-
-
-class Unknown(Exception):
-    """What is missing to tell."""
-
-
-def at_chance(
-    study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], n: int, names: tuple[str, str]
-) -> str:
-    """The sentence that says it, where every one of `cells` (the first `n` called names[0], the rest names[1]) is at
-    chance; the empty string where one is not. Raises Unknown where that cannot be told. `study` has a `chance`."""
-    chance = study.chance
-    pairs = pair_up(study, rows, members, cells, chance.metric, all_seeds=False)
-    if not isinstance(pairs, Paired):
-        raise Unknown("; ".join(pairs))
-    if len(pairs.seeds) < 2:
-        raise Unknown("one seed tells nothing about seeds")
-    if any(pairs.diverged):
-        return ""
-    limits = [_limits(study, chance, cell, members) for cell in cells]
-    runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
-    for values, (upper, lower) in zip(pairs.values, limits, strict=True):
-        alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
-        for estimate, level in ((st.crossed(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
-            if np.any(st.p_above(estimate, upper) <= level):
-                return ""
-            if lower is not None and np.any(st.p_below(estimate, lower) <= level):
-                return ""
-    means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
-    of = [f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)]
-    return (
-        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {' and '.join(of)}, not shown to "
-        f"be above {upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
-    )
-
-
-def _limits(study: Claims, chance: Chance, cell: Cell, members: pd.DataFrame) -> tuple[float, float | None]:
-    found = select(members, cell)
-
-    def value(level: float | str) -> float:
-        if not isinstance(level, str):
-            return float(level)
-        column = pd.to_numeric(found[level], errors="coerce").dropna() if level in found else []
-        if not len(column):
-            raise Unknown(f"{study.label(cell)}: no {level}")
-        return float(np.mean(column))
-
-    return max(map(value, chance.no_better_than)), None if chance.no_worse_than is None else value(chance.no_worse_than)
-
-
 # ---- a verdict and its forms
-
-VERDICTS = ("supported", "refuted", "inconclusive", "vacuous", "not evaluated")
 
 
 @dataclass
@@ -662,32 +523,30 @@ class Verdict:
 
 def to_json(verdicts: list[Verdict]) -> list[dict]:
     """Plain data without NaN or infinities (they become null), ready for record.write_json."""
-    return json.loads(json.dumps([finite(asdict(verdict)) for verdict in verdicts], allow_nan=False))
-
-
-def _span(bounds: tuple | None) -> str:
-    return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
+    return finite([asdict(verdict) for verdict in verdicts])
 
 
 def table(verdicts: list[Verdict]) -> pd.DataFrame:
     """One row per claim, for people."""
+
+    def span(bounds: tuple | None) -> str:
+        return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
+
     return pd.DataFrame(
-        [
-            {
-                "claim": v.id,
-                "verdict": v.verdict,
-                "estimate": v.estimate,
-                "95 % interval": _span(v.interval95),
-                "p": v.p,
-                "Holm p": v.holm_p,
-                "P(improvement)": v.probability_of_improvement,
-                "per seed": ", ".join(f"{value:.3g}" for value in v.per_seed.values() if value is not None),
-                "seeds": v.n_seeds,
-                "scale": v.scale,
-                "why": v.reason,
-            }
-            for v in verdicts
-        ]
+        {
+            "claim": v.id,
+            "verdict": v.verdict,
+            "estimate": v.estimate,
+            "95 % interval": span(v.interval95),
+            "p": v.p,
+            "Holm p": v.holm_p,
+            "P(improvement)": v.probability_of_improvement,
+            "per seed": ", ".join(f"{value:.3g}" for value in v.per_seed.values() if value is not None),
+            "seeds": v.n_seeds,
+            "scale": v.scale,
+            "why": v.reason,
+        }
+        for v in verdicts
     )
 
 
@@ -697,13 +556,24 @@ def sentence(verdict: Verdict) -> str:
     return f"{verdict.id} {verdict.verdict} at {verdict.scale} scale{by}: {verdict.reason}"
 
 
+def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
+    """Which runs each claim's cells have: one row per claim and cell, with the seeds of every status."""
+    statuses, out = ("completed", "diverged", "failed", "out_of_memory", "lost", "missing"), []
+    for claim in study.claims:
+        for side in ("treatment", "baseline"):
+            for cell in study.levels(claim, side):
+                # where a key is `best`, any of its runs may be it
+                runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+                seeds = {
+                    s: sorted(runs["seed"][runs["status"] == s].astype(int)) if len(runs) else [] for s in statuses
+                }
+                row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}
+                row["finished"] = sum(len(seeds[status]) for status in FINISHED)
+                out.append(row | {status: ", ".join(map(str, sorted(set(seeds[status])))) for status in statuses})
+    return pd.DataFrame(out)
+
+
 # ---- from claims to verdicts
-
-
-DRAWS = 10_000
-MIN_COST_PAIRS = 20
-HOLM_LEVEL = 0.05
-MISSING = "missing: "  # how the reason of a claim begins whose scores are not all there
 
 
 class Data(NamedTuple):
@@ -713,8 +583,9 @@ class Data(NamedTuple):
     accuracy: pd.DataFrame | None
     members: pd.DataFrame
     costs: pd.DataFrame
-    seeds: tuple[int, ...]
-    draws: int
+
+    def scores(self, metric: str) -> pd.DataFrame:
+        return self.rows if metric in self.rows or self.accuracy is None else self.accuracy
 
 
 def evaluate(
@@ -726,29 +597,25 @@ def evaluate(
     members: pd.DataFrame | None = None,
     accuracy: pd.DataFrame | None = None,
     costs: pd.DataFrame | None = None,
-    seeds: Iterable[int] = (),
-    draws: int = DRAWS,
     scored_by: str = "",
-    mend: str = "",
+    fix: str = "",
     absent: Mapping[str, str] | None = None,
 ) -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs:
-    pairs
-    `seconds`, `seconds_baseline` measured in turns. seeds: those that a claim's cells must have, beyond those they
-    have. scored_by: what gave the scores, for the record. mend: said of a claim whose scores are missing (how to get
-    them). absent: {metric: why it has no values}, the reason of the claims about it.
+    pairs `seconds`, `seconds_baseline` measured in turns. scored_by: what gave the scores, for the record. fix: said of
+    a claim whose scores are missing (how to get them). absent: {metric: why it has no values}, the reason of the claims
+    about it.
     """
-    if members is None:
-        members = members_of(rows, study.keys)
-    data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, tuple(seeds), draws)
+    members = members_of(rows, study.keys) if members is None else members
+    data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs)
     verdicts = [_evaluate_one(study, claim, data, scale, mode, absent or {}) for claim in study.claims]
     for verdict in verdicts:
         if verdict.test != "cost_ratio":
             verdict.scored_by = scored_by
-            verdict.reason += f". {mend}" if mend and verdict.reason.startswith(MISSING) else ""
+            verdict.reason += f". {fix}" if fix and verdict.reason.startswith(MISSING) else ""
     family = [v for v in verdicts if v.p is not None]
     for verdict, adjusted in zip(family, st.holm([v.p for v in family]) if family else (), strict=True):
         verdict.holm_p = float(adjusted)
@@ -758,47 +625,11 @@ def evaluate(
     return verdicts
 
 
-def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
-    """Which runs each claim's cells have: one row per claim and cell, with the seeds of every status."""
-    out = []
-    for claim in study.claims:
-        for side in ("treatment", "baseline"):
-            for cell in study.levels(claim, side) if getattr(claim, side) else ():
-                found = select(
-                    members, {key: value for key, value in cell.items() if value != BEST}
-                )  # any of them may be it
-                by_status = {status: sorted(group["seed"].astype(int)) for status, group in found.groupby("status")}
-                done = len(by_status.get("completed", [])) + len(by_status.get("diverged", []))
-                out.append(
-                    {
-                        "claim": claim.id,
-                        "side": side,
-                        "cell": study.label(cell),
-                        "runs": len(found),
-                        "finished": done,
-                        **{
-                            status: ", ".join(map(str, sorted(set(by_status.get(status, [])))))
-                            for status in ("completed", "diverged", "failed", "out_of_memory", "lost", "missing")
-                        },
-                    }
-                )
-    return pd.DataFrame(out)
-
-
 def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
-    verdict = Verdict(
-        claim.id,
-        claim.sentence,
-        claim.test,
-        claim.metric,
-        scale,
-        "not evaluated",
-        "",
-        claim.estimand,
-        claim.margin,
-        claim.claimed,
-        note=claim.note,
-    )
+    same = {
+        name: getattr(claim, name) for name in ("id", "sentence", "test", "metric", "estimand", "margin", "claimed")
+    }
+    verdict = Verdict(**same, scale=scale, verdict="not evaluated", reason="", note=claim.note)
     if mode == "trial":
         verdict.reason = "a trial shows that the study runs, not what it finds"
     elif claim.not_evaluated:
@@ -816,176 +647,189 @@ def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str
     return verdict
 
 
-# ---- claims about scores
+class Comparison(NamedTuple):
+    """The cells of a claim with their names; the first `n` are the treatment's. `pairs`: their scores."""
+
+    cells: list[Cell]
+    n: int
+    names: Names
+    pairs: Paired
 
 
-def _rows(data: Data, metric: str) -> pd.DataFrame:
-    return data.rows if metric in data.rows or data.accuracy is None else data.accuracy
-
-
-def _pairs(study: Claims, claim: Claim, data: Data, cells: list[Cell], *, all_seeds: bool) -> Paired | list[str]:
-    return pair_up(
-        study,
-        _rows(data, claim.metric),
-        data.members,
-        cells,
-        claim.metric,
-        seeds=data.seeds if all_seeds else (),
-        all_seeds=all_seeds,
-    )
+def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Comparison | str:
+    """The claim's two sides, or what is missing of them."""
+    treatment, baseline = study.levels(claim, "treatment"), study.levels(claim, "baseline")
+    cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
+    if None in cells:
+        return f"{MISSING}{'a run' if all_seeds else 'runs'} with {study.choose_on}"
+    pairs = pair_up(study, data.scores(claim.metric), data.members, cells, claim.metric, all_seeds=all_seeds)
+    if not isinstance(pairs, Paired):
+        return MISSING + "; ".join(pairs)
+    n = len(treatment)
+    name = study.label(cells[0] if n == 1 else claim.treatment)
+    other = claim.baseline_name or study.label(cells[n] if len(baseline) == 1 else claim.baseline or {})
+    return Comparison(cells, n, (name, other if baseline else "the reported figure"), pairs)
 
 
 def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
-    treatment = study.levels(claim, "treatment")
-    baseline = study.levels(claim, "baseline") if claim.baseline else []
-    chosen = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
-    pairs = (
-        ["a run with " + str(study.choose_on)] if None in chosen else _pairs(study, claim, data, chosen, all_seeds=True)
-    )
-    if not isinstance(pairs, Paired):
-        verdict.reason = MISSING + "; ".join(pairs)
+    found = _compare(study, claim, data, all_seeds=True)
+    if isinstance(found, str):
+        verdict.reason = found
         return
+    cells, n, names, pairs = found
     if len(pairs.seeds) < 2:
         verdict.reason = "one seed tells nothing about seeds: at least 2 are needed"
         return
-    n = len(treatment)
-    names = study.label(chosen[0] if n == 1 else claim.treatment), _baseline_name(study, claim, chosen[n:])
-    _set(verdict, measure(claim, pairs, n, names, data.draws))
+    vars(verdict).update(measure(claim, pairs, n, names))
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
     lost = sorted({seed for seeds in pairs.diverged[:n] for seed in seeds})
     lost_baseline = sorted({seed for seeds in pairs.diverged[n:] for seed in seeds})
-    if claim.no_divergence and lost and verdict.verdict == "supported":
-        verdict.verdict = "inconclusive"
-        verdict.reason += f" But {names[0]} diverged (seed {', '.join(map(str, lost))})."
-    elif lost:
-        verdict.reason += f" {names[0]} diverged (seed {', '.join(map(str, lost))})."
-    if verdict.verdict == "supported" and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged[:n]):
-        verdict.verdict = "inconclusive"  # what stands for its scores is ours, not measured
-    if baseline and all(len(seeds) == len(pairs.seeds) for seeds in pairs.diverged):
+    every = [len(seeds) == len(pairs.seeds) for seeds in pairs.diverged]
+    if lost:
+        forbidden = claim.no_divergence and verdict.verdict == "supported"
+        verdict.reason += f"{' But' if forbidden else ''} {names[0]} diverged (seed {', '.join(map(str, lost))})."
+        if forbidden or (verdict.verdict == "supported" and all(every[:n])):
+            verdict.verdict = "inconclusive"  # what stands for the scores of a diverged run is ours, not measured
+    if claim.baseline and all(every):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
-    if (
-        baseline and verdict.verdict != "vacuous"
-    ):  # a figure of its own (absolute) is missed by a model that learnt nothing
-        _ask_for_chance(study, data, chosen, n, names, verdict)
+    elif claim.baseline:  # a figure of its own (absolute) is missed by a model that learned nothing
+        try:
+            vars(verdict).update(_vacuous_at_chance(study, data, found, verdict.reason))
+        except Unknown as missing:
+            verdict.note = f"{verdict.note} Whether its runs are above chance is not known ({missing}).".strip()
     if claim.premise:
         verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
     if pairs.dropped:
         verdict.note = f"{verdict.note} {pairs.dropped} question(s) without a score in some run were left out.".strip()
     verdict.beside = [_beside(study, claim, other, data) for other in claim.beside]
     if lost or lost_baseline:
-        verdict.sensitivity = _completed_only(claim, pairs, n, names, data.draws)
-
-
-def _at_chance(study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str]) -> str:
-    return at_chance(study, _rows(data, study.chance.metric), data.members, cells, n, names) if study.chance else ""
-
-
-def _ask_for_chance(
-    study: Claims, data: Data, cells: list[Cell], n: int, names: tuple[str, str], verdict: Verdict
-) -> None:
-    """`vacuous` where every run of the claim is at chance, whatever its numbers say."""
-    try:
-        said = _at_chance(study, data, cells, n, names)
-    except Unknown as missing:
-        verdict.note = f"{verdict.note} Whether its runs are above chance is not known ({missing}).".strip()
-        return
-    if said:
-        verdict.verdict, verdict.reason = "vacuous", f"{said}. By its numbers alone: {verdict.reason}"
-
-
-def _baseline_name(study: Claims, claim: Claim, cells: list[Cell]) -> str:
-    if claim.baseline is None:
-        return "the reported figure"
-    if claim.baseline_name:
-        return claim.baseline_name
-    return study.label(cells[0] if len(cells) == 1 else claim.baseline)
+        verdict.sensitivity = _completed_only(claim, found)
 
 
 def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
     if diverged:
         return {"holds": True, "text": f"{name} diverged in {diverged} of {runs} runs."}
-    return {
-        "holds": False,
-        "text": f"{name} did not diverge in any of {runs} runs (mean score {mean:.2f}): there was no "
-        "divergence to avoid.",
-    }
+    text = f"{name} did not diverge in any of {runs} runs (mean score {mean:.2f}): there was no divergence to avoid."
+    return {"holds": False, "text": text}
 
 
 def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
     """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
-    asked = claim.model_copy(
-        update={
-            "treatment": other.treatment or claim.treatment,
-            "baseline": other.baseline or claim.baseline,
-            "baseline_name": "" if other.baseline else claim.baseline_name,
-        }
-    )
+    sides = {side: cell for side in ("treatment", "baseline") if (cell := getattr(other, side))}
+    asked = claim.model_copy(update=sides | ({"baseline_name": ""} if other.baseline else {}))
     out = {"name": other.name, "decides": False}
     try:
-        treatment, baseline = study.levels(asked, "treatment"), study.levels(asked, "baseline")
-    except ValueError as error:
-        return {**out, "reason": str(error)}
-    cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
-    if None in cells:
-        return {**out, "reason": f"missing: runs with {study.choose_on}"}
-    pairs = _pairs(study, claim, data, cells, all_seeds=False)
-    if not isinstance(pairs, Paired):
-        return {**out, "reason": "missing: " + "; ".join(pairs)}
-    n = len(treatment)
-    names = study.label(cells[0] if n == 1 else asked.treatment), _baseline_name(study, asked, cells[n:])
+        found = _compare(study, asked, data, all_seeds=False)
+    except ValueError as error:  # it contradicts what is fixed in advance
+        found = str(error)
+    if isinstance(found, str):
+        return {**out, "reason": found}
+    _, n, names, pairs = found
     out |= {"treatment": names[0], "baseline": names[1], "n_seeds": len(pairs.seeds)}
+    if len(pairs.seeds) < 2 and claim.test == "variance_ratio":
+        return {**out, "reason": "one seed tells nothing about noise"}
     if len(pairs.seeds) < 2:
-        if claim.test == "variance_ratio":
-            return {**out, "reason": "one seed tells nothing about noise"}
         difference = float((pairs.values[0] - pairs.values[1]).mean())
-        return {
-            **out,
-            "estimate": difference,
-            "reason": f"{difference:+.2f} in the one seed that both have; no interval",
-        }
-    measured = measure(claim, pairs, n, names, data.draws, other.name)
-    try:
-        if said := _at_chance(study, data, cells, n, names):
-            measured |= {"verdict": "vacuous", "reason": f"{said}. By its numbers alone: {measured['reason']}"}
-    except Unknown:
-        pass  # the claim's own note says so
-    # a word of verdict here would be taken for one
-    measured["by_the_same_rule"] = measured.pop("verdict")
-    return {**out, **measured}
+        reason = f"{difference:+.2f} in the one seed that both have; no interval"
+        return {**out, "estimate": difference, "reason": reason}
+    measured = measure(claim, pairs, n, names, other.name)
+    with contextlib.suppress(Unknown):  # the claim's own note says so
+        measured |= _vacuous_at_chance(study, data, found, measured["reason"])
+    return out | _without_verdict(measured)
 
 
-def _completed_only(claim: Claim, pairs: Paired, n: int, names: tuple[str, str], draws: int) -> dict:
+def _completed_only(claim: Claim, found: Comparison) -> dict:
     """The same comparison on the seeds in which no run diverged."""
+    pairs = found.pairs
     lost = {seed for seeds in pairs.diverged for seed in seeds}
     keep = [i for i, seed in enumerate(pairs.seeds) if seed not in lost]
     out = {"on": "completed runs only", "n_seeds": len(keep)}
     if len(keep) < 2:
         return {**out, "reason": f"{len(keep)} seed(s) without a diverged run: nothing to compare"}
-    rest = Paired(pairs.values[:, keep], [pairs.seeds[i] for i in keep], [[] for _ in pairs.diverged], pairs.dropped)
-    measured = measure(claim, rest, n, names, draws, "completed")
-    measured["by_the_same_rule"] = measured.pop("verdict")
-    return {**out, **measured}
+    rest = pairs._replace(values=pairs.values[:, keep], seeds=[pairs.seeds[i] for i in keep])
+    return out | _without_verdict(measure(claim, rest, found.n, found.names, "completed"))
 
 
-# ---- claims about cost
+def _without_verdict(measured: dict) -> dict:
+    """Of a comparison that decides nothing: a word of verdict here would be taken for one."""
+    return {**{k: v for k, v in measured.items() if k != "verdict"}, "by_the_same_rule": measured["verdict"]}
 
 
 def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
     names = study.label(claim.treatment), study.label(claim.baseline)
     columns = [claim.metric, f"{claim.metric}_baseline"]
     pairs = data.costs if set(columns) <= set(data.costs) else pd.DataFrame(columns=columns)
-    if "method" in pairs:
-        pairs = select(pairs, claim.treatment)
+    pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
     if len(pairs) < MIN_COST_PAIRS:
         verdict.reason = (
-            f"missing: {claim.metric} of {names[0]} and {names[1]} measured in turns ({len(pairs)} pairs, at "
+            f"{MISSING}{claim.metric} of {names[0]} and {names[1]} measured in turns ({len(pairs)} pairs, at "
             f"least {MIN_COST_PAIRS} are needed)"
         )
         return
-    _set(verdict, measure_cost(claim, pairs, names, max(200, data.draws // 5)))  # each draw sorts all pairs
+    vars(verdict).update(_measure_cost(claim, pairs, names))
 
 
-def _set(verdict: Verdict, fields: dict) -> None:
-    for name, value in fields.items():
-        setattr(verdict, name, value)
+# ---- whether the runs that a claim compares have learned anything
+
+
+class Unknown(Exception):
+    """What is missing to say whether runs are at chance."""
+
+
+def _vacuous_at_chance(study: Claims, data: Data, found: Comparison, reason: str) -> dict:
+    """Verdict and reason where every run of the comparison is at chance, whatever its numbers (`reason`) say; nothing
+    where one is not."""
+    said = at_chance(study, data, found) if study.chance else ""
+    return {"verdict": "vacuous", "reason": f"{said}. By its numbers alone: {reason}"} if said else {}
+
+
+def at_chance(study: Claims, data: Data, found: Comparison) -> str:
+    """The sentence that says it, where every cell is at chance; the empty string where one is not. Raises Unknown.
+
+    A difference between runs at chance says nothing of methods. What chance is stands in claims.yaml (`chance`), fixed
+    before any score is seen. Runs are at chance unless they are shown to be above it or, where they began with
+    something to lose, below that: a cell as a whole (one-sided at the companion's level, by the crossed seed x question
+    standard error), or any of them alone, over its questions (at that level over the number of runs: one lucky seed of
+    many shows nothing, and one that has clearly learned is no run at chance, however much the seeds differ). To diverge
+    is a result, and not chance.
+    """
+    chance, cells = study.chance, found.cells
+    pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric, all_seeds=False)
+    if not isinstance(pairs, Paired):
+        raise Unknown("; ".join(pairs))
+    if len(pairs.seeds) < 2:
+        raise Unknown("one seed tells nothing about seeds")
+    if any(pairs.diverged):
+        return ""
+    limits = [_chance_limits(study, cell, data.members) for cell in cells]
+    runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
+    for values, (upper, lower) in zip(pairs.values, limits, strict=True):
+        alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
+        for estimate, level in ((st.crossed(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
+            if np.any(st.p_above(estimate, upper) <= level):
+                return ""
+            if lower is not None and np.any(st.p_below(estimate, lower) <= level):
+                return ""
+    means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
+    sides = zip((means[: found.n], means[found.n :]), found.names, strict=True)
+    return (
+        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is "
+        f"{' and '.join(f'{part.max():.3f} of {name}' for part, name in sides)}, not shown to "
+        f"be above {upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
+    )
+
+
+def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[float, float | None]:
+    """What the metric is above where a run of `cell` has learned, and what below (None: nothing)."""
+    runs, chance = select(members, cell), study.chance
+
+    def value(level: float | str) -> float:
+        if not isinstance(level, str):
+            return float(level)
+        column = pd.to_numeric(runs[level], errors="coerce").dropna() if level in runs else []
+        if not len(column):
+            raise Unknown(f"{study.label(cell)}: no {level}")
+        return float(np.mean(column))
+
+    return max(map(value, chance.no_better_than)), None if chance.no_worse_than is None else value(chance.no_worse_than)

@@ -30,20 +30,29 @@ class Estimate(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """`code` SUPPORTED, REFUTED or INCONCLUSIVE; `p` of the primary one-sided test of the claim; `primary` is what the
-    primary test alone says and `agrees` whether the companion is on the same side."""
+    """`code` SUPPORTED, REFUTED or INCONCLUSIVE; `primary` is what the primary test alone says (where they differ, the
+    companion is on the other side); `p` and `p_companion` are the two one-sided p of the claim."""
 
     code: np.ndarray
-    p: np.ndarray
     primary: np.ndarray
-    agrees: np.ndarray
+    p: np.ndarray
+    p_companion: np.ndarray
+
+
+def _decide(p, supports, refutes, companion_for, companion_against) -> Decision:
+    """What the primary test says (`p`, whether it `supports` or `refutes`) stands where the companion's one-sided p
+    on the same side is small; else the claim is open."""
+    primary = np.where(supports, SUPPORTED, np.where(refutes, REFUTED, INCONCLUSIVE))
+    companion = np.where(primary == SUPPORTED, companion_for, companion_against)
+    agrees = (primary == INCONCLUSIVE) | (companion <= COMPANION_LEVEL)
+    return Decision(np.where(agrees, primary, INCONCLUSIVE), primary, p, companion_for)
 
 
 # ---- means over seeds and questions
 
 
 def seed_factor(seeds: int) -> float:
-    """sqrt(S / (S - 1)); a single seed tells nothing about seeds."""
+    """sqrt(S / (S - 1)); a single seed says nothing about seeds."""
     if seeds < 2:
         raise ValueError(f"{seeds} seed(s): at least 2 are needed for an interval")
     return (seeds / (seeds - 1)) ** 0.5
@@ -63,21 +72,6 @@ def resampled_means(x: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray)
     return np.einsum("...sb,bs->...b", x @ by_question.T, by_seed)
 
 
-def crossed_se(x: np.ndarray) -> np.ndarray:
-    """Standard error of the mean of x (..., S, Q): that of the crossed bootstrap with infinitely many draws, times
-    sqrt(S / (S - 1)).
-
-    With multinomial counts the bootstrap's variance is exactly sum a^2/S^2 + sum b^2/Q^2 + sum c^2/(SQ)^2, where
-    a, b and c are the seeds' effects, the questions' effects and what is left.
-    """
-    s, q = x.shape[-2:]
-    mean = x.mean((-2, -1), keepdims=True)
-    a, b = x.mean(-1, keepdims=True) - mean, x.mean(-2, keepdims=True) - mean
-    c = x - mean - a - b
-    variance = (a**2).sum((-2, -1)) / s**2 + (b**2).sum((-2, -1)) / q**2 + (c**2).sum((-2, -1)) / (s * q) ** 2
-    return seed_factor(s) * np.sqrt(variance)
-
-
 def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) -> Estimate:
     """Mean of x (..., S, Q) with its crossed bootstrap standard error (`draws` draws), times sqrt(S / (S - 1))."""
     s, q = x.shape[-2:]
@@ -88,8 +82,17 @@ def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) ->
 
 
 def crossed(x: np.ndarray) -> Estimate:
-    """As `crossed_bootstrap`, in the limit of infinitely many draws."""
-    return Estimate(x.mean((-2, -1)), crossed_se(x), np.inf)
+    """As `crossed_bootstrap`, in the limit of infinitely many draws.
+
+    With multinomial counts the bootstrap's variance is exactly sum a^2/S^2 + sum b^2/Q^2 + sum c^2/(SQ)^2, where
+    a, b and c are the seeds' effects, the questions' effects and what is left.
+    """
+    s, q = x.shape[-2:]
+    mean = x.mean((-2, -1), keepdims=True)
+    a, b = x.mean(-1, keepdims=True) - mean, x.mean(-2, keepdims=True) - mean
+    c = x - mean - a - b
+    variance = (a**2).sum((-2, -1)) / s**2 + (b**2).sum((-2, -1)) / q**2 + (c**2).sum((-2, -1)) / (s * q) ** 2
+    return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt(variance), np.inf)
 
 
 def over_seeds(values: np.ndarray) -> Estimate:
@@ -114,49 +117,36 @@ def p_below(estimate: Estimate, threshold: float) -> np.ndarray:
     return stats.t.sf((threshold - estimate.value) / np.maximum(estimate.se, _TINY), estimate.df)
 
 
-# ---- decisions on a mean difference
+def p_for_and_against(test: str, estimate: Estimate, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """The two one-sided p of a claim about a mean: superiority says that it is above `margin`, non-inferiority and an
+    absolute figure that it is above -`margin`, equivalence that it lies between the two."""
+    if test == "equivalence":
+        inside = np.maximum(p_above(estimate, -margin), p_below(estimate, margin))
+        return inside, np.minimum(p_above(estimate, margin), p_below(estimate, -margin))
+    threshold = margin if test == "superiority" else -margin
+    return p_above(estimate, threshold), p_below(estimate, threshold)
 
 
-def _decide(support: tuple, refute: tuple, companion_support, companion_refute) -> Decision:
-    """`support` and `refute`: (p, one-sided level) of the primary test; the companion's two p beside them."""
-    (p, level), (p_against, level_against) = support, refute
-    primary = np.where(p <= level, SUPPORTED, np.where(p_against <= level_against, REFUTED, INCONCLUSIVE))
-    against = np.where(primary == SUPPORTED, companion_support, companion_refute)
-    agrees = (primary == INCONCLUSIVE) | (against <= COMPANION_LEVEL)
-    return Decision(np.where(agrees, primary, INCONCLUSIVE), p, primary, agrees)
+def decide_mean(test: str, primary: Estimate, companion: Estimate, margin: float) -> Decision:
+    """The rule of a claim about a mean. Non-inferiority and equivalence are supported by the 90 % interval, superiority
+    and an absolute figure by the 95 % interval; the 95 % interval refutes."""
+    p, against = p_for_and_against(test, primary, margin)
+    level = 0.05 if test in ("non_inferiority", "equivalence") else 0.025
+    return _decide(p, p <= level, against <= 0.025, *p_for_and_against(test, companion, margin))
 
 
-def non_inferiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
-    """Supported: the 90 % interval's low end is above -margin. Refuted: the 95 % interval's high end is below it."""
-    return _decide(
-        (p_above(primary, -margin), 0.05),
-        (p_below(primary, -margin), 0.025),
-        p_above(companion, -margin),
-        p_below(companion, -margin),
-    )
-
-
-def superiority(primary: Estimate, companion: Estimate, margin: float) -> Decision:
-    """Supported: the 95 % interval's low end reaches `margin`. Refuted: its high end stays below."""
-    return _decide(
-        (p_above(primary, margin), 0.025),
-        (p_below(primary, margin), 0.025),
-        p_above(companion, margin),
-        p_below(companion, margin),
-    )
-
-
-def equivalence(primary: Estimate, companion: Estimate, margin: float) -> Decision:
-    """Two one-sided tests. Supported: the 90 % interval lies within +-margin. Refuted: the 95 % interval lies
-    outside."""
-
-    def inside(estimate):
-        return np.maximum(p_above(estimate, -margin), p_below(estimate, margin))
-
-    def outside(estimate):
-        return np.minimum(p_above(estimate, margin), p_below(estimate, -margin))
-
-    return _decide((inside(primary), 0.05), (outside(primary), 0.025), inside(companion), outside(companion))
+def noise_sds(difference: np.ndarray) -> dict[str, float]:
+    """Standard deviations behind a paired difference (S, Q), from its mean squares: between seeds, between questions,
+    and what is left. To be set beside the assumed ones."""
+    s, q = difference.shape
+    by_seed, by_question = difference.mean(1), difference.mean(0)
+    left = difference - by_seed[:, None] - by_question[None, :] + difference.mean()
+    error = (left**2).sum() / ((s - 1) * (q - 1))
+    return {
+        "seed": max(0.0, by_seed.var(ddof=1) - error / q) ** 0.5,
+        "question": max(0.0, by_question.var(ddof=1) - error / s) ** 0.5,
+        "answer": error**0.5,
+    }
 
 
 # ---- variance across levels (beta, say)
@@ -221,14 +211,14 @@ def lower_variance(result: VarianceRatio, point: float) -> Decision:
 
     Companion: a t test over seeds of treatment - r * baseline, the two variances of each seed (r = 1, r = `point`).
     """
-    supported = (result.high < 1) & (result.ratio <= point)
-    primary = np.where(supported, SUPPORTED, np.where(result.low > point, REFUTED, INCONCLUSIVE))
     treatment, baseline = result.per_seed
-    for_it = p_below(over_seeds(treatment - baseline), 0.0)
-    against_it = p_above(over_seeds(treatment - point * baseline), 0.0)
-    companion = np.where(primary == SUPPORTED, for_it, against_it)
-    agrees = (primary == INCONCLUSIVE) | (companion <= COMPANION_LEVEL)
-    return Decision(np.where(agrees, primary, INCONCLUSIVE), result.p, primary, agrees)
+    return _decide(
+        result.p,
+        (result.high < 1) & (result.ratio <= point),
+        result.low > point,
+        p_below(over_seeds(treatment - baseline), 0.0),
+        p_above(over_seeds(treatment - point * baseline), 0.0),
+    )
 
 
 # ---- ratios of times
@@ -266,12 +256,9 @@ def time_ratio(
 
 def cost_at_most(result: TimeRatio, limit: float) -> Decision:
     """Supported: the 95 % interval's high end is at most `limit`. Refuted: its low end is above."""
-    primary = np.where(result.high <= limit, SUPPORTED, np.where(result.low > limit, REFUTED, INCONCLUSIVE))
-    companion = over_seeds(result.blocks)
-    against = np.where(primary == SUPPORTED, p_below(companion, np.log(limit)), p_above(companion, np.log(limit)))
-    agrees = (primary == INCONCLUSIVE) | (against <= COMPANION_LEVEL)
     p = (1 + (result.draws > limit).sum(-1)) / (result.draws.shape[-1] + 1)
-    return Decision(np.where(agrees, primary, INCONCLUSIVE), p, primary, agrees)
+    companion, log = over_seeds(result.blocks), np.log(limit)
+    return _decide(p, result.high <= limit, result.low > limit, p_below(companion, log), p_above(companion, log))
 
 
 # ---- several claims; effect sizes
@@ -293,18 +280,3 @@ def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> f
     4). Both (S, Q)."""
     difference = treatment[:, None, :] - baseline[None, :, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-
-
-def noise_seen(difference: np.ndarray) -> dict[str, float]:
-    """Standard deviations behind a paired difference (S, Q), from its mean squares: between seeds, between questions,
-    and what is left. To be set beside the assumed ones."""
-    s, q = difference.shape
-    mean = difference.mean()
-    by_seed, by_question = difference.mean(1), difference.mean(0)
-    left = difference - by_seed[:, None] - by_question[None, :] + mean
-    error = (left**2).sum() / ((s - 1) * (q - 1))
-    return {
-        "seed": float(np.sqrt(max(0.0, by_seed.var(ddof=1) - error / q))),
-        "question": float(np.sqrt(max(0.0, by_question.var(ddof=1) - error / s))),
-        "answer": float(np.sqrt(error)),
-    }

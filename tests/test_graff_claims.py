@@ -102,7 +102,6 @@ def judged(members, evaluations, stated=None):
         members=members,
         accuracy=areas,
         absent=absent,
-        draws=2000,
     )
     energy.heed(found, PUBLISHED, members, energies)
     return next(v for v in found if v.id == "C7"), level
@@ -245,7 +244,7 @@ def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say
             for i in range(9)
         ]
     )
-    found = {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="paper", mode="full", draws=200)}
+    found = {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="paper", mode="full")}
     assert found["C14"].verdict == "not evaluated"
     assert "no public definition" in found["C14"].reason
 
@@ -282,7 +281,7 @@ def scored(means: dict[str, float], problems=200, base=0.0, rate=0.003):
 
 
 def verdicts_of(rows, members):
-    return {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="laptop", mode="full", members=members, draws=200)}
+    return {v.id: v for v in claims.evaluate(PUBLISHED, rows, scale="laptop", mode="full", members=members)}
 
 
 def test_a_claim_about_next_to_nothing_is_vacuous_and_not_refuted():

@@ -535,9 +535,7 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     published = claims.load(ROOT / "params/td_dpo/claims.yaml")
     only = published.model_copy(update={"claims": tuple(c for c in published.claims if c.id == "C3")})
     done = loaded.members[loaded.members["status"] == "completed"]
-    (verdict,) = claims.evaluate(
-        only, rows, scale="paper", mode="full", members=done, scored_by=by.label, mend=by.mend, draws=200
-    )
+    (verdict,) = claims.evaluate(only, rows, scale="paper", mode="full", members=done, scored_by=by.label, fix=by.mend)
     return by, rows, verdict, loaded
 
 

@@ -310,7 +310,7 @@ def judged(results, planned):
     published = claims.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
     rows = tables.question_scores(loaded, tables.judged(planned, loaded))
     verdict = claims.evaluate(
-        published, rows, scale="laptop", mode="full", draws=500, members=tables.all_members(loaded), costs=loaded.costs
+        published, rows, scale="laptop", mode="full", members=tables.all_members(loaded), costs=loaded.costs
     )
     frames = {
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")

@@ -179,7 +179,7 @@ def noise(study: claims.Claims, rows: pd.DataFrame, loaded: record.Records) -> p
         ]
         paired = claims.pair_up(study, rows, loaded.members, cells, claim.metric)
         if isinstance(paired, claims.Paired) and len(paired.seeds) > 1:
-            seen = stats.noise_seen(paired.values[0] - paired.values[1])
+            seen = stats.noise_sds(paired.values[0] - paired.values[1])
             found.append({"claim": claim.id, **{k: round(v / np.sqrt(2), 3) for k, v in seen.items()}})
     return pd.DataFrame(found)
 
