@@ -29,10 +29,8 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lib import stats as st
+from lib.config import Section, load_yaml, plain, raise_faults
 from lib.record import finite
-from lib.settings.faults import raise_faults
-from lib.settings.schema import Frozen, plain
-from lib.settings.yaml_file import load_yaml
 
 VERDICTS = ("supported", "refuted", "inconclusive", "vacuous", "not evaluated")
 DRAWS = 10_000
@@ -55,7 +53,7 @@ Test = Literal["non_inferiority", "superiority", "equivalence", "variance_ratio"
 Side = Literal["treatment", "baseline"]
 
 
-class Fixed(Frozen):
+class Fixed(Section):
     """Of `method`, the key `key` follows from the value of `by`: fixed before any score was seen."""
 
     method: str
@@ -64,7 +62,7 @@ class Fixed(Frozen):
     values: dict[float, float]
 
 
-class Beside(Frozen):
+class Beside(Section):
     """A comparison reported beside the claim and deciding nothing; what is left out is as in the claim."""
 
     name: str
@@ -72,7 +70,7 @@ class Beside(Frozen):
     baseline: Cell | None = None
 
 
-class Chance(Frozen):
+class Chance(Section):
     """What runs show that have learned nothing: `metric` is no better than the highest of `no_better_than` and no worse
     than `no_worse_than`, what training began with (null: worse is chance too). A number, or a column of the members.
 
@@ -85,7 +83,7 @@ class Chance(Frozen):
     no_worse_than: float | str | None = None
 
 
-class Noise(Frozen):
+class Noise(Section):
     """The experiment that the power table simulates. All standard deviations are on the score's scale.
 
     seed: between seeds of one cell; question: of a question for all methods (it cancels in pairs); interaction: of a
@@ -105,7 +103,7 @@ class Noise(Frozen):
     simulations: int = 2000
 
 
-class Claim(Frozen):
+class Claim(Section):
     """One published claim.
 
     margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
@@ -149,7 +147,7 @@ class Claim(Frozen):
         return self
 
 
-class Claims(Frozen):
+class Claims(Section):
     study: str
     names: dict[str, str] = Field(default_factory=dict)
     keys: tuple[str, ...] = ()

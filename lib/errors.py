@@ -1,4 +1,4 @@
-"""Errors that a person can act on: where it is, what was found, what was expected, and the command that mends it."""
+"""Errors that a person can act on: where it is, what was found, what was expected, and the command that fixes it."""
 
 import errno
 import os
@@ -14,15 +14,15 @@ class StudyError(Exception):
 
     exit_code = 2
 
-    def __init__(self, where: str, found: str, expected: str, mend: str = ""):
-        self.where, self.found, self.expected, self.mend = where, found, expected, mend
+    def __init__(self, where: str, found: str, expected: str, fix: str = ""):
+        self.where, self.found, self.expected, self.fix = where, found, expected, fix
         lines = [f"{where}: {found}", f"  expected: {expected}"]
-        if mend:
-            lines.append(f"  to mend:  {mend}")
+        if fix:
+            lines.append(f"  fix: {fix}")
         super().__init__("\n".join(lines))
 
     def __reduce__(self):  # pickled between processes with its parts, not with the joined message
-        return type(self), (self.where, self.found, self.expected, self.mend)
+        return type(self), (self.where, self.found, self.expected, self.fix)
 
 
 class MissingError(StudyError):
@@ -51,7 +51,7 @@ def of_the_system(error: OSError) -> tuple[str, int]:
         return (
             f"{error.filename or 'writing a file'}: {error.strerror}\n"
             "  expected: a folder that can be written, with space left\n"
-            "  to mend:  free space or mend its permissions, then the same command again (what is done stays done)"
+            "  fix: free space or correct its permissions, then the same command again (what is done stays done)"
         ), 3
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

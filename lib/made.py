@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lib import hub, record, witness
+from lib import hub, record
 from lib.errors import StudyError
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
@@ -161,7 +161,7 @@ def pretrain(
     """Take `steps` optimizer steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1; returns
     the mean loss of the last tenth of the steps."""
     losses = []
-    for step in witness.batches("pretraining of the made model", range(1, steps + 1)):
+    for step in record.batches("pretraining of the made model", range(1, steps + 1)):
         value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, load_model, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from lib import record, witness
+from lib import record
 
 MARKER = "complete.json"  # written last and fsynced: without it a folder is the remains of a kill inside a save
 STATE = "state.pt"  # of a checkpoint: what a study remembers beside its weights
@@ -228,9 +228,8 @@ class _Events(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **_):
-        if witness.FOLDER:
-            number = (state.global_step + 1) * args.gradient_accumulation_steps
-            witness.tell("batch", phase="training", number=number)
+        number = (state.global_step + 1) * args.gradient_accumulation_steps
+        record.count("training", number)
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         self.trainer.before_update()
@@ -446,9 +445,8 @@ class Intervals(TrainerCallback):
         self.eval_steps, self.save_steps = eval_steps, save_steps
 
     def on_step_begin(self, args, state, control, **_):
-        if witness.FOLDER:
-            number = (state.global_step + 1) * args.gradient_accumulation_steps
-            witness.tell("batch", phase="training", number=number)
+        number = (state.global_step + 1) * args.gradient_accumulation_steps
+        record.count("training", number)
 
     def on_step_end(self, args, state, control, **_):
         last = state.global_step >= state.max_steps

@@ -15,7 +15,6 @@ from lib import config, hub, record
 from lib.commands.check import command, sources, trial
 from lib.run import cli, members, ready
 from lib.run.options import parser
-from lib.settings import faults
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")
@@ -224,7 +223,7 @@ def test_every_setting_of_runner_search_and_tracker_is_used_somewhere(study):
     used = trial.attributes_used()
     keys = [
         tuple(key.split(".")[:2])
-        for key in faults.keys(module.Run)
+        for key in config.keys(module.Run)
         if key.split(".")[0] in trial.RUNNERS and "." in key
     ]
     assert len(keys) > 10
@@ -243,8 +242,7 @@ def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(mo
     def tried(command, *, env, **_):
         seen.update(env)
         program = (
-            "import os; from lib import witness; from lib.settings.schema import Section; witness.install(Section);"
-            "[open(p, 'w') for p in (os.environ['HF_HUB_CACHE'] + '/blob', os.environ['HERE'] + '/stray')]"
+            "import os;[open(p, 'w') for p in (os.environ['HF_HUB_CACHE'] + '/blob', os.environ['HERE'] + '/stray')]"
         )
         Path(env["HF_HUB_CACHE"]).mkdir()
         return real([sys.executable, "-c", program], env={**env, "HERE": str(tmp_path)}, check=True, cwd=ROOT)

@@ -12,7 +12,7 @@ import yaml
 
 from lib import config
 from lib.errors import StudyError
-from lib.run import members, options
+from lib.run import check, members, options
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
 SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
@@ -274,7 +274,7 @@ def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
         section[key] = rng.choice(odd)
         try:
             run = load(write(mutated))
-            if not any(finding.level == "error" for finding in config.check(run)):
+            if not any(finding.level == "error" for finding in check.findings(run)):
                 assert config.members(run)
                 assert len(config.members(config.trial(run))) == 1
                 assert config.steps(run) >= 0
@@ -291,7 +291,7 @@ def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
 def test_shipped_files_load_without_a_finding(path):
     run = config.load_run(path, scale=path.parent.name, mode="full")
     assert run.study == path.parts[-3]
-    assert config.check(run) == []
+    assert check.findings(run) == []
     assert config.load_yaml(path).keys() >= {
         "run_id",
         "method",
@@ -368,7 +368,7 @@ def test_a_file_that_a_run_names_is_part_of_its_members_key(tmp_path):
 def test_a_password_in_the_yaml_is_refused_in_every_mode_and_not_shown(write, raw, mode):
     raw["optuna"]["storage"] = "postgresql://me:hunter2hunter2@h/db"
     path = write(raw)
-    (found,) = [findings for _, _, findings in config.load_folder(path.parent, "laptop", mode)]
+    (found,) = [findings for _, _, findings in check.load_folder(path.parent, "laptop", mode)]
     told = [finding for finding in found if finding.key == "optuna.storage"]
     assert [finding.level for finding in told] == ["error"]
     assert "hunter2" not in str(told)
@@ -380,7 +380,7 @@ def test_two_runs_of_one_method_that_train_the_same_cell_are_told(write, raw):
     second = first.with_name("fast.yaml")
     changed = {**raw, "run_id": "fast", "training": {**raw["training"], "learning_rate": 1e-4}}
     second.write_text(yaml.safe_dump(changed))
-    found = {path.name: findings for path, _, findings in config.load_folder(first.parent, "laptop", "full")}
+    found = {path.name: findings for path, _, findings in check.load_folder(first.parent, "laptop", "full")}
     told = [f for findings in found.values() for f in findings if f.key == "method"]
     assert len(told) == 1
     assert told[0].level == "warning"
@@ -411,7 +411,7 @@ class TestPublished:
     @pytest.fixture(scope="class")
     @staticmethod
     def loaded():
-        return {path.stem: (run, findings) for path, run, findings in config.load_folder(PUBLISHED, "paper", "full")}
+        return {path.stem: (run, findings) for path, run, findings in check.load_folder(PUBLISHED, "paper", "full")}
 
     def test_all_six_load_and_are_recognised(self, loaded):
         assert len(loaded) == 6
@@ -426,11 +426,11 @@ class TestPublished:
         run, findings = loaded["proposed-Llama-2-Chat-7B-Argilla-DPO-Mix-7k"]
         assert (run.method, run.loss.name, run.model.quantization) == ("td_dpo", "td_dpo", "nf4")
         assert run.optuna.objective_metric == "validation_implicit_accuracy"
-        assert config.markers(run) == {"loss.beta": "beta", "loss.tau": "tau"}
+        assert run.searched == {"loss.beta": "beta", "loss.tau": "tau"}
         assert len(config.members(run)) == 36  # the choices of the marked keys are the grid
         said = {finding.key: finding for finding in findings}
         assert said["optuna.direction"].level == "error"
-        assert said["optuna.direction"].mend == "direction: maximize"
+        assert said["optuna.direction"].fix == "direction: maximize"
         assert "is 512, not the global batch of 128" in said["training.gradient_accumulation_steps"].what
         assert "every 250 steps never happens in a run of 144" in said["training.eval_steps"].what
         assert "100 covers most of a run of 144" in said["training.warmup_steps"].what
@@ -445,7 +445,7 @@ class TestPublished:
             run, findings = loaded[name]
             errors = [finding for finding in findings if finding.level == "error"]
             assert [finding.key for finding in errors] == ["training.fp16"]
-            assert "bf16" in errors[0].mend
+            assert "bf16" in errors[0].fix
             assert config.steps(run) == 36_816
         run, _ = loaded["proposed-DeBERTaV3-base-86-M--GLUE-MNLI"]
         assert (run.method, run.loss.penalty, run.loss.alpha, run.loss.sensitivity_buffer_size) == (
@@ -481,7 +481,7 @@ class TestPublished:
             values = dict(mends[run.study])
             if run.method == "graff":
                 values["training.scheduler.warm_start_ckpt"] = str(checkpoint)
-            assert not [f for f in config.check(config.apply(run, values)) if f.level == "error"]
+            assert not [f for f in check.findings(config.apply(run, values)) if f.level == "error"]
 
 
 # --- settings, aliases, paths ---------------------------------------------------------------------------------------
@@ -527,11 +527,10 @@ def test_an_override_for_a_loss_that_does_not_read_it():
 
 
 def test_aliases_resolve_to_keys_that_exist():
-    from lib.settings.faults import keys
 
     for study in config.studies():
         module = config.study_module(study)
-        assert set(module.ALIASES.values()) <= set(keys(module.Run))
+        assert set(module.ALIASES.values()) <= set(config.keys(module.Run))
         assert set(module.METRICS.values()) == {"maximize", "minimize"}
         assert {module.VALIDATION_METRIC, module.SECOND_METRIC} <= set(module.METRICS)
         assert set(module.PRIMARY_METRIC.values()) <= set(module.METRICS)
@@ -550,7 +549,7 @@ def test_relative_paths_become_absolute_and_hub_ids_stay(write, raw, tmp_path, m
     (tmp_path / "generated").mkdir()
     assert load(path).dataset.name == "generated"  # a folder of that name changes nothing
     absent = load(path, overrides={"dataset.name": "./absent.jsonl"})
-    assert [f.key for f in config.check(absent) if f.level == "error"] == ["dataset.name"]
+    assert [f.key for f in check.findings(absent) if f.level == "error"] == ["dataset.name"]
 
 
 def test_results_dir_is_absolute(write, raw):
@@ -563,7 +562,7 @@ def test_apply_is_validated_and_leaves_the_run_alone(write, raw):
     run = load(write(raw))
     changed = config.apply(run, {"beta": 0.05, "loss.tau": 2, "lora_r": 8})
     assert (changed.loss.beta, changed.loss.tau, changed.model.peft.lora_r) == (0.05, 2, 8)
-    assert config.markers(run) == {"loss.beta": "beta", "loss.tau": "tau"}
+    assert run.searched == {"loss.beta": "beta", "loss.tau": "tau"}
     with pytest.raises(StudyError):
         config.apply(run, {"beta": -1})
     with pytest.raises(ValueError, match="frozen"):
@@ -605,7 +604,6 @@ def test_cell_names_are_exact_and_safe(write, raw):
         ({"beta": 0.1}, "not supplied by the cell"),
         ({"beta": 0.1, "tau": 1, "optuna.n_trials": 3}, "differs between members"),
         ({"betaa": 1}, "did you mean beta?"),
-        ({"beta": -1, "tau": 1}, "greater than or equal to 0"),
         ({"run_id": "x"}, "differs between members"),
     ],
 )
@@ -613,19 +611,22 @@ def test_bad_cells_are_findings(write, raw, cell, said):
     raw["grid"] = [{"cells": [cell]}]
     run = load(write(raw))
     refused(config.members, run)
-    findings = [f for f in config.check(run) if f.level == "error"]
+    findings = [f for f in check.findings(run) if f.level == "error"]
     assert len(findings) == 1
     assert said in str(findings[0])
+
+
+def test_a_bad_first_cell_is_refused_as_one(write, raw):
+    raw["grid"] = [{"cells": [{"beta": -1, "tau": 1}]}]
+    assert "the grid's first cell: loss.beta: -1" in refused(load, write(raw))
 
 
 def test_a_marker_that_nothing_supplies(write, raw):
     raw["grid"] = None
     del raw["optuna"]["search_space"]["tau"]
-    run = load(write(raw))
-    message = refused(config.members, run)
-    assert "loss.tau" in message
+    message = refused(load, write(raw))
+    assert "loss.tau: ${opt.tau}, which nothing supplies" in message
     assert "grid:" in message
-    assert any(f.level == "error" and "${opt.tau}" in f.what for f in config.check(run))
     raw["training"]["learning_rate"] = "${opt.learning_rate}"  # a continuous search has no cells
     raw["optuna"]["search_space"]["tau"] = {"type": "uniform", "low": 0.5, "high": 2}
     run = load(write(raw))
@@ -648,7 +649,7 @@ def test_trial_shrinks_every_phase(path):
         1,
     )  # a budget has no epochs
     assert config.steps(run) <= 2
-    assert config.check(members[0].run) == []
+    assert check.findings(members[0].run) == []
     assert config.wandb_mode(run) == run.wandb.mode == "disabled"
     if run.study == "graff":
         assert run.dataset.limit <= 2 * run.training.global_batch_size
@@ -715,7 +716,7 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
 )
 def test_contradictions_are_found(write, raw, changes, level, key):
     run = config.apply(load(write(raw)), changes)
-    assert (level, key) in [(finding.level, finding.key) for finding in config.check(run)]
+    assert (level, key) in [(finding.level, finding.key) for finding in check.findings(run)]
 
 
 def test_iw_lora_and_graff_refuse_what_they_do_not_read():
@@ -736,7 +737,7 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
     assert (run.method, config.steps(run)) == ("adalora", 312)
     keys = [
         f.key
-        for f in config.check(
+        for f in check.findings(
             config.apply(
                 run, {"dataset.splits.validation": "test", "compute.strategy": "fsdp", "training.warmup_steps": 400}
             )
@@ -756,7 +757,7 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
         },
     }
     run = config.restore(graff, study="graff", scale="paper", mode="full")
-    assert [f.key for f in config.check(run)] == ["training.global_batch_size"]
+    assert [f.key for f in check.findings(run)] == ["training.global_batch_size"]
     graff["training"]["scheduler"]["controller_lr"] = 1e-4
     assert "cosine does not read it" in refused(config.restore, graff, study="graff", scale="paper", mode="full")
 
@@ -797,12 +798,12 @@ def test_folders(tmp_path, raw):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(yaml.safe_dump(raw | {"run_id": "same"}))
     (tmp_path / "broken.yaml").write_text("run_id: x")
-    found = {path.name: (run, findings) for path, run, findings in config.load_folder(tmp_path, "laptop", "trial")}
+    found = {path.name: (run, findings) for path, run, findings in check.load_folder(tmp_path, "laptop", "trial")}
     assert set(found) == {"a.yaml", "c.yml", "broken.yaml"}
     assert "belongs to no study" in str(found["broken.yaml"][0])
     assert found["a.yaml"][0].mode == "trial"
     assert "also the run_id" in str(found["a.yaml"][1] + found["c.yml"][1])
-    refused(config.load_folder, tmp_path / "absent", "laptop", "full")
+    refused(check.load_folder, tmp_path / "absent", "laptop", "full")
 
 
 # --- notebooks ------------------------------------------------------------------------------------------------------
@@ -859,8 +860,8 @@ def test_a_name_taken_by_another_object(raw):
 
 def test_importing_and_loading_is_light():
     code = (
-        "import sys; from lib import config; from lib.run import preflight; import lib.td_dpo.judge;"
-        "config.load_folder('params', 'paper', 'full'); absent = {'openai', 'torch', 'transformers', 'trl', "
+        "import sys; from lib import config; from lib.run import check, preflight; import lib.td_dpo.judge;"
+        "check.load_folder('params', 'paper', 'full'); absent = {'openai', 'torch', 'transformers', 'trl', "
         "'pandas', 'huggingface_hub'}; heavy = absent & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(config.ROOT), check=True)

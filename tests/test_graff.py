@@ -16,6 +16,7 @@ from lib import config
 from lib.errors import MissingError, StudyError
 from lib.graff import answers, clock, curves, data, generate, inputs, member, methods, planner as pl
 from lib.graff.block_adam import BlockAdam
+from lib.run import check
 from tests.conftest import ROOT, until
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -412,9 +413,9 @@ def test_a_missing_warm_start_names_the_command(tmp_path):
     with pytest.raises(MissingError, match="lib.graff.warm_start"):
         member.warm_start(str(tmp_path / "none.safetensors"))
     run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
-    found = [f for f in config.check(run) if f.key == "training.scheduler.warm_start_ckpt"]
+    found = [f for f in check.findings(run) if f.key == "training.scheduler.warm_start_ckpt"]
     assert [f.level for f in found] == ["error"]  # before anything is started
-    assert "lib.graff.warm_start" in found[0].mend
+    assert "lib.graff.warm_start" in found[0].fix
 
 
 def test_a_warm_start_of_another_size_is_read_from_either_format(tmp_path):

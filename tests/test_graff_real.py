@@ -15,7 +15,7 @@ from lib import config, record
 from lib.errors import StudyError
 from lib.graff import base_model, generate, inputs, member, methods, tables, warm_start
 from lib.graff.config import implied
-from lib.settings.yaml_file import load_yaml
+from lib.run import check
 from tests.conftest import ROOT
 from tests.test_graff import GSM8K, curve, member_of, shared  # noqa: F401
 
@@ -57,7 +57,7 @@ def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(t
         "dev_loss",
         "minimize",
     )  # exact match is 0 at every rate
-    assert not [f for f in config.check(run) if f.level == "error"]
+    assert not [f for f in check.findings(run) if f.level == "error"]
     own = loaded(**{"dataset.name": folder, "budget_minutes": "7", "evaluation.max_new_tokens": "50"})
     assert (own.training.budget_minutes, own.evaluation.max_new_tokens, own.dataset.max_tokens) == (7, 50, 512)
     assert set(own.overrides) == {"dataset.name", "budget_minutes", "evaluation.max_new_tokens"}
@@ -66,12 +66,12 @@ def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(t
 
 
 def test_a_yaml_that_names_real_problems_itself_is_told_that_nothing_comes_along(tmp_path):
-    raw = load_yaml(GRAFF)
+    raw = config.load_yaml(GRAFF)
     raw["dataset"]["name"] = str(folder_of(tmp_path))
     (tmp_path / "graff.yaml").write_text(json.dumps(raw))
     run = config.load_run(tmp_path / "graff.yaml", study="graff", scale="laptop", mode="full")
-    assert "dataset.real" in {f.key for f in config.check(run)}
-    assert "dataset.real" not in {f.key for f in config.check(loaded(**{"dataset.name": str(tmp_path)}))}
+    assert "dataset.real" in {f.key for f in check.findings(run)}
+    assert "dataset.real" not in {f.key for f in check.findings(loaded(**{"dataset.name": str(tmp_path)}))}
 
 
 # ---- preparing
@@ -241,7 +241,7 @@ def test_every_published_key_is_honoured_or_named(name):
     if not CONFIGS.exists():
         pytest.skip("the published configurations lie beside the checkout in ../shared")
     run = config.load_run(CONFIGS / f"{name}.yaml", scale="paper", mode="full")
-    said, dump = {f.key for f in config.check(run)}, config.dump(run)
+    said, dump = {f.key for f in check.findings(run)}, config.dump(run)
 
     def leaves(value, at=""):
         if isinstance(value, dict) and value:
@@ -251,7 +251,7 @@ def test_every_published_key_is_honoured_or_named(name):
             yield at, value
 
     refused = set()
-    for key, value in leaves(load_yaml(CONFIGS / f"{name}.yaml")):
+    for key, value in leaves(config.load_yaml(CONFIGS / f"{name}.yaml")):
         mine = RENAMED.get(key, key)
         if mine is None:
             continue

@@ -13,6 +13,7 @@ from lib.errors import StudyError
 from lib.iw_lora import adapters, figures, inputs, member as iw_member, sensitivity, tables, trainer
 from lib.iw_lora.penalty import pairs
 from lib.iw_lora.sections import Adapter
+from lib.run import check
 from tests.conftest import ROOT
 from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved
 
@@ -105,7 +106,7 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = laptop(**{"dataset.name": str(folder), "model.recipe.pretrain_steps": 2})
-    assert [f for f in config.check(run) if f.level == "error"] == []
+    assert [f for f in check.findings(run) if f.level == "error"] == []
     made = tmp_path / "inputs"
     made.mkdir()
     inputs.prepare(run, made)

@@ -262,7 +262,7 @@ def test_what_is_missing_is_found_before_training(data, tmp_path):
         assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
         found = [f for f in preflight.missing(run, machine) if f.key == "evaluation.mt_bench"]
         assert len(found) == missing
-        assert not found or "git clone" in found[0].mend
+        assert not found or "git clone" in found[0].fix
         assert config.trial(run).evaluation.judge == ("mt_bench" if place == data or faulty else "none")
 
 

@@ -63,7 +63,7 @@ def said(run, machine):
     found = preflight.missing(run, machine)
     text = "\n".join(map(str, found))
     assert "secret" not in text
-    assert all(finding.mend for finding in found)
+    assert all(finding.fix for finding in found)
     return {finding.key: finding for finding in found}
 
 
@@ -91,8 +91,8 @@ def test_a_bare_machine_is_told_everything_at_once(run, machine):
     }
     models = [f for f in preflight.missing(run, bare) if f.key == "model.name"]
     assert [("gated" in f.what, "does not answer" in f.what) for f in models] == [(True, False), (False, True)]
-    assert LLAMA_PAGE in models[0].mend
-    assert "wandb.mode=offline" in found["wandb.mode"].mend
+    assert LLAMA_PAGE in models[0].fix
+    assert "wandb.mode=offline" in found["wandb.mode"].fix
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine):
     mixed = said(run, machine(gpus=(t4, A100, A100)))["compute.gpu_type"]
     assert mixed.level == "error"
     assert "NVIDIA T4-like, NVIDIA A100" in mixed.what
-    assert mixed.mend.endswith("CUDA_VISIBLE_DEVICES=0")
+    assert mixed.fix.endswith("CUDA_VISIBLE_DEVICES=0")
     wanted = config.apply(run, {"compute.gpu_type": "a100-80gb"})
-    assert said(wanted, machine(gpus=(t4, A100, A100)))["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=1,2")
+    assert said(wanted, machine(gpus=(t4, A100, A100)))["compute.gpu_type"].fix.endswith("CUDA_VISIBLE_DEVICES=1,2")
     named = machine(gpus=(t4, A100, A100), CUDA_VISIBLE_DEVICES="7,GPU-ab,3")
-    assert said(wanted, named)["compute.gpu_type"].mend.endswith("CUDA_VISIBLE_DEVICES=GPU-ab,3")
-    assert "--num-gpus=0" in said(wanted, machine(gpus=(t4, A100), STUDY_CLUSTER="a:1"))["compute.gpu_type"].mend
+    assert said(wanted, named)["compute.gpu_type"].fix.endswith("CUDA_VISIBLE_DEVICES=GPU-ab,3")
+    assert "--num-gpus=0" in said(wanted, machine(gpus=(t4, A100), STUDY_CLUSTER="a:1"))["compute.gpu_type"].fix
     assert said(config.apply(run, {"compute.gpus": 0}), machine(gpus=(t4, A100))) == {}, "it trains on the CPU"
 
 
@@ -160,8 +160,8 @@ def test_a_licence_without_a_token(run, machine):
         run, machine(hub=lambda url, token: (401, "GatedRepo") if "models" in url else (200, ""), drop=("HF_TOKEN",))
     )
     assert list(found) == ["model.name"]
-    assert LLAMA_PAGE in found["model.name"].mend
-    assert "hf auth login" in found["model.name"].mend
+    assert LLAMA_PAGE in found["model.name"].fix
+    assert "hf auth login" in found["model.name"].fix
 
 
 def test_the_token_may_be_in_a_file(machine, tmp_path):
@@ -195,7 +195,7 @@ def test_offline_is_honoured_without_asking(run, machine):
 
     found = said(run, machine(hub=no_hub, HF_HUB_OFFLINE="TRUE"))
     assert set(found) == {"model.name", "dataset.name"}
-    assert run.dataset.revision in found["dataset.name"].mend
+    assert run.dataset.revision in found["dataset.name"].fix
 
 
 def test_local_models_and_data_ask_nobody(run, machine, tmp_path):
@@ -262,7 +262,7 @@ def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(
         )
     found = said(config.apply(run, settings), machine(**taken))
     assert what in found[key].what
-    assert mend in found[key].mend
+    assert mend in found[key].fix
     assert "\n" not in str(found[key])
 
 

@@ -535,7 +535,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs, capsys):
     assert snapshot(folder_of(run)) == before
     code, said = sync()
     assert code == 3
-    assert "to mend" in said
+    assert "fix:" in said
     with serve() as server:  # it is back
         use(monkeypatch, server.url, tmp_path)
         assert synced(run) == 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lib import witness
+from lib import record
 from lib.graff import answers, base_model
 
 LOOP, PERIOD, LOOK = (
@@ -50,7 +50,7 @@ def texts(model, tokenizer, questions: list[str], longest: int, batch_size: int)
         do_sample=False, num_beams=1, max_new_tokens=longest, pad_token_id=pad, eos_token_id=end, use_cache=True
     )
     device = next(model.parameters()).device
-    for start in witness.batches("evaluation", range(0, len(order), batch_size)):
+    for start in record.batches("evaluation", range(0, len(order), batch_size)):
         mine = order[start : start + batch_size]
         width = max(len(ids[i]) for i in mine)
         batch = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in mine], device=device)

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lib.settings.schema import (
+from lib.config import (
     Compute,
     Count,
+    Flag,
     Fraction,
     Name,
     NonNegative,
@@ -76,7 +77,7 @@ class Model(Section):
     parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = (
         None  # compared with the loaded model
     )
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
 
 
 class Dataset(Section):
@@ -86,7 +87,7 @@ class Dataset(Section):
     eval_split: Literal["dev", "test"] = "dev"
     dev_size: Count = 512  # training examples, by a seeded hash
     max_tokens: Count = 2048
-    streaming: bool = False
+    streaming: Flag = False
     shuffle_buffer: Count | None = None
     limit: Count | None = None
     train_examples: Count | None = None  # of generated problems
@@ -109,11 +110,11 @@ class Scheduler(Section):
     stability_guard: Positive | None = None
     guard: Literal["adam", "literal", "off"] | None = None
     warm_start_ckpt: Name | None = None
-    cold: bool | None = None
-    graph: bool | None = None  # false: self-loops only
-    budget_feature: bool | None = None
-    frozen: bool | None = None  # no outer step
-    token_weights: bool | None = None
+    cold: Flag | None = None
+    graph: Flag | None = None  # false: self-loops only
+    budget_feature: Flag | None = None
+    frozen: Flag | None = None  # no outer step
+    token_weights: Flag | None = None
     norm: Literal["cos", "raw"] | None = None
     regret: Literal["area", "literal"] | None = None
     controller_lr: Positive | None = None
@@ -163,7 +164,7 @@ class Training(Section):
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
     total_steps: Count | None = None  # a cap beside the budget
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Flag = False
     clip_grad_norm: Positive = 1.0
     optimizer: Optimizer
     scheduler: Scheduler

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import record, training as checkpoints, witness
+from lib import record, training as checkpoints
 from lib.errors import StudyError
 from lib.graff import base_model, methods, planner as pl
 from lib.graff.block_adam import BlockAdam
@@ -35,8 +35,7 @@ class _Steps(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **_):
-        if witness.FOLDER:
-            witness.tell("batch", phase="training", number=(state.global_step + 1) * args.gradient_accumulation_steps)
+        record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         self.trainer.before_step()

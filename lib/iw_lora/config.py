@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lib.config import Finding, rename, split_role
 from lib.iw_lora.sections import VALIDATION_METRIC, Run
-from lib.settings.schema import Finding, rename, split_role
 
 __all__ = [
     "ALIASES",

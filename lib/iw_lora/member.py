@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from lib import config, models, record, witness
+from lib import config, models, record
 from lib.iw_lora import adapters, inputs, sensitivity, trainer
 from lib.iw_lora.config import NOT_NUMBERS, warmup
 from lib.iw_lora.penalty import delta_norms
@@ -62,7 +62,7 @@ def warmed_head(run, model, batches: list[dict]):
     head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
     before = [p.detach().clone() for p in head]
     optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
-    for step in witness.batches("head warm-up", range(run.loss.head_warmup_steps)):
+    for step in record.batches("head warm-up", range(run.loss.head_warmup_steps)):
         gradients = torch.autograd.grad(trainer.task_loss(model, batches[step % len(batches)]), head)
         for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient
@@ -95,7 +95,7 @@ def predictions(model, rows: list[dict], pad: int, batch_size: int) -> tuple[lis
     """(predicted labels, mean cross-entropy in nats) from logits, in evaluation mode."""
     model.eval()
     device, found, total = next(model.parameters()).device, [], 0.0
-    for start in witness.batches("evaluation", range(0, len(rows), batch_size)):
+    for start in record.batches("evaluation", range(0, len(rows), batch_size)):
         batch = {k: v.to(device) for k, v in trainer.collate(rows[start : start + batch_size], pad).items()}
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
         total += float(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
@@ -236,7 +236,7 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         for i, model in enumerate(made)
     ]
     rows = []
-    for place in witness.batches("measuring steps", range(total)):
+    for place in record.batches("measuring steps", range(total)):
         seconds = [0.0] * 3
         for which in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))[place % 4]:
             seconds[which] = steppers[which](batches[place % len(batches)])

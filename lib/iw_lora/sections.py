@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lib.settings.schema import (
+from lib.config import (
     Compute,
     Count,
+    Flag,
     Fraction,
     Name,
     NonNegative,
@@ -16,6 +17,7 @@ from lib.settings.schema import (
     Positive,
     Run as BaseRun,
     Section,
+    Whole,
     fault,
     not_bool,
 )
@@ -33,11 +35,11 @@ class Adapter(Section):
     target_modules: Name | list[Name] = ["query_proj", "value_proj"]
     init_r: Count | None = None
     target_r: Count | None = None
-    tinit: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
+    tinit: Whole | None = None
     tfinal: Count | None = None
     delta_t: Count | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: Flag = False
+    use_dora: Flag = False
     init: Literal["default", "eva"] = "default"  # eva: A from the principal directions of the inputs of a few batches
     eva_rho: Annotated[float, BeforeValidator(not_bool), Field(ge=1)] = (
         2.0  # largest rank over `rank`; 1: all stay alike
@@ -83,7 +85,7 @@ class Recipe(Section):
     pretrain_steps: Count = 1000
     pretrain_batch_size: Count = 64
     pretrain_learning_rate: Positive = 1e-3
-    seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
+    seed: Whole = 0
 
 
 class Model(Section):
@@ -92,7 +94,7 @@ class Model(Section):
     revision: str | None = None
     adapter: Adapter = Adapter()
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
 
 
 class Splits(Section):
@@ -101,7 +103,7 @@ class Splits(Section):
 
 
 class Preprocessing(Section):
-    truncation: bool = True
+    truncation: Flag = True
     padding: Literal["max_length", "longest"] = "longest"
 
 
@@ -117,7 +119,7 @@ class Dataset(Section):
     tuning_fraction: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = (
         0.1  # of train: choices are made on it
     )
-    split_seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
+    split_seed: Whole = 0
     limit: Count | None = None
 
 
@@ -132,10 +134,10 @@ class Training(Section):
     weight_decay: NonNegative = 0.0
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.0
-    warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
+    warmup_steps: Whole | None = None
     max_grad_norm: Positive = 1.0
-    fp16: bool = False
-    bf16: bool = False
+    fp16: Flag = False
+    bf16: Flag = False
     logging_steps: Count = 50
     save_strategy: Literal["epoch", "steps", "best", "no"] = "epoch"
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
@@ -167,8 +169,8 @@ class Loss(Section):
     beta: NonNegative = 1.0
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
-    freeze_lora_during_warmup: bool = True
-    head_warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0  # an ablation: before s is measured
+    freeze_lora_during_warmup: Flag = True
+    head_warmup_steps: Whole = 0  # an ablation: before s is measured
 
 
 class Evaluation(Section):

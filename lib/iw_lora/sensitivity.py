@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib import witness
 from lib.errors import StudyError
 
 KINDS = ("importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2")
@@ -89,7 +88,7 @@ def gradient_norms(
 
         handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(record(k)) for k, w in enumerate(weights)]
         try:
-            for batch in witness.batches("calibration", batches):
+            for batch in record.batches("calibration", batches):
                 seen.zero_()
                 value = loss(model, batch)
                 value.backward()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import cluster, forecast, keys, plan, pool, progress, ready, show
+from lib.run import check, cluster, forecast, keys, plan, pool, progress, ready, show
 from lib.run.options import parser, short, wants
 
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -119,7 +119,7 @@ def chosen(options) -> list[tuple]:
         if not options.params and (not folder.is_dir() or (options.study and folder.parent.name not in options.study)):
             continue
         results = root_of(options)
-        for path, loaded, findings in config.load_folder(folder, options.scale, options.mode, overrides):
+        for path, loaded, findings in check.load_folder(folder, options.scale, options.mode, overrides):
             if isinstance(loaded, StudyError):
                 if wants(options, path.stem):
                     found.append((path, loaded, findings))
@@ -152,7 +152,7 @@ def run(options) -> int:
         try:
             kinds = cluster.gpus(options.cluster)
         except errors.MissingError as error:
-            print(config.Finding("error", error.where, error.found, error.mend), file=sys.stderr)
+            print(config.Finding("error", error.where, error.found, error.fix), file=sys.stderr)
             return error.exit_code
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)

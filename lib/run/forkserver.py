@@ -40,7 +40,7 @@ if __name__ == "__main__":  # as a script: what lies beside it has no names of i
     ]
 
 # With these, all that the server knows of `lib`: it would not see later changes of what it has imported.
-from lib import redaction  # noqa: E402
+from lib import record  # noqa: E402
 from lib.run.child import die_with, fork_works, guarded, preload, redirect  # noqa: E402
 from lib.run.slots import Slots  # noqa: E402
 
@@ -50,7 +50,7 @@ class Child:
 
     def __init__(self, connection: socket.socket):
         self.connection, self.buffer, self.request, self.pid, self.slots = connection, b"", None, None, []
-        self.log: redaction.Log | None = None
+        self.log: record.Log | None = None
         self.output: int | None = None  # the end of its stdout and stderr that the server reads
 
     @property
@@ -171,7 +171,7 @@ class Server:
         request["env"] = request.get("env", {}) | self.slots.environment(child)
         out = None
         if request.get("log"):
-            child.log = redaction.Log(request["log"])
+            child.log = record.Log(request["log"])
             child.output, out = os.pipe()
             os.set_blocking(child.output, False)
             self.selector.register(child.output, selectors.EVENT_READ, child)
@@ -219,7 +219,7 @@ class Server:
             env={**os.environ, **request.get("env", {})},
             start_new_session=True,
         )
-        process.stdin.write(json.dumps({**request, "secrets": redaction.KNOWN}).encode())
+        process.stdin.write(json.dumps({**request, "secrets": record.KNOWN}).encode())
         process.stdin.close()
         process.returncode = 0  # reaped here with the others; Popen must not try
         return process.pid
@@ -281,7 +281,7 @@ def owner_watched(server: Server):
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         request = json.loads(sys.stdin.buffer.read())
-        redaction.KNOWN.update(request.pop("secrets"))
+        record.KNOWN.update(request.pop("secrets"))
         redirect(1)
         die_with(int(sys.argv[2]))
         sys.exit(guarded(request))
@@ -296,7 +296,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it closes our standard input
     devices = [d for d in arguments.devices.split(",") if d]
     with open(0, "rb", buffering=0, closefd=False) as owner:  # its first line: what no log may hold
-        redaction.KNOWN.update(json.loads(owner.readline() or b"{}"))
+        record.KNOWN.update(json.loads(owner.readline() or b"{}"))
     server = Server(arguments.socket, arguments.slots, devices)  # clients may queue while we import
     if not arguments.bare and not devices:
         with owner_watched(server):

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lib import record
-from lib.settings.run_values import is_hub_id
+from lib.config import is_hub_id
 
 NAME = "README.md"
 SECTIONS = ("model", "dataset", "training", "loss", "evaluation")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib import redaction
+from lib import record
 
 FORKSERVER = Path(__file__).with_name("forkserver.py")
 PREFIX = "study-pool-"
@@ -96,7 +96,7 @@ class Pool:
         sweep()
         self.folder, held = own_folder()
         self.socket = os.path.join(self.folder, "s")
-        environment = {k: v for k, v in os.environ.items() if keep_secrets or not redaction.is_secret(k, v)}
+        environment = {k: v for k, v in os.environ.items() if keep_secrets or not record.is_secret(k, v)}
         # One thread each until a member asks for more: N slots with N threads each would fight for the same cores.
         environment |= {
             "OMP_NUM_THREADS": "1",
@@ -128,7 +128,7 @@ class Pool:
         )
         os.close(held)
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(redaction.of(os.environ)).encode() + b"\n")
+            self.process.stdin.write(json.dumps(record.secret_variables(os.environ)).encode() + b"\n")
             self.process.stdin.flush()
         deadline = time.monotonic() + START_SECONDS
         while not os.path.exists(self.socket):

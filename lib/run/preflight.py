@@ -363,7 +363,7 @@ def _storage(run: Run) -> list[Finding]:
     try:
         storage.url_of(run)
     except StudyError as error:
-        return [Finding("error", error.where, f"{error.found}; expected {error.expected}", error.mend)]
+        return [Finding("error", error.where, f"{error.found}; expected {error.expected}", error.fix)]
     return []
 
 

@@ -76,7 +76,7 @@ def unready(options, found: list[tuple], whole: list[tuple], root, told: dict[st
     if options.scale == "paper" and not any(f.severity == "error" for f in findings) and not command.passed(fit, root):
         print("no trial of these runs has passed yet: trying them before anything long starts", flush=True)
         findings += command.dynamic(fit, options.scale, command.told_again(options), root)
-    told["check"] = [config.Finding(f.severity, f"{f.file} {f.place}".strip(), f.what, f.mend) for f in findings]
+    told["check"] = [config.Finding(f.severity, f"{f.file} {f.place}".strip(), f.what, f.fix) for f in findings]
     return 2 * any(f.severity == "error" for f in findings)
 
 

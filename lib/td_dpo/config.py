@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lib.config import Finding, split_role
 from lib.errors import MissingError, StudyError
-from lib.settings.schema import Finding, split_role
 from lib.td_dpo import mt_bench
 from lib.td_dpo.sections import OWN_LOSSES, TRL_LOSSES, VALIDATION_METRIC, WITH_TAU, Run
 
@@ -401,7 +401,5 @@ def _mt_bench_fault(run: Run, kind: type[StudyError]) -> Finding | None:
         mt_bench.read(run.evaluation.mt_bench)
     except StudyError as error:
         if type(error) is kind:
-            return Finding(
-                "error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.mend or error.expected
-            )
+            return Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected)
     return None

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib import witness
+from lib import record
 from lib.td_dpo.head import IGNORE, completion_head
 
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
@@ -224,7 +224,7 @@ def sequence_logprobs(
     out: Tensor | None = None
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
-        for indices in witness.batches("scoring of pairs", batches):
+        for indices in record.batches("scoring of pairs", batches):
             batch = on_device(collate([rows[i] for i in indices]), device)
             values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
             if out is None:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lib import witness
+from lib import record
 from lib.td_dpo.tokens import conversation_ids
 
 
@@ -85,7 +85,7 @@ def sample(
     answers: list[dict | None] = [None] * len(prompts)
     # like lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
-    for start in witness.batches("generation", range(0, len(order), batch_size)):
+    for start in record.batches("generation", range(0, len(order), batch_size)):
         batch = order[start : start + batch_size]
         longest = max(len(prompt_ids[index]) for index in batch)
         fill = [longest - len(prompt_ids[index]) for index in batch]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from lib.settings.schema import (
+from lib.config import (
     Compute,
     Count,
+    Flag,
     Fraction,
-    Marker,
     Name,
     NonNegative,
     Optuna,
@@ -18,8 +18,8 @@ from lib.settings.schema import (
     Run as BaseRun,
     Section,
     Seed,
+    Whole,
     fault,
-    not_bool,
 )
 
 OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
@@ -81,7 +81,7 @@ class Model(Section):
     quantization: Literal["none", "nf4"] = "none"
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     peft: Peft | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
 
     @model_validator(mode="before")
     @classmethod
@@ -160,13 +160,13 @@ class Training(Section):
     optimizer: Literal["adamw"] = "adamw"
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.0
-    warmup_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
+    warmup_steps: Whole | None = None
     max_grad_norm: Positive = 1.0
     eval_steps: Count | None = None  # null: at the end only
     save_steps: Count | None = None  # null: when validation is best and at the end
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    fp16: bool = False
+    gradient_checkpointing: Flag = False
+    bf16: Flag = False
+    fp16: Flag = False
     logging_steps: Count = 20  # interval of console lines; the record has every step
 
     @model_validator(mode="after")
@@ -194,14 +194,14 @@ class Loss(Section):
     name: Literal[OWN_LOSSES + TRL_LOSSES]
     beta: NonNegative = 0.1
     tau: Positive | None = None
-    average_log_probs: bool = False
+    average_log_probs: Flag = False
     label_smoothing: Annotated[NonNegative, Field(lt=0.5)] = 0.0
 
     @model_validator(mode="after")
     def _tau_where_it_is_read(self):
         if self.name in WITH_TAU and self.tau is None:
             raise fault("missing", f"the temperature of {self.name}", "tau: 1.0", "tau")
-        if self.name not in WITH_TAU and not isinstance(self.name, Marker) and self.tau is not None:
+        if self.name not in WITH_TAU and self.tau is not None:
             raise fault(
                 str(self.tau),
                 f"no tau: {self.name} does not read it",
@@ -219,7 +219,7 @@ class Evaluation(Section):
     questions: Count = 80
     max_new_tokens: Count = 48
     temperature: NonNegative = 0.7
-    kl_prompts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 16
+    kl_prompts: Whole = 16
     judge: Literal["oracle", "mt_bench", "none"] = "none"
     mt_bench: Name | None = None  # folder of MT-Bench's files: its questions are answered and saved, and graded later
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lib.config import ROOT
 from lib.errors import StudyError
-from lib.settings.run_values import ROOT
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Finding:
     file: str
     place: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         where = f"{self.file}: {self.place}" if self.place else self.file
-        return f"{self.severity}: {where}: {self.what}" + (f"\n    to mend: {self.mend}" if self.mend else "")
+        return f"{self.severity}: {where}: {self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -38,4 +38,4 @@ def named(path: str | Path) -> str:
 def of_error(error: StudyError, file: str, place: str = "") -> Finding:
     """A refusal of the configuration layer as a finding."""
     where = error.where.removeprefix(str(ROOT) + "/").removeprefix(file).lstrip(": ")
-    return Finding("error", file, place or where, f"{error.found}; expected {error.expected}", error.mend)
+    return Finding("error", file, place or where, f"{error.found}; expected {error.expected}", error.fix)

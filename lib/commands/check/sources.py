@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.commands.check.finding import Finding, named
-from lib.settings.run_values import ROOT
-from lib.settings.schema import Section, section_type
+from lib.config import ROOT, Section, section_type
 
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX)\b")
 TRANSPARENT = {

@@ -1,4 +1,4 @@
-"""What only running shows: a trial in a place of its own, watched by lib/witness.py, and what its evidence says.
+"""What only running shows: a trial in a place of its own, watched by lib/run/watch.py, and what its evidence says.
 
 The trial starts from nothing (its own outputs, its own cache), so that preparation is watched too.
 """
@@ -15,10 +15,10 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import config, record, witness
+from lib import config, record
 from lib.commands.check.finding import Finding, named
-from lib.settings import faults
-from lib.settings.schema import Compute, Optuna, Wandb
+from lib.config import Compute, Optuna, Wandb
+from lib.run import watch
 
 MOST_BATCHES = 2
 NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of it has failed by itself
@@ -37,7 +37,7 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
     """Run the trial of these YAMLs and judge it. `arguments`: what `trial` is told besides the scale (--params, --study
     …)."""
     with tempfile.TemporaryDirectory(prefix="study-check-") as place:
-        outputs, told = Path(place, "outputs"), Path(place, "witness")
+        outputs, told = Path(place, "outputs"), Path(place, "watch")
         told.mkdir()
         Path(place, "tmp").mkdir()
         done = subprocess.run(
@@ -47,15 +47,13 @@ def findings(found: list[tuple[Path, config.Run]], scale: str, arguments: list[s
             text=True,
             env={
                 **os.environ,
-                "PYTHONPATH": str(config.ROOT),
                 "STUDY_OUTPUTS": str(outputs),
                 "STUDY_CACHE": str(Path(place, "cache")),
-                "STUDY_WITNESS": str(told),
                 "TMPDIR": str(Path(place, "tmp")),
-                "STUDY_WITNESS_ALLOWED": os.pathsep.join([place, "/dev", "/proc", *_caches()]),
+                **watch.environment(told, [place, "/dev", "/proc", *_caches()]),
             },
         )
-        evidence = witness.evidence(told)
+        evidence = watch.evidence(told)
         results = next(outputs.glob(f"{scale}-trial*"), outputs)  # named after what --set and --params changed
         failed = list(failures(results, done))
         yield from failed
@@ -110,7 +108,7 @@ def unread_keys(study: str, found: list[tuple[Path, config.Run]], evidence: list
     """Keys with a value that no process asked for, in any run of the study."""
     module, runs = config.study_module(study), {run.run_id for _, run in found}
     read = {row["key"] for row in evidence if row["kind"] == "read" and row["run_id"] in runs}
-    known = faults.keys(module.Run)
+    known = config.keys(module.Run)
     leaves = [key for key in known if "." in key and not any(other.startswith(f"{key}.") for other in known)]
     used = attributes_used()
     for key in leaves:
@@ -166,7 +164,7 @@ def trained(results: Path, run: config.Run) -> bool:
 def untold_phases(evidence: list[dict]) -> Iterator[Finding]:
     if not any(row["kind"] == "batch" for row in evidence):
         yield Finding(
-            "error", "lib", "", "no phase told of its batches", "take them through lib.witness.batches(phase, items)"
+            "error", "lib", "", "no phase told of its batches", "take them through lib.record.batches(phase, items)"
         )
 
 
@@ -235,7 +233,7 @@ def unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]
     elsewhere = {name for name in module.PRIMARY_METRIC.values() if name != module.PRIMARY_METRIC[scale]}
     for name in (*module.METRICS, module.VALIDATION_METRIC, module.SECOND_METRIC):
         if name not in logged and name not in module.UNREAD and name not in elsewhere:
-            near = faults.did_you_mean(name, sorted(logged))
+            near = config.did_you_mean(name, sorted(logged))
             yield Finding(
                 "error",
                 f"lib/{study}/member.py",

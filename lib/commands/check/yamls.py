@@ -17,14 +17,14 @@ Loaded = list[tuple[Path, "config.Run | StudyError", list]]
 
 
 def findings(loaded: Loaded) -> Iterator[Finding]:
-    """Of run YAMLs as config.load_folder gives them; each is also shrunk to its trial form and split into its
+    """Of run YAMLs as check.load_folder gives them; each is also shrunk to its trial form and split into its
     members."""
     for path, run, told in loaded:
         if isinstance(run, StudyError):
             yield of_error(run, named(path))
             continue
         for each in told:
-            yield Finding(each.level, named(path), each.key, each.what, each.mend)
+            yield Finding(each.level, named(path), each.key, each.what, each.fix)
         try:
             config.members(run)
             config.trial(run)

@@ -11,8 +11,8 @@ import yaml
 from lib.commands.compose import layout
 from lib.commands.compose.design import FACTORS, Design
 from lib.commands.compose.runs import MADE
+from lib.config import did_you_mean
 from lib.errors import StudyError
-from lib.settings.faults import did_you_mean
 
 MARK = re.compile(r"<(\w+)(\.label)?>")
 

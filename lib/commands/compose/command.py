@@ -17,8 +17,9 @@ from lib.commands.check import yamls
 from lib.commands.check.finding import named
 from lib.commands.compose import claims, runs
 from lib.commands.compose.design import load
+from lib.config import parse_yaml
 from lib.errors import StudyError
-from lib.settings.yaml_file import parse_yaml
+from lib.run import check
 
 SHOWN = 6  # differing keys of a file that are named
 
@@ -108,7 +109,7 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
         wrong = []
         for scale in ("laptop", "paper"):
             if (folder / scale).is_dir():
-                found = config.load_folder(folder / scale, scale, "full")
+                found = check.load_folder(folder / scale, scale, "full")
                 wrong += yamls.findings(found)
                 if (folder / "claims.yaml").exists():
                     read = [run for _, run, _ in found if not isinstance(run, StudyError)]
@@ -121,7 +122,7 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
                 named(path.absolute()),
                 f"in what it writes, faults: {len(wrong)}{told}",
                 "run YAMLs and claims that ./run_all.sh check takes",
-                wrong[0].mend,
+                wrong[0].fix,
             )
 
 

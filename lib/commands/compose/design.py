@@ -27,9 +27,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from lib import config
 from lib.commands.compose import layout
+from lib.config import CONTEXT, RunId, Section, did_you_mean, raise_faults
 from lib.errors import StudyError
-from lib.settings.faults import did_you_mean, raise_faults
-from lib.settings.schema import CONTEXT, Frozen, RunId
 
 FACTORS = ("method", "model", "dataset", "variant")
 HEAD = ("run_id", "method", "role")  # written for each run
@@ -39,7 +38,7 @@ def _empty(value: Any) -> Any:
     return {} if value is None else value
 
 
-class Change(Frozen):
+class Change(Section):
     """What is different, by dotted keys; the values are read from the text, with their comments."""
 
     set: Annotated[dict[str, Any], BeforeValidator(_empty)] = {}
@@ -62,7 +61,7 @@ class Level(Change):
 Levels = dict[RunId, Annotated[dict[str, Any], BeforeValidator(_empty)]]  # each is typed by `_level`, which names it
 
 
-class Scale(Frozen):
+class Scale(Section):
     name: str | None = None
     models: Annotated[Levels, Field(min_length=1)]
     datasets: Annotated[Levels, Field(min_length=1)]
@@ -70,7 +69,7 @@ class Scale(Frozen):
     base: Annotated[dict[str, Any], Field(min_length=1)]
 
 
-class Top(Frozen):
+class Top(Section):
     study: str
     methods: Annotated[Levels, Field(min_length=1)]
     scales: Annotated[dict[Literal["laptop", "paper"], dict[str, Any]], Field(min_length=1)]
@@ -147,7 +146,7 @@ def load(path: str | Path) -> Design:
     return design
 
 
-def _typed(kind: type[Frozen], raw: Any, where: str) -> Any:
+def _typed(kind: type[Section], raw: Any, where: str) -> Any:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

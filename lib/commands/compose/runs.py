@@ -14,10 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from lib import config
 from lib.commands.compose import layout
 from lib.commands.compose.design import FACTORS, Design, Edit, Factor
+from lib.config import RunId, did_you_mean, parse_yaml, section_type
 from lib.errors import StudyError
-from lib.settings.faults import did_you_mean
-from lib.settings.schema import RunId, section_type
-from lib.settings.yaml_file import parse_yaml
 
 MARK = re.compile(r"<(\w+)>")
 MADE = "Written by ./run_all.sh compose from {}: change it there."

@@ -1,0 +1,192 @@
+"""What a person should know of run YAMLs before they start; an error keeps a run from starting."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lib import config
+from lib.config import Finding, Run, did_you_mean
+from lib.errors import StudyError
+from lib.run import storage
+
+NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
+TEXT = (".jsonl", ".json", ".csv", ".tsv")
+Loaded = tuple[Path, Run | StudyError, list[Finding]]
+
+
+# ---- run YAMLs
+
+
+def load_folder(
+    folder: str | Path,
+    scale: str,
+    mode: str,
+    overrides: Mapping[str, str] | None = None,
+    results_dir: str | Path | None = None,
+) -> list[Loaded]:
+    """Every run YAML under a folder (params/<study>/<scale>/ or flat) with its findings, checked in its full form."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
+    other, loaded = {"laptop", "paper"} - {scale}, []
+    for path in sorted(folder.rglob("*")):
+        elsewhere = other & set(path.relative_to(folder).parts[:-1])
+        if path.suffix not in (".yaml", ".yml") or path.name in NOT_RUNS or elsewhere:
+            continue
+        try:
+            run = config.load_run(path, scale=scale, mode="full", overrides=overrides, results_dir=results_dir)
+            found = findings(run)
+            if mode == "trial" and not any(finding.level == "error" for finding in found):
+                run = config.trial(run)
+            loaded.append((path, run, found))
+        except StudyError as error:
+            loaded.append((path, error, []))
+    between = _between_files([(path, run) for path, run, _ in loaded if isinstance(run, Run)])
+    return [(path, run, found + between.get(path, [])) for path, run, found in loaded]
+
+
+def findings(run: Run) -> list[Finding]:
+    """Of one run: what holds for every study, then what its own study says of its first member."""
+    found = [*_search(run), *_storage(run), *_grid(run), *_files(run)]
+    try:
+        typical = config.apply(run, config.first_cell(run))
+    except StudyError:  # what is wrong with the cell is among the findings already
+        return found
+    return found + ([] if typical.searched else config.study_module(run.study).check(typical))
+
+
+def _refused(key: str, error: StudyError, what: str = "") -> Finding:
+    return Finding("error", key, f"{what}{error.found}; expected {error.expected}", error.fix)
+
+
+def _search(run: Run) -> Iterator[Finding]:
+    """The metric exists and the search goes its way; every name is a key of the YAML and every end of its range is a
+    value that the key takes."""
+    metrics, name, search = config.study_module(run.study).METRICS, run.optuna.objective_metric, run.optuna
+    if name not in metrics:
+        what = f"{name} is not a metric of {run.study} ({', '.join(metrics)})"
+        yield Finding("error", "optuna.objective_metric", what, did_you_mean(name, list(metrics), "name one of them"))
+    elif search.direction != metrics[name]:
+        better = "more" if metrics[name] == "maximize" else "less"
+        what = f"the search would {search.direction} {name}, of which {better} is better"
+        yield Finding("error", "optuna.direction", what, f"direction: {metrics[name]}")
+    if search.n_trials and not search.search_space:
+        fix = "n_trials: 0, or name keys to search"
+        yield Finding("error", "optuna.search_space", f"empty, with {search.n_trials} trials", fix)
+    for name, entry in search.search_space.items():
+        key = f"optuna.search_space.{name}"
+        try:
+            dotted = config.resolve(run.study, name)
+            if dotted.split(".")[0] not in config.TUNABLE:
+                fix = "search keys of " + ", ".join(config.TUNABLE)
+                yield Finding("error", key, f"{dotted} is not a key to search", fix)
+                continue
+            for value in entry.choices or (entry.low, entry.high):
+                config.apply(run, {dotted: int(value) if entry.type == "int" else value}, where=f"{key}:")
+        except StudyError as error:
+            yield _refused(key, error)
+
+
+def _storage(run: Run) -> Iterator[Finding]:
+    """No password stands in the YAML, where records and pages would show it: in a trial, too."""
+    try:
+        if run.optuna.storage is not None:
+            storage.written(run.optuna.storage)
+    except StudyError as error:
+        yield _refused("optuna.storage", error)
+
+
+def _grid(run: Run) -> Iterator[Finding]:
+    """The cells are valid, supply what the search leaves open, and can be enqueued in the search."""
+    try:
+        members = config.members(run)
+    except StudyError as error:
+        yield _refused("grid", error, f"{error.where}: ")
+        return
+    if not run.grid and run.searched:
+        count = len({member.cell_name for member in members})
+        what = f"none: the {count} combinations of the choices of {', '.join(run.searched)} are its cells"
+        yield Finding("warning", "grid", what, "grid: [{product: {...}}] says it")
+    for name, entry in run.optuna.search_space.items() if run.optuna.n_trials else ():
+        dotted = config.study_module(run.study).ALIASES.get(name, name)
+        values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
+        if outside := [
+            v for v in values if (v not in entry.choices if entry.choices else not entry.low <= v <= entry.high)
+        ]:
+            what = f"does not hold the grid's {outside}: these cells cannot count as trials"
+            yield Finding("warning", f"optuna.search_space.{name}", what, "widen the search space")
+
+
+def _files(run: Run) -> Iterator[Finding]:
+    """Local files that the run names are there, and its data is text."""
+    raw, module = config.dump(run), config.study_module(run.study)
+    for key in module.PATHS:
+        value = config.get(raw, key)
+        if not config.is_local(value):
+            continue
+        path = Path(value)
+        if path.is_symlink() and not path.exists():
+            yield Finding("error", key, f"{value} is a link that leads nowhere or to itself", "name the file itself")
+        elif not path.exists():
+            fix = getattr(module, "MADE_BY", {}).get(key, f"--set {key}=<path>, or a hub id")
+            yield Finding("error", key, f"{value} does not exist", fix)
+        elif key.startswith("dataset."):
+            files = [path] if path.is_file() else sorted(p for part in (path, path / "data") for p in part.glob("*"))
+            for file in files:
+                if file.suffix in TEXT and file.is_file() and (wrong := _not_text(file)):
+                    yield Finding("error", key, *wrong)
+
+
+def _not_text(path: Path) -> tuple[str, str] | None:
+    """(fault, fix) of a data file that is not UTF-8 or cannot be read: said before anything has started."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+                line += block.count(b"\n")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start) if error.object else 0
+        fix = f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)"
+        return f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8", fix
+    except OSError as error:
+        return f"{path}: {error.strerror}", "a readable file"
+    return None
+
+
+def _between_files(runs: list[tuple[Path, Run]]) -> dict[Path, list[Finding]]:
+    """What only shows between files: one run_id twice, methods that get unequal numbers of trials, and runs of one
+    method, cell and seed, which are one and the same to claims that do not name runs."""
+    found, owner, cells, most = defaultdict(list), {}, {}, defaultdict(int)
+    for _, run in runs:
+        most[run.study] = max(most[run.study], run.optuna.n_trials)
+    for path, run in runs:
+        if (first := owner.setdefault((run.study, run.run_id), path)) != path:
+            what = f"{run.run_id} is also the run_id of {first}"
+            found[path].append(Finding("error", "run_id", what, "rename one of them"))
+        if 0 < run.optuna.n_trials < most[run.study]:
+            what = f"{run.optuna.n_trials}, where another method of the study gets {most[run.study]}: it is tuned less"
+            found[path].append(Finding("warning", "optuna.n_trials", what, f"n_trials: {most[run.study]}"))
+    for path, run in sorted(runs, key=lambda item: item[1].run_id):
+        with contextlib.suppress(StudyError):  # a wrong grid is a finding of its own
+            own = {(run.study, run.method, member.cell_name, member.seed) for member in config.members(run)}
+            if (shared := sorted(own & cells.keys())) and not _claims_name_runs(run.study):
+                _, method, cell, seed = shared[0]
+                what = f"{method} trains {cell} with seed {seed} as {cells[shared[0]]} does: no claim about it can be evaluated"
+                fix = "claims.yaml: run_id among `keys`, and in the claim's cell"
+                found[path].append(Finding("warning", "method", what, fix))
+            cells |= dict.fromkeys(own - cells.keys(), run.run_id)
+    return found
+
+
+def _claims_name_runs(study: str) -> bool:
+    """Whether claims tell runs of one method apart; so they do where there are none."""
+    try:
+        return "run_id" in config.load_yaml(config.ROOT / "params" / study / "claims.yaml").get("keys", ())
+    except StudyError:
+        return True

@@ -1,0 +1,142 @@
+"""A trial watched from inside its own processes, for `./run_all.sh check`: which keys of which run are read, how many
+batches each phase takes, what is written outside the places that belong to the run, which addresses are connected to.
+
+`environment` makes every Python process of the trial call `install` as it starts, so that nothing of this stands in the
+code that trains. A key counts as read when code asks for it: by attribute on a section, or out of a section's
+`model_dump()`. What lib/config.py and the checks do (validation, writing out, trial form) asks for all of them and does
+not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lib import config, record
+
+UNSEEN = {config.__file__, str(Path(__file__).with_name("check.py"))}
+_seen: set[str] = set()
+_owners: dict[int, tuple[Any, str, str]] = {}  # id of a section -> (itself, to keep the id; run_id; dotted prefix)
+
+
+def environment(folder: Path, allowed: list[str]) -> dict[str, str]:
+    """What a command's environment needs so that its processes write what they do into `folder`."""
+    Path(folder, "sitecustomize.py").write_text("from lib.run import watch\n\nwatch.install()\n")
+    return {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(config.ROOT)]),
+        "STUDY_WATCH": str(folder),
+        "STUDY_WATCH_ALLOWED": os.pathsep.join(allowed),
+    }
+
+
+def evidence(folder: Path) -> list[dict]:
+    """What all processes wrote."""
+    rows = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a killed process may leave half a line
+                rows.append(json.loads(line))
+    return rows
+
+
+def install() -> None:
+    """Watch this process."""
+    plain_get, plain_dump, build = config.Section.__getattribute__, config.Section.model_dump, config.build
+
+    def get(self, name):
+        value = plain_get(self, name)
+        if id(self) in _owners and name in type(self).model_fields:
+            _read(*_owners[id(self)][1:], name)
+        return value
+
+    def dump(self, *arguments, **options):
+        values = plain_dump(self, *arguments, **options)
+        return Watched(values, *_owners[id(self)][1:]) if id(self) in _owners and not _unseen() else values
+
+    def built(*arguments, **options):
+        run = build(*arguments, **options)
+        _own(run, run.run_id, "")
+        return run
+
+    config.Section.__getattribute__, config.Section.model_dump, config.build = get, dump, built
+    record.count = lambda phase, number: _tell("batch", phase=phase, number=number)
+    sys.addaudithook(_audit)
+
+
+def _own(section: Any, run_id: str, prefix: str) -> None:
+    """Remember to which run and key each section belongs."""
+    for name in type(section).model_fields:
+        value = section.__dict__[name]
+        if isinstance(value, config.Section):
+            _owners[id(value)] = (value, run_id, f"{prefix}{name}.")
+            _own(value, run_id, f"{prefix}{name}.")
+
+
+def _tell(kind: str, **facts: Any) -> None:
+    """One line in this process's file, once."""
+    line = json.dumps({"kind": kind, **facts}, sort_keys=True)
+    if line not in _seen:
+        _seen.add(line)
+        path = os.path.join(os.environ["STUDY_WATCH"], f"{os.getpid()}.jsonl")
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(handle, (line + "\n").encode())
+        os.close(handle)
+
+
+def _read(run_id: str, prefix: str, key: str) -> None:
+    if not _unseen():
+        _tell("read", run_id=run_id, key=prefix + key)
+
+
+def _unseen() -> bool:
+    """Whether the configuration layer asks."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename not in UNSEEN:
+        frame = frame.f_back
+    return frame is not None
+
+
+class Watched(dict):
+    """A section as a dictionary that tells which of its keys are asked for; copies of it tell too."""
+
+    def __init__(self, values: dict, run_id: str, prefix: str):
+        super().__init__({k: Watched(v, run_id, f"{prefix}{k}.") if type(v) is dict else v for k, v in values.items()})
+        self._who = (run_id, prefix)
+
+    def __getitem__(self, key):
+        _read(*self._who, key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        _read(*self._who, key)
+        return super().get(key, default)
+
+    def pop(self, key, *default):
+        _read(*self._who, key)
+        return super().pop(key, *default)
+
+    def copy(self):
+        return Watched(self, *self._who)
+
+    def __or__(self, other):
+        return Watched({**dict(self.items()), **other}, *self._who)
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    with contextlib.suppress(Exception):  # an observer never breaks what it observes
+        if event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            _written(os.fspath(arguments[0]))
+        elif event in ("os.rename", "os.link", "os.symlink"):
+            _written(os.fspath(arguments[1]))
+        elif event == "socket.connect" and isinstance(arguments[1], tuple):
+            _tell("connect", address=str(arguments[1][0]))
+
+
+def _written(path: str) -> None:
+    whole = os.path.abspath(path)
+    if not whole.startswith(tuple(os.environ["STUDY_WATCH_ALLOWED"].split(os.pathsep))):
+        _tell("write", path=whole)
