@@ -23,8 +23,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lib import config, models
-from lib.graff import methods, planner as pl, probes
-from lib.graff.block_adam import BlockAdam
+from lib.graff import planner as pl, schedulers, trainer
 
 KINDS = ("fixed", "ordinary", "due")
 DUE = ("secant", "token credit", "Jacobian of Adam", "copy of the gradients, for the secant")  # in one step of ten
@@ -54,7 +53,7 @@ def make(layers: int):
     base = Qwen3ForCausalLM._from_config(shape, dtype=torch.bfloat16).to(models.device())
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = models.add_lora(base, {"lora_r": 64, "lora_alpha": 16, "target_modules": "all-linear"}, 0).train()
-    return model, probes.Probes(model, torch.arange(4096), 1.0)
+    return model, trainer.Probes(model, torch.arange(4096))
 
 
 def method_of(kind: str, layers: int):
@@ -71,13 +70,13 @@ def method_of(kind: str, layers: int):
             "scheduler": scheduler,
         },
     }
-    return methods.make(config.restore(raw, study="graff", scale="paper", mode="full").training.scheduler, layers)
+    return schedulers.make(config.restore(raw, study="graff", scale="paper", mode="full").training.scheduler, layers)
 
 
 def stepper(model, around, kind: str):
     """(step(batches, due), {part: seconds of each call}) of one side; both sides share the model and its adapters."""
     method, parts, state = method_of(kind, around.layers), {}, {"credit": None}
-    optimizer = BlockAdam(around.parameters, 2e-4, (0.9, 0.98), 0.01, around.blocks, 2 * around.layers, 1.0)
+    optimizer = pl.BlockAdam(around.parameters, 2e-4, (0.9, 0.98), 0.01, around.blocks, 2 * around.layers, 1.0)
 
     def timed(name, function, *given):
         started = now()
@@ -89,11 +88,11 @@ def stepper(model, around, kind: str):
         plan, count = None, sum(int((b["labels"] != -100).sum()) for b in batches)
         for place, batch in enumerate(batches):
             if due and place == len(batches) - 1:
-                timed("copy of the gradients, for the secant", around.before_last_micro, model)
+                timed("copy of the gradients, for the secant", around.before_last_micro)
             losses, z, entropy = around.token_losses(model, batch, method.wants_entropy)
             if plan is None:
                 plan = timed(
-                    "planner: forward", method.decide, methods.Seen(0.5, entropy, torch.zeros(2 * around.layers))
+                    "planner: forward", method.decide, schedulers.Seen(0.5, entropy, torch.zeros(2 * around.layers))
                 )
             w = pl.token_weights(float(plan.a), z)[0]
             ((w * losses).sum() / count).backward()
@@ -107,7 +106,7 @@ def stepper(model, around, kind: str):
         timed("planner: replay and outer step", method.learn, 1.0, cot, 0.0, 2e-4, 0.9)
         optimizer.step()
         if due:
-            timed("secant", around.secant, model, (batch, w.detach(), z, count), optimizer, optimizer.m)
+            timed("secant", around.secant, model, {"inputs": batch, "w": w.detach(), "tokens": count}, optimizer)
             state["credit"] = {
                 "inputs": batch,
                 "z": z,
@@ -126,7 +125,7 @@ def stepper(model, around, kind: str):
 def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[float]]) -> dict[str, float]:
     """Prints and returns the overhead over whole rounds and each part's share of a fixed step."""
     whole = list(zip(*(seconds[name] for name in KINDS), strict=False))
-    every, fixed = methods.EVERY, statistics.median(f for f, _, _ in whole)
+    every, fixed = schedulers.EVERY, statistics.median(f for f, _, _ in whole)
     ratios = [((every - 1) * ordinary + due) / every / f for f, ordinary, due in whole]
     middle = {name: statistics.median(found) for name, found in zip(KINDS, zip(*whole, strict=True), strict=True)}
     both = ((every - 1) * middle["ordinary"] + middle["due"]) / every / middle["fixed"]

@@ -418,6 +418,11 @@ def studies() -> list[str]:
     return sorted({path.parent.name for name in ("study", "config") for path in (ROOT / "lib").glob(f"*/{name}.py")})
 
 
+def part(study: str, name: str) -> str:
+    """The module lib.<study>.study; lib.<study>.<name> of a study that is still in several."""
+    return f"lib.{study}." + ("study" if (ROOT / "lib" / study / "study.py").exists() else name)
+
+
 @functools.cache  # asked for every member: the folder would be listed each time
 def study_module(study: str) -> types.ModuleType:
     """What lib/<study>/ says of its runs."""
@@ -425,9 +430,7 @@ def study_module(study: str) -> types.ModuleType:
         raise StudyError(
             "study", repr(study), "one of " + ", ".join(studies()), did_you_mean(str(study), studies(), "")
         )
-    return importlib.import_module(
-        f"lib.{study}.{'study' if (ROOT / 'lib' / study / 'study.py').exists() else 'config'}"
-    )
+    return importlib.import_module(part(study, "config"))
 
 
 def recognise(raw: dict, where: str) -> str:

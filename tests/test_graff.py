@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import answers, clock, curves, data, generate, inputs, member, methods, planner as pl
-from lib.graff.block_adam import BlockAdam
+from lib.graff import budget, data, planner as pl, schedulers, trainer
 from lib.run import check
 from tests.conftest import ROOT, until
 
@@ -56,7 +55,7 @@ def member_of(kind="fixed", seed=1, changes=None, **scheduler):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graff")
-    inputs.prepare(member_of().run, folder, warm=False)
+    data.prepare(member_of().run, folder)
     return folder
 
 
@@ -175,7 +174,9 @@ def test_a_zero_decoder_changes_nothing_and_the_ablation_has_as_many_parameters(
     sizes = [
         sum(
             p.numel()
-            for p in methods.make(member_of("graff", cold=True, graph=g).run.training.scheduler, 3).planner.parameters()
+            for p in schedulers.make(
+                member_of("graff", cold=True, graph=g).run.training.scheduler, 3
+            ).planner.parameters()
         )
         for g in (True, False)
     ]
@@ -209,7 +210,7 @@ def test_the_warm_start_keeps_the_blocks_apart():
     """With the encoder at W's own rate all states run into +-1 alike, and the multipliers stay at 1 whatever they are
     told."""
     spread = {}
-    for encoder_lr in (member.ENCODER_LR, 3e-3):
+    for encoder_lr in (trainer.ENCODER_LR, 3e-3):
         torch.manual_seed(7)
         planner = pl.Planner()
         outer, h = pl.Outer(planner, 3e-3, encoder_lr), torch.zeros(4, pl.WIDTH)
@@ -236,13 +237,13 @@ def test_the_warm_start_keeps_the_blocks_apart():
                 ),
             )
         spread[encoder_lr] = float((h - h.mean(0)).abs().sum(1).mean())
-    assert spread[3e-3] < 0.05 < 0.5 < spread[member.ENCODER_LR], spread
+    assert spread[3e-3] < 0.05 < 0.5 < spread[trainer.ENCODER_LR], spread
 
 
 def test_matched_hypergradient_descent_has_the_gain_of_the_warm_start(tmp_path):
     planner = pl.Planner()
     save_file(planner.state_dict(), tmp_path / "warm_start.safetensors")
-    method = member.build_method(member_of("hypergradient").run, 3, tmp_path)
+    method = trainer.build_scheduler(member_of("hypergradient").run, 3, tmp_path)
     assert method.gain == pl.gain(planner, 3)
     assert 1 < method.gain < 1 + pl.WIDTH
     method.learn(1.0, (torch.tensor(-2.0), None, None), 0.0, 1e-3, 0.9)
@@ -279,7 +280,7 @@ def test_curvature_of_a_quadratic_is_its_own_and_eta_lambda_scales_with_eta():
 def test_reactor_solves_a_bandit():
     found = []
     for seed in range(5):
-        arm = methods.make(member_of("reactor", controller_lr=3e-2).run.training.scheduler, 2)
+        arm = schedulers.make(member_of("reactor", controller_lr=3e-2).run.training.scheduler, 2)
         arm.generator.manual_seed(seed)
         for _ in range(400):
             a = arm.act(torch.tensor([1.0, 0.0, 0.0, 0.0]))
@@ -290,15 +291,15 @@ def test_reactor_solves_a_bandit():
 
 def test_reactor_sees_where_the_loss_is_going(monkeypatch):
     """Its third input is tanh of the relative drop between the last two windows: positive while the loss falls."""
-    arm, seen = methods.make(member_of("reactor").run.training.scheduler, 2), []
+    arm, seen = schedulers.make(member_of("reactor").run.training.scheduler, 2), []
     act = arm.act
     monkeypatch.setattr(arm, "act", lambda s: seen.append(float(s[2])) or act(s))
     for step in range(30):
-        arm.decide(methods.Seen(fraction=step / 30, entropy=0.5, log_lambda=torch.zeros(2)))
+        arm.decide(schedulers.Seen(fraction=step / 30, entropy=0.5, log_lambda=torch.zeros(2)))
         arm.learn(3.0 * 0.98**step, None, None, 1e-3, 0.9)
     assert seen[:2] == [0.0, 0.0], "two windows make the first drop"
     assert all(trend == pytest.approx(math.tanh(1 - 0.98**5), rel=1e-6) for trend in seen[2:])
-    again = methods.make(member_of("reactor").run.training.scheduler, 2)
+    again = schedulers.make(member_of("reactor").run.training.scheduler, 2)
     again.restore(arm.state())
     assert again.trend == arm.trend != 0
 
@@ -307,7 +308,7 @@ def test_block_adam_is_adamw_where_every_multiplier_is_one():
     torch.manual_seed(0)
     mine, theirs = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)], []
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
-    a = BlockAdam(mine, 1e-2, (0.9, 0.98), 0.1, torch.tensor([0, 1]), 2, 1e9)
+    a = pl.BlockAdam(mine, 1e-2, (0.9, 0.98), 0.1, torch.tensor([0, 1]), 2, 1e9)
     b = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
     for _ in range(20):
         for p, q in zip(mine, theirs, strict=True):
@@ -328,12 +329,12 @@ def curve(folder):
 def trained(folder, shared, **scheduler):
     folder.mkdir(parents=True)
     kind = scheduler.pop("kind", "graff")
-    return member.train(member_of(kind, **scheduler), folder, shared)
+    return trainer.train(member_of(kind, **scheduler), folder, shared)
 
 
 def test_frozen_cold_graff_equals_fixed_bit_for_bit(tmp_path, shared, monkeypatch):
-    monkeypatch.setattr(member.Probes, "planner_units", lambda *_: 0.0)
-    monkeypatch.setattr(member.Probes, "entropy_units", lambda *_: 0.0)
+    monkeypatch.setattr(trainer.Probes, "planner_units", lambda *_: 0.0)
+    monkeypatch.setattr(trainer.Probes, "entropy_units", lambda *_: 0.0)
     trained(tmp_path / "fixed", shared, kind="fixed")
     trained(tmp_path / "graff", shared, cold=True, frozen=True, guard="off", graph=False, token_weights=True)
     fixed, graff = (
@@ -345,18 +346,18 @@ def test_frozen_cold_graff_equals_fixed_bit_for_bit(tmp_path, shared, monkeypatc
 def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
     changes = {"training.total_steps": None, "training.budget_minutes": 0.25}
     (tmp_path / "m").mkdir()
-    found = member.train(member_of("cosine", changes=changes), tmp_path / "m", shared)
+    found = trainer.train(member_of("cosine", changes=changes), tmp_path / "m", shared)
     assert found["in_budget"]
     assert found["used"] <= 15.0
     rows = curve(tmp_path / "m")
     assert rows[0]["used"] == 0.0
     assert rows[-1]["final"]
     assert [r["used"] for r in rows] == sorted(r["used"] for r in rows)
-    full = methods.make(member_of("cosine").run.training.scheduler, 2)
-    assert float(full.decide(methods.Seen(1.0, 0, torch.zeros(4))).log_eta) == pytest.approx(math.log(1e-4))
-    budget = clock.Clock("virtual", 1.0)
-    budget.charge(10 / clock.UNIT_SECONDS)
-    assert budget.fraction == 1.0
+    full = schedulers.make(member_of("cosine").run.training.scheduler, 2)
+    assert float(full.decide(schedulers.Seen(1.0, 0, torch.zeros(4))).log_eta) == pytest.approx(math.log(1e-4))
+    clock = budget.Clock("virtual", 1.0)
+    clock.charge(10 / budget.UNIT_SECONDS)
+    assert clock.fraction == 1.0
 
 
 @pytest.mark.parametrize("kind", ["graff", pytest.param("reactor", marks=pytest.mark.slow)])
@@ -365,8 +366,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
     trained(tmp_path / "whole", shared, kind=kind, **extra)
     (tmp_path / "cut").mkdir()
     code = (
-        f"from pathlib import Path; from tests.test_graff import member_of, member; member.trainer.SAVE_SECONDS = 0; "
-        f"member.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))"
+        f"from pathlib import Path; from tests.test_graff import member_of, trainer; trainer.SAVE_SECONDS = 0; "
+        f"trainer.train(member_of({kind!r}, **{extra!r}), Path({str(tmp_path / 'cut')!r}), Path({str(shared)!r}))"
     )
     going = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -380,24 +381,24 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, shared, kind):
     finally:
         going.kill()
         going.wait()
-    member.train(member_of(kind, **extra), tmp_path / "cut", shared)
+    trainer.train(member_of(kind, **extra), tmp_path / "cut", shared)
     strip = [[{k: v for k, v in r.items() if k != "at"} for r in curve(tmp_path / n)] for n in ("whole", "cut")]
     assert strip[0] == strip[1]
 
 
 def test_a_resumed_wall_clock_keeps_what_was_spent_and_going_back_is_an_error():
     times = iter([0.0, 5.0, 4.0])
-    budget = clock.Clock("monotonic", 60, now=lambda: next(times))
-    budget.start()
-    assert budget.tick() == 5.0
+    clock = budget.Clock("monotonic", 60, now=lambda: next(times))
+    clock.start()
+    assert clock.tick() == 5.0
     with pytest.raises(StudyError, match="went back by 1.000 s"):
-        budget.tick()
+        clock.tick()
 
 
 def test_a_budget_too_short_for_one_step_and_one_evaluation(tmp_path, shared):
     (tmp_path / "m").mkdir()
     with pytest.raises(StudyError, match="not even one step and one evaluation"):
-        member.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
+        trainer.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +412,7 @@ def test_every_other_scheduler_trains(tmp_path, shared, kind):
 
 def test_a_missing_warm_start_names_the_command(tmp_path):
     with pytest.raises(MissingError, match="lib.graff.warm_start"):
-        member.warm_start(str(tmp_path / "none.safetensors"))
+        trainer.load_warm_start(str(tmp_path / "none.safetensors"))
     run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
     found = [f for f in check.findings(run) if f.key == "training.scheduler.warm_start_ckpt"]
     assert [f.level for f in found] == ["error"]  # before anything is started
@@ -426,7 +427,7 @@ def test_a_warm_start_of_another_size_is_read_from_either_format(tmp_path):
     for name in ("w.safetensors", "w.pt"):
         run = member_of("graff", warm_start_ckpt=str(tmp_path / name)).run
         for layers in (2, 28):
-            mine = member.build_method(run, layers, tmp_path).planner.state_dict()
+            mine = trainer.build_scheduler(run, layers, tmp_path).planner.state_dict()
             assert all(torch.equal(mine[k], v) for k, v in planner.state_dict().items())
 
 
@@ -456,7 +457,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), TABLE)
 def test_extraction(text, strict, flexible):
-    assert (answers.strict(text), answers.flexible(text)) == (strict, flexible)
+    assert (data.strict(text), data.flexible(text)) == (strict, flexible)
 
 
 def harness():
@@ -491,21 +492,21 @@ def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
     told = [json.loads(line)["answer"] for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").open()]
     texts = told + [row[0] for row in TABLE]
     references = [*told[:40], "#### 1,234", "#### 5", "#### -7", "#### 42", "#### 1000"]
-    for name, own in (("strict-match", answers.strict), ("flexible-extract", answers.flexible)):
+    for name, own in (("strict-match", data.strict), ("flexible-extract", data.flexible)):
         found = [f[0] for f in made[name].apply([[t] for t in texts], [{}] * len(texts))]
-        assert [own(t) for t in texts] == [None if f == "[invalid]" else answers.clean(f) for f in found]
+        assert [own(t) for t in texts] == [None if f == "[invalid]" else data.clean(f) for f in found]
         pairs = [(i, told[i + shift]) for i in range(len(told) - 1) for shift in (0, 1)]
         pairs += [(len(told) + i, r) for i in range(len(TABLE)) for r in references]
         for i, reference in pairs:
-            assert equal(found[i], reference) == (own(texts[i]) == answers.reference(reference)), (texts[i], reference)
+            assert equal(found[i], reference) == (own(texts[i]) == data.reference(reference)), (texts[i], reference)
 
 
 def test_all_references_of_gsm8k_are_read():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
-    rows = [r for name in ("train", "test") for r in data.load(str(GSM8K), name)]
+    rows = [r for name in ("train", "test") for r in data.load_split(str(GSM8K), name)]
     assert len(rows) == 8792
-    assert all(answers.strict(r["answer"]) == answers.flexible(r["answer"].split("####")[1]) for r in rows)
+    assert all(data.strict(r["answer"]) == data.flexible(r["answer"].split("####")[1]) for r in rows)
     train, dev = data.split_dev(rows[:7473], 512, 0)
     assert (len(train), len(dev)) == (6961, 512)
     assert dev == data.split_dev(rows[:7473][::-1], 512, 0)[1]
@@ -514,27 +515,27 @@ def test_all_references_of_gsm8k_are_read():
 def test_a_data_set_without_answers_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "just 5"}\n')
     with pytest.raises(StudyError, match="no '#### number'"):
-        data.load(str(tmp_path), "train")
+        data.load_split(str(tmp_path), "train")
 
 
 def test_left_padded_batches_write_what_single_prompts_do(shared):
-    given = inputs.load(shared)
-    model = inputs.load_model(member_of().run, given, 1).eval()
+    given = data.load(shared)
+    model = data.load_model(member_of().run, given, 1).eval()
     questions = [p["question"] for p in given.problems["train"][:5]] + ["Tom?"]
-    together, units = generate.texts(model, given.tokenizer, questions, 8, 6)
-    assert together == [generate.texts(model, given.tokenizer, [q], 8, 1)[0][0] for q in questions]
+    together, units = data.generate_answers(model, given.tokenizer, questions, 8, 6)
+    assert together == [data.generate_answers(model, given.tokenizer, [q], 8, 1)[0][0] for q in questions]
     assert units > 0
 
 
 def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU has a counter")
-    monkeypatch.setattr(clock, "RAPL", tmp_path / "none")
-    energy = clock.Energy()
+    monkeypatch.setattr(budget, "RAPL", tmp_path / "none")
+    energy = budget.Energy()
     energy.update()
     assert (energy.joules, energy.source) == (None, None)
     assert "cannot be read" in energy.reason
-    assert curves.auc([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
+    assert budget.area([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
 
 
 class FakeNvml:
@@ -562,10 +563,10 @@ class FakeNvml:
 
 def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monkeypatch):
     library = FakeNvml(True, True)
-    source, read, reason = clock.nvml(library, "GPU-1")
+    source, read, reason = budget.nvml(library, "GPU-1")
     assert (source, reason) == ("nvml", None)
-    monkeypatch.setattr(clock, "_source", lambda: (source, read, reason))
-    energy = clock.Energy()
+    monkeypatch.setattr(budget, "_source", lambda: (source, read, reason))
+    energy = budget.Energy()
     library.joules = 19.5
     energy.update()
     library.joules = 1.0  # the driver was loaded again
@@ -574,21 +575,21 @@ def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monke
     energy.update()
     assert energy.joules == pytest.approx(15.5)
     times = iter([0.0, 2.0, 3.0])
-    source, read, _ = clock.nvml(
-        FakeNvml(False, True), "GPU-1", lambda watts: clock.Polled(watts, lambda: next(times), False)
+    source, read, _ = budget.nvml(
+        FakeNvml(False, True), "GPU-1", lambda watts: budget.Polled(watts, lambda: next(times), False)
     )
     assert source == "polled"
     assert [read(), read()] == [500.0, 750.0]
-    assert clock.Polled.INTERVAL <= 1.0
-    source, read, reason = clock.nvml(FakeNvml(False, False), "GPU-1")
+    assert budget.Polled.INTERVAL <= 1.0
+    source, read, reason = budget.nvml(FakeNvml(False, False), "GPU-1")
     assert (source, read) == (None, None)
     assert "neither total energy" in reason
 
 
 def test_polled_power_is_read_without_being_asked(monkeypatch):
-    monkeypatch.setattr(clock.Polled, "INTERVAL", 0.01)
+    monkeypatch.setattr(budget.Polled, "INTERVAL", 0.01)
     watts = iter(range(1, 10**6))
-    polled = clock.Polled(lambda: float(next(watts)))
+    polled = budget.Polled(lambda: float(next(watts)))
     until(lambda: polled.power >= 4)  # somebody else read it
     polled.ended.set()
     assert polled.joules > 0

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from lib import claims, config
-from lib.graff import compare, curves, energy, tables
-from lib.graff.config import DIVERGED
+from lib.graff import budget, report
+from lib.graff.study import DIVERGED
 from tests.conftest import ROOT
 
 PUBLISHED = claims.load(ROOT / "params" / "graff" / "claims.yaml")
@@ -28,12 +28,12 @@ def runs(scale="laptop"):
 
 def test_energy_to_a_level_lies_between_two_evaluations_and_is_none_where_it_says_nothing():
     joules, em = [0.0, 100.0, 200.0, 300.0], [0.1, 0.2, 0.6, 0.5]
-    assert curves.to_level(joules, em, 0.4) == pytest.approx(150.0)
-    assert curves.to_level(joules, em, 0.6) == pytest.approx(200.0)
-    assert curves.to_level(joules, em, 0.7) is None  # never
-    assert curves.to_level(joules, em, 0.1) is None  # the base model is there
-    assert curves.to_level([None] * 4, em, 0.4) is None
-    assert curves.to_level(joules, em, None) is None
+    assert budget.energy_to_level(joules, em, 0.4) == pytest.approx(150.0)
+    assert budget.energy_to_level(joules, em, 0.6) == pytest.approx(200.0)
+    assert budget.energy_to_level(joules, em, 0.7) is None  # never
+    assert budget.energy_to_level(joules, em, 0.1) is None  # the base model is there
+    assert budget.energy_to_level([None] * 4, em, 0.4) is None
+    assert budget.energy_to_level(joules, em, None) is None
 
 
 # ---- energy as a claim
@@ -80,10 +80,10 @@ def studied(per_joule: dict[str, float], *, base=0.1, joules=1000.0, spread=0.02
 
 
 def judged(members, evaluations, stated=None):
-    energies, absent, level = energy.judge(members, evaluations, stated)
+    energies, absent, level = report.energies(members, evaluations, stated)
     units = [
         {
-            **{k: m[k] for k in energy.KEYS},
+            **{k: m[k] for k in report.KEYS},
             "example": f"dev-{i}",
             "auc": 0.5,
             "auc_reactor_22": 0.5,
@@ -93,7 +93,7 @@ def judged(members, evaluations, stated=None):
         for i in range(60)
     ]
     areas = pd.DataFrame(units)
-    areas = areas if energies is None else areas.merge(energies, on=[*energy.KEYS, "example"], how="left")
+    areas = areas if energies is None else areas.merge(energies, on=[*report.KEYS, "example"], how="left")
     found = claims.evaluate(
         PUBLISHED,
         pd.DataFrame(columns=["method", "exact_match"]),
@@ -103,7 +103,7 @@ def judged(members, evaluations, stated=None):
         accuracy=areas,
         absent=absent,
     )
-    energy.heed(found, PUBLISHED, members, energies)
+    report.qualify(found, PUBLISHED, members, energies)
     return next(v for v in found if v.id == "C7"), level
 
 
@@ -156,15 +156,15 @@ def test_no_verdict_rests_on_a_level_that_was_not_reached():
 
 def test_influence_values_have_the_runs_own_figure_as_their_mean_and_grow_where_problems_disagree():
     _, evaluations = studied({"reactor": 5e-4, "graff": 1e-3, "fixed": 6e-4}, spread=0.0)
-    made = energy.rows(evaluations, 0.35)
+    made = report.energy_scores(evaluations, 0.35)
     mine = evaluations[(evaluations["method"] == "graff") & (evaluations["seed"] == 42)]
-    exact = curves.to_level(mine["joules"].tolist(), mine["exact_match_subset"].tolist(), 0.35)
-    values = made.loc[(made["method"] == "graff") & (made["seed"] == 42), energy.METRIC]
+    exact = budget.energy_to_level(mine["joules"].tolist(), mine["exact_match_subset"].tolist(), 0.35)
+    values = made.loc[(made["method"] == "graff") & (made["seed"] == 42), report.METRIC]
     assert values.mean() == pytest.approx(-math.log(exact / 1000.0))
     assert values.std() > 0
     reactor = evaluations[(evaluations["method"] == "reactor") & (evaluations["seed"] == 42)]
-    exact = curves.to_level(reactor["joules"].tolist(), reactor["exact_match_subset"].tolist(), 0.35)
-    values = made.loc[(made["method"] == "reactor") & (made["seed"] == 42), energy.METRIC]
+    exact = budget.energy_to_level(reactor["joules"].tolist(), reactor["exact_match_subset"].tolist(), 0.35)
+    values = made.loc[(made["method"] == "reactor") & (made["seed"] == 42), report.METRIC]
     assert values.mean() == pytest.approx(-math.log(0.83 * exact / 1000.0))
 
 
@@ -189,9 +189,9 @@ def test_the_interval_holds_the_chance_of_the_problems():
             for j, row in zip(at, hits, strict=True)
         ]
     )
-    values = energy.rows(frame, 0.25)[energy.METRIC]
+    values = report.energy_scores(frame, 0.25)[report.METRIC]
     drawn = [
-        math.log(curves.to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
+        math.log(budget.energy_to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
         for _ in range(400)
     ]
     assert values.std() / math.sqrt(200) == pytest.approx(np.std(drawn), rel=0.25)
@@ -309,16 +309,16 @@ def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged
     both = pd.concat([members.assign(learning_rate=0.03, dev_loss=1.0), members], ignore_index=True)
     rows = [
         {
-            **{k: m[k] for k in (*tables.KEYS, "status")},
+            **{k: m[k] for k in (*report.KEYS, "status")},
             "example": i,
             "test_loss": (1.0 if m["learning_rate"] == 0.03 else 2.0) + 0.1 * (m["method"] == "graff") + 0.01 * i,
         }
         for m in both.to_dict("records")
         for i in range(20)
     ]
-    study, fitted = compare.by_loss(PUBLISHED, both)
+    study, fitted = report.by_loss(PUBLISHED, both)
     pair = [({"method": "graff", "learning_rate": "best"}, {"method": "reactor", "learning_rate": "best"})]
-    found = compare.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
+    found = report.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
     assert found["method"] == "GRAFF (learning_rate 0.03)"
     assert found["difference"] == pytest.approx(0.1)
     assert (found["seeds"], found["problems"]) == (3, 20)
@@ -328,13 +328,12 @@ def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged
         ]
     )
     lost.loc[lost["status"] == "diverged", "dev_loss"] = np.nan
-    study, fitted = compare.by_loss(PUBLISHED, lost)
-    found = compare.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
+    study, fitted = report.by_loss(PUBLISHED, lost)
+    found = report.differences(study, pd.DataFrame(rows), fitted, pair, "test_loss").iloc[0]
     assert found["method"] == "GRAFF (learning_rate 0.003)"  # what diverged is not the best
     asked = [({"method": "graff", "learning_rate": 0.03}, {"method": "reactor", "learning_rate": 0.003})]
-    found = compare.differences(study, pd.DataFrame(rows), fitted, asked, "test_loss")
+    found = report.differences(study, pd.DataFrame(rows), fitted, asked, "test_loss")
     assert found["why not"].iloc[0] == "diverged"
-    assert compare.words(found)[0].endswith("REACTOR (reconstructed) (learning_rate 0.003): diverged.")
     assert "test_loss" not in DIVERGED
 
 
@@ -343,23 +342,23 @@ def test_losses_are_compared_at_the_lowest_dev_loss_and_not_where_a_run_diverged
 
 def test_a_method_of_ones_own_comes_into_the_figures_by_its_role():
     planned = runs()
-    main = compare.headline(planned, PUBLISHED)
+    main = report.headline(planned, PUBLISHED)
     assert sorted(main) == ["cosine", "fixed", "graff", "hypergradient", "prodigy", "reactor", "schedulefree"]
     own = config.apply(planned[0], {})
     own = own.model_copy(update={"run_id": "mine", "method": "fixed_mine", "role": "comparative"})
-    assert set(compare.headline([*planned, own], PUBLISHED)) - set(main) == {"fixed_mine"}
-    pairs = compare.with_methods([*planned, own], compare.headline([*planned, own], PUBLISHED))
+    assert set(report.headline([*planned, own], PUBLISHED)) - set(main) == {"fixed_mine"}
+    pairs = report.with_methods([*planned, own], report.headline([*planned, own], PUBLISHED))
     assert {"method": "fixed_mine", "run_id": "mine"}.items() <= pairs[-1][1].items()
     ablation = own.model_copy(update={"role": "ablation"})
-    assert compare.headline([*planned, ablation], PUBLISHED) == main
-    assert any(cell["method"] == "fixed_mine" for cell, _ in compare.with_ablations([*planned, ablation], main, 0.003))
+    assert report.headline([*planned, ablation], PUBLISHED) == main
+    assert any(cell["method"] == "fixed_mine" for cell, _ in report.with_ablations([*planned, ablation], main, 0.003))
     source = (ROOT / "notebooks" / "graff" / "analysis.ipynb").read_text()
     assert not [m for m in main if f'\\"{m}\\"' in source and m != "graff"]  # what the planner did is GRAFF's alone
 
 
 def test_the_ablations_are_set_beside_graff_at_the_tuned_rate_the_cold_start_among_them():
     planned = runs()
-    pairs = compare.with_ablations(planned, compare.headline(planned, PUBLISHED), compare.tuned_rate(planned))
+    pairs = report.with_ablations(planned, report.headline(planned, PUBLISHED), report.tuned_rate(planned))
     assert ({"method": "graff_cold", "learning_rate": 0.003}, {"method": "graff", "learning_rate": 0.003}) in pairs
     assert {cell["method"] for cell, _ in pairs} == {run.method for run in planned if run.role == "ablation"} | {
         "salelr_reconstructed",
@@ -370,16 +369,16 @@ def test_the_ablations_are_set_beside_graff_at_the_tuned_rate_the_cold_start_amo
 
 
 def test_runs_of_other_budgets_or_models_are_in_figures_of_their_own():
-    found = {suffix: ids for _, suffix, ids in compare.groups(runs("paper"))}
+    found = {suffix: ids for _, suffix, ids in report.groups(runs("paper"))}
     assert set(found) == {"_Qwen3-0.6B_30", "_Qwen3-0.6B_60", "_Mistral-7B-Instruct-v0.3_30"}
     assert all(i.startswith("mistral_") for i in found["_Mistral-7B-Instruct-v0.3_30"])
-    assert [suffix for _, suffix, _ in compare.groups(runs())] == [""]
+    assert [suffix for _, suffix, _ in report.groups(runs())] == [""]
 
 
 def test_base_rates_are_those_of_the_methods_and_not_of_the_ablations_however_many():
     planned = runs()
-    assert compare.base_rates(planned) == [3e-4, 3e-3, 3e-2]
-    assert compare.tuned_rate(planned) == 3e-3
+    assert report.base_rates(planned) == [3e-4, 3e-3, 3e-2]
+    assert report.tuned_rate(planned) == 3e-3
     ablations = [run for run in planned if run.role == "ablation"]
-    assert compare.base_rates([*planned, *ablations, *ablations]) == [3e-4, 3e-3, 3e-2]
-    assert compare.base_rates(runs("paper")) == []
+    assert report.base_rates([*planned, *ablations, *ablations]) == [3e-4, 3e-3, 3e-2]
+    assert report.base_rates(runs("paper")) == []

@@ -13,8 +13,8 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.graff import base_model, generate, inputs, member, methods, tables, warm_start
-from lib.graff.config import implied
+from lib.graff import data, report, schedulers, trainer, warm_start
+from lib.graff.study import implied
 from lib.run import check
 from tests.conftest import ROOT
 from tests.test_graff import GSM8K, curve, member_of, shared  # noqa: F401
@@ -81,22 +81,22 @@ def test_pretraining_on_real_text_sees_every_row_and_pads_less():
     lengths = np.random.default_rng(0).integers(20, 400, 640).tolist()
 
     def padded(real):
-        made = base_model.pretraining_batches(lengths, 32, np.random.default_rng(1), real)
+        made = data.pretraining_batches(lengths, 32, np.random.default_rng(1), real)
         found = [next(made) for _ in range(20)]
         return found, sum(32 * max(lengths[i] for i in batch) for batch in found)
 
     (bucketed, less), (_, more) = padded(True), padded(False)
     assert sorted(i for batch in bucketed for i in batch) == list(range(640))
     assert less < 0.75 * more
-    few = base_model.pretraining_batches([5, 6, 7], 32, np.random.default_rng(1), True)
+    few = data.pretraining_batches([5, 6, 7], 32, np.random.default_rng(1), True)
     assert sorted(next(few)) == sorted(next(few)) == [0, 1, 2]
 
 
 def test_answers_that_are_cut_are_counted_and_rows_without_an_answer_are_left_out(tmp_path):
     run = member_of(changes={"dataset.name": str(folder_of(tmp_path)), "dataset.max_tokens": 64}).run
     (tmp_path / "inputs").mkdir()
-    inputs.prepare(run, tmp_path / "inputs", warm=False)
-    given = inputs.load(tmp_path / "inputs")
+    data.prepare(run, tmp_path / "inputs")
+    given = data.load(tmp_path / "inputs")
     assert given.report["cut_at_max_tokens"]["train"] > 5
     assert 0 < given.report["answer_tokens"]["median"] <= given.report["answer_tokens"]["longest"] < 64
     assert all(len(row["ids"]) > row["prompt"] for row in given.rows["train"])
@@ -108,10 +108,10 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
     run = loaded(**{"dataset.name": str(GSM8K)})
-    problems, source = inputs.load_problems(run)
+    problems, source = data.load_problems(run)
     assert (len(problems["train"]), len(problems["dev"]), len(problems["test"])) == (7345, 128, 1319)
     assert source == run.dataset.name
-    words = [len(base_model.answers.target(r["answer"]).split()) for r in problems["train"]]
+    words = [len(data.target(r["answer"]).split()) for r in problems["train"]]
     assert max(words) < run.evaluation.max_new_tokens
 
 
@@ -120,26 +120,26 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
 
 def test_losses_of_a_problem_do_not_depend_on_its_batch_and_are_the_models_own(shared):  # noqa: F811
     run = member_of().run
-    given = inputs.load(shared)
-    model = inputs.load_model(run, given, 1).eval()
+    given = data.load(shared)
+    model = data.load_model(run, given, 1).eval()
     rows = given.rows["train"][:7]
-    together, _ = member.token_losses(model, given.tokenizer, rows, 7)
-    alone = [member.token_losses(model, given.tokenizer, [row], 1)[0][0] for row in rows]
+    together, _ = data.answer_losses(model, given.tokenizer, rows, 7)
+    alone = [data.answer_losses(model, given.tokenizer, [row], 1)[0][0] for row in rows]
     assert [n for _, n in together] == [n for _, n in alone] == [len(r["ids"]) - r["prompt"] for r in rows]
     assert [t for t, _ in together] == pytest.approx([t for t, _ in alone], rel=1e-4)
-    batch = base_model.collate(rows[:1], given.tokenizer.pad_token_id)
+    batch = data.collate(rows[:1], given.tokenizer.pad_token_id)
     with torch.no_grad():
         assert alone[0][0] / alone[0][1] == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
 def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  # noqa: F811
-    found = member.train(member_of(changes={"training.total_steps": 2}), tmp_path, shared)
+    found = trainer.train(member_of(changes={"training.total_steps": 2}), tmp_path, shared)
     rows = [r for r in record.read_jsonl(tmp_path / "predictions.jsonl") if r["kind"] == "example"]
     assert len(rows) == 4
     assert min(r["test_loss"] for r in rows) <= found["test_loss"] <= max(r["test_loss"] for r in rows)
     members = {"run_id": "r", "method": "fixed", "learning_rate": 1.0, "seed": 1}
-    pairs = record.Records(*(tables.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
-    assert tables.of_kind(pairs, "example", "test_loss")["test_loss"].notna().all()
+    pairs = record.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
+    assert report.scores(pairs, "example", "test_loss")["test_loss"].notna().all()
 
 
 # ---- 2. of what must hold, with the secant and the guard at work
@@ -148,10 +148,10 @@ def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  #
 def test_frozen_cold_graff_equals_fixed_bit_for_bit_with_curvature_probes(tmp_path, shared, monkeypatch):  # noqa: F811
     """What the clock reads enters by the warm-up alone: with next to none of it the overhead need not be left
     uncharged."""
-    monkeypatch.setattr(methods, "WARM_UP", 1e-12)
+    monkeypatch.setattr(schedulers, "WARM_UP", 1e-12)
     for kind, more in (("fixed", {}), ("graff", {"cold": True, "frozen": True})):
         (tmp_path / kind).mkdir()
-        member.train(member_of(kind, changes={"training.total_steps": 14}, **more), tmp_path / kind, shared)
+        trainer.train(member_of(kind, changes={"training.total_steps": 14}, **more), tmp_path / kind, shared)
     fixed, graff = (
         [(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff")
     )
@@ -160,10 +160,10 @@ def test_frozen_cold_graff_equals_fixed_bit_for_bit_with_curvature_probes(tmp_pa
 
 
 def test_generation_stops_at_what_the_harness_would_cut(shared, monkeypatch):  # noqa: F811
-    given = inputs.load(shared)
-    model = inputs.load_model(member_of().run, given, 1).eval()
+    given = data.load(shared)
+    model = data.load_model(member_of().run, given, 1).eval()
     monkeypatch.setattr(given.tokenizer, "decode", lambda *_, **__: " so #### 4\n\nQuestion: next? #### 5")
-    written, _ = generate.scored(model, given.tokenizer, [{"question": "q", "answer": "#### 4"}], 2, 1)
+    written, _ = data.score(model, given.tokenizer, [{"question": "q", "answer": "#### 4"}], 2, 1)
     assert written[0]["strict"] is True
     assert written[0]["flexible"] is True
 
@@ -177,18 +177,18 @@ def test_a_row_that_only_repeats_itself_is_ended_and_no_other(period, written, e
     loop = [7 + i % period for i in range(written)]
     fresh = list(range(100, 100 + written))
     rows = torch.tensor([[1, 2, 3, *loop], [1, 2, 3, *fresh], [1, 2, 3, *loop[:-1], 999]])
-    assert generate.Looping(3)(rows, None).tolist() == [ends, False, False]
+    assert data.Looping(3)(rows, None).tolist() == [ends, False, False]
 
 
 def test_what_a_model_writes_in_a_loop_says_the_same_as_all_that_it_may_write(shared, monkeypatch):  # noqa: F811
-    given = inputs.load(shared)
-    model = inputs.load_model(member_of().run, given, 1).eval()
+    given = data.load(shared)
+    model = data.load_model(member_of().run, given, 1).eval()
     questions = [p["question"] for p in given.problems["train"][:12]]
-    short, units = generate.texts(model, given.tokenizer, questions, 150, 12)
-    monkeypatch.setattr(generate, "LOOP", 10**9)
-    long, more = generate.texts(model, given.tokenizer, questions, 150, 12)
+    short, units = data.generate_answers(model, given.tokenizer, questions, 150, 12)
+    monkeypatch.setattr(data, "LOOP", 10**9)
+    long, more = data.generate_answers(model, given.tokenizer, questions, 150, 12)
     assert all(b.startswith(a) for a, b in zip(short, long, strict=True))
-    assert [base_model.answers.strict(t) for t in short] == [base_model.answers.strict(t) for t in long]
+    assert [data.strict(t) for t in short] == [data.strict(t) for t in long]
     assert units < more
 
 
@@ -210,7 +210,7 @@ def test_the_warm_start_is_a_process_of_its_own_that_has_to_leave_its_file(tmp_p
     monkeypatch.setattr(warm_start.sys, "executable", str(program))
     made = []
     refused = pytest.raises(StudyError, match=said) if said else contextlib.nullcontext()
-    with refused, warm_start.beside(tmp_path / "w.safetensors", "laptop"):
+    with refused, warm_start.in_background(tmp_path / "w.safetensors", "laptop"):
         made.append("base model")
     assert made == ["base model"]
     assert (tmp_path / "w.safetensors").exists() == (said is None)
@@ -223,7 +223,10 @@ def test_the_warm_starts_process_ends_where_the_base_model_fails(tmp_path, monke
     monkeypatch.setattr(warm_start.sys, "executable", str(program))
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(warm_start.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    with pytest.raises(RuntimeError, match="no base model"), warm_start.beside(tmp_path / "w.safetensors", "laptop"):
+    with (
+        pytest.raises(RuntimeError, match="no base model"),
+        warm_start.in_background(tmp_path / "w.safetensors", "laptop"),
+    ):
         raise RuntimeError("no base model")
     assert started[0].poll() is not None
 

@@ -9,9 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lib.errors import StudyError
-from lib.graff import base_model, clock, data, inputs, member, methods, planner as pl, trainer
-from lib.graff.block_adam import BlockAdam
-from lib.graff.probes import Probes
+from lib.graff import budget, data, planner as pl, schedulers, trainer
 from tests.test_graff import curve, member_of, shared  # noqa: F401
 
 
@@ -24,13 +22,11 @@ def engine(shared, monkeypatch):  # noqa: F811
     """(model in float64 without dropout, probes, optimiser after two steps, two batches)."""
     monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)  # its own computes in float32
     run = member_of("graff", cold=True, changes={"model.lora.dropout": 0.0}).run
-    given = inputs.load(shared)
-    model = inputs.load_model(run, given, 1).double().train()
-    probes = Probes(model, given.frequent, 1.0)
-    optimizer = BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
-    batches = [
-        base_model.collate(given.rows["train"][4 * i : 4 * i + 4], given.tokenizer.pad_token_id) for i in range(4)
-    ]
+    given = data.load(shared)
+    model = data.load_model(run, given, 1).double().train()
+    probes = trainer.Probes(model, given.frequent)
+    optimizer = pl.BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
+    batches = [data.collate(given.rows["train"][4 * i : 4 * i + 4], given.tokenizer.pad_token_id) for i in range(4)]
     for batch in batches[:2]:
         gradient(model, probes, optimizer, batch)
         optimizer.step()
@@ -69,11 +65,11 @@ def stepped(engine, a: float, eta: float, log_m: torch.Tensor, batch):
 def test_the_secants_two_gradients_have_the_same_dropout(shared, monkeypatch):  # noqa: F811
     """Where the step moved nothing they are equal, whatever was drawn in between."""
     run = member_of("graff", cold=True, changes={"model.lora.dropout": 0.3}).run
-    given = inputs.load(shared)
-    model = inputs.load_model(run, given, 1).train()
-    probes = Probes(model, given.frequent, 1.0)
-    optimizer = BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
-    batch = base_model.collate(given.rows["train"][:4], given.tokenizer.pad_token_id)
+    given = data.load(shared)
+    model = data.load_model(run, given, 1).train()
+    probes = trainer.Probes(model, given.frequent)
+    optimizer = pl.BlockAdam(probes.parameters, 1e-2, (0.9, 0.98), 0.01, probes.blocks, 4, 1e9)
+    batch = data.collate(given.rows["train"][:4], given.tokenizer.pad_token_id)
     with torch.no_grad():  # B begins at zero, where no dropout shows in the gradient of A
         for p in probes.parameters:
             p.add_(0.02 * torch.randn_like(p))
@@ -81,14 +77,14 @@ def test_the_secants_two_gradients_have_the_same_dropout(shared, monkeypatch):  
     monkeypatch.setattr(pl, "curvature", lambda delta, y, *_: differences.append(y) or (torch.zeros(4), 0.0))
     for redrawn in (False, True):
         optimizer.zero_grad()
-        probes.before_last_micro(model)
+        probes.before_last_micro()
         losses, _, _ = probes.token_losses(model, batch, False)
         losses.mean().backward()
         torch.rand(7)
         if redrawn:
             probes.rng = (torch.get_rng_state(), probes.rng[1])
         optimizer.delta = optimizer.p = [torch.zeros_like(p) for p in probes.parameters]
-        probes.secant(model, (batch, torch.ones_like(losses), None, len(losses)), optimizer, torch.ones(4))
+        probes.secant(model, {"inputs": batch, "w": torch.ones_like(losses), "tokens": len(losses)}, optimizer)
     same, other = (max(float(y.abs().max()) for y in ys) for ys in differences)
     assert same == pytest.approx(0, abs=1e-7)
     assert other > 1e-4
@@ -116,16 +112,16 @@ def test_hypergradients_of_a_real_step_match_finite_differences(engine):
 
 def test_what_is_replayed_is_the_plan_whose_effect_the_gradient_tells(tmp_path, shared, monkeypatch):  # noqa: F811
     decided, replayed = [], []
-    decide, step = methods.Graff.decide, pl.Outer.step
+    decide, step = schedulers.Graff.decide, pl.Outer.step
 
     def deciding(self, seen):
         plan = decide(self, seen)
         decided.append(self.pending)
         return plan
 
-    monkeypatch.setattr(methods.Graff, "decide", deciding)
+    monkeypatch.setattr(schedulers.Graff, "decide", deciding)
     monkeypatch.setattr(pl.Outer, "step", lambda self, kept, c: replayed.append(kept) or step(self, kept, c))
-    member.train(member_of("graff", cold=True, changes={"training.total_steps": 6}), tmp_path, shared)
+    trainer.train(member_of("graff", cold=True, changes={"training.total_steps": 6}), tmp_path, shared)
     assert len(decided) == 6
     assert all(a is b for a, b in zip(decided, replayed, strict=False))
     assert len(replayed) == 5
@@ -140,15 +136,15 @@ def test_eta_lambda_of_the_same_batch_scales_with_eta_and_of_two_batches_does_no
         for kind in ("same", "two"):
             losses, w, z = None, None, None
             optimizer.zero_grad()
-            probes.before_last_micro(model)
+            probes.before_last_micro()
             losses, w, z = gradient(model, probes, optimizer, batches[0])
             optimizer.eta, optimizer.m = eta, torch.ones(4)
             optimizer.step()
-            held = (batches[0] if kind == "same" else batches[1], w, z, len(losses))
+            held = {"inputs": batches[0], "w": w, "tokens": len(losses)}
             if kind == "two":
-                other = probes.token_losses(model, held[0], False)[0]
-                held = (held[0], torch.ones_like(other), z, len(other))
-            product[kind, eta] = eta * probes.secant(model, held, optimizer, optimizer.m)[1]
+                other = probes.token_losses(model, batches[1], False)[0]
+                held = {"inputs": batches[1], "w": torch.ones_like(other), "tokens": len(other)}
+            product[kind, eta] = eta * probes.secant(model, held, optimizer)[1]
             with torch.no_grad():
                 for p, old, state in zip(probes.parameters, before, moments, strict=True):
                     p.copy_(old)
@@ -165,7 +161,7 @@ def test_the_guard_caps_the_rate_where_the_curvature_is_high(tmp_path, shared, m
         folder = tmp_path / guard
         folder.mkdir()
         changes = {"training.total_steps": 16, "training.optimizer.lr_init": 0.1, "training.budget_minutes": 10}
-        member.train(member_of("graff", changes=changes, cold=True, guard=guard, stability_guard=0.01), folder, shared)
+        trainer.train(member_of("graff", changes=changes, cold=True, guard=guard, stability_guard=0.01), folder, shared)
         rows = [r for r in curve(folder) if r.get("lambda")]
         # the cap uses the estimate of the step before
         largest[guard] = max(r["eta"] * old["lambda"] for old, r in zip(rows, rows[1:], strict=False))
@@ -206,7 +202,7 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     mine = member_of(kind, changes={"training.total_steps": 14, "evaluation.max_new_tokens": 2}, **extra)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole = member.train(mine, tmp_path / "whole", shared)
+    whole = trainer.train(mine, tmp_path / "whole", shared)
     generator = torch.Generator().manual_seed(5)
     places = {6, 22, 23, *(int(i) for i in torch.randint(8, 30, (2,), generator=generator))}
     cut_at(monkeypatch, places)
@@ -214,7 +210,7 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     while True:
         lives += 1
         try:
-            cut = member.train(mine, tmp_path / "cut", shared)
+            cut = trainer.train(mine, tmp_path / "cut", shared)
             break
         except Cut:
             pass
@@ -228,12 +224,12 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
 
 def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared, monkeypatch):  # noqa: F811
     now = [0.0]
-    make = clock.Clock.__init__
+    make = budget.Clock.__init__
 
     def init(self, kind, budget):
         make(self, kind, budget, now=lambda: now[0])
 
-    monkeypatch.setattr(clock.Clock, "__init__", init)
+    monkeypatch.setattr(budget.Clock, "__init__", init)
     compute = trainer.BudgetTrainer.compute_loss
 
     def slow(self, *given, **named):
@@ -248,13 +244,13 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
         "fixed", changes={"training.clock": "monotonic", "training.total_steps": None, "training.budget_minutes": 1}
     )
     with pytest.raises(Cut):
-        member.train(mine, tmp_path, shared)
+        trainer.train(mine, tmp_path, shared)
     spent = json.loads((tmp_path / "spent.json").read_text())["used"]
     assert spent == 14.0
     checkpointed = [r["used"] for r in curve(tmp_path) if "exact_match_subset" in r][-1]
     assert checkpointed < spent  # steps after the checkpoint are done again, their time is not given back
     now[0] = 1000.0  # another machine, another origin
-    member.train(mine, tmp_path, shared)
+    trainer.train(mine, tmp_path, shared)
     steps = [r for r in curve(tmp_path) if "eta" in r]
     again = next(r for r in steps if r["used"] > checkpointed)
     assert again["used"] == spent + 2.0
@@ -263,17 +259,17 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
 
 def test_a_clock_that_goes_back_ends_a_run_with_one_error(tmp_path, shared, monkeypatch):  # noqa: F811
     times = iter([*(float(i) for i in range(8)), *(5.0 - i for i in range(99))])
-    make = clock.Clock.__init__
+    make = budget.Clock.__init__
     monkeypatch.setattr(
-        clock.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
+        budget.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
     )
     with pytest.raises(StudyError, match="went back by"):
-        member.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
+        trainer.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
 
 
 def test_a_run_that_overran_its_budget_has_no_exact_match(tmp_path, shared, monkeypatch):  # noqa: F811
     monkeypatch.setattr(trainer.BudgetTrainer, "next_step", lambda self: -1e9)  # foresees nothing
-    found = member.train(
+    found = trainer.train(
         member_of("fixed", changes={"training.total_steps": 30, "training.budget_minutes": 0.1}), tmp_path, shared
     )
     assert not found["in_budget"]
@@ -286,7 +282,7 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
     """A step with a secant takes longer than the ones before it: it used to be forgotten by the time of the next
     one."""
     changes = {"training.total_steps": None, "training.budget_minutes": minutes}
-    found = member.train(
+    found = trainer.train(
         member_of(kind, changes=changes, **({"cold": True} if kind == "graff" else {})), tmp_path, shared
     )
     assert found["in_budget"], (found["used"], found["budget"])
@@ -294,12 +290,12 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
 
 def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):
     file = tmp_path / "gsm1k.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in data.generated(3, 99, 2)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in data.generate_problems(3, 99, 2)))
     mine = member_of("fixed", changes={"training.total_steps": 2, "dataset.gsm1k": str(file)})
     (tmp_path / "inputs").mkdir()
     (tmp_path / "m").mkdir()
-    inputs.prepare(mine.run, tmp_path / "inputs", warm=False)
-    found = member.train(mine, tmp_path / "m", tmp_path / "inputs")
+    data.prepare(mine.run, tmp_path / "inputs")
+    found = trainer.train(mine, tmp_path / "m", tmp_path / "inputs")
     assert found["gsm1k_gap"] is not None
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "m" / "predictions.jsonl").open()]
     assert (kinds.count("gsm1k"), kinds.count("example")) == (3, 4)

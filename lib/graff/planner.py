@@ -1,9 +1,8 @@
-"""The planner of GRAFF and its outer optimiser: what to multiply the learning rate by, per block, and how it learns
-that.
+"""The planner of GRAFF, how it learns, and the Adam whose step it plans.
 
-Notation as in the study's specification: eta learning rate, m_i multiplier of block i, a exponent of the token weights,
-u Adam direction, g gradient of the next fresh batch, delta = -eta m u. N blocks, P trained tensors (all arguments named
-`g`, `delta`, `s`, `y` are lists of P tensors, `blocks` the block of each). Pure tensor maths: no model, no clock.
+Notation, here and in train.ipynb: eta learning rate, m_i multiplier of block i, a exponent of the token weights, u
+Adam direction, g gradient of the next fresh batch, delta = -eta m u. N blocks, P trained tensors (arguments named `g`,
+`delta`, `s`, `y` are lists of P tensors, `blocks` the block of each). Tensor mathematics: no model, no clock.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LOG_M, WIDTH, FEATURES = math.log(4), 16, 5
 
 class Plan(NamedTuple):
     log_eta: Tensor  # () log of eta / eta_0
-    log_m: Tensor  # (N,) centred over blocks
+    log_m: Tensor  # (N,) centered over blocks
     a: Tensor  # () in [-1, 1]
 
 
@@ -47,8 +46,7 @@ class Bounded(torch.autograd.Function):
 
 
 class Planner(nn.Module):
-    """About 3k parameters whose sizes do not depend on N. The decoder is 0 at first, so that step 0 is exactly
-    eta_0."""
+    """About 3k parameters whose sizes do not depend on N. The decoder starts at 0, so that step 0 is exactly eta_0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,18 +66,39 @@ class Planner(nn.Module):
             sent = torch.tanh(message(torch.cat([z[source], z[target]], -1)))
             z = z + torch.zeros_like(z).index_add(0, target, sent) / degree
         h = self.memory(z, h)
-        mean = self.decoder(h.mean(0))
+        log_eta, _, a = self.decoder(h.mean(0))
         log_m = self.decoder(h)[:, 1]
-        bounded = Bounded.apply
-        return Plan(
-            bounded(mean[0], *LOG_ETA), bounded(log_m - log_m.mean(), -LOG_M, LOG_M), bounded(mean[2], -1.0, 1.0)
-        ), h
+        log_m = Bounded.apply(log_m - log_m.mean(), -LOG_M, LOG_M)
+        return Plan(Bounded.apply(log_eta, *LOG_ETA), log_m, Bounded.apply(a, -1.0, 1.0)), h
+
+
+def features(log_lambda: Tensor, entropy: float, remaining: float) -> Tensor:
+    """(N, 5) what the planner reads of each block: curvature, entropy, remaining budget, depth, kind."""
+    n = len(log_lambda)
+    depth = torch.arange(n) // 2 / max(1, n // 2 - 1)
+    columns = [log_lambda, torch.full((n,), entropy), torch.full((n,), remaining), depth, torch.arange(n) % 2]
+    return torch.stack(columns, 1).float()
+
+
+# ---- hypergradients: how the next loss depends on the last plan
 
 
 def block_sums(x: list[Tensor], y: list[Tensor], blocks: Tensor, n: int) -> Tensor:
     """(N,) inner products <x, y> summed per block."""
     dots = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)])
     return torch.zeros(n, dtype=dots.dtype, device=dots.device).index_add(0, blocks.to(dots.device), dots).cpu()
+
+
+def token_weights(a: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(w, dw/da) of w_k = exp(a z_k) / mean exp(a z); z (K,) the standardized entropies."""
+    w = torch.exp(a * z)
+    w = w / w.mean()
+    return w, w * (z - (w * z).mean())
+
+
+def token_credit(eta: float, dw: Tensor, slopes: Tensor) -> Tensor:
+    """c_a = -eta (1/K) sum_k (dw_k/da) <grad l_k, v>; slopes (K,) are the <grad l_k, v> with v = m J g."""
+    return -eta * (dw * slopes).mean()
 
 
 def adam_jacobian(
@@ -91,18 +110,6 @@ def adam_jacobian(
     return (1 - b1) / k1 / p - m_hat / p**2 * ((1 - b2) / k2) * g / root
 
 
-def token_weights(a: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(w, dw/da) of w_k = exp(a z_k) / mean exp(a z); z (K,) the standardised entropies."""
-    w = torch.exp(a * z)
-    w = w / w.mean()
-    return w, w * (z - (w * z).mean())
-
-
-def token_credit(eta: float, dw: Tensor, slopes: Tensor) -> Tensor:
-    """c_a = -eta (1/K) sum_k (dw_k/da) <grad l_k, v>; slopes (K,) are the <grad l_k, v> with v = m J g."""
-    return -eta * (dw * slopes).mean()
-
-
 def cotangents(
     c: Tensor, c_a: float, g: list[Tensor], delta: list[Tensor], norm: str, weight: float
 ) -> tuple[Tensor, ...]:
@@ -112,6 +119,42 @@ def cotangents(
         sizes = [torch.stack(torch._foreach_norm(x)).norm() for x in (g, delta)]
         scale = weight / max(float(sizes[0] * sizes[1]), 1e-30)
     return c.sum() * scale, c * scale, torch.tensor(c_a * scale, dtype=c.dtype)
+
+
+class Outer:
+    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start, where what
+    lies before W has the rate `encoder_lr`: at W's own the states h_i run into +-1 alike, and no multiplier can differ
+    any more."""
+
+    def __init__(self, planner: Planner, lr: float, encoder_lr: float | None = None):
+        groups = [{"params": list(planner.decoder.parameters()), "lr": lr}]
+        if encoder_lr is not None:
+            rest = [p for name, p in planner.named_parameters() if not name.startswith("decoder")]
+            groups.append({"params": rest, "lr": encoder_lr})
+        self.planner, self.adam = planner, torch.optim.Adam(groups)
+
+    def step(self, kept: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
+        """Replay the planner on the inputs (x, h, edges) it was given, send the hypergradients through it, take one
+        step; returns h."""
+        plan, h = self.planner(*kept)
+        self.adam.zero_grad()
+        torch.autograd.backward(list(plan), list(gradients))
+        self.adam.step()
+        return h.detach()
+
+
+def gain(planner: Planner, layers: int, steps: int = 100) -> float:
+    """Mean |(mean h, 1)|_1 over a budget of `steps` with neutral features: what one outer step of W multiplies by
+    outer_lr."""
+    edge, h, total = edges(layers), torch.zeros(2 * layers, WIDTH), 0.0
+    with torch.no_grad():
+        for step in range(steps):
+            h = planner(features(torch.zeros(2 * layers), 0.5, 1 - step / steps), h, edge)[1]
+            total += float(h.mean(0).abs().sum()) + 1
+    return total / steps
+
+
+# ---- curvature and the stability guard
 
 
 def curvature(s: list[Tensor], y: list[Tensor], p: list[Tensor], m: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
@@ -141,36 +184,57 @@ def project(decoder: nn.Linear, h: Tensor, c: float) -> float:
     return beyond / float(ht.norm())
 
 
-class Outer:
-    """The outer Adam: trains W alone online (the encoder collapses otherwise), all of it in the warm start, where what
-    lies before W has the rate `encoder_lr`: at W's own the states h_i run into +-1 alike, and no multiplier can differ
-    any more."""
+class BlockAdam(torch.optim.Optimizer):
+    """AdamW with one multiplier per block: delta = -eta m_i u, u the bias-corrected Adam direction of the clipped
+    gradient plus weight decay. The direction and the step are kept for the planner. With m = 1 it is AdamW."""
 
-    def __init__(self, planner: Planner, lr: float, encoder_lr: float | None = None):
-        groups = [{"params": list(planner.decoder.parameters()), "lr": lr}]
-        if encoder_lr is not None:
-            rest = [p for name, p in planner.named_parameters() if not name.startswith("decoder")]
-            groups.append({"params": rest, "lr": encoder_lr})
-        self.planner, self.adam = planner, torch.optim.Adam(groups)
+    def __init__(self, parameters, lr: float, betas, weight_decay: float, blocks: Tensor, n: int, clip: float):
+        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "eps": 1e-8, "count": 0}
+        super().__init__(list(parameters), defaults)
+        self.blocks, self.n, self.clip = blocks, n, clip
+        self.eta, self.m = lr, torch.ones(n)
+        self.delta: list[Tensor] | None = None  # of the last step, for the hypergradient of the next
 
-    def step(self, kept: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
-        """Replay the planner on the inputs it was given, send the hypergradients through it, take one step; returns
-        h."""
-        plan, h = self.planner(*kept)
-        self.adam.zero_grad()
-        torch.autograd.backward(list(plan[:2]) + [plan.a], [gradients[0], gradients[1], gradients[2]])
-        self.adam.step()
-        return h.detach()
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self.param_groups[0]["params"]
 
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters]
 
-def gain(planner: Planner, layers: int, steps: int = 100) -> float:
-    """Mean |(mean h, 1)|_1 over a budget of `steps` with neutral features: what one outer step of W multiplies by
-    outer_lr."""
-    n, edge, h, found = 2 * layers, edges(layers), torch.zeros(2 * layers, WIDTH), []
-    place = torch.arange(n) // 2 / max(1, layers - 1)
-    with torch.no_grad():
-        for step in range(steps):
-            same = torch.tensor([0.0, 0.5, 1 - step / steps]).expand(n, 3)
-            h = planner(torch.cat([same, torch.stack([place, torch.arange(n) % 2], 1)], 1), h, edge)[1]
-            found.append(float(h.mean(0).abs().sum()) + 1)
-    return sum(found) / steps
+    @torch.no_grad()
+    def step(self, closure=None):
+        group, ps = self.param_groups[0], self.parameters
+        (b1, b2), eps = group["betas"], group["eps"]
+        group["count"] += 1
+        for p in ps:
+            if not self.state[p]:
+                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        self.coefficient = float(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+        g = torch._foreach_mul(self.gradients(), self.coefficient)
+        m, v = ([self.state[p][k] for p in ps] for k in "mv")
+        torch._foreach_lerp_(m, g, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, g, g, 1 - b2)
+        k1, k2 = 1 - b1 ** group["count"], 1 - b2 ** group["count"]
+        p_ = torch._foreach_sqrt(torch._foreach_div(v, k2))
+        torch._foreach_add_(p_, eps)
+        u = torch._foreach_div(torch._foreach_div(m, k1), p_)
+        if group["weight_decay"]:
+            torch._foreach_add_(u, ps, alpha=group["weight_decay"])
+        factors = (-self.eta * self.m).tolist()
+        self.delta = torch._foreach_mul(u, [factors[b] for b in self.blocks.tolist()])
+        self.p, self.u, self.g, self.k = p_, u, g, (k1, k2)
+        torch._foreach_add_(ps, self.delta)
+
+    @torch.no_grad()
+    def jacobian(self) -> list[Tensor]:
+        """m J c of the last step, c the clipping coefficient: what the next gradient is multiplied by to give v."""
+        group, (k1, k2), m = self.param_groups[0], self.k, self.m.tolist()
+        out = []
+        for p, g, b in zip(self.parameters, self.g, self.blocks.tolist(), strict=True):
+            m_hat, v_hat = self.state[p]["m"] / k1, self.state[p]["v"] / k2
+            j = adam_jacobian(g, m_hat, v_hat, k1, k2, *group["betas"], group["eps"])
+            out.append(m[b] * self.coefficient * j)
+        return out

@@ -1,230 +1,339 @@
-"""Training until the budget is used up: transformers.Trainer with a scheduler that decides each step and an optimiser
-that applies one rate per block. Evaluation happens inside the budget."""
+"""Training until the budget is used up: a scheduler decides each step, an optimizer applies one rate per block, and
+evaluation happens inside the budget. `train` trains one member and scores it, dev inside the budget and test after."""
 
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
 
-from lib import record, training as checkpoints
-from lib.errors import StudyError
-from lib.graff import base_model, methods, planner as pl
-from lib.graff.block_adam import BlockAdam
-from lib.graff.clock import Clock, Energy
-from lib.graff.order import Bucketed
-from lib.graff.probes import Probes
+from lib import config, models, record, training
+from lib.errors import MissingError, StudyError
+from lib.graff import budget, data, planner as pl, schedulers
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget
 SAVE_SECONDS = 3.0  # of the wall clock between checkpoints, at the least: a laptop's whole budget takes 8
-STATE = "budget.pt"
+ENCODER_LR = 3e-4  # of the warm start
+BLOCK = re.compile(r"\.layers\.(\d+)\.(self_attn|mlp)\.")
 
 
-class _Steps(TrainerCallback):
-    """Calls the trainer between backward and step, and after the step."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **_):
-        record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        self.trainer.before_step()
-
-    def on_optimizer_step(self, args, state, control, **_):
-        self.trainer.after_step()
-
-    def on_step_end(self, args, state, control, **_):
-        self.trainer.schedule(control)
+def blocks_of(names: Iterable[str]) -> Tensor:
+    """(P,) the block of each trained tensor: 2 layer + (1 for mlp)."""
+    places = [BLOCK.search(name).groups() for name in names]
+    return torch.tensor([2 * int(layer) + (kind == "mlp") for layer, kind in places])
 
 
-class BudgetTrainer(Trainer):
-    """See the module. `evaluate_now(model, whole) -> (row of history, units)`; `on_record` gets one row per step."""
+class Probes:
+    """What a step looks at in a model with adapters: token losses, entropies, the secant on one micro-batch, losses
+    along a direction. `frequent` (V',) are the vocabulary rows that entropies are over."""
 
-    def __init__(
-        self,
-        model,
-        rows: list[dict],
-        args: TrainingArguments,
-        *,
-        run,
-        probes: Probes,
-        method,
-        clock: Clock,
-        pad: int,
-        optimizer,
-        fingerprint: str,
-        on_record: Callable,
-        evaluate_now: Callable,
-        energy: Energy,
-    ):
-        self.run, self.probes, self.method, self.clock, self.energy = run, probes, method, clock, energy
-        self.fingerprint, self.on_record, self.evaluate_now = fingerprint, on_record, evaluate_now
-        self.lengths = [len(row["ids"]) for row in rows]
-        self.spent = Path(args.output_dir).parent / "spent.json"
-        self.lam, self.lambdas, self.log_mean = (
-            0.0,
-            None,
-            None,
-        )  # curvature: largest, per block, running mean of its log
-        self.recent, self.eval_seconds, self.evaluations = (
-            [],
-            0.0,
-            0,
-        )  # seconds of the last steps, one with a secant among them
-        self.dtau_mean, self.best, self.regret = None, math.inf, 0.0
-        self.final, self.diverged_at, self.credit, self.saved = False, None, None, time.monotonic()
+    def __init__(self, model, frequent: Tensor):
+        self.base: PreTrainedModel = model.get_base_model()
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.parameters, self.blocks = [p for _, p in named], blocks_of(n for n, _ in named)
+        self.layers = self.base.config.num_hidden_layers
+        self.frequent = frequent.to(self.base.device)
+        self.size = sum(p.numel() for p in model.parameters())
+        self.hidden: Tensor | None = None
+        self.base.model.layers[0].register_forward_hook(self._keep)
+        # logits_to_keep hands the head a slice; in bfloat16 on a CPU that takes a hundred times as long as a copy of it
+        copy = torch.contiguous_format
+        head = self.base.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, given: (given[0].clone(memory_format=copy),))
+
+    def _keep(self, _module, _inputs, output) -> None:
+        self.hidden = (output[0] if isinstance(output, tuple) else output).detach()
+
+    # ---- what they cost on the virtual clock, in units (forward passes of a token)
+
+    def entropy_units(self, inputs: dict) -> float:
+        return len(self.frequent) * self.base.config.hidden_size / self.size * int((inputs["labels"] != -100).sum())
+
+    def planner_units(self, scheduler) -> float:
+        return scheduler.work(sum(p.numel() for p in self.parameters)) / self.size
+
+    # ---- the loss, token by token
+
+    def token_losses(self, model, inputs: dict, entropies: bool) -> tuple[Tensor, Tensor, float]:
+        """((K,) losses of the label tokens in nats, (K,) standardized entropies, mean entropy over log |V'|)."""
+        logits, labels = data.answer_logits(model, inputs)
+        there = labels != -100
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        losses = nn.functional.cross_entropy(logits[there].to(exact), labels[there], reduction="none")
+        if not entropies:
+            return losses, torch.zeros_like(losses), 0.0
+        h = self.entropy(self.hidden[:, -labels.shape[1] - 1 : -1][there])
+        z = (h - h.mean()) / h.std().clamp_min(1e-6)
+        return losses, z, float(h.mean() / torch.log(torch.tensor(float(len(self.frequent)))))
+
+    @torch.no_grad()
+    def entropy(self, hidden: Tensor) -> Tensor:
+        """(K,) entropy in nats of lm_head(norm(hidden)) over the frequent rows."""
+        head = self.base.get_output_embeddings().weight[self.frequent]
+        log_p = (self.base.model.norm(hidden).to(head.dtype) @ head.T).float().log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+    # ---- two gradients of the same micro-batch
+
+    def before_last_micro(self) -> None:
+        """Remember the sum of gradients so far and the dropout's state, for `secant`."""
+        self.so_far = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
+        self.rng = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def secant(self, model, held: dict, optimizer) -> tuple[Tensor, float]:
+        """(lambda per block (N,), global lambda) from the last micro-batch at theta_t (its share of the summed
+        gradient) and at theta_{t+1}, with the same dropout mask and weights."""
+        first = [p.grad if s is None else p.grad - s for p, s in zip(self.parameters, self.so_far, strict=True)]
+        with torch.random.fork_rng():
+            torch.set_rng_state(self.rng[0])
+            torch.cuda.set_rng_state_all(self.rng[1])  # a GPU's dropout draws from its own generator
+            losses = self.token_losses(model, held["inputs"], False)[0]
+            second = torch.autograd.grad((held["w"] * losses).sum() / held["tokens"], self.parameters)
+        y = torch._foreach_sub(list(second), first)
+        share = held["tokens"] / len(losses)  # the micro-batch's own mean, not its part of the global batch
+        return pl.curvature(optimizer.delta, torch._foreach_mul(y, share), optimizer.p, optimizer.m, self.blocks)
+
+    @torch.no_grad()
+    def along(self, model, inputs: dict, direction: list[Tensor], size: float) -> Tensor:
+        """(K,) token losses at theta + size * direction; the parameters come back bit for bit."""
+        before = [p.detach().clone() for p in self.parameters]
+        torch._foreach_add_(self.parameters, direction, alpha=size)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses = self.token_losses(model, inputs, False)[0]
+        for p, old in zip(self.parameters, before, strict=True):
+            p.copy_(old)
+        return losses
+
+    def token_credit(self, model, credit: dict, g: list[Tensor]) -> float:
+        """c_a by a central difference along v = m J g of the held micro-batch's token losses."""
+        v = torch._foreach_mul(credit["jacobian"], g)
+        norm = float(torch.stack(torch._foreach_norm(v)).norm())
+        if not norm > 0:
+            return 0.0
+        size = 1e-2 / norm  # the step that rounding and curvature leave most digits at, in float32
+        up, down = (self.along(model, credit["inputs"], v, x) for x in (size, -size))
+        dw = pl.token_weights(credit["a"], credit["z"])[1]
+        return float(pl.token_credit(credit["eta"], dw, (up - down) / (2 * size)))
+
+    def range(self, model, inputs: dict, optimizer, rho: float) -> float:
+        """Largest less smallest mean loss at theta and theta +- rho u / |u|, for salelr_reconstructed."""
+        size = rho * float(torch.stack(torch._foreach_norm(self.parameters)).norm())
+        size /= max(float(torch.stack(torch._foreach_norm(optimizer.u)).norm()), 1e-30)
+        means = [float(self.along(model, inputs, optimizer.u, x).mean()) for x in (0.0, size, -size)]
+        return max(means) - min(means)
+
+
+def load_warm_start(path: str) -> dict:
+    """The planner's tensors. Raises MissingError with the command that makes the file."""
+    file = Path(path)
+    if not file.exists():
+        command = f".venv/bin/python -m lib.graff.warm_start {path}"
+        raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a warm start", command)
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None) -> schedulers.Fixed:
+    """The run's scheduler; `planner`: tensors that the warm start goes on from, learning the encoder too."""
+    section, made = run.training.scheduler, Path(shared) / "warm_start.safetensors"
+    if planner is not None:
+        scheduler = schedulers.Graff(section, layers, encoder_lr=ENCODER_LR)
+        if planner:
+            scheduler.planner.load_state_dict(planner)
+        return scheduler
+    scheduler, path = schedulers.make(section, layers), section.warm_start_ckpt
+    if path:
+        scheduler.planner.load_state_dict(load_warm_start(str(made) if path == "made" else path))
+    if isinstance(scheduler, schedulers.Hypergradient) and made.exists():
+        planner = pl.Planner()
+        planner.load_state_dict(load_file(made))
+        scheduler.gain = pl.gain(planner, layers)
+    return scheduler
+
+
+def build_optimizer(run, probes: Probes):
+    """One Adam for all schedulers; those from packages bring their own."""
+    section, kind = run.training.optimizer, run.training.scheduler.type
+    betas, lr, decay = tuple(section.betas), section.lr_init, section.weight_decay
+    if kind == "schedulefree":
+        from schedulefree import AdamWScheduleFree
+
+        warm = max(1, round(schedulers.WARM_UP * (config.steps(run) or 1)))
+        optimizer = AdamWScheduleFree(probes.parameters, lr=lr, betas=betas, weight_decay=decay, warmup_steps=warm)
+        optimizer.train()
+        return optimizer
+    if kind == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(probes.parameters, lr=1.0, betas=betas, weight_decay=decay)
+    blocks, clip = probes.blocks, run.training.clip_grad_norm
+    return pl.BlockAdam(probes.parameters, lr, betas, decay, blocks, 2 * probes.layers, clip)
+
+
+class BudgetTrainer(training.StudyTrainer):
+    """See the module. One step: decide in the first micro-batch's forward, learn before the update, look again after
+    it."""
+
+    SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
+    SAVED += ("regret", "credit", "final")
+
+    def __init__(self, run, seed: int, folder: Path, given: data.Inputs, model, scheduler, optimizer, probes: Probes):
+        self.run, self.given, self.scheduler, self.probes = run, given, scheduler, probes
+        self.clock, self.energy = budget.Clock(run.training.clock, 60 * run.training.budget_minutes), budget.Energy()
+        self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
+        self.lengths, self.spent = [len(row["ids"]) for row in given.rows["train"]], folder / "spent.json"
+        # curvature: the largest, per block, and the running mean of its log
+        self.lam, self.lambdas, self.log_mean = 0.0, None, None
+        self.recent: list[float] = []  # seconds of the last steps, one with a secant among them
+        self.eval_seconds, self.evaluations, self.dtau_mean = 0.0, 0, None
+        self.best, self.regret, self.final, self.credit, self.saved_at = math.inf, 0.0, False, None, time.monotonic()
+        size, parts = run.training.micro_batch_size, config.dump(run)
+        args = training.arguments(
+            folder,
+            steps=run.training.total_steps or NO_CAP,
+            seed=seed,
+            device=models.device(),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=run.training.accumulation,
+            max_grad_norm=0.0,
+            bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(),
+            logging_strategy="no",
+        )
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            data_collator=lambda batch: base_model.collate(batch, pad),
-            callbacks=[_Steps(self)],
+            model,
+            given.rows["train"],
+            lambda rows: data.collate(rows, given.tokenizer.pad_token_id),
+            args,
+            folder=folder,
+            fingerprint=training.fingerprint(
+                *(parts[name] for name in ("model", "dataset", "training", "evaluation")), seed
+            ),
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         )
-        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 
     def _get_train_sampler(self, train_dataset=None):
-        data = self.run.dataset
-        return Bucketed(
-            self.lengths,
-            self.args.per_device_train_batch_size,
-            self.args.seed,
-            data.shuffle_buffer if data.streaming else None,
-        )
-
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["ids", "prompt"]
-
-    def floating_point_ops(self, inputs):
-        return 0
+        section = self.run.dataset
+        buffer = section.shuffle_buffer if section.streaming else None
+        return data.BucketedOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed, buffer)
 
     def log(self, logs, start_time=None):
-        """The record is written by `after_step`."""
+        """The record is written by `after_update`."""
+
+    def inner(self):
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def due(self, wanted: bool) -> bool:
+        return wanted and self.state.global_step >= schedulers.EVERY and self.state.global_step % schedulers.EVERY == 0
+
+    # ---- one step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.before = self.clock.tick()
         self.plan, self.token_losses, self.micro = None, [], 0
-        found, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.micros = len(found)
-        return found, tokens
-
-    # ---- one step: decide in the first micro-batch's forward, learn before the update, look again after it
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.micros = len(batches)
+        return batches, tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.micro += 1
-        if self.micro == self.micros and self.due(self.method.wants_secant):
-            self.probes.before_last_micro(model)
+        if self.micro == self.micros and self.due(self.scheduler.wants_secant):
+            self.probes.before_last_micro()
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def due(self, wanted: bool) -> bool:
-        return wanted and self.state.global_step >= methods.EVERY and self.state.global_step % methods.EVERY == 0
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, z, entropy = self.probes.token_losses(model, inputs, self.method.wants_entropy)
-        self.clock.charge(
-            3 * inputs["input_ids"].numel() + self.probes.entropy_units(inputs, self.method.wants_entropy)
-        )
+        """Cross-entropy of the answers' tokens, each with its weight. The history holds it unweighted."""
+        wanted = self.scheduler.wants_entropy
+        losses, z, entropy = self.probes.token_losses(model, inputs, wanted)
+        self.clock.charge(3 * inputs["input_ids"].numel() + (self.probes.entropy_units(inputs) if wanted else 0.0))
         if self.plan is None:
-            self.plan = self.method.decide(methods.Seen(self.clock.fraction, entropy, self.log_lambda()))
-        w = torch.ones_like(losses)
-        if self.method.loss_weights:
-            w = pl.token_weights(float(self.plan.a), z)[0]
-        elif isinstance(self.method, methods.Bats):
-            w = self.method.weights(losses)
+            self.plan = self.scheduler.decide(schedulers.Seen(self.clock.fraction, entropy, self.log_lambda()))
+        w = self.scheduler.token_weights(self.plan, losses, z)
         self.token_losses.append(losses.detach())
-        self.held = (inputs, w.detach(), z, int(num_items_in_batch))
+        self.held = {"inputs": inputs, "w": w.detach(), "z": z, "tokens": int(num_items_in_batch)}
         return (w * losses).sum() / num_items_in_batch
 
     def log_lambda(self) -> Tensor:
-        n = 2 * self.method.layers
-        return torch.zeros(n) if self.lambdas is None else (self.lambdas.log() - self.log_mean).clamp(-2, 2)
+        """(N,) curvature per block as the planner reads it."""
+        if self.lambdas is None:
+            return torch.zeros(2 * self.probes.layers)
+        return (self.lambdas.log() - self.log_mean).clamp(-2, 2)
 
-    def before_step(self) -> None:
-        optimizer, method = self.inner(), self.method
+    def before_update(self) -> None:
+        """Learn from this batch's gradient what the last step's plan did, then set this step's rates."""
+        optimizer, scheduler = self.inner(), self.scheduler
         self.loss = float(torch.cat(self.token_losses).mean())
-        beta1 = self.run.training.optimizer.betas[0]
-        eta0, cot, found = self.run.training.optimizer.lr_init, None, None
-        if method.wants_gradient and optimizer.delta is not None:
-            g = optimizer.gradients()
-            found = pl.block_sums(g, optimizer.delta, optimizer.blocks, optimizer.n)
-            c_a = self.probes.token_credit(self.model, self.credit, g) * methods.EVERY if self.credit else 0.0
+        beta1, eta0 = self.run.training.optimizer.betas[0], self.run.training.optimizer.lr_init
+        cotangents, self.c_eta = None, None
+        if scheduler.wants_gradient and optimizer.delta is not None:
+            g, c_a = optimizer.gradients(), 0.0
+            c = pl.block_sums(g, optimizer.delta, optimizer.blocks, optimizer.n)
             if self.credit:
+                c_a = self.probes.token_credit(self.model, self.credit, g) * schedulers.EVERY
                 self.clock.charge(2 * self.credit["inputs"]["input_ids"].numel())
-            cot = pl.cotangents(
-                found, c_a, g, optimizer.delta, self.run.training.scheduler.norm or "cos", self.weight()
-            )
-        self.clock.charge(self.probes.planner_units(method))
-        method.learn(self.loss, cot, self.lam, eta0, beta1)
-        self.c_eta, self.credit = None if found is None else float(found.sum()), None
-        warm = min(1.0, self.clock.fraction / methods.WARM_UP)
-        self.eta = min(eta0 * math.exp(float(self.plan.log_eta)), method.cap(self.lam, beta1)) * warm
-        if isinstance(optimizer, BlockAdam):
+            norm = self.run.training.scheduler.norm or "cos"
+            cotangents = pl.cotangents(c, c_a, g, optimizer.delta, norm, self.regret_weight())
+            self.c_eta = float(c.sum())
+        self.clock.charge(self.probes.planner_units(scheduler))
+        scheduler.learn(self.loss, cotangents, self.lam, eta0, beta1)
+        self.credit = None
+        warm = min(1.0, self.clock.fraction / schedulers.WARM_UP)
+        self.eta = min(eta0 * math.exp(float(self.plan.log_eta)), scheduler.cap(self.lam, beta1)) * warm
+        if isinstance(optimizer, pl.BlockAdam):
             optimizer.eta, optimizer.m = self.eta, self.plan.log_m.exp()
-        else:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], self.run.training.clip_grad_norm
-            )
-            if self.run.training.scheduler.type == "prodigy":  # schedule-free has a warm-up of its own
-                optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
+            return
+        nn.utils.clip_grad_norm_(self.probes.parameters, self.run.training.clip_grad_norm)
+        if self.run.training.scheduler.type == "prodigy":  # schedule-free has a warm-up of its own
+            optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
 
-    def weight(self) -> float:
+    def regret_weight(self) -> float:
         """What regret weights the hypergradients by: a step's time (the last one's: this one is not over) over its
         running mean, or 1 / time (literal)."""
-        if (self.run.training.scheduler.regret or "area") == "literal":
+        if self.run.training.scheduler.regret == "literal":
             return 1.0 / max(self.clock.used, 1e-9)
         return 1.0 if not self.dtau_mean else self.dtau / self.dtau_mean
 
-    def after_step(self) -> None:
-        optimizer, method = self.inner(), self.method
-        if self.due(method.wants_secant):
-            lambdas, lam = self.probes.secant(self.model, self.held, optimizer, optimizer.m)
-            self.clock.charge(3 * self.held[0]["input_ids"].numel())
-            lambdas = lambdas.clamp_min(1e-12)
+    def after_update(self) -> None:
+        """Measure curvature where it is due, keep what the next step learns from, and write the step down."""
+        optimizer, scheduler, held = self.inner(), self.scheduler, self.held
+        if self.due(scheduler.wants_secant):
+            lambdas, lam = self.probes.secant(self.model, held, optimizer)
+            self.clock.charge(3 * held["inputs"]["input_ids"].numel())
+            self.lambdas = lambdas.clamp_min(1e-12)
             self.lam = max(lam, 0.9 * self.lam + 0.1 * lam)
-            self.log_mean = lambdas.log() if self.log_mean is None else 0.9 * self.log_mean + 0.1 * lambdas.log()
-            self.lambdas = lambdas
-        if self.due(method.wants_probe and method.wants_gradient):
-            self.credit = {
-                "inputs": self.held[0],
-                "z": self.held[2],
-                "a": float(self.plan.a),
-                "eta": self.eta,
-                "jacobian": optimizer.jacobian(),
-            }
-        if self.due(isinstance(method, methods.Salelr)):
-            method.ranged(self.probes.range(self.model, self.held[0], optimizer, method.RHO))
-            self.clock.charge(3 * self.held[0]["input_ids"].numel())
-        if isinstance(method, methods.Bats):
-            method.after(torch.cat(self.token_losses))
+            log = self.lambdas.log()
+            self.log_mean = log if self.log_mean is None else 0.9 * self.log_mean + 0.1 * log
+        if self.due(scheduler.wants_probe and scheduler.wants_gradient):
+            self.credit = {"inputs": held["inputs"], "z": held["z"], "a": float(self.plan.a), "eta": self.eta}
+            self.credit["jacobian"] = optimizer.jacobian()
+        if self.due(scheduler.wants_range):
+            scheduler.ranged(self.probes.range(self.model, held["inputs"], optimizer, scheduler.RHO))
+            self.clock.charge(3 * held["inputs"]["input_ids"].numel())
+        scheduler.after(torch.cat(self.token_losses))
         used = self.clock.tick()
         self.energy.update()
         self.dtau = used - self.before
         self.dtau_mean = self.dtau if self.dtau_mean is None else 0.9 * self.dtau_mean + 0.1 * self.dtau
-        self.recent = [*self.recent, self.dtau][-2 * methods.EVERY :]
+        self.recent = [*self.recent, self.dtau][-2 * schedulers.EVERY :]
         self.best = min(self.best, self.loss)
         self.regret += (self.loss - self.best) / max(used, 1e-9)
-        step = self.state.global_step + 1
-        eta = (
-            self.eta
-            if isinstance(optimizer, BlockAdam)
-            else optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1.0)
-        )
-        held = round(step / max(self.clock.fraction, 1e-9))  # by the budget, which ends most runs before the cap
-        self.on_record(
+        eta, step = self.eta, self.state.global_step + 1
+        if not isinstance(optimizer, pl.BlockAdam):
+            eta = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1.0)
+        by_budget = round(step / max(self.clock.fraction, 1e-9))  # which ends most runs before the cap
+        self.write(
             {
                 "step": step,
-                "steps": min(held, self.args.max_steps),
+                "steps": min(by_budget, self.args.max_steps),
                 "used": used,
                 "fraction": self.clock.fraction,
                 "loss": self.loss,
@@ -234,121 +343,191 @@ class BudgetTrainer(Trainer):
                 "lambda": self.lam or None,
                 "c_eta": self.c_eta,
                 "regret": self.regret,
-                **method.log,
+                **scheduler.log,
             }
         )
         if self.clock.kind == "monotonic":
             record.write_json(self.spent, {"used": used})
-        if not math.isfinite(self.loss):
-            self.diverged_at = step
+
+    # ---- when to evaluate, save and stop
 
     def next_step(self) -> float:
         """Seconds that the next step may take: as the longest of the last ones, and a micro-batch more for the first
         secant."""
-        first = self.due(self.method.wants_secant) and self.lambdas is None
+        first = self.due(self.scheduler.wants_secant) and self.lambdas is None
         return max(self.recent) * (1 + first / self.micros)
 
-    def schedule(self, control) -> None:
+    def finished(self) -> bool:
+        return self.final
+
+    def schedule(self) -> None:
         """Evaluate ten times over the budget, and stop where another step would leave no time for the last
         evaluation."""
-        if self.diverged_at is not None:
-            control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
+        if not math.isfinite(self.loss):
+            self.diverge()
             return
-        used, budget = self.clock.used, self.clock.budget
-        last = self.state.global_step >= self.args.max_steps
-        if self.state.global_step == 1 and used + 1.2 * self.eval_seconds > budget:
+        used, evaluation, last = self.clock.used, 1.2 * self.eval_seconds, super().finished()
+        if self.state.global_step == 1 and used + evaluation > self.clock.budget:
+            held = f"{self.clock.budget:.3g} s hold not even one step and one evaluation "
             raise StudyError(
                 "training.budget_minutes",
-                f"{budget:.3g} s hold not even one step and one evaluation "
-                f"({used:.3g} s and {self.eval_seconds:.3g} s)",
+                held + f"({used:.3g} s and {self.eval_seconds:.3g} s)",
                 "a budget for at least that",
-                f"--set training.budget_minutes={2 * (used + 1.2 * self.eval_seconds) / 60:.2g}",
+                f"--set training.budget_minutes={2 * (used + evaluation) / 60:.2g}",
             )
-        self.final = last or used + self.next_step() + 1.2 * self.eval_seconds >= budget
-        place = int(EVALUATIONS * self.clock.fraction)
-        room = used + self.next_step() + 1.2 * self.eval_seconds * (1 + self.probes.subset_share) < budget
+        self.final = last or used + self.next_step() + evaluation >= self.clock.budget
+        place, share = int(EVALUATIONS * self.clock.fraction), len(self.subset) / len(self.dev)
+        room = used + self.next_step() + evaluation * (1 + share) < self.clock.budget
+        control, now = self.control, time.monotonic()
         control.should_evaluate = self.final or (place > self.evaluations and room)
-        control.should_save = self.final or (control.should_evaluate and time.monotonic() - self.saved >= SAVE_SECONDS)
+        control.should_save = self.final or (control.should_evaluate and now - self.saved_at >= SAVE_SECONDS)
         control.should_training_stop = self.final
+        if control.should_save:
+            self.saved_at = now
 
-    def evaluate(self, *_, **__):
-        self.control.should_evaluate = False
+    # ---- evaluation
+
+    def begin(self) -> None:
+        """The base model's exact match at t = 0, uncharged; it shows what the last evaluation may cost at most."""
+        started = time.monotonic()
+        row, units = self.answer(whole=False)
+        virtual = self.clock.kind == "virtual"
+        seconds = units * budget.UNIT_SECONDS if virtual else time.monotonic() - started
+        self.eval_seconds = seconds * len(self.dev) / len(self.subset)
+        self.write({"step": 0, "used": 0.0, "joules": 0.0, "final": False, **row})
+        self.clock.start()
+
+    def validate(self) -> dict:
         self.evaluations = int(EVALUATIONS * self.clock.fraction)
         before = self.clock.used
-        row, units, seconds_for_all = self.evaluate_now(self.model, self.final)
+        row, units = self.answer(whole=self.final)
         self.clock.charge(units)
         used = self.clock.tick()
         if self.clock.kind == "monotonic":
-            self.eval_seconds = max(self.eval_seconds, (used - before) * seconds_for_all)
+            whole = 1.0 if self.final else len(self.dev) / len(self.subset)
+            self.eval_seconds = max(self.eval_seconds, (used - before) * whole)
         self.energy.update()
-        self.on_record(
-            {"step": self.state.global_step, "used": used, "joules": self.energy.joules, "final": self.final, **row}
-        )
-        self.model.train()
-        return {}
+        return {"used": used, "joules": self.energy.joules, "final": self.final, **row}
 
-    def inner(self):
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    def answer(self, whole: bool) -> tuple[dict, float]:
+        """(exact match and loss on the dev subset, units of the virtual clock); `whole`: all of dev is answered, into
+        final.json."""
+        evaluation, tokenizer, n = self.run.evaluation, self.given.tokenizer, len(self.subset)
+        average(self.inner(), True)
+        problems, batch = self.dev if whole else self.subset, self.batch_size()
+        rows, units = data.score(self.model, tokenizer, problems, evaluation.max_new_tokens, batch)
+        losses, more = data.answer_losses(self.model, tokenizer, self.given.rows["dev"][:n], batch)
+        average(self.inner(), False)
+        if whole:
+            record.write_json(self.folder / "final.json", rows)
+        hits = [int(row["strict"]) for row in rows[:n]]
+        return {"exact_match_subset": sum(hits) / n, "dev_loss": mean_loss(losses), "hits": hits}, units + more
 
-    # ---- checkpoints: the trained parameters, the optimiser (Trainer's), and everything a decision depends on
+    def batch_size(self) -> int:
+        """Of generation."""
+        return self.run.evaluation.batch_size or 4 * self.run.training.micro_batch_size
 
-    def state_to_save(self) -> dict:
-        names = (
-            "lam",
-            "lambdas",
-            "log_mean",
-            "recent",
-            "eval_seconds",
-            "evaluations",
-            "dtau",
-            "dtau_mean",
-            "best",
-            "regret",
-            "credit",
-            "final",
-        )
-        optimizer = self.inner()
-        kept = {k: getattr(optimizer, k) for k in ("delta", "eta", "m")} if isinstance(optimizer, BlockAdam) else {}
-        return {
-            "used": self.clock.used,
-            "joules": self.energy.joules,
-            "method": self.method.state(),
-            "optimizer": kept,
-            **{k: getattr(self, k) for k in names},
-        }
+    # ---- everything a decision depends on, in a checkpoint
 
-    def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / "model.safetensors")
-        torch.save(self.state_to_save(), folder / STATE)
+    def extra_state(self) -> dict:
+        optimizer, kept = self.inner(), {}
+        if isinstance(optimizer, pl.BlockAdam):
+            kept = {"delta": optimizer.delta, "eta": optimizer.eta, "m": optimizer.m}
+        mine = {"used": self.clock.used, "joules": self.energy.joules, "scheduler": self.scheduler.state()}
+        return {**mine, "optimizer": kept, "trainer": {name: getattr(self, name) for name in self.SAVED}}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        restore_weights(model or self.model, Path(resume_from_checkpoint))
-        saved = torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True)
-        self.method.restore(saved.pop("method"))
-        self.energy.joules = saved.pop("joules")
-        self.inner().__dict__.update(saved.pop("optimizer"))
-        used = saved.pop("used")
+    def load_extra_state(self, state):
+        self.scheduler.restore(state["scheduler"])
+        self.inner().__dict__.update(state["optimizer"])
+        self.__dict__.update(state["trainer"])
+        self.energy.joules, self.clock.used = state["joules"], state["used"]
         if self.clock.kind == "monotonic":  # what was spent after the checkpoint is spent
-            used = max(used, (record.read_json(self.spent) or {}).get("used", 0.0))
-        self.clock.used = used
-        self.__dict__.update(saved)
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        place = Path(self.args.output_dir)
-        mine = place / f"checkpoint-{self.state.global_step}"
-        checkpoints.mark_complete(
-            mine, {"step": self.state.global_step, "fingerprint": self.fingerprint, "done": self.final}
-        )
-        checkpoints.keep_last_and_best(place, mine, None)
-        self.saved = time.monotonic()
+            self.clock.used = max(self.clock.used, (record.read_json(self.spent) or {}).get("used", 0.0))
+        self.clock.start()
 
 
-def restore_weights(model, checkpoint: Path) -> None:
-    saved, mine = load_file(checkpoint / "model.safetensors"), dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            mine[name].copy_(tensor)
+def average(optimizer, on: bool) -> None:
+    """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the trained one."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval() if on else optimizer.train()
+
+
+def mean_loss(losses: list[tuple[float, int]]) -> float:
+    return sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
+
+
+def train(member, folder: Path, shared: Path, planner: dict | None = None) -> dict:
+    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured. A
+    `planner` given (the warm start) is trained whole and updated in place."""
+    run, given = member.run, data.load(shared)
+    set_seed(member.seed)
+    model = data.load_model(run, given, member.seed).to(models.device())
+    probes = Probes(model, given.frequent)
+    scheduler = build_scheduler(run, probes.layers, shared, planner)
+    optimizer = build_optimizer(run, probes)
+    trainer = BudgetTrainer(run, member.seed, Path(folder), given, model, scheduler, optimizer, probes)
+    outcome = trainer.fit()
+    if planner is not None:
+        planner.update(scheduler.planner.state_dict())
+    if outcome.status == "diverged":
+        record.write_jsonl(trainer.folder / "predictions.jsonl", [])
+        return {"status": "diverged", "steps": outcome.step, "diverged_at": outcome.step}
+    average(optimizer, True)
+    return evaluate(trainer)
+
+
+def evaluate(trainer: BudgetTrainer) -> dict:
+    """Metrics and predictions.jsonl. Test is scored here, once, after the budget: what the model writes, and the loss
+    of the right answers, which tells models apart that answer next to nothing."""
+    run, given, folder, model = trainer.run, trainer.given, trainer.folder, trainer.model
+    history = record.read_jsonl(folder / "history.jsonl")
+    rows, last = [r for r in history if "exact_match_subset" in r], [r for r in history if "eta" in r][-1]
+    final, seconds = record.read_json(folder / "final.json"), trainer.clock.budget
+    if not final or not rows[-1]["final"]:
+        raise StudyError(str(folder), "no evaluation at the end of the budget", "one", "run it again")
+    longest, scored = run.evaluation.max_new_tokens, {}
+    for name in ("test", "gsm1k"):
+        scored[name] = data.score(model, given.tokenizer, given.problems[name], longest, trainer.batch_size())[0]
+    tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in given.problems["test"]]
+    losses = data.answer_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
+    in_budget = rows[-1]["used"] <= seconds
+    if not in_budget:  # nothing counts as reached by the end of the budget
+        scored, final, losses = {"test": [], "gsm1k": []}, [], []
+    times, predictions = [row["used"] for row in rows], []
+    for i, (row, (total, tokens)) in enumerate(zip(scored["test"], losses, strict=True)):
+        answer = {"text": row["text"], "reference": row["reference"], "flexible_match": float(row["flexible"])}
+        head = {"kind": "example", "example": f"test-{i}", "exact_match": float(row["strict"])}
+        predictions.append({**head, **answer, "test_loss": total / tokens if tokens else None})
+    for i, row in enumerate(scored["gsm1k"]):
+        predictions.append({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(row["strict"])})
+    for i in range(len(trainer.subset)):
+        area = budget.area(times, [float(row["hits"][i]) for row in rows], seconds)
+        predictions.append({"kind": "area", "example": f"dev-{i}", "auc": area})
+    record.write_jsonl(folder / "predictions.jsonl", predictions)
+
+    def share(of: list[dict], kind: str) -> float | None:
+        return sum(row[kind] for row in of) / len(of) if of else None
+
+    curve, joules = [row["exact_match_subset"] for row in rows], [row["joules"] for row in rows]
+    test, gsm1k = share(scored["test"], "strict"), share(scored["gsm1k"], "strict")
+    return {
+        "status": "completed",
+        "steps": last["step"],
+        "exact_match": test,
+        "dev_exact_match": share(final, "strict"),
+        "flexible_match": share(scored["test"], "flexible"),
+        "dev_flexible_match": share(final, "flexible"),
+        "base_exact_match": curve[0],
+        "dev_loss": rows[-1]["dev_loss"],
+        "test_loss": mean_loss(losses) if losses else None,
+        "auc": budget.area(times, curve, seconds),
+        "used": rows[-1]["used"],
+        "budget": seconds,
+        "in_budget": in_budget,
+        "energy": trainer.energy.joules,
+        "energy_source": trainer.energy.source,
+        "energy_reason": trainer.energy.reason,
+        "energy_to_level": budget.energy_to_level(joules, curve, run.evaluation.energy_level),
+        "gsm1k_gap": None if gsm1k is None or test is None else test - gsm1k,
+        "regret": last["regret"],
+    }

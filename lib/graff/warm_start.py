@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,18 +23,16 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import StudyError
-from lib.graff import inputs, member
-from lib.run.parent import end_with_parent
+from lib.graff import data, trainer
 
-STEPS, BATCHES = (
-    100,
-    (4, 8, 16),
-)  # an episode each; half the batch is half the time on the virtual clock, so half the budget
+# An episode each; half the batch is half the time on the virtual clock, so half the budget.
+STEPS, BATCHES = 100, (4, 8, 16)
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
 SIZES = {"laptop": (64, 2), "paper": (384, 8)}
 
 
 def recipe(scale: str, steps: int, batch: int, place: Path):
+    """The run of one episode."""
     hidden, layers = SIZES[scale]
     raw = {
         "run_id": "warm_start",
@@ -61,66 +62,58 @@ def recipe(scale: str, steps: int, batch: int, place: Path):
 def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
     """Train the planner over the episodes, each on a fresh copy of the model; writes `out`; returns each one's
     metrics."""
-    made, planner = [], {}
+    metrics, planner = [], {}
     torch.manual_seed(7)
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        (place / "inputs").mkdir()
+        shared = Path(scratch) / "inputs"
+        shared.mkdir()
         for number, batch in enumerate(BATCHES):
-            run = recipe(scale, 2 if trial else STEPS, batch, place)
+            run = recipe(scale, 2 if trial else STEPS, batch, Path(scratch))
             if number == 0:
                 if trial:
                     run = config.apply(run, {"model.recipe.pretrain_steps": 2})
-                inputs.prepare(run, place / "inputs", warm=False)
-            folder = place / f"episode-{number}"
+                data.prepare(run, shared)
+            folder = Path(scratch) / f"episode-{number}"
             folder.mkdir()
-            made.append(
-                member.train(
-                    config.Member(run=run, cell={}, cell_name="warm", seed=7 + number),
-                    folder,
-                    place / "inputs",
-                    planner,
-                )
-            )
+            member = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)
+            metrics.append(trainer.train(member, folder, shared, planner))
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in planner.items()}, out)
-    return made
+    save_file({name: tensor.contiguous() for name, tensor in planner.items()}, out)
+    return metrics
 
 
 @contextlib.contextmanager
-def beside(out: Path, scale: str) -> Iterator[None]:
+def in_background(out: Path, scale: str) -> Iterator[None]:
     """The command above in a process of its own while the body does something else, and no longer: with as many
     threads, so that the file is the same. Raises StudyError where it ended without one."""
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    going = subprocess.Popen(
-        [sys.executable, "-m", "lib.graff.warm_start", str(out), scale, str(os.getpid())],
-        cwd=config.ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
+    command = [sys.executable, "-m", "lib.graff.warm_start", str(out), scale, str(os.getpid())]
+    process = subprocess.Popen(
+        command, cwd=config.ROOT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
     )
     try:
         yield
-        if going.wait() or not out.exists():
-            raise StudyError(
-                "the planner's warm start",
-                f"its process ended with {going.returncode}",
-                f"the file {out.name}",
-                "what it said stands above this in the log",
-            )
+        if process.wait() or not out.exists():
+            ended, fix = f"its process ended with {process.returncode}", "read its error above this in the log"
+            raise StudyError("the planner's warm start", ended, f"the file {out.name}", fix)
     finally:
-        if going.poll() is None:
-            going.kill()
-            going.wait()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the one that started it, which alone needs the file, is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    if sys.argv[3:]:  # the process that started this one, without which nobody waits for the file
-        if os.getppid() != int(sys.argv[3]):
-            sys.exit("who started this is gone")
-        end_with_parent()
-    target = Path(sys.argv[1])
-    for row in make(target, *sys.argv[2:3]):
-        print({k: row.get(k) for k in ("status", "steps", "used", "budget", "dev_loss")})
-    print(f"saved {target}, {target.stat().st_size} bytes")
+    if sys.argv[3:]:
+        threading.Thread(target=end_with_parent, args=[int(sys.argv[3])], daemon=True).start()
+    file = Path(sys.argv[1])
+    for row in make(file, *sys.argv[2:3]):
+        print({key: row.get(key) for key in ("status", "steps", "used", "budget", "dev_loss")})
+    print(f"saved {file}, {file.stat().st_size} bytes")

@@ -13,6 +13,7 @@ import os
 import platform
 from pathlib import Path
 
+from lib.config import part
 from lib.record import digest
 from lib.run.probe import visible_gpus
 
@@ -167,7 +168,7 @@ def member_key(config: dict, seed: int, module: str, mode: str, files: dict[str,
 def silent(module: str) -> tuple[str, ...]:
     """The dotted keys of which the study of this training function says that no number depends on them
     (NOT_NUMBERS)."""
-    return getattr(importlib.import_module(f"{module.rpartition('.')[0]}.config"), "NOT_NUMBERS", ())
+    return getattr(importlib.import_module(part(module.split(".")[1], "config")), "NOT_NUMBERS", ())
 
 
 def _flat(value: dict, prefix: str = "") -> dict:

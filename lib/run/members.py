@@ -5,9 +5,9 @@
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
 
-A study supplies `lib/<study>/inputs.py` with `prepare(run, folder)` and `lib/<study>/member.py` with
-`train(member, folder, shared) -> metrics`, `shared` being the folder that `prepare` filled. Sections of the
-configuration that differ between members of one preparation are named in its config module's MEMBER_KEYS.
+A study supplies `lib/<study>/study.py` with `prepare(run, folder)` and `train(member, folder, shared) -> metrics`,
+`shared` being the folder that `prepare` filled. Sections of the configuration that differ between members of one
+preparation are named in its MEMBER_KEYS.
 """
 
 import json
@@ -29,7 +29,7 @@ CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 def key(member) -> dict:
     """What this member's numbers depend on, in parts."""
     run, values = member.run, config.dump(member.run)
-    return keys.member_key(values, member.seed, f"lib.{run.study}.member", run.mode, other_files(run, values))
+    return keys.member_key(values, member.seed, config.part(run.study, "member"), run.mode, other_files(run, values))
 
 
 def other_files(run, dumped: dict) -> dict[str, str]:
@@ -79,7 +79,7 @@ def inputs_folder(run) -> Path:
         "mode": run.mode,
         "threads": run.compute.threads,
         "versions": keys.versions(),
-        "code": keys.closure(f"lib.{run.study}.inputs"),
+        "code": keys.closure(config.part(run.study, "inputs")),
         "device": keys.device_kind(run.compute.gpus),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
         **({"files": files} if (files := other_files(run, dumped)) else {}),

@@ -32,7 +32,7 @@ def provenance(run) -> dict:
         "threads_per_member": run.compute.threads,
         "data": keys.source(run.dataset.name, run.dataset.revision),
         "model": keys.source(run.model.name, run.model.revision),
-        "code": keys.digest(keys.closure(f"lib.{run.study}.member")),
+        "code": keys.digest(keys.closure(config.part(run.study, "member"))),
     }
 
 

@@ -17,9 +17,9 @@ from lib.run import forecast, model_card, resources
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
-def study_module(study: str, part: str = "member"):
-    """lib/<study>/<part>.py; only a member's process imports it, because it brings torch along."""
-    return importlib.import_module(f"lib.{study}.{part}")
+def study_module(study: str, name: str = "member"):
+    """lib/<study>/study.py (or <name>.py); only a member's process imports it, because it brings torch along."""
+    return importlib.import_module(config.part(study, name))
 
 
 def member_of(spec: dict) -> config.Member:

@@ -26,7 +26,7 @@ def reached(studies: list[str]) -> list[str]:
     )  # by name, not by an import
     modules = keys.closure("lib.run.cli", "lib.run.runner", "lib.run.sweep", *(f"lib.{name}" for name in started))
     for study in studies:
-        modules |= keys.closure(*(f"lib.{study}.{part}" for part in ("config", "inputs", "member", "judge")))
+        modules |= keys.closure(*(f"lib.{study}.{part}" for part in ("study", "config", "inputs", "member", "judge")))
         for notebook in notebooks_of(study):
             cells, wrong = notebooks.read(notebook)
             text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")

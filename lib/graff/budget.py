@@ -1,4 +1,4 @@
-"""The budget: one clock of two kinds, what an action costs on the virtual one, and energy with its source or none."""
+"""The budget: one clock of two kinds, energy with its source or none, and what a curve over the budget comes to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 
 from lib.errors import StudyError
 
-UNIT_SECONDS = (
-    5e-4  # virtual seconds per unit; a forward pass is 1 unit per token, forward and backward 3, a decoded token 1
-)
+# Virtual seconds per unit: a forward pass is 1 unit per token, forward and backward 3, a decoded token 1.
+UNIT_SECONDS = 5e-4
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -28,7 +27,7 @@ class Clock:
         self.last = self.now()
 
     def charge(self, units: float) -> None:
-        """Work of so many units was done; the wall clock knows by itself."""
+        """Work of so many units was done; only the virtual clock has to be told."""
         if self.kind == "virtual":
             self.used += units * UNIT_SECONDS
 
@@ -39,12 +38,8 @@ class Clock:
                 torch.cuda.synchronize()
             now = self.now()
             if now < self.last:
-                raise StudyError(
-                    "the run's clock",
-                    f"it went back by {self.last - now:.3f} s",
-                    "a monotonic clock",
-                    "run again; a machine that was suspended or migrated may do this",
-                )
+                back, fix = self.last - now, "run again; a machine that was suspended or migrated may do this"
+                raise StudyError("the run's clock", f"it went back by {back:.3f} s", "a monotonic clock", fix)
             self.used, self.last = self.used + now - self.last, now
         return self.used
 
@@ -54,12 +49,12 @@ class Clock:
 
 
 class Energy:
-    """Joules since `start`, accumulated over resumes, with their source: nvml, polled, rapl; or null with its
+    """Joules since the start, accumulated over resumes, with their source (nvml, polled, rapl), or None with the
     reason."""
 
-    def __init__(self, joules: float | None = 0.0):
+    def __init__(self) -> None:
         self.source, self._read, self.reason = _source()
-        self.joules = joules if self.source else None
+        self.joules = 0.0 if self.source else None
         self._last = self._read() if self.source else None
 
     def update(self) -> None:
@@ -71,8 +66,8 @@ class Energy:
 
 
 class Polled:
-    """Power in watts, read twice a second by a thread of its own and integrated by the trapezoid rule; a call reads it
-    once more and gives the joules so far."""
+    """Power in watts, read twice a second by a thread and integrated by the trapezoid rule; a call reads it once more
+    and returns the joules so far."""
 
     INTERVAL = 0.5
 
@@ -80,7 +75,7 @@ class Polled:
         self.watts, self.now, self.joules, self.lock = watts, now, 0.0, threading.Lock()
         self.at, self.power, self.ended = now(), watts(), threading.Event()
         if thread:
-            threading.Thread(target=self._forever, daemon=True).start()
+            threading.Thread(target=self._poll, daemon=True).start()
 
     def __call__(self) -> float:
         with self.lock:
@@ -89,16 +84,17 @@ class Polled:
             self.at, self.power = at, power
             return self.joules
 
-    def _forever(self) -> None:
+    def _poll(self) -> None:
         while not self.ended.wait(self.INTERVAL):
             self()
 
 
 def nvml(library, uuid: str, poll=Polled):
-    """(source, joules so far, reason for none): NVML's total energy counter, else its power, polled."""
+    """(source, function that returns joules so far, reason for none): NVML's total energy counter, else its power,
+    polled."""
     try:
         library.nvmlInit()
-        handle = library.nvmlDeviceGetHandleByUUID(uuid)  # an index would not heed CUDA_VISIBLE_DEVICES
+        handle = library.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
     except Exception as error:
         return None, None, f"NVML could not be asked: {error}"
     try:
@@ -124,3 +120,23 @@ def _source():
         return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
     except OSError as error:
         return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
+
+
+def area(times: list[float], values: list[float], budget: float) -> float:
+    """Area under `values` over time by the trapezoid rule, from t = 0 to the budget (the last value holds), over the
+    budget."""
+    times, values = [*times, budget], [*values, values[-1]]
+    spans = zip(times, times[1:], values, values[1:], strict=False)
+    return sum((t1 - t0) * (v0 + v1) / 2 for t0, t1, v0, v1 in spans) / budget
+
+
+def energy_to_level(joules: list, exact_match: list, level: float | None) -> float | None:
+    """Joules when exact match first reaches `level`, between two evaluations by linear interpolation. None where no
+    level is stated, nothing was read, it is never reached, or the base model (the first evaluation) is there already:
+    then nothing was spent on reaching it."""
+    if level is None or any(j is None or j != j for j in joules) or exact_match[0] >= level:
+        return None
+    for j0, j1, e0, e1 in zip(joules, joules[1:], exact_match, exact_match[1:], strict=False):
+        if e1 >= level:
+            return j0 + (j1 - j0) * (level - e0) / (e1 - e0)
+    return None

@@ -1,0 +1,421 @@
+"""The GRAFF study: the sections of its run YAML, the names others know it by, its checks, and its two entries,
+`prepare` (what all members share) and `train` (one member). Imports no torch until one of these is called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lib.config import (
+    Compute,
+    Count,
+    Finding,
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    Optuna,
+    Positive,
+    Run as BaseRun,
+    Section,
+    fault,
+    rename,
+    split_role,
+)
+
+# ---- sections of the YAML
+
+READS = {  # scheduler: the keys it reads, with their defaults; it refuses the others
+    "graff": {
+        "outer_lr": 1e-3,
+        "stability_guard": None,
+        "guard": "adam",
+        "warm_start_ckpt": None,
+        "cold": False,
+        "norm": "cos",
+        "regret": "area",
+        "graph": True,
+        "budget_feature": True,
+        "frozen": False,
+        "token_weights": True,
+    },
+    "hypergradient": {"outer_lr": 1e-3, "norm": "cos"},
+    "reactor": {"controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01},
+    "fixed": {},
+    "cosine": {},
+    "salelr_reconstructed": {},
+    "bats_reconstructed": {},
+    "schedulefree": {},
+    "prodigy": {},
+}
+
+
+class Lora(Section):
+    r: Count = 64
+    alpha: Count = 16
+    dropout: Fraction = 0.0
+    target_modules: Name | list[Name] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Recipe(Section):
+    """Of a model that is made here (name: made)."""
+
+    hidden_size: Count = 96
+    layers: Count = 3
+    pretrain_steps: Count = 1500
+    pretrain_batch_size: Count = 32
+    pretrain_learning_rate: Positive = 3e-3
+    seed: int = 0
+
+
+class Model(Section):
+    name: Name
+    recipe: Recipe | None = None
+    revision: str | None = None
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: Lora = Lora()
+    parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the name
+    trust_remote_code: Flag = False
+
+
+class Dataset(Section):
+    name: Name
+    revision: str | None = None
+    train_split: Literal["train"] = "train"
+    eval_split: Literal["dev", "test"] = "dev"
+    dev_size: Count = 512  # training examples, by a seeded hash
+    max_tokens: Count = 2048
+    streaming: Flag = False
+    shuffle_buffer: Count | None = None
+    limit: Count | None = None
+    train_examples: Count | None = None  # of generated problems
+    test_examples: Count | None = None
+    split_seed: int = 0
+    real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real problems
+    gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
+
+
+class Optimizer(Section):
+    type: Literal["adamw"] = "adamw"
+    lr_init: Positive
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: NonNegative = 0.0
+
+
+class Scheduler(Section):
+    type: Name
+    outer_lr: Positive | None = None
+    stability_guard: Positive | None = None
+    guard: Literal["adam", "literal", "off"] | None = None
+    warm_start_ckpt: Name | None = None
+    cold: Flag | None = None
+    graph: Flag | None = None  # false: self-loops only
+    budget_feature: Flag | None = None
+    frozen: Flag | None = None  # no outer step
+    token_weights: Flag | None = None
+    norm: Literal["cos", "raw"] | None = None
+    regret: Literal["area", "literal"] | None = None
+    controller_lr: Positive | None = None
+    baseline_decay: Fraction | None = None
+    entropy_bonus: NonNegative | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, raw):
+        if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
+            return raw
+        try:
+            own = READS[raw["type"]]
+        except KeyError:
+            raise fault(repr(raw["type"]), "one of " + ", ".join(READS), "", "type") from None
+        return {**raw, **{key: value for key, value in own.items() if raw.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _read(self):
+        for key, value in self:
+            if key != "type" and value is not None and key not in READS[self.type]:
+                fix = "remove it" + "".join(f", or type: {kind}" for kind, own in READS.items() if key in own)
+                raise fault(str(value), f"no such key: {self.type} does not read it", fix, key)
+        return self
+
+
+class Training(Section):
+    budget_minutes: Positive
+    clock: Literal["monotonic", "virtual"] = "monotonic"
+    global_batch_size: Count
+    micro_batch_size: Count
+    gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
+    total_steps: Count | None = None  # a cap beside the budget
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: Flag = False
+    clip_grad_norm: Positive = 1.0
+    optimizer: Optimizer
+    scheduler: Scheduler
+
+    @property
+    def accumulation(self) -> int:
+        return max(1, self.global_batch_size // self.micro_batch_size)
+
+
+class Loss(Section):
+    """Cross-entropy of the answer's tokens; what weights them belongs to the scheduler."""
+
+
+class Evaluation(Section):
+    interval_steps: Count | None = None
+    metrics: list[Literal["exact_match", "flexible_match"]] = ["exact_match"]
+    dev_subset: Count = 200
+    max_new_tokens: Count = 320
+    batch_size: Count | None = None  # of generation; null: four micro-batches
+    # exact match that energy is counted to; null: the analysis chooses it, half-way from the base model's to the tuned
+    # fixed rate's
+    energy_level: Annotated[Positive, Field(le=1)] | None = None
+
+
+class Search(Optuna):
+    objective_metric: Name = "dev_exact_match"
+
+
+class Run(BaseRun):
+    model: Model
+    dataset: Dataset
+    training: Training
+    loss: Loss = Loss()
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    optuna: Search = Search()
+
+
+# ---- names: what the runner, the analysis and `check` know of the study
+
+BY_NAME = {"SCHEDULERS": "training.scheduler.type", "READS": "training.scheduler.type"}
+PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
+VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
+SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
+MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
+METRICS = {
+    "exact_match": "maximize",
+    "dev_exact_match": "maximize",
+    "flexible_match": "maximize",
+    "auc": "maximize",
+    "energy_to_level": "minimize",
+    "dev_loss": "minimize",
+    "test_loss": "minimize",
+    "gsm1k_gap": "minimize",
+}
+DIVERGED = dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), 0.0)  # what a diverged run has
+CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "training.scheduler.cold": "read by check: a full run without a warm start must say so",
+    "training.scheduler.baseline_decay": "read where REACTOR's window of 5 steps ends, which a trial of 2 does not reach",
+    "training.scheduler.entropy_bonus": "read where REACTOR's window of 5 steps ends",
+    "dataset.train_split": "train is the only choice",
+    "dataset.shuffle_buffer": "read when streaming; a buffer larger than the data is a full shuffle, as check says",
+    "dataset.eval_split": "test is refused for a search; it is scored once, at the end, in every run",
+    "dataset.gsm1k": "read in full mode only",
+    "dataset.real": "read where --set dataset.name names real problems",
+    "model.parameter_count": "checked against the model's name",
+    "model.recipe": "read for a made model only",
+    "training.gradient_accumulation_steps": "derived, as check says",
+    "training.optimizer.type": "adamw is the only choice; a scheduler from a package brings its own",
+    "evaluation.interval_steps": "replaced by every 10 % of the budget, as check says",
+    "evaluation.metrics": "both are always recorded",
+    "evaluation.energy_level": "where it is null, the analysis chooses the level from the record",
+    "energy_to_level": "null where no energy can be read, no level is stated, or it is not reached",
+    "gsm1k_gap": "null without a GSM1k file",
+}
+ALIASES = {
+    "learning_rate": "training.optimizer.lr_init",
+    "adapter_lr_init": "training.optimizer.lr_init",
+    "outer_lr": "training.scheduler.outer_lr",
+    "graff_outer_lr": "training.scheduler.outer_lr",
+    "controller_lr": "training.scheduler.controller_lr",
+    "budget_minutes": "training.budget_minutes",
+    "method": "training.scheduler.type",
+    "lora_r": "model.lora.r",
+}
+PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
+MADE_BY = {  # a missing file: the command that makes it
+    "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.warm_start FILE.safetensors makes one, then "
+    "--set training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
+    "--set training.scheduler.cold=true for an untrained planner"
+}
+GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
+
+
+def recognises(raw: dict) -> bool:
+    training = raw.get("training")
+    return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
+
+
+def normalise(raw: dict) -> dict:
+    """Published names -> ours: dtype, seed, and the role under `method` (the method is the scheduler's type)."""
+    if "model" in raw:
+        raw["model"] = rename(raw["model"], {"dtype": "torch_dtype"})
+    training = raw.get("training")
+    scheduler = training.get("scheduler") if isinstance(training, dict) else None
+    kind = scheduler.get("type") if isinstance(scheduler, dict) else None
+    role, method = split_role(raw.get("method"))
+    if kind is not None or method is not None:
+        raw["method"] = kind if method is None else method
+    raw.setdefault("role", role or ("proposed" if kind == "graff" else "comparative"))
+    raw.setdefault("seed_list", [42])  # the published files name no seed
+    return raw
+
+
+def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    """Where --set names real problems in place of generated ones: what the run's `dataset.real` says of them. The sizes
+    of the YAML are those of generated problems, of which an answer has 20 tokens."""
+    name = values.get("dataset.name")
+    return dict(run.dataset.real or {}) if name is not None and name != "generated" else {}
+
+
+def train_rows(run: Run) -> int | None:
+    rows = GSM8K_ROWS - run.dataset.dev_size if run.dataset.name == "openai/gsm8k" else None
+    return min(rows, run.dataset.limit or rows) if rows else None
+
+
+def steps(run: Run) -> int | None:
+    """The cap beside the budget, or what `seconds_per_step` fits into it: how many it allows shows only when it
+    runs."""
+    if run.training.total_steps is not None:
+        return run.training.total_steps
+    return max(1, round(60 * run.training.budget_minutes / (run.compute.seconds_per_step or 1.0)))
+
+
+def trial_changes(run: Run) -> dict[str, Any]:
+    """At most 2 batches in warm start, training and evaluation; no warm-start file is asked for."""
+    batch, changes = min(run.training.micro_batch_size, 4), {}
+    if run.dataset.train_examples:
+        changes |= {"dataset.train_examples": 4 * batch, "dataset.test_examples": batch}
+    if run.training.scheduler.warm_start_ckpt not in (None, "made"):
+        changes["training.scheduler.warm_start_ckpt"] = None
+    if run.model.recipe is not None:
+        changes |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
+    return {
+        **changes,
+        "evaluation.dev_subset": batch,
+        "training.clock": "virtual",
+        "training.budget_minutes": 1e4,
+        "training.total_steps": min(2, run.training.total_steps or 2),
+        "training.global_batch_size": batch,
+        "training.micro_batch_size": batch,
+        "training.gradient_accumulation_steps": None,
+        "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
+        "dataset.dev_size": min(batch, run.dataset.dev_size),
+        "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),
+        "evaluation.interval_steps": None,
+        "compute.strategy": "none",
+        "compute.gpus": min(1, run.compute.gpus),
+    }
+
+
+def search_changes(run: Run) -> dict[str, Any]:
+    """What a trial of the search leaves out; it reads validation only."""
+    return {}
+
+
+# ---- checks: what a person should know before a run starts
+
+
+def check(run: Run) -> list[Finding]:
+    return [Finding(*finding) for finding in (*_batch(run), *_data(run), *_scheduler(run), *_evaluation(run))]
+
+
+Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
+
+
+def _batch(run: Run) -> Faults:
+    size, micro, count = run.training.global_batch_size, run.training.micro_batch_size, run.training.accumulation
+    stated, key = run.training.gradient_accumulation_steps, "training.gradient_accumulation_steps"
+    if size % micro:
+        what = f"{size} is not a multiple of the micro-batch of {micro}"
+        yield "error", "training.global_batch_size", what, f"global_batch_size: {count * micro}"
+    elif stated and stated * micro != size:
+        what = f"{micro} x {stated} is {stated * micro}, not the global batch of {size}, which decides: {count} are"
+        yield "warning", key, what + " accumulated", "remove the key, it is derived"
+
+
+def _data(run: Run) -> Faults:
+    data, rows, buffer = run.dataset, train_rows(run), run.dataset.shuffle_buffer
+    if data.eval_split == "test" and run.optuna.search_space:
+        fix = f"eval_split: dev ({data.dev_size} training examples are held out for it)"
+        yield "error", "dataset.eval_split", "the search would choose on the test split, which is reported once", fix
+    if rows is not None and buffer is not None and buffer > rows:
+        what = f"{buffer} for {rows} training rows: a full shuffle"
+        yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null says the same"
+    if buffer is not None and not data.streaming:
+        what = "read when streaming only: without it every epoch is shuffled whole"
+        yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null"
+    if data.real and data.name != "generated" and "dataset.name" not in run.overrides:
+        what = f"not read, because the YAML itself names {data.name}: sizes are those of generated problems"
+        yield "warning", "dataset.real", what, "--set dataset.name=..., or write its values in their sections"
+    count, name = run.model.parameter_count, run.model.name
+    if count is not None and count.lower() not in name.lower():
+        yield "warning", "model.parameter_count", f"{count}, which the name {name} does not say", "remove the key"
+
+
+def _scheduler(run: Run) -> Faults:
+    scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
+    for name in run.optuna.search_space:
+        dotted = ALIASES.get(name, name)
+        key = dotted.removeprefix(at)
+        if dotted.startswith(at) and key not in READS[kind] and any(key in own for own in READS.values()):
+            what = f"the scheduler {kind} does not read {key}"
+            yield "error", f"optuna.search_space.{name}", what, "remove it from the search"
+    if run.method != kind and not run.method.startswith("graff_" if kind == "graff" else kind):
+        yield "error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}"
+    if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
+        key = "training.scheduler.warm_start_ckpt"
+        yield "error", key, "missing: the planner's encoder is learned in the warm start", MADE_BY[key]
+    decay, bound, beta1 = scheduler.baseline_decay, scheduler.stability_guard, run.training.optimizer.betas[0]
+    if decay is not None and decay > 0.95:
+        what = f"{decay} is per window of 5 steps: the baseline remembers about {5 / (1 - decay):.0f} steps"
+        yield "warning", at + "baseline_decay", what, "baseline_decay: 0.9"
+    if bound is not None and scheduler.guard == "adam":
+        factor = f"(1 + b1)/(1 - b1) = {(1 + beta1) / (1 - beta1):.3g}"
+        what = f"{bound} is multiplied by {factor}, Adam's edge of stability"
+        fix = "guard: literal for the bare figure (it hurts), guard: off for none"
+        yield "warning", at + "stability_guard", what, fix
+
+
+def _evaluation(run: Run) -> Faults:
+    training, rows, every = run.training, train_rows(run), run.evaluation.interval_steps
+    if every is not None:
+        what = f"every {every} steps is replaced by every 10 % of the budget"
+        yield "warning", "evaluation.interval_steps", what, "remove the key"
+    if training.mixed_precision == "fp16":
+        what = "differences of float16 gradients are lost to rounding"
+        yield "error", "training.mixed_precision", what, "mixed_precision: bf16"
+    if training.total_steps is not None and rows is not None:
+        epochs = training.total_steps * training.global_batch_size / rows
+        if epochs > 10:
+            what = f"the cap of {training.total_steps} steps is {epochs:.0f} passes over {rows} rows"
+            ends = f"; the budget of {training.budget_minutes:g} minutes ends the run before, unless the GPU is fast"
+            yield "warning", "training.total_steps", what + ends, "total_steps: null"
+
+
+# ---- the two entries
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """What all members of the run share, into `folder`. Where the base model is made too, the planner's warm start,
+    which does not need it, is made at the same time."""
+    from lib.graff import data, warm_start
+
+    file, both = folder / "warm_start.safetensors", run.mode == "full" and run.model.name == "made"
+    with warm_start.in_background(file, run.scale) if both else contextlib.nullcontext():
+        data.prepare(run, folder)
+    if not both:
+        warm_start.make(file, run.scale, run.mode == "trial")
+
+
+def train(member, folder: Path, shared: Path) -> dict:
+    """Train one member in `folder` on what `prepare` made in `shared`; returns its metrics."""
+    from lib.graff import trainer
+
+    return trainer.train(member, folder, shared)
