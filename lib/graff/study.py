@@ -341,18 +341,18 @@ def _batch(run: Run) -> Faults:
 
 
 def _data(run: Run) -> Faults:
-    data, rows, buffer = run.dataset, train_rows(run), run.dataset.shuffle_buffer
-    if data.eval_split == "test" and run.optuna.search_space:
-        fix = f"eval_split: dev ({data.dev_size} training examples are held out for it)"
+    dataset, rows, buffer = run.dataset, train_rows(run), run.dataset.shuffle_buffer
+    if dataset.eval_split == "test" and run.optuna.search_space:
+        fix = f"eval_split: dev ({dataset.dev_size} training examples are held out for it)"
         yield "error", "dataset.eval_split", "the search would choose on the test split, which is reported once", fix
     if rows is not None and buffer is not None and buffer > rows:
         what = f"{buffer} for {rows} training rows: a full shuffle"
         yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null says the same"
-    if buffer is not None and not data.streaming:
+    if buffer is not None and not dataset.streaming:
         what = "read when streaming only: without it every epoch is shuffled whole"
         yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null"
-    if data.real and data.name != "generated" and "dataset.name" not in run.overrides:
-        what = f"not read, because the YAML itself names {data.name}: sizes are those of generated problems"
+    if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
+        what = f"not read, because the YAML itself names {dataset.name}: sizes are those of generated problems"
         yield "warning", "dataset.real", what, "--set dataset.name=..., or write its values in their sections"
     count, name = run.model.parameter_count, run.model.name
     if count is not None and count.lower() not in name.lower():
