@@ -63,15 +63,21 @@ PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a run that a person should know before it starts. An error keeps the run from starting."""
+    """Something about a run that a person should know before it starts. An error keeps the run from starting.
+
+    `key`: of the YAML, or the place in another `file`: a notebook's cell, a line; empty for the whole of it.
+    """
 
     level: Literal["error", "warning"]
     key: str
     what: str
     fix: str = ""
+    file: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.key}: {self.what}" + (f" — {self.fix}" if self.fix else "")
+        return ": ".join(filter(None, (self.level, self.file, self.key, self.what))) + (
+            f" — {self.fix}" if self.fix else ""
+        )
 
 
 def fault(found: str, expected: str, fix: str = "", key: str = "") -> PydanticCustomError:

@@ -15,8 +15,7 @@ import pytest
 import yaml
 
 from lib import config, record
-from lib.commands.check import designs
-from lib.commands.compose import command, layout
+from lib.commands.compose import command, designs, layout
 from lib.errors import StudyError
 from lib.run import cli
 from lib.td_dpo import figures

@@ -1,14 +1,20 @@
-"""What a person should know of run YAMLs before they start; an error keeps a run from starting."""
+"""What a person should know of run YAMLs, claims and notebooks before a run starts; an error keeps it from starting.
+
+Nothing is run here: lib/run/ready.py adds what this machine lacks and what a watched trial shows.
+"""
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from lib import config
+from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
 from lib.run import storage
@@ -190,3 +196,119 @@ def _claims_name_runs(study: str) -> bool:
         return "run_id" in config.load_yaml(config.ROOT / "params" / study / "claims.yaml").get("keys", ())
     except StudyError:
         return True
+
+
+def named(path: str | Path) -> str:
+    """A path as a person types it here: relative to the repository where it lies in it."""
+    path = Path(path)
+    return path.relative_to(config.ROOT).as_posix() if path.is_relative_to(config.ROOT) else str(path)
+
+
+def of_error(error: StudyError, file: str) -> Finding:
+    """A file that was refused, as a finding."""
+    place = error.where.removeprefix(f"{config.ROOT}/").removeprefix(file).lstrip(": ")
+    return Finding("error", place, f"{error.found}; expected {error.expected}", error.fix, file)
+
+
+def yaml_findings(loaded: list[Loaded]) -> Iterator[Finding]:
+    """Of run YAMLs as `load_folder` gives them; each is also shrunk to its trial form and split into its members."""
+    for path, run, found in loaded:
+        if isinstance(run, StudyError):
+            yield of_error(run, named(path))
+            continue
+        yield from (replace(finding, file=named(path)) for finding in found)
+        try:
+            config.members(run)
+            config.trial(run)
+        except StudyError as error:
+            if not any(finding.level == "error" for finding in found):
+                yield of_error(error, named(path))
+
+
+# ---- claims
+
+
+def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None = None) -> Iterator[Finding]:
+    """The study's claims (in `path`, or as shipped): they load, their metrics exist and, where `runs` are the study's
+    own as they lie beside it, at this scale their cells are trained. Of somebody's own runs, or with --set, claims may
+    stay open: that is a warning, and their analysis says so too."""
+    import pandas as pd
+
+    from lib import claims
+
+    path, module = path or config.ROOT / "params" / study / "claims.yaml", config.study_module(study)
+    file = named(path)
+    try:
+        published = claims.load(path)
+    except StudyError as error:
+        yield of_error(error, file)
+        return
+    if published.choose_on and published.choose_on not in module.METRICS:
+        what = f"{published.choose_on} is no metric of {study}"
+        yield Finding("error", "choose_on", what, ", ".join(module.METRICS), file)
+    asked = [claim for claim in published.claims if scale in claim.scales and not claim.not_evaluated]
+    used = [("chance.metric", published.chance.metric)] if published.chance else []
+    for place, metric in used + [(f"{claim.id}.metric", claim.metric) for claim in asked]:
+        if metric not in module.CLAIM_METRICS:
+            what, fix = f"{metric} is in no table of {study}'s analysis", "one of: " + ", ".join(module.CLAIM_METRICS)
+            yield Finding("error", place, what, fix, file)
+    members = pd.DataFrame([row for run in runs for row in _rows(run)])
+    shipped = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
+    absent: dict[str, str] = {}  # claim -> the first cell of it that nobody trains
+    for claim, side in ((claim, side) for claim in asked for side in ("treatment", "baseline") if getattr(claim, side)):
+        for cell in published.levels(claim, side):
+            known = {key: value for key, value in cell.items() if value != claims.BEST}
+            if members.empty or not claims.select(members, known).empty:
+                continue
+            absent.setdefault(claim.id, published.label(cell))
+            if shipped:
+                what = f"no run at {scale} scale trains {published.label(cell)}"
+                fix = f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}"
+                yield Finding("error", f"{claim.id}.{side}", what, fix, file)
+    if absent and not shipped:
+        first, others = next(iter(absent.values())), " and others" if len(absent) > 1 else ""
+        what = f"not decided by these runs, of which none trains {first}{others}"
+        yield Finding("warning", ", ".join(absent), what, "nothing, if they are not what these runs are for", file)
+
+
+def _rows(run: Run) -> Iterator[dict]:
+    """A run's members as the tables of an analysis name them: the cell's keys by their own names and the short ones."""
+    aliases = config.study_module(run.study).ALIASES.items()
+    with contextlib.suppress(StudyError):  # a wrong grid is a finding of its YAML
+        for member in config.members(run):
+            spec = {"run_id": run.run_id, "config": config.dump(member.run), "study": run.study}
+            spec |= {"cell": member.cell, "cell_name": member.cell_name, "seed": member.seed}
+            short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}
+            yield short | record.identity(spec)
+
+
+# ---- notebooks
+
+
+def notebook_findings(path: Path) -> Iterator[Finding]:
+    """A notebook is source, not record: it parses, holds no outputs, and has one cell for papermill's parameters."""
+    file, tagged = named(path), 0
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [
+            (f"cell {n}", cell, "".join(cell["source"]))
+            for n, cell in enumerate(cells, 1)
+            if cell["cell_type"] == "code"
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Finding("error", "", f"not a notebook: {error}", "git checkout -- it", file)
+        return
+    for place, cell, text in code:
+        tagged += "parameters" in cell.get("metadata", {}).get("tags", ())
+        if cell.get("outputs") or cell.get("execution_count") is not None:
+            what = "holds outputs: a notebook here is source, its executed copy is the record"
+            yield Finding("error", place, what, f".venv/bin/nbstripout --keep-id {file}", file)
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            yield Finding(
+                "error", place, f"does not parse: {error.msg} (line {error.lineno})", "correct the cell", file
+            )
+    if tagged != 1:
+        what = f"{tagged} cells tagged `parameters`, expected one"
+        yield Finding("error", "", what, "tag the one that papermill is to replace", file)

@@ -160,9 +160,9 @@ def run(options) -> int:
     whole = every_run(options) if options.run else found
     ready.wide_enough(options, found)
     if options.command == "check":
-        from lib.commands.check import command
+        from lib.commands.compose import designs
 
-        return command.check(ready.able(found), ready.able(whole), options, root_of(options), slots_of(options))
+        return ready.command(found, whole, options, root_of(options), slots_of(options), list(designs.findings(found)))
     told, code = ready.obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
         code = code or ready.unready(options, found, whole, root_of(options), told)

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lib import config, record
-from lib.commands.check import yamls
-from lib.commands.check.finding import named
 from lib.commands.compose import claims, runs
 from lib.commands.compose.design import load
 from lib.config import parse_yaml
 from lib.errors import StudyError
 from lib.run import check
+from lib.run.check import named
 
 SHOWN = 6  # differing keys of a file that are named
 
@@ -110,13 +109,13 @@ def validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> No
         for scale in ("laptop", "paper"):
             if (folder / scale).is_dir():
                 found = check.load_folder(folder / scale, scale, "full")
-                wrong += yamls.findings(found)
+                wrong += check.yaml_findings(found)
                 if (folder / "claims.yaml").exists():
                     read = [run for _, run, _ in found if not isinstance(run, StudyError)]
-                    wrong += yamls.claims(study, read, scale, folder / "claims.yaml")
-        wrong = [finding for finding in dict.fromkeys(wrong) if finding.severity == "error"]
+                    wrong += check.claims_findings(study, read, scale, folder / "claims.yaml")
+        wrong = [finding for finding in dict.fromkeys(wrong) if finding.level == "error"]
         if wrong:
-            told = "".join(f"\n  {finding.file}: {finding.place}: {finding.what}" for finding in wrong)
+            told = "".join(f"\n  {finding.file}: {finding.key}: {finding.what}" for finding in wrong)
             told = told.replace(str(folder), named(out))
             raise StudyError(
                 named(path.absolute()),
