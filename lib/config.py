@@ -250,10 +250,14 @@ def keys(run_type: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     return tuple(found)
 
 
-def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds (`Peft | None` -> Peft), None where it holds a value."""
-    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
-        return next(filter(None, map(section_type, typing.get_args(annotation))), None)
+def section_type(annotation: Any, inside: bool = False) -> type[BaseModel] | None:
+    """The section that a field holds (`Peft | None` -> Peft), None where it holds a value; `inside`: in a list, too."""
+    if (
+        inside
+        and typing.get_args(annotation)
+        or typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType)
+    ):
+        return next(filter(None, (section_type(part, inside) for part in typing.get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
@@ -286,14 +290,26 @@ def did_you_mean(key: str, known: list[str] | tuple[str, ...], otherwise: str = 
     return f"did you mean {elsewhere[0]}?" if elsewhere else otherwise
 
 
-def _describe(error: dict, known: tuple[str, ...]) -> tuple[str, str, str, str]:
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    """The keys of the section that an error's location leads to, through lists and mappings too."""
+    for part in location:
+        if part in model.model_fields:
+            model = section_type(model.model_fields[part].annotation, inside=True) or model
+    return list(model.model_fields)
+
+
+def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
     """(key, found, expected, fix) of one pydantic error. The value of an unknown key is never shown: it may be
     secret."""
     context, found = error.get("ctx", {}), repr(error["input"])
     parts = [str(part) for part in error["loc"]] + ([context["key"]] if context.get("key") else [])
     key = ".".join(parts) or "(top level)"
     if error["type"] == "extra_forbidden":
-        return key, "unknown key", "a key of this section", did_you_mean(key, known)
+        listed = any(isinstance(part, int) for part in error["loc"])
+        near = (
+            did_you_mean(parts[-1], _fields_at(model, error["loc"][:-1])) if listed else did_you_mean(key, keys(model))
+        )
+        return key, "unknown key", "a key of this section", near
     if error["type"] == "missing":
         return key, "missing", "this key", f"write {key}: ... (params/ has complete examples)"
     if error["type"] == "study":
@@ -316,7 +332,9 @@ def _not_supplied(marker: str, key: str) -> tuple[str, str, str]:
 
 def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> typing.NoReturn:
     """All faults of a file in one StudyError: file, key, found, expected, fix for each."""
-    faults = [_describe(item, keys(model)) for item in error.errors(include_url=False)]
+    # Unknown keys first: a slip of the pen is why another key is missing.
+    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    faults = [_describe(item, model) for item in errors]
     if len(faults) == 1:
         key, *rest = faults[0]
         raise StudyError(f"{where}: {key}", *rest) from None

@@ -418,7 +418,7 @@ def test_check_tells_where_a_yaml_is_not_what_its_design_writes(design, capsys):
     assert {f["severity"] for f in told.values()} == {"warning"}
     assert told["proposed-made-generated.yaml"]["place"] == "training.max_steps"
     assert "(110 -> 120)" in told["proposed-made-generated.yaml"]["what"]
-    assert "compose" in told["proposed-made-generated.yaml"]["mend"]
+    assert "compose" in told["proposed-made-generated.yaml"]["fix"]
     assert "is not there" in told["proposed-made-small.yaml"]["what"]
     assert "not in the design" in told["discopop.yaml"]["what"]
     assert told["claims.yaml"]["place"] == "C4", "a claim about betas that these runs do not train"

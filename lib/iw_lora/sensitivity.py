@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import record
 from lib.errors import StudyError
 
 KINDS = ("importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2")
@@ -79,14 +80,14 @@ def gradient_norms(
     with undisturbed(model):
         seen = torch.zeros(len(weights))
 
-        def record(k: int):
+        def hook(k: int):
             def hook(parameter: Tensor) -> None:
                 seen[k] = parameter.grad.float().norm().cpu()  # all uses of a shared projection are in it
                 parameter.grad = None
 
             return hook
 
-        handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(record(k)) for k, w in enumerate(weights)]
+        handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(hook(k)) for k, w in enumerate(weights)]
         try:
             for batch in record.batches("calibration", batches):
                 seen.zero_()
