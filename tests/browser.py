@@ -77,7 +77,7 @@ class Page:
         """Once a new document is there and whole."""
         there = f"{url.split('#')[0]} complete"
         until(
-            lambda: self.sees("window.old ? '' : location.href + ' ' + document.readyState") == there,
+            lambda: self.sees("window.old ? '' : location.href.split('#')[0] + ' ' + document.readyState") == there,
             f"{url} does not load",
         )
         return self

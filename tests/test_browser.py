@@ -4,7 +4,7 @@ it."""
 import pytest
 
 from lib.run import pages
-from lib.run.notebook_html import PAGES
+from lib.run.pages import ASSETS
 from tests.browser import PROGRAM, browser
 from tests.test_report import outputs  # noqa: F401 (a fixture)
 
@@ -45,7 +45,7 @@ def index(outputs):  # noqa: F811
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_ask_for_nothing_and_fit(page, index, width, dark):
-    member = index.replace("index.html", "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html")
+    member = index.replace("index.html", "laptop-full/td_dpo/dpo/run.html")
     for url in (index, member):
         page.open(url, width=width, dark=dark)
         assert page.told == []
@@ -70,7 +70,7 @@ def test_runs_are_sorted_and_filtered_by_keyboard(page, index):
     assert page.told == []
 
 
-def test_a_point_is_clicked_and_the_members_page_opens(page, index):
+def test_a_point_is_clicked_and_the_row_of_its_run_opens(page, index):
     page.open(index)
     box = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('%s').getBoundingClientRect())"
     point, picture = page.ask(box % "a.point"), page.ask(box % "figure img")
@@ -78,8 +78,8 @@ def test_a_point_is_clicked_and_the_members_page_opens(page, index):
     assert abs(point[1] + point[3] / 2 - (picture[1] + 0.5 * picture[3])) < 1
     assert page.ask("document.querySelector('a.point').textContent") == "dpo, seed 42: 7.25"
     page.ask("document.querySelector('a.point').click()")
-    page.arrived(index.replace("index.html", "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"))
-    assert page.ask("document.querySelector('h1').textContent") == "dpo: beta0.05-s42"
+    page.arrived(index.replace("index.html", "laptop-full/td_dpo/dpo/run.html#beta0.05-s42"))
+    assert page.ask("document.querySelector(':target th').textContent") == "beta0.05-s42"
 
 
 def test_the_keyboard_reaches_the_content_first(page, index):
@@ -90,7 +90,7 @@ def test_the_keyboard_reaches_the_content_first(page, index):
 
 
 def test_text_of_a_data_set_does_not_act(page, index):
-    page.open(index.replace("index.html", "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"))
+    page.open(index.replace("index.html", "laptop-full/td_dpo/dpo/run.html"))
     assert page.ask("document.querySelectorAll('script, img').length") == 0
     assert "<script>alert('data')</script>" in page.ask("document.body.textContent")
-    assert (PAGES / "table.js").exists()
+    assert (ASSETS / "table.js").exists()

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from lib import config, record
-from lib.run import member_page, members, model_card, pages, plan, runner
+from lib.run import members, model_card, pages, plan, runner
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def study(tiny, tmp_path, monkeypatch):
         return types.SimpleNamespace(cells=[])
 
     monkeypatch.setattr(runner, "execute_notebook", execute)
-    for module, name in ((member_page, "write_pages"), (pages, "notebook_html"), (model_card, "write_all")):
+    for module, name in ((pages, "notebook_html"), (model_card, "write_all")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(runner.Runner, "ensure_pool", lambda self: None)
 

@@ -10,14 +10,15 @@ import struct
 import zlib
 from html.parser import HTMLParser
 
+import nbformat
 import nbformat.v4 as v4
 import numpy as np
 import pytest
 
-from lib.run import member_page, pages
-from lib.run.notebook_html import PAGES, last_line_of_carriage_returns, mathml, render
+from lib.run import pages
+from lib.run.pages import ASSETS, last_line_of_carriage_returns, mathml, render
 
-TABLE = (PAGES / "table.js").read_text()
+TABLE = (ASSETS / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
 
 
@@ -172,7 +173,6 @@ def test_a_progress_bar_is_its_last_state():
 
 
 def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
-    import nbformat
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-secret")
     printed = v4.new_output("stream", name="stdout", text="key 0123456789abcdef-secret")
@@ -183,7 +183,6 @@ def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
 
 
 def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
-    import nbformat
 
     folder = tmp_path / "outputs" / "laptop-full" / "td_dpo" / "dpo"
     folder.mkdir(parents=True)
@@ -212,41 +211,22 @@ def outputs(tmp_path):
                 "run_id": run_id,
                 "status": "succeeded",
                 "minutes": 2.04 + i,
-                "predicted_member_seconds": 150,
                 "actual_member_seconds": 180,
                 "ended": 1795221190.0,
                 "key_metric": {"name": "oracle_score", "value": 7.25 + i},
             },
         )
-        write(study / run_id / "run.html", "page")
-        write(study / run_id / "run.ipynb", "{}")
+        page = v4.new_notebook(cells=[v4.new_markdown_cell(f"# {run_id}")])
+        write(study / run_id / "run.ipynb", nbformat.writes(page))
         write(study / run_id / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})
         write(study / run_id / "members" / "beta2.5-s42" / "done.json", {"status": "diverged"})
-        write(
-            study / run_id / "members" / "beta0.05-s42" / "member.json",
-            {
-                "cell": {"loss.beta": 0.05},
-                "seed": 42,
-                "mode": "full",
-                "scale": "laptop",
-                "study": "td_dpo",
-                "config": {"method": run_id, "loss": {"beta": 0.05, "name": EVIL}},
-            },
-        )
         write(
             study / run_id / "members" / "beta0.05-s42" / "metrics.json",
             {"status": "completed", "oracle_score": 7.25 + i},
         )
-        write(
-            study / run_id / "members" / "beta0.05-s42" / "history.jsonl",
-            "".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 30)) + '{"step": 30, "lo',
-        )
-        write(
-            study / run_id / "members" / "beta0.05-s42" / "predictions.jsonl",
-            json.dumps({"kind": "answer", "text": EVIL}) + "\n",
-        )
-        write(study / run_id / "members" / "beta0.05-s42" / "train.log", f"step 1 {EVIL}\x1b[31m red\n")
-        member_page.write_pages(study / run_id)
+        write(study / run_id / "members" / "beta0.05-s42" / "history.jsonl", '{"step": 30, "lo')
+        write(study / run_id / "members" / "beta2.5-s42" / "error.json", {"exception": EVIL})
+        pages.notebook_html(study / run_id / "run.ipynb", study / run_id / "run.html")
         write(study / run_id / "provenance.json", {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "note": EVIL})
     write(
         study / "discopop" / "status.json",
@@ -288,13 +268,8 @@ def outputs(tmp_path):
     )
     write(study / "comparison" / "analysis.html", "page")
     write(
-        tmp_path / "laptop-full" / "forecasts.jsonl",
-        json.dumps({"studies": ["td_dpo"], "notebooks": 3, "slots": 4, "predicted_seconds": 300, "actual_seconds": 330})
-        + "\n",
-    )
-    write(
         study / "comparison" / "figures" / "comparison_oracle_score.links.json",
-        [{"left": 0.25, "top": 0.5, "href": "../dpo/members/beta0.05-s42/member.html", "words": "dpo, seed 42: 7.25"}],
+        [{"left": 0.25, "top": 0.5, "href": "../dpo/run.html#beta0.05-s42", "words": "dpo, seed 42: 7.25"}],
     )
     for name in ("comparison_a_first", "comparison_oracle_score"):
         (study / "comparison" / "figures").mkdir(exist_ok=True)
@@ -320,9 +295,7 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
         "8.25",
         "2.0",
         "3.0",
-        "predicted 2.5",
         "1 completed, 1 diverged",
-        "predicted to take 5.0 minutes and took 5.5",
         "2026-11-",
         "StudyError: <script>",
         "./run_all.sh full --run 'discopop'",
@@ -335,7 +308,7 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
     assert "laptop-full/td_dpo/dpo/run.html" in links
     assert "laptop-full/td_dpo/comparison/analysis.html" in links
     for href in links:
-        assert href.startswith("#") or (outputs / href.replace("%20", " ")).exists(), href
+        assert href.startswith("#") or (outputs / href.replace("%20", " ").partition("#")[0]).exists(), href
 
 
 def test_claims_come_first_with_verdict_and_interval(outputs):
@@ -363,35 +336,20 @@ def test_the_main_figure_is_the_primary_metrics_with_its_words(outputs):
     assert pictures[0]["src"].startswith("data:image/png;base64,")
 
 
-def test_a_point_leads_to_its_members_page(outputs):
+def test_a_point_leads_to_its_member_on_the_page_of_its_run(outputs):
     (point,) = [a for a in Page(pages.index_html(outputs).read_text()).all("a") if a.get("class") == "point"]
-    assert point["href"] == "laptop-full/td_dpo/dpo/members/beta0.05-s42/member.html"
+    assert point["href"] == "laptop-full/td_dpo/dpo/run.html#beta0.05-s42"
     assert point["style"] == "left:25.0%;top:50.0%"
-    assert (outputs / point["href"]).exists()
 
 
-def test_a_members_page_says_what_it_is_and_how_to_make_it_again(outputs):
-    folder = outputs / "laptop-full" / "td_dpo" / "dpo" / "members" / "beta0.05-s42"
-    page = assert_inert((folder / "member.html").read_text())
-    for said in (
-        "dpo: beta0.05-s42",
-        "loss.beta = 0.05",
-        "seed 42",
-        "completed",
-        "oracle score",
-        "7.25",
-        "<script>alert",
-        "&& ./run_all.sh full --scale laptop --study td_dpo --run dpo",
-        r"\x1b[31m red",
-    ):
+def test_the_page_of_a_run_lists_its_members(outputs):
+    folder = outputs / "laptop-full" / "td_dpo" / "dpo"
+    page = assert_inert((folder / "run.html").read_text())
+    assert [row["id"] for row in page.all("tr") if "id" in row] == ["beta0.05-s42", "beta2.5-s42"]
+    for said in ("oracle score", "7.25", "completed", "diverged", EVIL):
         assert said in page.text, said
-    assert f"rm -r {folder}" in page.text
-    (curve,) = page.all("svg")
-    assert curve["aria-label"] == "loss from 1 at step 1 to 0.03448 at step 29, between 0.03448 and 1"
     for link in page.all("a"):
-        assert (
-            link["href"].startswith("#") or (folder / link["href"]).resolve().exists() or "index.html" in link["href"]
-        )
+        assert link["href"].startswith("#") or (folder / link["href"]).exists() or "index.html" in link["href"]
 
 
 def test_every_table_has_a_caption_and_scoped_headers(outputs):
@@ -418,7 +376,7 @@ def luminance(colour: str) -> float:
 def test_text_has_aa_contrast_in_light_and_dark():
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-        for block in re.findall(r":root \{(.*?)\}", (PAGES / "style.css").read_text(), re.S)
+        for block in re.findall(r":root \{(.*?)\}", (ASSETS / "style.css").read_text(), re.S)
     )
     assert set(light) == set(dark)
     for theme in (light, dark):

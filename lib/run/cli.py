@@ -258,12 +258,10 @@ def write_run_lists(runs: list) -> None:
 
 
 def rebuild(options) -> int:
-    from lib.run import member_page, pages
+    from lib.run import pages
 
     for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook, notebook.with_suffix(".html"))
-    for folder in sorted({p.parents[2] for p in OUTPUTS.glob("*/*/*/members/*/member.json")}):
-        member_page.write_pages(folder)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import member_page, members, model_card, pages, plan, runner, runs, show, tracking
+from lib.run import members, model_card, pages, plan, runner, runs, show, tracking
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
@@ -221,7 +221,8 @@ def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
     for run in (run for run in planned if any(folder.parents[1].name == run.run_id for folder in folders)):
         runs.refresh(run)
     for folder in dict.fromkeys(folder.parents[1] for folder in folders):
-        member_page.write_pages(folder, (record.read_json(folder / "status.json") or {}).get("command", ""))
+        if (folder / "run.ipynb").exists():
+            pages.notebook_html(folder / "run.ipynb", folder / "run.html")
     if listed and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         runner.Runner([step], 1).run()

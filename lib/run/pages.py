@@ -1,25 +1,51 @@
-"""outputs/index.html: one plain page over all studies, made from the files of their records and from nothing else.
+"""Records as pages: an executed notebook as HTML, with a row for each member of its run, and outputs/index.html over
+all studies. Made from the files of the records and from nothing else.
 
-What a reader wants first comes first: the claims with their verdicts, the figure that shows them, the runs, provenance.
+What a cell printed or displayed, and what a record holds, may be text of a data set. It is escaped, or cleaned to an
+allow-list of tags, and each page's Content-Security-Policy forbids every request and every script but the index's own.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import math
 import os
+import re
+import shlex
+import warnings
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from lib.errors import StudyError
-from lib.record import read_json, read_jsonl, redact, write_text
-from lib.run import lock, member_page
-from lib.run.notebook_html import PAGES, POLICY, notebook_html, placed
+from lib.record import read_json, redact, write_text
+from lib.run import lock
 
-__all__ = ["index_html", "notebook_html"]
-FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")
+ASSETS = Path(__file__).parent / "assets"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
+TAGS = frozenset(
+    re.findall(
+        r"\w+",
+        """a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6
+        hr i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul""",
+    )
+)
+ATTRIBUTES = {
+    "*": ["class", "id", "title", "lang"],
+    "a": ["href"],
+    "img": ["src", "alt", "width", "height"],
+    "details": ["open"],
+    "td": ["colspan", "rowspan", "headers"],
+    "th": ["colspan", "rowspan", "scope"],
+    "col": ["span"],
+    "ol": ["start"],
+}
+POINT = re.compile(r'<a class="point x(\d{1,4}) y(\d{1,4})"')
+# The studies' own folders in the order of the index, and the command that makes each
 COMMANDS = {
     "laptop-full": "./run_all.sh",
     "paper-full": "./run_all.sh full",
@@ -27,282 +53,350 @@ COMMANDS = {
     "paper-trial": "./run_all.sh trial --scale paper",
 }
 SYMBOLS = {"succeeded": "✓", "cached": "✓", "failed": "✗", "out_of_memory": "✗", "running": "…", "blocked": "■"}
+RUN_FILES = {
+    "page": "run.html",
+    "notebook": "run.ipynb",
+    "log": "train.log",
+    "config": "config.yaml",
+    "sweep": "sweep/sweep.html",
+    "error": "attempts/error.log",
+}
+MEMBER_FILES = {
+    "history": "history.jsonl",
+    "predictions": "predictions.jsonl",
+    "metrics": "metrics.json",
+    "log": "train.log",
+}
+ANALYSIS_FILES = {
+    "Analysis": "analysis.html",
+    "its notebook": "analysis.ipynb",
+    "verdicts as data": "claims.json",
+    "metrics as data": "aggregated_metrics.json",
+}
+
+
+# ---- a notebook
+
+
+def notebook_html(ipynb_path: str | Path, html_path: str | Path, *, command: str = "") -> Path:
+    """Write the page of an executed notebook. `command` runs exactly it again; for a page in an outputs folder it is
+    found, as are the links above it. The page of a run lists its members, each at the anchor of its name."""
+    import nbformat
+
+    ipynb, page = Path(ipynb_path).resolve(), Path(html_path).resolve()
+    root = next((p for p in page.parents if p.name.split(",")[0] in COMMANDS), None)
+    links, again = [("This notebook", _href(page.parent, ipynb))], ""
+    if root is not None:
+        (scale, mode), (study, run_id, *_) = root.name.split(",")[0].split("-"), (*page.relative_to(root).parts, "")
+        again = f"./run_all.sh {mode} --scale {scale} --study {study}"
+        again += f" --run {shlex.quote(run_id)} --force" if run_id not in ("", "comparison") else " --force"
+        links.insert(0, ("All studies", _href(page.parent, root.parent / "index.html")))
+    members = members_of(page.parent, page.parent) if page.name == "run.html" else []
+    notebook = nbformat.read(ipynb, as_version=4)
+    text = render(notebook, title=ipynb.stem, command=command or again, links=links, members=members)
+    write_text(Path(html_path), redact(text))
+    return Path(html_path)
+
+
+def render(notebook, *, title: str, command: str = "", links=(), members=()) -> str:
+    """The page as text: notebook text open, code folded, images embedded, formulas as MathML. `notebook` is an nbformat
+    node; its first level-1 heading, if any, is the page's title."""
+    from bs4 import BeautifulSoup
+    from nbconvert import HTMLExporter
+    from nbconvert.filters import get_metadata, text_base64
+    from traitlets.config import Config
+
+    class Exporter(HTMLExporter):
+        def default_filters(self):
+            yield from super().default_filters()
+            yield "markdown2html", _markdown
+            yield "safe_html", clean
+            yield "last_line_of_carriage_returns", last_line_of_carriage_returns
+            yield "get_metadata", get_metadata
+            yield "text_base64", text_base64
+
+    text = "\n\n".join(_markdown(cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
+    heads = [(e.name, e.get_text().strip(), e["id"]) for e in BeautifulSoup(text, "html.parser")(["h1", "h2"])]
+    contents = [(text, anchor) for name, text, anchor in heads if name == "h2"]
+    page = {
+        "title": next((text for name, text, _ in heads if name == "h1"), title),
+        "command": command,
+        "links": links,
+        "members": members,
+        "css": (ASSETS / "style.css").read_text(encoding="utf-8"),
+        "policy": POLICY,
+        "contents": contents + ([("Members", "members")] if members else []),
+    }
+    config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
+    exporter = Exporter(config=config, extra_template_basedirs=[str(ASSETS)], template_name="notebook")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about outputs of kinds that are not shown: widgets, scripts
+        return exporter.from_notebook_node(notebook, {"page": page})[0]
+
+
+def clean(fragment: str) -> str:
+    """HTML with only harmless tags and attributes: no script, no style, no event, images only where embedded. Table
+    headers get their `scope`, which pandas leaves out."""
+    import bleach
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(fragment, "html.parser")
+    for element in soup(["style", "script"]):  # with what is inside, which bleach would keep as text
+        element.decompose()
+    for image in soup("img"):
+        if not str(image.get("src", "")).startswith("data:image/"):
+            image.replace_with(f"[{image.get('alt') or 'image'}]")
+    for header in soup("th"):
+        header["scope"] = header.get("scope") or ("row" if header.find_parent("tbody") else "col")
+    protocols = {"http", "https", "mailto", "data"}
+    return place_points(bleach.clean(str(soup), TAGS, ATTRIBUTES, protocols=protocols, strip=True))
+
+
+def place_points(fragment: str) -> str:
+    """The links over a figure's points (plots.embedded) at their places: `x123 y456` becomes 12.3 % and 45.6 %."""
+    return POINT.sub(lambda m: f'<a class="point" style="left:{int(m[1]) / 10}%;top:{int(m[2]) / 10}%"', fragment)
+
+
+def _markdown(source: str) -> str:
+    """Markdown as HTML: tags in it are shown as text, formulas are MathML, images only where they are embedded, table
+    headers have their scope."""
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def block_math(self, body: str) -> str:
+            return mathml(body, "block")
+
+        def inline_math(self, body: str) -> str:
+            return mathml(body, "inline")
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+        def heading(self, text: str, level: int, **attrs) -> str:
+            name = re.sub(r"[^a-z0-9]+", "-", re.sub("<[^>]*>", "", text).lower()).strip("-")
+            return f'<h{level} id="{name}">{text}</h{level}>\n'
+
+        def image(self, text: str, url: str, title: str | None = None) -> str:
+            embedded = url.startswith("data:image/")
+            return f'<img src="{html.escape(url)}" alt="{html.escape(text)}">' if embedded else f"[{html.escape(text)}]"
+
+    text = MarkdownWithMath(renderer=Renderer(escape=True, allow_harmful_protocols=False)).render(source)
+    return re.sub(r"<th(?=[ >])", '<th scope="col"', text)
+
+
+def mathml(latex: str, display: str) -> str:
+    """A formula as MathML, which browsers draw without a script; source that does not parse is shown as it is."""
+    from latex2mathml.converter import convert
+
+    try:
+        return convert(latex, display=display)
+    except Exception:  # the converter raises many kinds on malformed input; the reader still sees the formula's source
+        return f"<code>{html.escape(latex)}</code>"
+
+
+def last_line_of_carriage_returns(text: str) -> str:
+    """What a terminal would show: of a line rewritten by carriage returns only the last state (progress bars)."""
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+
+
+# ---- the index
 
 
 def index_html(outputs_root: str | Path) -> Path:
-    """Write <outputs_root>/index.html from the records below it; a missing or torn file leaves a gap, never an
-    error."""
+    """Write <outputs_root>/index.html from the records below it; a missing or torn file leaves a gap, never an error.
+    The studies' own folders come first, each followed by its variations (`--set`, `--grid`)."""
     import jinja2
 
-    root = Path(outputs_root)
-    groups = []
-    for folder in _folders(root):
+    root, groups = Path(outputs_root), []
+    for folder in [p for name in COMMANDS for p in (root / name, *sorted(root.glob(f"{name},*"))) if p.is_dir()]:
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = [group for study in studies if (group := _group(root, folder, study))]
+        found = [group for study in studies if (group := _group(root, study))]
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
-    script = (PAGES / "table.js").read_text(encoding="utf-8")
+    script = (ASSETS / "table.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "number": _number,
-        "estimate": _estimate,
-        "p": lambda value: _number(value, 2),
-        "minutes": _minutes,
-        "moment": _moment,
-        "spent": _spent,
-    }
+    environment.filters |= {"number": _number, "estimate": _estimate}
     text = environment.get_template("index.html.j2").render(
         groups=groups,
-        css=(PAGES / "style.css").read_text(encoding="utf-8"),
+        css=(ASSETS / "style.css").read_text(encoding="utf-8"),
         script=script,
-        policy=f"{POLICY}; script-src '{_hash(script)}'",
+        policy=f"{POLICY}; script-src 'sha256-{digest}'",
         symbols=SYMBOLS,
-        commands=COMMANDS,
     )
     write_text(root / "index.html", redact(text))
     return root / "index.html"
 
 
-def _hash(script: str) -> str:
-    """What the page's policy permits: this very script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _folders(root: Path) -> list[Path]:
-    """The studies' own folders first, in the order of FOLDERS, each followed by its variations (`--set`, `--grid`)."""
-    return [path for name in FOLDERS for path in (root / name, *sorted(root.glob(f"{name},*"))) if path.is_dir()]
-
-
-def _group(root: Path, folder: Path, study: Path) -> dict | None:
+def _group(root: Path, study: Path) -> dict | None:
     """What the page says of one study at one scale and in one mode."""
-    runs = [
-        _run(root, path)
-        for path in sorted(study.iterdir())
-        if path.is_dir()
-        and path.name != "comparison"
-        and ((path / "status.json").exists() or (path / "members").is_dir())
-    ]
     comparison = study / "comparison"
+    folders = [p for p in sorted(study.iterdir()) if (p / "status.json").exists() or (p / "members").is_dir()]
+    runs = [_run(root, path) for path in folders if path != comparison]
     if not runs and not comparison.is_dir():
         return None
-    own, _, variation = folder.name.partition(",")
+    own, _, variation = study.parent.name.partition(",")
     scale, _, mode = own.partition("-")
-    aggregated = _dict(read_json(comparison / "aggregated_metrics.json"))
+    aggregated, status = _read(comparison / "aggregated_metrics.json"), _read(comparison / "status.json")
+    claims = [_claim(claim) for claim in _read(comparison / "claims.json", []) if isinstance(claim, dict)]
     return {
-        "anchor": f"{folder.name}-{study.name}",
+        "anchor": f"{study.parent.name}-{study.name}",
         "scale": scale,
         "mode": mode,
-        "runs": runs,
-        "command": _dict(read_json(comparison / "status.json")).get("command") or COMMANDS.get(own, ""),
-        "name": (aggregated.get("title") or study.name.replace("_", "-").upper())
-        + (f" ({variation})" if variation else ""),
-        "claims": (claims := _claims(comparison)),
-        "summary": _summary(aggregated),
+        "name": study.name.replace("_", "-").upper() + (f" ({variation})" if variation else ""),
+        "command": status.get("command") or COMMANDS.get(own, ""),
+        "claims": claims,
         "scored_by": next((claim["scored_by"] for claim in claims if claim.get("scored_by")), ""),
-        "figure": _figure(root, comparison / "figures", str(aggregated.get("primary_metric", "")))
-        if mode == "full"
-        else "",
-        "forecast": next(reversed(_forecasts(folder, study.name)), None),
-        "figures": [
-            {
-                "name": p.stem.removeprefix("comparison_").replace("_", " "),
-                "files": [
-                    (kind, _href(root, p.with_suffix(f".{kind}")))
-                    for kind in ("png", "pdf", "csv")
-                    if p.with_suffix(f".{kind}").exists()
-                ],
-            }
-            for p in sorted((comparison / "figures").glob("*.png"))
-        ],
-        "analysis": [
-            (text, _href(root, comparison / name))
-            for text, name in (
-                ("Analysis", "analysis.html"),
-                ("its notebook", "analysis.ipynb"),
-                ("verdicts as data", "claims.json"),
-                ("metrics as data", "aggregated_metrics.json"),
-            )
-            if (comparison / name).exists()
-        ],
-        "analysis_error": _dict(_dict(read_json(comparison / "status.json")).get("error")),
-        "provenance": _provenance([comparison, *(study / run["id"] for run in runs)]),
+        "summary": _summary(aggregated),
+        "figure": _figure(root, comparison, str(aggregated.get("primary_metric"))) if mode == "full" else "",
+        "figures": [_figure_files(root, png) for png in sorted((comparison / "figures").glob("*.png"))],
+        "analysis": _links(root, comparison, ANALYSIS_FILES),
+        "analysis_error": _dict(status.get("error")),
+        "runs": runs,
+        "provenance": _provenance([comparison, *folders]),
     }
 
 
 def _run(root: Path, folder: Path) -> dict:
-    status = _dict(read_json(folder / "status.json"))
+    status = _read(folder / "status.json")
     if status.get("status") == "running" and not lock.running(folder.parent.parent):
         status["status"] = "interrupted"  # its runner is gone
-    links = [
-        (text, _href(root, folder / name))
-        for text, name in (
-            ("page", "run.html"),
-            ("notebook", "run.ipynb"),
-            ("log", "train.log"),
-            ("config", "config.yaml"),
-            ("sweep", "sweep/sweep.html"),
-            ("error", "attempts/error.log"),
-        )
-        if (folder / name).exists() and (text != "error" or status.get("status") in ("failed", "out_of_memory"))
-    ]
-    metric = _dict(status.get("key_metric"))
+    files = dict(RUN_FILES)
+    if status.get("status") not in ("failed", "out_of_memory"):
+        del files["error"]
+    links, metric, error = _links(root, folder, files), _dict(status.get("key_metric")), status.get("error")
+    members, ended = members_of(folder, root), status.get("ended")
+    counts = Counter(member["status"] for member in members)
     return {
         "id": folder.name,
-        "page": next((href for text, href in links if text == "page"), ""),
-        "links": links,
+        "page": dict(links).get("page", ""),
+        "links": [(text, href) for text, href in links if text != "page"],
         "status": str(status.get("status") or "no status"),
         "metric": metric.get("name", ""),
         "value": metric.get("value"),
-        "minutes": status.get("minutes"),
-        "ended": status.get("ended"),
-        "command": str(status.get("command") or ""),
-        "work": status.get("actual_member_seconds"),
-        "predicted": status.get("predicted_member_seconds"),
-        "error": _error(status.get("error")),
-        **_members(root, folder, str(metric.get("name", ""))),
-    }
-
-
-def _members(root: Path, folder: Path, metric: str) -> dict:
-    """How many members ended how, from their sentinels ('12 completed, 1 diverged'), how many seeds, and each with its
-    page."""
-    counts: dict[str, int] = {}
-    listed, seeds = [], set()
-    for path in sorted((folder / "members").glob("*/")):
-        ended = _dict(read_json(path / "error.json")).get("status", "unfinished")
-        status = str(_dict(read_json(path / "done.json")).get("status", ended)).replace("_", " ")
-        counts[status] = counts.get(status, 0) + 1
-        seeds.add(path.name.rpartition("-s")[2])
-        value = _dict(read_json(path / "metrics.json")).get(metric)
-        page = _href(root, path / member_page.NAME) if (path / member_page.NAME).exists() else ""
-        listed.append({"id": path.name, "status": status, "page": page, "value": value})
-    return {
+        "minutes": _minutes(status.get("minutes")),
+        "work": _minutes(status.get("actual_member_seconds"), 60),
+        "ended": datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d %H:%M")
+        if _is_number(ended)
+        else str(ended or ""),
+        "error": error if isinstance(error, dict) else {"exception": str(error)} if error else {},
         "members": ", ".join(f"{count} {name}" for name, count in counts.items()),
-        "seeds": len(seeds),
-        "listed": listed,
+        "seeds": len({member["id"].rpartition("-s")[2] for member in members}),
+        "listed": members,
     }
 
 
-def _forecasts(folder: Path, study: str) -> list[dict]:
-    """Whole executions that this study was part of: what was predicted beside what it took."""
-    try:
-        return [row for row in read_jsonl(folder / "forecasts.jsonl") if study in row.get("studies", ())]
-    except StudyError:  # a damaged file leaves a gap
-        return []
+def members_of(folder: Path, page_folder: Path) -> list[dict]:
+    """The members of the run in `folder`: how each ended (its sentinel says), its value of the run's key metric, and
+    its files, as seen from `page_folder`."""
+    key, members = _dict(_read(folder / "metrics.json").get("key_metric")), []
+    metric = key.get("name") or _dict(_read(folder / "status.json").get("key_metric")).get("name", "")
+    for path in sorted((folder / "members").glob("*/")):
+        error = _read(path / "error.json")
+        status = _read(path / "done.json").get("status") or error.get("status", "unfinished")
+        members.append(
+            {
+                "id": path.name,
+                "status": str(status).replace("_", " "),
+                "metric": metric.replace("_", " "),
+                "value": _number(_read(path / "metrics.json").get(metric)),
+                "error": str(error.get("exception", "")),
+                "files": _links(page_folder, path, MEMBER_FILES),
+            }
+        )
+    return members
 
 
-def _claims(comparison: Path) -> list[dict]:
-    found = read_json(comparison / "claims.json", [])
-    found = found.get("claims", []) if isinstance(found, dict) else found
-    return [
-        {
-            **claim,
-            "verdict": str(claim.get("verdict") or "not evaluated").replace("_", " "),
-            "interval": _interval(claim.get("interval95")),
-        }
-        for claim in found
-        if isinstance(claim, dict)
-    ]
-
-
-def _interval(value: object) -> str:
-    """`0.985 to 1.009`; an end that is null has no bound."""
-    if not isinstance(value, list | tuple) or len(value) != 2 or all(v is None for v in value):
-        return "–"
-    return " to ".join("no bound" if v is None else _estimate(v) for v in value)
+def _claim(claim: dict) -> dict:
+    """A claim of claims.json with its verdict and interval in words; an end that is null has no bound."""
+    ends, verdict = claim.get("interval95"), str(claim.get("verdict") or "not evaluated").replace("_", " ")
+    known = isinstance(ends, list) and any(end is not None for end in ends)
+    interval = " to ".join("no bound" if end is None else _estimate(end) for end in ends) if known else "–"
+    return {**claim, "verdict": verdict, "interval": interval}
 
 
 def _summary(aggregated: dict) -> str:
-    """The best proposed run beside the best baseline, in one sentence."""
+    """The best proposed run and the best baseline, in one sentence."""
     proposed, baseline = _dict(aggregated.get("best_proposed")), _dict(aggregated.get("best_baseline"))
     if not proposed or not baseline:
         return ""
-    metric = str(aggregated.get("primary_metric", "primary metric")).replace("_", " ")
-    text = (
-        f"{metric[:1].upper()}{metric[1:]}: best proposed {proposed.get('run_id')} {_number(proposed.get('value'))}, "
-        f"best baseline {baseline.get('run_id')} {_number(baseline.get('value'))}"
-    )
-    gap = aggregated.get("gap")
-    return text + (f", gap {gap:+.1f} %".replace("-", "−") if isinstance(gap, int | float) else "") + "."
+    metric, gap = str(aggregated.get("primary_metric", "primary metric")).replace("_", " "), aggregated.get("gap")
+    best = f"best proposed {proposed.get('run_id')} {_number(proposed.get('value'))}"
+    base = f"best baseline {baseline.get('run_id')} {_number(baseline.get('value'))}"
+    told = f", gap {gap:+.1f} %".replace("-", "−") if _is_number(gap) else ""
+    return f"{metric[:1].upper()}{metric[1:]}: {best}, {base}{told}."
 
 
-def _figure(root: Path, folder: Path, metric: str) -> str:
+def _figure(root: Path, comparison: Path, metric: str) -> str:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its
-    words, its points linked to their members' pages."""
+    words, its points linked to their members."""
     from lib.plots import embedded  # with matplotlib
 
-    wanted = (
-        "comparison_primary*.png",
-        f"comparison_{metric}*.png",
-        "comparison_seeds.png",
-        "comparison_claims.png",
-        "*.png",
-    )
-    path = next((found[0] for pattern in wanted if (found := sorted(folder.glob(pattern)))), None)
+    wanted = ("comparison_primary*", f"comparison_{metric}*", "comparison_seeds", "comparison_claims", "*")
+    folder = comparison / "figures"
+    path = next((found[0] for name in wanted if (found := sorted(folder.glob(f"{name}.png")))), None)
     if path is None:
         return ""
-    words, links = path.with_name(f"{path.stem}.alt.txt"), read_json(path.with_name(f"{path.stem}.links.json"), [])
+    words, here = path.with_name(f"{path.stem}.alt.txt"), quote(os.path.relpath(comparison, root))
     alt = words.read_text(encoding="utf-8").strip() if words.exists() else path.stem.replace("_", " ")
-    here = os.path.relpath(folder.parent, root)
-    return placed(
-        embedded(
-            path.read_bytes(),
-            alt,
-            [{**link, "href": os.path.normpath(os.path.join(quote(here), link["href"]))} for link in links],
-        )
-    )
+    links = _read(path.with_name(f"{path.stem}.links.json"), [])
+    links = [{**link, "href": os.path.normpath(os.path.join(here, link["href"]))} for link in links]
+    return place_points(embedded(path.read_bytes(), alt, links))
+
+
+def _figure_files(root: Path, png: Path) -> dict:
+    kinds = {kind: f"{png.stem}.{kind}" for kind in ("png", "pdf", "csv")}
+    return {"name": png.stem.removeprefix("comparison_").replace("_", " "), "files": _links(root, png.parent, kinds)}
 
 
 def _provenance(folders: list[Path]) -> list[tuple[str, str]]:
     """(what, value) of the first provenance record found; nested parts as 'name: value' lists."""
-    found = next((record for f in folders if (record := _dict(read_json(f / "provenance.json")))), {})
+    found = next((values for folder in folders if (values := _read(folder / "provenance.json"))), {})
+    listed = lambda v: ", ".join(f"{name} {part}" for name, part in v.items()) if isinstance(v, dict) else str(v)  # noqa: E731
     return [
-        (
-            str(key).replace("_", " "),
-            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
-        )
-        for key, value in found.items()
-        if value not in (None, "", {}, [])
+        (str(key).replace("_", " "), listed(value)) for key, value in found.items() if value not in (None, "", {}, [])
     ]
 
 
-def _error(error: object) -> dict:
-    return error if isinstance(error, dict) else {"exception": str(error)} if error else {}
+def _read(path: Path, default=None):
+    """The JSON of a file where it holds the kind of `default` (an object), else `default`: damage leaves a gap."""
+    default = {} if default is None else default
+    try:
+        value = read_json(path)
+    except StudyError:
+        return default
+    return value if isinstance(value, type(default)) else default
 
 
 def _dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _href(root: Path, path: Path) -> str:
-    return quote(path.relative_to(root).as_posix())
+def _links(page_folder: Path, folder: Path, files: dict[str, str]) -> list[tuple[str, str]]:
+    """(text, href) of those files that are there."""
+    return [(text, _href(page_folder, folder / name)) for text, name in files.items() if (folder / name).exists()]
+
+
+def _href(page_folder: Path, path: Path) -> str:
+    return quote(os.path.relpath(path, page_folder))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _number(value: object, digits: int = 3) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    text = f"{value:.{digits}g}"
+    text = f"{value:.{digits}g}" if _is_number(value) else "–"
     return (f"{value:.0f}" if "e+0" in text else text).replace("-", "−")
 
 
 def _estimate(value: object) -> str:
     """Estimates and the ends of their intervals to the same three decimals, so that they can be compared."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         return "–"
     return (f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}").replace("-", "−")
 
 
-def _minutes(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else "–"
-
-
-def _moment(value: object) -> str:
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M")
-    return str(value or "")
-
-
-def _spent(seconds: object) -> str:
-    """Minutes of work, to a tenth."""
-    return f"{seconds / 60:.1f}" if isinstance(seconds, int | float) else "–"
+def _minutes(value: object, unit: float = 1) -> str:
+    return f"{value / unit:.1f}" if _is_number(value) else ""

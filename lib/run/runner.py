@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import member_page, members, model_card, pages, plan, pool, progress, resources, tracking
+from lib.run import members, model_card, pages, plan, pool, progress, resources, tracking
 from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
@@ -199,8 +199,6 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
-            if step.kind != "analysis":
-                member_page.write_pages(Path(step.run.results_dir) / step.name, command(step))
             pages.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
