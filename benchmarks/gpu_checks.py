@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/gpu_checks.py --small    a tiny shape on the CPU
 
 TD-DPO steps of a Llama of the 7B shape with random weights (LoRA r 64, gradient checkpointing, bf16 compute), with an
-NF4 and a bf16 base: pairs a second, peak memory beside lib/run/footprint.py's estimate. With two GPUs or more the
+NF4 and a bf16 base: pairs a second, peak memory beside lib/run/preflight.py's estimate. With two GPUs or more the
 same sharded over two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU.
 Pairs are random tokens; lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a
 pair's side): assumed to be like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import random_llama
 from lib import models, record, training
 from lib.errors import OutOfMemory
-from lib.run import footprint, sharding
+from lib.run import preflight, sharding
 from lib.td_dpo.logprobs import row_tokens
 from lib.td_dpo.reference import sequence_logprobs
 from lib.td_dpo.trainer import PreferenceTrainer
@@ -109,7 +109,7 @@ def measure(argument: dict) -> dict:
 
 
 def estimate(argument: dict, processes: int) -> float:
-    """GB that lib/run/footprint.py expects of full-length batches: an upper bound of what these lengths take."""
+    """GB that lib/run/preflight.py expects of full-length batches: an upper bound of what these lengths take."""
     run = SimpleNamespace(
         model=SimpleNamespace(
             torch_dtype="bfloat16", quantization=argument["quantization"], peft=SimpleNamespace(lora_r=argument["rank"])
@@ -118,7 +118,7 @@ def estimate(argument: dict, processes: int) -> float:
         compute=SimpleNamespace(devices=processes),
         dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_length=argument["longest"])),
     )
-    return footprint.training_bytes(run, footprint.shape(argument["shape"])) / 1e9
+    return preflight.training_bytes(run, preflight.shape(argument["shape"])) / 1e9
 
 
 def checks(small: bool, steps: int) -> list[dict]:

@@ -425,7 +425,7 @@ def test_check_tells_where_a_yaml_is_not_what_its_design_writes(design, capsys):
 
     design("loss.name: ipo", "loss.nam: ipo")
     (fault,) = designs.findings([(changed, None, [])])
-    assert (fault.severity, Path(fault.file).name, fault.place) == ("error", "design.yaml", "methods.ipo.set.loss.nam")
+    assert (fault.level, Path(fault.file).name, fault.key) == ("error", "design.yaml", "methods.ipo.set.loss.nam")
 
 
 # ---- lines

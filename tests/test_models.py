@@ -17,7 +17,7 @@ from benchmarks.random_llama import LLAMA2_7B, random_llama
 from lib import hub, models
 from lib.errors import MissingError, StudyError
 from lib.made import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
-from lib.run import footprint
+from lib.run import preflight
 
 TEXTS = [f"Question {i}: name {i} rivers, please. Answer: the Rhine, the Nile and the Amazon." for i in range(60)]
 LORA = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -327,7 +327,7 @@ def test_a_random_model_is_quantised_as_a_loaded_one_and_counts_as_the_estimate_
     pytest.importorskip("bitsandbytes")
     wide = random_llama(SMALL, quantization="none", device="cpu", gradient_checkpointing=False)
     wide.save_pretrained(tmp_path)
-    shape = footprint.shape(json.loads((tmp_path / "config.json").read_text()))
+    shape = preflight.shape(json.loads((tmp_path / "config.json").read_text()))
     norms = sum(p.numel() for name, p in wide.named_parameters() if "norm" in name)
     assert shape.weights + shape.embeddings == sum(p.numel() for p in wide.parameters()) - norms
     loaded = models.load_causal_lm(str(tmp_path), torch_dtype="bfloat16", quantization="nf4", device="cpu")
@@ -344,13 +344,13 @@ def test_a_random_model_is_quantised_as_a_loaded_one_and_counts_as_the_estimate_
     with torch.no_grad():
         assert torch.equal(made(input_ids=ids).logits, loaded(input_ids=ids).logits)
     adapted = models.add_lora(made, LORA, seed=0)
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == footprint.adapter_weights(
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == preflight.adapter_weights(
         shape, LORA["lora_r"]
     )
 
 
 def test_the_random_models_default_is_the_papers_shape():
-    assert footprint.adapter_weights(footprint.shape(LLAMA2_7B | {"tie_word_embeddings": False}), 64) == 159_907_840
+    assert preflight.adapter_weights(preflight.shape(LLAMA2_7B | {"tie_word_embeddings": False}), 64) == 159_907_840
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lib import config, hub
-from lib.run import footprint, preflight
+from lib.run import preflight
 from lib.run.preflight import Gpu, Machine
 from tests.judge_endpoint import write_bench
 
@@ -316,19 +316,19 @@ DEBERTA = {
 ])  # fmt: skip
 def test_the_other_studies_checkpoints_are_counted_too(path, shape, millions):
     run = config.load_run(config.ROOT / "params" / f"{path}.yaml", scale="paper", mode="full")
-    assert footprint.trained_weights(run, footprint.shape(shape)) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert preflight.trained_weights(run, preflight.shape(shape)) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_memory_of_the_papers_shape(run):
-    model = footprint.shape(LLAMA)
-    assert footprint.adapter_weights(model, 64) == 159_907_840  # what peft counts for Llama-2-7b at r = 64, all-linear
-    assert footprint.model_bytes(model, "nf4", "bfloat16") / 1e9 == pytest.approx(3.87, abs=0.05)
-    assert footprint.model_bytes(model, "none", "bfloat16") / 1e9 == pytest.approx(13.48, abs=0.05)
-    one = footprint.training_bytes(run, model)
+    model = preflight.shape(LLAMA)
+    assert preflight.adapter_weights(model, 64) == 159_907_840  # what peft counts for Llama-2-7b at r = 64, all-linear
+    assert preflight.model_bytes(model, "nf4", "bfloat16") / 1e9 == pytest.approx(3.87, abs=0.05)
+    assert preflight.model_bytes(model, "none", "bfloat16") / 1e9 == pytest.approx(13.48, abs=0.05)
+    one = preflight.training_bytes(run, model)
     assert 12e9 < one < 40e9, "the YAML asks for a GPU of 40 GB"
     spread = config.apply(run, {"compute.gpus": 4, "compute.strategy": "fsdp"})
-    assert footprint.training_bytes(spread, model) < one
-    assert footprint.shape({"model_type": "t5"}) is None
+    assert preflight.training_bytes(spread, model) < one
+    assert preflight.shape({"model_type": "t5"}) is None
 
 
 def test_downloads_lie_in_the_repositorys_cache_unless_the_environment_says_where(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.config import part
 from lib.record import digest
-from lib.run.probe import visible_gpus
+from lib.run.preflight import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
