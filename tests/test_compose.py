@@ -18,7 +18,7 @@ from lib import config, record
 from lib.commands.compose import command, designs, layout
 from lib.errors import StudyError
 from lib.run import cli
-from lib.td_dpo import figures
+from lib.td_dpo import report
 from tests.conftest import ROOT
 
 DESIGNS = sorted((ROOT / "params").glob("*/design.yaml"))
@@ -543,7 +543,7 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
 def test_an_added_method_is_drawn_beside_the_others():
     methods, taus = ["ipo", "dpo", "td_dpo", "td_dpo", "discopop_card"], [None, None, 1.0, 2.0, None]
     table = pd.DataFrame({"method": methods, "beta": 0.05, "tau": taus})
-    kept = figures.claim_arms(table, {0.05: 1.0})
+    kept = report.claim_arms(table, {0.05: 1.0})
     assert list(zip(kept["method"], kept["tau"].fillna(0), strict=True)) == [("ipo", 0), ("dpo", 0), ("td_dpo", 1)]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lib import plots as figures, tables
 from lib.plots import PALETTE, Drawing, looks, number, outcomes
-from lib.td_dpo import figures as study, landscape
+from lib.td_dpo import report as study
 
 FIXED = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 LEVEL = {"dpo": {0.01: 2.5, 0.05: 6.1, 0.5: 7.9, 2.5: 7.6}, "discopop": {0.01: 1.9, 0.05: 3.5, 0.5: 7.6, 2.5: 7.0}}
@@ -133,9 +133,8 @@ def drawings() -> dict:
             ARMS, "oracle_score", title="Bars", known=known, diverged_value=1.0, floor=1, reference=reference
         ),
         "claims": figures.claims(CLAIMS),
-        "heat": study.heat_maps(MEMBERS, "oracle_score", title="Heat", centre=6.55),
+        "heat": study.heat_map(MEMBERS, "oracle_score", title="Heat", center=6.55),
         "displacement": study.likelihood_displacement(arms_history),
-        "length": study.answer_length(ARMS, reference=(28.0, "reference")),
         "kl": study.kl_against_score(ARMS, "oracle_score", score_label="oracle score", reference=6.55),
     }
 
@@ -210,7 +209,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_every_seed_is_a_point_and_a_diverged_one_a_cross(drawn):
-    for name in ("box", "bars", "length"):
+    for name in ("box", "bars"):
         marks = seed_marks(drawn[name])
         assert len(marks) == len(ARMS) == 36
         assert sum(mark.get_marker() == "x" for mark in marks) == 1
@@ -231,8 +230,6 @@ def test_words_hold_the_numbers(drawn):
     assert "margin −0.1, 0.1" in drawn["claims"].alt
     assert "C5: not evaluated, estimate none" in drawn["claims"].alt
     assert "1 diverged members have no point" in drawn["kl"].alt
-    length = ARMS[(ARMS["method"] == "td_dpo") & (ARMS["beta"] == 2.5)]["answer_length"].mean()
-    assert f"beta 2.5 {number(length)}" in drawn["length"].alt
 
 
 def test_the_mean_of_a_curve_ends_where_the_first_seed_ends(drawn):
@@ -257,7 +254,7 @@ def test_empty_tables_draw_without_error(tmp_path):
     assert "no data" in figures.save(empty, tmp_path, "comparison_kl").alt or len(empty.data) == 0
     lost = ARMS.assign(oracle_score=None)
     assert "no value" in figures.bars(lost, "oracle_score", title="Bars", floor=1).alt
-    assert "no value" in study.heat_maps(lost, "oracle_score", title="Heat").alt
+    assert "no value" in study.heat_map(lost, "oracle_score", title="Heat").alt
     nothing = pd.DataFrame()  # what lib.record gives where no member has finished
     for drawing in (
         figures.bars(nothing, "oracle_score", title="t"),
@@ -265,9 +262,8 @@ def test_empty_tables_draw_without_error(tmp_path):
         figures.learning_curves(nothing, "loss", title="t"),
         figures.learning_curves(nothing, "loss", title="t", panel="beta"),
         figures.claims([]),
-        study.heat_maps(study.claim_arms(nothing, FIXED), "oracle_score", title="t"),
+        study.heat_map(study.claim_arms(nothing, FIXED), "oracle_score", title="t"),
         study.likelihood_displacement(nothing),
-        study.answer_length(nothing),
         study.kl_against_score(nothing, "oracle_score", score_label="score"),
     ):
         figures.save(drawing, tmp_path, "comparison_nothing")
@@ -277,13 +273,13 @@ def test_heat_map_names_every_cell(drawn):
     table, alt = drawn["heat"].data, drawn["heat"].alt
     assert len(table[table["method"] == "td_dpo"]) == 12
     assert len(table[table["method"] == "dpo"]) == 4
-    assert "TD-DPO beta 2.5 tau 0.5: not run." in alt
-    assert "DiscoPOP (card) beta 2.5: all 1 diverged." in alt
+    assert "TD-DPO τ = 0.5 β = 2.5: not run." in alt
+    assert "DiscoPOP (card) β = 2.5: all 1 diverged." in alt
     assert "1/3 diverged" in alt
     mean = MEMBERS[(MEMBERS["method"] == "td_dpo") & (MEMBERS["beta"] == 0.05) & (MEMBERS["tau"] == 1)][
         "oracle_score"
     ].mean()
-    assert f"TD-DPO beta 0.05 tau 1: {number(mean)} (" in alt
+    assert f"TD-DPO τ = 1 β = 0.05: {number(mean)} " in alt
 
 
 def test_claim_cells_take_the_tau_fixed_in_advance():
@@ -309,11 +305,11 @@ def test_text_in_every_series_colour_is_readable_on_white():
 
 def test_landscape_finds_discopops_minimum_and_barrier():
     pytest.importorskip("torch")
-    scaled, in_nats = landscape.study_curves(0.05, (0.5, 1.0, 2.0))
-    points = landscape.stationary_points(scaled["DiscoPOP"], np.linspace(-0.6, 0.6, 1201))
-    assert points == [(pytest.approx(-0.119, abs=5e-4), "minimum"), (pytest.approx(0.072, abs=5e-4), "maximum")]
-    assert landscape.stationary_points(scaled["DPO"], np.linspace(-0.6, 0.6, 1201)) == []
-    drawing = landscape.loss_landscape(scaled, in_nats, beta=0.05)
+    x = np.linspace(-0.6, 0.6, 1201)
+    points = study.stationary_points(x, study.loss_curve("discopop", x, beta=1.0)[1])
+    assert points == [(pytest.approx(-0.119, abs=5e-4), "minimum"), (pytest.approx(0.072, abs=5e-4), "barrier")]
+    assert study.stationary_points(x, study.loss_curve("dpo", x, beta=1.0)[1]) == []
+    drawing = study.loss_landscape(0.05, (0.5, 1.0, 2.0))
     assert "DiscoPOP has a minimum at −0.119; DiscoPOP has a barrier at +0.072" in drawing.alt
     assert "loss 0.847, slope 0.784 at 0" in drawing.alt
     assert "DiscoPOP has a barrier at +1.44" in drawing.alt  # nats at beta .05
@@ -322,11 +318,11 @@ def test_landscape_finds_discopops_minimum_and_barrier():
 def test_curvature_matches_the_closed_form():
     pytest.importorskip("torch")
     beta, tau, margin = 0.05, 0.5, np.linspace(-4, 4, 9)
-    values = landscape.hessian_eigenvalues(landscape.pair_loss("td_dpo", beta=beta, tau=tau), margin)
+    values = study.hessian_eigenvalues("td_dpo", margin, beta=beta, tau=tau)
     gate = 1 / (1 + np.exp(-margin / tau))
-    assert values[:, 0] == pytest.approx(np.full(9, beta), abs=1e-6)
-    assert values[:, 1] == pytest.approx(2 * gate * (1 - gate) / tau**2 + beta, abs=1e-5)
-    drawing = landscape.curvature(landscape.study_pair_losses(beta, (0.5, 1.0)), beta=beta)
+    assert values[:, 0] == pytest.approx(np.full(9, beta), abs=1e-12)
+    assert values[:, 1] == pytest.approx(2 * gate * (1 - gate) / tau**2 + beta, abs=1e-12)
+    drawing = study.curvature(beta, (0.5, 1.0))
     assert "DPO: at margin 0 common mode 0, margin mode 0.00125" in drawing.alt
     assert "TD-DPO τ = 0.5: at margin 0 common mode 0.05, margin mode 2.05" in drawing.alt
 
@@ -370,7 +366,7 @@ def test_no_heavy_import():
     import sys
 
     code = (
-        "import sys, lib.plots, lib.run.pages, lib.td_dpo.figures, lib.td_dpo.landscape\n"
+        "import sys, lib.plots, lib.run.pages, lib.td_dpo.report\n"
         "print({'torch', 'transformers', 'trl', 'nbconvert'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

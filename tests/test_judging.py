@@ -13,7 +13,7 @@ import pytest
 from lib import claims, config, record
 from lib.errors import MissingError, StudyError
 from lib.run import cli, judge, plan, preflight, runs
-from lib.td_dpo import judge as judging, mt_bench, sampling, tables
+from lib.td_dpo import judge as judging, mt_bench, report, sampling
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -530,12 +530,12 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
         config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)
     ]
     loaded = record.load(outputs / "laptop-full/td_dpo")
-    by = tables.judged(planned, loaded)
-    rows = tables.question_scores(loaded, by, leave_out)
+    by = report.judged(planned, loaded)
+    rows = report.question_scores(loaded, by, leave_out)
     published = claims.load(ROOT / "params/td_dpo/claims.yaml")
     only = published.model_copy(update={"claims": tuple(c for c in published.claims if c.id == "C3")})
     done = loaded.members[loaded.members["status"] == "completed"]
-    (verdict,) = claims.evaluate(only, rows, scale="paper", mode="full", members=done, scored_by=by.label, fix=by.mend)
+    (verdict,) = claims.evaluate(only, rows, scale="paper", mode="full", members=done, scored_by=by.label, fix=by.fix)
     return by, rows, verdict, loaded
 
 
@@ -545,18 +545,18 @@ def test_claims_wait_for_the_grades_and_never_take_another_score(outputs, judge_
     assert rows.empty
     assert (verdict.verdict, verdict.estimate) == ("not evaluated", None)
     assert "4 of 4 members have answers that are not graded: ./run_all.sh judge --study td_dpo" in verdict.reason
-    assert tables.primary(loaded, by) == "implicit_accuracy"
+    assert report.primary(loaded, by) == "implicit_accuracy"
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0  # half of it is not enough
     assert analysed(outputs)[2].verdict == "not evaluated"
     assert cli.main(["judge", "--model", "m"]) == 0
     by, rows, verdict, loaded = analysed(outputs)
-    assert (by.label, by.mend, tables.primary(loaded, by)) == ("MT-Bench score, judge m", "", "mt_bench_score")
+    assert (by.label, by.fix, report.primary(loaded, by)) == ("MT-Bench score, judge m", "", "mt_bench_score")
     assert verdict.scored_by == by.label
     means = rows.groupby(["method", "seed"])["score"].mean()
     assert verdict.estimate == pytest.approx((means["td_dpo"] - means["dpo"]).mean())
     assert set(analysed(outputs, leave_out=judging.WRONG_REFERENCES)[1]["question"]) == {81, 106}
     without = analysed(outputs, leave_out=judging.WRONG_REFERENCES)[2]
-    tables.beside_corrected([verdict], [without])
+    report.add_corrected([verdict], [without])
     assert (verdict.beside[-1]["estimate"], verdict.beside[-1]["decides"]) == (without.estimate, False)
 
 
@@ -567,7 +567,7 @@ def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
     assert rows.empty
     assert verdict.verdict == "not evaluated"
     assert "one: 2 members" in verdict.reason
-    assert tables.primary(loaded, by) == "implicit_accuracy"
+    assert report.primary(loaded, by) == "implicit_accuracy"
     assert cli.main(["judge", "--model", "one"]) == 0
     assert analysed(outputs)[2].estimate is not None
     assert {row["model"] for row in record.read_jsonl(folders(outputs)[-1] / "judgements.jsonl")} == {"one", "two"}

@@ -18,7 +18,7 @@ from lib import claims, config, record
 from lib.errors import StudyError
 from lib.run import cli, members, plan, runner, runs, tracking, wandb_read, wandb_sync
 from lib.tables import aggregated
-from lib.td_dpo import tables
+from lib.td_dpo import report
 from tests import wandb_member
 from tests.conftest import PATIENCE, ROOT, TINY, until
 from tests.wandb_server import CORE_CRASH, ENTITY, KEY, serve
@@ -308,9 +308,9 @@ def judged(results, planned):
     """What the study's analysis makes of a folder of records: its tables, verdicts and aggregated metrics."""
     loaded = record.load(results, [m for run in planned for m in config.members(run)])
     published = claims.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
-    rows = tables.question_scores(loaded, tables.judged(planned, loaded))
+    rows = report.question_scores(loaded, report.judged(planned, loaded))
     verdict = claims.evaluate(
-        published, rows, scale="laptop", mode="full", members=tables.all_members(loaded), costs=loaded.costs
+        published, rows, scale="laptop", mode="full", members=report.all_members(loaded), costs=loaded.costs
     )
     frames = {
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")
