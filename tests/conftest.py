@@ -1,6 +1,6 @@
 """Shared by the tests: a tiny study on disk and a pool of forked workers."""
 
-import contextlib
+import gc
 import os
 import time
 from pathlib import Path
@@ -9,8 +9,6 @@ import psutil
 import pytest
 import yaml
 
-from lib.run.importing import importing
-
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["STUDY_CACHE"] = str(ROOT / ".cache" / "tests")  # what members share is made once for all tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,12 +16,13 @@ PATIENCE = (
     600.0  # seconds: a deadline is there so that what hangs ends, and says nothing of how fast a machine has to be
 )
 
-packages = contextlib.ExitStack()  # open until all that the tests import is there
-packages.enter_context(importing())
+gc.disable()  # until all that the tests import is there: the collector need not look at it
 
 
 def pytest_collection_finish():
-    packages.close()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 TINY = {

@@ -14,7 +14,7 @@ import pytest
 
 from lib import record
 from lib.run import pool
-from lib.run.slots import Slots
+from lib.run.pool import Slots
 from tests.conftest import ROOT, gone, text_of, until
 
 
@@ -146,7 +146,7 @@ def test_who_asks_for_no_gpu_is_shown_none(tmp_path, monkeypatch):
 
 
 class Waiting:
-    """As lib.run.forkserver.Child stands in the queue."""
+    """As pool.Child stands in the queue."""
 
     def __init__(self, name, slots=1, kind="member", cpu=False):
         self.request = {"name": name, "slots": slots, "kind": kind, "cpu": cpu}
@@ -171,7 +171,7 @@ def test_turns_are_taken_in_order_and_by_one_of_a_name():
     assert list(free.turns([wide, after], {"a"})) == [wide]
     assert wide.slots == [1, 2]
     assert free.environment(wide) == {"CUDA_VISIBLE_DEVICES": "4,0"}, "three slots on two GPUs: the first is shared"
-    free.close()
+    free.free = []
     assert list(free.turns([after, Waiting("l", kind="kernel")], set()))[0].request["kind"] == "kernel"
     assert Slots(1, []).environment(a) == {}
 
@@ -234,8 +234,8 @@ def folders(where):
 
 
 def test_a_server_that_ends_before_it_listens_is_not_waited_for(short, monkeypatch):
-    (short / "forkserver.py").write_text("raise SystemExit(3)")
-    monkeypatch.setattr(pool, "FORKSERVER", short / "forkserver.py")
+    (short / "sitecustomize.py").write_text("import os; os._exit(3)")
+    monkeypatch.setattr(pool, "ROOT", short)
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     with pytest.raises(pool.PoolLost, match="did not start"):
         pool.Pool(1, bare=True)
@@ -263,6 +263,7 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monke
             os.kill(server, 9)
             until(lambda: gone(server))
             assert len(folders(short)) == 1
+            until(lambda: pool.sweep() or not folders(short))
             own = pool.Pool(1, bare=True)
             assert folders(short) == [Path(own.folder)]
             another = pool.Pool(1, bare=True)

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.errors import MissingError, StudyError
-from lib.run.parent import end_with_parent
+from lib.run.pool import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up

@@ -1,31 +1,22 @@
-"""Notebook kernels from the pool: a jupyter kernel provisioner that forks the kernel instead of importing torch again.
+"""Notebooks through papermill: its engine, with kernels forked by the pool, and no secret in what a notebook keeps.
 
-Registered in pyproject.toml under `jupyter_client.kernel_provisioners`; the runner selects it by
-JUPYTER_DEFAULT_PROVISIONER_NAME, so that JupyterLab and plain papermill keep their own kernels.
+The kernel provisioner is registered in pyproject.toml under `jupyter_client.kernel_provisioners`; the runner selects it
+by JUPYTER_DEFAULT_PROVISIONER_NAME, so that JupyterLab and plain papermill keep their own kernels.
 """
 
 import asyncio
-import json
 import os
 import signal
-import sys
+import uuid
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning import LocalProvisioner
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 
+from lib import record
 from lib.run import pool
-
-
-def launch(argument: dict) -> None:
-    """In the forked child: become an IPython kernel."""
-    from ipykernel.kernelapp import IPKernelApp
-
-    sys.argv = ["ipykernel_launcher", "-f", argument["connection_file"]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if transformers := sys.modules.get("transformers"):  # how it loads is for a member's log, not for a page
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-    IPKernelApp.launch_instance()
 
 
 class PoolProvisioner(LocalProvisioner):
@@ -41,19 +32,19 @@ class PoolProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any):
         environment = kwargs.get("env") or {}
         here = {k: v for k, v in environment.items() if os.environ.get(k) != v}
-        self.code, self.buffer = None, b""
+        self.code = None
         self.connection = pool.connect(os.environ["STUDY_POOL"])
-        request = {
-            "kind": "kernel",
-            "target": "lib.run.kernels:launch",
-            "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
-            "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]},
-            "unset": ["JPY_PARENT_PID"],
-            "cwd": str(kwargs.get("cwd") or os.getcwd()),
-            "log": os.environ.get("STUDY_KERNEL_LOG"),
-        }
-        self.connection.sendall(json.dumps(request).encode() + b"\n")
-        self.connection.setblocking(False)
+        self.connection.send(
+            {
+                "kind": "kernel",
+                "target": "lib.run.pool:launch_kernel",
+                "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
+                "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]},
+                "unset": ["JPY_PARENT_PID"],
+                "cwd": str(kwargs.get("cwd") or os.getcwd()),
+                "log": os.environ.get("STUDY_KERNEL_LOG"),
+            }
+        )
         while self.pid is None and await self.poll() is None:
             await asyncio.sleep(0.01)
         return self.connection_info
@@ -61,20 +52,12 @@ class PoolProvisioner(LocalProvisioner):
     async def poll(self) -> int | None:
         if self.connection is None:
             return self.code if self.code is not None else 0
-        try:
-            data = self.connection.recv(1 << 16)
-        except BlockingIOError:
-            return self.code
-        except OSError:
-            data = b""
-        if not data:
-            self.code = -signal.SIGKILL if self.code is None else self.code
-        *lines, self.buffer = (self.buffer + data).split(b"\n")
-        for event in map(json.loads, lines):
-            if event["event"] == "started":
-                self.pid = event["pid"]
+        while self.code is None and self.connection.poll():
+            event, value = pool.receive(self.connection)
+            if event == "started":
+                self.pid = value
             else:
-                self.code = event["code"]
+                self.code = -signal.SIGKILL if value is None else value
         return self.code
 
     async def wait(self) -> int | None:
@@ -88,7 +71,7 @@ class PoolProvisioner(LocalProvisioner):
     async def send_signal(self, signum: int) -> None:
         if self.connection is not None and self.code is None:
             try:
-                self.connection.sendall(json.dumps({"signal": int(signum)}).encode() + b"\n")
+                self.connection.send(int(signum))
             except OSError:
                 self.code = -signal.SIGKILL
 
@@ -97,3 +80,53 @@ class PoolProvisioner(LocalProvisioner):
 
     async def terminate(self, restart: bool = False) -> None:
         await self.send_signal(signal.SIGTERM)
+
+
+def _redacted(value):
+    if isinstance(value, str):
+        return record.redact(value)
+    if isinstance(value, dict):
+        return {k: _redacted(v) for k, v in value.items()}
+    return [_redacted(v) for v in value] if isinstance(value, list) else value
+
+
+class Client(PapermillNotebookClient):
+    """Replaces secrets in every message before it becomes an output that papermill saves."""
+
+    def create_kernel_manager(self):
+        """The kernel's connection file holds a key: it stands in the pool's folder and goes with it. So do its sockets:
+        a port on which it does not listen yet can be the very one that an attempt to connect comes from, and ZeroMQ,
+        connected to itself, tries no more; who waits for a kernel that starts slowly then waits in vain."""
+        manager, name = super().create_kernel_manager(), uuid.uuid4().hex
+        manager.connection_file = str(Path(os.environ["STUDY_POOL"]).with_name(f"kernel-{name}.json"))
+        manager.transport, manager.ip = "ipc", str(Path(os.environ["STUDY_POOL"]).with_name(f"k{name[:8]}"))
+        return manager
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):
+            msg["content"] = _redacted(msg["content"])
+        return super().process_message(msg, cell, cell_index)
+
+
+class Engine(NBClientEngine):
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man, kernel_name, log_output=False, start_timeout=600, execution_timeout=None, **_
+    ):
+        """`start_timeout` is also for what a cell has shown, which 4 s after its reply would be left out without a
+        word; a kernel that dies ends both."""
+        client = Client(
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=execution_timeout,
+            startup_timeout=start_timeout,
+            iopub_timeout=start_timeout,
+            log_output=log_output,
+        )
+        return client.execute()
+
+
+def register() -> None:
+    """Make the engine known to papermill and the pool's kernels the default of this process."""
+    papermill_engines.register("study", Engine)
+    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = "study-pool"

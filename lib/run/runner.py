@@ -289,9 +289,9 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
     """Papermill on the step's notebook, to a name that says it is not finished."""
     import papermill
 
-    from lib.run import engine
+    from lib.run import kernels
 
-    engine.register()
+    kernels.register()
     path = partial(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # the last attempt did not get through: keep it beside this one

@@ -34,8 +34,7 @@ from torch.utils.data import DataLoader
 from lib import training
 from lib.errors import MissingError
 from lib.run import work
-from lib.run.importing import importing
-from lib.run.parent import end_with_parent
+from lib.run.pool import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 40  # lines of its output that an error shows
@@ -141,8 +140,7 @@ def worker(request: dict) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         module, function = request["target"].split(":")
-        with importing():
-            target = getattr(importlib.import_module(module), function)
+        target = getattr(importlib.import_module(module), function)
         result = target(request["argument"])
         if training.rank() == 0:
             (folder / "result.json").write_text(json.dumps(result))
