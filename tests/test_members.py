@@ -12,7 +12,7 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members, pool, runner, work
+from lib.run import keys, members, pool, reach, runner, work
 from tests.conftest import TINY
 
 
@@ -318,18 +318,18 @@ def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, ki
 
 
 def test_a_key_follows_code_without_docstrings(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    monkeypatch.setattr(reach, "ROOT", tmp_path)
     package = tmp_path / "lib"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "inner.py").write_text('"""Says one."""\nX = 1\n')
     (package / "outer.py").write_text("from lib import inner\n\ndef f():\n    '''doc'''\n    return inner.X\n")
-    before = keys.closure("lib.outer")
-    assert set(before) == {"lib", "lib.inner", "lib.outer"}
+    before = reach.modules("lib.outer")
+    assert set(before) == {"lib.inner", "lib.outer"}
     (package / "inner.py").write_text('"""Says something else now."""\n\n# and a comment\nX = 1\n')
-    assert keys.closure("lib.outer") == before
+    assert reach.modules("lib.outer") == before
     (package / "inner.py").write_text('"""Says one."""\nX = 22\n')
-    after = keys.closure("lib.outer")
+    after = reach.modules("lib.outer")
     assert after["lib.inner"] != before["lib.inner"]
     assert after["lib.outer"] == before["lib.outer"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, pool, work
+from lib.run import keys, pool, reach, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
@@ -29,7 +29,12 @@ CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 def key(member) -> dict:
     """What this member's numbers depend on, in parts."""
     run, values = member.run, config.dump(member.run)
-    return keys.member_key(values, member.seed, config.part(run.study, "member"), run.mode, other_files(run, values))
+    return keys.member_key(values, member.seed, run.study, run.mode, other_files(run, values))
+
+
+def code(member) -> dict[str, dict[str, str]]:
+    """What code of `lib` it executes, kept beside its record so that `plan` can name what changed."""
+    return keys.member_code(member.run.study, config.dump(member.run))
 
 
 def other_files(run, dumped: dict) -> dict[str, str]:
@@ -44,7 +49,10 @@ def stale(member, folder: Path) -> str:
     done = record.read_json(folder / "done.json")
     if not done or done.get("status") not in record.FINISHED or record.read_json(folder / "metrics.json") is None:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
-    return keys.difference(done["key"], key(member))
+    wanted = key(member)
+    if done["key"].get("code") == wanted["code"]:
+        return keys.difference(done["key"], wanted)
+    return keys.difference(done["key"], wanted, (record.read_json(folder / "code.json", {}), code(member)))
 
 
 def archive(folder: Path) -> None:
@@ -79,7 +87,7 @@ def inputs_folder(run) -> Path:
         "mode": run.mode,
         "threads": run.compute.threads,
         "versions": keys.versions(),
-        "code": keys.closure(config.part(run.study, "inputs")),
+        "code": reach.reach(run.study, "prepare", values=keys.flat(dumped)),
         "device": keys.device_kind(run.compute.gpus),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
         **({"files": files} if (files := other_files(run, dumped)) else {}),
@@ -188,6 +196,7 @@ def _task(member, folder: Path) -> pool.Task:
     }
     nonce = os.urandom(8).hex()
     record.write_json(folder / "member.json", {**spec, "key": wanted})
+    record.write_json(folder / "code.json", code(member))
     return pool.Task(
         name=member.id,
         target="lib.run.work:member",

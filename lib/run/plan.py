@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import forecast, keys, members
+from lib.run import forecast, keys, members, reach
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
@@ -129,7 +129,7 @@ def _predict(step: Step) -> None:
 
 def _sweep(train: Step, force: bool) -> Step:
     run, folder, notebook = train.run, train.folder / "sweep", NOTEBOOKS / "sweep.ipynb"
-    key = keys.digest([train.key, keys.notebook_code(notebook), keys.closure("lib.run.sweep")])
+    key = keys.digest([train.key, keys.notebook_code(notebook), reach.modules("lib.run.sweep")])
     reason = (
         "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError
-from lib.run import keys
+from lib.run import keys, reach
 
 
 def provenance(run) -> dict:
@@ -32,7 +32,7 @@ def provenance(run) -> dict:
         "threads_per_member": run.compute.threads,
         "data": keys.source(run.dataset.name, run.dataset.revision),
         "model": keys.source(run.model.name, run.model.revision),
-        "code": keys.digest(keys.closure(config.part(run.study, "member"))),
+        "code": keys.digest(reach.reach(run.study, "prepare", "train")),
     }
 
 

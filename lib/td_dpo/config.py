@@ -88,6 +88,7 @@ NOT_NUMBERS = (
     "training.save_steps",
 )  # lines of the log; what a resume goes on from (a new best is
 # saved whenever it is found): a member is not trained again for them
+BY_NAME = {"LOSSES": "loss.name", "TRL_LOSSES": "loss.name", "TEMPERED": "loss.name"}  # see lib/run/reach.py
 KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
 
 
