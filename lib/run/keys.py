@@ -118,14 +118,12 @@ def member_key(values: dict, seed: int, study: str, mode: str, files: dict[str, 
     return {**parts, "all": digest(parts)}
 
 
-def flat(value: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= flat(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
+def flat(values: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of nested dictionaries."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def difference(old: dict | None, new: dict, code: tuple[dict, dict] | None = None) -> str:
