@@ -13,12 +13,12 @@ from pathlib import Path
 from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import check, forecast, keys, plan, preflight, progress, show, watch
+from lib.run import check, forecast, keys, plan, preflight, progress, reach, show, watch
 from lib.run.check import Loaded, named
 
 MOST_BATCHES = 2  # of a phase in a trial
 NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of it has failed by itself
-ENTRY_MODULES = ("cli", "runner", "sweep", "work", "forkserver", "kernels")  # of lib.run: what a trial executes
+ENTRY_MODULES = ("cli", "runner", "sweep", "work", "pool", "kernels")  # of lib.run: what a trial executes
 HOME_CACHES = (".cache", ".config", ".ipython", ".jupyter", ".local", ".nv", ".triton")
 CACHES = (  # variables that name a place of this kind; the first two are our own `.cache` where nobody named another
     "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "XDG_CACHE_HOME",
@@ -175,7 +175,7 @@ def _vouched(found: list[Loaded], root: Path) -> tuple[Path, str]:
     runs = sorted(runs_of(found), key=lambda run: (run.study, run.run_id))
     studies = list(dict.fromkeys(run.study for run in runs))
     modules = [f"lib.{study}.{path.stem}" for study in studies for path in (config.ROOT / "lib" / study).glob("*.py")]
-    code = keys.closure(*(f"lib.run.{name}" for name in ENTRY_MODULES), *modules)
+    code = reach.modules(*(f"lib.run.{name}" for name in ENTRY_MODULES), *modules)
     cells = [keys.notebook_code(notebook) for study in studies for notebook in notebooks_of(study)]
     return root / ".check.json", record.digest([[config.dump(run) for run in runs], code, cells, keys.versions()])
 

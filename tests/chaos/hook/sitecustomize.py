@@ -26,7 +26,7 @@ born, within, counts = os.getpid(), threading.local(), {}
 def role() -> str:
     if os.getpid() == born:
         words = sys.orig_argv
-        return "server" if any("forkserver" in w for w in words) else "runner" if "lib" in words else "other"
+        return "server" if any("lib.run.pool" in w for w in words) else "runner" if "lib" in words else "other"
     return "kernel" if sys.argv[:1] == ["ipykernel_launcher"] else "member"
 
 
@@ -36,12 +36,13 @@ def parent(pid: int) -> int:
 
 
 def target(word: str) -> int:
-    """The process that `kill:<word>` means, from where we are: member and kernel are children of the server."""
+    """The process that `kill:<word>` means, from where we are: member and kernel are children of the pool's fork server, and that of
+    its server."""
     me = os.getpid()
     if word == "kernel":
         with open(spec["home"] + "/kernel.pid") as file:
             return int(file.read())
-    server = me if role() == "server" else os.getppid()
+    server = me if role() == "server" else parent(os.getppid())
     return server if word == "server" else (me if role() == "runner" else parent(server))
 
 
