@@ -67,9 +67,13 @@ def executed(study, folder):
 
 
 def functions(tree):
-    """{first line, a decorator's included: its node} of a module's functions."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {min([node.lineno, *(d.lineno for d in node.decorator_list)]): node for node in found}
+    """{first line, a decorator's included: (its node, its top-level definition)} of a module's functions."""
+    found = {}
+    for top in tree.body:
+        for node in ast.walk(top):
+            if isinstance(node, ast.FunctionDef):
+                found[min([node.lineno, *(d.lineno for d in node.decorator_list)])] = node, top.lineno
+    return found
 
 
 @pytest.mark.parametrize("study", sorted(RUNS))
@@ -77,12 +81,13 @@ def test_editing_any_function_that_a_member_executes_changes_its_key(study, copy
     before = copy.code(study)
     ran, missed, tried = executed(study, tmp_path), [], 0
     for file in sorted({file for file, _ in ran}):
-        text = (ROOT / file).read_text()
+        text, done = (ROOT / file).read_text(), set()
         for line in sorted(line for name, line in ran if name == file):
             tree = ast.parse(text)
-            node = functions(tree).get(line)
-            if node is None:  # a lambda, a comprehension: part of a function or a constant
+            node, top = functions(tree).get(line, (None, None))
+            if node is None or top in done:  # a lambda is part of a function; a function inside one of what is around
                 continue
+            done.add(top)
             node.body.append(ast.parse("edited = 1").body[0])
             (copy.root / file).write_text(ast.unparse(tree))
             tried += 1

@@ -36,8 +36,8 @@ def parent(pid: int) -> int:
 
 
 def target(word: str) -> int:
-    """The process that `kill:<word>` means, from where we are: member and kernel are children of the pool's fork server, and that of
-    its server."""
+    """The process that `kill:<word>` means, from where we are: member and kernel are children of the pool's fork
+    server, which is one of the pool's server."""
     me = os.getpid()
     if word == "kernel":
         with open(spec["home"] + "/kernel.pid") as file:
