@@ -249,6 +249,8 @@ def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | 
         cbar_kws={"label": title if center is None else f"{title} (white: {number(center)})"},
         ax=place,
     )
+    place.grid(False)
+    place.tick_params(length=0, rotation=0)
     for (row, column), mean in np.ndenumerate(means):
         if np.isnan(mean):  # seaborn leaves these cells empty
             text = texts[row * len(betas) + column]
@@ -442,7 +444,7 @@ def loss_landscape(
                 (start, _), (end, _) = points
                 axes[1, 0].axvspan(start, end, color=style["color"], alpha=0.12, linewidth=0)
                 pushed = f"pushed the wrong way:\nρ from {start / beta:+.1f} to {end / beta:+.1f}\nnats at β = {beta:g}"
-                axes[1, 0].annotate(pushed, (end, 0.8), (5, -2), textcoords="offset points", va="top", fontsize=9)
+                axes[1, 0].annotate(pushed, (end, 0.8), (5, -2), textcoords="offset points", va="top", fontsize=8.5)
         axes[1, column].axhline(0, color=SOFT, linewidth=0.9)
         axes[1, column].set_xlabel(axis)
     axes[0, 1].set_ylim(-0.5, 6)
