@@ -305,10 +305,8 @@ def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
     parts = [str(part) for part in error["loc"]] + ([context["key"]] if context.get("key") else [])
     key = ".".join(parts) or "(top level)"
     if error["type"] == "extra_forbidden":
-        listed = any(isinstance(part, int) for part in error["loc"])
-        near = (
-            did_you_mean(parts[-1], _fields_at(model, error["loc"][:-1])) if listed else did_you_mean(key, keys(model))
-        )
+        beside = [".".join([*parts[:-1], name]) for name in _fields_at(model, error["loc"][:-1])]
+        near = did_you_mean(key, (*keys(model), *beside))
         return key, "unknown key", "a key of this section", near
     if error["type"] == "missing":
         return key, "missing", "this key", f"write {key}: ... (params/ has complete examples)"

@@ -607,7 +607,10 @@ def broken(tmp_path, old, new):
 def test_unknown_keys_are_refused(tmp_path):
     message = broken(tmp_path, "margin: 0.3", "margn: 0.3")
     assert "claims.0.margn: unknown key" in message
-    assert "claims.0.margin: missing" in message
+    assert "did you mean claims.0.margin?" in message
+    beside = "DPO beta that is best on validation, {}:"
+    message = broken(tmp_path, beside.format("baseline"), beside.format("basline"))
+    assert "did you mean claims.0.beside.0.baseline?" in message
     assert "did you mean names?" in broken(tmp_path, "names:", "name:")
 
 

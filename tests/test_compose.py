@@ -15,9 +15,8 @@ import pytest
 import yaml
 
 from lib import config, record
-from lib.commands.compose import command, designs, layout
 from lib.errors import StudyError
-from lib.run import cli
+from lib.run import cli, compose as command
 from lib.td_dpo import report
 from tests.conftest import ROOT
 
@@ -190,11 +189,11 @@ def test_a_name_that_yaml_would_read_as_a_number_is_quoted(design):
 REFUSED = {
     "a key that no design has": (
         "    label: DPO\n", "    lable: DPO\n",
-        ["methods.dpo", "lable", "unknown key", "did you mean label"],
+        ["methods.dpo", "lable", "unknown key", "did you mean methods.dpo.label"],
     ),
     "a key that no scale has": (
         "    models: {made: }", "    modles: {made: }",
-        ["scales.laptop", "modles", "did you mean models"],
+        ["scales.laptop", "modles", "did you mean scales.laptop.models"],
     ),
     "a key that the base has not": (
         "training.learning_rate: 4e-4", "training.learning_rat: 4e-4",
@@ -242,7 +241,7 @@ REFUSED = {
     ),
     "like in a circle": (
         "  dpo:\n    role", "  dpo:\n    like: ipo\n    role",
-        ["methods.ipo.like", "one of td_dpo\n"],
+        ["methods.dpo.like", "in a circle: dpo -> ipo -> dpo"],
     ),
     "a method without a role": (
         "role: proposed, ", "",
@@ -276,18 +275,6 @@ REFUSED = {
         "      model:\n", "      run_id: x\n      model:\n",
         ["base.run_id", "written for each run"],
     ),
-    "an anchor": (
-        "loss.name: dpo", "loss.name: &x dpo",
-        ["design.yaml:11:", "anchor"],
-    ),
-    "a mapping in braces over several lines": (
-        "set: {loss.name: ipo}", "set: {loss.name: ipo,\n      loss.beta: 1.0}",
-        ["methods.ipo.set.loss.name", "several lines", "block form"],
-    ),
-    "a list of lines for a place in braces": (
-        "    set: {loss.name: ipo}", "    set:\n      model.recipe.layers:\n        - 3",
-        ["methods.ipo.set.model.recipe.layers", "several lines", "[list]"],
-    ),
     "a claim that is a word": (
         "    - each:", "    - C0\n    - each:",
         ["claims.0", "'C0'"],
@@ -302,7 +289,7 @@ REFUSED = {
     ),
     "a claim's key": (
         "      margin: 0.3", "      margn: 0.3",
-        ["claims.0.margn", "did you mean margin"],
+        ["claims.0.margn", "did you mean claims.0.margin"],
     ),
     "a claim for what is no level": (
         "small: C2}", "smal: C2}",
@@ -424,72 +411,31 @@ def test_check_tells_where_a_yaml_is_not_what_its_design_writes(design, capsys):
     assert told["claims.yaml"]["place"] == "C4", "a claim about betas that these runs do not train"
 
     design("loss.name: ipo", "loss.nam: ipo")
-    (fault,) = designs.findings([(changed, None, [])])
+    (fault,) = command.findings([(changed, None, [])])
     assert (fault.level, Path(fault.file).name, fault.key) == ("error", "design.yaml", "methods.ipo.set.loss.nam")
 
 
-# ---- lines
+# ---- comments
 
 
-TEXT = """\
-# head
-a:   # of a
-  x: 1   # of x
-
-  # about y
-  y: "#no comment"
-  # behind
-b: {p: 1e-3, q: {r: null}}   # of b
-# about c
-c:
-  - 1   # one
-  - |
-    # text
-d: |
-  # text too
-
-  more
-e:
-"""
-
-
-def edited(change) -> str:
-    tree = layout.read(TEXT, "here")
-    change(tree)
-    return "\n".join(layout.write(tree)) + "\n"
-
-
-def entry(text: str) -> layout.Entry:
-    return layout.read(text, "there").entries[0]
-
-
-def test_text_that_is_not_changed_stays_as_it_is():
-    assert edited(lambda tree: None) == TEXT
-
-
-@pytest.mark.parametrize(("change", "old", "new"), [
-    # neither x's nor b's comments go with it
-    (lambda t: layout.drop(t, "a.y"), '\n  # about y\n  y: "#no comment"\n', ""),
-    (lambda t: layout.drop(t, "a.x"), "  x: 1   # of x\n", ""),
-    (lambda t: layout.drop(t, "c"), "# about c\nc:\n  - 1   # one\n  - |\n    # text\n", ""),
-    (lambda t: layout.put(t, "a.x", entry("k: 22")), "x: 1   # of x", "x: 22   # of x"),
-    (lambda t: layout.put(t, "a.x", entry("k: 2  # new")), "x: 1   # of x", "x: 2  # new"),
-    (lambda t: layout.put(t, "a.x", entry("k: 2  #")), "x: 1   # of x", "x: 2"),
-    (lambda t: layout.put(t, "a.x", entry("k:\n  - 1 # i\n  - 2")), "x: 1   # of x", "x:\n    - 1 # i\n    - 2"),
-    (lambda t: layout.put(t, "a.x", entry("k:   # c\n    z: 1")), "x: 1   # of x", "x:   # c\n    z: 1"),
-    (lambda t: layout.put(t, "b.q.r", entry("k: [1]")), "r: null", "r: [1]"),
-    (lambda t: layout.put(t, "b.p", entry("k: 2 # why")), "{p: 1e-3, q: {r: null}}   # of b",
-     "{p: 2, q: {r: null}}   # of b; why"),
-    (lambda t: layout.put(t, "c", entry("k: null")), "c:\n  - 1   # one\n  - |\n    # text\n", "c: null\n"),
-    (lambda t: layout.put(t, "e", entry("k: 5")), "e:\n", "e: 5\n"),
-    (lambda t: layout.drop(t, "b.q"), ", q: {r: null}", ""),
-    (lambda t: layout.add(t, "a.new", entry("# why\nk: 5  # five"), lambda _: ["x", "new", "y"]),
-     "# of x\n", "# of x\n  # why\n  new: 5  # five\n"),
-    (lambda t: layout.add(t, "b.new", entry("k: 5"), lambda _: []), "{r: null}}", "{r: null}, new: 5}"),
-])  # fmt: skip
-def test_one_edit_changes_its_lines_and_no_other(change, old, new):
-    assert old in TEXT
-    assert edited(change) == TEXT.replace(old, new)
+def test_comments_and_blank_lines_belong_to_the_key_that_follows(design):
+    """Where a key goes, its own comment and the lines above it go; those of its neighbours stay."""
+    design("              training.learning_rate: 4e-4   # its own\n".lstrip(" "), "training.learning_rate: 4e-4 #\n")
+    design("training.max_steps: 60", "training.max_steps: 60, dataset.preprocessing.max_length: 64")
+    design(
+        "drop: [training.logging_steps]", "drop: [training.logging_steps, dataset.split_seed, dataset.limit, loss.beta]"
+    )
+    base = command.composed(design.path)["laptop/proposed-made-generated.yaml"]
+    made = command.composed(design.path)["laptop/comparative-2-made-small.yaml"]
+    assert "  learning_rate: 4e-4\n" in made, "an empty comment takes the base's away"
+    assert "  max_steps: 60\n" in made
+    assert "  preprocessing: {max_length: 64, max_prompt_length: null}\n" in made, "inside braces"
+    assert "# how much of it" in base
+    assert "# how much of it" not in made, "with the key that it was above"
+    between = "eval_steps: 40   # the best checkpoint"
+    assert between in base
+    assert between in made
+    assert made.count("\n\n") == base.count("\n\n") - 1, "limit's own; those between sections stay"
 
 
 # ---- the README's walk-through

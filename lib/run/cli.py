@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return lab.lab(argv[1:])
     if argv[:1] == ["compose"]:
-        from lib.commands.compose import command as compose
+        from lib.run import compose
 
         return guarded(lambda: compose.main(argv[1:]))
     options = parser().parse_args(argv)
@@ -160,9 +160,9 @@ def run(options) -> int:
     whole = every_run(options) if options.run else found
     ready.wide_enough(options, found)
     if options.command == "check":
-        from lib.commands.compose import designs
+        from lib.run import compose
 
-        return ready.command(found, whole, options, root_of(options), slots_of(options), list(designs.findings(found)))
+        return ready.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
     told, code = ready.obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
         code = code or ready.unready(options, found, whole, root_of(options), told)

@@ -1,1 +1,0 @@
-"""What ./run_all.sh does besides running: check, compose, judge."""
