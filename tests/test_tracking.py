@@ -16,7 +16,7 @@ import pytest
 
 from lib import claims, config, record
 from lib.errors import StudyError
-from lib.run import cli, members, plan, runner, runs, tracking, wandb_read, wandb_sync
+from lib.run import cli, members, plan, runner, runs, wandb as mirror
 from lib.tables import aggregated
 from lib.td_dpo import report
 from tests import wandb_member
@@ -132,7 +132,7 @@ def conclude(run):
 
 
 def follow(run, mode="online"):
-    mirrors = tracking.Mirrors()
+    mirrors = mirror.Mirrors()
     mirrors.begin(folder_of(run), mode)
     return mirrors
 
@@ -146,11 +146,11 @@ def words_of(process):
 
 def differences(run):
     """{W&B run: in what it differs from its record}, asked of the server through the client."""
-    connection = wandb_read.api()
+    connection = mirror.api()
     found = {}
-    for entry in tracking.entries(folder_of(run)):
-        remote = wandb_read.find(connection, entry.entity, entry.project, entry.id)
-        if left := wandb_read.lacking(entry, remote):
+    for entry in mirror.entries(folder_of(run)):
+        remote = mirror.find(connection, entry.entity, entry.project, entry.id)
+        if left := mirror.lacking(entry, remote):
             found[entry.name] = left
     return found
 
@@ -164,7 +164,7 @@ def sync(*arguments):
 
 def synced(*planned):
     """What `./run_all.sh sync` does, in this process: its exit code."""
-    return wandb_sync.sync([folder_of(run) for run in planned], None, None)
+    return mirror.send_all([folder_of(run) for run in planned])
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_every_step_is_there_while_training_goes_on(server, run, outputs):
     assert not mirrors.failed
     assert not mirrors.unsent
     assert differences(run) == {}
-    entries = tracking.entries(folder_of(run))
+    entries = mirror.entries(folder_of(run))
     assert [e.name for e in entries] == ["tiny--default-s1", "tiny--default-s2", "tiny"]
     sent = server.runs[entries[0].id]
     assert sent["group"] == "tiny"
@@ -241,7 +241,7 @@ def test_sync_brings_up_what_was_never_sent_and_the_second_one_sends_nothing(ser
     assert sync()[0] == 0
     assert server.sent() == []
     assert snapshot(folder_of(run)) == before
-    entry, sender = tracking.entries(folder_of(run))[0], wandb_sync.Sender(folder_of(run), 30)
+    entry, sender = mirror.entries(folder_of(run))[0], mirror.Sender(folder_of(run), 30)
     sent, predictions = server.runs[entry.id], "tiny/members/default-s1/predictions.jsonl"
     for part, damage in {
         "history": lambda: sent["history"].pop(20),
@@ -323,7 +323,7 @@ def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):
     planned = study(tmp_path)
     assert synced(*planned) == 0
     source = {"entity": ENTITY, "project": PROJECT, "run_ids": ["dpo", "td_dpo"]}
-    back = wandb_read.results("td_dpo", "laptop", "full", tmp_path / "back" / "td_dpo", source)
+    back = mirror.results("td_dpo", "laptop", "full", tmp_path / "back" / "td_dpo", source)
     here, there = judged(planned[0].results_dir, planned), judged(back, runs.planned(back))
     for name, frame in here[0].items():
         pd.testing.assert_frame_equal(frame, there[0][name], check_exact=True)
@@ -332,16 +332,16 @@ def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):
     assert {v["id"]: v["verdict"] for v in here[1]}["C3"] in ("supported", "refuted", "inconclusive")
     assert record.read_json(back / "dpo" / "members" / "default-s42" / "adapters.json") == {"rank": 42}
     asked = len([r for r in server.requests if r[0] == "GET"])
-    wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
+    mirror.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
     assert len([r for r in server.requests if r[0] == "GET"]) == asked  # what is there with the right checksum stays
 
     (back / "dpo" / "metrics.json").unlink()
     server.runs["dpo--laptop"]["files"]["dpo/metrics.json"] = b"{}"
     with pytest.raises(StudyError, match="not what its checksum says"):
-        wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
+        mirror.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **source)
     assert not (back / "dpo" / "metrics.json").exists()
     with pytest.raises(StudyError, match="no finished run other"):
-        wandb_read.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **{**source, "run_ids": ["other"]})
+        mirror.fetch(tmp_path / "back", study="td_dpo", scale="laptop", **{**source, "run_ids": ["other"]})
 
 
 def test_a_name_on_wandb_cannot_write_outside_the_results(tmp_path):
@@ -352,7 +352,7 @@ def test_a_name_on_wandb_cannot_write_outside_the_results(tmp_path):
             return []
 
     with pytest.raises(StudyError, match="escaped"):
-        wandb_read.download(Found(), tmp_path / "results")
+        mirror.download(Found(), tmp_path / "results")
 
 
 # ---- what makes a W&B run another one
@@ -362,7 +362,7 @@ def test_a_name_on_wandb_cannot_write_outside_the_results(tmp_path):
 def test_a_forced_attempt_is_another_run_and_the_first_stays(server, run, outputs):
     finished(run, 5)
     assert synced(run) == 0
-    first = {e.name: e.id for e in tracking.entries(folder_of(run))}
+    first = {e.name: e.id for e in mirror.entries(folder_of(run))}
     published = {name: (list(r["history"]), r["summary"]) for name, r in server.runs.items()}
     specs = {m.id: record.read_json(folder_of(run) / "members" / m.id / "member.json") for m in config.members(run)}
     for member in config.members(run):
@@ -370,12 +370,12 @@ def test_a_forced_attempt_is_another_run_and_the_first_stays(server, run, output
         record.write_json(folder_of(run) / "members" / member.id / "member.json", specs[member.id])
     finished(run, 7)
     assert synced(run) == 0
-    assert not set(first.values()) - {"tiny--laptop"} & {e.id for e in tracking.entries(folder_of(run))}
+    assert not set(first.values()) - {"tiny--laptop"} & {e.id for e in mirror.entries(folder_of(run))}
     assert {
         name: (list(r["history"]), r["summary"]) for name, r in server.runs.items() if name in published
     } == published
     assert len(server.runs) == 6
-    back = wandb_read.fetch(
+    back = mirror.fetch(
         outputs / "back", study="td_dpo", scale="laptop", entity=ENTITY, project=PROJECT, run_ids=["tiny"]
     )
     assert {len(record.read_jsonl(p)) for p in back.glob("tiny/members/*/history.jsonl")} == {7}
@@ -391,7 +391,7 @@ def test_places_do_not_share_ids(tmp_path):
         where = tmp_path / folder / "outputs" / folder / "td_dpo" / "tiny"
         made = made.model_copy(update={"results_dir": where.parent})
         finished(made, 2)
-        seen |= {e.id for e in tracking.entries(where)}
+        seen |= {e.id for e in mirror.entries(where)}
     assert len(seen) == 9
 
 
@@ -399,7 +399,7 @@ def test_places_do_not_share_ids(tmp_path):
 
 
 def test_trials_and_disabled_runs_start_no_sender(run):
-    mirrors = tracking.Mirrors()
+    mirrors = mirror.Mirrors()
     mirrors.begin(folder_of(run), config.wandb_mode(config.trial(run)))
     mirrors.end(folder_of(run), "disabled")
     assert not mirrors.processes
@@ -446,8 +446,8 @@ def test_killed_at_step_700_of_1500(server, run, outputs):
     assert writer.wait() == -signal.SIGKILL
     finished(run, 1500)  # goes on from the checkpoint at step 600, and steps 601 to 700 come out otherwise
     mirrors.close(PATIENCE)
-    name = tracking.entries(folder_of(run))[0].id
-    history = tracking.by_step(record.read_jsonl(first / "history.jsonl"))
+    name = mirror.entries(folder_of(run))[0].id
+    history = mirror.entries(folder_of(run))[0].rows()
     steps = [row["global_step"] for row in server.rows(name)]
     assert sorted(set(steps)) == list(history) == list(range(1, 1501))
     assert 1 <= len(steps) - 1500 <= 100  # what was sent of the first attempt is there still, and does not count
@@ -456,8 +456,8 @@ def test_killed_at_step_700_of_1500(server, run, outputs):
         assert sync()[0] == 0
         assert server.sent() == []
         assert differences(run) == {}
-        connection = wandb_read.api()
-        assert wandb_read.rows(wandb_read.find(connection, ENTITY, PROJECT, name)) == history
+        connection = mirror.api()
+        assert mirror.rows_of(mirror.find(connection, ENTITY, PROJECT, name)) == history
 
 
 @pytest.mark.slow
@@ -471,7 +471,7 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
     mirrors.killed = True
     os.killpg(mirrors.processes[folder_of(run)].pid, signal.SIGKILL)
     finished(run, 90)
-    run_id = tracking.entries(folder_of(run))[0].id
+    run_id = mirror.entries(folder_of(run))[0].id
     assert server.runs[run_id]["files"] == {}
     assert sync()[0] == 0
     assert differences(run) == {}
@@ -492,7 +492,7 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     mine.ensure_pool = lambda: None
     mine.mirrors = SimpleNamespace(
         **{
-            name: lambda *given, name=name: seen.append((name, *given, tracking.over(folder)))
+            name: lambda *given, name=name: seen.append((name, *given, mirror.over(folder)))
             for name in ("begin", "end")
         }
     )
@@ -510,8 +510,8 @@ def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nexec {does}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(tracking.sys, "executable", str(program))
-    mirrors = tracking.Mirrors()
+    monkeypatch.setattr(mirror.sys, "executable", str(program))
+    mirrors = mirror.Mirrors()
     mirrors.end(tmp_path, mode)
     until(lambda: mirrors.processes)
     mirrors.close(0.01)
@@ -531,7 +531,7 @@ def test_dead_from_the_start(monkeypatch, tmp_path, run, outputs, capsys):
     mirrors.close(PATIENCE)
     assert not mirrors.failed
     assert "1 run in offline files only" in capsys.readouterr().err
-    assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
+    assert sorted(offline_runs(run)) == sorted(e.id for e in mirror.entries(folder_of(run)))
     assert snapshot(folder_of(run)) == before
     code, said = sync()
     assert code == 3
@@ -554,7 +554,7 @@ def test_dying_in_mid_run(server, run, outputs):
     writer.wait()
     finished(run)
     mirrors.close(PATIENCE)
-    assert sorted(offline_runs(run)) == sorted(e.id for e in tracking.entries(folder_of(run)))
+    assert sorted(offline_runs(run)) == sorted(e.id for e in mirror.entries(folder_of(run)))
     server.fault = None
     assert sync()[0] == 0
     assert differences(run) == {}

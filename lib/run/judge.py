@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import members, model_card, pages, plan, runner, runs, show, tracking
+from lib.run import members, model_card, pages, plan, runner, runs, show, wandb
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
@@ -79,7 +79,7 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
     given = settings(options)
     groups: dict[Path, list[Path]] = {}
     for root in roots:
-        for folder in finished(root, options, wanted) if tracking.FROM not in root.name else ():
+        for folder in finished(root, options, wanted) if wandb.FROM not in root.name else ():
             groups.setdefault(folder.parents[2], []).append(folder)
     if not groups:
         print("nothing to grade: no finished member with evaluation.judge: mt_bench in", *(roots or ["outputs"]))

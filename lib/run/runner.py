@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import members, model_card, pages, plan, pool, progress, resources, tracking
+from lib.run import members, model_card, pages, plan, pool, progress, resources, wandb
 from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
@@ -59,7 +59,7 @@ class Runner:
         self.pool: pool.Pool | None = None
         self.guard = threading.Lock()
         self.stopping = False
-        self.mirrors = tracking.Mirrors()
+        self.mirrors = wandb.Mirrors()
 
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""

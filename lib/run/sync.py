@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.run import plan, runner, show, tracking, wandb_read
+from lib.run import plan, runner, show, wandb
 from lib.run.options import wants
 
 
 def sync(roots: list[Path], options) -> int:
     """Send what W&B lacks of the records in these folders (outputs/<scale>-full…). Exit code: 0 W&B is up to date, 1 it
     is not yet, 3 it cannot be reached or there is no key."""
-    roots = [root for root in roots if tracking.FROM not in root.name]
+    roots = [root for root in roots if wandb.FROM not in root.name]
     found = [
         folder
         for root in roots
@@ -30,25 +30,23 @@ def sync(roots: list[Path], options) -> int:
         for root in dict.fromkeys(folder.parents[1] for folder in found):
             locks.enter_context(runner.locked(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
-        return subprocess.call(
-            [sys.executable, "-P", "-m", "lib.run.wandb_sync", "sync", *named, "--", *map(str, found)]
-        )
+        return subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, "--", *map(str, found)])
 
 
 def pull(runs: list, outputs: Path, made_in: str, options) -> int:
     """Fetch the records of these runs from W&B, and judge them by the same analysis in a folder of their own.
     `made_in`: the name of the folder in outputs/ that they were made in."""
-    root, steps = outputs / f"{made_in},{tracking.FROM}", []
+    root, steps = outputs / f"{made_in},{wandb.FROM}", []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
         entity, project = options.entity or mine[0].wandb.entity, options.project or mine[0].wandb.project
-        results = wandb_read.fetch(
+        results = wandb.fetch(
             root,
             study=study,
             scale=options.scale,
             run_ids=[run.run_id for run in mine],
             entity=entity,
-            project=project or tracking.PROJECT,
+            project=project or wandb.PROJECT,
             place=f"{made_in}/{study}",
         )
         steps.append(plan.analysis(study, results, options.scale, "full"))
