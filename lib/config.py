@@ -211,12 +211,12 @@ class Run(Section):
     run_id: RunId
     method: Name
     role: Literal["proposed", "comparative", "ablation", "control"]
-    model: Section
-    dataset: Section
-    training: Section
-    loss: Section
+    model: Any  # these sections are the study's
+    dataset: Any
+    training: Any
+    loss: Any
     compute: Compute = Compute()
-    evaluation: Section
+    evaluation: Any
     optuna: Optuna
     seed_list: Annotated[list[Seed], Field(min_length=1)]
     grid: list[Block] | None = None
