@@ -21,6 +21,7 @@ import difflib
 import functools
 import importlib
 import itertools
+import json
 import math
 import re
 import types
@@ -53,7 +54,7 @@ MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
 MAX_BYTES = 1_000_000  # of a YAML file
-MAX_NODES = 20_000  # after aliases are expanded; the largest shipped file has about 300
+MAX_ALIASES = 20
 NOTEBOOK_OWN = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
@@ -365,32 +366,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _expanded(node: yaml.Node, done: dict[int, int], parents: set[int]) -> int:
-    """Number of nodes once every alias is written out; each shared node is visited once."""
-    if id(node) in parents:
-        raise yaml.YAMLError("an alias that contains itself")
-    if id(node) not in done:
-        children = []
-        if isinstance(node, yaml.MappingNode):
-            children = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            children = node.value
-        done[id(node)] = 1 + sum(_expanded(child, done, parents | {id(node)}) for child in children)
-    return done[id(node)]
-
-
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document as plain Python data; StudyError with line and column where it is not one."""
-    loader = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if (size := _expanded(node, {}, set())) > MAX_NODES:
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        if aliases > MAX_ALIASES:  # nested, a few dozen stand for billions of values
             fix = "write the values out instead of nesting aliases"
-            raise StudyError(where, f"{size} nodes once its aliases are expanded", f"at most {MAX_NODES}", fix)
-        return loader.construct_document(node)
+            raise StudyError(where, f"{aliases} aliases", f"at most {MAX_ALIASES}", fix)
+        content = yaml.load(text, _Loader)  # a SafeLoader
+        json.dumps(content, default=str)  # ValueError: an alias that contains itself
+        return content
     except RecursionError:
         raise StudyError(where, "mappings or lists nested too deeply", "a few levels", "flatten the file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits, an impossible date
@@ -401,9 +386,6 @@ def parse_yaml(text: str, where: str) -> Any:
             "correct the line; tags such as !!python are not read",
         )
         raise StudyError(place, found, "one plain YAML document", fix) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def load_yaml(path: str | Path) -> dict:
