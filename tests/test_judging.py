@@ -41,10 +41,15 @@ def answers(ids=(81, 104, 106, 111)):
 
 
 def graded(data, cache, **more):
-    """(requests with their score, what it took)."""
+    """(requests with their score, {key: judgement})."""
     asked = judging.requests(mt_bench.read(data), answers(), "judge")
-    kept, spent = judging.grade_requests(asked, "judge", cache, **{"workers": 1, **more})
-    return [{**row, "score": kept.get(row["key"], {}).get("score")} for row in asked], spent
+    judging.grade_requests(asked, "judge", cache, **{"workers": 1, **more})
+    kept = judging.load_cache(cache)
+    return [{**row, "score": kept.get(row["key"], {}).get("score")} for row in asked], kept
+
+
+def total(kept, name):
+    return sum(judgement[name] for judgement in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -85,11 +90,11 @@ def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(
     before = judging.cost(judging.requests(bench, answers(), "judge"), {}, (1.0, 2.0))
     assert (before["calls"], before["cached"]) == (8, 0)
     assert before["price"] == pytest.approx((before["prompt_tokens"] + 2 * 8 * judging.REPLY_TOKENS) / 1e6)
-    rows, spent = graded(data, cache, workers=4)
+    rows, kept = graded(data, cache, workers=4)
     assert [r["score"] for r in rows] == [7.0] * 8
-    assert spent == {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16, "refused": 0}
+    assert [total(kept, name) for name in judging.COUNTED] == [8, 80, 16]
     assert {r["temperature"] for r in judge_server.seen} == {0}
-    assert graded(data, cache)[1]["calls"] == 0
+    graded(data, cache)
     assert len(judge_server.seen) == 8
     others = judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), (None, None))
     assert (others["calls"], others["price"]) == (8, None)
@@ -101,12 +106,13 @@ def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_ser
         200,
         completion(bad if "first 81" in request["messages"][1]["content"] else "[[4]]"),
     )
-    rows, spent = graded(data, tmp_path / "j.jsonl")
+    rows, kept = graded(data, tmp_path / "j.jsonl")
     told = judging.summary(rows)
     assert [r["score"] for r in rows if r["question"] == 81] == [None, None]
     assert (told["unparsed"], told["graded"], told["mt_bench_score"]) == (2, 6, 4.0)
-    assert spent["calls"] == 6 + 2 * 3
-    assert graded(data, tmp_path / "j.jsonl")[1]["calls"] == 0
+    assert total(kept, "calls") == 6 + 2 * 3
+    graded(data, tmp_path / "j.jsonl")
+    assert len(judge_server.seen) == 6 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -152,10 +158,10 @@ def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_pa
     )
     monkeypatch.delenv("OPENAI_API_KEY")
     asked = judging.requests(mt_bench.read(data), answers(), "org/judge")
-    kept, spent = judging.grade_requests(asked[:1], "org/judge", tmp_path / "j.jsonl")
-    (row,) = kept.values()
+    judging.grade_requests(asked[:1], "org/judge", tmp_path / "j.jsonl")
+    (row,) = judging.load_cache(tmp_path / "j.jsonl").values()
     assert (row["reply"], row["score"], row["estimated"]) == (text, 5.0, False)
-    assert (spent["prompt_tokens"], spent["completion_tokens"]) == (70, 9)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (70, 9)
     (sent,) = judge_server.seen
     assert (sent["model"], sent["messages"]) == ("org/judge", asked[0]["messages"])
     assert judge_server.keys == ["Bearer none"]
@@ -209,8 +215,8 @@ def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeate
         file.write('{"key": "torn')  # the process was killed inside a line
     judge_server.seen.clear()
     judge_server.script = lambda n, request: (200, completion("[[9]]"))
-    rows, spent = graded(data, cache)
-    assert (len(judge_server.seen), spent["calls"]) == (5, 5)
+    rows, _ = graded(data, cache)
+    assert len(judge_server.seen) == 5
     assert not [r for r in judge_server.seen if r["messages"] in done]
     assert sorted(r["score"] for r in rows) == [6.0] * 3 + [9.0] * 5
     assert len(judging.load_cache(cache)) == 8

@@ -13,11 +13,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+
+from pydantic import ValidationError
 
 from lib import config, record
 from lib.errors import StudyError
@@ -25,14 +25,13 @@ from lib.run import members, model_card, pages, plan, runner, runs, show, wandb
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
-SECONDS_BETWEEN_LINES = 20.0  # while it grades
 LOG = "judging.jsonl"  # in a study's comparison/: what each call of this command took
 
 
-class Settings(NamedTuple):
+class Settings(config.Section):
     model: str
-    price_in: float | None  # per million prompt tokens
-    price_out: float | None
+    price_in: config.NonNegative | None = None  # per million prompt tokens
+    price_out: config.NonNegative | None = None
 
     @property
     def prices(self) -> tuple[float | None, float | None]:
@@ -57,19 +56,16 @@ class Job:
 
 def settings(options) -> Settings:
     """The options, else params/judge.yaml, whose prices are those of its own model only."""
-    shipped = config.load_yaml(SETTINGS) if SETTINGS.exists() else {}
-    for key, value in shipped.items():
-        if key not in Settings._fields:
-            raise StudyError(f"{SETTINGS}: {key}", "unknown key", "one of " + ", ".join(Settings._fields), "remove it")
-        if key != "model" and not (value is None or isinstance(value, int | float) and value >= 0):
-            raise StudyError(f"{SETTINGS}: {key}", repr(value), "a price per million tokens, or null")
-    model = options.model or shipped.get("model")
-    if not model:
-        raise StudyError("the judge", "no model named", "the name of the judge at its endpoint", "--model gpt-4")
-    listed = shipped if model == shipped.get("model") else {}
-    price_in = options.price_in or options.price or listed.get("price_in")
-    price_out = options.price_out or options.price or listed.get("price_out")
-    return Settings(str(model), price_in, price_out)
+    values = config.load_yaml(SETTINGS) if SETTINGS.exists() else {}
+    if options.model and options.model != values.get("model"):
+        values = {"model": options.model}
+    for name in ("price_in", "price_out"):
+        if price := getattr(options, name) or options.price:
+            values[name] = price
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        config.raise_faults(error, str(SETTINGS), Settings)
 
 
 def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outputs: Path) -> int:
@@ -152,9 +148,7 @@ def grade(job: Job, given: Settings, options) -> int:
     study, requests = job.study, sum(job.asked.values(), [])
     at_first, started, failed = study.load_cache(given.cache), time.time(), None
     try:
-        study.grade_requests(
-            requests, given.model, given.cache, workers=options.workers, on_graded=print_now_and_then()
-        )
+        study.grade_requests(requests, given.model, given.cache, workers=options.workers, on_graded=print_progress)
     except (StudyError, KeyboardInterrupt) as error:
         failed = error
     kept = study.load_cache(given.cache)
@@ -199,17 +193,9 @@ def grade(job: Job, given: Settings, options) -> int:
     return 1 if failed or refused else 0
 
 
-def print_now_and_then() -> Callable[[int, int], None]:
-    """A plain line now and then, for a log and for a person."""
-    last = time.monotonic()
-
-    def tell(done: int, of: int) -> None:
-        nonlocal last
-        if done == of or time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print(f"  {done} of {of} answers graded", flush=True)
-
-    return tell
+def print_progress(done: int, of: int) -> None:
+    if done % 50 == 0 or done == of:
+        print(f"  {done} of {of} answers graded", flush=True)
 
 
 def bring_up_to_date(results: Path, folders: list[Path], options) -> None:

@@ -180,13 +180,12 @@ async def ask(client, model: str, body: list[dict]) -> tuple[str, dict]:
             response = await client.chat.completions.with_raw_response.create(
                 model=model, messages=body, temperature=0, max_tokens=MAX_TOKENS
             )
-        except openai.APIConnectionError as error:
-            raise MissingError("the judge", type(error).__name__, "an endpoint that answers", again) from None
-        except openai.APIStatusError as error:
-            found = f"HTTP {error.status_code}"
-            if error.status_code in (400, 413, 422):
+        except openai.APIError as error:
+            status = getattr(error, "status_code", None)
+            found = f"HTTP {status}" if status else type(error).__name__
+            if status in (400, 413, 422):
                 raise Refused(found) from None
-            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+            if status is None or status in (408, 409, 429) or status >= 500:
                 raise MissingError("the judge", found, "an endpoint that answers", again) from None
             raise StudyError("the judge", found, "an answer", "check the model's name and the key") from None
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
@@ -209,20 +208,19 @@ def replies(path: Path) -> list[dict]:
     return rows
 
 
-def fold(rows: Iterable[dict]) -> dict[str, dict]:
-    """{key: judgement} of replies: the grade of the last that holds one, and what all of them took."""
-    kept: dict[str, dict] = {}
-    for row in rows:
-        before = kept.get(row["key"])
-        kept[row["key"]] = {**row, **{name: row[name] + (before[name] if before else 0) for name in COUNTED}}
-        if before and row["score"] is None:
-            kept[row["key"]]["score"] = before["score"]
-    return kept
+def add(kept: dict[str, dict], row: dict) -> None:
+    """Count a reply to its judgement in `kept`: the grade of the last reply that holds one, and what all took."""
+    before = kept.get(row["key"], {"score": None, **dict.fromkeys(COUNTED, 0)})
+    score = before["score"] if row["score"] is None else row["score"]
+    kept[row["key"]] = {**row, "score": score, **{name: before[name] + row[name] for name in COUNTED}}
 
 
 def load_cache(path: Path) -> dict[str, dict]:
     """{key: judgement} of a file of replies."""
-    return fold(replies(path))
+    kept: dict[str, dict] = {}
+    for row in replies(path):
+        add(kept, row)
+    return kept
 
 
 def settled(kept: dict[str, dict], key: str) -> bool:
@@ -290,14 +288,14 @@ def grade_requests(
     workers: int = 8,
     timeout: float = 120.0,
     on_graded: Callable[[int, int], None] = lambda done, of: None,
-) -> tuple[dict, dict]:
-    """({key: judgement} of the cache, what this call took). A refused answer has no judgement there.
+) -> None:
+    """Ask until each request has its judgement in the cache; a refused one has none there.
 
     Raises MissingError when the judge stays away, StudyError when it refuses everything or another process is grading
     into this cache; every reply until then is kept. At the first failure nothing more is asked, and what is under way
     has `timeout` seconds to come back.
     """
-    base, spent, refused = endpoint()[0], dict.fromkeys(COUNTED, 0), set()
+    base, refused = endpoint()[0], set()
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(f"{cache}.lock").acquire(timeout=2)
@@ -306,18 +304,19 @@ def grade_requests(
     with lock:
         kept = load_cache(cache)
         waiting = deque({row["key"]: row for row in asked if not settled(kept, row["key"])}.values())
-        count, graded = len(waiting), 0
+        count, answered, graded = len(waiting), 0, 0
 
         async def grade_one(client, row: dict) -> None:
+            nonlocal answered
             try:
                 while not settled(kept, row["key"]):
                     reply = reply_row(row, model, base, *await ask(client, model, row["messages"]))
                     record.append_jsonl(cache, reply)  # at once: a kill costs only the calls that are under way
-                    kept.update(fold([*([kept[row["key"]]] if row["key"] in kept else []), reply]))
-                    spent.update({name: spent[name] + reply[name] for name in COUNTED})
+                    add(kept, reply)
+                    answered += 1
             except Refused as error:
                 refused.add(row["key"])
-                if len(refused) > ASKED_AGAIN and not spent["calls"]:
+                if len(refused) > ASKED_AGAIN and not answered:
                     fix = "check the model's name and what the endpoint's log says"
                     raise StudyError("the judge", f"{error} for every request", "an answer", fix) from None
 
@@ -342,7 +341,6 @@ def grade_requests(
 
         if count:
             asyncio.run(grade_all())
-    return kept, {**spent, "refused": len(refused)}
 
 
 # ---- grades in the members' records
