@@ -12,33 +12,18 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from lib import claims, record, stats
-from lib.plots import (
-    BAD,
-    IDENTITY,
-    PALETTE,
-    SOFT,
-    Drawing,
-    Look,
-    canvas,
-    housestyle,
-    legend_below,
-    looks,
-    number,
-    ordered,
-    outcomes,
-    reference_line,
-)
+from lib import claims, plots, record, stats
+from lib.plots import Drawing, Look, canvas, housestyle, number, ordered
 from lib.td_dpo.config import METRICS, SECOND_METRIC
 
 LOOKS = {
-    "dpo": Look("DPO", PALETTE[0], "o"),
-    "discopop": Look("DiscoPOP", PALETTE[1], "s"),
-    "td_dpo": Look("TD-DPO", PALETTE[2], "D"),
-    "td_dpo_anchored": Look("TD-DPO anchored", PALETTE[3], "^"),
-    "discopop_card": Look("DiscoPOP (card)", PALETTE[4], "v"),
+    "dpo": Look("DPO", plots.PALETTE[0], "o"),
+    "discopop": Look("DiscoPOP", plots.PALETTE[1], "s"),
+    "td_dpo": Look("TD-DPO", plots.PALETTE[2], "D"),
+    "td_dpo_anchored": Look("TD-DPO anchored", plots.PALETTE[3], "^"),
+    "discopop_card": Look("DiscoPOP (card)", plots.PALETTE[4], "v"),
 }
-ABLATIONS = ("td_dpo_anchored", "discopop_card")  # trained where one claim looks, not over beta
+ABLATIONS = ("td_dpo_anchored", "discopop_card")  # trained where one claim plots.looks, not over beta
 TITLES = {
     "oracle_score": "Oracle score (1-10)",
     "mt_bench_score": "MT-Bench score",
@@ -126,15 +111,9 @@ def add_corrected(verdicts: list[claims.Verdict], corrected: list[claims.Verdict
 def noise(study: claims.Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
     """Standard deviations per arm behind each claim about a difference of scores, below those that the power table
     assumes."""
-    assumed = " or ".join(f"{sd:g}" for sd in study.noise.seed_sds)
-    table = [
-        {
-            "claim": "assumed",
-            "seed": assumed,
-            "question": study.noise.interaction_sd,
-            "answer": study.noise.answer_sd,
-        }
-    ]
+    seed_sds = " or ".join(f"{sd:g}" for sd in study.noise.seed_sds)
+    others = {"question": study.noise.interaction_sd, "answer": study.noise.answer_sd}
+    table: list[dict] = [{"claim": "assumed", "seed": seed_sds, **others}]
     for claim in study.claims:
         if claim.across or claim.test == "cost_ratio":
             continue
@@ -221,8 +200,8 @@ def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.Data
 def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | None = None) -> Drawing:
     """`metric` over beta and tau: a row per method and tau. A cell shows the mean over seeds, its standard deviation
     and what diverged. `center` (say the base model's score) is white: blue is better, red is worse."""
-    table = outcomes(members, metric)
-    look = looks(table["method"], LOOKS)
+    table = plots.outcomes(members, metric)
+    look = plots.looks(table["method"], LOOKS)
     taus = {method: ordered(table.loc[table["method"] == method, "tau"])[::-1] or [np.nan] for method in look}
     rows = pd.MultiIndex.from_tuples([(m, tau) for m in look for tau in taus[m]] or [("none", np.nan)])
     names = [(look[m].label if m in look else m) + ("" if np.isnan(tau) else f" τ = {number(tau)}") for m, tau in rows]
@@ -254,7 +233,7 @@ def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | 
     for (row, column), mean in np.ndenumerate(means):
         if np.isnan(mean):  # seaborn leaves these cells empty
             text = texts[row * len(betas) + column]
-            color = BAD if "diverged" in text else SOFT
+            color = plots.BAD if "diverged" in text else plots.SOFT
             place.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9.5, color=color)
     words = [
         f"{name} β = {number(beta)}: {text}."
@@ -280,17 +259,20 @@ def likelihood_displacement(
 ) -> Drawing:
     """log(pi_theta/pi_0) of chosen and of rejected answers over the steps, mean over seeds: a column per beta, a row
     per method, one scale per column. Both falling is likelihood displacement. Give it one cell per method and beta."""
-    answers = {"chosen_log_ratio": ("chosen", PALETTE[0], "-"), "rejected_log_ratio": ("rejected", PALETTE[2], "--")}
-    rows = history.reindex(columns=[*IDENTITY, "step", *answers]).dropna(subset=list(answers))
+    answers = {
+        "chosen_log_ratio": ("chosen", plots.PALETTE[0], "-"),
+        "rejected_log_ratio": ("rejected", plots.PALETTE[2], "--"),
+    }
+    rows = history.reindex(columns=[*plots.IDENTITY, "step", *answers]).dropna(subset=list(answers))
     if rows.duplicated(["method", "beta", "step", "seed"]).any():
         raise ValueError(f"{title}: several members per method, beta and seed; choose one cell first")
-    betas, look = ordered(rows["beta"]), looks(rows["method"], LOOKS)
+    betas, look = ordered(rows["beta"]), plots.looks(rows["method"], LOOKS)
     height = 1.2 + 1.75 * max(1, len(look))
     drawn, axes = canvas(len(look) or 1, len(betas) or 1, height=height, title=title, sharex=True, sharey="col")
     words = []
     for (i, (method, own)), (j, beta) in itertools.product(enumerate(look.items()), enumerate(betas)):
         place, ends = axes[i, j], []
-        place.axhline(0, color=SOFT, linewidth=0.8)
+        place.axhline(0, color=plots.SOFT, linewidth=0.8)
         for column, (answer, color, dash) in answers.items():
             cell = rows[(rows["method"] == method) & (rows["beta"] == beta)]
             seeds = cell.pivot(index="step", columns="seed", values=column).rolling(smooth, min_periods=1).mean()
@@ -304,7 +286,7 @@ def likelihood_displacement(
         axes[-1, j].set_xlabel("step")
         axes[i, 0].set_ylabel(f"{own.label}\n(nats)")
         words.append(f"{own.label} β = {number(beta)}: {', '.join(ends)}.")
-    legend_below(drawn)
+    plots.legend_below(drawn)
     alt = (
         f"{title}: mean log-ratio to the reference, in nats, of chosen and rejected answers (smoothed over {smooth} "
         f"points). {' '.join(words)}"
@@ -323,10 +305,10 @@ def kl_against_score(
 ) -> Drawing:
     """Sampled KL(pi_theta || pi_0) against the score: seeds faint, the mean of each cell bold, larger at larger beta.
     A diverged member has no KL and so no point; the words count them."""
-    table = outcomes(members, score)
-    table["kl"] = outcomes(members, "sampled_kl")["value"]
+    table = plots.outcomes(members, score)
+    table["kl"] = plots.outcomes(members, "sampled_kl")["value"]
     shown = table.dropna(subset=["kl", "value"])
-    look = looks(shown["method"], LOOKS)
+    look = plots.looks(shown["method"], LOOKS)
     shown = shown.assign(label=[look[method].label for method in shown["method"]])
     means = shown.groupby(["label", "beta", "tau"], dropna=False, sort=False)[["kl", "value"]].mean().reset_index()
     drawn, axes = canvas(height=4.6, title=title)
@@ -348,7 +330,7 @@ def kl_against_score(
         for cell in means.to_dict("records")
     ]
     if reference is not None:
-        reference_line(place, reference)
+        plots.reference_line(place, reference)
         words.append(f"The reference model scores {number(reference)} (dashed).")
     if lost := int(table["diverged"].sum()):
         words.append(f"{lost} diverged members have no point.")
@@ -445,12 +427,12 @@ def loss_landscape(
                 axes[1, 0].axvspan(start, end, color=style["color"], alpha=0.12, linewidth=0)
                 pushed = f"pushed the wrong way:\nρ from {start / beta:+.1f} to {end / beta:+.1f}\nnats at β = {beta:g}"
                 axes[1, 0].annotate(pushed, (end, 0.8), (5, -2), textcoords="offset points", va="top", fontsize=8.5)
-        axes[1, column].axhline(0, color=SOFT, linewidth=0.9)
+        axes[1, column].axhline(0, color=plots.SOFT, linewidth=0.9)
         axes[1, column].set_xlabel(axis)
     axes[0, 1].set_ylim(-0.5, 6)
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("slope of the loss")
-    legend_below(drawn)
+    plots.legend_below(drawn)
     return Drawing(drawn, title, f"{title}. {'; '.join(words)}.".replace("-", "−"), pd.concat(data))
 
 
@@ -477,6 +459,6 @@ def curvature(
     left, right = axes[0]
     left.set(title="common mode", xlabel="margin (nats)", ylabel=f"Hessian eigenvalue at β = {number(beta)}")
     right.set(title="margin mode", xlabel="margin (nats)")
-    legend_below(drawn)
+    plots.legend_below(drawn)
     alt = f"{title} at beta {number(beta)}: eigenvalues of the Hessian. {'; '.join(words)}."
     return Drawing(drawn, title, alt, pd.concat(data))
