@@ -16,7 +16,7 @@ import yaml
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import cli, lock, plan, progress, runner, show
+from lib.run import cli, lock, plan, progress, runner
 from lib.run.options import parser
 from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
@@ -211,12 +211,12 @@ def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     record.write_json(
         root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"}
     )
-    show.status(root)
+    progress.status(root)
     assert "interrupted" in capsys.readouterr().out
     with runner.locked(root):
-        show.status(root)
+        progress.status(root)
         assert "running" in capsys.readouterr().out
-    show.status(root)
+    progress.status(root)
     assert "its runner is gone" in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_a_record_with_a_hole_does_not_stand(tmp_path, gone):
         record.write_json(tmp_path / name, {"status": "succeeded", "key": "k"})
     if gone:
         (tmp_path / gone).write_text("")
-    why = plan._why("k", tmp_path, tmp_path / "run.ipynb", "status.json", False)
+    why = plan._why(plan.Step("train", "td_dpo", "tiny", tmp_path, tmp_path, {}, "k", ""), False)
     assert why == ("its record is incomplete" if gone else "")
 
 
@@ -388,36 +388,31 @@ def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
     assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
 
 
-def test_more_notebooks_than_the_screen_has_lines_are_counted(tmp_path, monkeypatch, capsys):
-    steps = [
-        type("Step", (), {"progress": tmp_path, "name": f"r{i}", "kind": "train", "seconds": 60.0, "unknown": False})()
-        for i in range(30)
-    ]
+def waiting_steps(tmp_path, *rows):
+    steps = []
+    for name, running, done in rows:
+        state = {"phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0}
+        record.write_json(tmp_path / name / "progress.json", state)
+        step = {"progress": tmp_path / name, "name": name, "title": name, "kind": "train", "seconds": 100.0}
+        steps.append(type("Step", (), {**step, "prepare": 0.0, "unknown": False})())
+    return steps
+
+
+def test_a_terminal_has_one_line_no_longer_than_itself(tmp_path, monkeypatch, capsys):
+    steps = waiting_steps(tmp_path, *((f"run number {i}", [], 0) for i in range(30)))
     mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("LINES", "10")
     live = progress.Live(mine)
     live.terminal = True
     live.show()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert lines[-2] == "… and 24 more notebooks"
-    assert "0 of 30 notebooks done, about 15m00s left" in lines[-1]
-    assert all(len(line) < 60 for line in lines)
+    said = capsys.readouterr().out
+    assert said.startswith("\r\x1b[K[0m00s] 0 of 30 notebooks done, about 25m00s left")
+    assert len(said.removeprefix("\r\x1b[K")) == 59
 
 
 def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
-    steps = []
-    for name, running, done in (
-        ("first", [{"member": "a", "step": 5, "steps": 10}], 1),
-        ("second", [], 0),
-        ("third", [], 0),
-    ):
-        record.write_json(
-            tmp_path / name / "progress.json",
-            {"phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0},
-        )
-        steps.append(type("Step", (), {"progress": tmp_path / name, "name": name, "kind": "train", "seconds": 100.0})())
+    running = [{"member": "a", "step": 5, "steps": 10}]
+    steps = waiting_steps(tmp_path, ("first", running, 1), ("second", [], 0), ("third", [], 0))
     state = {id(s): "running" for s in steps}
     mine = type("Runner", (), {"steps": steps, "state": state, "slots": 2, "since": {}})()
     assert progress.Live(mine).left(steps) == pytest.approx(30.0 + 2 * 100.0 / 2)  # half of the first; then the others
@@ -429,7 +424,7 @@ def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
     assert progress.Live(mine).left(steps[:2]) == pytest.approx(40.0 + 3 * 100.0 / 2)
     for step in steps:
         (step.progress / "progress.json").unlink()  # as when their kernels start
-    assert progress.Live(mine).left(steps[:2]) == pytest.approx(40.0 + 3 * 100.0 / 2)
+    assert progress.Live(mine).left(steps[:2]) == pytest.approx(3 * 100.0 / 2)
 
 
 def started(tmp_path, *arguments, **more):

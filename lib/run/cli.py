@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, forecast, keys, plan, pool, progress, ready, show
+from lib.run import check, cluster, keys, plan, pool, progress, ready
 from lib.run.options import parser, short, wants
 
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dispatch(options) -> int:
     if options.command == "status":
-        return show.status(root_of(options), options.study)
+        return progress.status(root_of(options), options.study)
     if options.command == "report":
         return rebuild(options)
     if options.command in ("sync", "pull"):
@@ -170,10 +170,10 @@ def run(options) -> int:
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.built(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
-        show.planned(steps, slots_of(options), root_of(options), options.price)
-        show.findings(told)
+        progress.planned(steps, slots_of(options), options.price)
+        progress.findings(told)
         return code if code == 2 else 0
-    show.findings(told, sys.stderr if code else sys.stdout)
+    progress.findings(told, sys.stderr if code else sys.stdout)
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
@@ -201,14 +201,14 @@ def execute(options, runs: list, whole: list) -> int:
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         runner.stay_inside(root, steps)
         slots = slots_of(options)
-        to_do, predicted = [s for s in steps if s.reason], forecast.forecast(steps, slots)
+        to_do, predicted = [s for s in steps if s.reason], plan.forecast(steps, slots)
         print(
             f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
             + (progress.predicted(predicted, "about ") if to_do else "nothing to do"),
             flush=True,
         )
         for step in steps:
-            print(f"  {step.title:32} {step.reason or 'cached: its record stands'}", flush=True)
+            print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
         finished, ok = None, True
         if to_do:
             finished = runner.Runner(
@@ -221,22 +221,20 @@ def execute(options, runs: list, whole: list) -> int:
                 max_hours=options.max_hours,
                 cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
                 on_end=lambda step, state: (
-                    show.verdicts([step]) if state == "succeeded" and options.mode == "full" else None
+                    progress.verdicts([step]) if state == "succeeded" and options.mode == "full" else None
                 ),
             )
             started = time.time()
             try:
                 ok = finished.run()
-                if ok:
-                    forecast.remember(root, predicted, time.time() - started, [s.title for s in to_do], slots)
             finally:
                 with contextlib.suppress(OSError):  # a full or read-only disk has been told of already
                     runner.remove_leftovers(root)
                 print(f"ended after {progress.duration(time.time() - started)}")
-                show.table(steps, finished)
+                progress.table(steps, finished)
     index = pages.index_html(OUTPUTS)
     if options.mode == "full":
-        show.verdicts(steps)
+        progress.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
     if not ok and set(finished.state.values()) <= {"cached", "succeeded", "postponed"}:
         print("--max-hours left something to do: the same command goes on with it")

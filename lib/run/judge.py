@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import members, model_card, pages, plan, runner, runs, show, wandb
+from lib.run import members, model_card, pages, plan, progress, runner, runs, wandb
 from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
@@ -212,4 +212,4 @@ def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
     if listed and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         runner.Runner([step], 1).run()
-        show.verdicts([step])
+        progress.verdicts([step])

@@ -1,15 +1,18 @@
-"""What would run, what is cached and why, and what it will cost: the runner's list of notebooks in order.
+"""What would run, what is cached and why, and how long it will take: the runner's list of notebooks in order.
 
-Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all.
+Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all. How long
+a member trains comes from the nearest record there is: its own run's members, else those of its study, else its YAML's
+own figure. Where there is nothing to go by it is None and printed as `?`; nothing is made up.
 """
 
 import os
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import forecast, keys, members, reach
+from lib.run import keys, members, reach
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
@@ -23,11 +26,12 @@ RECORDS = (
     "*/sweep/trials/*/done.json",
 )
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
+TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 
 
 @dataclass
 class Step:
-    """One notebook to execute. `reason` is why; the empty string means that its record stands."""
+    """One notebook to execute. `reason` is why; the empty string means that its record is up to date."""
 
     kind: str  # train, sweep, analysis
     study: str
@@ -52,12 +56,62 @@ class Step:
 
     @property
     def progress(self) -> Path:
-        """Where its members' progress is told: a sweep's members are its run's."""
+        """Where its members' progress is written: a sweep's members are its run's."""
         return self.folder.parent if self.kind == "sweep" else self.folder
 
     @property
     def output(self) -> Path:
         return self.folder / {"train": "run.ipynb", "sweep": "sweep.ipynb", "analysis": "analysis.ipynb"}[self.kind]
+
+    def predict(self) -> None:
+        """How long its members will train, where something tells."""
+        each = member_seconds(self.run)
+        self.unknown, self.training = bool(self.members) and each is None, self.members * (each or 0.0)
+        self.seconds = self.training + (NOTEBOOK_SECONDS if self.reason else 0)
+
+
+def notebook_of(study: str, kind: str) -> Path:
+    return NOTEBOOKS / "sweep.ipynb" if kind == "sweep" else NOTEBOOKS / study / f"{kind}.ipynb"
+
+
+def claims_of(study: str) -> Path:
+    return config.ROOT / "params" / study / "claims.yaml"
+
+
+def member_seconds(run) -> float | None:
+    """Expected seconds of one member on one slot; None where nothing tells: neither a record nor its YAML (no
+    `seconds_per_step`, or epochs over data that was not read yet)."""
+    if run.mode == "trial":
+        return TRIAL_SECONDS
+    for pattern in (f"{run.run_id}/members/*", "*/members/*"):
+        rows = [record.read_json(path, {}) for path in Path(run.results_dir).glob(f"{pattern}/metrics.json")]
+        if found := [row["seconds"] for row in rows if row.get("seconds")]:
+            return statistics.median(found)
+    return config.steps(run) * run.compute.seconds_per_step or None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a list of steps. `wall_seconds` with the slots at hand, and `at_least` where some of their members train for
+    as many steps as their data turns out to have; `device_hours`: of a GPU where members train on one, else of a
+    core."""
+
+    wall_seconds: float
+    device_hours: float
+    at_least: bool = False
+
+
+def forecast(planned: list[Step], slots: int) -> Forecast:
+    """Training and searches share the slots; preparation and analysis do not."""
+    training = [s for s in planned if s.kind != "analysis" and s.reason]
+    wide = sum(s.seconds * min(s.run.compute.devices, slots) for s in training)  # a sharded member takes several slots
+    alone = sum(s.prepare for s in training) + sum(s.seconds for s in planned if s.kind == "analysis")
+    devices = max((s.run.compute.gpus for s in training), default=0)
+    return Forecast(
+        wall_seconds=wide / max(1, slots) + alone,
+        device_hours=sum(s.seconds for s in training) / 3600 * max(1, devices),
+        at_least=any(s.members and s.unknown for s in training),
+    )
 
 
 def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Step]:
@@ -65,114 +119,92 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for path in (
-            NOTEBOOKS / study / "train.ipynb",
-            NOTEBOOKS / "sweep.ipynb",
-            NOTEBOOKS / study / "analysis.ipynb",
-            config.ROOT / "params" / study / "claims.yaml",
-        ):
+        for path in (*(notebook_of(study, kind) for kind in ("train", "sweep", "analysis")), claims_of(study)):
             if not path.exists():
                 name = os.path.relpath(path, config.ROOT)
-                raise StudyError(
-                    name,
-                    "not there",
-                    "the study's notebooks and claims",
-                    f"leave this study out (--study), or add it (git checkout -- {name})",
-                )
+                fix = f"leave this study out (--study), or add it (git checkout -- {name})"
+                raise StudyError(name, "not there", "the study's notebooks and claims", fix)
         train = [_train(run, force) for run in mine]
-        unmade = {members.inputs_folder(s.run): s for s in reversed(train) if s.members}
-        for folder, first in unmade.items():
-            first.prepare = 0.0 if (folder / "complete.json").exists() else forecast.prepare_seconds(first.run)
+        for folder, first in {members.inputs_folder(s.run): s for s in reversed(train) if s.members}.items():
+            if not (folder / "complete.json").exists():
+                first.prepare = TRIAL_SECONDS if mode == "trial" else first.run.compute.prepare_seconds
         sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
         planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
     return planned
 
 
-def _why(step_key: str, folder: Path, output: Path, status_name: str, force: bool) -> str:
+def _why(step: Step, force: bool) -> str:
     """Why a notebook has to be executed again, from its last status."""
-    status = record.read_json(folder / status_name)
+    status = record.read_json(step.folder / "status.json")
     if force:
         return "forced (--force)"
     if not status:
         return "never run"
     if status.get("status") != "succeeded":
         return f"last attempt {status.get('status')}"
-    if not output.exists():
-        return f"{output.name} is gone"
-    if not record.read_json(folder / "done.json") or record.read_json(folder / "metrics.json") is None:
+    if not step.output.exists():
+        return f"{step.output.name} is gone"
+    if not record.read_json(step.folder / "done.json") or record.read_json(step.folder / "metrics.json") is None:
         return "its record is incomplete"
-    return "" if status.get("key") == step_key else "its notebook or what it reads changed"
+    return "" if status.get("key") == step.key else "its notebook or what it reads changed"
 
 
 def _train(run, force: bool) -> Step:
-    folder = Path(run.results_dir) / run.run_id
-    notebook = NOTEBOOKS / run.study / "train.ipynb"
-    every = config.members(run)
+    folder, every = Path(run.results_dir) / run.run_id, config.members(run)
     stale = [(m, why) for m in every if (why := "forced" if force else members.stale(m, folder / "members" / m.id))]
+    notebook = notebook_of(run.study, "train")
     key = keys.digest([*(members.key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
-    reason = _why(key, folder, folder / "run.ipynb", "status.json", force)
-    if stale and not reason.startswith("forced"):
-        reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}" if reason != "never run" else reason
-    step = Step(
-        "train", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, members=len(stale)
-    )
-    _predict(step)
-    step.seconds = step.training + (NOTEBOOK_SECONDS if reason else 0)
+    parameters = config.parameters(run)
+    step = Step("train", run.study, run.run_id, notebook, folder, parameters, key, "", run, members=len(stale))
+    step.reason = _why(step, force)
+    if stale and step.reason != "never run" and not force:
+        step.reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}"
+    step.predict()
     return step
 
 
-def _predict(step: Step) -> None:
-    """How long its members will train, where something tells."""
-    each = forecast.member_seconds(step.run)
-    step.unknown, step.training = bool(step.members) and each is None, step.members * (each or 0.0)
-
-
 def _sweep(train: Step, force: bool) -> Step:
-    run, folder, notebook = train.run, train.folder / "sweep", NOTEBOOKS / "sweep.ipynb"
+    run, notebook, parameters = train.run, notebook_of(train.run.study, "sweep"), config.parameters(train.run)
     key = keys.digest([train.key, keys.notebook_code(notebook), reach.modules("lib.run.sweep")])
-    reason = (
-        "its run is to be done" if train.reason else _why(key, folder, folder / "sweep.ipynb", "status.json", force)
-    )
-    step = Step(
-        "sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, reason, run, needs=[train]
-    )
-    if reason:
+    step = Step("sweep", run.study, run.run_id, notebook, train.folder / "sweep", parameters, key, "", run)
+    step.needs = [train]
+    step.reason = "its run is to be done" if train.reason else _why(step, force)
+    if step.reason:
         step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
-        _predict(step)
-        step.seconds = step.training + NOTEBOOK_SECONDS
+        step.predict()
     return step
 
 
 def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
-    results = Path(train[0].run.results_dir)
-    folder, notebook = results / "comparison", NOTEBOOKS / study / "analysis.ipynb"
-    key = analysis_key(study, results)
-    before = any(s.reason for s in [*train, *sweeps])
-    reason = "its runs are to be done" if before else _why(key, folder, folder / "analysis.ipynb", "status.json", force)
-    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    step = Step("analysis", study, "comparison", notebook, folder, parameters, key, reason, needs=[*train, *sweeps])
-    last = record.read_json(folder / "status.json") or {}
+    step = analysis(study, Path(train[0].run.results_dir), scale, mode, needs=[*train, *sweeps])
+    step.reason = "its runs are to be done" if any(s.reason for s in step.needs) else _why(step, force)
+    last = record.read_json(step.folder / "status.json") or {}
     known = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2
-    step.seconds = known if reason else 0
+    step.seconds = known if step.reason else 0
     return step
+
+
+def analysis(
+    study: str, results: Path, scale: str, mode: str, *, why: str = "its records came from W&B", **more
+) -> Step:
+    """The analysis of a folder of records as they are, whoever made them."""
+    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
+    again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
+    key, notebook, folder = analysis_key(study, results), notebook_of(study, "analysis"), results / "comparison"
+    again = "" if more else again
+    return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, again=again, **more)
 
 
 def analysis_key(study: str, results: Path) -> str:
     """What an analysis depends on: its code, its claims, and the records that lie in `results` (whichever runs were
     asked for), each told by the attempts that made it, and by what a judge graded since."""
-    claims, folder = config.ROOT / "params" / study / "claims.yaml", results / "comparison"
+    folder = results / "comparison"
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
-    return keys.digest(
-        [
-            records,
-            record.read_json(folder / "runs.json"),
-            claims.read_text(),
-            *([graded] if graded else []),
-            keys.notebook_code(NOTEBOOKS / study / "analysis.ipynb", imports=True),
-        ]
-    )
+    code = keys.notebook_code(notebook_of(study, "analysis"), imports=True)
+    runs = record.read_json(folder / "runs.json")
+    return keys.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
 
 
 def refresh(step: Step) -> None:
@@ -184,23 +216,5 @@ def refresh(step: Step) -> None:
 
 def _made_by(path: Path) -> tuple:
     """Of a status, a sentinel or an error that a record holds: what is another one after another attempt."""
-    told = record.read_json(path) or {}
-    return told.get("status"), told.get("nonce"), told.get("key"), told.get("exception")
-
-
-def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "its records came from W&B") -> Step:
-    """The analysis of a folder of records as they are, whoever made them."""
-    parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    key = analysis_key(study, results)
-    again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
-    return Step(
-        "analysis",
-        study,
-        "comparison",
-        NOTEBOOKS / study / "analysis.ipynb",
-        results / "comparison",
-        parameters,
-        key,
-        why,
-        again=again,
-    )
+    found = record.read_json(path) or {}
+    return found.get("status"), found.get("nonce"), found.get("key"), found.get("exception")

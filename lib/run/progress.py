@@ -1,12 +1,62 @@
-"""What a run shows while it runs: a live line per notebook in a terminal, plain lines elsewhere. `status` reads the
-same."""
+"""What the command line shows: the plan, how a run comes along, the table of a finished one, the verdicts, the status."""
 
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from lib import record
+from lib import config, record
+from lib.run import lock, plan
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(round(seconds)), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
+
+
+def predicted(found: plan.Forecast, about: str = "") -> str:
+    """The wall-clock of a forecast, in words; a lower bound where members train for as long as their data turns out to
+    have."""
+    return f"{'more than ' if found.at_least else about}{duration(found.wall_seconds)}"
+
+
+# ---- before a run
+
+
+def findings(found: dict[str, list], out=sys.stdout) -> None:
+    """What keeps each YAML (or all of them, on this machine) from running, and what is odd about it."""
+    for name, mine in found.items():
+        if mine:
+            errors = sum(f.level == "error" for f in mine)
+            state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
+            print(f"\n{record.inert(name)}{state}", file=out)
+        for finding in sorted(mine, key=lambda f: f.level):
+            print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
+
+
+def planned(steps: list[plan.Step], slots: int, price: float | None = None) -> None:
+    """The plan, a line per notebook, and what it will take in all."""
+    print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
+    for step in steps:
+        every = len(config.members(step.run)) if step.kind == "train" else 0
+        members = f"{step.members}/{every}" if every else str(step.members or "")
+        seconds = "?" if step.unknown else duration(step.seconds)
+        print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
+        names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
+        if needs := [name for name in names if config.is_hub_id(name)]:
+            print(f"{'':34} downloads: {', '.join(needs)}")
+    if not steps:
+        return
+    found, gpus = plan.forecast(steps, slots), any(s.run is not None and s.run.compute.gpus for s in steps)
+    cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
+    print(
+        f"\npredicted with {slots} members at a time: {predicted(found)} of wall-clock, "
+        f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
+    )
+
+
+# ---- while it runs
 
 
 def line(folder: Path, title: str) -> str:
@@ -14,28 +64,27 @@ def line(folder: Path, title: str) -> str:
     state = record.read_json(folder / "progress.json")
     if not state:
         return f"{title}: starting"
-    if state["phase"] == "recording":
-        return f"{title}: recording"
     if state["phase"] == "measuring":
         return f"{title}: measuring {state['what'].replace('_', ' ')}, or waiting for a slot to do so"
     if state["phase"] == "preparing":
-        return f"{title}: preparing" + _step({**state, "name": "base model "})
-    running = state["running"]
-    if not running and state["done"] < state["members"]:
-        return f"{title}: {state['done']} of {state['members']} members done, waiting for a slot"
-    first = min(state["done"] + 1, state["members"])
-    told = f"{title}: member {first}" + (f"-{state['done'] + len(running)}" if len(running) > 1 else "")
-    told += f" of {state['members']}" + (_step(running[0]) if running else "")
+        return f"{title}: preparing" + _step(state, "base model ")
+    if state["phase"] != "training":
+        return f"{title}: {state['phase']}"
+    running, done, members = state["running"], state["done"], state["members"]
+    if not running and done < members:
+        return f"{title}: {done} of {members} members done, waiting for a slot"
+    which = f"{min(done + 1, members)}" + (f"-{done + len(running)}" if len(running) > 1 else "")
     left = seconds_left(state)
-    return told + ("" if left is None else f", ETA {duration(left)}")
+    eta = "" if left is None else f", ETA {duration(left)}"
+    return f"{title}: member {which} of {members}" + (_step(running[0]) if running else "") + eta
 
 
-def _step(state: dict) -> str:
+def _step(state: dict, of: str = "") -> str:
     """`, step 34/300, loss 0.512`, with what is known of it."""
     if not state.get("step"):
         return ""
-    told = f", {state.get('name', '')}step {state['step']}" + (f"/{state['steps']}" if state.get("steps") else "")
-    return told + (f", loss {state['loss']:.3f}" if state.get("loss") is not None else "")
+    said = f", {of}step {state['step']}" + (f"/{state['steps']}" if state.get("steps") else "")
+    return said + (f", loss {state['loss']:.3f}" if state.get("loss") is not None else "")
 
 
 def seconds_left(state: dict | None) -> float | None:
@@ -48,87 +97,109 @@ def seconds_left(state: dict | None) -> float | None:
     return state["elapsed"] * (1 - done) / done if done > 0 and state.get("elapsed") else None
 
 
-def duration(seconds: float) -> str:
-    seconds = int(round(seconds))
-    return (
-        f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
-    )
-
-
-def predicted(found, about: str = "") -> str:
-    """The wall-clock of a Forecast, in words: where members train for as long as their data turns out to have, that it
-    is a lower bound."""
-    return f"{'more than ' if found.at_least else about}{duration(found.wall_seconds)}"
-
-
 class Live:
-    """Prints one line per running notebook and a total: rewritten in place on a terminal, plain lines elsewhere."""
+    """How a run comes along, now and then in a line: rewritten in place on a terminal, one after another elsewhere."""
 
     def __init__(self, runner, on_end=None):
         """`on_end(step, state)` is called as each step ends: the command line prints a study's verdicts there."""
-        self.on_end = on_end
-        self.runner, self.started, self.last, self.told = runner, time.monotonic(), 0.0, set()
-        self.terminal, self.shown = sys.stdout.isatty(), 0
+        self.runner, self.on_end, self.said = runner, on_end, set()
+        self.started, self.last, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
 
     def show(self) -> None:
+        states = self.runner.state
         for step in self.runner.steps:
-            state = self.runner.state[id(step)]
-            if state in ("succeeded", "failed", "blocked", "interrupted", "postponed") and id(step) not in self.told:
-                self.told.add(id(step))
+            state = states[id(step)]
+            if state not in ("", "running", "cached") and id(step) not in self.said:
+                self.said.add(id(step))
                 self.clear()
                 print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)
                 if self.on_end:
                     self.on_end(step, state)
-        pause = 0.5 if self.terminal else 20
-        if time.monotonic() - self.last < pause:
+        if time.monotonic() - self.last < (0.5 if self.terminal else 20):
             return
         self.last = time.monotonic()
-        running = [s for s in self.runner.steps if self.runner.state[id(s)] == "running"]
-        lines = [line(s.progress, s.name if s.kind != "sweep" else f"{s.name} sweep") for s in running]
-        ended = sum(self.runner.state[id(s)] not in ("", "running") for s in self.runner.steps)
-        total = f"[{duration(time.monotonic() - self.started)}] {ended} of {len(self.runner.steps)} notebooks done"
-        open_ended = any(s.unknown and self.runner.state[id(s)] in ("", "running") for s in self.runner.steps)
-        about = "more than" if open_ended else "about"
-        total += f", {about} {duration(self.left(running))} left" if ended < len(self.runner.steps) else ""
-        if not self.terminal:
-            print(f"{total}: " + " | ".join(lines), flush=True)
-            return
-        self.clear()
-        size = shutil.get_terminal_size()
-        most = max(1, size.lines - 3)  # what has scrolled off the screen cannot be rewritten
-        if len(lines) > most:
-            lines[most - 1 :] = [f"… and {len(lines) - most + 1} more notebooks"]
-        for text in [*lines, total]:
-            print(text[: size.columns - 1])
-        sys.stdout.flush()
-        self.shown = len(lines) + 1
+        open_steps = [s for s in self.runner.steps if states[id(s)] in ("", "running")]
+        running = [s for s in open_steps if states[id(s)] == "running"]
+        every = len(self.runner.steps)
+        text = f"[{duration(self.last - self.started)}] {every - len(open_steps)} of {every} notebooks done"
+        if open_steps:
+            about = "more than" if any(s.unknown for s in open_steps) else "about"
+            text += f", {about} {duration(self.left(running))} left"
+        text += ": " + " | ".join(line(s.progress, s.name + " sweep" * (s.kind == "sweep")) for s in running)
+        if self.terminal:
+            self.clear()
+            print(text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        else:
+            print(text, flush=True)
 
     def left(self, running: list) -> float:
         """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as
-        planned; a notebook that is open and whose members wait for the slots of another's has all of its time before
-        it."""
-        now, slots, own = time.monotonic(), self.runner.slots, []
+        planned. A notebook whose members wait for the slots of another's has all of its time before it."""
+        slots, own = self.runner.slots, [0.0]
         waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
         for step in running:
             state = record.read_json(step.progress / "progress.json") or {}
-            measured, phase = seconds_left(state), state.get("phase")
-            open_for = now - self.runner.since.get(id(step), now)
-            if measured is not None:
-                own.append(measured)
-            elif step.kind == "analysis" or state.get("running") or phase in ("recording", "measuring"):
-                own.append(max(0.0, step.seconds / slots - open_for))
-            else:  # none of its members runs yet: they wait for slots or, before "training", for what they share
+            measured = seconds_left(state)
+            if measured is None and step.kind != "analysis" and not state.get("running"):
                 waiting += step.seconds
-                own.append(0.0 if phase == "training" else max(0.0, getattr(step, "prepare", 0.0) - open_for))
-        return max(own, default=0.0) + waiting / slots
+                own.append(step.prepare if state.get("phase") == "preparing" else 0.0)
+            else:
+                own.append(step.seconds / slots if measured is None else measured)
+        return max(own) + waiting / slots
 
     def clear(self) -> None:
-        """Take the live lines off the terminal: up over them, and erase to the end of the screen."""
-        if self.shown:
-            print(f"\x1b[{self.shown}A\x1b[J", end="", flush=True)
-            self.shown = 0
+        """Take the live line off the terminal."""
+        if self.terminal:
+            print("\r\x1b[K", end="", flush=True)
 
-    def close(self) -> None:
-        self.last = time.monotonic()
-        self.show()
-        self.clear()
+
+# ---- after it
+
+
+def table(steps: list, finished) -> None:
+    print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
+    for step in steps:
+        state, status = finished.state[id(step)] or "not started", record.read_json(step.folder / "status.json") or {}
+        metric = status.get("key_metric") or {}
+        value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
+        state = status.get("status", state) if state == "failed" else state
+        print(f"{step.title:34} {state:11} {finished.minutes.get(id(step), 0):7.2f}  {value}")
+    for step in steps:
+        if error := finished.errors.get(id(step)):
+            where = f" in cell {error['cell']}" if error["cell"] else ""
+            print(f"\n{step.title} failed{where}\n  {error['exception']}")
+            print(f"  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
+
+
+def verdicts(steps: list) -> None:
+    for step in steps:
+        claims = record.read_json(step.folder / "claims.json") if step.kind == "analysis" else None
+        for claim in claims or []:
+            ends = ["unbounded" if bound is None else f"{bound:+.3f}" for bound in claim.get("interval95") or ()]
+            found = f"{claim['estimate']:+.3f} [{', '.join(ends)}]" if ends else "-"
+            print(f"{step.study} {claim['id']}  {claim['verdict']:13} {found:28} {claim['sentence']}")
+
+
+def status(root: Path, studies: list[str] | None = None) -> int:
+    rows = sorted(root.glob("*/*/status.json")) + sorted(root.glob("*/*/sweep/status.json"))
+    if not rows:
+        print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
+        return 0
+    alive = lock.running(root)
+    for path in rows:
+        state = record.read_json(path, {})
+        if studies and state.get("study") not in studies:
+            continue
+        sweep, how = state.get("kind") == "sweep", state.get("status", "?")
+        said = f"{state.get('minutes') or 0:.2f} min"
+        if how == "running" and not alive:
+            how, said = "interrupted", "its runner is gone; the same command again goes on"
+        elif how == "running":
+            said = line(path.parent.parent if sweep else path.parent, "now").removeprefix("now: ")
+        elif how == "interrupted":
+            said += "  the same command again goes on"
+        elif state.get("error"):
+            said += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
+        title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep
+        print(f"{title:34} {how:11} {said}")
+    return 0

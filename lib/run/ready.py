@@ -13,7 +13,7 @@ from pathlib import Path
 from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import check, forecast, keys, plan, preflight, progress, reach, show, watch
+from lib.run import check, keys, plan, preflight, progress, reach, watch
 from lib.run.check import Loaded, named
 
 MOST_BATCHES = 2  # of a phase in a trial
@@ -137,14 +137,12 @@ def notebooks_of(study: str) -> list[Path]:
 
 def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
     """What the full run is predicted to take, in words; `?` where no record tells."""
-    predicted = forecast.forecast(plan.steps(runs, scale, "full"), slots)
+    predicted = plan.forecast(plan.steps(runs, scale, "full"), slots)
     judged = [run for run in runs if getattr(run.evaluation, "judge", None) == "mt_bench"]
     names = {name for run in runs for name in (run.model.name, run.dataset.name)}
     return {
         "wall_clock": progress.predicted(predicted),
         "device_hours": None if predicted.at_least else round(predicted.device_hours, 2),
-        "memory": show.size(predicted.memory_bytes),
-        "disk": show.size(predicted.disk_bytes),
         "downloads": ", ".join(sorted(filter(config.is_hub_id, names))) or "none",
         "judge_calls": sum(2 * run.evaluation.questions * len(config.members(run)) for run in judged),
     }

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import members, model_card, pages, plan, pool, progress, resources, wandb
+from lib.run import members, model_card, pages, plan, pool, progress, wandb
 from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
@@ -249,7 +249,7 @@ class Runner:
 
 def trained_seconds(step: plan.Step, since: float) -> float:
     """Seconds that the members trained since then took, each on its slot."""
-    made = [p for p in step.folder.glob(f"*/*/{resources.NAME}") if p.stat().st_mtime >= since]
+    made = [p for p in step.folder.glob("*/*/metrics.json") if p.stat().st_mtime >= since]
     return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
 
 

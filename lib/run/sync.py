@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.run import plan, runner, show, wandb
+from lib.run import plan, progress, runner, wandb
 from lib.run.options import wants
 
 
@@ -52,5 +52,5 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with runner.locked(root):
         ok = runner.Runner(steps, 1).run()
-    show.verdicts(steps)
+    progress.verdicts(steps)
     return 0 if ok else 1

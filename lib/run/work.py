@@ -11,9 +11,9 @@ from filelock import FileLock
 
 from lib import config, record
 from lib.errors import StudyError, ended_as
-from lib.run import forecast, model_card, resources
+from lib.run import model_card
 
-# The optimiser's moments are twice the trained weights, which made a finished laptop study 615 MB.
+# The optimizer's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
@@ -41,12 +41,10 @@ def train(argument: dict) -> None:
     try:
         member = member_of(spec)
         run, options, started = member.run, {}, time.monotonic()
-        with resources.measured(folder, forecast.expected_seconds(run) if run.mode == "full" else 0.0):
-            if run.compute.devices > 1:
-                from lib.run import sharding
-
-                options["outcome"] = sharding.train_member(argument, run.compute.devices, run.compute.threads)
-            metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
+        if run.compute.devices > 1:  # by name: sharding imports this module
+            sharding = importlib.import_module("lib.run.sharding")
+            options["outcome"] = sharding.train_member(argument, run.compute.devices, run.compute.threads)
+        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
