@@ -23,35 +23,26 @@ class Table:
     caption: str
 
     def _repr_html_(self) -> str:
-        return table_html(self.frame, self.caption)
+        """Every value escaped, `scope` on the headers, numbers to the right; a missing value is a dash."""
+        numeric = [pd.api.types.is_numeric_dtype(self.frame.iloc[:, i]) for i in range(self.frame.shape[1])]
+        kinds = [' class="number"' if each else "" for each in numeric]
+        head = "".join(
+            f'<th scope="col"{kind}>{html.escape(str(c))}</th>' for c, kind in zip(self.frame, kinds, strict=True)
+        )
+        body = ""
+        for values in self.frame.itertuples(index=False, name=None):
+            first, *rest = (html.escape(_text(value)) for value in values)
+            cells = "".join(f"<td{kind}>{value}</td>" for value, kind in zip(rest, kinds[1:], strict=True))
+            body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
+        caption = html.escape(self.caption)
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
         return f"{self.caption}\n{self.frame.to_string(index=False)}"
 
 
-def table_html(frame: pd.DataFrame, caption: str) -> str:
-    """HTML with every value escaped, `scope` on the headers, numbers to the right; a missing value is a dash."""
-    numeric = [pd.api.types.is_numeric_dtype(frame.iloc[:, i]) for i in range(frame.shape[1])]
-    head = "".join(
-        f'<th scope="col"{_class(n)}>{html.escape(str(c))}</th>' for c, n in zip(frame, numeric, strict=True)
-    )
-    rows = []
-    for values in frame.itertuples(index=False, name=None):
-        first, *rest = (html.escape(_text(value)) for value in values)
-        cells = "".join(f"<td{_class(n)}>{value}</td>" for value, n in zip(rest, numeric[1:], strict=True))
-        rows.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    return (
-        f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
-
-
-def _class(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
-
-
 def _text(value: object) -> str:
-    if value is None or (isinstance(value, float) and not np.isfinite(value)) or value is pd.NA:
+    if value is None or value is pd.NA or (isinstance(value, float) and not np.isfinite(value)):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
@@ -64,63 +55,33 @@ def metrics_table(
     *,
     chosen: Mapping[str, str],
     baselines: Sequence[str],
+    caption: str,
     diverged_values: Mapping[str, float] | None = None,
-) -> pd.DataFrame:
-    """One row per run and metric, of the run's cell in `chosen` (run_id -> cell, chosen on validation): mean and
-    standard deviation over seeds, and the improvement over each baseline in percent of it (positive is better, also for
-    metrics to minimise).
+) -> Table:
+    """A row per run, of its cell in `chosen` (run_id -> cell, chosen on validation): mean ± standard deviation over
+    seeds of each metric, and its improvement over each baseline in percent of it (positive is better, also for metrics
+    to minimize).
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
-    rows = []
+    own = {i: members[(members["run_id"] == i) & (members["cell"] == cell)] for i, cell in chosen.items()}
+    lost = {i: int(outcomes(rows, "")["diverged"].sum()) for i, rows in own.items()}
+    table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})
+    table["seeds"] = [f"{len(rows)}{f', {lost[i]} diverged' if lost[i] else ''}" for i, rows in own.items()]
     for metric, aim in metrics.items():
-        means = {}
-        for run_id, cell in chosen.items():
-            own = members[(members["run_id"] == run_id) & (members["cell"] == cell)]
-            table = outcomes(own, metric, (diverged_values or {}).get(metric))
-            means[run_id] = table["value"].mean()
-            rows.append(
-                {
-                    "run_id": run_id,
-                    "cell": cell,
-                    "metric": metric,
-                    "mean": means[run_id],
-                    "sd": table["value"].std(ddof=1),
-                    "seeds": len(own),
-                    "diverged": int(table["diverged"].sum()),
-                }
-            )
-        for row in rows[-len(chosen) :]:
-            for baseline in baselines:
-                base = means.get(baseline, np.nan)
-                sign = 1 if aim == "maximize" else -1
-                gain = 100 * sign * (row["mean"] - base) / abs(base) if base else np.nan
-                row[f"improvement_over_{baseline}"] = np.nan if baseline == row["run_id"] else gain
-    return (
-        pd.DataFrame(rows)
-        if rows
-        else pd.DataFrame(columns=["run_id", "cell", "metric", "mean", "sd", "seeds", "diverged"])
-    )
-
-
-def show_metrics(table: pd.DataFrame, caption: str) -> Table:
-    """metrics_table for people: a row per run, and under each metric its mean ± sd and its gain over each baseline."""
-    shown = []
-    for (run_id, cell), group in table.groupby(["run_id", "cell"], sort=False):
-        first = group.iloc[0]
-        lost = f", {first['diverged']} diverged" if first["diverged"] else ""
-        row = {"run": run_id, "cell": cell, "seeds": f"{first['seeds']}{lost}"}
-        for values in group.to_dict("records"):
-            name = values["metric"].replace("_", " ")
-            spread = f" ± {number(values['sd'], 2)}" if np.isfinite(values["sd"]) else ""
-            row[name] = f"{number(values['mean'], 4)}{spread}" if np.isfinite(values["mean"]) else "–"
-            for column in (c for c in table if c.startswith("improvement_over_")):
-                gain = values[column]
-                row[f"{name} vs {column.removeprefix('improvement_over_')}"] = (
-                    f"{gain:+.1f} %".replace("-", "−") if np.isfinite(gain) else "–"
-                )
-        shown.append(row)
-    return Table(pd.DataFrame(shown), caption)
+        name, worst = metric.replace("_", " "), (diverged_values or {}).get(metric)
+        values = {i: outcomes(rows, metric, worst)["value"] for i, rows in own.items()}
+        means = {i: each.mean() for i, each in values.items()}
+        spreads = [f" ± {number(each.std(), 2)}" if each.count() > 1 else "" for each in values.values()]
+        table[name] = [_text(mean) + more for mean, more in zip(means.values(), spreads, strict=True)]
+        for baseline in baselines:
+            base, sign = means.get(baseline, np.nan), 1 if aim == "maximize" else -1
+            gains = [
+                100 * sign * (mean - base) / abs(base) if base and i != baseline else np.nan
+                for i, mean in means.items()
+            ]
+            table[f"{name} vs {baseline}"] = [f"{g:+.1f} %".replace("-", "−") if np.isfinite(g) else "–" for g in gains]
+    return Table(table, caption)
 
 
 def run_metrics(results_dir: Path) -> dict[str, dict]:

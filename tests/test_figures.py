@@ -334,13 +334,15 @@ def _chosen() -> dict:
 
 def test_metrics_table_takes_the_chosen_cells():
     metrics, chosen = {"oracle_score": "maximize", "answer_length": "minimize"}, _chosen()
-    table = tables.metrics_table(MEMBERS, metrics, chosen=chosen, baselines=["dpo"])
-    row = table[(table["run_id"] == "td_dpo") & (table["metric"] == "answer_length")].iloc[0]
-    dpo = table[(table["run_id"] == "dpo") & (table["metric"] == "answer_length")].iloc[0]
-    own = MEMBERS[(MEMBERS["run_id"] == "td_dpo") & (MEMBERS["cell"] == chosen["td_dpo"])]["answer_length"]
-    assert row["mean"] == pytest.approx(own.mean())
-    assert row["improvement_over_dpo"] == pytest.approx(100 * (dpo["mean"] - row["mean"]) / dpo["mean"])
-    assert np.isnan(dpo["improvement_over_dpo"])
+    table = tables.metrics_table(MEMBERS, metrics, chosen=chosen, baselines=["dpo"], caption="c").frame.set_index("run")
+    means = {
+        run: MEMBERS[(MEMBERS["run_id"] == run) & (MEMBERS["cell"] == chosen[run])]["answer_length"].mean()
+        for run in ("dpo", "td_dpo")
+    }
+    assert table.loc["td_dpo", "answer length"].startswith(number(means["td_dpo"], 4))
+    gain = 100 * (means["dpo"] - means["td_dpo"]) / means["dpo"]
+    assert table.loc["td_dpo", "answer length vs dpo"] == f"{gain:+.1f} %".replace("-", "−")
+    assert table.loc["dpo", "answer length vs dpo"] == "–"
 
 
 def test_tables_have_scopes_a_caption_and_escaped_text():
@@ -350,13 +352,14 @@ def test_tables_have_scopes_a_caption_and_escaped_text():
         chosen=_chosen(),
         baselines=["dpo"],
         diverged_values={"oracle_score": 1.0},
+        caption="Metrics <by> run",
     )
-    page = tables.show_metrics(table, "Metrics <by> run")._repr_html_()
+    page = table._repr_html_()
     assert "<caption>Metrics &lt;by&gt; run</caption>" in page
     assert page.count('scope="row"') == 5
     assert page.count("<th") == page.count("<th ") + 1  # every <th> has a scope; the one left is <thead>
     assert "1 diverged" in page
-    html = tables.table_html(pd.DataFrame({"text": ["<script>alert(1)</script>"], "value": [np.nan]}), "c")
+    html = tables.Table(pd.DataFrame({"text": ["<script>alert(1)</script>"], "value": [np.nan]}), "c")._repr_html_()
     assert "<script" not in html
     assert '<td class="number">–</td>' in html
 
