@@ -32,16 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from lib.errors import StudyError
@@ -230,12 +221,11 @@ class Run(Section):
     overrides: dict[str, str] = {}  # what --set gave, as written; already in the values
     searched: dict[str, str] = {}  # {dotted key: name in the search space} of values written as ${opt.name}
 
-    @field_validator("seed_list")
-    @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise fault(str(seeds), "seeds that differ", "remove the repeated one")
-        return seeds
+    @model_validator(mode="after")
+    def _distinct(self):
+        if len(set(self.seed_list)) < len(self.seed_list):
+            raise fault(str(self.seed_list), "seeds that differ", "remove the repeated one", "seed_list")
+        return self
 
 
 @functools.cache  # asked for every key of every grid cell

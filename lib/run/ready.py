@@ -235,7 +235,6 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
             yield from _empty_columns(study, results)
         yield from _long_phases(evidence, [] if failed else found)
         yield from _strays(evidence, scale)
-        yield from _not_off(results)
 
 
 def _failures(results: Path, done: subprocess.CompletedProcess) -> Iterator[Finding]:
@@ -304,17 +303,6 @@ def _strays(evidence: list[dict], scale: str) -> Iterator[Finding]:
         if scale == "laptop" and not address.startswith(("127.", "::1", "localhost")):
             what = "a connection was opened at laptop scale, which touches no network"
             yield Finding("error", address, what, "make or ship what it wanted", "the trial")
-
-
-def _not_off(results: Path) -> Iterator[Finding]:
-    """W&B is disabled and the search is off in a trial."""
-    for path in sorted(results.glob("*/*/wandb*")):
-        yield Finding(
-            "error", "wandb.mode", "W&B was at work in a trial", "config.trial disables it", named(path.parent)
-        )
-    for path in sorted([*results.glob("*/*/sweep/*.log"), *results.glob("*/*/sweep/trials/*")]):
-        what = f"the search was on in a trial ({path.name})"
-        yield Finding("error", "optuna", what, "optuna.n_trials is 0 there: ask for it", "/".join(path.parts[-4:-2]))
 
 
 def _unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]:
