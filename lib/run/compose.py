@@ -35,14 +35,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML, CommentedMap, CommentedSeq
 from ruamel.yaml.emitter import Emitter
 from ruamel.yaml.error import CommentMark
 from ruamel.yaml.tokens import CommentToken
 
 from lib import config, record
-from lib.config import CONTEXT, Finding, RunId, Section, did_you_mean, parse_yaml, raise_faults, section_type
+from lib.config import Finding, RunId, Section, did_you_mean, parse_yaml, raise_faults
 from lib.errors import StudyError
 from lib.run import check
 from lib.run.check import Loaded, named, of_error
@@ -50,7 +50,7 @@ from lib.run.check import Loaded, named, of_error
 KINDS = ("method", "model", "dataset", "variant")
 SCALES = ("laptop", "paper")
 WRITTEN_BY = "# Written by ./run_all.sh compose from {}: change it there."
-SHOWN = 6  # differing keys of a file that are named
+SHOWN = 6  # differing lines of a file that are shown
 
 
 # ---- what a design may hold
@@ -87,81 +87,110 @@ class Scale(Section):
     base: Annotated[dict[str, Any], Field(min_length=1)]
 
 
-class Design(Section):
+class Top(Section):
     study: str
     methods: Annotated[Levels, Field(min_length=1)]
     scales: Annotated[dict[Literal["laptop", "paper"], Scale], Field(min_length=1)]
     claims: dict[str, Any] | None = None
 
-    def levels(self, scale: str) -> dict[str, Levels]:
-        """{method, model, dataset, variant: {name: level}} of a scale; a scale without variants has none."""
-        own = self.scales[scale]
-        kinds = {"method": self.methods, "model": own.models, "dataset": own.datasets, "variant": own.variants}
-        return {kind: levels for kind, levels in kinds.items() if levels}
-
 
 class Edit(NamedTuple):
-    """One key that a level sets, adds or drops; `source` is the mapping in the design's text that has it."""
+    """One key that a level sets, adds or drops. `other`: the level or scale that it needs, "" for always; `source`: the
+    mapping in the design's text that has the value and its comments."""
 
     verb: Literal["set", "add", "drop"]
+    other: str
     key: str
     where: str
     source: CommentedMap | None = None
 
 
-def load(path: Path) -> tuple[Design, CommentedMap]:
-    """A design, and its text as a tree with comments. StudyError with file, key, what was found and expected."""
+class Factor(NamedTuple):
+    """A level and its edits, with what it takes over by `like`."""
+
+    level: Level
+    edits: list[Edit]
+
+
+class Design(NamedTuple):
+    """`tree` is the text with its comments; `factors` {scale: {method, model, dataset, variant: {name: factor}}}."""
+
+    path: Path
+    top: Top
+    tree: CommentedMap
+    factors: dict[str, dict[str, dict[str, Factor]]]
+
+
+def load(path: str | Path) -> Design:
+    """The design in a file. StudyError with file, key, what was found and what was expected for what is wrong."""
+    path = Path(path).absolute()
     try:
-        design = Design.model_validate(config.load_yaml(path))
+        top = Top.model_validate(config.load_yaml(path))
     except ValidationError as error:
-        raise_faults(error, str(path), Design)
-    config.study_module(design.study)
-    tree = _yaml().load(path.read_text("utf-8-sig"))
+        raise_faults(error, str(path), Top)
+    config.study_module(top.study)
+    tree, factors = _yaml().load(path.read_text("utf-8-sig")), {}
     _comments_before_keys(tree)
-    _check_names(path, design)
-    return design, tree
+    for name, scale in top.scales.items():
+        place = f"{path}: scales.{name}"
+        factors[name] = {"method": _factors(top.methods, tree["methods"], f"{path}: methods")}
+        for kind in KINDS[1:]:  # a scale without variants has none
+            if levels := getattr(scale, f"{kind}s"):
+                factors[name][kind] = _factors(levels, tree["scales"][name][f"{kind}s"], f"{place}.{kind}s")
+    design = Design(path, top, tree, factors)
+    _check_names(design)
+    return design
 
 
-def _check_names(path: Path, design: Design) -> None:
-    """A name means one thing; every name in `like`, `only` and `when` is one of them; every method has a role."""
+def _factors(levels: Levels, tree: CommentedMap, where: str) -> dict[str, Factor]:
+    """The levels of a kind, `like` followed: what a level changes for always, the one that it is like changes nowhere
+    any more."""
+
+    def follow(name: str, chain: tuple[str, ...]) -> Factor:
+        level, edits = levels[name], _edits_of(levels[name], tree[name], f"{where}.{name}")
+        if level.like is None:
+            return Factor(level, edits)
+        if level.like not in levels or level.like in chain:
+            others = [other for other in levels if other not in chain]
+            found, expected = repr(level.like), f"one of {', '.join(others) or 'none'}"
+            raise StudyError(f"{where}.{name}.like", found, expected, did_you_mean(level.like, others, ""))
+        old = follow(level.like, (*chain, level.like))
+        inherited = {f: getattr(old.level, f) for f in ("role", "only", "name") if f not in level.model_fields_set}
+        mine = {(edit.other, edit.key) for edit in edits}
+        always = tuple(f"{edit.key}." for edit in edits if not edit.other)
+        kept = [e for e in old.edits if (e.other, e.key) not in mine and not f"{e.key}.".startswith(always)]
+        return Factor(level.model_copy(update=inherited), kept + edits)
+
+    return {name: follow(name, (name,)) for name in levels}
+
+
+def _edits_of(level: Level, tree: CommentedMap, where: str) -> list[Edit]:
+    parts = [("", level, tree, where)]
+    parts += [(other, change, tree["when"][other], f"{where}.when.{other}") for other, change in level.when.items()]
+    edits = []
+    for other, change, source, place in parts:
+        for verb in ("set", "add"):
+            keys = getattr(change, verb)
+            edits += [Edit(verb, other, key, f"{place}.{verb}.{key}", source[verb]) for key in keys]
+        edits += [Edit("drop", other, key, f"{place}.drop") for key in change.drop]
+    return edits
+
+
+def _check_names(design: Design) -> None:
+    """A name means one thing; every name in `only` and `when` is one of them; every method has a role."""
     kind_of = dict.fromkeys(SCALES, "scale")
-    groups = [(kind, levels) for scale in design.scales for kind, levels in design.levels(scale).items()]
-    for kind, levels in groups:
-        for name in levels:
-            if kind_of.setdefault(name, kind) != kind:
-                raise StudyError(
-                    f"{path}: {name}", f"a {kind} and a {kind_of[name]}", "two names", "rename one of them"
-                )
-    for kind, levels in groups:
+    kinds = [(kind, factors) for scale in design.factors.values() for kind, factors in scale.items()]
+    for kind, factors in kinds:
+        for name in factors:
+            if (other := kind_of.setdefault(name, kind)) != kind:
+                raise StudyError(f"{design.path}: {name}", f"a {kind} and a {other}", "two names", "rename one of them")
+    for kind, factors in kinds:
         others = [name for name in kind_of if kind_of[name] != kind]
-        for name, level in levels.items():
-            for key, given, known in (
-                ("like", [level.like] if level.like is not None else [], [n for n in levels if n != name]),
-                ("only", level.only, others),
-                ("when", level.when, others),
-            ):
-                for other in set(given) - set(known):
-                    raise StudyError(
-                        f"{path}: {kind}s.{name}.{key}",
-                        repr(other),
-                        f"one of {', '.join(known) or 'none'}",
-                        did_you_mean(other, known),
-                    )
-            chain = _like(levels, name, f"{path}: {kind}s.{name}.like")
-            if kind == "method" and not any(levels[one].role for one in chain):
-                raise StudyError(
-                    f"{path}: methods.{name}.role", "missing", "proposed, comparative, ...", "role: comparative"
-                )
-
-
-def _like(levels: Levels, name: str, where: str = "") -> list[str]:
-    """The level, the one that it is like, the one that this is like, and so on."""
-    chain = [name]
-    while (name := levels[name].like) is not None:
-        if name in chain:
-            raise StudyError(where, f"in a circle: {' -> '.join([*chain, name])}", "a level that ends it", "")
-        chain.append(name)
-    return chain
+        for name, (level, _) in factors.items():
+            for key, given in (("only", level.only), ("when", level.when)):
+                for other in set(given) - set(others):
+                    expected, fix = "a scale or a level of another kind", did_you_mean(other, others, "")
+                    raise StudyError(f"{design.path}: {name}.{key}", repr(other), expected, fix)
 
 
 # ---- the design's text as a tree
@@ -225,92 +254,64 @@ def _reach(tree: Mapping, dotted: str) -> tuple[Any, str]:
     return tree, dotted
 
 
-def _put(tree: CommentedMap, edit: Edit, run_type: type[BaseModel]) -> None:
+def _put(tree: CommentedMap, edit: Edit) -> None:
     """The edit's value for a key. A value without a comment keeps that of the one it replaces; an empty one (#) takes it
-    away. A key that is not there goes before the first that its section's type has behind it."""
+    away."""
     home, key = _reach(tree, edit.key)
-    value = copy.deepcopy(edit.source[edit.key])
-    given = copy.deepcopy(edit.source.ca.items.get(edit.key)) or [None] * 4
-    old = home.ca.items.get(key) or [None] * 4
-    if key in home:
-        home[key] = value
-    else:
-        order = _order(run_type, edit.key[: -len(key) - 1])
-        later = order[order.index(key) + 1 :] if key in order else []
-        home.insert(next((i for i, other in enumerate(home) if other in later), len(home)), key, value)
+    given, old = (copy.deepcopy(m.ca.items.get(k)) or [None] * 4 for m, k in ((edit.source, edit.key), (home, key)))
+    home[key] = value = copy.deepcopy(edit.source[edit.key])
     if home.fa.flow_style():  # no room for comments
         return
-    behind = given[2] or (None if _is_block(value) else old[2])
+    block = isinstance(value, CommentedMap | CommentedSeq) and not value.fa.flow_style()
+    behind = given[2] or (None if block else old[2])
     above = [token for token in given[1] or () if token.value.strip()]
     blank = [token for token in old[1] or () if not token.value.strip()]
-    kept = None if behind is None or behind.value.strip() == "#" else behind
-    home.ca.items[key] = [None, (blank + above if above else old[1]), kept, None]
-
-
-def _is_block(value: Any) -> bool:
-    return isinstance(value, CommentedMap | CommentedSeq) and not value.fa.flow_style()
-
-
-def _order(kind: type[BaseModel] | None, dotted: str) -> list[str]:
-    """The keys of a section, in the order of its type."""
-    for part in filter(None, dotted.split(".")):
-        field = kind.model_fields.get(part) if kind else None
-        kind = section_type(field.annotation) if field else None
-    return list(kind.model_fields) if kind else []
+    kept = behind if behind and behind.value.strip() != "#" else None
+    home.ca.items[key] = [None, blank + above if above else old[1], kept, None]
 
 
 # ---- from a design to the texts of its files
 
 
 class Run(NamedTuple):
-    """One combination: a scale and one level of each kind."""
+    """One combination: a scale and one level of each kind, by name."""
 
     scale: str
     names: dict[str, str]
-    levels: dict[str, Levels]
+    factors: list[Factor]
 
     def last(self, field: str) -> str | None:
         """`role`, `name`: what the last of method, model, data set and variant says."""
-        given = [self.inherited(kind, field) for kind in self.names]
-        return next((value for value in reversed(given) if value), None)
-
-    def inherited(self, kind: str, field: str) -> Any:
-        """A field of a level, or of the one that it is like."""
-        chain = (self.levels[kind][name] for name in _like(self.levels[kind], self.names[kind]))
-        return next((getattr(level, field) for level in chain if field in level.model_fields_set), None)
+        return next((value for f in reversed(self.factors) if (value := getattr(f.level, field)) is not None), None)
 
     def __str__(self) -> str:
         return " x ".join(self.names.values())
 
 
-def composed(path: Path) -> dict[str, str]:
+def composed(path: str | Path) -> dict[str, str]:
     """{laptop/<run_id>.yaml, paper/<run_id>.yaml, claims.yaml: text} of a design."""
-    design, tree = load(Path(path).absolute())
+    design = load(path)
     numbers, files, owner = _role_numbers(design), {}, {}
     for run in _runs(design):
-        where = f"{path}: scales.{run.scale}.name"
-        name = _run_id(design, run, numbers, where)
+        name = _run_id(design, run, numbers)
         file = f"{run.scale}/{name}.yaml"
         if (first := owner.setdefault(file.lower(), run)) is not run:  # some disks do not tell A from a
-            raise StudyError(
-                where,
-                f"{name} is the name of {first} and of {run}",
-                "a name of its own for each run",
-                "<role>-<model>-<dataset>-<variant> tells all apart",
-            )
-        files[file] = _run_text(path, design, tree, run, name)
+            where, found = f"{design.path}: scales.{run.scale}.name", f"{name} is the name of {first} and of {run}"
+            raise StudyError(where, found, "a name for each run", "<role>-<model>-<dataset>-<variant> tells all apart")
+        files[file] = _run_text(design, run, name)
     if not files:
-        raise StudyError(f"{path}: only", "rules out every run", "a method for some scale", "remove an `only`")
-    return files if design.claims is None else files | {"claims.yaml": _claims_text(path, design, tree)}
+        raise StudyError(f"{design.path}: only", "rules out every run", "some run", "remove an `only`")
+    return files if design.top.claims is None else files | {"claims.yaml": _claims_text(design)}
 
 
 def _runs(design: Design) -> Iterator[Run]:
     """The combinations that no `only` rules out, scale by scale, in the order of the methods."""
-    for scale in design.scales:
-        levels = design.levels(scale)
-        for names in itertools.product(*levels.values()):
-            run = Run(scale, dict(zip(levels, names, strict=True)), levels)
-            if all(_allows(kind, run.inherited(kind, "only") or (), design, run) for kind in levels):
+    for scale, kinds in design.factors.items():
+        for names in itertools.product(*kinds.values()):
+            run = Run(
+                scale, dict(zip(kinds, names, strict=True)), [kinds[k][n] for k, n in zip(kinds, names, strict=True)]
+            )
+            if all(_allows(kind, f.level.only, design, run) for kind, f in zip(kinds, run.factors, strict=True)):
                 yield run
 
 
@@ -318,175 +319,122 @@ def _allows(own: str, only: tuple[str, ...], design: Design, run: Run) -> bool:
     """Whether an `only` leaves this run: its scale is one that is named or that has a model, data set or variant named,
     and of each kind of which some are named here, the chosen one is."""
     named = {
-        scale: {kind: set(only) & set(levels) for kind, levels in design.levels(scale).items() if kind != own}
-        for scale in design.scales
+        scale: {kind: set(only) & set(factors) for kind, factors in kinds.items() if kind != own}
+        for scale, kinds in design.factors.items()
     }
     scales = set(SCALES) & set(only)
     scales |= {scale for scale, kinds in named.items() if any(kinds[kind] for kind in kinds if kind != "method")}
-    return (not scales or run.scale in scales) and all(
-        not names or run.names[kind] in names for kind, names in named[run.scale].items()
-    )
+    chosen = all(not names or run.names[kind] in names for kind, names in named[run.scale].items())
+    return chosen and (not scales or run.scale in scales)
 
 
 def _role_numbers(design: Design) -> dict[str, str]:
     """{method: proposed, comparative-1, comparative-2, ...} in the design's order; a number where a role has several,
     and for `comparative` always, as published."""
-    roles = {
-        name: next(r for one in _like(design.methods, name) if (r := design.methods[one].role))
-        for name in design.methods
+    methods = next(iter(design.factors.values()))["method"]
+    roles = {name: factor.level.role for name, factor in methods.items()}
+    alike = {role: [name for name in roles if roles[name] == role] for role in roles.values()}
+    return {
+        name: role if role == "proposed" and len(alike[role]) == 1 else f"{role}-{alike[role].index(name) + 1}"
+        for name, role in roles.items()
     }
-    numbers: dict[str, str] = {}
-    for name, role in roles.items():
-        mine = [other for other in roles if roles[other] == role]
-        numbers[name] = role if role == "proposed" and len(mine) == 1 else f"{role}-{mine.index(name) + 1}"
-    return numbers
 
 
-def _run_id(design: Design, run: Run, numbers: dict[str, str], where: str) -> str:
-    pattern = (
-        run.last("name")
-        or design.scales[run.scale].name
-        or "-".join(f"<{k}>" for k in ("role", *run.names) if k != "method")
-    )
+def _run_id(design: Design, run: Run, numbers: dict[str, str]) -> str:
+    default = "-".join(f"<{part}>" for part in ("role", *run.names) if part != "method")
     known = {**run.names, "role": numbers[run.names["method"]]}
-    for part in re.findall(r"<(\w+)>", pattern):
-        if part not in known:
-            raise StudyError(where, f"<{part}>", f"<{'>, <'.join(known)}>", did_you_mean(part, list(known)))
-    name = re.sub(r"<(\w+)>", lambda match: known[match[1]], pattern)
+    where = f"{design.path}: scales.{run.scale}.name"
+
+    def fill(match: re.Match) -> str:
+        if match[1] not in known:
+            raise StudyError(where, match[0], f"<{'>, <'.join(known)}>", did_you_mean(match[1], list(known), ""))
+        return known[match[1]]
+
+    name = re.sub(r"<(\w+)>", fill, run.last("name") or design.top.scales[run.scale].name or default)
     try:
         return TypeAdapter(RunId).validate_python(name)
     except ValidationError:  # a path, say
-        raise StudyError(
-            where, f"{name!r} as a run_id", "a file name of letters, digits and . _ + -", "change the name"
-        ) from None
+        raise StudyError(where, f"{name!r} as a run_id", "a file name of letters, digits and . _ + -") from None
 
 
-def _run_text(path: Path, design: Design, tree: CommentedMap, run: Run, name: str) -> str:
+def _run_text(design: Design, run: Run, name: str) -> str:
     """The run YAML of a combination."""
-    base = copy.deepcopy(tree["scales"][run.scale]["base"])
-    for key in ("run_id", "method", "role", *CONTEXT):
-        if key in base:
-            where = f"{path}: scales.{run.scale}.base.{key}"
-            raise StudyError(where, "written for each run by compose", "no such key", "remove it")
-    for edit in _edits(path, tree, run):
+    base = copy.deepcopy(design.tree["scales"][run.scale]["base"])
+    for edit in _edits(run):
         home, key = _reach(base, edit.key)
         if (key in home) is (edit.verb == "add"):
-            wrong = "has this key" if key in home else "has no such key"
-            fix = "write it under set:" if key in home else did_you_mean(edit.key, list(_flat(base)))
-            found = f"{edit.key}: the base of {run.scale} {wrong} ({run})"
-            expected = "a key that it has not" if key in home else "a key that it has"
-            raise StudyError(edit.where, found, expected, fix)
+            known = config.keys(config.study_module(design.top.study).Run)
+            has, fix = ("has this key", "write it under set:") if key in home else ("has no such key", "")
+            found = f"{edit.key}: the base of {run.scale} {has} ({run})"
+            raise StudyError(edit.where, found, f"a key to {edit.verb}", fix or did_you_mean(edit.key, known))
         if edit.verb == "drop":
             del home[key]
         else:
-            _put(base, edit, config.study_module(design.study).Run)
-    about = "\n".join(run.levels[kind][run.names[kind]].about.strip() for kind in run.names)
-    lines = [f"# {line}".rstrip() for line in filter(None, about.splitlines())]
-    head = {"run_id": name, "method": run.names["method"], "role": run.last("role")}
-    lines += [WRITTEN_BY.format("../design.yaml")]
-    lines += [f"{key}: {text if parse_yaml(text, key) == text else json.dumps(text)}" for key, text in head.items()]
-    return "\n".join(lines) + "\n\n" + _text(base, 3).lstrip("\n")
+            _put(base, edit)
+    about = [line for factor in run.factors for line in factor.level.about.strip().splitlines()]
+    head = {"run_id": name, "method": run.names["method"], "role": run.last("role") or ""}
+    return "\n".join(
+        [
+            *(f"# {line}".rstrip() for line in about),
+            WRITTEN_BY.format("../design.yaml"),
+            *(f"{key}: {text if parse_yaml(text, key) == text else json.dumps(text)}" for key, text in head.items()),
+            "",
+            _text(base, 3).lstrip("\n"),
+        ]
+    )
 
 
-def _edits(path: Path, tree: CommentedMap, run: Run) -> list[Edit]:
+def _edits(run: Run) -> list[Edit]:
     """What this run takes, wider keys first and drops last. What stands under `when` wins over what is always so; where
     two others set one key neither wins, and that is refused; what one drops the settings of others do not bring
     back."""
     always: dict[str, Edit] = {}
     special: dict[str, Edit] = {}
     gone: dict[str, Edit] = {}
-    for kind, name in run.names.items():
-        for other, edit in _level_edits(path, tree, run, kind, name):
-            kept = gone if edit.verb == "drop" else special if other else always
-            first = kept.setdefault(edit.key, edit)
-            if first is not edit and edit.verb != "drop":
-                raise StudyError(
-                    edit.where,
-                    f"{edit.key} of {run} is set by {first.where.rpartition(': ')[2]} too",
-                    "one of them",
-                    "say under when: which value counts where they meet",
-                )
-    added = {key for key, edit in always.items() if edit.verb == "add"}
-    changed = always | {key: e._replace(verb="add") if key in added else e for key, e in special.items()}
+    for edit in (edit for factor in run.factors for edit in factor.edits):
+        if edit.other in ("", run.scale, *run.names.values()):
+            kept = gone if edit.verb == "drop" else special if edit.other else always
+            if (first := kept.setdefault(edit.key, edit)) is not edit and edit.verb != "drop":
+                found = f"{edit.key} of {run} is set by {first.where.rpartition(': ')[2]} too"
+                raise StudyError(edit.where, found, "one of them", "say under when: which counts where they meet")
+    added = {key for key, edit in always.items() if edit.verb == "add"}  # a key that was added is there to be set
+    changed = always | {key: edit._replace(verb="add") if key in added else edit for key, edit in special.items()}
     kept = [edit for key, edit in changed.items() if not any(f"{key}.".startswith(f"{other}.") for other in gone)]
     return sorted(kept, key=lambda edit: edit.key.count(".")) + [e for key, e in gone.items() if key not in added]
 
 
-def _level_edits(path: Path, tree: CommentedMap, run: Run, kind: str, name: str) -> list[tuple[str, Edit]]:
-    """(the level or scale that it needs, '' for always; the edit) of a level, with those that it takes over by `like`:
-    a key that it changes for always, the other changes nowhere any more."""
-    text = tree["methods"] if kind == "method" else tree["scales"][run.scale][f"{kind}s"]
-    place = f"{path}: methods" if kind == "method" else f"{path}: scales.{run.scale}.{kind}s"
-    found: list[tuple[str, Edit]] = []
-    for one in _like(run.levels[kind], name):
-        level, own = run.levels[kind][one], text[one] or {}
-        parts = [("", level, own, f"{place}.{one}")]
-        parts += [(o, change, own["when"][o], f"{place}.{one}.when.{o}") for o, change in level.when.items()]
-        mine = []
-        for other, change, source, where in parts:
-            if other not in ("", run.scale, *run.names.values()):
-                continue
-            for verb in ("set", "add"):
-                given = getattr(change, verb)
-                mine += [(other, Edit(verb, key, f"{where}.{verb}.{key}", source[verb])) for key in given]
-            mine += [(other, Edit("drop", key, f"{where}.drop")) for key in change.drop]
-        for (a, drop), (b, edit) in itertools.product(mine, mine):
-            if drop is not edit and drop.verb == "drop" and a in ("", b) and f"{edit.key}.".startswith(f"{drop.key}."):
-                raise StudyError(
-                    edit.where,
-                    f"dropped by {drop.where.rpartition(': ')[2]}",
-                    "a key that is there",
-                    "remove one of them, or drop it under `when:` only",
-                )
-        taken = {(other, edit.key) for other, edit in found}
-        always = tuple(f"{edit.key}." for other, edit in found if not other)
-        kept = [(o, e) for o, e in mine if (o, e.key) not in taken and not f"{e.key}.".startswith(always)]
-        found = kept + found
-    return found
-
-
-def _claims_text(path: Path, design: Design, tree: CommentedMap) -> str:
+def _claims_text(design: Design) -> str:
     """claims.yaml: the design's own lines, the methods' labels as `names`, and the claims with `each` spelled out."""
-    for key in ("study", "names"):
-        if key in design.claims:
-            fix = "label: of a method is its name"
-            raise StudyError(f"{path}: claims.{key}", "written by compose", "no such key", fix)
-    body = copy.deepcopy(tree["claims"])
-    about = str(body.pop("about", "")).splitlines()
-    names = {name: label for name, level in design.methods.items() if (label := level.label)}
+    body = copy.deepcopy(design.tree["claims"])
+    lines = [f"# {line}".rstrip() for line in str(body.pop("about", "")).splitlines()]
     if isinstance(body.get("claims"), CommentedSeq) and all(isinstance(claim, dict) for claim in body["claims"]):
-        body["claims"] = _spelled_out(path, design, body["claims"])
-    head = CommentedMap({"study": design.study, **({"names": CommentedMap(names)} if names else {})})
-    if names:
+        body["claims"] = _spelled_out(design, body["claims"])
+    head = CommentedMap(study=design.top.study)
+    if names := {name: level.label for name, level in design.top.methods.items() if level.label}:
+        head["names"] = CommentedMap(names)
         head["names"].fa.set_flow_style()
-    lines = [*(f"# {line}".rstrip() for line in about), WRITTEN_BY.format("design.yaml")]
-    return "\n".join(lines) + "\n" + _text(head, 0) + _text(body, 1).lstrip("\n")
+    return "\n".join([*lines, WRITTEN_BY.format("design.yaml"), _text(head, 0) + _text(body, 1).lstrip("\n")])
 
 
-def _spelled_out(path: Path, design: Design, claims: CommentedSeq) -> CommentedSeq:
+def _spelled_out(design: Design, claims: CommentedSeq) -> CommentedSeq:
     """A claim with `each` once for each of its levels; in the order of their ids where there is one."""
-    known = {
-        name: (kind, level.label)
-        for scale in design.scales
-        for kind, levels in design.levels(scale).items()
-        for name, level in levels.items()
-    }
+    where = f"{design.path}: claims.each"
+    kinds = [pair for scale in design.factors.values() for pair in scale.items()]
+    known = {name: (kind, factor.level.label) for kind, factors in kinds for name, factor in factors.items()}
     found: list[tuple[CommentedMap, list]] = []
     for i, claim in enumerate(claims):
-        each, comments = claim.pop("each", None), claims.ca.items.get(i)
-        if each is None:
-            found.append((claim, comments))
-            continue
-        where = f"{path}: claims.each"
-        if not isinstance(each, dict) or "id" in claim:
+        each = claim.pop("each", None)
+        if each is not None and (not isinstance(each, dict) or "id" in claim):
             raise StudyError(where, "no mapping, or an id beside it", "each: {<level>: <the claim's id>}")
-        for name, claim_id in each.items():
-            if name not in known:
-                near = did_you_mean(name, list(known))
-                raise StudyError(where, repr(name), "a method, model, data set or variant", near)
-            one = _filled(copy.deepcopy(claim), name, *known[name], where)
-            one.insert(0, "id", claim_id)
-            found.append((one, copy.deepcopy(comments)))
+        for name, claim_id in (each or {None: None}).items():
+            one = copy.deepcopy(claim)
+            if name is not None:
+                if name not in known:
+                    fix = did_you_mean(name, list(known), "")
+                    raise StudyError(where, repr(name), "a method, model, data set or variant", fix)
+                _fill(one, name, *known[name], where)
+                one.insert(0, "id", claim_id)
+            found.append((one, copy.deepcopy(claims.ca.items.get(i))))
     if len(found) > len(claims):
         found.sort(key=lambda pair: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", str(pair[0].get("id")))])
     out = CommentedSeq(claim for claim, _ in found)
@@ -494,22 +442,22 @@ def _spelled_out(path: Path, design: Design, claims: CommentedSeq) -> CommentedS
     return out
 
 
-def _filled(value: Any, name: str, kind: str, label: str | None, where: str) -> Any:
-    """`value` with <kind> and <kind.label> filled in, at any depth."""
+def _fill(part: CommentedMap | CommentedSeq, name: str, kind: str, label: str | None, where: str) -> None:
+    """Fill <kind> and <kind.label> into the strings of `part`, at any depth."""
 
     def fill(match: re.Match) -> str:
         if match[1] not in KINDS:
             return match[0]
         if match[1] != kind or (match[2] and not label):
-            missing, fix = ("", "") if label else (f", and {name} has no label", f"label: of {name}")
-            raise StudyError(where, match[0] + missing, f"<{kind}> or <{kind}.label>", fix)
+            found = match[0] + ("" if label else f", and {name} has no label")
+            raise StudyError(where, found, f"<{kind}> or <{kind}.label>", "" if label else f"label: of {name}")
         return label if match[2] else name
 
-    if isinstance(value, str):
-        return type(value)(re.sub(r"<(\w+)(\.label)?>", fill, value))
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
-        value[key] = _filled(inner, name, kind, label, where)
-    return value
+    for key, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
+        if isinstance(value, str):
+            part[key] = type(value)(re.sub(r"<(\w+)(\.label)?>", fill, value))
+        elif isinstance(value, dict | list):
+            _fill(value, name, kind, label, where)
 
 
 # ---- the command
@@ -528,78 +476,60 @@ def main(argv: list[str]) -> int:
     if options.out and len(paths) > 1:
         raise StudyError("--out", f"{len(paths)} designs", "one: their runs would share a folder", "name the design")
     to_write: dict[Path, str] = {}
-    lines: list[str] = []
-    for path in paths:
-        changed, said = _changes(path.absolute(), (options.out or path.parent).absolute(), options)
-        to_write |= changed
-        lines += said
+    for path in map(Path.absolute, paths):
+        out = (options.out or path.parent).absolute()
+        files, new, differing = _compare(path, out)
+        _validate(path, out, files)
+        if differing and not (options.force or options.dry_run):
+            shown = "".join(f"\n  {named(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items())
+            found = f"files that differ from what it writes: {len(differing)} (- file, + design){shown}"
+            fix = (
+                "--force, to overwrite; --dry-run, to see the lines; or bring into the design what was changed by hand"
+            )
+            raise StudyError(named(path), found, "new files, or files as they are", fix)
+        as_they_are = len(files) - len(new) - len(differing)
+        print(f"{named(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are")
+        for file, text in (new | differing).items():
+            print(f"  {'differs' if file in differing else 'new'}: {named(file)}")
+            if options.dry_run:
+                print("\n".join(_diff(file, text)))
+        for file in _strangers(out, files):
+            print(f"  not in this design, left alone: {named(file)}")
+        to_write |= new | differing
     if options.dry_run:
-        lines.append("nothing was written (--dry-run)")
+        print("nothing was written (--dry-run)")
     else:
         write(to_write)
-        lines.append(
-            f"written: {len(to_write)}" if to_write else "nothing to do: every file is as its design writes it"
-        )
-    print("\n".join(lines))
+        print(f"written: {len(to_write)}" if to_write else "nothing to do: every file is as its design writes it")
     return 0
 
 
-def _changes(path: Path, out: Path, options: argparse.Namespace) -> tuple[dict[Path, str], list[str]]:
-    """({file: text} that this design would write and that is not there like that, what to say of it). Refused: a design
-    with a fault, and without --force one that would overwrite what differs."""
-    study = load(path)[0].study
+def _compare(path: Path, out: Path) -> tuple[dict[Path, str], dict[Path, str], dict[Path, str]]:
+    """{file: text} of what a design writes: all, those that are not there, those that are there and differ."""
     files = {out / name: text for name, text in composed(path).items()}
-    _validate(study, path, out, files)
-    changed = {file: text for file, text in files.items() if _old(file) != text}
-    differing = {file: text for file, text in changed.items() if file.exists()}
-    if differing and not options.force and not options.dry_run:
-        told = "".join(f"\n  {named(file)}: {difference(_old(file), text)}" for file, text in differing.items())
-        raise StudyError(
-            named(path),
-            f"files that differ from what it writes: {len(differing)} (file -> design){told}",
-            "new files, or files as they are",
-            "--force, to overwrite; --dry-run, to see the lines; or bring into the design what was changed by hand",
-        )
-    lines = [
-        f"{named(path)}: {len(files)} files; {len(changed) - len(differing)} new, {len(differing)} "
-        f"{'differ' if options.dry_run else 'overwritten'}, {len(files) - len(changed)} as they are"
-    ]
-    for file, text in changed.items():
-        lines.append(f"  {'differs' if file in differing else 'new'}: {named(file)}")
-        if options.dry_run:
-            old, new = _old(file).splitlines(), text.splitlines()
-            lines += difflib.unified_diff(old, new, named(file), "composed", lineterm="")
-    lines += [f"  not in this design, left alone: {named(file)}" for file in _strangers(out, files)]
-    read = config.ROOT / "params" / study / "claims.yaml"
-    if out / "claims.yaml" in files and out / "claims.yaml" != read:
-        lines.append(f"  {named(out / 'claims.yaml')} is not what an analysis reads: that is {named(read)}")
-    return changed, lines
+    new = {file: text for file, text in files.items() if not file.exists()}
+    return files, new, {file: text for file, text in files.items() if file not in new and _old(file) != text}
 
 
-def _validate(study: str, path: Path, out: Path, files: Mapping[Path, str]) -> None:
+def _validate(path: Path, out: Path, files: Mapping[Path, str]) -> None:
     """Refuse what `plan` or `check` would refuse, before anything is written: the files are loaded from another
     folder."""
+    study, wrong = load(path).top.study, []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / study
         for file, text in files.items():
             record.write_text(folder / file.relative_to(out), text)
-        wrong = []
         for scale in SCALES:
-            if (folder / scale).is_dir():
-                found = check.load_folder(folder / scale, scale, "full")
-                wrong += check.yaml_findings(found)
-                if (folder / "claims.yaml").exists():
-                    read = [run for _, run, _ in found if not isinstance(run, StudyError)]
-                    wrong += check.claims_findings(study, read, scale, folder / "claims.yaml")
-        wrong = [finding for finding in dict.fromkeys(wrong) if finding.level == "error"]
+            loaded = check.load_folder(folder / scale, scale, "full") if (folder / scale).is_dir() else []
+            wrong += check.yaml_findings(loaded)
+            if loaded and (folder / "claims.yaml").exists():
+                runs = [run for _, run, _ in loaded if not isinstance(run, StudyError)]
+                wrong += check.claims_findings(study, runs, scale, folder / "claims.yaml")
+    wrong = [finding for finding in dict.fromkeys(wrong) if finding.level == "error"]
     if wrong:
-        told = "".join(f"\n  {finding.file}: {finding.key}: {finding.what}" for finding in wrong)
-        raise StudyError(
-            named(path),
-            f"in what it writes, faults: {len(wrong)}{told.replace(str(folder), named(out))}",
-            "run YAMLs and claims that ./run_all.sh check takes",
-            wrong[0].fix,
-        )
+        lines = "".join(f"\n  {finding.file}: {finding.key}: {finding.what}" for finding in wrong)
+        found = f"in what it writes, faults: {len(wrong)}{lines.replace(str(folder), named(out))}"
+        raise StudyError(named(path), found, "run YAMLs and claims that ./run_all.sh check takes", wrong[0].fix)
 
 
 def findings(loaded: list[Loaded]) -> Iterator[Finding]:
@@ -610,19 +540,17 @@ def findings(loaded: list[Loaded]) -> Iterator[Finding]:
         if not design.exists():
             continue
         try:
-            files = {folder / name: text for name, text in composed(design).items()}
+            files, new, differing = _compare(design, folder)
         except StudyError as error:
             yield of_error(error, named(design))
             continue
         again = f"./run_all.sh compose {named(design)}"
-        for file, text in files.items():
-            if not file.exists():
-                yield Finding("warning", "", "its design writes it, and it is not there", again, named(file))
-            elif _old(file) != text:
-                key, _, change = difference(_old(file), text).partition(": ")
-                what = f"differs from its design{change and f' ({change})'}"
-                fix = f"{again} --force, or change the design to what the file says"
-                yield Finding("warning", key, what, fix, named(file))
+        for file in new:
+            yield Finding("warning", "", "its design writes it, and it is not there", again, named(file))
+        for file, text in differing.items():
+            what = f"differs from its design (- file, + design): {' | '.join(_lines(file, text))}"
+            fix = f"{again} --force, or change the design to what the file says"
+            yield Finding("warning", "", what, fix, named(file))
         for file in _strangers(folder, files):
             fix = "write it into the design, or keep it in a folder of its own, for --params"
             yield Finding("warning", "", "not in the design beside it", fix, named(file))
@@ -633,33 +561,20 @@ def _strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
     return [file for scale in SCALES for file in sorted((out / scale).glob("*.y*ml")) if file not in files]
 
 
-def difference(old: str, new: str) -> str:
-    """What is different, by keys where it is in the values, else by the first line."""
-    try:
-        before, after = _flat(parse_yaml(old, "")), _flat(parse_yaml(new, ""))
-    except StudyError as error:
-        return f"cannot be read ({error.found})"
-    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _flat) != after.get(key, _flat)]
-    if not keys:
-        pairs = enumerate(zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False), 1)
-        return f"comments or layout, from line {next((i for i, (a, b) in pairs if a != b), 1)}"
-    told = [
-        f"{key}: {json.dumps(before[key]) if key in before else '(not there)'} -> "
-        f"{json.dumps(after[key]) if key in after else '(not there)'}"
-        for key in keys[:SHOWN]
-    ]
-    return "; ".join(told) + (f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+def _old(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
-def _flat(value: Any, prefix: str = "") -> dict:
-    """{dotted key: value}; a list of claims by their ids."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "id" in item for item in value):
-        value = {item["id"]: item for item in value}
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}" if prefix else name).items()
-    }
+def _diff(file: Path, text: str, around: int = 3) -> list[str]:
+    return list(
+        difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", "", "", around, "")
+    )
+
+
+def _lines(file: Path, text: str) -> list[str]:
+    """The first lines that are different, `- ` in the file and `+ ` in the design."""
+    changed = [line for line in _diff(file, text, 0)[2:] if not line.startswith("@@")]
+    return [f"{line[0]} {line[1:].strip()}" for line in changed[:SHOWN]] + ["..."] * (len(changed) > SHOWN)
 
 
 def write(files: Mapping[Path, str]) -> None:
@@ -679,7 +594,3 @@ def write(files: Mapping[Path, str]) -> None:
             with contextlib.suppress(OSError):  # not made, or somebody put something into it
                 folder.rmdir()
         raise
-
-
-def _old(file: Path) -> str:
-    return file.read_text("utf-8", errors="replace") if file.exists() else ""
