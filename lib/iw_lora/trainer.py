@@ -1,46 +1,112 @@
-"""Classification training on tokenised rows: transformers.Trainer with the penalty, the record and the schedule of
-saves.
-
-transformers keeps the loop, the optimiser, accumulation, saving and loading. The gradient of R is added once per
-optimiser step: every micro-batch carries R and is divided by their number, and data parallelism averages.
-"""
+"""One member of the study: adapters by PEFT, calibration where the method asks for it, training with the penalty, and
+the scores on validation."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import contextlib
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import set_seed
 
-from lib import training as checkpoints
-from lib.iw_lora import adapters
-from lib.iw_lora.penalty import penalty
-from lib.training import Intervals, SeededOrder, told
+from lib import config, models, record
+from lib.errors import StudyError
+from lib.iw_lora import data
+from lib.iw_lora.penalty import (
+    COEFFICIENTS,
+    adapted,
+    delta_norms,
+    gradient_norms,
+    penalty,
+    rank_pattern,
+    sensitivities,
+)
+from lib.iw_lora.study import NOT_NUMBERS, optimizer_steps, warmup
+from lib.training import SeededOrder, StudyTrainer, arguments, fingerprint
+
+HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
+COST_ROUNDS, COST_WARM_UP = 60, 3  # rounds of steps in turns
+ADALORA_DELTA_T = {"laptop": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
+
+
+# ---- adapters
+
+
+def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
+    """`model` with the configured adapters. Raises StudyError for an AdaLoRA schedule that never prunes."""
+    if adapter.type == "none":
+        return model
+    common = {
+        "task_type": TaskType.SEQ_CLS,
+        "modules_to_save": HEAD,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": adapter.target_modules,
+    }
+    if adapter.type == "lora":
+        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)}
+        own = {"r": adapter.rank, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
+        return get_peft_model(model, LoraConfig(**own, **(eva if adapter.init == "eva" else {}), **common))
+    if adapter.tinit + adapter.tfinal >= total_steps:
+        found = f"tinit {adapter.tinit} + tfinal {adapter.tfinal} in a run of {total_steps} steps"
+        raise StudyError("model.adapter.tfinal", found, "a schedule that leaves steps to prune in", "lower both")
+    schedule = {key: getattr(adapter, key) for key in ("init_r", "target_r", "tinit", "tfinal")}
+    total = max(total_steps, 3)  # a trial has 2: one to weigh in
+    return get_peft_model(model, AdaLoraConfig(**schedule, deltaT=adapter.delta_t, total_step=total, **common))
+
+
+def initialize_eva(model: nn.Module, batches: list[dict]) -> None:
+    """EVA's data-driven A (PEFT's own): principal directions of what each adapted matrix is given by `batches`."""
+
+    def given(inputs: Tensor | tuple, mask: Tensor, _) -> Tensor:
+        """The rows of real tokens; of DeBERTa's shared projections also the table of relative positions, whole."""
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        return inputs[mask] if inputs.shape[:2] == mask.shape else inputs.flatten(0, -2)
+
+    model.eval()
+    with torch.random.fork_rng():
+        initialize_lora_eva_weights(
+            model,
+            [{k: v for k, v in b.items() if k != "labels"} for b in batches],
+            prepare_layer_inputs_fn=given,
+            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
+            show_progress_bar=False,
+        )
+    model.train()
+
+
+def allocator_of(model: nn.Module):
+    """AdaLoRA's rank allocator; None for other methods."""
+    return getattr(getattr(model, "base_model", None), "rankallocator", None)
+
+
+def ranks_used(model: nn.Module) -> dict[str, int]:
+    """{matrix: triplets that are not pruned} of AdaLoRA."""
+    return {
+        name: int((layer.lora_E["default"] != 0).sum())
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "lora_E", None), nn.ParameterDict) and "default" in layer.lora_E
+    }
+
+
+# ---- training
 
 
 @dataclass
 class Term:
-    """The penalty of a run: alpha, coefficients (K,), and whether the factors are penalised in place of Delta."""
+    """The penalty of a run: alpha, coefficients (K,), and whether the factors are penalized in place of Delta."""
 
     alpha: float
     coefficients: Tensor
     factors: bool = False
-
-
-@dataclass
-class Outcome:
-    status: str  # completed | diverged
-    step: int
 
 
 def collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
@@ -57,213 +123,285 @@ def task_loss(model: nn.Module, batch: dict) -> Tensor:
     return nn.functional.cross_entropy(model(**inputs).logits.float(), batch["labels"])
 
 
-class ImportanceTrainer(Trainer):
-    """Task loss + alpha R while training; both parts are recorded apart."""
+class ImportanceTrainer(StudyTrainer):
+    """Task loss + alpha R while training; both parts are recorded apart.
+
+    The gradient of R is added once per optimizer step: every micro-batch carries R and is divided by their number, and
+    data parallelism averages.
+    """
 
     loss_is_scaled_for_ga = False  # DeBERTa accepts num_items_in_batch and ignores it
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         rows: list[dict],
-        args: TrainingArguments,
+        training,
         *,
+        steps: int,
+        seed: int,
+        folder: Path,
         pad: int,
-        term: Term | None,
-        every: int | None,
-        fingerprint: str,
-        on_record: Callable,
-        on_timing: Callable,
-        on_evaluate: Callable,
+        term: Term | None = None,
+        warmup_steps: int = 0,
+        every: int | None = None,
+        identity: object = None,
+        validate: Callable[[], dict] = dict,
     ):
-        self.term, self.fingerprint = term, fingerprint
-        self.on_record, self.on_timing, self.on_evaluate = on_record, on_timing, on_evaluate
-        self.parts: list[tuple[float, float]] = []
-        self.started, self.diverged_at = 0.0, None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            callbacks=[Intervals(every, every)],
-            data_collator=lambda batch: collate(batch, pad),
+        self.term, self.scores, self.parts = term, validate, []
+        optimizer = None
+        if training.loraplus_lr_ratio is not None:
+            optimizer = create_loraplus_optimizer(
+                model, torch.optim.AdamW, lr=training.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio
+            )
+        args = arguments(
+            folder,
+            steps=steps,
+            seed=seed,
+            device=models.device(),
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            optim="adamw_torch",
+            lr_scheduler_type=training.lr_scheduler_type,
+            warmup_steps=warmup_steps,
+            max_grad_norm=training.max_grad_norm,
+            bf16=training.bf16,
         )
-        self.remove_callback(PrinterCallback)
-        if adapters.allocator_state(model) is not None:
-            self.add_callback(adapters.Allocate(self))
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
-
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["ids", "label"]
-
-    def floating_point_ops(self, inputs):
-        return 0
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self.started, self.parts = time.perf_counter(), []
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        super().__init__(
+            model,
+            rows,
+            lambda batch: collate(batch, pad),
+            args,
+            folder=folder,
+            fingerprint=fingerprint(identity, seed, steps),
+            eval_steps=every,
+            save_steps=every,
+            log_every=training.logging_steps,
+            optimizers=(optimizer, None),
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         task = nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
-        loss, extra = (outputs.loss if adapters.allocator_state(model) is not None else task), None
+        loss, extra = (task if allocator_of(model) is None else outputs.loss), None
         if self.term is not None and self.term.alpha > 0:
-            extra = self.term.alpha * penalty(
-                self.accelerator.unwrap_model(model), self.term.coefficients, self.term.factors
-            )
+            bare = self.accelerator.unwrap_model(model)
+            extra = self.term.alpha * penalty(bare, self.term.coefficients, self.term.factors)
             loss = loss + extra
         self.parts.append((float(task.detach()), 0.0 if extra is None else float(extra.detach())))
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs, start_time=None):
-        if "grad_norm" not in logs:  # transformers' closing summary
-            return
+    def measure(self) -> dict:
         task, extra = np.mean(self.parts, axis=0).tolist()
-        seconds = time.perf_counter() - self.started
-        self.on_record(
-            {
-                "step": self.state.global_step,
-                "epoch": self.state.epoch,
-                "steps": self.state.max_steps,
-                "loss": task + extra,
-                "task_loss": task,
-                "penalty": extra,
-                "grad_norm": float(logs["grad_norm"]),
-                "learning_rate": logs["learning_rate"],
-            }
-        )
-        self.on_timing({"step": self.state.global_step, "seconds": seconds})
-        if not math.isfinite(task + extra) or not math.isfinite(float(logs["grad_norm"])):
-            self.diverged_at = self.state.global_step
-            self.control.should_training_stop = True
-            self.control.should_evaluate = self.control.should_save = False
+        self.parts = []
+        return {"steps": self.state.max_steps, "loss": task + extra, "task_loss": task, "penalty": extra}
 
-    def evaluate(self, *_, **__):
-        self.control.should_evaluate = False
-        self.on_record({"step": self.state.global_step, **self.on_evaluate(self.model)})
-        self.model.train()
-        return {}
+    def validate(self) -> dict:
+        return self.scores()
 
-    def _save(self, output_dir=None, state_dict=None):
-        """Exactly the trained parameters: PEFT's own form cuts AdaLoRA's matrices, and a resumed run would differ."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: p.contiguous().cpu() for name, p in adapters.trainables(self.model).items()},
-            folder / "model.safetensors",
-        )
-        torch.save(adapters.allocator_state(self.model), folder / "allocator.pt")
+    def after_update(self) -> None:
+        """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
+        if allocator_of(self.model) is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.model.base_model.update_and_allocate(self.state.global_step + 1)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        restore(model or self.model, Path(resume_from_checkpoint))
+    def extra_state(self) -> dict:
+        """What AdaLoRA remembers beside its weights."""
+        allocator = allocator_of(self.model)
+        if allocator is None:
+            return {}
+        state = {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {**state, "rank_pattern": self.model.peft_config["default"].rank_pattern}
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        place = Path(self.args.output_dir)
-        mine = place / f"checkpoint-{self.state.global_step}"
-        checkpoints.mark_complete(mine, {"step": self.state.global_step, "fingerprint": self.fingerprint})
-        checkpoints.keep_last_and_best(place, mine, None)
+    def load_extra_state(self, state: dict) -> None:
+        if state:
+            self.model.peft_config["default"].rank_pattern = state.pop("rank_pattern")
+            allocator_of(self.model).__dict__.update(state)
 
 
-def restore(model: nn.Module, checkpoint: Path) -> None:
-    """The trained parameters and AdaLoRA's memory as they were saved, bit for bit."""
-    saved, mine = load_file(checkpoint / "model.safetensors"), adapters.trainables(model)
-    assert set(saved) == set(mine), "a checkpoint of other parameters"
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            mine[name].copy_(tensor)
-    adapters.restore_allocator(model, torch.load(checkpoint / "allocator.pt", weights_only=True))
+def build(run, given: data.Inputs, seed: int, steps: int) -> nn.Module:
+    """Base model, new head and adapters; the same seed gives methods the same head and the same A."""
+    set_seed(seed)
+    return add_adapters(data.load_base(run, given).to(models.device()), run.model.adapter, steps)
 
 
-def total_steps(rows: int, training, trial: bool = False) -> int:
-    """Optimiser steps: those of the epochs, at most max_steps, 2 in a trial."""
-    per_epoch = math.ceil(rows / (training.batch_size * training.gradient_accumulation_steps))
-    known = [math.ceil(training.epochs * per_epoch)] if training.epochs else []
-    steps = max(1, min([*known, *([training.max_steps] if training.max_steps else [])]))
-    return min(2, steps) if trial else steps
+# ---- calibration
 
 
-def train_rows(
-    model: nn.Module,
-    rows: list[dict],
-    training,
-    *,
-    steps: int,
-    warmup: int,
-    every: int | None,
-    pad: int,
-    term: Term | None,
-    seed: int,
-    folder: Path,
-    identity: object,
-    on_record: Callable,
-    on_timing: Callable,
-    on_evaluate: Callable[[nn.Module], dict],
-) -> Outcome:
-    """Train `model` in place; resumes from the last complete checkpoint in folder/checkpoints of the same
-    `identity`."""
-    place = folder / "checkpoints"
-    fingerprint = hashlib.sha256(json.dumps([identity, seed, steps], sort_keys=True, default=str).encode()).hexdigest()
-    checkpoint = checkpoints.usable_checkpoint(place, fingerprint)
-    done = checkpoints.read_marker(checkpoint)["step"] if checkpoint else 0
-    for name in ("history.jsonl", "timing.jsonl"):
-        checkpoints.truncate_history(folder / name, done)
-    if done >= steps:
-        restore(model, checkpoint)
-        return Outcome("completed", done)
-    args = TrainingArguments(
-        output_dir=str(place),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        optim="adamw_torch",
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=warmup,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.bf16,
-        fp16=False,
-        seed=seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+def calibration_batches(run, given: data.Inputs, seed: int) -> list[dict]:
+    """The first `sensitivity_warmup_steps` batches of the seed's order."""
+    count, rows, size = run.loss.sensitivity_warmup_steps, given.rows["train"], run.training.batch_size
+    order, places = SeededOrder(len(rows), seed), []
+    while len(places) < count * size:
+        places += list(order)
+        order.set_epoch(order.epoch + 1)
+    chosen = [[rows[i] for i in places[b * size : (b + 1) * size]] for b in range(count)]
+    return [on_device(collate(batch, given.tokenizer.pad_token_id)) for batch in chosen]
+
+
+def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(models.device()) for name, tensor in batch.items()}
+
+
+def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
+    """(s (K,), number of batches left out): the sensitivities before any training."""
+    with warmed_head(run, model, batches):
+        norms, skipped = gradient_norms(model, batches, task_loss)
+    return sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
+
+
+@contextlib.contextmanager
+def warmed_head(run, model: nn.Module, batches: list[dict]) -> Iterator[None]:
+    """The ablation head_warmup_steps: pooler and classifier trained alone for so many steps, and put back afterwards,
+    so that nothing but s is different."""
+    head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
+    before = [p.detach().clone() for p in head]
+    optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
+    for step in record.batches("head warm-up", range(run.loss.head_warmup_steps)):
+        gradients = torch.autograd.grad(task_loss(model, batches[step % len(batches)]), head)
+        for parameter, gradient in zip(head, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(head, before, strict=True):
+                parameter.copy_(old)
+
+
+def penalty_term(run, s: Tensor, seed: int) -> Term:
+    loss = run.loss
+    return Term(loss.alpha, COEFFICIENTS[loss.penalty](s, loss.beta, seed), loss.penalty == "factor_l2")
+
+
+# ---- a member
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, rows: list[dict], pad: int, batch_size: int) -> tuple[list[int], float]:
+    """(predicted labels, mean cross-entropy in nats) from logits, in evaluation mode."""
+    model.eval()
+    labels, total = [], 0.0
+    for start in record.batches("evaluation", range(0, len(rows), batch_size)):
+        batch = on_device(collate(rows[start : start + batch_size], pad))
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+        labels += logits.argmax(-1).tolist()
+    return labels, total / max(1, len(rows))
+
+
+def scores(labels: list[int], predicted: list[int], task: str) -> dict:
+    """accuracy; F1 on entailment (label 0) for the two-way entailment tasks, null elsewhere; macro F1."""
+    from sklearn.metrics import f1_score
+
+    two_way = task in ("rte", "generated") and {*labels, *predicted} <= {0, 1}
+    f1 = float(f1_score(labels, predicted, pos_label=0, average="binary", zero_division=0.0)) if two_way else None
+    return {
+        "accuracy": sum(a == b for a, b in zip(labels, predicted, strict=True)) / len(labels),
+        "f1": f1,
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+    }
+
+
+def member_trainer(run, given: data.Inputs, seed: int, folder: Path) -> tuple[ImportanceTrainer, dict]:
+    """The trainer of a member before its first step, and how its calibration went: {"s", "seconds", "skipped"}."""
+    rows, training = given.rows, run.training
+    pad, size, task = given.tokenizer.pad_token_id, run.evaluation.batch_size, given.report["task"]
+    steps = optimizer_steps(training, len(rows["train"]))
+    model = build(run, given, seed, steps)
+    if run.model.adapter.init == "eva":
+        initialize_eva(model, calibration_batches(run, given, seed))
+    term, calibration, started = None, {"s": None, "seconds": None, "skipped": 0}, time.perf_counter()
+    if run.loss.penalty != "none":
+        s, skipped = calibrate(run, model, calibration_batches(run, given, seed))
+        term = penalty_term(run, s, seed)
+        calibration = {"s": s, "seconds": time.perf_counter() - started, "skipped": skipped}
+
+    def on_tuning() -> dict:
+        guesses, loss = predictions(model, rows["tuning"], pad, size)
+        accuracy = scores([row["label"] for row in rows["tuning"]], guesses, task)["accuracy"]
+        return {"tuning_accuracy": accuracy, "tuning_loss": loss}
+
+    per_epoch = -(-len(rows["train"]) // (training.batch_size * training.gradient_accumulation_steps))
+    plain = config.dump(run)
+    of_training = {key: value for key, value in plain["training"].items() if f"training.{key}" not in NOT_NUMBERS}
     trainer = ImportanceTrainer(
         model,
-        rows,
-        args,
+        rows["train"],
+        training,
+        steps=steps,
+        seed=seed,
+        folder=folder,
         pad=pad,
         term=term,
-        every=every,
-        fingerprint=fingerprint,
-        on_record=told(on_record, training.logging_steps, steps),
-        on_timing=on_timing,
-        on_evaluate=on_evaluate,
+        warmup_steps=warmup(run, steps),
+        every={"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy],
+        identity=[plain["model"], plain["loss"], of_training],
+        validate=on_tuning,
     )
-    if training.loraplus_lr_ratio is not None:
-        from peft.optimizers import create_loraplus_optimizer
+    return trainer, calibration
 
-        trainer.optimizer = create_loraplus_optimizer(
-            model, torch.optim.AdamW, lr=training.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio
-        )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.diverged_at is not None:
-        return Outcome("diverged", trainer.diverged_at)
-    return Outcome("completed", trainer.state.global_step)
+
+def train(member, folder: Path, shared: Path) -> dict:
+    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
+    run, given = member.run, data.load(shared)
+    trainer, calibration = member_trainer(run, given, member.seed, folder)
+    outcome, model = trainer.fit(), trainer.model
+    metrics = {
+        "status": outcome.status,
+        "steps": outcome.step,
+        "calibration_seconds": calibration["seconds"],
+        "diverged_at": outcome.step if outcome.status == "diverged" else None,
+        "skipped_batches": calibration["skipped"],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "bag_of_words_baseline": given.report["bag_of_words_baseline"],
+        "majority_baseline": given.report["majority_baseline"],
+    }
+    if outcome.status == "diverged":
+        record.write_jsonl(folder / "predictions.jsonl", [])
+        return metrics
+    rows = given.rows["validation"]
+    guesses, loss = predictions(model, rows, given.tokenizer.pad_token_id, run.evaluation.batch_size)
+    labels = [row["label"] for row in rows]
+    examples = [
+        {"kind": "example", "example": i, "label": label, "prediction": guess, "correct": label == guess}
+        for i, (label, guess) in enumerate(zip(labels, guesses, strict=True))
+    ]
+    record.write_jsonl(folder / "predictions.jsonl", examples)
+    record_adapters(run, folder, model, calibration["s"], trainer.term)
+    seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
+    return {
+        **metrics,
+        **trainer.validate(),
+        "validation_loss": loss,
+        **{f"validation_{k}": v for k, v in scores(labels, guesses, given.report["task"]).items()},
+        "step_seconds": statistics.median(seconds) if seconds else None,
+    }
+
+
+def record_adapters(run, folder: Path, model: nn.Module, s: Tensor | None, term: Term | None) -> None:
+    """adapters.json: s_k, w_k, coefficients, || Delta_k || at the end, AdaLoRA's ranks, and a rank_pattern for PEFT."""
+    names = [name.removeprefix("base_model.model.") for name in adapted(model)]
+    if not names:
+        return
+    row = {"matrices": names, "delta_norm": delta_norms(model), "ranks": ranks_used(model)}
+    if s is not None:
+        row |= {"s": s.tolist(), "w": (s / s.sum()).tolist(), "coefficient": term.coefficients.tolist()}
+        row["rank_pattern"] = rank_pattern(names, s, run.model.adapter.rank)
+    record.write_json(folder / "adapters.json", row)
+
+
+# ---- the cost of a step
 
 
 def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], float]:
-    """A function that takes one optimiser step on a batch, AdaLoRA's allocation included, and returns its seconds."""
+    """A function that takes one optimizer step on a batch, AdaLoRA's allocation included, and returns its seconds."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    taken, adaptive = iter(range(1, 1_000_000)), adapters.allocator_state(model) is not None
+    taken, adaptive = iter(range(1, 1_000_000)), allocator_of(model) is not None
     model.train()
 
     def step(batch: dict) -> float:
@@ -272,7 +410,7 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
         if term is not None:
             loss = loss + term.alpha * penalty(model, term.coefficients, term.factors)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         if adaptive:
             model.base_model.update_and_allocate(next(taken))
@@ -282,3 +420,34 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
         return time.perf_counter() - start
 
     return step
+
+
+def step_cost(run, folder: Path, shared: Path) -> None:
+    """Step times of IW-LoRA, LoRA and AdaLoRA, in turns on the same batches in one process; writes step_cost.jsonl and
+    calibration.json. A step is what repeats: calibration is done once and counted apart, in passes and in seconds."""
+    given, first = data.load(shared), config.members(run)[0]
+    rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_ROUNDS, COST_WARM_UP)
+    plain, rank = config.apply(first.run, {"loss.penalty": "none"}), run.model.adapter.rank
+    schedule = {"type": "adalora", "init_r": rank * 3 // 2, "target_r": rank, "tinit": 0, "tfinal": 1}
+    adapter = config.dump(plain)["model"]["adapter"] | schedule | {"delta_t": ADALORA_DELTA_T[run.scale]}
+    runs = (first.run, plain, config.apply(plain, {"model.adapter": adapter}))
+    models_of = [build(each, given, first.seed, max(rounds + warm_up, 3)) for each in runs]
+    batches = calibration_batches(first.run, given, first.seed)
+    began = time.perf_counter()
+    s, _ = calibrate(first.run, models_of[0], batches)
+    seconds_of_calibration = time.perf_counter() - began
+    terms = (penalty_term(first.run, s, first.seed), None, None)
+    steppers = [stepper(model, first.run.training, term) for model, term in zip(models_of, terms, strict=True)]
+    rows = []
+    for place in record.batches("measuring steps", range(rounds + warm_up)):
+        seconds = [0.0] * 3
+        for which in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))[place % 4]:
+            seconds[which] = steppers[which](batches[place % len(batches)])
+        own, lora, adalora = seconds
+        row = {"pair": place - warm_up, "seconds": own, "seconds_baseline": lora}
+        rows.append(row | {"step_seconds": own, "step_seconds_baseline": adalora})
+    record.write_jsonl(folder / "step_cost.jsonl", rows[warm_up:])
+    steps = optimizer_steps(run.training, len(given.rows["train"]))
+    passes = steps * run.training.gradient_accumulation_steps
+    counts = {"passes": len(batches), "training_passes": passes, "share_of_passes": len(batches) / passes}
+    record.write_json(folder / "calibration.json", {**counts, "seconds": seconds_of_calibration})

@@ -1,0 +1,437 @@
+"""The IW-LoRA study: the sections of its run YAML, the names others know it by, its checks, and its entries, `prepare`
+(what all members share), `train` (one member) and `step_cost`. Imports no torch until one of these is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lib.config import (
+    Compute,
+    Count,
+    Finding,
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    Number,
+    Optuna,
+    Positive,
+    Run as BaseRun,
+    Section,
+    Whole,
+    fault,
+    rename,
+    split_role,
+)
+
+VALIDATION_METRIC = "validation_accuracy"
+
+# ---- sections of the YAML
+
+SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "delta_t")  # AdaLoRA's
+
+
+class Adapter(Section):
+    """`rank` is LoRA's; AdaLoRA begins at init_r and prunes to target_r (its scale is lora_alpha / init_r)."""
+
+    type: Literal["lora", "adalora", "none"] = "lora"
+    rank: Count = 8
+    lora_alpha: Count = 16
+    lora_dropout: Fraction = 0.0
+    target_modules: Name | list[Name] = ["query_proj", "value_proj"]
+    init_r: Count | None = None
+    target_r: Count | None = None
+    tinit: Whole | None = None
+    tfinal: Count | None = None
+    delta_t: Count | None = None
+    use_rslora: Flag = False
+    use_dora: Flag = False
+    init: Literal["default", "eva"] = "default"  # eva: A from the principal directions of the inputs of a few batches
+    eva_rho: Annotated[Number, Field(ge=1)] = 2.0  # largest rank over `rank`; 1: all stay alike
+
+    @model_validator(mode="after")
+    def _schedule(self):
+        if self.type != "lora" and self.init != "default":
+            raise fault(f"init {self.init} with type {self.type}", "type: lora", "init: default", "init")
+        given = [key for key in SCHEDULE if getattr(self, key) is not None]
+        if self.type != "adalora":
+            if given:
+                found = str(getattr(self, given[0]))
+                raise fault(found, f"no such key: type {self.type} does not read it", "type: adalora", given[0])
+            return self
+        absent = [key for key in SCHEDULE if key not in given]
+        if absent:
+            fix = "init_r: 12, target_r: 8, tinit, tfinal, delta_t"
+            raise fault("missing", "AdaLoRA's whole schedule", fix, absent[0])
+        if self.target_r >= self.init_r:
+            found = f"target_r {self.target_r}, init_r {self.init_r}"
+            expected, fix = "target_r below init_r: else nothing is pruned", "init_r: 12, target_r: 8"
+            raise fault(found, expected, fix, "target_r")
+        return self
+
+
+class Recipe(Section):
+    """The small base model that is made here (name: made)."""
+
+    vocab_size: Count = 64  # for generated text; real text takes up to 8,192 of its own words
+    hidden_size: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    pretrain_steps: Count = 1000
+    pretrain_batch_size: Count = 64
+    pretrain_learning_rate: Positive = 1e-3
+    seed: Whole = 0
+
+
+class Model(Section):
+    name: Name
+    recipe: Recipe | None = None
+    revision: str | None = None
+    adapter: Adapter = Adapter()
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: Flag = False
+
+
+class Splits(Section):
+    train: Name = "train"
+    validation: Name = "validation"
+
+
+class Preprocessing(Section):
+    truncation: Flag = True
+    padding: Literal["max_length", "longest"] = "longest"
+
+
+class Dataset(Section):
+    name: Name
+    subset: Literal["mnli", "sst2", "rte"] | None = None
+    revision: str | None = None
+    splits: Splits = Splits()
+    max_seq_length: Count = 256
+    preprocessing: Preprocessing = Preprocessing()
+    train_examples: Count | None = None  # these two are for generated data
+    validation_examples: Count | None = None
+    tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
+    split_seed: Whole = 0
+    limit: Count | None = None
+
+
+class Training(Section):
+    epochs: Positive | None = None
+    max_steps: Count | None = None
+    batch_size: Count  # of one micro-batch
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive
+    loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: NonNegative = 0.0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.0
+    warmup_steps: Whole | None = None
+    max_grad_norm: Positive = 1.0
+    fp16: Flag = False
+    bf16: Flag = False
+    logging_steps: Count = 50
+    save_strategy: Literal["epoch", "steps", "best", "no"] = "epoch"
+    evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    eval_steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.epochs is None and self.max_steps is None:
+            raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
+        if self.warmup_ratio and self.warmup_steps:
+            found = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
+            raise fault(found, "one of them", "remove warmup_steps", "warmup_steps")
+        if self.fp16 and self.bf16:
+            raise fault("fp16 and bf16", "one of them", "fp16: false", "fp16")
+        if self.evaluation_strategy == "steps" and self.eval_steps is None:
+            raise fault("missing", "an interval, as evaluation_strategy is steps", "eval_steps: 100", "eval_steps")
+        return self
+
+
+class Loss(Section):
+    """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
+
+    penalty: Literal["none", "importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2"] = "none"
+    alpha: NonNegative = 1e-4
+    beta: NonNegative = 1.0
+    sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
+    sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
+    freeze_lora_during_warmup: Flag = True
+    head_warmup_steps: Whole = 0  # an ablation: before s is measured
+
+
+class Evaluation(Section):
+    batch_size: Count = 64
+
+
+class Search(Optuna):
+    objective_metric: Name = VALIDATION_METRIC
+
+
+class Run(BaseRun):
+    model: Model
+    dataset: Dataset
+    training: Training
+    loss: Loss = Loss()
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    optuna: Search = Search()
+
+
+# ---- names: what the runner, the analysis and `check` know of the study
+
+PRIMARY_METRIC = {"laptop": "validation_accuracy", "paper": "validation_accuracy"}
+SECOND_METRIC = "validation_accuracy"  # the primary one needs no judge, so there is no other to fall back on
+MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ in: the base model is the same
+METRICS = {
+    "tuning_accuracy": "maximize",
+    "tuning_loss": "minimize",
+    "validation_accuracy": "maximize",
+    "validation_f1": "maximize",
+    "validation_macro_f1": "maximize",
+    "validation_loss": "minimize",
+}
+# What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
+DIVERGED = dict.fromkeys(("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1"), 0.0)
+CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "model.adapter.eva_rho": "read where init is eva, as in a YAML of the paper's scale",
+    "dataset.splits": "generated data has its own; read with data from the hub or a folder",
+    "dataset.preprocessing.padding": "rows are padded to the longest of their batch either way, as check says",
+    "training.optimizer": "adamw is the only choice",
+    "training.warmup_ratio": "warmup_steps decides where it is given",
+    "training.fp16": "true is refused",
+    "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
+    "loss.freeze_lora_during_warmup": "false is refused",
+    "compute.strategy": "another than none is refused",
+}
+ALIASES = {
+    "alpha": "loss.alpha",
+    "iw_reg_alpha": "loss.alpha",
+    "beta": "loss.beta",
+    "penalty": "loss.penalty",
+    "learning_rate": "training.learning_rate",
+    "batch_size": "training.batch_size",
+    "weight_decay": "training.weight_decay",
+    "epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "lora_r": "model.adapter.rank",
+    "lora_alpha": "model.adapter.lora_alpha",
+}
+PATHS = ("model.name", "dataset.name")
+NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
+PUBLISHED = {
+    "training": {"lr_scheduler": "lr_scheduler_type", "log_every_n_steps": "logging_steps"},
+    "optuna": {"metric_name": "objective_metric"},
+}
+BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
+GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
+
+
+def recognises(raw: dict) -> bool:
+    model = raw.get("model")
+    return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
+
+
+def normalise(raw: dict) -> dict:
+    """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role."""
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
+        published = rename(model["importance_weighted_regularisation"], {"reg_alpha": "alpha"})
+        enabled = published.pop("enabled", True)
+        raw["model"] = {key: value for key, value in model.items() if key != "importance_weighted_regularisation"}
+        own = raw.get("loss") if isinstance(raw.get("loss"), dict) else {}
+        raw["loss"] = {"penalty": "importance" if enabled else "none", **published, **own}
+    for section, names in PUBLISHED.items():
+        if section in raw:
+            raw[section] = rename(raw[section], names)
+    if isinstance(raw.get("training"), dict) and "seed" in raw["training"] and "seed_list" not in raw:
+        raw["seed_list"] = [raw["training"].pop("seed")]
+    return set_role(raw)
+
+
+def set_role(raw: dict) -> dict:
+    """`method` and `role` where the YAML does not say them: by the adapter and the penalty."""
+    loss, model = raw.get("loss"), raw.get("model")
+    adapter = model.get("adapter") if isinstance(model, dict) else None
+    kind = adapter.get("type", "lora") if isinstance(adapter, dict) else "lora"
+    penalty = loss.get("penalty", "none") if isinstance(loss, dict) else "none"
+    own = "full" if kind == "none" else kind if penalty == "none" else "iw_lora"
+    role, method = split_role(raw.get("method"))
+    raw["method"] = own if method is None else method
+    usual = {"importance": "proposed", "none": "comparative"}.get(str(penalty), "control")
+    raw.setdefault("role", role or usual)
+    return raw
+
+
+def train_rows(run: Run) -> int | None:
+    """Training examples, where they are known without reading the data."""
+    data = run.dataset
+    if data.name == "generated" and data.train_examples:
+        rows = data.train_examples - max(1, round(data.tuning_fraction * data.train_examples))
+    else:
+        rows = GLUE_ROWS.get(data.subset) if data.name in ("glue", "nyu-mll/glue") else None
+    return min(rows, data.limit or rows) if rows else data.limit
+
+
+def optimizer_steps(training: Training, rows: int | None) -> int | None:
+    """Optimizer steps of the epochs over `rows` examples, at most max_steps; None where neither is known."""
+    known = [training.max_steps] if training.max_steps else []
+    if rows is not None and training.epochs is not None:
+        per_epoch = math.ceil(rows / (training.batch_size * training.gradient_accumulation_steps))
+        known.append(max(1, math.ceil(training.epochs * per_epoch)))
+    return min(known, default=None)
+
+
+def steps(run: Run) -> int | None:
+    return optimizer_steps(run.training, train_rows(run))
+
+
+def warmup(run: Run, total_steps: int) -> int:
+    """Warm-up steps; the ratio (0.1 where none is given) where the configured steps exceed the run's."""
+    if run.training.warmup_steps is not None and run.training.warmup_steps < total_steps:
+        return run.training.warmup_steps
+    ratio = run.training.warmup_ratio or (0.1 if run.training.warmup_steps else 0.0)
+    return math.ceil(ratio * total_steps)
+
+
+def trial_changes(run: Run) -> dict[str, Any]:
+    """At most 2 batches in training, calibration and evaluation, all of which read these values."""
+    batch = min(run.training.batch_size, 4)
+    changes = {
+        "training.epochs": 1,
+        "training.max_steps": min(2, run.training.max_steps or 2),
+        "training.batch_size": batch,
+        "training.gradient_accumulation_steps": 1,
+        "training.logging_steps": 1,
+        "evaluation.batch_size": batch,
+        "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
+        "loss.sensitivity_warmup_steps": min(2, run.loss.sensitivity_warmup_steps),
+        "loss.head_warmup_steps": min(2, run.loss.head_warmup_steps),
+        "compute.strategy": "none",
+        "compute.gpus": min(1, run.compute.gpus),
+    }
+    if run.model.adapter.type == "adalora":  # two steps leave no room for the schedule
+        changes |= {"model.adapter.tinit": 0, "model.adapter.tfinal": 1, "model.adapter.delta_t": 1}
+    if run.model.recipe is not None:
+        changes |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
+    if run.dataset.name == "generated":
+        changes |= {"dataset.train_examples": 4 * batch, "dataset.validation_examples": 2 * batch}
+    if run.training.warmup_steps is not None:
+        changes["training.warmup_steps"] = min(1, run.training.warmup_steps)
+    if run.training.eval_steps is not None:
+        changes["training.eval_steps"] = min(2, run.training.eval_steps)
+    return changes
+
+
+def search_changes(run: Run) -> dict[str, Any]:
+    """What a trial of the search leaves out; it reads validation only."""
+    return {}
+
+
+# ---- checks: what a person should know before a run starts
+
+
+def check(run: Run) -> list[Finding]:
+    return [Finding(*finding) for finding in (*_training(run), *_penalty(run), *_data(run))]
+
+
+Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
+
+
+def _training(run: Run) -> Faults:
+    training, total, kind = run.training, steps(run), run.model.adapter.type
+    if training.fp16 and "deberta" in run.model.name.lower():
+        what = "DeBERTa-v3's attention scores overflow in float16: the loss is NaN"
+        yield "error", "training.fp16", what, "fp16: false, bf16: true where the GPU has it"
+    if training.bf16 and not run.compute.gpus:
+        yield "warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1"
+    if training.save_strategy == "best":
+        yield "error", "training.save_strategy", "best: the last state is what is reported", "save_strategy: epoch"
+    if training.loraplus_lr_ratio is not None and kind != "lora":
+        yield "error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora"
+    if run.compute.strategy == "fsdp":
+        what = "sensitivities cannot be read from sharded gradients"
+        yield "error", "compute.strategy", what, "strategy: none"
+    if total is not None and (training.warmup_steps or 0) >= total:
+        beyond = f"a warm-up of {training.warmup_steps} steps is beyond the run's {total}"
+        used = f": {warmup(run, total)} are used instead"
+        yield "warning", "training.warmup_steps", beyond + used, "warmup_ratio: 0.1"
+    if total is not None and training.evaluation_strategy == "steps" and training.eval_steps > total:
+        what = f"evaluation every {training.eval_steps} steps never happens in a run of {total}"
+        yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
+
+
+def _penalty(run: Run) -> Faults:
+    loss, total, kind = run.loss, steps(run), run.model.adapter.type
+    space = {ALIASES.get(key, key): entry for key, entry in run.optuna.search_space.items()}
+    if loss.penalty == "none":
+        for key in sorted({"loss.alpha", "loss.beta"} & set(space))[:1]:
+            what = f"{key} is searched, but there is no penalty that reads it"
+            yield "error", "optuna.search_space", what, "loss.penalty: importance, or remove it"
+        return
+    if kind != "lora":
+        what = f"{loss.penalty} with adapter type {kind}: the term is defined on LoRA pairs"
+        yield "error", "loss.penalty", what, "penalty: none, or type: lora"
+    if not loss.freeze_lora_during_warmup:
+        what = "false: the sensitivities are those of the base model, read before any adapter moves"
+        yield "error", "loss.freeze_lora_during_warmup", what, "freeze_lora_during_warmup: true"
+    batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
+    if total is not None and batches > total:
+        what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)
+        yield "warning", "loss.sensitivity_warmup_steps", what, f"sensitivity_warmup_steps: {fix}"
+    if buffer > batches:
+        what = f"room for {buffer} batches, of which only {batches} are ever filled: the average is over all of them"
+        yield "warning", "loss.sensitivity_buffer_size", what, f"sensitivity_buffer_size: {batches}"
+    entry = space.get("loss.alpha")
+    if entry is not None and entry.high is not None and entry.high < 1e-2:
+        what = f"ends at {entry.high:g}, where the penalty hardly acts yet"
+        yield "warning", "optuna.search_space.alpha", what, "low: 1e-5, high: 1e-1"
+
+
+def _data(run: Run) -> Faults:
+    data, splits = run.dataset, run.dataset.splits
+    if data.name in ("glue", "nyu-mll/glue"):
+        if data.subset is None:
+            yield "error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte"
+        if "test" in splits.validation or "test" in splits.train:
+            fix = "validation: validation_matched for mnli, else validation"
+            yield "error", "dataset.splits", "GLUE's test labels are all -1", fix
+        if data.subset == "mnli" and splits.validation == "validation":
+            what = "MNLI has no split of that name"
+            yield "error", "dataset.splits.validation", what, "validation: validation_matched"
+    if data.preprocessing.padding == "max_length":
+        what = f"rows are padded to the longest of their batch, not to {data.max_seq_length} tokens: "
+        same = "the same numbers, several times faster"
+        yield "warning", "dataset.preprocessing.padding", what + same, "padding: longest says the same"
+
+
+# ---- the entries
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """What all members of the run share, into `folder`."""
+    from lib.iw_lora import data
+
+    data.prepare(run, folder)
+
+
+def train(member, folder: Path, shared: Path) -> dict:
+    """Train one member in `folder` on what `prepare` put into `shared`; returns its metrics."""
+    from lib.iw_lora import trainer
+
+    return trainer.train(member, folder, shared)
+
+
+def step_cost(run: Run, folder: Path, shared: Path) -> None:
+    """Step times of IW-LoRA, LoRA and AdaLoRA, measured in turns."""
+    from lib.iw_lora import trainer
+
+    trainer.step_cost(run, folder, shared)
