@@ -16,9 +16,8 @@ import transformers
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from lib import config, models
-from lib.iw_lora import adapters, sensitivity, trainer
-from lib.iw_lora.penalty import penalty
-from lib.iw_lora.sections import Adapter, Training
+from lib.iw_lora import penalty, trainer
+from lib.iw_lora.study import Adapter, Training
 
 BASE = {  # microsoft/deberta-v3-base's config.json
     "vocab_size": 128_100, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -41,7 +40,7 @@ ADALORA = {"type": "adalora", "lora_alpha": 24, "init_r": 12, "target_r": 8, "ti
 
 def build(shape: dict, adapter: dict, steps: int, device) -> torch.nn.Module:
     torch.manual_seed(0)
-    return adapters.wrap(
+    return trainer.add_adapters(
         DebertaV2ForSequenceClassification(DebertaV2Config(**shape, num_labels=3)).to(device), Adapter(**adapter), steps
     )
 
@@ -56,7 +55,7 @@ def timed(action) -> float:
 
 def penalty_passes(model, coefficients):
     """Forward and backward of the penalty alone."""
-    penalty(model, coefficients).backward()
+    penalty.penalty(model, coefficients).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -78,8 +77,8 @@ def measure(shape: dict, rounds: int, batch: int, tokens: int, delta_t: int) -> 
         "IW-LoRA": build(shape, LORA, total, device),
         "AdaLoRA": build(shape, {**ADALORA, "delta_t": delta_t}, total, device),
     }
-    norms, _ = sensitivity.gradient_norms(made["IW-LoRA"], batches[:1], trainer.task_loss)
-    coefficients = sensitivity.coefficients("importance", sensitivity.sensitivities(norms), 1.0)
+    norms, _ = penalty.gradient_norms(made["IW-LoRA"], batches[:1], trainer.task_loss)
+    coefficients = penalty.importance(penalty.sensitivities(norms), 1.0)
     term = trainer.Term(1e-4, coefficients)
     steppers = {
         name: trainer.stepper(model, training, term if name == "IW-LoRA" else None) for name, model in made.items()
@@ -94,7 +93,7 @@ def measure(shape: dict, rounds: int, batch: int, tokens: int, delta_t: int) -> 
                 seconds[name].append(taken)
         alone = timed(lambda: penalty_passes(made["IW-LoRA"], coefficients))
         calibration = timed(
-            lambda n=number: sensitivity.gradient_norms(made["IW-LoRA"], [batches[n % 3]], trainer.task_loss)
+            lambda n=number: penalty.gradient_norms(made["IW-LoRA"], [batches[n % 3]], trainer.task_loss)
         )
         if number >= warm_up:
             seconds["penalty alone"].append(alone)

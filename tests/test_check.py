@@ -103,19 +103,18 @@ def test_what_only_a_trial_shows_is_named(copy):
     labels lost, a metric logged under another name, a connection, and in one of them a batch key that is never
     collated."""
     copy(
-        "lib/iw_lora/sections.py",
+        "lib/iw_lora/study.py",
         "    logging_steps: Count",
         "    gradient_noise: float = 0.0\n    logging_steps: Count",
     )
     copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
-    copy("lib/iw_lora/member.py", 'if run.mode == "full" else min(2, run.loss.sensitivity_warmup_steps)', "")
-    copy("lib/iw_lora/config.py", '"loss.sensitivity_warmup_steps": min(2, run.loss.sensitivity_warmup_steps),', "")
-    copy("lib/iw_lora/member.py", '"label": label,', '"label": None,')
-    copy("lib/iw_lora/member.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
+    copy("lib/iw_lora/study.py", '"loss.sensitivity_warmup_steps": min(2, run.loss.sensitivity_warmup_steps),', "")
+    copy("lib/iw_lora/trainer.py", '"label": label,', '"label": None,')
+    copy("lib/iw_lora/trainer.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
     copy(
-        "lib/iw_lora/member.py",
-        '    trial = run.mode == "trial"\n',
-        '    trial = run.mode == "trial"\n'
+        "lib/iw_lora/trainer.py",
+        "    outcome, model = trainer.fit(), trainer.model\n",
+        "    outcome, model = trainer.fit(), trainer.model\n"
         "    import socket\n    Path(__file__).with_name('best.json').write_text('{}')\n"
         "    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n",
     )

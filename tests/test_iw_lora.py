@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
+from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import adapters, data, generated, member as iw_member, sensitivity, trainer
-from lib.iw_lora.penalty import pairs, penalty
-from lib.iw_lora.sections import Adapter, Training
+from lib.iw_lora import data, penalty, trainer
+from lib.iw_lora.study import Adapter, Training
+from lib.training import StudyTrainer
+from tests.conftest import ROOT
 
 ADALORA = {"type": "adalora", "lora_alpha": 24, "init_r": 12, "target_r": 8, "tinit": 2, "tfinal": 3, "delta_t": 1}
 
@@ -39,7 +41,7 @@ def deberta(adapter=None, steps=10, seed=0):
         pooler_dropout=0.0,
         initializer_range=0.1,
     )
-    return adapters.wrap(DebertaV2ForSequenceClassification(config), Adapter(**(adapter or {})), steps)
+    return trainer.add_adapters(DebertaV2ForSequenceClassification(config), Adapter(**(adapter or {})), steps)
 
 
 def rows(count=32):
@@ -53,58 +55,46 @@ BATCH = trainer.collate(rows(8), 0)
 def moved(model):
     """B away from 0, where LoRA begins."""
     with torch.no_grad():
-        for _, b, _ in pairs(model):
+        for _, b, _ in penalty.lora_pairs(model):
             b.normal_(generator=torch.Generator().manual_seed(1))
     return model
 
 
-def fit(tmp_path, model, term=None, every=None, steps=6, **training):
-    record, section = [], Training(**{"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **training})
-    outcome = trainer.train_rows(
-        model,
-        rows(),
-        section,
-        steps=steps,
-        warmup=0,
-        every=every,
-        pad=0,
-        term=term,
-        seed=3,
-        folder=tmp_path,
-        identity="t",
-        on_record=record.append,
-        on_timing=lambda _: None,
-        on_evaluate=lambda _: {"tuning_accuracy": 0.0},
+def trainables(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trainer_of(tmp_path, model, term=None, every=None, steps=6, **training):
+    section = Training(**{"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **training})
+    common = {"steps": steps, "seed": 3, "folder": tmp_path, "pad": 0, "identity": "t"}
+    return trainer.ImportanceTrainer(
+        model, rows(), section, term=term, every=every, validate=lambda: {"tuning_accuracy": 0.0}, **common
     )
-    return outcome, record
+
+
+def fit(tmp_path, model, *arguments, **options):
+    """(outcome, the steps that the history holds)."""
+    outcome = trainer_of(tmp_path, model, *arguments, **options).fit()
+    return outcome, [row for row in record.read_jsonl(tmp_path / "history.jsonl") if "loss" in row]
 
 
 def test_lora_a_has_no_gradient_at_initialisation_and_the_base_weight_has():
     model = deberta()
     trainer.task_loss(model, BATCH).backward()
-    assert all((a.grad == 0).all() for a, _, _ in pairs(model))
-    norms, skipped = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+    assert all((a.grad == 0).all() for a, _, _ in penalty.lora_pairs(model))
+    norms, skipped = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
     assert (norms > 0).all()
     assert skipped == 0
 
 
-def test_sensitivities_equal_autograd_with_shared_projections_and_the_hooked_form_agrees():
+def test_sensitivities_equal_autograd_with_shared_projections():
     model = deberta()
-    weights = [layer.base_layer.weight.requires_grad_(True) for layer in sensitivity.adapted(model).values()]
+    weights = [layer.base_layer.weight.requires_grad_(True) for layer in penalty.adapted(model).values()]
     expected = torch.stack([g.norm() for g in torch.autograd.grad(trainer.task_loss(model.eval(), BATCH), weights)])
     for weight in weights:
         weight.requires_grad_(False)
-    norms, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+    norms, _ = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
     torch.testing.assert_close(norms[0], expected)
-    torch.testing.assert_close(
-        sensitivity.hooked_norms(model, [BATCH], trainer.task_loss)[0], expected, rtol=1e-4, atol=1e-7
-    )
-
-
-@pytest.mark.parametrize("tokens", [3, 200])
-def test_gram_form_equals_the_direct_norm(tokens):
-    x, g = torch.randn(tokens, 24), torch.randn(tokens, 16)
-    torch.testing.assert_close(sensitivity.gram_norm(x, g), (g.T @ x).norm())
 
 
 def test_calibration_changes_nothing():
@@ -112,7 +102,7 @@ def test_calibration_changes_nothing():
     trainer.task_loss(model, BATCH).backward()
     before = {n: (p.detach().clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()}
     state = torch.get_rng_state()
-    sensitivity.gradient_norms(model, [BATCH, BATCH], trainer.task_loss)
+    penalty.gradient_norms(model, [BATCH, BATCH], trainer.task_loss)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     for name, p in model.named_parameters():
@@ -124,38 +114,38 @@ def test_calibration_changes_nothing():
 
 def test_weights_sum_to_one_and_degenerate_sensitivities_are_refused():
     s = torch.tensor([1.0, 2.0, 5.0, 0.5])
-    made = sensitivity.coefficients("importance", s, 1.0)
+    made = penalty.COEFFICIENTS["importance"](s, 1.0)
     torch.testing.assert_close(made.mean(), torch.tensor(1 - 1 / 4))
-    assert sensitivity.coefficients("importance", torch.tensor([3.0]), 1.0).item() == 0
-    assert sorted(sensitivity.coefficients("shuffled", s, 1.0, 1).tolist()) == sorted(made.tolist())
-    torch.testing.assert_close(sensitivity.coefficients("uniform", s, 1.0), torch.full((4,), 0.75))
-    assert sensitivity.coefficients("max", s, 1.0).min() == 0
-    torch.testing.assert_close(sensitivity.coefficients("inv_mean", s, 1.0).mean(), torch.tensor(1.0))
+    assert penalty.COEFFICIENTS["importance"](torch.tensor([3.0]), 1.0).item() == 0
+    assert sorted(penalty.COEFFICIENTS["shuffled"](s, 1.0, 1).tolist()) == sorted(made.tolist())
+    torch.testing.assert_close(penalty.COEFFICIENTS["uniform"](s, 1.0), torch.full((4,), 0.75))
+    assert penalty.COEFFICIENTS["max"](s, 1.0).min() == 0
+    torch.testing.assert_close(penalty.COEFFICIENTS["inv_mean"](s, 1.0).mean(), torch.tensor(1.0))
     for bad in (torch.zeros(2, 3), torch.full((2, 3), float("nan")), torch.zeros(0, 3)):
         with pytest.raises(StudyError):
-            sensitivity.sensitivities(bad)
-    assert sensitivity.sensitivities(torch.tensor([[1.0], [3.0], [5.0]]), buffer=2).item() == 4
-    assert sum(sensitivity.rank_pattern(list("abcd"), s, 8).values()) == 32
+            penalty.sensitivities(bad)
+    assert penalty.sensitivities(torch.tensor([[1.0], [3.0], [5.0]]), buffer=2).item() == 4
+    assert sum(penalty.rank_pattern(list("abcd"), s, 8).values()) == 32
 
 
 def test_penalty_equals_the_materialised_norm_and_vanishes_with_its_gradient_where_b_is_zero():
     model = deberta()
     c = torch.rand(4)
-    at_start = penalty(model, c)
+    at_start = penalty.penalty(model, c)
     at_start.backward()
     assert at_start.item() == 0
-    assert all((p.grad == 0).all() for a, b, _ in pairs(model) for p in (a, b))
+    assert all((p.grad == 0).all() for a, b, _ in penalty.lora_pairs(model) for p in (a, b))
     moved(model)
-    expected = sum(w * ((scaling * b @ a) ** 2).sum() for w, (a, b, scaling) in zip(c, pairs(model), strict=True))
-    torch.testing.assert_close(penalty(model, c), expected)
+    expected = sum(
+        w * ((scaling * b @ a) ** 2).sum() for w, (a, b, scaling) in zip(c, penalty.lora_pairs(model), strict=True)
+    )
+    torch.testing.assert_close(penalty.penalty(model, c), expected)
 
 
 def test_penalty_gradient_against_differences():
-    from lib.iw_lora.penalty import squared_norm
-
     a = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: squared_norm(a, b, 2.0), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: penalty.squared_norm(a, b, 2.0), (a, b))
 
 
 def test_alpha_zero_is_lora_bit_for_bit_and_a_penalty_is_not(tmp_path):
@@ -164,10 +154,10 @@ def test_alpha_zero_is_lora_bit_for_bit_and_a_penalty_is_not(tmp_path):
         model = deberta()
         term = None
         if alpha is not None:
-            s = sensitivity.sensitivities(sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)[0])
-            term = trainer.Term(alpha, sensitivity.coefficients("importance", s, 1.0))
+            s = penalty.sensitivities(penalty.gradient_norms(model, [BATCH], trainer.task_loss)[0])
+            term = trainer.Term(alpha, penalty.COEFFICIENTS["importance"](s, 1.0))
         fit(tmp_path / name, model, term)
-        found.append({n: p.clone() for n, p in adapters.trainables(model).items()})
+        found.append({n: p.clone() for n, p in trainables(model).items()})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     assert any(not torch.equal(found[0][n], found[2][n]) for n in found[0])
 
@@ -191,74 +181,65 @@ def test_one_batch_of_32_equals_8_accumulated_4_times(tmp_path):
 def test_adalora_keeps_8_k_triplets_and_bad_schedules_are_refused(tmp_path):
     model = deberta(ADALORA, steps=12)
     assert fit(tmp_path, model, steps=12)[0].status == "completed"
-    assert sum(adapters.ranks_used(model).values()) == 8 * 4
+    assert sum(trainer.ranks_used(model).values()) == 8 * 4
     with pytest.raises(StudyError, match="tfinal"):
         deberta(ADALORA, steps=5)
 
 
 @pytest.mark.parametrize("adapter", [{}, ADALORA, {"type": "none"}], ids=["lora", "adalora", "full"])
-def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, adapter):
+def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, monkeypatch, adapter):
     straight, broken = deberta(adapter, 12), deberta(adapter, 12)
-    start = {n: p.clone() for n, p in adapters.trainables(straight).items()}
+    start = {n: p.clone() for n, p in trainables(straight).items()}
     fit(tmp_path / "a", straight, steps=12, every=4)
 
     class Killed(Exception):
         pass
 
-    def dies(row):
+    def dies(self, row):
         if row.get("step") == 7:
             raise Killed
+        write(self, row)
 
-    section = Training(max_steps=12, batch_size=8, learning_rate=1e-3)
-    common = {
-        "steps": 12,
-        "warmup": 0,
-        "every": 4,
-        "pad": 0,
-        "term": None,
-        "seed": 3,
-        "folder": tmp_path / "b",
-        "identity": "t",
-        "on_timing": lambda _: None,
-        "on_evaluate": lambda _: {},
-    }
+    write = StudyTrainer.write
+    monkeypatch.setattr(StudyTrainer, "write", dies)
     with pytest.raises(Killed):
-        trainer.train_rows(broken, rows(), section, on_record=dies, **common)
+        fit(tmp_path / "b", broken, steps=12, every=4)
+    monkeypatch.setattr(StudyTrainer, "write", write)
     again = deberta(adapter, 12)
-    trainer.train_rows(again, rows(), section, on_record=lambda _: None, **common)
-    mine, theirs = adapters.trainables(straight), adapters.trainables(again)
+    fit(tmp_path / "b", again, steps=12, every=4)
+    assert (tmp_path / "a/history.jsonl").read_text() == (tmp_path / "b/history.jsonl").read_text()
+    mine, theirs = trainables(straight), trainables(again)
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     for part in ("pooler", "classifier"):
         assert any(part in n and not torch.equal(p, start[n]) for n, p in mine.items())
     loaded = deberta(adapter, 12, seed=9)
-    trainer.restore(loaded, tmp_path / "a" / "checkpoints" / "checkpoint-12")
-    assert all(torch.equal(p, mine[n]) for n, p in adapters.trainables(loaded).items())
+    assert fit(tmp_path / "a", loaded, steps=12, every=4)[0].step == 12  # finished: its last state is loaded
+    assert all(torch.equal(p, mine[n]) for n, p in trainables(loaded).items())
 
 
 def test_a_trial_calibrates_on_two_batches_at_most():
+    path = ROOT / "params/iw_lora/laptop/iw_lora.yaml"
+    run = config.members(config.load_run(path, study="iw_lora", scale="laptop", mode="trial"))[0].run
     given = SimpleNamespace(rows={"train": rows()}, tokenizer=SimpleNamespace(pad_token_id=0))
-    run = SimpleNamespace(
-        mode="trial", loss=SimpleNamespace(sensitivity_warmup_steps=150), training=SimpleNamespace(batch_size=4)
-    )
-    assert len(iw_member.calibration_batches(run, given, 1, "cpu")) == 2
+    assert len(trainer.calibration_batches(run, given, 1)) == 2
 
 
 def test_labels_and_columns_are_checked_and_f1_is_on_entailment():
     good = {"sentence1": "a", "sentence2": "b", "label": 0}
-    assert data.checked([good], "rte", "x")[0] == {"text_a": "a", "text_b": "b", "label": 0}
+    assert data.check_rows([good], "rte", "x")[0] == {"text_a": "a", "text_b": "b", "label": 0}
     with pytest.raises(StudyError, match="-1"):
-        data.checked([{**good, "label": -1}], "rte", "x")
+        data.check_rows([{**good, "label": -1}], "rte", "x")
     with pytest.raises(StudyError, match="premise"):
-        data.checked([good], "mnli", "x")
-    scored = iw_member.scores([0, 0, 0, 1], [0, 1, 1, 1], "rte")
+        data.check_rows([good], "mnli", "x")
+    scored = trainer.scores([0, 0, 0, 1], [0, 1, 1, 1], "rte")
     assert scored["f1"] == pytest.approx(0.5)
     assert scored["accuracy"] == 0.5
-    assert iw_member.scores([0, 1, 2], [0, 1, 2], "mnli")["f1"] is None
+    assert trainer.scores([0, 1, 2], [0, 1, 2], "mnli")["f1"] is None
 
 
 def test_words_do_not_tell_the_generated_label():
-    made = generated.examples(2000, 5)
+    made = data.generate(2000, 5)
     assert data.bag_of_words({"train": made[:1600], "validation": made[1600:]}) == pytest.approx(0.5, abs=0.08)
-    content = set(generated.NOUNS) | {"by", "is"}
+    content = set(data.NOUNS) | {"by", "is"}
     assert all(set(r["text_b"].split()) & content - {"by", "is"} <= set(r["text_a"].split()) for r in made)
-    assert generated.examples(50, 5) == copy.deepcopy(generated.examples(50, 5))
+    assert data.generate(50, 5) == copy.deepcopy(data.generate(50, 5))

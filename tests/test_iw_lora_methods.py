@@ -10,12 +10,11 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import adapters, figures, inputs, member as iw_member, sensitivity, tables, trainer
-from lib.iw_lora.penalty import pairs
-from lib.iw_lora.sections import Adapter
+from lib.iw_lora import data, penalty, report, trainer
+from lib.iw_lora.study import Adapter
 from lib.run import check
 from tests.conftest import ROOT
-from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved
+from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, trainables
 
 LAPTOP = ROOT / "params" / "iw_lora" / "laptop" / "iw_lora.yaml"
 
@@ -33,23 +32,23 @@ def laptop(**changes):
 def test_what_a_practitioner_would_pick_trains_and_moves_its_adapters(tmp_path, variant):
     model = deberta(variant)
     if variant.get("init") == "eva":
-        adapters.initialise_eva(model, [BATCH])
-    before = {n: p.detach().clone() for n, p in adapters.trainables(model).items() if "lora" in n}
+        trainer.initialize_eva(model, [BATCH])
+    before = {n: p.detach().clone() for n, p in trainables(model).items() if "lora" in n}
     assert fit(tmp_path, model, steps=10)[0].status == "completed"
-    after = adapters.trainables(model)
+    after = trainables(model)
     assert any(not torch.equal(p, after[n]) for n, p in before.items())
 
 
 def test_eva_takes_a_from_the_data_and_leaves_the_model_as_it_was():
     plain, eva = deberta(), deberta({"init": "eva", "eva_rho": 1.0})
     state = torch.get_rng_state()
-    adapters.initialise_eva(eva, [BATCH])
+    trainer.initialize_eva(eva, [BATCH])
     assert torch.equal(state, torch.get_rng_state())
     plain.eval()
     eva.eval()
     labels = {k: v for k, v in BATCH.items() if k != "labels"}
     torch.testing.assert_close(plain(**labels).logits, eva(**labels).logits)  # B is still 0
-    for (a, b, _), (theirs, *_) in zip(pairs(eva), pairs(plain), strict=True):
+    for (a, b, _), (theirs, *_) in zip(penalty.lora_pairs(eva), penalty.lora_pairs(plain), strict=True):
         assert not torch.allclose(a, theirs)
         assert (b == 0).all()
         gram = a @ a.T  # principal directions are orthogonal
@@ -60,9 +59,11 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path):
     moves = {}
     for ratio in (None, 16.0):
         model = moved(deberta())
-        start = [b.detach().clone() for _, b, _ in pairs(model)]
+        start = [b.detach().clone() for _, b, _ in penalty.lora_pairs(model)]
         fit(tmp_path / str(ratio), model, steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
-        moves[ratio] = max(float((b - old).abs().max()) for (_, b, _), old in zip(pairs(model), start, strict=True))
+        moves[ratio] = max(
+            float((b - old).abs().max()) for (_, b, _), old in zip(penalty.lora_pairs(model), start, strict=True)
+        )
     assert moves[16.0] == pytest.approx(16 * moves[None], rel=0.05)
 
 
@@ -78,11 +79,11 @@ def test_head_warm_up_changes_s_and_nothing_else():
     model = deberta()
     run = laptop(**{"loss.head_warmup_steps": 5})
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with iw_member.warmed_head(run, model, [BATCH]):
-        warmed, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+    with trainer.warmed_head(run, model, [BATCH]):
+        warmed, _ = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    plain, _ = sensitivity.gradient_norms(model, [BATCH], trainer.task_loss)
+    plain, _ = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
     assert not torch.allclose(warmed, plain)
     assert all(p.grad is None for p in model.parameters())
 
@@ -109,16 +110,16 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
     assert [f for f in check.findings(run) if f.level == "error"] == []
     made = tmp_path / "inputs"
     made.mkdir()
-    inputs.prepare(run, made)
-    given = inputs.load(made)
+    data.prepare(run, made)
+    given = data.load(made)
     assert given.report["task"] == task
     assert len(given.tokenizer) > 250, "its own words, not the generated task's few dozen"
     assert given.rows["train"][0]["ids"].count(given.tokenizer.unk_token_id) == 0
 
 
 def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(iw_member, "COST_PAIRS", 4)
-    monkeypatch.setattr(iw_member, "COST_WARM_UP", 1)
+    monkeypatch.setattr(trainer, "COST_ROUNDS", 4)
+    monkeypatch.setattr(trainer, "COST_WARM_UP", 1)
     run = laptop(
         **{
             "model.recipe.pretrain_steps": 2,
@@ -128,8 +129,8 @@ def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monk
         }
     )
     (tmp_path / "inputs").mkdir()
-    inputs.prepare(run, tmp_path / "inputs")
-    iw_member.step_cost(run, tmp_path, tmp_path / "inputs")
+    data.prepare(run, tmp_path / "inputs")
+    trainer.step_cost(run, tmp_path, tmp_path / "inputs")
     rows = record.read_jsonl(tmp_path / "step_cost.jsonl")
     assert len(rows) == 4
     assert all(min(r["seconds"], r["seconds_baseline"], r["step_seconds_baseline"]) > 0 for r in rows)
@@ -170,14 +171,14 @@ MATRICES = pd.DataFrame(
 
 def test_the_studys_figures_say_their_numbers(tmp_path):
     matplotlib.use("Agg")
-    told = figures.sensitivity_map(MATRICES)
+    told = report.sensitivity_map(MATRICES)
     assert "query of layer 0 0.4" in told.alt
     assert "value of layer 1 0.68" in told.alt
-    assert "max/min 1.06" in figures.coefficient_spread(MATRICES[MATRICES["run_id"] == "iw_lora"]).alt
-    assert "iw_lora 1 to 3, mean 2" in figures.update_norms(MATRICES).alt
-    assert "rank correlation 1 over 4 matrices" in figures.rank_against_sensitivity(MATRICES).alt
+    assert "max/min 1.06" in report.coefficient_spread(MATRICES[MATRICES["run_id"] == "iw_lora"]).alt
+    assert "iw_lora 1 to 3, mean 2" in report.update_norms(MATRICES).alt
+    assert "rank correlation 1 over 4 matrices" in report.rank_against_sensitivity(MATRICES).alt
     examples = pd.DataFrame({"label_of_run": "lora", "label": [0, 0, 1, 1], "prediction": [0, 1, 1, 1]})
-    assert "entailment right 0.5, other right 1" in figures.confusions(examples, ["entailment", "other"]).alt
+    assert "entailment right 0.5, other right 1" in report.confusions(examples, ["entailment", "other"]).alt
     costs = pd.DataFrame(
         {
             "seconds": [2.0, 2.0],
@@ -186,10 +187,10 @@ def test_the_studys_figures_say_their_numbers(tmp_path):
             "step_seconds_baseline": [4.0, 4.0],
         }
     )
-    assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in figures.times(costs).alt
+    assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in report.times(costs).alt
     for name in ("sensitivity_map", "coefficient_spread", "update_norms", "rank_against_sensitivity"):
-        assert getattr(figures, name)(MATRICES.iloc[:0]).alt
-    assert figures.confusions(examples.iloc[:0], ["a", "b"]).alt
+        assert getattr(report, name)(MATRICES.iloc[:0]).alt
+    assert report.confusions(examples.iloc[:0], ["a", "b"]).alt
 
 
 def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
@@ -200,14 +201,12 @@ def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
     (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "inputs").mkdir()
     with pytest.raises(StudyError, match="rte/train, row 2"):
-        inputs.prepare(laptop(**{"dataset.name": str(folder)}), tmp_path / "inputs")
+        data.prepare(laptop(**{"dataset.name": str(folder)}), tmp_path / "inputs")
 
 
 def test_a_text_of_unknown_words_does_not_stop_pretraining():
-    from lib.iw_lora.base_model import replace_tokens
-
     ids = torch.tensor([[1, 5, 6, 7], [1, 1, 1, 1]])
-    corrupted, replaced = replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
+    corrupted, replaced = data.replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
     assert torch.equal(corrupted[1], ids[1])
     assert not replaced[1].any()
 
@@ -215,13 +214,13 @@ def test_a_text_of_unknown_words_does_not_stop_pretraining():
 def test_the_analysis_of_nothing_says_so():
     """No run finished: every table and figure of the analysis is there, and empty."""
     empty = record.Records(*(pd.DataFrame() for _ in range(5)))
-    assert tables.example_scores(empty).empty
-    assert "alpha" in tables.all_members(empty)
-    assert tables.seed_noise(empty, (0.1,)).empty
-    assert tables.accuracies(empty).empty
-    matrices = tables.adapters(empty)
-    assert figures.sensitivity_map(matrices).alt
-    best = tables.at_chosen(matrices, ROOT / "nowhere")
-    assert figures.update_norms(best).alt
-    assert figures.confusions(tables.at_chosen(empty.pairs, ROOT / "nowhere"), ["a"]).alt
-    assert tables.calibrations(ROOT / "nowhere").empty
+    assert report.example_scores(empty).empty
+    assert "alpha" in report.all_members(empty)
+    assert report.seed_noise(empty, (0.1,)).empty
+    assert report.accuracies(empty).empty
+    matrices = report.adapters(empty)
+    assert report.sensitivity_map(matrices).alt
+    best = report.at_chosen(matrices, ROOT / "nowhere")
+    assert report.update_norms(best).alt
+    assert report.confusions(report.at_chosen(empty.pairs, ROOT / "nowhere"), ["a"]).alt
+    assert report.calibrations(ROOT / "nowhere").empty
