@@ -154,6 +154,22 @@ class Training(Section):
             raise fault("missing", "an interval, as evaluation_strategy is steps", "eval_steps: 100", "eval_steps")
         return self
 
+    def steps_per_epoch(self, rows: int) -> int:
+        return math.ceil(rows / (self.batch_size * self.gradient_accumulation_steps))
+
+    def optimizer_steps(self, rows: int | None) -> int | None:
+        """Of the epochs over `rows` examples, at most max_steps; None where neither is known."""
+        known = [self.max_steps] if self.max_steps else []
+        if rows is not None and self.epochs is not None:
+            known.append(max(1, math.ceil(self.epochs * self.steps_per_epoch(rows))))
+        return min(known, default=None)
+
+    def warmup(self, total_steps: int) -> int:
+        """Warm-up steps; the ratio (0.1 where none is given) where the configured steps exceed the run's."""
+        if self.warmup_steps is not None and self.warmup_steps < total_steps:
+            return self.warmup_steps
+        return math.ceil((self.warmup_ratio or (0.1 if self.warmup_steps else 0.0)) * total_steps)
+
 
 class Loss(Section):
     """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
@@ -272,34 +288,17 @@ def set_role(raw: dict) -> dict:
 
 
 def train_rows(run: Run) -> int | None:
-    """Training examples, where they are known without reading the data."""
-    data = run.dataset
-    if data.name == "generated" and data.train_examples:
-        rows = data.train_examples - max(1, round(data.tuning_fraction * data.train_examples))
+    """Training examples, where they are known without reading the dataset."""
+    dataset = run.dataset
+    if dataset.name == "generated" and dataset.train_examples:
+        rows = dataset.train_examples - max(1, round(dataset.tuning_fraction * dataset.train_examples))
     else:
-        rows = GLUE_ROWS.get(data.subset) if data.name in ("glue", "nyu-mll/glue") else None
-    return min(rows, data.limit or rows) if rows else data.limit
-
-
-def optimizer_steps(training: Training, rows: int | None) -> int | None:
-    """Optimizer steps of the epochs over `rows` examples, at most max_steps; None where neither is known."""
-    known = [training.max_steps] if training.max_steps else []
-    if rows is not None and training.epochs is not None:
-        per_epoch = math.ceil(rows / (training.batch_size * training.gradient_accumulation_steps))
-        known.append(max(1, math.ceil(training.epochs * per_epoch)))
-    return min(known, default=None)
+        rows = GLUE_ROWS.get(dataset.subset) if dataset.name in ("glue", "nyu-mll/glue") else None
+    return min(rows, dataset.limit or rows) if rows else dataset.limit
 
 
 def steps(run: Run) -> int | None:
-    return optimizer_steps(run.training, train_rows(run))
-
-
-def warmup(run: Run, total_steps: int) -> int:
-    """Warm-up steps; the ratio (0.1 where none is given) where the configured steps exceed the run's."""
-    if run.training.warmup_steps is not None and run.training.warmup_steps < total_steps:
-        return run.training.warmup_steps
-    ratio = run.training.warmup_ratio or (0.1 if run.training.warmup_steps else 0.0)
-    return math.ceil(ratio * total_steps)
+    return run.training.optimizer_steps(train_rows(run))
 
 
 def trial_changes(run: Run) -> dict[str, Any]:
@@ -362,7 +361,7 @@ def _training(run: Run) -> Faults:
         yield "error", "compute.strategy", what, "strategy: none"
     if total is not None and (training.warmup_steps or 0) >= total:
         beyond = f"a warm-up of {training.warmup_steps} steps is beyond the run's {total}"
-        used = f": {warmup(run, total)} are used instead"
+        used = f": {training.warmup(total)} are used instead"
         yield "warning", "training.warmup_steps", beyond + used, "warmup_ratio: 0.1"
     if total is not None and training.evaluation_strategy == "steps" and training.eval_steps > total:
         what = f"evaluation every {training.eval_steps} steps never happens in a run of {total}"
@@ -397,18 +396,18 @@ def _penalty(run: Run) -> Faults:
 
 
 def _data(run: Run) -> Faults:
-    data, splits = run.dataset, run.dataset.splits
-    if data.name in ("glue", "nyu-mll/glue"):
-        if data.subset is None:
+    dataset, splits = run.dataset, run.dataset.splits
+    if dataset.name in ("glue", "nyu-mll/glue"):
+        if dataset.subset is None:
             yield "error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte"
         if "test" in splits.validation or "test" in splits.train:
             fix = "validation: validation_matched for mnli, else validation"
             yield "error", "dataset.splits", "GLUE's test labels are all -1", fix
-        if data.subset == "mnli" and splits.validation == "validation":
+        if dataset.subset == "mnli" and splits.validation == "validation":
             what = "MNLI has no split of that name"
             yield "error", "dataset.splits.validation", what, "validation: validation_matched"
-    if data.preprocessing.padding == "max_length":
-        what = f"rows are padded to the longest of their batch, not to {data.max_seq_length} tokens: "
+    if dataset.preprocessing.padding == "max_length":
+        what = f"rows are padded to the longest of their batch, not to {dataset.max_seq_length} tokens: "
         same = "the same numbers, several times faster"
         yield "warning", "dataset.preprocessing.padding", what + same, "padding: longest says the same"
 

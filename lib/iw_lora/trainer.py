@@ -29,7 +29,6 @@ from lib.iw_lora.penalty import (
     rank_pattern,
     sensitivities,
 )
-from lib.iw_lora.study import NOT_NUMBERS, optimizer_steps, warmup
 from lib.training import SeededOrder, StudyTrainer, arguments, fingerprint
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
@@ -310,7 +309,7 @@ def member_trainer(run, given: data.Inputs, seed: int, folder: Path) -> tuple[Im
     """The trainer of a member before its first step, and how its calibration went: {"s", "seconds", "skipped"}."""
     rows, training = given.rows, run.training
     pad, size, task = given.tokenizer.pad_token_id, run.evaluation.batch_size, given.report["task"]
-    steps = optimizer_steps(training, len(rows["train"]))
+    steps = training.optimizer_steps(len(rows["train"]))
     model = build(run, given, seed, steps)
     if run.model.adapter.init == "eva":
         initialize_eva(model, calibration_batches(run, given, seed))
@@ -325,9 +324,8 @@ def member_trainer(run, given: data.Inputs, seed: int, folder: Path) -> tuple[Im
         accuracy = scores([row["label"] for row in rows["tuning"]], guesses, task)["accuracy"]
         return {"tuning_accuracy": accuracy, "tuning_loss": loss}
 
-    per_epoch = -(-len(rows["train"]) // (training.batch_size * training.gradient_accumulation_steps))
-    plain = config.dump(run)
-    of_training = {key: value for key, value in plain["training"].items() if f"training.{key}" not in NOT_NUMBERS}
+    plain, per_epoch = config.dump(run), training.steps_per_epoch(len(rows["train"]))
+    plain["training"].pop("logging_steps")  # changes the log alone
     trainer = ImportanceTrainer(
         model,
         rows["train"],
@@ -337,9 +335,9 @@ def member_trainer(run, given: data.Inputs, seed: int, folder: Path) -> tuple[Im
         folder=folder,
         pad=pad,
         term=term,
-        warmup_steps=warmup(run, steps),
+        warmup_steps=training.warmup(steps),
         every={"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy],
-        identity=[plain["model"], plain["loss"], of_training],
+        identity=[plain[section] for section in ("model", "loss", "training")],
         validate=on_tuning,
     )
     return trainer, calibration
@@ -447,7 +445,7 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         row = {"pair": place - warm_up, "seconds": own, "seconds_baseline": lora}
         rows.append(row | {"step_seconds": own, "step_seconds_baseline": adalora})
     record.write_jsonl(folder / "step_cost.jsonl", rows[warm_up:])
-    steps = optimizer_steps(run.training, len(given.rows["train"]))
+    steps = run.training.optimizer_steps(len(given.rows["train"]))
     passes = steps * run.training.gradient_accumulation_steps
     counts = {"passes": len(batches), "training_passes": passes, "share_of_passes": len(batches) / passes}
     record.write_json(folder / "calibration.json", {**counts, "seconds": seconds_of_calibration})
