@@ -40,18 +40,14 @@ WIDTH = 8.0  # inches; shown at about 900 px, so 10.5 pt stays readable
 STYLE = sns.axes_style("whitegrid") | {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.edgecolor": SOFT,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid.axis": "y",
     "grid.color": GRID,
-    "grid.linewidth": 0.7,
     "xtick.bottom": True,
     "ytick.left": True,
     "xtick.color": SOFT,
@@ -61,7 +57,6 @@ STYLE = sns.axes_style("whitegrid") | {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
-    "savefig.facecolor": "white",
     "pdf.fonttype": 42,
 }
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
@@ -75,7 +70,7 @@ class Look:
     """How one series is drawn wherever it appears."""
 
     label: str
-    colour: str
+    color: str
     marker: str = "o"
 
 
@@ -173,7 +168,7 @@ def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict
     marker."""
     known, names = known or {}, list(dict.fromkeys(names))
     found = {name: known[name] for name in known if name in names}
-    taken = {look.colour for look in found.values()}
+    taken = {look.color for look in found.values()}
     free = [i for i, color in enumerate(PALETTE) if color not in taken] or list(range(len(PALETTE)))
     for i, name in enumerate(name for name in names if name not in known):
         place = free[i % len(free)]
@@ -214,15 +209,14 @@ def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = 
     return table
 
 
-def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float]:
-    """Student interval of a mean over seeds; (nan, nan) with fewer than two."""
+def t_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean over seeds; (nan, nan) with fewer than two."""
     from scipy import stats
 
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
+    values = pd.Series(values, dtype=float).dropna()
     if len(values) < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -236,7 +230,7 @@ def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -
             continue
         value, transform = (row["value"], place.transData) if valued else (0.025, place.get_xaxis_transform())
         members.append((transform, position, value, row))
-        style = {"marker": look.marker, "color": look.colour, "markersize": 5, "markeredgecolor": "white", "zorder": 3}
+        style = {"marker": look.marker, "color": look.color, "markersize": 5, "markeredgecolor": "white", "zorder": 3}
         if row["diverged"]:
             style = {"marker": "x", "color": BAD, "markersize": 7, "markeredgewidth": 2, "zorder": 4}
         place.plot([position], [value], linestyle="", clip_on=False, transform=transform, **style)
@@ -276,26 +270,6 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
     style = {"xycoords": "axes fraction", "va": "center", "fontsize": 9.5, "fontweight": "bold"}
     for height, (_, text, color) in zip(heights, at, strict=True):
         axes.annotate(text, (1.015, height), color=color, **style)
-
-
-def label_points(drawn: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
-    """Names of points, (x, y, text, color), each at the first of four corners where it covers no other point or name; a
-    name with no room is left out (the words have it). Call it when everything else is drawn."""
-    drawn.draw_without_rendering()  # lays the axes out, so that the places below are the final ones
-    places = axes.transData.transform([(x, y) for x, y, _, _ in labels]) if labels else []
-    taken, near = [], 9 * drawn.dpi / 72  # a name nearer to another point would mislead
-    for i, ((px, py), (x, y, text, color)) in enumerate(zip(places, labels, strict=True)):
-        others = [(qx - near, qy - near, qx + near, qy + near) for j, (qx, qy) in enumerate(places) if j != i]
-        width, height = 0.62 * size * len(text) * drawn.dpi / 72, 1.1 * size * drawn.dpi / 72
-        for across, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-            left, low = px + (near if across > 0 else -near - width), py + (2 if up > 0 else -2 - height)
-            box = (left, low, left + width, low + height)
-            clear = all(box[0] > b[2] or b[0] > box[2] or box[1] > b[3] or b[1] > box[3] for b in others + taken)
-            if clear and left > axes.bbox.x0:
-                at = ((left - px) * 72 / drawn.dpi, (low - py) * 72 / drawn.dpi)
-                axes.annotate(text, (x, y), at, textcoords="offset points", fontsize=size, color=color, zorder=5)
-                taken.append(box)
-                break
 
 
 def legend_below(drawn: Figure, extra: Sequence[tuple[object, str]] = ()) -> None:
@@ -372,7 +346,7 @@ def _over_cells(
     width = 0.27 if alone else 0.8
     drawn, axes = canvas(height=4.2, title=title)
     place, said, rows = axes[0, 0], {}, []
-    colors = {name: own.colour for name, own in look.items()}
+    colors = {name: own.color for name, own in look.items()}
     style = {"x": "category", "y": "value", "hue": by, "order": places, "hue_order": list(look), "palette": colors}
     draw(place, table, style | {"dodge": not alone, "width": width, "saturation": 1, "legend": False})
     for i, (name, own) in enumerate(look.items()):
@@ -399,7 +373,7 @@ def _over_cells(
     if reference is not None:
         reference_line(place, *reference)
         alt += f" {reference[1]}: {number(reference[0])}."
-    handles = [(Line2D([], [], linestyle="", marker=o.marker, color=o.colour), o.label) for o in look.values()]
+    handles = [(Line2D([], [], linestyle="", marker=o.marker, color=o.color), o.label) for o in look.values()]
     legend_below(drawn, handles + ([DIVERGED] if table["diverged"].any() else []))
     if interval and rows:
         table = table.merge(pd.DataFrame(rows), on=[by, "category"], how="left")
@@ -449,12 +423,10 @@ def learning_curves(
     height = 1.1 + (3.4 if lines == 1 else 2.5 * lines)
     drawn, axes = canvas(lines, columns, height=height, title=title, sharex=True, sharey=True)
     look, words = looks(rows[by], known), []
-    own_legends = panel is not None and len(look) > 6  # too many to tell apart by color: each panel has its own
     for place, value in zip(axes.flat, panels, strict=False):
         here = rows if panel is None else rows[rows[panel] == value]
-        own = looks(sorted(set(here[by]), key=str), known) if own_legends else look
-        own = {name: each for name, each in own.items() if (here[by] == name).any()}
-        colors = {name: each.colour for name, each in own.items()}
+        own = {name: each for name, each in look.items() if (here[by] == name).any()}
+        colors = {name: each.color for name, each in own.items()}
         style = {"hue_order": list(own), "palette": colors, "legend": False}
         if len(here):
             style |= {"units": "seed", "estimator": None, "alpha": 0.35, "linewidth": 0.9}
@@ -466,8 +438,6 @@ def learning_curves(
             said.append(text)
         if reference is not None:
             reference_line(place, reference)
-        if own_legends:
-            place.legend(fontsize=8.5)
         if panel:
             place.set_title(panel_label(value))
         else:
@@ -478,7 +448,7 @@ def learning_curves(
         place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=pd.api.types.is_integer_dtype(rows[x])))
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
-    if panel and not own_legends:
+    if panel:
         legend_below(drawn)
     smoothed = f", smoothed over {smooth} points" if smooth > 1 else ""
     alt = f"{title}: {ylabel} over {xlabel}, mean over seeds with each seed faint{smoothed}. {' '.join(words)}"
@@ -491,9 +461,9 @@ def _curve(place: Axes, rows: pd.DataFrame, own: Look, x: str, last: float, xlab
     ends = rows.groupby("seed").last()
     early = ends[ends[x] < last]
     for stop in early.to_dict("records"):
-        place.plot([stop[x]], [stop["shown"]], "x", color=own.colour, markersize=8, markeredgewidth=2, zorder=4)
+        place.plot([stop[x]], [stop["shown"]], "x", color=own.color, markersize=8, markeredgewidth=2, zorder=4)
     mean = rows[rows["everyone"]].groupby(x)["shown"].mean()
-    place.plot(mean, color=own.colour, label=own.label)
+    place.plot(mean, color=own.color, label=own.label)
     text, label = f"{own.label} has no step that all {len(ends)} seeds reached", None
     if len(mean):
         final = rows[rows[x] == mean.index[-1]]["shown"]
@@ -502,7 +472,7 @@ def _curve(place: Axes, rows: pd.DataFrame, own: Look, x: str, last: float, xlab
             f"{mean.index[-1]} (seeds {number(final.min())} to {number(final.max())})"
         )
         note = f" (to {mean.index[-1]})" if mean.index[-1] < last else ""
-        label = (float(mean.iloc[-1]), own.label + note, own.colour)
+        label = (float(mean.iloc[-1]), own.label + note, own.color)
     if len(early):
         text += f", {len(early)} of {len(ends)} seeds end early, the first at {early[x].min()}"
     return label, text

@@ -289,18 +289,18 @@ def test_claim_cells_take_the_tau_fixed_in_advance():
 
 def test_looks_are_the_studys_own_and_never_shared():
     look = looks(["dpo", "new", "td_dpo", "other"], study.LOOKS)
-    assert look["dpo"].colour == study.LOOKS["dpo"].colour
-    assert len({own.colour for own in look.values()}) == 4
+    assert look["dpo"].color == study.LOOKS["dpo"].color
+    assert len({own.color for own in look.values()}) == 4
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
-def test_text_in_every_series_colour_is_readable_on_white():
-    assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in PALETTE)
+def test_text_in_every_series_color_is_readable_on_white():
+    assert all(1.05 / (luminance(color) + 0.05) >= 4.5 for color in PALETTE)
 
 
 def test_landscape_finds_discopops_minimum_and_barrier():

@@ -367,8 +367,8 @@ def test_the_index_twice_is_the_same(outputs):
     assert pages.index_html(outputs).read_bytes() == pages.index_html(outputs).read_bytes()
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 

@@ -367,7 +367,7 @@ def lines(table: pd.DataFrame, title: str, ylabel: str, scale: str = "linear") -
     drawn, axes = canvas(title=title, height=4.6)
     place = axes[0, 0]
     for name, look in looks(table).items():
-        place.plot(table.index, table[name], color=look.colour, label=name)
+        place.plot(table.index, table[name], color=look.color, label=name)
     place.set(yscale=scale, xlabel="share of the budget used", ylabel=ylabel)
     legend_below(drawn)
     words = "; ".join(f"{name} from {number(v.iloc[0])} to {number(v.iloc[-1])}" for name, v in table.items())
@@ -397,8 +397,8 @@ def exact_match(rows: pd.DataFrame, budget: float, *, title: str = "Exact match 
     for place, (name, look) in zip(axes.flat, looks(area).items(), strict=False):
         if name != gray:
             place.plot(PLACES, table[gray], color=SOFT, linewidth=1)
-        place.plot(PLACES, table[name], color=look.colour)
-        place.fill_between(PLACES, table[name], color=look.colour, alpha=0.25, linewidth=0)
+        place.plot(PLACES, table[name], color=look.color)
+        place.fill_between(PLACES, table[name], color=look.color, alpha=0.25, linewidth=0)
         place.set_title(f"{name}: {number(area[name])}", fontsize=10)
     axes.flat[0].set_ylim(bottom=0)  # shared by all
     for place in axes.flat[len(area) :]:
@@ -419,7 +419,7 @@ def energy(rows: pd.DataFrame, level: float, *, title: str = "Exact match over e
     drawn, axes = canvas(title=title, height=4.6)
     place = axes[0, 0]
     for name, look in looks(table).items():
-        place.plot(PLACES * joules[name] / 1e3, table[name], color=look.colour, label=name)
+        place.plot(PLACES * joules[name] / 1e3, table[name], color=look.color, label=name)
     place.axhline(level, color=BAD, linestyle="--", linewidth=1)
     place.set(xlabel="energy used, kJ", ylabel="exact match, dev subset")
     legend_below(drawn)

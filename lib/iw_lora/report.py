@@ -147,7 +147,7 @@ def coefficient_spread(
     place = axes[0, 0]
     place.axvline(1, color=SOFT, linewidth=1)
     if names:
-        palette = {name: look.colour for name, look in looks(names).items()}
+        palette = {name: look.color for name, look in looks(names).items()}
         sns.stripplot(rows, x="relative", y="run_id", hue="run_id", palette=palette, jitter=False, alpha=0.6, ax=place)
     for level, name in enumerate(names):
         values = rows.loc[rows["run_id"] == name, "relative"]
@@ -168,7 +168,7 @@ def update_norms(matrices: pd.DataFrame, *, title: str = "Size of the update wit
     drawn, axes = canvas(height=4.0, title=title)
     place, words = axes[0, 0], []
     if len(rows):
-        styles = {"palette": [own.colour for own in look.values()], "markers": [own.marker for own in look.values()]}
+        styles = {"palette": [own.color for own in look.values()], "markers": [own.marker for own in look.values()]}
         sns.pointplot(
             rows.assign(matrix=rows["matrix"].map(_short)),
             x="matrix", y="delta_norm", hue="label_of_run", hue_order=list(look), **styles,

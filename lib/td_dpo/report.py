@@ -315,7 +315,7 @@ def kl_against_score(
     place, betas = axes[0, 0], ordered(shown["beta"])
     if len(shown):
         style = {"x": "kl", "y": "value", "hue": "label", "style": "label", "ax": place}
-        style |= {"palette": {own.label: own.colour for own in look.values()}}
+        style |= {"palette": {own.label: own.color for own in look.values()}}
         style |= {"markers": {own.label: own.marker for own in look.values()}}
         sns.scatterplot(shown, s=18, alpha=0.35, legend=False, **style)
         sizes = dict(zip(betas, np.linspace(40, 200, len(betas)), strict=True))
@@ -404,7 +404,7 @@ def loss_landscape(
     for column, (axis, x, scale, losses) in enumerate(sides):
         for name, tau in [*losses, *(("td_dpo", tau) for tau in taus if column)]:
             loss, slope = loss_curve(name, x, beta=scale, tau=tau or 1.0)
-            style = {"color": LOOKS[name].colour, "linestyle": _dash(tau, taus)}
+            style = {"color": LOOKS[name].color, "linestyle": _dash(tau, taus)}
             style |= {"linestyle": (0, (2, 2.5))} if name == "discopop_card" else {}  # the same as DiscoPOP at .05
             axes[0, column].plot(x, loss, label=_label(name, tau) if column else None, **style)
             axes[1, column].plot(x, slope, **style)
@@ -449,7 +449,7 @@ def curvature(
     for name, tau in losses:
         common, bend = hessian_eigenvalues(name, margin, beta=beta, tau=tau or 1.0).T
         for place, mode in zip(axes[0], (common, bend), strict=True):
-            place.plot(margin, mode, color=LOOKS[name].colour, linestyle=_dash(tau, taus), label=_label(name, tau))
+            place.plot(margin, mode, color=LOOKS[name].color, linestyle=_dash(tau, taus), label=_label(name, tau))
         words.append(
             f"{_label(name, tau)}: at margin 0 common mode {number(common[400])}, margin mode {number(bend[400])}; at "
             f"{number(reach)} nats margin mode {number(bend[-1])}"
