@@ -50,7 +50,7 @@ def undisturbed(pool_socket, tmp_path_factory):
 def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, tmp_path, kill_at, monkeypatch):
     """kill -9 after a step, or inside the save at step 8: the pool starts the member again and its record is the
     same."""
-    task_of = members._task
+    task_of = members._member_task
 
     def faulty(member, folder):
         task = task_of(member, folder)
@@ -58,7 +58,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, t
         task.argument |= {"kill_at": kill_at, "marker": str(tmp_path / "killed")}
         return task
 
-    monkeypatch.setattr(members, "_task", faulty)
+    monkeypatch.setattr(members, "_member_task", faulty)
     run = tiny(seed_list=[1])
     members.prepared(run)
     job = members.submit(run)
@@ -139,7 +139,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
 ):
     """SIGTERM of whoever (a scheduler, Ctrl-C): a checkpoint where there would be none, and the same record in the end.
     It is sent from inside, at a step: from outside, a slow machine may send it when all is done."""
-    task_of = members._task
+    task_of = members._member_task
 
     def stopped(member, folder):
         task = task_of(member, folder)
@@ -147,7 +147,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
         task.argument |= {"stop_at": 3, "marker": str(tmp_path / "stopped")}
         return task
 
-    monkeypatch.setattr(members, "_task", stopped)
+    monkeypatch.setattr(members, "_member_task", stopped)
     run = tiny(seed_list=[1], training={**TINY["training"], "save_steps": 100})
     members.prepared(run)
     job = members.submit(run)
@@ -218,18 +218,18 @@ def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny,
     members.watch(job)
     shutil.rmtree(job.folders["default-s2"])
     broken = config.apply(run, {"seed_list": [1, 2]})
-    original = members._task
+    original = members._member_task
 
     def without_inputs(member, folder):
         task = original(member, folder)
         task.argument["inputs"] = "/nowhere"
         return task
 
-    members._task = without_inputs
+    members._member_task = without_inputs
     try:
         job = members.submit(broken)
     finally:
-        members._task = original
+        members._member_task = original
     members.watch(job)
     with pytest.raises(StudyError, match="default-s2: failed"):
         members.collect(job)
@@ -241,14 +241,14 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
 ):
     """torch.OutOfMemoryError in step 3 of one: its record says out_of_memory, it is not tried again, the other goes
     on."""
-    task_of = members._task
+    task_of = members._member_task
 
     def small_gpu(member, folder):
         task = task_of(member, folder)
         task.target = "tests.faults:out_of_memory_member" if member.seed == 2 else task.target
         return task
 
-    monkeypatch.setattr(members, "_task", small_gpu)
+    monkeypatch.setattr(members, "_member_task", small_gpu)
     run = tiny()
     members.prepared(run)
     job = members.submit(run)
@@ -277,7 +277,7 @@ def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_soc
     members.prepared(run)
     job = members.submit(run)
     members.watch(job)
-    task = members._task(config.members(run)[0], job.folders["default-s1"])
+    task = members._member_task(config.members(run)[0], job.folders["default-s1"])
     record.write_json(task.folder / "done.json", {"status": "completed", "nonce": "of yesterday"})
     assert not task.check()
 

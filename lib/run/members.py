@@ -81,79 +81,75 @@ def inputs_folder(run) -> Path:
     for key in config.study_module(run.study).MEMBER_KEYS:
         section, _, name = key.partition(".")
         sections[section].pop(name, None)
+    files = other_files(run, dumped)
     parts = {
         **sections,
         "scale": run.scale,
         "mode": run.mode,
         "threads": run.compute.threads,
         "versions": keys.versions(),
-        "code": reach.reach(run.study, "prepare", values=keys.flat(dumped)),
+        "code": reach.reach(run.study, "prepare", values=keys.flat(sections)),
         "device": keys.device_kind(run.compute.gpus),
         "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
-        **({"files": files} if (files := other_files(run, dumped)) else {}),
+        **({"files": files} if files else {}),
     }
     return CACHE / run.study / keys.digest(parts)
 
 
+def _spec(run) -> dict:
+    """What another process makes the run of again: work.run_of."""
+    return {"study": run.study, "scale": run.scale, "mode": run.mode, "config": config.dump(run)}
+
+
+def _task(run, name: str, target: str, folder: Path, argument: dict, **more) -> pool.Task:
+    argument = {**argument, "folder": str(folder)}
+    compute = {"threads": run.compute.threads, "cpu": not run.compute.gpus}
+    return pool.Task(name, f"lib.run.work:{target}", argument, folder, **compute, **more)
+
+
+def _here(task: pool.Task, function) -> bool:
+    """slots=0: call the function in this very kernel, for pdb and for code defined in a cell. Whether it was."""
+    if os.environ.get("STUDY_SLOTS") != "0":
+        return False
+    started = time.monotonic()
+    with work.here(task.threads, task.cpu):
+        function(task.argument)
+    task.state, task.seconds = "succeeded", time.monotonic() - started
+    return True
+
+
 def prepared(run) -> Path:
-    """Make (or find) what all members share: data, tokeniser, base model, reference log-probabilities. Returns its
+    """Make (or find) what all members share: data, tokenizer, base model, reference log-probabilities. Returns its
     folder."""
     final = inputs_folder(run)
-    if (final / "complete.json").exists():
+    complete = final / "complete.json"
+    if complete.exists():
         return final
     partial = final.with_name(final.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    argument = {**_context(run), "config": config.dump(run), "final": str(final), "folder": str(partial)}
-    task = pool.Task(
-        name="prepare",
-        target="lib.run.work:prepare",
-        argument=argument,
-        folder=partial,
-        threads=run.compute.threads,
-        cpu=not run.compute.gpus,
-        check=lambda: (final / "complete.json").exists(),
-    )
-    if _slots() == 0:
-        with work.here(run.compute.threads, not run.compute.gpus):
-            work.prepare(argument)
-        return final
-    pool.start(task)
-    pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
+    task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
+    if not _here(task, work.prepare):
+        pool.start(task)
+        pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
     if task.state != "succeeded":
         error = record.read_json(partial / "error.json", {}).get("exception", "its process was lost")
-        raise StudyError(f"preparing {run.run_id}", error, "data, tokeniser and base model", f"read {task.log}")
+        raise StudyError(f"preparing {run.run_id}", error, "data, tokenizer and base model", f"read {task.log}")
     return final
 
 
 def measure(run, function: str) -> None:
     """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
-    folder = Path(run.results_dir) / run.run_id
-    argument = {
-        **_context(run),
-        "config": config.dump(run),
-        "function": function,
-        "folder": str(folder),
-        "inputs": str(prepared(run)),
-    }
-    if _slots() == 0:
-        with work.here(run.compute.threads, not run.compute.gpus):
-            return work.measure(argument)
-    task = pool.Task(
-        name=function,
-        target="lib.run.work:measure",
-        argument=argument,
-        folder=folder,
-        threads=run.compute.threads,
-        cpu=not run.compute.gpus,
-    )
-    pool.start(task)
-    pool.drive([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
+    argument = {**_spec(run), "function": function, "inputs": str(prepared(run))}
+    task = _task(run, function, "measure", Path(run.results_dir) / run.run_id, argument)
+    if not _here(task, work.measure):
+        pool.start(task)
+        pool.drive([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
     if task.state != "succeeded":
         raise StudyError(f"{run.run_id}: {function}", f"it was {task.state}", "a measurement", f"read {task.log}")
 
 
 def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:
-    """Queue every member whose record does not stand; the others are used as they are."""
+    """Queue every member whose record is not up to date; the others are used as they are."""
     members = config.members(run) if members is None else members
     job = Job(run, members, {}, {}, {})
     for member in members:
@@ -165,12 +161,10 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
             continue
         job.reasons[member.id] = reason
         prepared(member.run)  # at once where it is made already, which is all but a search over the data's own settings
-        job.tasks[member.id] = _task(member, folder)
+        job.tasks[member.id] = _member_task(member, folder)
     for member_id, task in job.tasks.items():
-        if _slots() != 0:
+        if not _here(task, work.train):
             pool.start(task)
-        else:
-            _inline(task)
         record.write_json(job.folders[member_id] / "queued.json", {"reason": job.reasons[member_id]})
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
     for member_id, reason in list(job.reasons.items())[:3]:
@@ -178,149 +172,100 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
     return job
 
 
-def _task(member, folder: Path) -> pool.Task:
-    run, wanted = member.run, key(member)
+def _member_task(member, folder: Path) -> pool.Task:
+    run, wanted, nonce = member.run, key(member), os.urandom(8).hex()
     previous = record.read_json(folder / "member.json")
     if previous and previous["key"]["all"] != wanted["all"] or (folder / "done.json").exists():
         archive(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.json").unlink(missing_ok=True)
-    spec = {
-        **_context(run),
-        "run_id": run.run_id,
-        "member": member.id,
-        "cell": member.cell,
-        "cell_name": member.cell_name,
-        "seed": member.seed,
-        "config": config.dump(run),
-    }
-    nonce = os.urandom(8).hex()
+    identity = {"run_id": run.run_id, "member": member.id, "cell": member.cell, "cell_name": member.cell_name}
+    spec = {**_spec(run), **identity, "seed": member.seed}
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     record.write_json(folder / "code.json", code(member))
-    return pool.Task(
-        name=member.id,
-        target="lib.run.work:member",
-        folder=folder,
-        argument={
-            "spec": spec,
-            "folder": str(folder),
-            "inputs": str(inputs_folder(run)),
-            "key": wanted,
-            "nonce": nonce,
-        },
-        threads=run.compute.threads,
+    argument = {"spec": spec, "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce}
+    return _task(
+        run,
+        member.id,
+        "member",
+        folder,
+        argument,
         slots=run.compute.devices,
-        cpu=not run.compute.gpus,
         check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
     )
 
 
-def _inline(task: pool.Task) -> None:
-    """slots=0: in this very kernel, for pdb and for code defined in a cell."""
-    started = time.monotonic()
-    with work.here(task.threads, task.cpu):
-        work.train(task.argument)
-    task.state, task.seconds = "succeeded", time.monotonic() - started
-
-
 def watch(job: Job) -> None:
     """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
+    tasks, steps = list(job.tasks.values()), {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
     shown, began = 0, None
 
     def changed(task: pool.Task) -> None:
         nonlocal shown, began
         began = began or time.monotonic()  # of the first member's turn, not of its place in the queue
-        if not task.ended:
-            return
-        shown += 1
-        metrics = record.read_json(task.folder / "metrics.json", {})
-        name = job.run.optuna.objective_metric
-        value = metrics.get(name)
-        told = (
-            f"{name} {value:.3f}"
-            if isinstance(value, float)
-            else record.read_json(task.folder / "error.json", {}).get("exception", "")
-        )
-        status = metrics.get("status", task.state) if task.state == "succeeded" else ended(task)
-        print(
-            f"[{shown}/{len(job.tasks)}] {task.name}: {status} in {task.seconds:.1f} s  {told.splitlines()[0] if told else ''}"
-        )
-
-    steps = {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
+        if task.ended:
+            shown += 1
+            print(f"[{shown}/{len(tasks)}] {task.name}: {_outcome(task, job.run.optuna.objective_metric)}")
 
     def tick() -> None:
+        now = time.monotonic()
         running = [
-            {"member": t.name, "seconds": round(time.monotonic() - t.seconds, 1), "steps": steps[t.name], **_last(t.folder)}
-            for t in job.tasks.values() if t.state == "running"
-        ]  # fmt: skip
-        ended = sum(t.ended for t in job.tasks.values())
-        elapsed = round(time.monotonic() - (began or time.monotonic()), 1)
-        counts = {"done": ended, "members": len(job.tasks)}
-        _progress(job.run, {"phase": "training", **counts, "running": running, "elapsed": elapsed})
+            {"member": t.name, "seconds": round(now - t.seconds, 1), "steps": steps[t.name], **_last(t.folder)}
+            for t in tasks
+            if t.state == "running"
+        ]
+        counts = {"done": sum(t.ended for t in tasks), "members": len(tasks), "elapsed": round(now - (began or now), 1)}
+        _progress(job.run, {"phase": "training", **counts, "running": running})
 
-    pool.drive(list(job.tasks.values()), changed, tick)
-    _progress(job.run, {"phase": "recording", "done": len(job.tasks), "members": len(job.tasks), "running": []})
+    pool.drive(tasks, changed, tick)
+    _progress(job.run, {"phase": "recording", "done": len(tasks), "members": len(tasks), "running": []})
 
 
-def ended(task: pool.Task) -> str:
+def _error(task: pool.Task) -> dict:
+    return record.read_json(task.folder / "error.json", {})
+
+
+def _ended(task: pool.Task) -> str:
     """How a member that did not succeed ended: lost, failed or out_of_memory."""
-    return (
-        record.read_json(task.folder / "error.json", {}).get("status", "failed")
-        if task.state == "failed"
-        else task.state
-    )
+    return _error(task).get("status", "failed") if task.state == "failed" else task.state
+
+
+def _outcome(task: pool.Task, metric: str) -> str:
+    metrics = record.read_json(task.folder / "metrics.json", {})
+    status = metrics.get("status", task.state) if task.state == "succeeded" else _ended(task)
+    value = metrics.get(metric)
+    said = f"{metric} {value:.3f}" if isinstance(value, float) else _error(task).get("exception", "").split("\n")[0]
+    return f"{status} in {task.seconds:.1f} s  {said}"
 
 
 def collect(job: Job, *, strict: bool = True) -> list[dict]:
     """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
     if failed and strict:
-        told = "\n".join(
-            f"  {t.name}: {ended(t)}: {record.read_json(t.folder / 'error.json', {}).get('exception', 'process lost')}"
-            f"  (log: {t.log})"
-            for t in failed
-        )
-        raise StudyError(
-            f"run {job.run.run_id}",
-            f"{len(failed)} of {len(job.tasks)} members did not finish\n{told}",
-            "every member completed or diverged",
-            "the same command again resumes what is left",
-        )
+        lines = [
+            f"  {t.name}: {_ended(t)}: {_error(t).get('exception', 'process lost')}  (log: {t.log})" for t in failed
+        ]
+        what = "\n".join([f"{len(failed)} of {len(job.tasks)} members did not finish", *lines])
+        fix = "the same command again resumes what is left"
+        raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     return [
-        {
-            "member": m.id,
-            "cell": m.cell_name,
-            "seed": m.seed,
-            **record.read_json(job.folders[m.id] / "metrics.json", {}),
-        }
+        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **metrics}
         for m in job.members
-        if (job.folders[m.id] / "metrics.json").exists()
+        if (metrics := record.read_json(job.folders[m.id] / "metrics.json")) is not None
     ]
-
-
-def _context(run) -> dict:
-    return {"study": run.study, "scale": run.scale, "mode": run.mode}
-
-
-def _slots() -> int | None:
-    value = os.environ.get("STUDY_SLOTS")
-    return int(value) if value else None
 
 
 def _progress(run, state: dict) -> None:
     """For the runner's live line and for `status` in another terminal."""
-    record.write_json(
-        Path(run.results_dir) / run.run_id / "progress.json", {**state, "at": time.time(), "kernel": os.getpid()}
-    )
+    state = {**state, "at": time.time(), "kernel": os.getpid()}
+    record.write_json(Path(run.results_dir) / run.run_id / "progress.json", state)
 
 
 def _last(folder: Path) -> dict:
     """The last step of a running member, from the end of its history."""
-    path = folder / "history.jsonl"
     try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
+        with open(folder / "history.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             for line in reversed(file.read().decode(errors="replace").split("\n")):
                 if line.startswith("{") and '"loss"' in line and line.endswith("}"):
                     row = json.loads(line)

@@ -59,18 +59,13 @@ def begin(run) -> dict:
 
 def by_cell(records: list[dict], metrics: list[str]) -> list[dict]:
     """Mean over seeds of each cell's metrics, in the grid's order; `seeds` says over how many."""
-    cells = {}
-    for row in records:
-        cells.setdefault(row["cell"], []).append(row)
-    return [
-        {
-            "cell": cell,
-            "seeds": len(rows),
-            "diverged": sum(r["status"] == "diverged" for r in rows),
-            **{m: _mean([r.get(m) for r in rows]) for m in metrics},
-        }
-        for cell, rows in cells.items()
-    ]
+    found = []
+    for cell in dict.fromkeys(row["cell"] for row in records):
+        rows = [row for row in records if row["cell"] == cell]
+        diverged = sum(row["status"] == "diverged" for row in rows)
+        means = {m: _mean([row.get(m) for row in rows]) for m in metrics}
+        found.append({"cell": cell, "seeds": len(rows), "diverged": diverged, **means})
+    return found
 
 
 def _mean(values: list) -> float | None:
@@ -84,9 +79,9 @@ def chosen_cell(run, records: list[dict]) -> str:
     metric = run.optuna.objective_metric
     rows = by_cell(records, [metric])
     most = max(row["seeds"] for row in rows)
-    rows = [row for row in rows if row["seeds"] == most]
     sign = -1 if config.study_module(run.study).METRICS.get(metric) == "minimize" else 1
-    return max(rows, key=lambda row: sign * row[metric] if row[metric] is not None else float("-inf"))["cell"]
+    values = {row["cell"]: row[metric] for row in rows if row["seeds"] == most}
+    return max(values, key=lambda cell: float("-inf") if values[cell] is None else sign * values[cell])
 
 
 def summary(run, records: list[dict]) -> dict:
@@ -96,8 +91,7 @@ def summary(run, records: list[dict]) -> dict:
     records = [{**r, **study.DIVERGED} if r["status"] == "diverged" else r for r in records]
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
     cell = chosen_cell(run, records)
-    mine = [r for r in records if r["cell"] == cell]
-    means = {m: _mean([r.get(m) for r in mine]) for m in metrics}
+    means = {m: _mean([r.get(m) for r in records if r["cell"] == cell]) for m in metrics}
     primary = getattr(study, "primary_metric", lambda run: study.PRIMARY_METRIC[run.scale])(run)
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
     return {
@@ -124,23 +118,20 @@ def refresh(run) -> None:
     graded them since)."""
     folder = Path(run.results_dir) / run.run_id
 
-    def metrics_of(member: str) -> dict:
-        return record.read_json(folder / "members" / member / "metrics.json") or {}
+    def graded(members: list) -> list[dict]:
+        read = {m: record.read_json(folder / "members" / m / "metrics.json") for m in members}
+        return [{"member": m, **metrics} for m, metrics in read.items() if metrics]
 
     before, status = record.read_json(folder / "metrics.json"), record.read_json(folder / "status.json")
-    found = [
-        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **made}
-        for m in config.members(run)
-        if (made := metrics_of(m.id))
-    ]
-    if before and found:
+    every = {m.id: {"cell": m.cell_name, "seed": m.seed} for m in config.members(run)}
+    if before and (found := [{**every[row["member"]], **row} for row in graded(list(every))]):
         made = before | summary(run, found)
         record.write_json(folder / "metrics.json", made)
         if status:
             record.write_json(folder / "status.json", {**status, "key_metric": made["key_metric"]})
     searched = record.read_json(folder / "sweep" / "metrics.json") or {}
     if searched.get("final"):
-        rows = [{"cell": searched["final"]["cell"], **metrics_of(member)} for member in searched["final_members"]]
+        rows = [{**row, "cell": searched["final"]["cell"]} for row in graded(searched["final_members"])]
         final = by_cell(rows, list(config.study_module(run.study).METRICS))[0]
         record.write_json(folder / "sweep" / "metrics.json", {**searched, "final": final})
 
@@ -149,16 +140,12 @@ def planned(results_dir: Path) -> list:
     """The runs of a study as the runner planned them, whether or not they left a record."""
     listed = record.read_json(Path(results_dir) / "comparison" / "runs.json")
     if listed is None:
-        raise MissingError(
-            str(results_dir), "no runs here", "the results of a study", "./run_all.sh (it runs the studies first)"
-        )
+        fix = "./run_all.sh (it runs the studies first)"
+        raise MissingError(str(results_dir), "no runs here", "the results of a study", fix)
+    of = ("study", "scale", "mode")
     return [
         config.restore(
-            {k: v for k, v in r.items() if k not in ("study", "scale", "mode")},
-            study=r["study"],
-            scale=r["scale"],
-            mode=r["mode"],
-            results_dir=results_dir,
+            {k: v for k, v in run.items() if k not in of}, **{k: run[k] for k in of}, results_dir=results_dir
         )
-        for r in listed
+        for run in listed
     ]

@@ -22,10 +22,14 @@ def study_module(study: str, name: str = "member"):
     return importlib.import_module(config.part(study, name))
 
 
+def run_of(spec: dict):
+    """The run that an argument of a process describes."""
+    return config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
+
+
 def member_of(spec: dict) -> config.Member:
     """The member that a member.json describes."""
-    run = config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
-    return config.Member(run=run, cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
+    return config.Member(run=run_of(spec), cell=spec["cell"], cell_name=spec["cell_name"], seed=spec["seed"])
 
 
 def member(argument: dict) -> None:
@@ -35,81 +39,66 @@ def member(argument: dict) -> None:
     train(argument)
 
 
+@contextlib.contextmanager
+def errors_kept(folder: Path):
+    """What ends the block goes into the log and, for who waits for it, into error.json."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.print_exc()
+        said = {"exception": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        said = {name: record.redact(text) for name, text in said.items()}
+        record.write_json(folder / "error.json", {"status": ended_as(error), **said})
+        raise
+
+
 def train(argument: dict) -> None:
     """Train one member; the last thing written is the sentinel with this attempt's nonce."""
     folder, spec = Path(argument["folder"]), argument["spec"]
-    try:
-        member = member_of(spec)
-        run, options, started = member.run, {}, time.monotonic()
-        if run.compute.devices > 1:  # by name: sharding imports this module
+    with errors_kept(folder):
+        member, options, started = member_of(spec), {}, time.monotonic()
+        compute = member.run.compute
+        if compute.devices > 1:  # by name: sharding imports this module
             sharding = importlib.import_module("lib.run.sharding")
-            options["outcome"] = sharding.train_member(argument, run.compute.devices, run.compute.threads)
+            options["outcome"] = sharding.train_member(argument, compute.devices, compute.threads)
         metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
         record.write_json(folder / "metrics.json", metrics)
         model_card.write(folder)
-        record.write_json(
-            folder / "done.json",
-            {
-                "run_id": spec["run_id"],
-                "member": spec["member"],
-                "status": metrics["status"],
-                "key": argument["key"],
-                "nonce": argument["nonce"],
-            },
-        )
+        done = {"run_id": spec["run_id"], "member": spec["member"], "status": metrics["status"]}
+        record.write_json(folder / "done.json", {**done, "key": argument["key"], "nonce": argument["nonce"]})
         drop_training_state(folder)
-    except BaseException as error:
-        traceback.print_exc()
-        record.write_json(
-            folder / "error.json",
-            {
-                "status": ended_as(error),
-                "exception": record.redact(f"{type(error).__name__}: {error}"),
-                "traceback": record.redact(traceback.format_exc()),
-            },
-        )
-        raise
 
 
 def drop_training_state(folder: Path) -> None:
     """Remove from a finished member's checkpoints what only a resume would read; weights, adapters and markers stay."""
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
-        for pattern in ONLY_FOR_RESUME:
-            for path in checkpoint.glob(pattern):
-                with contextlib.suppress(OSError):  # the member is finished whether or not this can be removed
-                    path.unlink()
+        for path in (path for pattern in ONLY_FOR_RESUME for path in checkpoint.glob(pattern)):
+            with contextlib.suppress(OSError):  # the member is finished whether or not this can be removed
+                path.unlink()
 
 
 def prepare(argument: dict) -> None:
     """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
-    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
-    final, partial = Path(argument["final"]), Path(argument["folder"])
+    run, final, partial = run_of(argument), Path(argument["final"]), Path(argument["folder"])
     with FileLock(f"{final}.lock"):  # another runner may be making the very same thing; a killed one lets go
-        if not (final / "complete.json").exists():
-            _prepare(run, partial, final)
-
-
-def _prepare(run, partial: Path, final: Path) -> None:
-    (partial / "error.json").unlink(missing_ok=True)
-    record.remove_temporary(partial)
-    try:
-        study_module(run.study, "inputs").prepare(run, partial)
-        record.write_json(partial / "complete.json", {"study": run.study})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except BaseException as error:
-        traceback.print_exc()
-        record.write_json(partial / "error.json", {"exception": record.redact(f"{type(error).__name__}: {error}")})
-        raise
+        if (final / "complete.json").exists():
+            return
+        (partial / "error.json").unlink(missing_ok=True)
+        record.remove_temporary(partial)
+        with errors_kept(partial):
+            study_module(run.study, "inputs").prepare(run, partial)
+            record.write_json(partial / "complete.json", {"study": run.study})
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
 
 
 def measure(argument: dict) -> None:
-    """A measurement of the study's own, in a slot: lib/<study>/member.py's `function`(run, folder, shared)."""
-    run = config.restore(argument["config"], study=argument["study"], scale=argument["scale"], mode=argument["mode"])
-    getattr(study_module(run.study), argument["function"])(run, Path(argument["folder"]), Path(argument["inputs"]))
+    """A measurement of the study's own, in a slot: its `function`(run, folder, shared)."""
+    function = getattr(study_module(argument["study"]), argument["function"])
+    function(run_of(argument), Path(argument["folder"]), Path(argument["inputs"]))
 
 
 @contextlib.contextmanager
@@ -119,12 +108,9 @@ def here(count: int, cpu: bool):
     import torch
 
     if cpu and torch.cuda.is_available():
-        raise StudyError(
-            "compute.gpus",
-            "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU",
-            "a kernel that sees none",
-            "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1",
-        )
+        found = "0, and this kernel, in which members run (STUDY_SLOTS is 0), sees a GPU"
+        fix = "CUDA_VISIBLE_DEVICES= before JupyterLab starts, or compute.gpus: 1"
+        raise StudyError("compute.gpus", found, "a kernel that sees none", fix)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
