@@ -37,15 +37,15 @@ class OutOfMemory(StudyError):
     exit_code = 1
 
 
-def ended_as(error: BaseException) -> str:
+def failure_status(error: BaseException) -> str:
     """The status of a member that this exception ended: out_of_memory or failed."""
     names = {cls.__name__ for cls in type(error).__mro__}  # by name: torch must not be imported for it
     return "out_of_memory" if names & {"OutOfMemory", "OutOfMemoryError", "MemoryError"} else "failed"
 
 
-def of_the_system(error: OSError) -> tuple[str, int]:
+def describe_os_error(error: OSError) -> tuple[str, int]:
     """(what to say, exit code) of an error of the operating system that reached the command line."""
-    if isinstance(error, BrokenPipeError) and nobody_reads():
+    if isinstance(error, BrokenPipeError) and output_is_closed():
         return "", UNREAD
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return (
@@ -58,7 +58,7 @@ def of_the_system(error: OSError) -> tuple[str, int]:
     return f"{type(error).__name__}: {error}{place}", 1
 
 
-def nobody_reads() -> bool:
+def output_is_closed() -> bool:
     """Whether the reader of our standard output has gone; what is still to be written is then dropped in silence."""
     try:
         output, poller = sys.stdout.fileno(), select.poll()

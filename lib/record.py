@@ -150,7 +150,7 @@ def batches(phase: str, items: Iterable[T]) -> Iterator[T]:
 _asked: list[int] = []
 
 
-def heed_stop() -> None:
+def catch_stop_requests() -> None:
     """From here on SIGTERM asks this process to stop where it can go on later, instead of ending it."""
     signal.signal(signal.SIGTERM, lambda number, _: _asked.append(number))
 
@@ -245,7 +245,7 @@ def redact(text: str) -> str:
     return text
 
 
-def inert(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with control characters written out (`\\x1b`): text of a data set must not act on a terminal."""
     return CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
@@ -272,7 +272,7 @@ class Log:
     def _write(self, data: bytes) -> None:
         if not data:
             return
-        text = inert(redact(data.decode("utf-8", errors="replace")))
+        text = escape_controls(redact(data.decode("utf-8", errors="replace")))
         with contextlib.suppress(OSError):  # a full disk: what is being logged matters more than its log
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:

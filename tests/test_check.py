@@ -150,10 +150,10 @@ def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
 
 def test_one_run_of_each_method_is_tried_and_the_output_says_for_which():
     found = load_folder(ROOT / "params/iw_lora/paper", "paper", "full")
-    tried = ready.representatives(ready.runs_of(found))
+    tried = ready.choose_tried(ready.runs_of(found))
     assert len(tried) == len({run.method for run in ready.runs_of(found)})
     assert sum(map(len, tried.values())) == len(found)
-    assert " (for " in ready.stand_ins(found)
+    assert " (for " in ready.describe_tried(found)
 
 
 @pytest.mark.parametrize("status", [None, "failed", "succeeded"])

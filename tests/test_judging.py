@@ -266,7 +266,7 @@ def test_what_is_missing_is_found_before_training(data, tmp_path):
     for place, faulty, missing in ((data, 0, 0), (tmp_path / "none", 0, 1), (tmp_path / "odd", 1, 0), (None, 1, 0)):
         run = config.apply(shipped, {"evaluation.mt_bench": place and str(place)})
         assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
-        found = [f for f in preflight.missing(run, machine) if f.key == "evaluation.mt_bench"]
+        found = [f for f in preflight.find_missing([run], machine) if f.key == "evaluation.mt_bench"]
         assert len(found) == missing
         assert not found or "git clone" in found[0].fix
         assert config.trial(run).evaluation.judge == ("mt_bench" if place == data or faulty else "none")

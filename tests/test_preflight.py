@@ -60,7 +60,7 @@ def machine(tmp_path):
 
 
 def said(run, machine):
-    found = preflight.missing(run, machine)
+    found = preflight.find_missing([run], machine)
     text = "\n".join(map(str, found))
     assert "secret" not in text
     assert all(finding.fix for finding in found)
@@ -68,14 +68,14 @@ def said(run, machine):
 
 
 def test_nothing_is_missing_where_everything_is_there(run, machine):
-    assert preflight.missing(run, machine()) == []
+    assert preflight.find_missing([run], machine()) == []
 
 
 def test_a_trial_and_the_laptop_need_nothing(run, machine):
     bare = machine(gpus=(), hub=(None, ""), drop=("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"))
-    assert preflight.missing(config.trial(run), bare) == []
+    assert preflight.find_missing([config.trial(run)], bare) == []
     laptop = config.load_run(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml", scale="laptop", mode="full")
-    assert preflight.missing(laptop, bare) == []
+    assert preflight.find_missing([laptop], bare) == []
 
 
 def test_a_bare_machine_is_told_everything_at_once(run, machine):
@@ -89,7 +89,7 @@ def test_a_bare_machine_is_told_everything_at_once(run, machine):
         "results_dir": "error",
         "evaluation.judge": "warning",
     }
-    models = [f for f in preflight.missing(run, bare) if f.key == "model.name"]
+    models = [f for f in preflight.find_missing([run], bare) if f.key == "model.name"]
     assert [("gated" in f.what, "does not answer" in f.what) for f in models] == [(True, False), (False, True)]
     assert LLAMA_PAGE in models[0].fix
     assert "wandb.mode=offline" in found["wandb.mode"].fix
@@ -274,7 +274,7 @@ def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_pa
     needed = 13.48 + 1 + members * 2 * adapter + 9 * adapter
 
     def told(runs, **changes):
-        found = [f for f in preflight.missing_for(runs, machine(free=1e9, **changes)) if f.key == "results_dir"]
+        found = [f for f in preflight.find_missing(runs, machine(free=1e9, **changes)) if f.key == "results_dir"]
         return float(found[0].what.split("about ")[1].split(" GB")[0])
 
     assert told([here]) == pytest.approx(needed, abs=1)
@@ -286,7 +286,7 @@ def test_disk_is_what_is_still_to_be_downloaded_and_trained(run, machine, tmp_pa
         path.parent.mkdir(parents=True)
         path.touch()
     assert told([here]) == pytest.approx(13.48 + 1, abs=1), "what is trained is on the disk already"
-    assert preflight.missing_for([here], machine(free=16e9)) == []
+    assert preflight.find_missing([here], machine(free=16e9)) == []
 
 
 QWEN = {

@@ -101,7 +101,7 @@ def _storage(run: Run) -> Iterator[Finding]:
     """No password stands in the YAML, where records and pages would show it: in a trial, too."""
     try:
         if run.optuna.storage is not None:
-            storage.written(run.optuna.storage)
+            storage.check_url(run.optuna.storage)
     except StudyError as error:
         yield _refused("optuna.storage", error)
 
@@ -198,13 +198,13 @@ def _claims_name_runs(study: str) -> bool:
         return True
 
 
-def named(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """A path as a person types it here: relative to the repository where it lies in it."""
     path = Path(path)
     return path.relative_to(config.ROOT).as_posix() if path.is_relative_to(config.ROOT) else str(path)
 
 
-def of_error(error: StudyError, file: str) -> Finding:
+def finding_from(error: StudyError, file: str) -> Finding:
     """A file that was refused, as a finding."""
     place = error.where.removeprefix(f"{config.ROOT}/").removeprefix(file).lstrip(": ")
     return Finding("error", place, f"{error.found}; expected {error.expected}", error.fix, file)
@@ -214,15 +214,15 @@ def yaml_findings(loaded: list[Loaded]) -> Iterator[Finding]:
     """Of run YAMLs as `load_folder` gives them; each is also shrunk to its trial form and split into its members."""
     for path, run, found in loaded:
         if isinstance(run, StudyError):
-            yield of_error(run, named(path))
+            yield finding_from(run, display_path(path))
             continue
-        yield from (replace(finding, file=named(path)) for finding in found)
+        yield from (replace(finding, file=display_path(path)) for finding in found)
         try:
             config.members(run)
             config.trial(run)
         except StudyError as error:
             if not any(finding.level == "error" for finding in found):
-                yield of_error(error, named(path))
+                yield finding_from(error, display_path(path))
 
 
 # ---- claims
@@ -237,11 +237,11 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     from lib import claims
 
     path, module = path or config.ROOT / "params" / study / "claims.yaml", config.study_module(study)
-    file = named(path)
+    file = display_path(path)
     try:
         published = claims.load(path)
     except StudyError as error:
-        yield of_error(error, file)
+        yield finding_from(error, file)
         return
     if published.choose_on and published.choose_on not in module.METRICS:
         what = f"{published.choose_on} is no metric of {study}"
@@ -287,7 +287,7 @@ def _rows(run: Run) -> Iterator[dict]:
 
 def notebook_findings(path: Path) -> Iterator[Finding]:
     """A notebook is source, not record: it parses, holds no outputs, and has one cell for papermill's parameters."""
-    file, tagged = named(path), 0
+    file, tagged = display_path(path), 0
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = [

@@ -70,12 +70,12 @@ def guarded(work) -> int:
         sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
         return code
     except StudyError as error:
-        print(record.inert(record.redact(str(error))), file=sys.stderr)
+        print(record.escape_controls(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        told, code = errors.of_the_system(error)
+        told, code = errors.describe_os_error(error)
         if told:
-            print(record.inert(record.redact(told)), file=sys.stderr)
+            print(record.escape_controls(record.redact(told)), file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
@@ -158,16 +158,16 @@ def run(options) -> int:
     found = chosen(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
     whole = every_run(options) if options.run else found
-    ready.wide_enough(options, found)
+    ready.require_slots(options, found)
     if options.command == "check":
         from lib.run import compose
 
         return ready.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
-    told, code = ready.obstacles(options, found)
+    told, code = ready.find_obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
-        code = code or ready.unready(options, found, whole, root_of(options), told)
+        code = code or ready.check_before_full(options, found, whole, root_of(options), told)
     if options.command == "plan":
-        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.built(r)]
+        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.has_notebooks(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
         progress.planned(steps, slots_of(options), options.price)
@@ -270,7 +270,7 @@ def mirror(options) -> int:
 
     if options.command == "sync":
         return sync.sync(roots_of(options), options)
-    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.built(r)]
+    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.has_notebooks(r)]
     return sync.pull(runs, OUTPUTS, root_of(options).name, options)
 
 

@@ -45,7 +45,7 @@ from lib import config, record
 from lib.config import Finding, RunId, Section, did_you_mean, parse_yaml, raise_faults
 from lib.errors import StudyError
 from lib.run import check
-from lib.run.check import Loaded, named, of_error
+from lib.run.check import Loaded, display_path, finding_from
 
 KINDS = ("method", "model", "dataset", "variant")
 SCALES = ("laptop", "paper")
@@ -481,20 +481,20 @@ def main(argv: list[str]) -> int:
         files, new, differing = _compare(path, out)
         _validate(path, out, files)
         if differing and not (options.force or options.dry_run):
-            shown = "".join(f"\n  {named(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items())
+            shown = "".join(f"\n  {display_path(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items())
             found = f"files that differ from what it writes: {len(differing)} (- file, + design){shown}"
             fix = (
                 "--force, to overwrite; --dry-run, to see the lines; or bring into the design what was changed by hand"
             )
-            raise StudyError(named(path), found, "new files, or files as they are", fix)
+            raise StudyError(display_path(path), found, "new files, or files as they are", fix)
         as_they_are = len(files) - len(new) - len(differing)
-        print(f"{named(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are")
+        print(f"{display_path(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are")
         for file, text in (new | differing).items():
-            print(f"  {'differs' if file in differing else 'new'}: {named(file)}")
+            print(f"  {'differs' if file in differing else 'new'}: {display_path(file)}")
             if options.dry_run:
                 print("\n".join(_diff(file, text)))
         for file in _strangers(out, files):
-            print(f"  not in this design, left alone: {named(file)}")
+            print(f"  not in this design, left alone: {display_path(file)}")
         to_write |= new | differing
     if options.dry_run:
         print("nothing was written (--dry-run)")
@@ -528,8 +528,8 @@ def _validate(path: Path, out: Path, files: Mapping[Path, str]) -> None:
     wrong = [finding for finding in dict.fromkeys(wrong) if finding.level == "error"]
     if wrong:
         lines = "".join(f"\n  {finding.file}: {finding.key}: {finding.what}" for finding in wrong)
-        found = f"in what it writes, faults: {len(wrong)}{lines.replace(str(folder), named(out))}"
-        raise StudyError(named(path), found, "run YAMLs and claims that ./run_all.sh check takes", wrong[0].fix)
+        found = f"in what it writes, faults: {len(wrong)}{lines.replace(str(folder), display_path(out))}"
+        raise StudyError(display_path(path), found, "run YAMLs and claims that ./run_all.sh check takes", wrong[0].fix)
 
 
 def findings(loaded: list[Loaded]) -> Iterator[Finding]:
@@ -542,18 +542,18 @@ def findings(loaded: list[Loaded]) -> Iterator[Finding]:
         try:
             files, new, differing = _compare(design, folder)
         except StudyError as error:
-            yield of_error(error, named(design))
+            yield finding_from(error, display_path(design))
             continue
-        again = f"./run_all.sh compose {named(design)}"
+        again = f"./run_all.sh compose {display_path(design)}"
         for file in new:
-            yield Finding("warning", "", "its design writes it, and it is not there", again, named(file))
+            yield Finding("warning", "", "its design writes it, and it is not there", again, display_path(file))
         for file, text in differing.items():
             what = f"differs from its design (- file, + design): {' | '.join(_lines(file, text))}"
             fix = f"{again} --force, or change the design to what the file says"
-            yield Finding("warning", "", what, fix, named(file))
+            yield Finding("warning", "", what, fix, display_path(file))
         for file in _strangers(folder, files):
             fix = "write it into the design, or keep it in a folder of its own, for --params"
-            yield Finding("warning", "", "not in the design beside it", fix, named(file))
+            yield Finding("warning", "", "not in the design beside it", fix, display_path(file))
 
 
 def _strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
@@ -567,7 +567,7 @@ def _old(file: Path) -> str:
 
 def _diff(file: Path, text: str, around: int = 3) -> list[str]:
     return list(
-        difflib.unified_diff(_old(file).splitlines(), text.splitlines(), named(file), "composed", "", "", around, "")
+        difflib.unified_diff(_old(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, "")
     )
 
 

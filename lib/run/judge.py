@@ -189,7 +189,7 @@ def grade(job: Job, given: Settings, options) -> int:
     if isinstance(failed, KeyboardInterrupt):
         raise failed
     if failed is not None:
-        print(record.inert(record.redact(str(failed))), file=sys.stderr)
+        print(record.escape_controls(record.redact(str(failed))), file=sys.stderr)
     return 1 if failed or refused else 0
 
 

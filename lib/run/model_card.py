@@ -107,7 +107,7 @@ def _table(rows: Iterable[tuple[str, object]]) -> str:
     lines = ["| | |", "|---|---|"]
     for name, value in rows:
         if value is not None:
-            text = record.inert(f"{value:.6g}" if isinstance(value, float) else str(value))
+            text = record.escape_controls(f"{value:.6g}" if isinstance(value, float) else str(value))
             text = text.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {name} | {text} |")
     return "\n".join(lines)

@@ -129,7 +129,7 @@ class Machine:
     free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(_existing(path)).free
 
 
-def of_cluster(address: str) -> Machine:
+def cluster_machine(address: str) -> Machine:
     """This machine with the GPUs of a Ray cluster, of which only number and kind are known here."""
     from lib.run import cluster
 
@@ -139,13 +139,9 @@ def of_cluster(address: str) -> Machine:
 # ---- what is missing
 
 
-def missing(run: Run, machine: Machine | None = None) -> list[Finding]:
-    """What keeps `run` from being done here in full; a trial needs nothing (it uses stand-ins)."""
-    return missing_for([run], machine)
-
-
-def missing_for(runs: list[Run], machine: Machine | None = None) -> list[Finding]:
-    """The same of several runs, which share the disk; each finding once."""
+def find_missing(runs: list[Run], machine: Machine | None = None) -> list[Finding]:
+    """What keeps these runs, which share the disk, from being done here in full; each finding once. A trial needs
+    nothing (it uses stand-ins)."""
     machine, found = machine or Machine(), []
     wanted = [run for run in runs if run.mode != "trial"]
     for run in wanted:
@@ -232,7 +228,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or _hf_home(environ) / "hub")
 
 
-def cached(environ: Mapping[str, str], kind: str, name: str, revision: str | None) -> Path | None:
+def cached_snapshot(environ: Mapping[str, str], kind: str, name: str, revision: str | None) -> Path | None:
     """The snapshot of this revision (of any, where none is pinned) in the hub's cache; `kind`: models or datasets."""
     repository = hub_cache(environ) / f"{kind}--{name.replace('/', '--')}"
     if revision and (repository / "refs" / revision).is_file():
@@ -255,7 +251,7 @@ def _hub(run: Run, machine: Machine) -> Iterator[Finding]:
     for section, kind, prefix in (("model", "models", ""), ("dataset", "datasets", "datasets/")):
         part, key = getattr(run, section), f"{section}.name"
         name, revision = ("nyu-mll/glue" if part.name == "glue" else part.name), getattr(part, "revision", None)
-        if not is_hub_id(name) or cached(machine.environ, kind, name, revision):
+        if not is_hub_id(name) or cached_snapshot(machine.environ, kind, name, revision):
             continue
         options = " --repo-type dataset" * bool(prefix) + (f" --revision {revision}" if revision else "")
         by_hand = f"hf download {name}{options} --local-dir DIR where there is a network, then --set {key}=DIR"
@@ -333,7 +329,7 @@ def _disk(runs: list[Run], machine: Machine) -> Iterator[Finding]:
         weights = 4 * trained_weights(run, model)  # of the best and the last checkpoint; while it trains, with moments
         needed[run.results_dir] += left * 2 * weights + at_once * KEPT_CHECKPOINTS * 3 * weights
         name, revision = run.model.name, getattr(run.model, "revision", None)
-        if is_hub_id(name) and not cached(machine.environ, "models", name, revision):
+        if is_hub_id(name) and not cached_snapshot(machine.environ, "models", name, revision):
             downloads[name] = model_bytes(model, "none", "bfloat16")
     if needed:
         needed[cache] += sum(downloads.values()) + DATA_GB * 1e9
@@ -373,7 +369,7 @@ def settings(run: Run, machine: Machine) -> dict | None:
     name, revision = run.model.name, getattr(run.model, "revision", None)
     if not is_hub_id(name):
         return read_json(Path(name) / "config.json")
-    if snapshot := cached(machine.environ, "models", name, revision):
+    if snapshot := cached_snapshot(machine.environ, "models", name, revision):
         return read_json(snapshot / "config.json")
     if _offline(machine.environ):
         return None

@@ -30,9 +30,9 @@ def findings(found: dict[str, list], out=sys.stdout) -> None:
         if mine:
             errors = sum(f.level == "error" for f in mine)
             state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
-            print(f"\n{record.inert(name)}{state}", file=out)
+            print(f"\n{record.escape_controls(name)}{state}", file=out)
         for finding in sorted(mine, key=lambda f: f.level):
-            print("  " + record.inert(str(finding)).replace("\n", "\n  "), file=out)
+            print("  " + record.escape_controls(str(finding)).replace("\n", "\n  "), file=out)
 
 
 def planned(steps: list[plan.Step], slots: int, price: float | None = None) -> None:

@@ -14,7 +14,7 @@ from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
 from lib.run import check, keys, plan, preflight, progress, reach, watch
-from lib.run.check import Loaded, named
+from lib.run.check import Loaded, display_path
 
 MOST_BATCHES = 2  # of a phase in a trial
 NEVER_BEGAN = "the trial"  # where a finding is about all of it: no notebook of it has failed by itself
@@ -30,11 +30,11 @@ CACHES = (  # variables that name a place of this kind; the first two are our ow
 # ---- before every command
 
 
-def built(run: Run) -> bool:
+def has_notebooks(run: Run) -> bool:
     return (plan.NOTEBOOKS / run.study / "train.ipynb").exists()
 
 
-def wide_enough(options, found: list[Loaded]) -> None:
+def require_slots(options, found: list[Loaded]) -> None:
     """Refuse --jobs below what one member takes: a slot of the pool is one GPU."""
     for run in runs_of(found) if options.mode == "full" and options.jobs and not options.cluster else ():
         if run.compute.gpus and run.compute.devices > options.jobs:
@@ -43,7 +43,7 @@ def wide_enough(options, found: list[Loaded]) -> None:
             raise StudyError(f"--jobs {options.jobs}", what, f"--jobs {run.compute.devices} or more", fix)
 
 
-def obstacles(options, found: list[Loaded]) -> tuple[dict[str, list[Finding]], int]:
+def find_obstacles(options, found: list[Loaded]) -> tuple[dict[str, list[Finding]], int]:
     """{YAML (or 'this machine'): findings}, and the exit code that their errors mean: 2 for a YAML's, else 3, else
     0."""
     said: dict[str, list[Finding]] = {}
@@ -51,32 +51,34 @@ def obstacles(options, found: list[Loaded]) -> tuple[dict[str, list[Finding]], i
         name = path.name if options.params else os.path.relpath(path, config.ROOT)
         if isinstance(run, StudyError):
             said[name] = [Finding("error", "configuration", str(run))]
-        elif built(run):
+        elif has_notebooks(run):
             said[name] = list(findings)
         else:
             said[name] = [*findings, Finding("error", f"notebooks/{run.study}", "this study has no notebooks yet")]
     code = 2 if any(map(has_error, said.values())) else 0
     if options.mode == "full":
-        machine = preflight.of_cluster(options.cluster) if options.cluster else preflight.Machine()
-        said["this machine"] = preflight.missing_for(runs_of(found), machine)
+        machine = preflight.cluster_machine(options.cluster) if options.cluster else preflight.Machine()
+        said["this machine"] = preflight.find_missing(runs_of(found), machine)
         code = code or 3 * has_error(said["this machine"])
     return said, code
 
 
-def unready(options, found: list[Loaded], whole: list[Loaded], root: Path, said: dict[str, list[Finding]]) -> int:
+def check_before_full(
+    options, found: list[Loaded], whole: list[Loaded], root: Path, said: dict[str, list[Finding]]
+) -> int:
     """Before a full run: what `check` finds in notebooks and claims and, at paper scale, in a trial, unless one has
     passed with these very settings and code. 2 where there is an error, which is added to `said`. `whole`: `found` with
     all runs of its studies; `root`: where their results go."""
-    findings = [f for f in static(found, options.scale, whole) if f.file.endswith((".ipynb", "claims.yaml"))]
-    if options.scale == "paper" and not has_error(findings) and not passed(found, root):
+    findings = [f for f in check_files(found, options.scale, whole) if f.file.endswith((".ipynb", "claims.yaml"))]
+    if options.scale == "paper" and not has_error(findings) and not trial_has_passed(found, root):
         print("no trial of these runs has passed yet: trying them before anything long starts", flush=True)
-        findings += dynamic(found, options, root)
+        findings += check_trial(found, options, root)
     said["check"] = findings
     return 2 * has_error(findings)
 
 
 def runs_of(found: list[Loaded]) -> list[Run]:
-    return [run for _, run, _ in found if not isinstance(run, StudyError) and built(run)]
+    return [run for _, run, _ in found if not isinstance(run, StudyError) and has_notebooks(run)]
 
 
 def has_error(findings: list[Finding]) -> bool:
@@ -88,14 +90,14 @@ def has_error(findings: list[Finding]) -> bool:
 
 def command(found: list[Loaded], whole: list[Loaded], options, root: Path, slots: int, extra: list[Finding]) -> int:
     """Print what there is to say; 0 ready, 2 not. `extra`: findings of designs."""
-    findings, cost, note = static(found, options.scale, whole) + extra, {}, ""
+    findings, cost, note = check_files(found, options.scale, whole) + extra, {}, ""
     if has_error(findings):
         note = "no trial was run: fix these first"
     elif options.static:
         note = "static findings only (--static): no trial was run"
     else:
-        note = stand_ins(found)
-        findings += dynamic(found, options, root)
+        note = describe_tried(found)
+        findings += check_trial(found, options, root)
     errors = [finding for finding in findings if finding.level == "error"]
     if not errors:
         cost = cost_of(runs_of(found), options.scale, slots)
@@ -107,7 +109,7 @@ def command(found: list[Loaded], whole: list[Loaded], options, root: Path, slots
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return 2 if errors else 0
     for finding in sorted(findings, key=lambda f: (f.level, f.file)):
-        print(record.inert(str(finding)))
+        print(record.escape_controls(str(finding)))
     print(note, end="\n\n" if note else "\n")
     print(f"{'NOT ready' if errors else 'ready'}: {len(errors)} errors, {len(findings) - len(errors)} warnings")
     if cost:
@@ -116,7 +118,7 @@ def command(found: list[Loaded], whole: list[Loaded], options, root: Path, slots
     return 2 if errors else 0
 
 
-def static(found: list[Loaded], scale: str, whole: list[Loaded]) -> list[Finding]:
+def check_files(found: list[Loaded], scale: str, whole: list[Loaded]) -> list[Finding]:
     """What can be seen without running anything: YAMLs, claims and notebooks of the studies in `found`. `whole`: the
     same with all runs of these studies, which the claims are about whichever runs are picked."""
     findings = list(check.yaml_findings(found))
@@ -151,7 +153,7 @@ def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
 # ---- a watched trial
 
 
-def representatives(runs: list[Run]) -> dict[str, list[str]]:
+def choose_tried(runs: list[Run]) -> dict[str, list[str]]:
     """{the run that is tried: those that it stands for}: one of each method of a study. The others differ in values,
     which the static findings look at."""
     first, groups = {}, {}
@@ -161,8 +163,8 @@ def representatives(runs: list[Run]) -> dict[str, list[str]]:
     return groups
 
 
-def stand_ins(found: list[Loaded]) -> str:
-    groups = representatives(runs_of(found)).items()
+def describe_tried(found: list[Loaded]) -> str:
+    groups = choose_tried(runs_of(found)).items()
     return "tried: " + ", ".join(
         f"{tried} (for {', '.join(rest[1:])})" if rest[1:] else tried for tried, rest in groups
     )
@@ -178,14 +180,14 @@ def _vouched(found: list[Loaded], root: Path) -> tuple[Path, str]:
     return root / ".check.json", record.digest([[config.dump(run) for run in runs], code, cells, keys.versions()])
 
 
-def passed(found: list[Loaded], root: Path) -> bool:
+def trial_has_passed(found: list[Loaded], root: Path) -> bool:
     place, digest = _vouched(found, root)
     return record.read_json(place, {}).get("passed") == digest
 
 
-def dynamic(found: list[Loaded], options, root: Path) -> list[Finding]:
-    """A watched trial of one run per method; a trial that gave no error is noted in `root` for `passed`."""
-    tried = representatives(runs_of(found))
+def check_trial(found: list[Loaded], options, root: Path) -> list[Finding]:
+    """A watched trial of one run per method; a trial that gave no error is noted in `root` for `trial_has_passed`."""
+    tried = choose_tried(runs_of(found))
     mine = [(path, run) for path, run, _ in found if not isinstance(run, StudyError) and run.run_id in tried]
     findings = list(dict.fromkeys(trial_findings(mine, options.scale, trial_arguments(options, list(tried)))))
     if not has_error(findings):
@@ -275,7 +277,7 @@ def _unread_keys(study: str, found: list[tuple[Path, Run]], evidence: list[dict]
         if holders and key not in read and not {key, *parents} & set(module.UNREAD):
             fix = f"read it where it belongs, or take it out of the sections in lib/{study} and the YAMLs"
             what = "no code reads it: whatever it says, the run is the same"
-            yield Finding("error", key, what, fix, named(holders[0]))
+            yield Finding("error", key, what, fix, display_path(holders[0]))
 
 
 def _long_phases(evidence: list[dict], found: list) -> Iterator[Finding]:
@@ -298,7 +300,7 @@ def _strays(evidence: list[dict], scale: str) -> Iterator[Finding]:
     """Files written outside results_dir (and caches), and, at laptop scale, addresses asked."""
     for path in sorted({row["path"] for row in evidence if row["kind"] == "write"}):
         what = "was written by a trial, outside its results_dir"
-        yield Finding("error", "", what, "write below run.results_dir", named(path))
+        yield Finding("error", "", what, "write below run.results_dir", display_path(path))
     for address in sorted({row["address"] for row in evidence if row["kind"] == "connect"}):
         if scale == "laptop" and not address.startswith(("127.", "::1", "localhost")):
             what = "a connection was opened at laptop scale, which touches no network"

@@ -230,14 +230,14 @@ class Runner:
 
     def told(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-        text = record.inert(record.redact(str(error)))
+        text = record.escape_controls(record.redact(str(error)))
         name = getattr(error, "ename", type(error).__name__)
-        value = record.inert(record.redact(str(getattr(error, "evalue", "") or text))).strip()
+        value = record.escape_controls(record.redact(str(getattr(error, "evalue", "") or text))).strip()
         if name in ("StudyError", "MissingError", "PapermillExecutionError"):
             name = ""
         log = step.folder / "attempts" / "error.log"
         with contextlib.suppress(OSError):
-            record.write_text(log, record.inert(record.redact("".join(traceback.format_exception(error)))))
+            record.write_text(log, record.escape_controls(record.redact("".join(traceback.format_exception(error)))))
         return {
             "cell": getattr(error, "exec_count", None),
             "exception": f"{name}: {value}" if name else value,

@@ -20,7 +20,7 @@ DRIVERS = {"postgresql": "psycopg", "postgresql+psycopg": "psycopg", "sqlite": "
 MEND = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
 
 
-def written(text: str) -> tuple[str, str]:
+def check_url(text: str) -> tuple[str, str]:
     """Scheme and rest of a URL as the YAML has it. Raises StudyError, without the URL, for one that holds a secret."""
     scheme, separator, rest = text.partition("://")
     if not separator or scheme not in DRIVERS:
@@ -50,7 +50,7 @@ def url_of(run) -> str | None:
     text = run.optuna.storage
     if text is None:
         return None
-    scheme, rest = written(text)
+    scheme, rest = check_url(text)
     for name in REFERENCE.findall(text):
         if not os.environ.get(name):
             raise MissingError(
@@ -67,12 +67,12 @@ def url_of(run) -> str | None:
     return f"{scheme}://" + REFERENCE.sub(lambda found: quote(os.environ[found[1]], safe=""), rest)
 
 
-def name_of(run) -> str:
+def study_name(run) -> str:
     """The study's name: in a shared data base, unique among scales, studies and variations."""
     return run.run_id if run.optuna.storage is None else f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"
 
 
-def opened(run, folder: Path):
+def open_storage(run, folder: Path):
     """Optuna's storage for the run. Raises MissingError, in one line without secrets, where the data base does not
     answer."""
     from optuna.storages import JournalStorage, RDBStorage

@@ -52,8 +52,8 @@ def made_of(run) -> str:
 def open_study(run, folder: Path) -> optuna.Study:
     """The run's study in its journal or data base. Raises StudyError where it was made with another direction."""
     study = optuna.create_study(
-        study_name=f"{storage.name_of(run)}@{made_of(run)}",
-        storage=storage.opened(run, folder),
+        study_name=f"{storage.study_name(run)}@{made_of(run)}",
+        storage=storage.open_storage(run, folder),
         direction=run.optuna.direction,
         load_if_exists=True,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lib import config, record
-from lib.errors import StudyError, ended_as
+from lib.errors import StudyError, failure_status
 from lib.run import model_card
 
 # The optimizer's moments are twice the trained weights, which made a finished laptop study 615 MB.
@@ -35,7 +35,7 @@ def member_of(spec: dict) -> config.Member:
 def member(argument: dict) -> None:
     """`train` in a process of its own: asked to stop (Ctrl-C), it saves a checkpoint after the step it is in and
     ends."""
-    record.heed_stop()
+    record.catch_stop_requests()
     train(argument)
 
 
@@ -48,7 +48,7 @@ def errors_kept(folder: Path):
         traceback.print_exc()
         said = {"exception": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         said = {name: record.redact(text) for name, text in said.items()}
-        record.write_json(folder / "error.json", {"status": ended_as(error), **said})
+        record.write_json(folder / "error.json", {"status": failure_status(error), **said})
         raise
 
 
