@@ -481,14 +481,18 @@ def main(argv: list[str]) -> int:
         files, new, differing = _compare(path, out)
         _validate(path, out, files)
         if differing and not (options.force or options.dry_run):
-            shown = "".join(f"\n  {display_path(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items())
+            shown = "".join(
+                f"\n  {display_path(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items()
+            )
             found = f"files that differ from what it writes: {len(differing)} (- file, + design){shown}"
             fix = (
                 "--force, to overwrite; --dry-run, to see the lines; or bring into the design what was changed by hand"
             )
             raise StudyError(display_path(path), found, "new files, or files as they are", fix)
         as_they_are = len(files) - len(new) - len(differing)
-        print(f"{display_path(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are")
+        print(
+            f"{display_path(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are"
+        )
         for file, text in (new | differing).items():
             print(f"  {'differs' if file in differing else 'new'}: {display_path(file)}")
             if options.dry_run:
@@ -567,7 +571,9 @@ def _old(file: Path) -> str:
 
 def _diff(file: Path, text: str, around: int = 3) -> list[str]:
     return list(
-        difflib.unified_diff(_old(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, "")
+        difflib.unified_diff(
+            _old(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, ""
+        )
     )
 
 
