@@ -230,7 +230,8 @@ def settled(kept: dict[str, dict], key: str) -> bool:
 
 def price(prompt: int, reply: int, prices: Sequence[float | None]) -> float | None:
     """Of so many tokens, at (prompt, reply) prices per million; None where a price is not known."""
-    return None if None in prices else (prompt * prices[0] + reply * prices[1]) / 1e6
+    of_prompt, of_reply = prices
+    return None if of_prompt is None or of_reply is None else (prompt * of_prompt + reply * of_reply) / 1e6
 
 
 def cost(asked: list[dict], kept: dict, prices: Sequence[float | None]) -> dict:
@@ -332,7 +333,7 @@ def grade_requests(
                 tasks = [asyncio.create_task(work(client)) for _ in range(min(workers, count))]
                 ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                 waiting.clear()
-                failed = [task.exception() for task in ended if task.exception()]
+                failed = [error for task in ended if (error := task.exception())]
                 _, late = await asyncio.wait(tasks, timeout=timeout)
                 for task in late:
                     task.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def judged(planned: list, loaded: record.Records) -> Judged:
     return Judged("mt_bench_score", label, "; ".join(fixes))
 
 
-def question_scores(loaded: record.Records, by: Judged, leave_out: Container[int] = ()) -> pd.DataFrame:
+def question_scores(loaded: record.Records, by: Judged, leave_out: Iterable[int] = ()) -> pd.DataFrame:
     """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it. `leave_out`:
     questions."""
     if loaded.answers.empty or not by.metric or not by.known:
