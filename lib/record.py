@@ -316,13 +316,13 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     """Read the members below `results_dir`/<run_id>/<subfolder>.
 
     `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
-    Raises StudyError where finished members of one run were made by different code (their keys' code parts differ).
+    Raises StudyError where finished members were made by different states of a function (code.json).
     """
     import pandas as pd
 
     tables = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
     wanted = None if expected is None else {(m.run_id, m.id) for m in expected}
-    code: dict[str, tuple[str, str]] = {}
+    code: dict[tuple[str, str], tuple[str, str]] = {}
     seen = set()
     for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
         folder, sentinel = done.parent, read_json(done, {})
@@ -332,15 +332,17 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
             continue
         spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
         who = identity(spec)
-        fingerprint = sentinel["key"]["code"]
-        first = code.setdefault(spec["study"], (fingerprint, f"{who['run_id']}/{folder.name}"))
-        if first[0] != fingerprint:
-            raise StudyError(
-                f"{results_dir}",
-                f"members made by different code: {first[1]} and {who['run_id']}/{folder.name}",
-                "records of one state of the code",
-                "./run_all.sh run again (it retrains what is stale)",
-            )
+        name = f"{who['run_id']}/{folder.name}"
+        for module, definitions in read_json(folder / "code.json", {}).items():
+            for definition, digest_then in definitions.items():
+                first = code.setdefault((module, definition), (digest_then, name))
+                if first[0] != digest_then:
+                    raise StudyError(
+                        str(results_dir),
+                        f"members made by different code ({module} {definition}): {first[1]} and {name}",
+                        "records of one state of the code",
+                        "./run_all.sh again (it retrains what is stale)",
+                    )
         seen.add((who["run_id"], folder.name))
         tables["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
         tables["history"] += [{**who, **row} for row in read_jsonl(folder / "history.jsonl")]
