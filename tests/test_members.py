@@ -365,3 +365,17 @@ def test_a_member_needs_a_pool_that_lives(tiny, monkeypatch):
     monkeypatch.setenv("STUDY_POOL", "/nowhere/s")
     with pytest.raises(pool.PoolLost):
         pool.connect("/nowhere/s")
+
+
+def test_members_that_ran_two_states_of_a_function_are_not_compared(tmp_path):
+    for method, loss in (("dpo", "1"), ("td_dpo", "2")):
+        folder = tmp_path / method / "members" / "default-s1"
+        spec = {"run_id": method, "study": "td_dpo", "cell": {}, "cell_name": "default", "seed": 1}
+        record.write_json(folder / "member.json", spec | {"config": {"method": method}})
+        record.write_json(folder / "done.json", {"status": "completed", "run_id": method})
+        code = {"lib.td_dpo.losses": {method: loss, "summary": "s"}}
+        record.write_json(folder / "code.json", code)
+    assert len(record.load(tmp_path).members) == 2, "each ran its own loss, and the same of what they share"
+    record.write_json(folder / "code.json", {"lib.td_dpo.losses": {"summary": "edited"}})
+    with pytest.raises(StudyError, match="lib.td_dpo.losses summary"):
+        record.load(tmp_path)
