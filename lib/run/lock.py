@@ -12,26 +12,18 @@ from lib.errors import MissingError, StudyError
 
 @contextlib.contextmanager
 def locked(root: Path):
-    """One runner at a time in an outputs folder; the second is told who has it."""
+    """One runner at a time in an outputs folder; the second learns who has it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
     except OSError as error:
-        raise MissingError(
-            str(root),
-            f"cannot write there ({error.strerror})",
-            "a folder this user can write to",
-            f"chmod -R u+w {root}",
-        ) from None
+        found = f"cannot write there ({error.strerror})"
+        raise MissingError(str(root), found, "a folder this user can write to", f"chmod -R u+w {root}") from None
     with file:
         if not _taken(file, root):
             file.seek(0)
-            raise StudyError(
-                str(root),
-                f"another runner works here (process {file.read().strip() or 'unknown'})",
-                "one runner at a time",
-                "wait for it, or look at ./run_all.sh status",
-            )
+            found = f"another runner works here (process {file.read().strip() or 'unknown'})"
+            raise StudyError(str(root), found, "one runner at a time", "wait for it, or look at ./run_all.sh status")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

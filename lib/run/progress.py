@@ -147,6 +147,11 @@ class Live:
                 own.append(step.seconds / slots if measured is None else measured)
         return max(own) + waiting / slots
 
+    def close(self) -> None:
+        self.last = time.monotonic()
+        self.show()
+        self.clear()
+
     def clear(self) -> None:
         """Take the live line off the terminal."""
         if self.terminal:

@@ -57,25 +57,20 @@ class Runner:
         self.minutes: dict[int, float] = {}
         self.errors: dict[int, dict] = {}
         self.pool: pool.Pool | None = None
-        self.guard = threading.Lock()
-        self.stopping = False
-        self.mirrors = wandb.Mirrors()
+        self.guard, self.stopping, self.mirrors = threading.Lock(), False, wandb.Mirrors()
 
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
         self.ensure_pool()
         live = progress.Live(self, self.on_end)
-        futures = {}
         try:
             with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
                 try:
-                    while True:
+                    while self.unfinished():
                         for step in self.steps:
                             if not self.state[id(step)] and self.ready(step):
                                 self.state[id(step)], self.since[id(step)] = "running", time.monotonic()
-                                futures[id(step)] = threads.submit(self.execute, step)
-                        if all(self.state[id(s)] not in ("", "running") for s in self.steps):
-                            break
+                                threads.submit(self.execute, step)
                         live.show()
                         time.sleep(POLL)
                 except BaseException as error:
@@ -89,24 +84,21 @@ class Runner:
             live.close()
             self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
-        return all(self.state[id(s)] in ("cached", "succeeded") for s in self.steps)
+        return all(state in ("cached", "succeeded") for state in self.state.values())
+
+    def unfinished(self) -> list[plan.Step]:
+        return [s for s in self.steps if self.state[id(s)] in ("", "running")]
+
+    def running(self) -> list[plan.Step]:
+        return [s for s in self.steps if self.state[id(s)] == "running"]
 
     def wait_for_members(self) -> None:
         """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at
         once."""
         signal.signal(signal.SIGINT, self.leave)
         signal.signal(signal.SIGTERM, self.leave)
-        states = [record.read_json(s.progress / "progress.json") for s in self.steps if self.state[id(s)] == "running"]
-        names = [
-            f"{r['member']} (step {r['step']})" for s in states if s for r in s.get("running", ()) if r.get("step")
-        ]
-        what = (
-            f"{', '.join(names[:4])}{', …' * (len(names) > 4)} to save a checkpoint"
-            if names
-            else "its processes to end"
-        )
         print(
-            f"\nstopping: waiting for {what}, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
+            f"\nstopping: waiting for members to save a checkpoint, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
             "(what is saved is kept either way)",
             file=sys.stderr,
             flush=True,
@@ -140,7 +132,7 @@ class Runner:
         what runs, which may be quicker than predicted; when nothing runs it is postponed."""
         if self.max_seconds is None:
             return True
-        now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
+        now, running = time.monotonic(), self.running()
         left = sum(
             max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running
         )
@@ -175,11 +167,11 @@ class Runner:
             self.state[id(step)] = "succeeded"
         except BaseException as error:
             self.state[id(step)] = "interrupted" if self.stopping else "failed"
-            told = None if self.stopping else self.told(step, error)  # kernels that we ended ourselves are no error
-            if told:
-                self.errors[id(step)] = told
+            said = None if self.stopping else self.explain(step, error)  # kernels that we ended ourselves are no error
+            if said:
+                self.errors[id(step)] = said
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, how(step, self.state[id(step)]), started, told)
+                self.write_status(step, how(step, self.state[id(step)]), started, said)
                 (step.progress / "progress.json").unlink(missing_ok=True)
         self.minutes[id(step)] = (time.time() - started) / 60
 
@@ -228,19 +220,21 @@ class Runner:
             },
         )
 
-    def told(self, step: plan.Step, error: BaseException) -> dict:
+    def explain(self, step: plan.Step, error: BaseException) -> dict:
         """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-        text = record.escape_controls(record.redact(str(error)))
+
+        def clean(text) -> str:
+            return record.escape_controls(record.redact(str(text)))
+
         name = getattr(error, "ename", type(error).__name__)
-        value = record.escape_controls(record.redact(str(getattr(error, "evalue", "") or text))).strip()
-        if name in ("StudyError", "MissingError", "PapermillExecutionError"):
-            name = ""
+        value = clean(getattr(error, "evalue", "") or error).strip()
+        own = name in ("StudyError", "MissingError", "PapermillExecutionError")
         log = step.folder / "attempts" / "error.log"
         with contextlib.suppress(OSError):
-            record.write_text(log, record.escape_controls(record.redact("".join(traceback.format_exception(error)))))
+            record.write_text(log, clean("".join(traceback.format_exception(error))))
         return {
             "cell": getattr(error, "exec_count", None),
-            "exception": f"{name}: {value}" if name else value,
+            "exception": value if own else f"{name}: {value}",
             "log": str(log),
             "notebook": str(partial(step)),
             "again": command(step),
@@ -264,14 +258,11 @@ def command(step: plan.Step) -> str:
     if step.again:
         return step.again
     run = step.run or (step.needs[0].run if step.needs else None)
-    sets = "".join(
-        f" --set {shlex.quote(f'{key}={value}')}" for key, value in (getattr(run, "overrides", None) or {}).items()
-    )
-    return (
-        f"./run_all.sh {step.parameters['mode']} --scale {step.parameters['scale']} --study {step.study}"
-        + ("" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}")
-        + sets
-    )
+    overrides = getattr(run, "overrides", None) or {}
+    sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
+    only = "" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}"
+    mode, scale = step.parameters["mode"], step.parameters["scale"]
+    return f"./run_all.sh {mode} --scale {scale} --study {step.study}{only}{sets}"
 
 
 def partial(step: plan.Step) -> Path:
@@ -312,31 +303,18 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
 
 def check_success(step: plan.Step, notebook, nonce: str) -> None:
     """The completion rules. Raises StudyError for the first that does not hold."""
-    name = step.title
-    unrun = [
-        i
-        for i, cell in enumerate(notebook.cells, 1)
-        if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None
-    ]
-    if unrun:
-        raise StudyError(
-            name, f"cell {unrun[0]} of its notebook never ran", "every code cell executed", f"look at {partial(step)}"
-        )
-    done = record.read_json(step.folder / "done.json")
+    look, done = f"look at {partial(step)}", record.read_json(step.folder / "done.json")
+    for number, cell in enumerate(notebook.cells, 1):
+        if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None:
+            raise StudyError(step.title, f"cell {number} of its notebook never ran", "every code cell executed", look)
     if not done or done.get("nonce") != nonce:
-        raise StudyError(
-            name,
-            "its record has no sentinel of this attempt",
-            "done.json written by the notebook's last cell",
-            f"look at {partial(step)}",
-        )
+        found, expected = "its record has no sentinel of this attempt", "done.json written by the notebook's last cell"
+        raise StudyError(step.title, found, expected, look)
     if record.read_json(step.folder / "metrics.json") is None:
-        raise StudyError(name, "metrics.json is missing or does not parse", "a JSON object")
-    if step.kind == "train":
-        for member in config.members(step.run):
-            reason = members.stale(member, step.folder / "members" / member.id)
-            if reason:
-                raise StudyError(name, f"member {member.id}: {reason}", "every member's record matching this run")
+        raise StudyError(step.title, "metrics.json is missing or does not parse", "a JSON object")
+    for member in config.members(step.run) if step.kind == "train" else ():
+        if reason := members.stale(member, step.folder / "members" / member.id):
+            raise StudyError(step.title, f"member {member.id}: {reason}", "every member's record matching this run")
 
 
 def stay_inside(root: Path, steps: list[plan.Step]) -> None:
@@ -345,12 +323,8 @@ def stay_inside(root: Path, steps: list[plan.Step]) -> None:
     for folder in dict.fromkeys(f for step in steps for f in (step.folder.parent, step.folder)):
         for path in (folder, *folder.glob("*"), *folder.glob("members/*"), *folder.glob("members/*/checkpoints")):
             if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-                raise StudyError(
-                    str(path),
-                    f"a link to {os.readlink(path)}, outside of the results",
-                    "a folder in it",
-                    f"remove the link: rm '{path}'",
-                )
+                found = f"a link to {os.readlink(path)}, outside of the results"
+                raise StudyError(str(path), found, "a folder in it", f"remove the link: rm '{path}'")
 
 
 def remove_leftovers(root: Path) -> None:
