@@ -180,7 +180,7 @@ def snapshot(folder):
 
 
 def offline_runs(run):
-    return [record.read_json(p)["id"] for p in (folder_of(run) / "wandb").glob("offline-run-*/mirrored.json")]
+    return [path.name.split("-", 3)[3] for path in (folder_of(run) / "wandb").glob("offline-run-*/")]
 
 
 # ---- healthy

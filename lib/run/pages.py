@@ -35,14 +35,11 @@ TAGS = frozenset(
     )
 )
 ATTRIBUTES = {
-    "*": ["class", "id", "title", "lang"],
+    "*": ["class", "id", "title"],
     "a": ["href"],
     "img": ["src", "alt", "width", "height"],
-    "details": ["open"],
-    "td": ["colspan", "rowspan", "headers"],
+    "td": ["colspan", "rowspan"],
     "th": ["colspan", "rowspan", "scope"],
-    "col": ["span"],
-    "ol": ["start"],
 }
 POINT = re.compile(r'<a class="point x(\d{1,4}) y(\d{1,4})"')
 # The studies' own folders in the order of the index, and the command that makes each
@@ -103,17 +100,7 @@ def render(notebook, *, title: str, command: str = "", links=(), members=()) -> 
     node; its first level-1 heading, if any, is the page's title."""
     from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
-    from nbconvert.filters import get_metadata, text_base64
     from traitlets.config import Config
-
-    class Exporter(HTMLExporter):
-        def default_filters(self):
-            yield from super().default_filters()
-            yield "markdown2html", _markdown
-            yield "safe_html", clean
-            yield "last_line_of_carriage_returns", last_line_of_carriage_returns
-            yield "get_metadata", get_metadata
-            yield "text_base64", text_base64
 
     text = "\n\n".join(_markdown(cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
     heads = [(e.name, e.get_text().strip(), e["id"]) for e in BeautifulSoup(text, "html.parser")(["h1", "h2"])]
@@ -128,7 +115,13 @@ def render(notebook, *, title: str, command: str = "", links=(), members=()) -> 
         "contents": contents + ([("Members", "members")] if members else []),
     }
     config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
-    exporter = Exporter(config=config, extra_template_basedirs=[str(ASSETS)], template_name="notebook")
+    exporter = HTMLExporter(config=config, extra_template_basedirs=[str(ASSETS)], template_name="notebook")
+    for name, function in (
+        ("markdown2html", _markdown),
+        ("safe_html", clean),
+        ("last_line", last_line_of_carriage_returns),
+    ):
+        exporter.register_filter(name, function)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about outputs of kinds that are not shown: widgets, scripts
         return exporter.from_notebook_node(notebook, {"page": page})[0]

@@ -17,7 +17,6 @@ import argparse
 import base64
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -458,15 +457,6 @@ class Sender:
             finish(self.open.pop(entry.id)[0], entry)
         return ", ".join(differing)
 
-    def verify(self, entry: Entry, looks: int = 3) -> list[str]:
-        """What W&B still lacks after it was sent; its server may take a moment to show what it was given."""
-        for look in range(looks):
-            beat()
-            if not (left := lacking(entry, self.remote(entry)[1])):
-                break
-            time.sleep(look)
-        return left
-
     def abandon(self) -> None:
         """Leave unfinished members open on W&B; the next attempt goes on with them."""
         for run, _ in self.open.values():
@@ -481,7 +471,12 @@ def live(folder: Path, gone: threading.Event) -> int:
         last = over(folder) or gone.is_set()  # before the look: what was written until then is seen
         beat()
         if sender is None and (asked is None or (not last and time.monotonic() - asked > REPROBE)):
-            sender, asked = reach(folder), time.monotonic()
+            asked = time.monotonic()
+            try:
+                sender = Sender(folder, LIVE_SECONDS)
+                print("W&B answers", flush=True)
+            except MissingError as error:
+                print(error, flush=True)
         for member in sorted((folder / "members").glob("*/")) if sender else ():
             stamp = [p.stat().st_mtime_ns for n in ("history.jsonl", "done.json") if (p := member / n).exists()]
             entry = member_entry(folder, member) if last or stamps.get(member) != stamp else None
@@ -503,36 +498,16 @@ def live(folder: Path, gone: threading.Event) -> int:
     return 0
 
 
-def reach(folder: Path) -> Sender | None:
-    try:
-        sender = Sender(folder, LIVE_SECONDS)
-        print("W&B answers", flush=True)
-        return sender
-    except MissingError as error:
-        print(error, flush=True)
-        return None
-
-
 def offline(folder: Path) -> None:
-    """Offline files of everything finished in the run, for `wandb leet` and `wandb sync`; what is there already stays,
-    what is of another attempt or cut off goes: the record is what counts."""
+    """Offline files of everything finished in the run, for `wandb leet` and `wandb sync`, in place of older ones."""
     quiet()
-    wanted, there = {entry.id: entry for entry in entries(folder)}, set()
-    for place in (folder / "wandb").glob("*run-*/"):
-        marker = read_json(place / "mirrored.json", {})
-        entry = wanted.get(marker.get("id"))
-        if entry and marker["record"] == json.loads(json.dumps(entry.record)):
-            there.add(entry.id)
-        elif not place.is_symlink():
-            shutil.rmtree(place, ignore_errors=True)
-    for name in wanted.keys() - there:
-        entry = wanted[name]
-        run = begin(entry, name, "offline", folder, SYNC_SECONDS)
-        place = Path(run.settings.sync_dir)
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    wanted = entries(folder)
+    for entry in wanted:
+        run = begin(entry, entry.id, "offline", folder, SYNC_SECONDS)
         log(run, entry.rows(), {})
         finish(run, entry)
-        record.write_json(place / "mirrored.json", {"id": name, "record": entry.record})
-    print(f"{len(wanted)} W&B runs in offline files, {len(wanted) - len(there)} written now", flush=True)
+    print(f"{len(wanted)} W&B runs in offline files", flush=True)
 
 
 def send_all(folders: list[Path], entity: str | None = None, project: str | None = None) -> int:
@@ -548,7 +523,11 @@ def send_all(folders: list[Path], entity: str | None = None, project: str | None
             sender.folder = folder
             if differing := sender.complete(entry):
                 sent += 1
-                left = sender.verify(entry)
+                for look in range(3):  # its server may take a moment to show what it was given
+                    beat()
+                    if not (left := lacking(entry, sender.remote(entry)[1])):
+                        break
+                    time.sleep(look)
                 short += [entry.name] if left else []
                 lacks = f"; W&B STILL LACKS {', '.join(left)}" if left else ""
                 print(f"  {entry.name}: sent {differing}{lacks}", flush=True)
