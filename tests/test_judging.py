@@ -13,7 +13,7 @@ import pytest
 from lib import claims, config, record
 from lib.errors import MissingError, StudyError
 from lib.run import cli, judge, plan, preflight, runs
-from lib.td_dpo import judge as judging, mt_bench, report, sampling
+from lib.td_dpo import engine, judge as judging, mt_bench, report
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -290,7 +290,7 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
             for t in (1, 2)
         ]
 
-    monkeypatch.setattr(sampling, "answer_questions", stand_in)
+    monkeypatch.setattr(engine, "answer_questions", stand_in)
     settings = {"seed": 42, "max_new_tokens": 4, "batch_size": 1}
     whole = mt_bench.answer(None, None, bench, tmp_path / "a.jsonl", **settings)
     assert asked == [([104], 0.0), ([106], 0.0), ([111], 0.0), ([81], 0.7)]

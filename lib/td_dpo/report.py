@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lib import claims, plots, record, stats
 from lib.plots import Drawing, Look, canvas, housestyle, number, ordered
-from lib.td_dpo.config import METRICS, SECOND_METRIC
+from lib.td_dpo.study import METRICS, SECOND_METRIC
 
 LOOKS = {
     "dpo": Look("DPO", plots.PALETTE[0], "o"),
@@ -351,7 +351,7 @@ def loss_curve(name: str, margin: np.ndarray, *, beta: float, tau: float = 1.0) 
 
     x = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
     zero = torch.zeros_like(x)
-    loss = preference_loss(name, x / 2, -x / 2, zero, zero, beta=beta, tau=tau)[1]["preference_loss"]
+    loss = preference_loss(name, x / 2, -x / 2, zero, zero, beta=beta, tau=tau)[1]
     (slope,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach().numpy(), slope.numpy()
 
@@ -366,7 +366,7 @@ def hessian_eigenvalues(name: str, margin: np.ndarray, *, beta: float, tau: floa
 
     x = torch.tensor(margin, dtype=torch.float64)
     p, zero = torch.stack([x / 2, -x / 2], dim=1).requires_grad_(), torch.zeros_like(x)
-    loss, _ = preference_loss(name, p[:, 0], p[:, 1], zero, zero, beta=beta, tau=tau)
+    loss, *_ = preference_loss(name, p[:, 0], p[:, 1], zero, zero, beta=beta, tau=tau)
     (gradient,) = torch.autograd.grad(loss.sum(), p, create_graph=True)
     (row,) = torch.autograd.grad(gradient[:, 0].sum(), p)
     return torch.stack([row[:, 0] + row[:, 1], row[:, 0] - row[:, 1]], dim=1).numpy()
