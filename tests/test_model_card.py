@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from lib import config, record, training as checkpoints
 from lib.made import write_stand_in
 from lib.run import members, model_card
-from lib.td_dpo import engine, generated, member
+from lib.td_dpo import engine, generated
+from lib.td_dpo.member import load
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -25,7 +26,7 @@ def trained(tiny, monkeypatch):
         run = tiny(seed_list=[1], **changes)
         job = members.submit(run)
         members.collect(job)
-        return job.folders["default-s1"], member.load(members.prepared(run))
+        return job.folders["default-s1"], load(members.prepared(run))
 
     return make
 
