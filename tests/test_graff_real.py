@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import config, record
+from lib import config, record, tables
 from lib.errors import StudyError
 from lib.graff import data, report, schedulers, trainer, warm_start
 from lib.graff.study import implied
@@ -138,7 +138,7 @@ def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  #
     assert len(rows) == 4
     assert min(r["test_loss"] for r in rows) <= found["test_loss"] <= max(r["test_loss"] for r in rows)
     members = {"run_id": "r", "method": "fixed", "learning_rate": 1.0, "seed": 1}
-    pairs = record.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
+    pairs = tables.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
     assert report.scores(pairs, "example", "test_loss")["test_loss"].notna().all()
 
 
