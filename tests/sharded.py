@@ -9,8 +9,7 @@ import torch
 
 from lib import models, training
 from lib.run import sharding
-from lib.td_dpo import engine
-from lib.td_dpo.study import Training
+from lib.td_dpo import reference
 from lib.td_dpo.trainer import PreferenceTrainer
 
 
@@ -63,7 +62,7 @@ def train(argument: dict) -> dict:
         given["validation"],
         tables,
         loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-        training=Training(**argument["training"]),
+        training=argument["training"],
         seed=3,
         folder=folder,
         on_evaluate=look,
@@ -72,4 +71,4 @@ def train(argument: dict) -> dict:
 
 
 def scores(model, rows: list[dict]) -> list:
-    return engine.sequence_logprobs(model, rows).tolist()
+    return reference.sequence_logprobs(model, rows).tolist()

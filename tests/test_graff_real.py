@@ -1,21 +1,16 @@
 """GRAFF on real problems at laptop scale, and the published configurations: what comes along, what is cut, what is
 honoured."""
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from lib import config, record, tables
-from lib.errors import StudyError
-from lib.graff import data, report, schedulers, trainer, warm_start
+from lib import config, record
+from lib.graff import data, report, schedulers, trainer
 from lib.graff.study import implied
-from lib.run import check
+from lib.run import check, members
 from tests.conftest import ROOT
 from tests.test_graff import GSM8K, curve, member_of, shared  # noqa: F401
 
@@ -98,7 +93,7 @@ def test_answers_that_are_cut_are_counted_and_rows_without_an_answer_are_left_ou
     data.prepare(run, tmp_path / "inputs")
     given = data.load(tmp_path / "inputs")
     assert given.report["cut_at_max_tokens"]["train"] > 5
-    assert 0 < given.report["answer_tokens"]["median"] <= given.report["answer_tokens"]["longest"] < 64
+    assert 0 < given.report["longest_answer"] < 64
     assert all(len(row["ids"]) > row["prompt"] for row in given.rows["train"])
     assert len(given.rows["train"]) < len(given.problems["train"])
     assert len(given.rows["dev"]) == len(given.problems["dev"])  # these stand beside their problems
@@ -138,7 +133,7 @@ def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  #
     assert len(rows) == 4
     assert min(r["test_loss"] for r in rows) <= found["test_loss"] <= max(r["test_loss"] for r in rows)
     members = {"run_id": "r", "method": "fixed", "learning_rate": 1.0, "seed": 1}
-    pairs = tables.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
+    pairs = record.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
     assert report.scores(pairs, "example", "test_loss")["test_loss"].notna().all()
 
 
@@ -192,43 +187,11 @@ def test_what_a_model_writes_in_a_loop_says_the_same_as_all_that_it_may_write(sh
     assert units < more
 
 
-# ---- the warm start beside the base model
-
-
-@pytest.mark.parametrize(
-    ("does", "said"),
-    [("open(sys.argv[3], 'w').write('made')", None), ("sys.exit(3)", "ended with 3"), ("pass", "ended with 0")],
-)
-def test_the_warm_start_is_a_process_of_its_own_that_has_to_leave_its_file(tmp_path, monkeypatch, does, said):
-    """A program that stands for python: what it is asked for, what comes of its failing."""
-    program = tmp_path / "python"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'lib.graff.warm_start']\n"
-        f"assert sys.argv[4:] == ['laptop', '{os.getpid()}']\n{does}\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(warm_start.sys, "executable", str(program))
-    made = []
-    refused = pytest.raises(StudyError, match=said) if said else contextlib.nullcontext()
-    with refused, warm_start.in_background(tmp_path / "w.safetensors", "laptop"):
-        made.append("base model")
-    assert made == ["base model"]
-    assert (tmp_path / "w.safetensors").exists() == (said is None)
-
-
-def test_the_warm_starts_process_ends_where_the_base_model_fails(tmp_path, monkeypatch):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexec sleep 600\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(warm_start.sys, "executable", str(program))
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(warm_start.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    with (
-        pytest.raises(RuntimeError, match="no base model"),
-        warm_start.in_background(tmp_path / "w.safetensors", "laptop"),
-    ):
-        raise RuntimeError("no base model")
-    assert started[0].poll() is not None
+def test_all_runs_share_one_preparation():
+    """What the runs differ in, their schedulers, is no part of it."""
+    paths = sorted(GRAFF.parent.glob("*.yaml"))
+    loaded = [config.load_run(path, study="graff", scale="laptop", mode="full") for path in paths]
+    assert len({members.inputs_folder(run) for run in loaded}) == 1 < len(loaded)
 
 
 # ---- published configurations: no key goes unheard

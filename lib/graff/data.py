@@ -400,7 +400,6 @@ def prepare(run, folder: Path) -> None:
     # a row that is cut inside its prompt has nothing to learn from
     rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
-    lengths = sorted(len(row["ids"]) - row["prompt"] for row in rows["train"])
     tokenizer.save_pretrained(folder / "tokenizer")
     record.write_text(folder / "rows.json", json.dumps(rows))
     record.write_text(folder / "problems.json", json.dumps(problems, ensure_ascii=False))
@@ -412,9 +411,7 @@ def prepare(run, folder: Path) -> None:
         "pretraining_loss": closing,
         "examples": {name: len(split) for name, split in problems.items()},
         "cut_at_max_tokens": cut,
-        # beside evaluation.max_new_tokens
-        "answer_tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]} if lengths else {},
-        "answers_with_annotations": sum(bool(ANNOTATION.search(row["answer"])) for row in problems["train"]),
+        "longest_answer": max((len(row["ids"]) - row["prompt"] for row in rows["train"]), default=0),
     }
     record.write_json(folder / "report.json", report)
 

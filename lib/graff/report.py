@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from lib import config, stats, tables
+from lib import config, record, stats
 from lib.claims import Cell, Claims, Paired, choose, pair_up, select
 from lib.graff.budget import energy_to_level
 from lib.graff.study import DIVERGED
@@ -31,7 +30,7 @@ def with_rate(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(learning_rate=set_by[0] if set_by else None)
 
 
-def scores(loaded: tables.Records, kind: str, metric: str) -> pd.DataFrame:
+def scores(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:
     """One row per member and problem: `example` (test problems' exact_match) or `area` (dev problems' area over
     time)."""
     columns = [*KEYS, "example", metric]
@@ -41,7 +40,7 @@ def scores(loaded: tables.Records, kind: str, metric: str) -> pd.DataFrame:
     return rows.reindex(columns=columns).assign(status="completed")
 
 
-def areas(loaded: tables.Records, energies: pd.DataFrame | None = None) -> pd.DataFrame:
+def areas(loaded: record.Records, energies: pd.DataFrame | None = None) -> pd.DataFrame:
     """Areas per problem; `auc_reactor_22` is the same with REACTOR's raised by 22 %, which makes the relative claim a
     difference. `energies` (of `energy_scores`) are of the same problems."""
     rows = scores(loaded, "area", "auc")
@@ -50,12 +49,12 @@ def areas(loaded: tables.Records, energies: pd.DataFrame | None = None) -> pd.Da
     return rows if energies is None else rows.merge(energies, on=[*KEYS, "example"], how="left")
 
 
-def all_members(loaded: tables.Records) -> pd.DataFrame:
+def all_members(loaded: record.Records) -> pd.DataFrame:
     """Finished members and, without metrics, the missing ones: coverage names both."""
     return with_rate(pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True))
 
 
-def _history(loaded: tables.Records, column: str, columns: list[str]) -> pd.DataFrame:
+def _history(loaded: record.Records, column: str, columns: list[str]) -> pd.DataFrame:
     """The rows of the history that have `column`; none, with `columns`, where nothing has finished."""
     rows = loaded.history
     return (
@@ -63,17 +62,17 @@ def _history(loaded: tables.Records, column: str, columns: list[str]) -> pd.Data
     )
 
 
-def steps(loaded: tables.Records) -> pd.DataFrame:
+def steps(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are steps (learning rate, multipliers, loss), with the base rate."""
     return _history(loaded, "eta", ["eta", "fraction", "log_m", "a", "gain", "lambda"])
 
 
-def evaluations(loaded: tables.Records) -> pd.DataFrame:
+def evaluations(loaded: record.Records) -> pd.DataFrame:
     """The history's rows that are evaluations (exact match over consumed time)."""
     return _history(loaded, "exact_match_subset", ["used", "joules", "exact_match_subset", "dev_loss"])
 
 
-def grid(loaded: tables.Records) -> pd.DataFrame:
+def grid(loaded: record.Records) -> pd.DataFrame:
     """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have
     none of (dev_loss) is null where one diverged."""
     names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "test_loss", "steps", "energy"]
@@ -100,7 +99,7 @@ def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float =
     return pd.DataFrame(rows, columns=["run_id", "cell", "label", *names, "seeds"])
 
 
-def gsm1k(loaded: tables.Records, draws: int = 2000) -> pd.DataFrame:
+def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
     """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's
     problems."""
     rows, pairs = [], loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind", "run_id", "cell"])
@@ -219,7 +218,7 @@ def differences(
             row["why not"] = "diverged"
         else:
             difference = paired.values[0] - paired.values[1]
-            mean = stats.crossed_bootstrap(difference, draws=10_000, rng=np.random.default_rng(0))
+            mean = stats.crossed(difference)
             over_seeds = difference.mean(-1)
             row["difference"], row["problems"] = float(mean.value), difference.shape[1]
             row["low"], row["high"] = map(float, stats.interval(mean))
@@ -439,25 +438,6 @@ def multipliers(steps: pd.DataFrame, *, title: str = "Block multipliers over the
     bar = {"label": "log2 of the multiplier"}
     sns.heatmap(table, ax=axes[0, 0], cmap="PuOr", vmin=-top, vmax=top, cbar_kws=bar, xticklabels=4)
     axes[0, 0].set_xlabel("share of the budget used")
+    axes[0, 0].grid(False)
     last = "; ".join(f"{name} {number(value)}" for name, value in table.iloc[:, -1].items())
     return Drawing(drawn, title, f"{title}; log2 at the end: {last}.", table.reset_index())
-
-
-@housestyle
-def guard(steps: pd.DataFrame, beta1: float, *, title: str = "eta lambda against the guard") -> Drawing:
-    """Every step of every member with an estimate, and the two limits. The estimate is made after the step, so that a
-    step may lie above the limit that caps the next."""
-    rows = steps.dropna(subset=["lambda"])
-    rows = rows.assign(product=rows["eta"].astype(float) * rows["lambda"].astype(float))
-    drawn, axes = canvas(title=title)
-    place = axes[0, 0]
-    place.plot(rows["fraction"], rows["product"], ".", markersize=3, color=SOFT)
-    for limit, name in ((1.9, "literal 1.9"), (1.9 * (1 + beta1) / (1 - beta1), "Adam's edge")):
-        place.axhline(limit, color=BAD, linestyle="--", linewidth=1)
-        place.annotate(name, (0.01, limit), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
-    place.set(yscale="log", xlabel="share of the budget used", ylabel="eta × lambda")
-    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    place.yaxis.set_major_formatter(ScalarFormatter())
-    place.yaxis.set_minor_formatter(NullFormatter())
-    alt = f"{title}: largest {number(float(rows['product'].max()))}."
-    return Drawing(drawn, title, alt, rows[["run_id", "seed", "step", "fraction", "product"]])

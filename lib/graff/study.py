@@ -3,29 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lib.config import (
-    Compute,
-    Count,
-    Finding,
-    Flag,
-    Fraction,
-    Name,
-    NonNegative,
-    Optuna,
-    Positive,
-    Run as BaseRun,
-    Section,
-    fault,
-    rename,
-    split_role,
-)
+from lib import config
+from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, fault
 
 # ---- sections of the YAML
 
@@ -103,7 +88,7 @@ class Optimizer(Section):
     type: Literal["adamw"] = "adamw"
     lr_init: Positive
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    weight_decay: NonNegative = 0.0
+    weight_decay: config.NonNegative = 0.0
 
 
 class Scheduler(Section):
@@ -121,7 +106,7 @@ class Scheduler(Section):
     regret: Literal["area", "literal"] | None = None
     controller_lr: Positive | None = None
     baseline_decay: Fraction | None = None
-    entropy_bonus: NonNegative | None = None
+    entropy_bonus: config.NonNegative | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -138,8 +123,7 @@ class Scheduler(Section):
     def _read(self):
         for key, value in self:
             if key != "type" and value is not None and key not in READS[self.type]:
-                fix = "remove it" + "".join(f", or type: {kind}" for kind, own in READS.items() if key in own)
-                raise fault(str(value), f"no such key: {self.type} does not read it", fix, key)
+                raise fault(str(value), f"no such key: {self.type} does not read it", "remove it", key)
         return self
 
 
@@ -176,16 +160,16 @@ class Evaluation(Section):
     energy_level: Annotated[Positive, Field(le=1)] | None = None
 
 
-class Search(Optuna):
+class Search(config.Optuna):
     objective_metric: Name = "dev_exact_match"
 
 
-class Run(BaseRun):
+class Run(config.Run):
     model: Model
     dataset: Dataset
     training: Training
     loss: Loss = Loss()
-    compute: Compute = Compute()
+    compute: config.Compute = config.Compute()
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
 
@@ -198,36 +182,22 @@ VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
 METRICS = {
-    "exact_match": "maximize",
-    "dev_exact_match": "maximize",
-    "flexible_match": "maximize",
-    "auc": "maximize",
-    "energy_to_level": "minimize",
-    "dev_loss": "minimize",
-    "test_loss": "minimize",
-    "gsm1k_gap": "minimize",
+    **dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), "maximize"),
+    **dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize"),
 }
 DIVERGED = dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), 0.0)  # what a diverged run has
 CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
-UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
-    "training.scheduler.cold": "read by check: a full run without a warm start must say so",
-    "training.scheduler.baseline_decay": "read where REACTOR's window of 5 steps ends, which a trial of 2 does not reach",
-    "training.scheduler.entropy_bonus": "read where REACTOR's window of 5 steps ends",
-    "dataset.train_split": "train is the only choice",
-    "dataset.shuffle_buffer": "read when streaming; a buffer larger than the data is a full shuffle, as check says",
-    "dataset.eval_split": "test is refused for a search; it is scored once, at the end, in every run",
-    "dataset.gsm1k": "read in full mode only",
-    "dataset.real": "read where --set dataset.name names real problems",
-    "model.parameter_count": "checked against the model's name",
-    "model.recipe": "read for a made model only",
-    "training.gradient_accumulation_steps": "derived, as check says",
-    "training.optimizer.type": "adamw is the only choice; a scheduler from a package brings its own",
-    "evaluation.interval_steps": "replaced by every 10 % of the budget, as check says",
-    "evaluation.metrics": "both are always recorded",
-    "evaluation.energy_level": "where it is null, the analysis chooses the level from the record",
-    "energy_to_level": "null where no energy can be read, no level is stated, or it is not reached",
-    "gsm1k_gap": "null without a GSM1k file",
-}
+UNREAD = (  # keys and metrics that a trial may leave alone, as `check` reads them, or nothing is lost:
+    # REACTOR's window of 5 steps does not end in a trial of 2
+    *("training.scheduler.cold", "training.scheduler.baseline_decay", "training.scheduler.entropy_bonus"),
+    # the only choice there is, or derived
+    *("dataset.train_split", "training.optimizer.type", "training.gradient_accumulation_steps", "evaluation.metrics"),
+    # read when streaming, in full mode, for a made model, with real problems
+    *("dataset.shuffle_buffer", "dataset.eval_split", "dataset.gsm1k", "dataset.real", "model.recipe"),
+    # replaced, compared with the name, chosen by the analysis where it is null
+    *("evaluation.interval_steps", "model.parameter_count", "evaluation.energy_level"),
+    *("energy_to_level", "gsm1k_gap"),  # null where nothing can be read
+)
 ALIASES = {
     "learning_rate": "training.optimizer.lr_init",
     "adapter_lr_init": "training.optimizer.lr_init",
@@ -255,11 +225,11 @@ def recognises(raw: dict) -> bool:
 def normalise(raw: dict) -> dict:
     """Published names -> ours: dtype, seed, and the role under `method` (the method is the scheduler's type)."""
     if "model" in raw:
-        raw["model"] = rename(raw["model"], {"dtype": "torch_dtype"})
+        raw["model"] = config.rename(raw["model"], {"dtype": "torch_dtype"})
     training = raw.get("training")
     scheduler = training.get("scheduler") if isinstance(training, dict) else None
     kind = scheduler.get("type") if isinstance(scheduler, dict) else None
-    role, method = split_role(raw.get("method"))
+    role, method = config.split_role(raw.get("method"))
     if kind is not None or method is not None:
         raw["method"] = kind if method is None else method
     raw.setdefault("role", role or ("proposed" if kind == "graff" else "comparative"))
@@ -323,95 +293,71 @@ def search_changes(run: Run) -> dict[str, Any]:
 
 
 def check(run: Run) -> list[Finding]:
-    return [Finding(*finding) for finding in (*_batch(run), *_data(run), *_scheduler(run), *_evaluation(run))]
+    return [*_check_sections(run), *_check_scheduler(run)]
 
 
-Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
-
-
-def _batch(run: Run) -> Faults:
-    size, micro, count = run.training.global_batch_size, run.training.micro_batch_size, run.training.accumulation
-    stated, key = run.training.gradient_accumulation_steps, "training.gradient_accumulation_steps"
+def _check_sections(run: Run) -> Iterator[Finding]:
+    training, dataset, rows = run.training, run.dataset, train_rows(run)
+    size, micro, stated = training.global_batch_size, training.micro_batch_size, training.gradient_accumulation_steps
     if size % micro:
-        what = f"{size} is not a multiple of the micro-batch of {micro}"
-        yield "error", "training.global_batch_size", what, f"global_batch_size: {count * micro}"
+        what, fix = f"{size} is not a multiple of {micro}", f"global_batch_size: {training.accumulation * micro}"
+        yield Finding("error", "training.global_batch_size", what, fix)
     elif stated and stated * micro != size:
-        what = f"{micro} x {stated} is {stated * micro}, not the global batch of {size}, which decides: {count} are"
-        yield "warning", key, what + " accumulated", "remove the key, it is derived"
-
-
-def _data(run: Run) -> Faults:
-    dataset, rows, buffer = run.dataset, train_rows(run), run.dataset.shuffle_buffer
+        what = f"{micro} x {stated} is not the global batch of {size}, which decides: {training.accumulation} are"
+        yield Finding("warning", "training.gradient_accumulation_steps", what + " accumulated", "remove the key")
+    if training.mixed_precision == "fp16":
+        what = "differences of float16 gradients are lost to rounding"
+        yield Finding("error", "training.mixed_precision", what, "mixed_precision: bf16")
     if dataset.eval_split == "test" and run.optuna.search_space:
-        fix = f"eval_split: dev ({dataset.dev_size} training examples are held out for it)"
-        yield "error", "dataset.eval_split", "the search would choose on the test split, which is reported once", fix
-    if rows is not None and buffer is not None and buffer > rows:
-        what = f"{buffer} for {rows} training rows: a full shuffle"
-        yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null says the same"
+        what = "the search would choose on the test split, which is reported once"
+        yield Finding("error", "dataset.eval_split", what, f"eval_split: dev ({dataset.dev_size} training examples)")
+    buffer, key = dataset.shuffle_buffer, "dataset.shuffle_buffer"
     if buffer is not None and not dataset.streaming:
-        what = "read when streaming only: without it every epoch is shuffled whole"
-        yield "warning", "dataset.shuffle_buffer", what, "shuffle_buffer: null"
+        yield Finding("warning", key, "read when streaming only: every epoch is shuffled whole", "shuffle_buffer: null")
+    elif buffer is not None and rows is not None and buffer > rows:
+        yield Finding("warning", key, f"{buffer} for {rows} training rows: a full shuffle", "shuffle_buffer: null")
     if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
         what = f"not read, because the YAML itself names {dataset.name}: sizes are those of generated problems"
-        yield "warning", "dataset.real", what, "--set dataset.name=..., or write its values in their sections"
+        yield Finding("warning", "dataset.real", what, "--set dataset.name=..., or write its values in their sections")
     count, name = run.model.parameter_count, run.model.name
     if count is not None and count.lower() not in name.lower():
-        yield "warning", "model.parameter_count", f"{count}, which the name {name} does not say", "remove the key"
+        yield Finding("warning", "model.parameter_count", f"{count}, which the name {name} does not say", "remove it")
+    if run.evaluation.interval_steps is not None:
+        what = "replaced by an evaluation every 10 % of the budget"
+        yield Finding("warning", "evaluation.interval_steps", what, "remove the key")
 
 
-def _scheduler(run: Run) -> Faults:
+def _check_scheduler(run: Run) -> Iterator[Finding]:
     scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
     for name in run.optuna.search_space:
         dotted = ALIASES.get(name, name)
         key = dotted.removeprefix(at)
         if dotted.startswith(at) and key not in READS[kind] and any(key in own for own in READS.values()):
             what = f"the scheduler {kind} does not read {key}"
-            yield "error", f"optuna.search_space.{name}", what, "remove it from the search"
+            yield Finding("error", f"optuna.search_space.{name}", what, "remove it from the search")
     if run.method != kind and not run.method.startswith("graff_" if kind == "graff" else kind):
-        yield "error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}"
+        yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}")
     if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
-        key = "training.scheduler.warm_start_ckpt"
-        yield "error", key, "missing: the planner's encoder is learned in the warm start", MADE_BY[key]
+        what, key = "missing: the planner's encoder is learned in the warm start", at + "warm_start_ckpt"
+        yield Finding("error", key, what, MADE_BY[key])
     decay, bound, beta1 = scheduler.baseline_decay, scheduler.stability_guard, run.training.optimizer.betas[0]
     if decay is not None and decay > 0.95:
-        what = f"{decay} is per window of 5 steps: the baseline remembers about {5 / (1 - decay):.0f} steps"
-        yield "warning", at + "baseline_decay", what, "baseline_decay: 0.9"
+        what = f"per window of 5 steps: the baseline remembers about {5 / (1 - decay):.0f} steps"
+        yield Finding("warning", at + "baseline_decay", what, "baseline_decay: 0.9")
     if bound is not None and scheduler.guard == "adam":
-        factor = f"(1 + b1)/(1 - b1) = {(1 + beta1) / (1 - beta1):.3g}"
-        what = f"{bound} is multiplied by {factor}, Adam's edge of stability"
-        fix = "guard: literal for the bare figure (it hurts), guard: off for none"
-        yield "warning", at + "stability_guard", what, fix
-
-
-def _evaluation(run: Run) -> Faults:
-    training, rows, every = run.training, train_rows(run), run.evaluation.interval_steps
-    if every is not None:
-        what = f"every {every} steps is replaced by every 10 % of the budget"
-        yield "warning", "evaluation.interval_steps", what, "remove the key"
-    if training.mixed_precision == "fp16":
-        what = "differences of float16 gradients are lost to rounding"
-        yield "error", "training.mixed_precision", what, "mixed_precision: bf16"
-    if training.total_steps is not None and rows is not None:
-        epochs = training.total_steps * training.global_batch_size / rows
-        if epochs > 10:
-            what = f"the cap of {training.total_steps} steps is {epochs:.0f} passes over {rows} rows"
-            ends = f"; the budget of {training.budget_minutes:g} minutes ends the run before, unless the GPU is fast"
-            yield "warning", "training.total_steps", what + ends, "total_steps: null"
+        what = f"multiplied by (1 + b1)/(1 - b1) = {(1 + beta1) / (1 - beta1):.3g}, Adam's edge of stability"
+        yield Finding("warning", at + "stability_guard", what, "guard: literal for the bare figure, off for none")
 
 
 # ---- the two entries
 
 
 def prepare(run: Run, folder: Path) -> None:
-    """What all members of the run share, into `folder`. Where the base model is made too, the planner's warm start,
-    which does not need it, is made at the same time."""
+    """What all members of the run share, into `folder`: problems, base model, tokens, and the planner's warm start."""
     from lib.graff import data, warm_start
 
-    file, both = folder / "warm_start.safetensors", run.mode == "full" and run.model.name == "made"
-    with warm_start.in_background(file, run.scale) if both else contextlib.nullcontext():
-        data.prepare(run, folder)
-    if not both:
-        warm_start.make(file, run.scale, run.mode == "trial")
+    data.prepare(run, folder)
+    warm_start.make(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
 
 
 def train(member, folder: Path, shared: Path) -> dict:

@@ -145,14 +145,14 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
     """The run's scheduler; `planner`: tensors that the warm start goes on from, learning the encoder too."""
     section, made = run.training.scheduler, Path(shared) / "warm_start.safetensors"
     if planner is not None:
-        scheduler = schedulers.Graff(section, layers, encoder_lr=ENCODER_LR)
+        scheduler = schedulers.Graff(section, layers, ENCODER_LR)
         if planner:
             scheduler.planner.load_state_dict(planner)
         return scheduler
     scheduler, path = schedulers.make(section, layers), section.warm_start_ckpt
     if path:
         scheduler.planner.load_state_dict(load_warm_start(str(made) if path == "made" else path))
-    if isinstance(scheduler, schedulers.Hypergradient) and made.exists():
+    if hasattr(scheduler, "gain") and made.exists():  # hypergradient descent, matched to the planner
         planner = pl.Planner()
         planner.load_state_dict(load_file(made))
         scheduler.gain = pl.gain(planner, layers)

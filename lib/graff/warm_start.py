@@ -7,22 +7,14 @@ Encoder and decoder both learn here; online W alone does. The file's tensors do 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from lib import config
-from lib.errors import StudyError
 from lib.graff import data, trainer
 
 # An episode each; half the batch is half the time on the virtual clock, so half the budget.
@@ -36,9 +28,6 @@ def recipe(scale: str, steps: int, batch: int, place: Path):
     hidden, layers = SIZES[scale]
     raw = {
         "run_id": "warm_start",
-        "method": "graff",
-        "role": "proposed",
-        "seed_list": [7],
         "model": {
             "name": "made",
             "lora": {"r": 8},
@@ -82,37 +71,7 @@ def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
     return metrics
 
 
-@contextlib.contextmanager
-def in_background(out: Path, scale: str) -> Iterator[None]:
-    """The command above in a process of its own while the body does something else, and no longer: with as many
-    threads, so that the file is the same. Raises StudyError where it ended without one."""
-    threads = str(torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "lib.graff.warm_start", str(out), scale, str(os.getpid())]
-    process = subprocess.Popen(
-        command, cwd=config.ROOT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        yield
-        if process.wait() or not out.exists():
-            ended, fix = f"its process ended with {process.returncode}", "read its error above this in the log"
-            raise StudyError("the planner's warm start", ended, f"the file {out.name}", fix)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process when the one that started it, which alone needs the file, is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    if sys.argv[3:]:
-        threading.Thread(target=end_with_parent, args=[int(sys.argv[3])], daemon=True).start()
     file = Path(sys.argv[1])
     for row in make(file, *sys.argv[2:3]):
         print({key: row.get(key) for key in ("status", "steps", "used", "budget", "dev_loss")})
