@@ -96,3 +96,44 @@ def test_editing_any_function_that_a_member_executes_changes_its_key(study, copy
             (copy.root / file).write_text(text)
     assert tried > 50
     assert not missed
+
+
+def test_checks_figures_and_claims_wording_make_no_member_stale(copy):
+    before = {study: copy.code(study) for study in RUNS}
+    appended = "\n\ndef drawn_later(values):\n    return 'some words'\n"
+    for path in ("lib/claims.py", "lib/plots.py", "lib/run/check.py", *(f"lib/{study}/report.py" for study in RUNS)):
+        if (copy.root / path).exists():
+            (copy.root / path).write_text((copy.root / path).read_text() + appended)
+    for path in sorted(copy.root.glob("lib/**/*.py")):  # the words of every error
+        tree = ast.parse(path.read_text())
+        for raised in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
+            for part in ast.walk(raised):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    part.value += " in other words"
+        path.write_text(ast.unparse(tree))
+    assert {study: copy.code(study) for study in RUNS} == before
+
+
+def test_editing_a_loss_retrains_the_members_that_use_it_and_adding_one_retrains_none(copy):
+    path = "lib/td_dpo/losses.py"
+    before = {name: copy.code("td_dpo", f"{name}.yaml") for name in ("dpo", "td_dpo", "discopop")}
+    text = (copy.root / path).read_text()
+    added = text.replace('    "dpo": dpo,', '    "dpo": dpo,\n    "another": another,', 1)
+    assert added != text
+    (copy.root / path).write_text(added + "\n\ndef another(log_ratios, beta):\n    return log_ratios * beta\n")
+    assert {name: copy.code("td_dpo", f"{name}.yaml") for name in before} == before
+
+    copy.edit(path, "def discopop(", "def discopop(  # edited\n    ")
+    assert copy.code("td_dpo", "discopop.yaml") == before["discopop"], "a comment"
+    tree = ast.parse((copy.root / path).read_text())
+    (edited,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "discopop"]
+    edited.body.append(ast.parse("edited = 1").body[0])
+    (copy.root / path).write_text(ast.unparse(tree))
+    assert copy.code("td_dpo", "dpo.yaml") == before["dpo"]
+    after = copy.code("td_dpo", "discopop.yaml")
+    assert reach.changed(before["discopop"], after) == ["lib/td_dpo/losses.py discopop"]
+    code = (before["discopop"], after)
+    assert "code changed: lib/td_dpo/losses.py discopop" in keys.difference({"code": "a"}, KEY | {"code": "b"}, code)
+
+
+KEY = {"all": "x", "config": {}, "versions": {}}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, keys, plan, pool, progress, ready
+from lib.run import check, cluster, plan, pool, progress, ready
 from lib.run.options import parser, short, wants
 
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -45,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
-    if options.jobs is not None and options.jobs < 1:
-        print(f"--jobs: found {options.jobs}; expected 1 or more", file=sys.stderr)
-        return 2
     return guarded(lambda: dispatch(options))
 
 
@@ -55,11 +52,22 @@ def dispatch(options) -> int:
     if options.command == "status":
         return progress.status(root_of(options), options.study)
     if options.command == "report":
-        return rebuild(options)
-    if options.command in ("sync", "pull"):
-        return mirror(options)
+        return rebuild()
+    if options.command == "sync":
+        from lib.run import sync
+
+        return sync.sync(roots_of(options), options)
+    if options.command == "pull":
+        from lib.run import sync
+
+        runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.has_notebooks(r)]
+        return sync.pull(runs, OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
-        return judge(options)
+        from lib.run import judge
+
+        runs = chosen(options) if options.params else []
+        named = {(r.study, r.run_id) for _, r, _ in runs if not isinstance(r, StudyError)} if options.params else None
+        return judge.command(options, roots_of(options), named, OUTPUTS)
     return run(options)
 
 
@@ -92,11 +100,15 @@ def root_of(options) -> Path:
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
-    if (
-        len(os.fsencode(suffix)) > LONGEST
-    ):  # a folder's name has 255 bytes at most: many changes are told apart by their digest
-        suffix = f"{os.fsencode(suffix)[:LONGEST].decode(errors='ignore')}...{keys.digest(suffix)[:8]}"
+    if len(os.fsencode(suffix)) > LONGEST:  # a folder's name has 255 bytes at most: the digest tells many changes apart
+        suffix = f"{os.fsencode(suffix)[:LONGEST].decode(errors='ignore')}...{record.digest(suffix)[:8]}"
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
+
+
+def roots_of(options) -> list[Path]:
+    """Every scale's records, or those that --scale, --set and --grid name."""
+    roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
+    return [root for root in roots if root.is_dir()]
 
 
 def chosen(options) -> list[tuple]:
@@ -109,36 +121,26 @@ def chosen(options) -> list[tuple]:
         overrides[key] = value
     for study in options.study or []:
         config.study_module(study)
-    folders = (
-        [Path(options.params)]
-        if options.params
-        else [config.ROOT / "params" / s / options.scale for s in config.studies()]
-    )
+    folders = [config.ROOT / "params" / study / options.scale for study in options.study or config.studies()]
+    folders = [Path(options.params)] if options.params else [folder for folder in folders if folder.is_dir()]
     found = []
     for folder in folders:
-        if not options.params and (not folder.is_dir() or (options.study and folder.parent.name not in options.study)):
-            continue
-        results = root_of(options)
         for path, loaded, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            if isinstance(loaded, StudyError):
-                if wants(options, path.stem):
-                    found.append((path, loaded, findings))
+            failed = isinstance(loaded, StudyError)
+            if not wants(options, path.stem if failed else loaded.run_id):
                 continue
-            if (options.study and loaded.study not in options.study) or not wants(options, loaded.run_id):
-                continue
-            loaded = loaded.model_copy(update={"results_dir": results / loaded.study})
-            if options.grid:
-                loaded = config.apply(
-                    loaded, {"grid": [{**b, "seeds": None} for b in config.dump(loaded)["grid"] or []] or None}
-                )
+            if not failed:
+                if options.study and loaded.study not in options.study:
+                    continue
+                loaded = loaded.model_copy(update={"results_dir": root_of(options) / loaded.study})
+                if options.grid:
+                    blocks = [{**block, "seeds": None} for block in config.dump(loaded)["grid"] or []]
+                    loaded = config.apply(loaded, {"grid": blocks or None})
             found.append((path, loaded, findings))
     if not found:
-        raise StudyError(
-            "the run YAMLs",
-            f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}",
-            f"files below {', '.join(map(str, folders))}",
-            "./run_all.sh plan lists them",
-        )
+        what = f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}"
+        where = f"files below {', '.join(map(str, folders))}"
+        raise StudyError("the run YAMLs", what, where, "./run_all.sh plan lists them")
     return found
 
 
@@ -196,100 +198,76 @@ def execute(options, runs: list, whole: list) -> int:
     with runner.locked(root):
         runner.free_space(root)
         runner.remove_leftovers(root)
-        listed = [r for r in whole if not isinstance(r, StudyError)]
-        write_run_lists([r for r in listed if r.study in {run.study for run in runs}])
+        studies = {run.study for run in runs}
+        write_run_lists([r for r in whole if not isinstance(r, StudyError) and r.study in studies])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         runner.stay_inside(root, steps)
-        slots = slots_of(options)
-        to_do, predicted = [s for s in steps if s.reason], plan.forecast(steps, slots)
-        print(
-            f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; "
-            + (progress.predicted(predicted, "about ") if to_do else "nothing to do"),
-            flush=True,
-        )
+        slots, to_do = slots_of(options), [step for step in steps if step.reason]
+        long = progress.predicted(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
+        print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")
         for step in steps:
             print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
-        finished, ok = None, True
-        if to_do:
-            finished = runner.Runner(
-                steps,
-                slots,
-                fail_fast=options.fail_fast,
-                force=options.force,
-                keep_secrets=options.mode == "full"
-                and (options.scale == "paper" or any(r.optuna.storage for r in runs)),
-                max_hours=options.max_hours,
-                cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
-                on_end=lambda step, state: (
-                    progress.verdicts([step]) if state == "succeeded" and options.mode == "full" else None
-                ),
-            )
-            started = time.time()
-            try:
-                ok = finished.run()
-            finally:
-                with contextlib.suppress(OSError):  # a full or read-only disk has been told of already
-                    runner.remove_leftovers(root)
-                print(f"ended after {progress.duration(time.time() - started)}")
-                progress.table(steps, finished)
+        finished = execute_steps(options, root, steps, slots, runs) if to_do else None
     index = pages.index_html(OUTPUTS)
     if options.mode == "full":
         progress.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
-    if not ok and set(finished.state.values()) <= {"cached", "succeeded", "postponed"}:
+    states = set(finished.state.values()) if finished else set()
+    if states <= {"cached", "succeeded"}:
+        return 0
+    if states <= {"cached", "succeeded", "postponed"}:
         print("--max-hours left something to do: the same command goes on with it")
         return 4
-    return 0 if ok else 1
+    return 1
+
+
+def execute_steps(options, root: Path, steps: list, slots: int, runs: list):
+    """The runner that has executed them."""
+    from lib.run import runner
+
+    def on_end(step, state: str) -> None:
+        if state == "succeeded" and options.mode == "full":
+            progress.verdicts([step])
+
+    needs_secrets = options.scale == "paper" or any(run.optuna.storage for run in runs)
+    finished, started = (
+        runner.Runner(
+            steps,
+            slots,
+            fail_fast=options.fail_fast,
+            force=options.force,
+            keep_secrets=options.mode == "full" and needs_secrets,
+            max_hours=options.max_hours,
+            cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
+            on_end=on_end,
+        ),
+        time.time(),
+    )
+    try:
+        finished.run()
+    finally:
+        with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
+            runner.remove_leftovers(root)
+        print(f"ended after {progress.duration(time.time() - started)}")
+        progress.table(steps, finished)
+    return finished
 
 
 def write_run_lists(runs: list) -> None:
     """For the analysis: which runs its study has, whether or not they leave a record."""
-    for results in dict.fromkeys(run.results_dir for run in runs):
-        record.write_json(
-            Path(results) / "comparison" / "runs.json",
-            [
-                {**config.dump(r), "study": r.study, "scale": r.scale, "mode": r.mode}
-                for r in runs
-                if r.results_dir == results
-            ],
-        )
+    lists: dict[Path, list] = {}
+    for run in runs:
+        listed = {**config.dump(run), "study": run.study, "scale": run.scale, "mode": run.mode}
+        lists.setdefault(Path(run.results_dir), []).append(listed)
+    for results, listed in lists.items():
+        record.write_json(results / "comparison" / "runs.json", listed)
 
 
-def rebuild(options) -> int:
+def rebuild() -> int:
+    """Make the pages anew from the notebooks and the records."""
     from lib.run import pages
 
-    for notebook in sorted((OUTPUTS).glob("*/*/*/*.ipynb")) + sorted((OUTPUTS).glob("*/*/*/sweep/*.ipynb")):
+    for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook, notebook.with_suffix(".html"))
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
-
-
-def mirror(options) -> int:
-    """`sync`: every scale's records, or those that --scale, --set and --grid name; `pull`: the YAMLs' runs."""
-    from lib.run import sync
-
-    if options.command == "sync":
-        return sync.sync(roots_of(options), options)
-    runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.has_notebooks(r)]
-    return sync.pull(runs, OUTPUTS, root_of(options).name, options)
-
-
-def roots_of(options) -> list[Path]:
-    """Every scale's records, or those that --scale, --set and --grid name."""
-    return [
-        root
-        for root in (sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)])
-        if root.is_dir()
-    ]
-
-
-def judge(options) -> int:
-    """Have saved answers graded; --params: those of its YAMLs' runs."""
-    from lib.run import judge
-
-    named = (
-        {(r.study, r.run_id) for _, r, _ in chosen(options) if not isinstance(r, StudyError)}
-        if options.params
-        else None
-    )
-    return judge.judge(options, roots_of(options), named, OUTPUTS)
