@@ -67,7 +67,7 @@ def dispatch(options) -> int:
 
         runs = chosen(options) if options.params else []
         named = {(r.study, r.run_id) for _, r, _ in runs if not isinstance(r, StudyError)} if options.params else None
-        return judge.command(options, roots_of(options), named, OUTPUTS)
+        return judge.judge(options, roots_of(options), named, OUTPUTS)
     return run(options)
 
 
