@@ -22,13 +22,13 @@ NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb
 # ---- how much a reader has to know, and which way imports go
 
 # Limits only go down; one is raised with its reason beside it. Lines are code lines: no blanks, comments, docstrings.
-LIB = {"lines": 15_150, "files": 78}  # to come down to 10,000 in 70
+LIB = {"lines": 14_540, "files": 65}  # to come down to 10,000 in 70
 REACH = {
-    "td_dpo": (28, 4_500),
-    "iw_lora": (16, 2_700),
-    "graff": (16, 3_150),
+    "td_dpo": (11, 2_150),
+    "iw_lora": (11, 2_550),
+    "graff": (14, 3_080),
 }  # files and lines of a member: to 16 and 2,700
-OWN = {"td_dpo": 23, "iw_lora": 6, "graff": 8}  # modules of a study's own: td_dpo's to come down to 10
+OWN = {"td_dpo": 10, "iw_lora": 5, "graff": 8}  # modules of a study's own
 BASE = {"config", "errors", "record", "stats"}  # what all others may import, and that import nothing else
 
 

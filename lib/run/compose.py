@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from ruamel.yaml import YAML, CommentedMap, CommentedSeq
 from ruamel.yaml.emitter import Emitter
 from ruamel.yaml.error import CommentMark
@@ -308,9 +308,7 @@ def _runs(design: Design) -> Iterator[Run]:
     """The combinations that no `only` rules out, scale by scale, in the order of the methods."""
     for scale, kinds in design.factors.items():
         for names in itertools.product(*kinds.values()):
-            run = Run(
-                scale, dict(zip(kinds, names, strict=True)), [kinds[k][n] for k, n in zip(kinds, names, strict=True)]
-            )
+            run = Run(scale, dict(zip(kinds, names, strict=True)), list(map(dict.get, kinds.values(), names)))
             if all(_allows(kind, f.level.only, design, run) for kind, f in zip(kinds, run.factors, strict=True)):
                 yield run
 
@@ -351,10 +349,9 @@ def _run_id(design: Design, run: Run, numbers: dict[str, str]) -> str:
         return known[match[1]]
 
     name = re.sub(r"<(\w+)>", fill, run.last("name") or design.top.scales[run.scale].name or default)
-    try:
-        return TypeAdapter(RunId).validate_python(name)
-    except ValidationError:  # a path, say
-        raise StudyError(where, f"{name!r} as a run_id", "a file name of letters, digits and . _ + -") from None
+    if Path(name).name != name:  # a path; what else is wrong with a name is found when its run is validated
+        raise StudyError(where, f"{name!r} as a run_id", "a file name of letters, digits and . _ + -")
+    return name
 
 
 def _run_text(design: Design, run: Run, name: str) -> str:
@@ -371,17 +368,10 @@ def _run_text(design: Design, run: Run, name: str) -> str:
             del home[key]
         else:
             _put(base, edit)
-    about = [line for factor in run.factors for line in factor.level.about.strip().splitlines()]
+    about = [f"# {line}".rstrip() for factor in run.factors for line in factor.level.about.strip().splitlines()]
     head = {"run_id": name, "method": run.names["method"], "role": run.last("role") or ""}
-    return "\n".join(
-        [
-            *(f"# {line}".rstrip() for line in about),
-            WRITTEN_BY.format("../design.yaml"),
-            *(f"{key}: {text if parse_yaml(text, key) == text else json.dumps(text)}" for key, text in head.items()),
-            "",
-            _text(base, 3).lstrip("\n"),
-        ]
-    )
+    head = [f"{key}: {text if parse_yaml(text, key) == text else json.dumps(text)}" for key, text in head.items()]
+    return "\n".join([*about, WRITTEN_BY.format("../design.yaml"), *head, "", _text(base, 3).lstrip("\n")])
 
 
 def _edits(run: Run) -> list[Edit]:
@@ -426,13 +416,14 @@ def _spelled_out(design: Design, claims: CommentedSeq) -> CommentedSeq:
         each = claim.pop("each", None)
         if each is not None and (not isinstance(each, dict) or "id" in claim):
             raise StudyError(where, "no mapping, or an id beside it", "each: {<level>: <the claim's id>}")
-        for name, claim_id in (each or {None: None}).items():
+        for name, claim_id in (each or {"": ""}).items():
             one = copy.deepcopy(claim)
-            if name is not None:
-                if name not in known:
-                    fix = did_you_mean(name, list(known), "")
-                    raise StudyError(where, repr(name), "a method, model, data set or variant", fix)
-                _fill(one, name, *known[name], where)
+            if name and name not in known:
+                expected, fix = "a method, model, data set or variant", did_you_mean(name, list(known), "")
+                raise StudyError(where, repr(name), expected, fix)
+            if name:
+                kind, label = known[name]
+                _fill(one, {f"<{kind}>": name, f"<{kind}.label>": label}, where)
                 one.insert(0, "id", claim_id)
             found.append((one, copy.deepcopy(claims.ca.items.get(i))))
     if len(found) > len(claims):
@@ -442,22 +433,22 @@ def _spelled_out(design: Design, claims: CommentedSeq) -> CommentedSeq:
     return out
 
 
-def _fill(part: CommentedMap | CommentedSeq, name: str, kind: str, label: str | None, where: str) -> None:
-    """Fill <kind> and <kind.label> into the strings of `part`, at any depth."""
+def _fill(part: CommentedMap | CommentedSeq, known: Mapping[str, str | None], where: str) -> None:
+    """Fill the marks <kind> and <kind.label> into the strings of `part`, at any depth."""
 
     def fill(match: re.Match) -> str:
         if match[1] not in KINDS:
             return match[0]
-        if match[1] != kind or (match[2] and not label):
-            found = match[0] + ("" if label else f", and {name} has no label")
-            raise StudyError(where, found, f"<{kind}> or <{kind}.label>", "" if label else f"label: of {name}")
-        return label if match[2] else name
+        if (text := known.get(match[0])) is None:
+            fix = "" if match[0] not in known else "label: of the level"
+            raise StudyError(where, match[0], " or ".join(mark for mark in known if known[mark]), fix)
+        return text
 
     for key, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
         if isinstance(value, str):
             part[key] = type(value)(re.sub(r"<(\w+)(\.label)?>", fill, value))
         elif isinstance(value, dict | list):
-            _fill(value, name, kind, label, where)
+            _fill(value, known, where)
 
 
 # ---- the command
@@ -481,18 +472,12 @@ def main(argv: list[str]) -> int:
         files, new, differing = _compare(path, out)
         _validate(path, out, files)
         if differing and not (options.force or options.dry_run):
-            shown = "".join(
-                f"\n  {display_path(file)}: {' | '.join(_lines(file, text))}" for file, text in differing.items()
-            )
+            shown = "".join(f"\n  {display_path(f)}: {' | '.join(_lines(f, text))}" for f, text in differing.items())
             found = f"files that differ from what it writes: {len(differing)} (- file, + design){shown}"
-            fix = (
-                "--force, to overwrite; --dry-run, to see the lines; or bring into the design what was changed by hand"
-            )
+            fix = "--force, to overwrite; --dry-run, to see the lines; or change the design to what the files say"
             raise StudyError(display_path(path), found, "new files, or files as they are", fix)
-        as_they_are = len(files) - len(new) - len(differing)
-        print(
-            f"{display_path(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {as_they_are} as they are"
-        )
+        same = len(files) - len(new) - len(differing)
+        print(f"{display_path(path)}: {len(files)} files; {len(new)} new, {len(differing)} differ, {same} as they are")
         for file, text in (new | differing).items():
             print(f"  {'differs' if file in differing else 'new'}: {display_path(file)}")
             if options.dry_run:
