@@ -252,13 +252,6 @@ def section_type(annotation: Any, inside: bool = False) -> type[BaseModel] | Non
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def rename(section: Any, names: dict[str, str]) -> Any:
-    """A section with published keys under our names; where both are written the published one stays, to be refused."""
-    if not isinstance(section, dict):
-        return section
-    return {names[key] if key in names and names[key] not in section else key: value for key, value in section.items()}
-
-
 def split_role(method: Any) -> tuple[str | None, Any]:
     """(role, method): published files write the role under `method`, as `proposed` or `comparative-1`."""
     role = method.split("-")[0] if isinstance(method, str) else None

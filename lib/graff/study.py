@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, fault
@@ -61,7 +61,9 @@ class Model(Section):
     name: Name
     recipe: Recipe | None = None
     revision: str | None = None
-    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    torch_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", validation_alias=AliasChoices("torch_dtype", "dtype")
+    )
     lora: Lora = Lora()
     parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the name
     trust_remote_code: Flag = False
@@ -223,9 +225,7 @@ def recognises(raw: dict) -> bool:
 
 
 def normalise(raw: dict) -> dict:
-    """Published names -> ours: dtype, seed, and the role under `method` (the method is the scheduler's type)."""
-    if "model" in raw:
-        raw["model"] = config.rename(raw["model"], {"dtype": "torch_dtype"})
+    """Published names -> ours: the seed, and the role under `method` (the method is the scheduler's type)."""
     training = raw.get("training")
     scheduler = training.get("scheduler") if isinstance(training, dict) else None
     kind = scheduler.get("type") if isinstance(scheduler, dict) else None

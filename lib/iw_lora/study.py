@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from lib.config import (
     Compute,
@@ -25,7 +25,6 @@ from lib.config import (
     Section,
     Whole,
     fault,
-    rename,
     split_role,
 )
 
@@ -130,13 +129,15 @@ class Training(Section):
     loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "linear", validation_alias=AliasChoices("lr_scheduler_type", "lr_scheduler")
+    )
     warmup_ratio: Fraction = 0.0
     warmup_steps: Whole | None = None
     max_grad_norm: Positive = 1.0
     fp16: Flag = False
     bf16: Flag = False
-    logging_steps: Count = 50
+    logging_steps: Count = Field(50, validation_alias=AliasChoices("logging_steps", "log_every_n_steps"))
     save_strategy: Literal["epoch", "steps", "best", "no"] = "epoch"
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
     eval_steps: Count | None = None
@@ -175,7 +176,7 @@ class Loss(Section):
     """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
 
     penalty: Literal["none", "importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2"] = "none"
-    alpha: NonNegative = 1e-4
+    alpha: NonNegative = Field(1e-4, validation_alias=AliasChoices("alpha", "reg_alpha"))
     beta: NonNegative = 1.0
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
@@ -188,7 +189,7 @@ class Evaluation(Section):
 
 
 class Search(Optuna):
-    objective_metric: Name = VALIDATION_METRIC
+    objective_metric: Name = Field(VALIDATION_METRIC, validation_alias=AliasChoices("objective_metric", "metric_name"))
 
 
 class Run(BaseRun):
@@ -243,10 +244,6 @@ ALIASES = {
 }
 PATHS = ("model.name", "dataset.name")
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
-PUBLISHED = {
-    "training": {"lr_scheduler": "lr_scheduler_type", "log_every_n_steps": "logging_steps"},
-    "optuna": {"metric_name": "objective_metric"},
-}
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 
@@ -260,14 +257,11 @@ def normalise(raw: dict) -> dict:
     """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role."""
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
-        published = rename(model["importance_weighted_regularisation"], {"reg_alpha": "alpha"})
+        published = dict(model["importance_weighted_regularisation"])
         enabled = published.pop("enabled", True)
         raw["model"] = {key: value for key, value in model.items() if key != "importance_weighted_regularisation"}
         own = raw.get("loss") if isinstance(raw.get("loss"), dict) else {}
         raw["loss"] = {"penalty": "importance" if enabled else "none", **published, **own}
-    for section, names in PUBLISHED.items():
-        if section in raw:
-            raw[section] = rename(raw[section], names)
     if isinstance(raw.get("training"), dict) and "seed" in raw["training"] and "seed_list" not in raw:
         raw["seed_list"] = [raw["training"].pop("seed")]
     return set_role(raw)
