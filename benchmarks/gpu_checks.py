@@ -30,8 +30,8 @@ from benchmarks import random_llama
 from lib import models, record, training
 from lib.errors import OutOfMemory
 from lib.run import preflight, sharding
-from lib.td_dpo.logprobs import row_tokens
-from lib.td_dpo.reference import sequence_logprobs
+from lib.td_dpo.engine import row_tokens, sequence_logprobs
+from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def measure(argument: dict) -> dict:
             [],
             reference,
             loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-            training=section,
+            training=Training(**section),
             seed=1,
             folder=folder,
         ).fit()

@@ -188,7 +188,7 @@ def trl(spec: dict) -> None:
     from trl import DPOConfig
 
     from benchmarks.preference_arms import Stock
-    from lib.td_dpo import inputs
+    from lib.td_dpo import member as td_dpo
 
     torch.set_num_threads(spec["threads"])
     disable_progress_bars()
@@ -196,7 +196,7 @@ def trl(spec: dict) -> None:
     transformers.utils.logging.disable_progress_bar()
     if spec["arm"] == "best":
         trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
-    given, training = inputs.load(Path(spec["shared"])), spec["training"]
+    given, training = td_dpo.load(Path(spec["shared"])), spec["training"]
     needed = (
         training["max_steps"] * training["per_device_train_batch_size"]
     )  # a reference that is not used is not waited for

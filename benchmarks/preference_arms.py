@@ -28,8 +28,8 @@ from benchmarks import random_llama
 from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models
-from lib.td_dpo.logprobs import keep_4bit_differentiable
-from lib.td_dpo.reference import sequence_logprobs
+from lib.td_dpo.engine import keep_4bit_differentiable, sequence_logprobs
+from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import SeededOrder
 
@@ -99,7 +99,7 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
         [],
         {"train": reference},
         loss={"name": "dpo", "beta": BETA},
-        training={**_arguments(spec), "global_batch_size": spec["batch"]},
+        training=Training(**_arguments(spec), global_batch_size=spec["batch"]),
         seed=SEED,
         folder=folder,
     ).fit()

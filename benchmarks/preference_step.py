@@ -48,9 +48,7 @@ def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
 
 def real_rows(path: str, count: int, vocabulary: int, longest: int) -> list[dict]:
     """`count` tokenised pairs of a data set, by a tokenizer made from its own training answers."""
-    from lib.td_dpo.base_model import make_tokenizer
-    from lib.td_dpo.data import load_splits
-    from lib.td_dpo.tokens import encode_pairs
+    from lib.td_dpo.data import encode_pairs, load_splits, make_tokenizer
 
     pairs = load_splits({"name": path, "on_bad_row": "drop"})[0]["train"]
     texts = [pair[side][0]["content"] for pair in pairs for side in ("chosen", "rejected")]

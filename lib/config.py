@@ -180,6 +180,7 @@ class Wandb(Section):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
+    report_to: None = None  # written by records of before, when other trackers could be named
 
 
 class Block(Section):

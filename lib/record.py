@@ -1,8 +1,8 @@
 """What a run leaves behind, written so that a kill, a full disk or a crash never leaves half a truth.
 
 JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` only grows, one flushed line
-per step, and a torn last line (the process died inside the write) is dropped by the reader. `load` turns the folders of
-one study into the tables that analysis reads.
+per step, and a torn last line (the process died inside the write) is dropped by the reader. Text that goes into a record,
+a log or a terminal holds no secret and nothing that acts on a terminal.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import signal
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -279,21 +278,7 @@ class Log:
                 file.write(text)
 
 
-# ---- the records of a study as tables
-
-
-@dataclass
-class Records:
-    """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
-    `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
-    interleaved step times of a method and its baseline."""
-
-    members: "pandas.DataFrame"  # noqa: F821 (pandas is imported where it is used: `plan` must start in a second)
-    history: "pandas.DataFrame"  # noqa: F821
-    answers: "pandas.DataFrame"  # noqa: F821
-    pairs: "pandas.DataFrame"  # noqa: F821
-    costs: "pandas.DataFrame"  # noqa: F821
-    missing: list[dict] = field(default_factory=list)
+# ---- what a member's rows begin with
 
 
 def identity(spec: dict) -> dict:
@@ -310,71 +295,3 @@ def identity(spec: dict) -> dict:
         **cell,
         "seed": spec["seed"],
     }
-
-
-def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:
-    """Read the members below `results_dir`/<run_id>/<subfolder>.
-
-    `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
-    Raises StudyError where finished members were made by different states of a function (code.json).
-    """
-    import pandas as pd
-
-    tables = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
-    wanted = None if expected is None else {(m.run_id, m.id) for m in expected}
-    code: dict[tuple[str, str], tuple[str, str]] = {}
-    seen = set()
-    for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
-        folder, sentinel = done.parent, read_json(done, {})
-        if sentinel.get("status") not in FINISHED or (
-            wanted is not None and (sentinel["run_id"], folder.name) not in wanted
-        ):
-            continue
-        spec, metrics = read_json(folder / "member.json", {}), read_json(folder / "metrics.json", {})
-        who = identity(spec)
-        name = f"{who['run_id']}/{folder.name}"
-        for module, definitions in read_json(folder / "code.json", {}).items():
-            for definition, digest_then in definitions.items():
-                first = code.setdefault((module, definition), (digest_then, name))
-                if first[0] != digest_then:
-                    raise StudyError(
-                        str(results_dir),
-                        f"members made by different code ({module} {definition}): {first[1]} and {name}",
-                        "records of one state of the code",
-                        "./run_all.sh again (it retrains what is stale)",
-                    )
-        seen.add((who["run_id"], folder.name))
-        tables["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
-        tables["history"] += [{**who, **row} for row in read_jsonl(folder / "history.jsonl")]
-        for row in read_jsonl(folder / "predictions.jsonl"):
-            tables["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
-    for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
-        run = read_json(path.parent / "metrics.json", {})
-        tables["costs"] += [
-            {"run_id": path.parent.name, "method": run.get("method"), **row} for row in read_jsonl(path)
-        ]
-    missing = [
-        {
-            "run_id": m.run_id,
-            "method": m.run.method,
-            "member": m.id,
-            "seed": m.seed,
-            **{key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()},
-            **_state(Path(results_dir) / m.run_id / subfolder / m.id),
-        }
-        for m in expected or []
-        if (m.run_id, m.id) not in seen
-    ]
-    return Records(**{name: pd.DataFrame(rows) for name, rows in tables.items()}, missing=missing)
-
-
-def _state(folder: Path) -> dict:
-    """What is known of a member with no finished record."""
-    error = read_json(folder / "error.json")
-    if error:
-        return {"status": error.get("status", "failed"), "why": error.get("exception", "")}
-    return (
-        {"status": "lost", "why": "its process went away"}
-        if (folder / "member.json").exists()
-        else {"status": "missing", "why": "never started"}
-    )

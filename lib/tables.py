@@ -1,18 +1,87 @@
-"""Tables for people: a DataFrame as HTML with a caption and header scopes, and the metrics of runs against their
-baselines."""
+"""The records of a study as tables, tables for people, and the metrics of runs against their baselines."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lib import config, record
+from lib.errors import StudyError
 from lib.plots import number, outcomes
+
+# ---- the records of a study
+
+
+@dataclass
+class Records:
+    """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
+    `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
+    interleaved step times of a method and its baseline."""
+
+    members: pd.DataFrame
+    history: pd.DataFrame
+    answers: pd.DataFrame
+    pairs: pd.DataFrame
+    costs: pd.DataFrame
+    missing: list[dict] = field(default_factory=list)
+
+
+def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:
+    """Read the members below `results_dir`/<run_id>/<subfolder>.
+
+    `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
+    Raises StudyError where finished members were made by different states of a function (code.json).
+    """
+    rows = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
+    planned = {(m.run_id, m.id): m for m in expected or []}
+    code: dict[tuple[str, str], tuple[str, str]] = {}
+    finished = set()
+    for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
+        folder, sentinel = done.parent, record.read_json(done, {})
+        unplanned = expected is not None and (sentinel.get("run_id"), folder.name) not in planned
+        if sentinel.get("status") not in record.FINISHED or unplanned:
+            continue
+        who = record.identity(record.read_json(folder / "member.json", {}))
+        name = f"{who['run_id']}/{folder.name}"
+        for module, definitions in record.read_json(folder / "code.json", {}).items():
+            for definition, digest in definitions.items():
+                digest_before, name_before = code.setdefault((module, definition), (digest, name))
+                if digest_before != digest:
+                    found = f"members made by different code ({module} {definition}): {name_before} and {name}"
+                    fix = "./run_all.sh again (it retrains what is stale)"
+                    raise StudyError(str(results_dir), found, "records of one state of the code", fix)
+        finished.add((who["run_id"], folder.name))
+        metrics = record.read_json(folder / "metrics.json", {})
+        rows["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
+        rows["history"] += [{**who, **row} for row in record.read_jsonl(folder / "history.jsonl")]
+        for row in record.read_jsonl(folder / "predictions.jsonl"):
+            rows["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
+    for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
+        who = {"run_id": path.parent.name, "method": record.read_json(path.parent / "metrics.json", {}).get("method")}
+        rows["costs"] += [{**who, **row} for row in record.read_jsonl(path)]
+    missing = []
+    for m in (m for place, m in planned.items() if place not in finished):
+        who = {"run_id": m.run_id, "method": m.run.method, "member": m.id, "seed": m.seed}
+        cell = {key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}
+        missing.append({**who, **cell, **_state(Path(results_dir) / m.run_id / subfolder / m.id)})
+    return Records(**{name: pd.DataFrame(part) for name, part in rows.items()}, missing=missing)
+
+
+def _state(folder: Path) -> dict:
+    """What is known of a member with no finished record."""
+    if error := record.read_json(folder / "error.json"):
+        return {"status": error.get("status", "failed"), "why": error.get("exception", "")}
+    if (folder / "member.json").exists():
+        return {"status": "lost", "why": "its process went away"}
+    return {"status": "missing", "why": "never started"}
+
+
+# ---- tables for people
 
 
 @dataclass(frozen=True)

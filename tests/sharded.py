@@ -9,7 +9,8 @@ import torch
 
 from lib import models, training
 from lib.run import sharding
-from lib.td_dpo import reference
+from lib.td_dpo import engine
+from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
 
 
@@ -62,7 +63,7 @@ def train(argument: dict) -> dict:
         given["validation"],
         tables,
         loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-        training=argument["training"],
+        training=Training(**argument["training"]),
         seed=3,
         folder=folder,
         on_evaluate=look,
@@ -71,4 +72,4 @@ def train(argument: dict) -> dict:
 
 
 def scores(model, rows: list[dict]) -> list:
-    return reference.sequence_logprobs(model, rows).tolist()
+    return engine.sequence_logprobs(model, rows).tolist()

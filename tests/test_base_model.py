@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.errors import StudyError
-from lib.td_dpo.base_model import conversations, make_base, make_tokenizer
+from lib.td_dpo.data import conversations, make_base, make_tokenizer
+from lib.td_dpo.engine import answer_questions, sample
 from lib.td_dpo.generated import make_pairs, questions
-from lib.td_dpo.sampling import answer_questions, sample
 
 RECIPE = {
     "vocab_size": 2048,

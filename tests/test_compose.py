@@ -459,7 +459,7 @@ def test_adding_a_method_as_the_readme_says(tmp_path):
     plant("params/td_dpo/design.yaml", "\nscales:\n", f"\n{both}\nscales:\n")
     plant("lib/td_dpo/losses.py", "\n\nLOSSES: ", f"\n\n{function}\n\nLOSSES: ")
     plant("lib/td_dpo/losses.py", '_anchored": td_dpo_anchored,', f'_anchored": td_dpo_anchored, "{own}": {own},')
-    plant("lib/td_dpo/sections.py", "OWN_LOSSES = (", f'OWN_LOSSES = ("{own}", ')
+    plant("lib/td_dpo/study.py", "OWN_LOSSES = (", f'OWN_LOSSES = ("{own}", ')
 
     commands = [
         ["compose", "params/td_dpo/design.yaml"],
@@ -498,6 +498,7 @@ def test_the_readmes_loss_is_a_loss():
     exec(function, names)
     margin = torch.tensor([-1.0, 0.0, 30.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(3, dtype=torch.float64)
-    loss, parts = names[re.search(r"def (\w+)\(", function)[1]](margin, zero, zero, zero, beta=0.1)
+    pairs = losses.Pairs(margin, zero, zero, zero)
+    loss, anchor = names[re.search(r"def (\w+)\(", function)[1]](pairs, beta=0.1)
     assert loss.tolist() == pytest.approx([1.21, 1.0, 0.0])
-    assert set(parts) == {"preference_loss", "anchor_loss"}
+    assert anchor is None

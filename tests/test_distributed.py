@@ -17,7 +17,7 @@ from lib import config, models
 from lib.errors import MissingError
 from lib.made import write_stand_in
 from lib.run import members, sharding
-from lib.td_dpo import tokens
+from lib.td_dpo import data
 from tests import sharded
 from tests.conftest import ROOT, gone, until
 from tests.test_engine import make_pairs
@@ -47,8 +47,8 @@ def job(tmp_path_factory):
     pairs = make_pairs(21)
     write_stand_in(LLAMA, folder / "model", [pair["chosen"][0]["content"] for pair in pairs], vocab_size=384)
     tokenizer = models.load_tokenizer(str(folder / "model"))
-    rows = {"train": tokens.encode_pairs(tokenizer, pairs)[0],
-            "validation": tokens.encode_pairs(tokenizer, make_pairs(8, seed=9))[0]}  # fmt: skip
+    rows = {"train": data.encode_pairs(tokenizer, pairs)[0],
+            "validation": data.encode_pairs(tokenizer, make_pairs(8, seed=9))[0]}  # fmt: skip
     argument = {"model": str(folder / "model"), "dtype": "float32", "quantization": "nf4", "training": TRAINING,
                 "rows": str(folder / "rows.json")}  # fmt: skip
     model = sharded.model_of(argument, sharded=False)

@@ -19,10 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib import record, training as runs
 from lib.errors import StudyError
-from lib.td_dpo import head, logprobs, reference, tokens, trainer as engine
-from lib.td_dpo.cost import step_cost
-from lib.td_dpo.objective import pair_scores, reference_columns, with_reference
-from lib.td_dpo.trainer import PreferenceTrainer, steps_and_accumulation
+from lib.td_dpo import data, engine, losses, trainer
+from lib.td_dpo.engine import pair_scores, reference_columns, with_reference
+from lib.td_dpo.study import Training
+from lib.td_dpo.trainer import PreferenceTrainer, step_cost
 
 WORDS = [
     a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]
@@ -117,14 +117,14 @@ def with_adapter(model, dropout=0.0):
 
 
 TOKENIZER = make_tokenizer()
-ROWS, _ = tokens.encode_pairs(TOKENIZER, make_pairs(40))
-VALIDATION, _ = tokens.encode_pairs(TOKENIZER, make_pairs(16, seed=9))
+ROWS, _ = data.encode_pairs(TOKENIZER, make_pairs(40))
+VALIDATION, _ = data.encode_pairs(TOKENIZER, make_pairs(16, seed=9))
 
 
 def references(model):
     return {
-        "train": reference.sequence_logprobs(model, ROWS),
-        "validation": reference.sequence_logprobs(model, VALIDATION),
+        "train": engine.sequence_logprobs(model, ROWS),
+        "validation": engine.sequence_logprobs(model, VALIDATION),
     }
 
 
@@ -144,19 +144,19 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
             if on_write:
                 on_write(row)
 
-    trainer = Trainer(
+    mine = Trainer(
         model or make_model(),
         TOKENIZER,
         rows,
         VALIDATION,
         table,
         loss=loss,
-        training=TRAINING | training,
+        training=Training(**TRAINING | training),
         seed=seed,
         folder=folder,
         **(options or {}),
     )
-    return trainer.fit(), records
+    return mine.fit(), records
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
 
 def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
     pairs = make_pairs(6)
-    rows, counts = tokens.encode_pairs(TOKENIZER, pairs)
-    assert counts == dict.fromkeys(tokens.COUNTS, 0) | {"pairs": 6, "kept": 6}
+    rows, counts = data.encode_pairs(TOKENIZER, pairs)
+    assert counts == dict.fromkeys(data.COUNTS, 0) | {"pairs": 6, "kept": 6}
     for pair, row in zip(pairs, rows, strict=True):
         for side in ("chosen", "rejected"):
             ids = row["prompt_ids"] + row[f"{side}_ids"]
@@ -189,23 +189,22 @@ def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
 )
 def test_templates_that_err_still_give_one_bos_and_one_eos(template):
     assert (
-        tokens.encode_pairs(make_tokenizer(template), make_pairs(6))[0]
-        == tokens.encode_pairs(TOKENIZER, make_pairs(6))[0]
+        data.encode_pairs(make_tokenizer(template), make_pairs(6))[0] == data.encode_pairs(TOKENIZER, make_pairs(6))[0]
     )
 
 
 def test_a_prompt_that_is_no_prefix_is_split_where_it_diverges_and_counted():
     template = TEMPLATE.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|>' + 'zz' }}")
-    rows, counts = tokens.encode_pairs(make_tokenizer(template), make_pairs(6))
+    rows, counts = data.encode_pairs(make_tokenizer(template), make_pairs(6))
     assert counts["prompt_not_prefix"] == 6
     assert counts["kept"] == 6
-    assert rows == tokens.encode_pairs(TOKENIZER, make_pairs(6))[0]
+    assert rows == data.encode_pairs(TOKENIZER, make_pairs(6))[0]
 
 
 def test_truncation_is_counted_and_nothing_left_is_dropped():
-    full, _ = tokens.encode_pairs(TOKENIZER, make_pairs(40))
+    full, _ = data.encode_pairs(TOKENIZER, make_pairs(40))
     limit = 14
-    rows, counts = tokens.encode_pairs(TOKENIZER, make_pairs(40), limit)
+    rows, counts = data.encode_pairs(TOKENIZER, make_pairs(40), limit)
     lengths = [[len(r["prompt_ids"]) + len(r[side]) for side in ("chosen_ids", "rejected_ids")] for r in full]
     fits = [r for r, length in zip(full, lengths, strict=True) if len(r["prompt_ids"]) < limit]
     assert counts["truncated"] == sum(max(pair) > limit for pair in lengths)
@@ -218,8 +217,8 @@ def test_truncation_is_counted_and_nothing_left_is_dropped():
 
 
 def test_a_prompt_limit_keeps_bos_and_the_end():
-    rows, counts = tokens.encode_pairs(TOKENIZER, make_pairs(20), None, 10)
-    full, _ = tokens.encode_pairs(TOKENIZER, make_pairs(20))
+    rows, counts = data.encode_pairs(TOKENIZER, make_pairs(20), None, 10)
+    full, _ = data.encode_pairs(TOKENIZER, make_pairs(20))
     assert counts["prompt_truncated"] == sum(len(r["prompt_ids"]) > 10 for r in full) > 0
     for row, whole in zip(rows, full, strict=True):
         assert row["prompt_ids"][0] == BOS
@@ -228,7 +227,7 @@ def test_a_prompt_limit_keeps_bos_and_the_end():
 
 def test_trl_tokenises_the_same_rows(tmp_path):
     stock, dataset = stock_trainer(tmp_path, make_model(), make_pairs(10), "sigmoid", 0.1)
-    ours, _ = tokens.encode_pairs(TOKENIZER, make_pairs(10))
+    ours, _ = data.encode_pairs(TOKENIZER, make_pairs(10))
     for theirs, row in zip(dataset, ours, strict=True):
         assert all(theirs[k] == row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
     assert stock.beta == 0.1
@@ -293,9 +292,9 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
     with torch.no_grad():
         expected = plain_logprobs(model, ROWS)
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
-        monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
-        monkeypatch.setattr(head, "LEAST", 1)
-        got = logprobs.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
+        monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
+        monkeypatch.setattr(engine, "LEAST", 1)
+        got = engine.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
@@ -305,11 +304,11 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
     (plain_logprobs(model, rows) * torch.tensor([1.0, -0.5])).sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     for elements in (2**24, 360 * 7):
-        monkeypatch.setattr(head, "CHUNK", {"cpu": elements})
-        monkeypatch.setattr(head, "LEAST", 1)
+        monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
+        monkeypatch.setattr(engine, "LEAST", 1)
         model.zero_grad()
-        with logprobs.completion_head(model):
-            chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD, layout)(rows))
+        with engine.completion_head(model):
+            chosen, rejected = engine.batch_logprobs(model, engine.collator(model, PAD, layout)(rows))
         (chosen.sum() - 0.5 * rejected.sum()).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12)
@@ -320,9 +319,9 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
 @pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
 def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, weight, bias, kept, chunk):
     """Trained or frozen, with a bias or without, in chunks or whole, probabilities kept or computed again."""
-    monkeypatch.setattr(head, "CHUNK", {"cpu": chunk * 50})
-    monkeypatch.setattr(head, "LEAST", 1)
-    monkeypatch.setattr(head, "KEPT", kept)
+    monkeypatch.setattr(engine, "CHUNK", {"cpu": chunk * 50})
+    monkeypatch.setattr(engine, "LEAST", 1)
+    monkeypatch.setattr(engine, "KEPT", kept)
     draw = torch.Generator().manual_seed(0)
     hidden, matrix, offset = (
         torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))
@@ -331,7 +330,7 @@ def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, 
     targets, slope = torch.randint(50, (17,), generator=draw), torch.randn(17, generator=draw, dtype=torch.float64)
     seen = []
     for scored in (
-        head.token_scores,
+        engine.token_scores,
         lambda h, w, b, t: -torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, w, b), t, reduction="none"),
     ):
         leaves = [
@@ -353,7 +352,7 @@ def test_faint_probabilities_keep_their_logarithm_in_float32():
     margins = torch.tensor([0.0, 1.0, 20.0, 60.0, 69.0, 69.2, 80.0, 100.0, 104.0, 300.0, 1e4])  # ln 1e-30 = -69.1
     logits = torch.stack([torch.zeros_like(margins), margins, torch.full_like(margins, -5.0)], dim=1)  # (n, 3)
     targets = torch.zeros(len(margins), dtype=torch.long)
-    found = head.token_scores(logits, torch.eye(3), None, targets)
+    found = engine.token_scores(logits, torch.eye(3), None, targets)
     torch.testing.assert_close(found.double(), logits.double().log_softmax(dim=-1)[:, 0], rtol=3e-7, atol=1e-7)
 
 
@@ -375,8 +374,8 @@ def trl_and_ours(folder, dtype, loss_type, ours, layout):
     base, moved, beta, pairs = make_model().to(dtype), make_model(seed=1).to(dtype), 0.05, make_pairs(12)
     stock, dataset = stock_trainer(folder, base, pairs, loss_type, beta)
     stored = torch.tensor([[d["ref_chosen_logps"], d["ref_rejected_logps"]] for d in dataset], dtype=dtype)
-    rows, _ = tokens.encode_pairs(TOKENIZER, pairs)
-    table = reference.sequence_logprobs(make_model().to(dtype), rows, layout=layout)
+    rows, _ = data.encode_pairs(TOKENIZER, pairs)
+    table = engine.sequence_logprobs(make_model().to(dtype), rows, layout=layout)
     with torch.no_grad():  # a policy some way from its reference
         for p, q in zip(base.parameters(), moved.parameters(), strict=True):
             p.add_(0.3 * q)
@@ -390,9 +389,9 @@ def trl_and_ours(folder, dtype, loss_type, ours, layout):
     policy = make_model().to(dtype)
     policy.load_state_dict(base.state_dict())
     rows = with_reference(rows, stored)
-    with logprobs.completion_head(policy):
-        scores = logprobs.batch_logprobs(policy, logprobs.collator(policy, PAD, layout)(rows))
-    values, *_ = engine.objective({"name": ours, "beta": beta}, *scores, reference_columns(rows, dtype))
+    with engine.completion_head(policy):
+        scores = engine.batch_logprobs(policy, engine.collator(policy, PAD, layout)(rows))
+    values, _ = losses.objective({"name": ours, "beta": beta}, *scores, reference_columns(rows, dtype))
     gradient = torch.autograd.grad(values.mean(), list(policy.parameters()))
     return [table, torch.stack(scores, dim=1).detach(), values.mean().detach(), *gradient], theirs
 
@@ -423,7 +422,7 @@ def test_the_model_is_its_own_again_after_scoring():
     """A head left on a model would make its deep copies run the original's weights."""
     model = make_model()
     before, ids = dict(model.__dict__), torch.tensor([ROWS[0]["prompt_ids"]])
-    logprobs.sequence_logprobs(model, ROWS[:2])
+    engine.sequence_logprobs(model, ROWS[:2])
     assert dict(model.__dict__) == before
     assert model.config._attn_implementation == "sdpa"
     twin = copy.deepcopy(model)
@@ -435,10 +434,10 @@ def test_the_model_is_its_own_again_after_scoring():
 
 def test_token_budget_batches_cover_every_row_once_within_the_budget():
     lengths = [random.Random(0).randint(1, 50) for _ in range(200)] + [500]
-    batches = list(logprobs.token_budget_batches(lengths, 120))
+    batches = list(engine.token_budget_batches(lengths, 120))
     assert sorted(i for b in batches for i in b) == list(range(201))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
-    fewer = list(logprobs.token_budget_batches(lengths, 120, rows=2))
+    fewer = list(engine.token_budget_batches(lengths, 120, rows=2))
     assert sorted(i for b in fewer for i in b) == list(range(201))
     assert max(map(len, fewer)) == 2 < max(map(len, batches))
 
@@ -447,13 +446,11 @@ def test_token_budget_batches_cover_every_row_once_within_the_budget():
 
 
 def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
-    computed = []
-    monkeypatch.setattr(
-        reference, "sequence_logprobs", lambda *a, **k: computed.append(1) or logprobs.sequence_logprobs(*a, **k)
-    )
+    computed, score = [], engine.sequence_logprobs
+    monkeypatch.setattr(engine, "sequence_logprobs", lambda *a, **k: computed.append(1) or score(*a, **k))
 
     def get(rows=ROWS, name="base", quantization="none", model=None):
-        return reference.reference_logprobs(
+        return engine.reference_logprobs(
             model or make_model(), rows, cache_dir=tmp_path, model_fingerprint=name, quantization=quantization
         )
 
@@ -464,7 +461,7 @@ def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
         get(**change)
     assert len(computed) == 4
     for damage in (b"", b"junk"):
-        next(tmp_path.glob(f"{reference.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(
+        next(tmp_path.glob(f"{engine.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(
             damage
         )
         torch.testing.assert_close(get(), first, rtol=0, atol=0)
@@ -478,19 +475,19 @@ def test_reference_of_adapters_is_the_base(tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    table = reference.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x")
+    table = engine.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x")
     torch.testing.assert_close(table, REFERENCE["train"], rtol=1e-6, atol=1e-5)
-    assert not torch.allclose(reference.sequence_logprobs(model, ROWS), table, atol=0.1)
+    assert not torch.allclose(engine.sequence_logprobs(model, ROWS), table, atol=0.1)
 
 
 def test_sampled_log_ratios_with_a_model_or_with_adapters_off():
-    samples = [{"prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"]} for r in ROWS]
+    samples = [{"prompt_ids": r["prompt_ids"], "ids": r["chosen_ids"]} for r in ROWS]
     moved = make_model(seed=1)
-    expected = reference.sequence_logprobs(moved, ROWS)[:, 0] - REFERENCE["train"][:, 0]
-    got = reference.log_ratio_of_samples(moved, make_model(), samples)
+    expected = engine.sequence_logprobs(moved, ROWS)[:, 0] - REFERENCE["train"][:, 0]
+    got = engine.log_ratio_of_samples(moved, make_model(), samples)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-    samples.append({"prompt_ids": [BOS, 5], "completion_ids": []})
-    unmoved = reference.log_ratio_of_samples(with_adapter(make_model()), None, samples)
+    samples.append({"prompt_ids": [BOS, 5], "ids": []})
+    unmoved = engine.log_ratio_of_samples(with_adapter(make_model()), None, samples)
     assert unmoved.shape == (41,)
     assert unmoved.abs().max() < 1e-4
 
@@ -576,14 +573,14 @@ def test_a_whole_run_equals_stock_trl_when_every_batch_is_the_data_set(tmp_path)
     args.save_strategy, args.lr_scheduler_type, args.warmup_steps = "no", "cosine", 0
     stock.train()
     theirs = [(h["loss"], h["grad_norm"]) for h in stock.state.log_history if "loss" in h]
-    rows, _ = tokens.encode_pairs(TOKENIZER, pairs)
+    rows, _ = data.encode_pairs(TOKENIZER, pairs)
     _, records = train(
         tmp_path / "ours",
         rows=rows,
         max_steps=6,
         learning_rate=1e-3,
         warmup_ratio=0.0,
-        table=REFERENCE | {"train": reference.sequence_logprobs(make_model(), rows)},
+        table=REFERENCE | {"train": engine.sequence_logprobs(make_model(), rows)},
     )
     ours = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
@@ -624,7 +621,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
 def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeypatch, layout):
     """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's
     batch."""
-    collate, passes = logprobs.collator, []
+    collate, passes = engine.collator, []
 
     def watched(*arguments):
         made = collate(*arguments)
@@ -637,7 +634,7 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
         max_steps=6,
         options={"layout": layout},
     )[1]
-    monkeypatch.setattr(engine, "collator", watched)
+    monkeypatch.setattr(trainer, "collator", watched)
     records = train(
         tmp_path / "cut",
         rows=ROWS[:20],
@@ -649,7 +646,7 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
     )[1]
     seen = [[(r["loss"], r["grad_norm"], r["chosen_length"]) for r in rows if "loss" in r] for rows in (records, whole)]
     torch.testing.assert_close(*map(torch.tensor, seen), rtol=1e-4, atol=1e-6)
-    widths = [[logprobs.row_tokens(row) for row in rows] for rows in passes]
+    widths = [[engine.row_tokens(row) for row in rows] for rows in passes]
     assert len(widths) > 12, "6 steps of 8 or 4 pairs, at most 4 in a pass"
     assert all(len(rows) == 1 or len(rows) <= 4 and len(rows) * max(rows) <= 150 for rows in widths)
     assert any(len(rows) == 1 for rows in widths)
@@ -657,11 +654,8 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
 
 
 def test_accumulation_follows_from_the_global_batch():
-    published = {"global_batch_size": 128, "per_device_train_batch_size": 4, "epochs": 3}
-    assert steps_and_accumulation(6075, published, world_size=4) == (144, 4, 8)
-    assert steps_and_accumulation(6075, published, max_batches=2)[0] == 2
-    with pytest.raises(StudyError, match="global_batch_size"):
-        steps_and_accumulation(640, published | {"per_device_train_batch_size": 3})
+    published = Training(global_batch_size=128, per_device_train_batch_size=4, epochs=3, learning_rate=1e-5)
+    assert (published.steps(6075), published.accumulation(devices=4)) == (144, 8)
 
 
 def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
@@ -681,7 +675,7 @@ def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
 def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
     rate = 1.0 if loss["name"] == "discopop_card" else 1e30
     model = make_model()
-    outcome, records = train(tmp_path, model=model, loss=loss, learning_rate=rate, max_grad_norm=None, max_steps=30)
+    outcome, records = train(tmp_path, model=model, loss=loss, learning_rate=rate, max_grad_norm=1e38, max_steps=30)
     steps = [r for r in records if "loss" in r]
     assert outcome.status == "diverged"
     assert outcome.step == steps[-1]["step"] < 30
@@ -697,7 +691,7 @@ def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     loss = {"name": "td_dpo", "beta": 0.0, "tau": 0.5, "average_log_probs": True}
     _, records = train(tmp_path, loss=loss, options={"max_batches": 1})
     rows = [ROWS[i] for i in list(runs.SeededOrder(40, 3))[:8]]
-    table = reference.sequence_logprobs(make_model(), rows)
+    table = engine.sequence_logprobs(make_model(), rows)
     delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
         [len(r["rejected_ids"]) for r in rows]
     )
@@ -749,7 +743,7 @@ def test_generation_is_the_same_with_the_head_on():
         "attention_mask": torch.tensor([[0, 1, 1], [1] * 3]),
     }
     plain = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-    with logprobs.completion_head(model):
+    with engine.completion_head(model):
         assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), plain)
 
 
@@ -763,7 +757,7 @@ def test_adapters_train_in_float32_over_a_frozen_base(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     twin = runs.load_checkpoint(with_adapter(make_model()), runs.last_complete_checkpoint(tmp_path / "checkpoints"))
     torch.testing.assert_close(
-        reference.sequence_logprobs(twin, VALIDATION), reference.sequence_logprobs(model, VALIDATION), rtol=0, atol=0
+        engine.sequence_logprobs(twin, VALIDATION), engine.sequence_logprobs(model, VALIDATION), rtol=0, atol=0
     )
 
 
@@ -781,10 +775,8 @@ def nf4_model(folder):
 def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
     model = nf4_model(tmp_path / "base")
     table = {
-        "train": reference.reference_logprobs(
-            model, ROWS, cache_dir=tmp_path, model_fingerprint="x", quantization="nf4"
-        ),
-        "validation": reference.sequence_logprobs(model, VALIDATION),
+        "train": engine.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x", quantization="nf4"),
+        "validation": engine.sequence_logprobs(model, VALIDATION),
     }
     outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -800,10 +792,10 @@ def test_scoring_an_nf4_model_leaves_its_gradients_whole(tmp_path):
     for scored in (False, True):
         model = nf4_model(tmp_path)
         if scored:
-            reference.sequence_logprobs(model, ROWS[:8])
+            engine.sequence_logprobs(model, ROWS[:8])
         model.train()
-        with logprobs.completion_head(model):
-            chosen, rejected = logprobs.batch_logprobs(model, logprobs.collator(model, PAD)(ROWS[:8]))
+        with engine.completion_head(model):
+            chosen, rejected = engine.batch_logprobs(model, engine.collator(model, PAD)(ROWS[:8]))
         (chosen - rejected).sum().backward()
         gradients.append([p.grad for n, p in model.named_parameters() if "lora_B" in n])
     assert all(g.abs().max() > 0 for g in gradients[0])
@@ -869,7 +861,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, undisturbed, inside)
     build, folder = undisturbed
 
     def killed():
-        owner = runs if inside == "mark_complete" else engine.PreferenceTrainer
+        owner = runs if inside == "mark_complete" else trainer.PreferenceTrainer
         real, calls = getattr(owner, inside), []
 
         def dies_the_second_time(*args, **kwargs):
@@ -923,11 +915,8 @@ def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def test_step_cost_pairs_every_batch(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    for source in (make_model, tmp_path):
-        pairs = step_cost(
-            source, ROWS, REFERENCE["train"], {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO, TRAINING, 4, 0
-        )
-        assert [p["pair"] for p in pairs] == [0, 1, 2, 3]
-        assert all(p["seconds"] > 0 and p["seconds_baseline"] > 0 for p in pairs)
+def test_step_cost_pairs_every_batch():
+    both = {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO
+    pairs = step_cost(make_model, ROWS, REFERENCE["train"], both, Training(**TRAINING), 4, 0)
+    assert [p["pair"] for p in pairs] == [0, 1, 2, 3]
+    assert all(p["seconds"] > 0 and p["seconds_baseline"] > 0 for p in pairs)

@@ -5,8 +5,15 @@ import random
 import pytest
 
 from lib.errors import StudyError
-from lib.td_dpo.generated import bayes_accuracy, label_noise, make_pairs, questions, to_dpo_mix_rows, write_answer
-from lib.td_dpo.oracle import parse_request, reward, score
+from lib.td_dpo.generated import (
+    label_noise,
+    make_pairs,
+    parse_request,
+    questions,
+    reward,
+    score,
+    write_answer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +86,9 @@ def test_about_one_label_in_seven_goes_against_the_reward():
 def test_bayes_accuracy_depends_on_the_rewards_and_not_on_the_labels(pairs):
     test = pairs["test"]
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in test]
-    assert bayes_accuracy(turned) == pytest.approx(bayes_accuracy(test))
+    assert label_noise(turned)["bayes_accuracy"] == pytest.approx(label_noise(test)["bayes_accuracy"])
     assert label_noise(turned)["flipped"] == pytest.approx(1 - label_noise(test)["flipped"])
-    assert 0.83 < bayes_accuracy(test) < 0.87
+    assert 0.83 < label_noise(test)["bayes_accuracy"] < 0.87
     assert all(
         reward(p["prompt"], p["chosen"][0]["content"]) != reward(p["prompt"], p["rejected"][0]["content"]) for p in test
     )
@@ -96,18 +103,6 @@ def test_a_careful_writer_is_faultless(pairs):
     rng = random.Random(0)
     for pair in pairs["train"][:200]:
         assert score(pair["prompt"], write_answer(rng, parse_request(pair["prompt"]), care=1.0)) == 10
-
-
-def test_rows_have_the_columns_of_dpo_mix_7k(pairs):
-    rows = to_dpo_mix_rows(pairs["test"])
-    assert len(rows) == 400
-    for row, pair in zip(rows, pairs["test"], strict=True):
-        assert list(row) == ["dataset", "chosen", "rejected", "chosen_rating", "rejected_rating"]
-        assert row["chosen"][:-1] == row["rejected"][:-1] == pair["prompt"]
-        assert [row["chosen"][-1]] == pair["chosen"]
-        assert [row["rejected"][-1]] == pair["rejected"]
-        assert 1 <= row["rejected_rating"] <= 10
-        assert 1 <= row["chosen_rating"] <= 10
 
 
 def test_a_negative_size_is_refused():

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 
 from lib.made import LLAMA2
-from lib.td_dpo import logprobs, sampling, tokens
+from lib.td_dpo import data, engine
 
 WORDS = ["be", "brief", "hi", "yes", "no", "why", "user", "assistant", "system"]
 # Mistral's instruct models since v0.3: [INST] and [/INST] are tokens of their own, and one BOS begins the conversation.
@@ -106,7 +106,7 @@ CASES = {  # every turn of Llama-2 begins with a BOS of its own; Mistral's conve
 def test_a_pair_is_these_tokens(family, case):
     prompt, head, (chosen, rejected) = CASES[family, case]
     tokenizer = TOKENIZERS[family]
-    (row,), counts = tokens.encode_pairs(tokenizer, pair(prompt))
+    (row,), counts = data.encode_pairs(tokenizer, pair(prompt))
     found = [tokenizer.convert_ids_to_tokens(row[side]) for side in ("prompt_ids", "chosen_ids", "rejected_ids")]
     assert found == [head, chosen, rejected]
     assert {name: count for name, count in counts.items() if count} == {"pairs": 1, "kept": 1}
@@ -131,21 +131,21 @@ class Listens(torch.nn.Module):
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_generation_sees_the_prompts_that_training_sees_padded_on_the_other_side(family):
     tokenizer = TOKENIZERS[family]
-    rows, _ = tokens.encode_pairs(tokenizer, pair(ONE) + pair(TWO))
+    rows, _ = data.encode_pairs(tokenizer, pair(ONE) + pair(TWO))
     trained = [row["prompt_ids"] for row in rows]
     model = Listens(tokenizer.eos_token_id)
-    sampling.sample(model, tokenizer, [ONE, TWO], max_new_tokens=2, temperature=0, seed=0, batch_size=2)
+    engine.sample(model, tokenizer, [ONE, TWO], max_new_tokens=2, temperature=0, seed=0, batch_size=2)
     ((inputs, mask),) = model.heard
     assert [row[on.bool()].tolist() for row, on in zip(inputs, mask, strict=True)] == trained
     assert mask[0].tolist() == sorted(mask[0].tolist()), "padding is on the left"
-    batch = logprobs.paired_batch(rows, tokens.pad_token(tokenizer))
+    batch = engine.paired_batch(rows, engine.pad_token(tokenizer))
     assert all(on.tolist() == sorted(on.tolist(), reverse=True) for on in batch["attention_mask"]), "and on the right"
 
 
 def test_a_beginning_that_the_template_forgets_is_put_in_front_of_generations_too():
     tokenizer = sentencepiece(MISTRAL_V3.replace("{{ bos_token }}", ""), ("[INST]", "[/INST]"), add_bos_token=True)
-    (row,), _ = tokens.encode_pairs(tokenizer, pair(ONE))
+    (row,), _ = data.encode_pairs(tokenizer, pair(ONE))
     model = Listens(tokenizer.eos_token_id)
-    sampling.sample(model, tokenizer, [ONE], max_new_tokens=2, temperature=0, seed=0, batch_size=1)
+    engine.sample(model, tokenizer, [ONE], max_new_tokens=2, temperature=0, seed=0, batch_size=1)
     assert model.heard[0][0][0].tolist() == row["prompt_ids"]
     assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["<s>", "[INST]", "▁hi", "[/INST]"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import config, record
+from lib import config, record, tables
 from lib.graff import data, report, schedulers, trainer
 from lib.graff.study import implied
 from lib.run import check, members
@@ -133,7 +133,7 @@ def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  #
     assert len(rows) == 4
     assert min(r["test_loss"] for r in rows) <= found["test_loss"] <= max(r["test_loss"] for r in rows)
     members = {"run_id": "r", "method": "fixed", "learning_rate": 1.0, "seed": 1}
-    pairs = record.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
+    pairs = tables.Records(*(report.pd.DataFrame(x) for x in ([], [], [], [{**members, **r} for r in rows], [])))
     assert report.scores(pairs, "example", "test_loss")["test_loss"].notna().all()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import config, record
+from lib import config, tables
 from lib.graff import data, report
 from tests.conftest import ROOT
 
@@ -73,9 +73,9 @@ def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():
         assert (run.training.budget_minutes, run.role) == (60, "control"), path.name
 
 
-def records(pairs: list[dict]) -> record.Records:
+def records(pairs: list[dict]) -> tables.Records:
     empty = pd.DataFrame()
-    return record.Records(empty, empty, empty, pd.DataFrame(pairs), empty)
+    return tables.Records(empty, empty, empty, pd.DataFrame(pairs), empty)
 
 
 def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():

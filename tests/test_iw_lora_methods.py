@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import config, record
+from lib import config, record, tables
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, report, trainer
 from lib.iw_lora.study import Adapter
@@ -213,7 +213,7 @@ def test_a_text_of_unknown_words_does_not_stop_pretraining():
 
 def test_the_analysis_of_nothing_says_so():
     """No run finished: every table and figure of the analysis is there, and empty."""
-    empty = record.Records(*(pd.DataFrame() for _ in range(5)))
+    empty = tables.Records(*(pd.DataFrame() for _ in range(5)))
     assert report.example_scores(empty).empty
     assert "alpha" in report.all_members(empty)
     assert report.seed_noise(empty, (0.1,)).empty

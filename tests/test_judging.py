@@ -10,10 +10,10 @@ import time
 import pandas as pd
 import pytest
 
-from lib import claims, config, record
+from lib import claims, config, record, tables
 from lib.errors import MissingError, StudyError
 from lib.run import cli, judge, plan, preflight, runs
-from lib.td_dpo import judge as judging, mt_bench, report, sampling
+from lib.td_dpo import engine, judge as judging, mt_bench, report
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
 
@@ -290,7 +290,7 @@ def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp
             for t in (1, 2)
         ]
 
-    monkeypatch.setattr(sampling, "answer_questions", stand_in)
+    monkeypatch.setattr(engine, "answer_questions", stand_in)
     settings = {"seed": 42, "max_new_tokens": 4, "batch_size": 1}
     whole = mt_bench.answer(None, None, bench, tmp_path / "a.jsonl", **settings)
     assert asked == [([104], 0.0), ([106], 0.0), ([111], 0.0), ([81], 0.7)]
@@ -532,7 +532,7 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     planned = [
         config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)
     ]
-    loaded = record.load(outputs / "laptop-full/td_dpo")
+    loaded = tables.load(outputs / "laptop-full/td_dpo")
     by = report.judged(planned, loaded)
     rows = report.question_scores(loaded, by, leave_out)
     published = claims.load(ROOT / "params/td_dpo/claims.yaml")
@@ -586,7 +586,7 @@ def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server
     between = plan.analysis_key("td_dpo", results)
     assert cli.main(["judge", "--model", "m"]) == 0
     assert len({before, between, plan.analysis_key("td_dpo", results)}) == 3
-    assert pd.isna(record.load(results).members.set_index("status").loc["diverged", "mt_bench_score"]).all()
+    assert pd.isna(tables.load(results).members.set_index("status").loc["diverged", "mt_bench_score"]).all()
 
 
 def test_the_prompts_may_lie_beside_the_folder_as_in_a_fastchat_checkout(data):

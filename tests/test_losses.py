@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib.errors import StudyError
-from lib.td_dpo import losses
-from lib.td_dpo.losses import LOSSES, TRL_LOSSES, discopop_barrier, hessian, preference_loss, slope
+from lib.td_dpo.losses import LOSSES, preference_loss
+from lib.td_dpo.study import OWN_LOSSES, TRL_LOSSES
 
 SETTINGS = [(b, t) for b in (0.01, 0.05, 0.5, 2.5) for t in (0.5, 1.0, 2.0)]
 
@@ -20,11 +19,11 @@ def four(scale=3.0, size=12, dtype=torch.float64, seed=0):
 
 def gradients(name, tensors, **options):
     leaves = [t.clone().requires_grad_() for t in tensors[:2]]
-    loss, _ = preference_loss(name, *leaves, *tensors[2:], **options)
+    loss, *_ = preference_loss(name, *leaves, *tensors[2:], **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OWN_LOSSES)
 @pytest.mark.parametrize(("beta", "tau"), SETTINGS)
 def test_gradients_match_finite_differences(name, beta, tau):
     tensors, step = four(scale=1.0), 1e-5
@@ -57,12 +56,12 @@ def test_derivatives_are_those_of_the_specification(beta, tau):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OWN_LOSSES)
 def test_parts_add_up_to_the_loss(name):
-    loss, parts = preference_loss(name, *four(), beta=0.5, tau=2.0)
-    torch.testing.assert_close(parts["preference_loss"] + parts["anchor_loss"], loss)
+    loss, preference, anchor = preference_loss(name, *four(), beta=0.5, tau=2.0)
+    torch.testing.assert_close(preference + anchor, loss)
     assert loss.shape == (12,)
-    assert bool((parts["anchor_loss"] > 0).all()) == name.startswith("td_dpo")
+    assert bool((anchor > 0).all()) == name.startswith("td_dpo")
 
 
 @pytest.mark.parametrize("b", [0.05, 0.5, 2.0])
@@ -82,20 +81,20 @@ def test_td_dpo_at_the_reference_has_a_gradient_free_of_beta():
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_mean_over_equal_lengths_is_the_sum_with_tau_and_beta_rescaled(tokens):
     tensors, beta, tau = four(), 0.3, 0.7
-    mean, _ = preference_loss("td_dpo", *(t / tokens for t in tensors), beta=beta, tau=tau)
-    summed, _ = preference_loss("td_dpo", *tensors, beta=beta / tokens**2, tau=tau * tokens)
+    mean, *_ = preference_loss("td_dpo", *(t / tokens for t in tensors), beta=beta, tau=tau)
+    summed, *_ = preference_loss("td_dpo", *tensors, beta=beta / tokens**2, tau=tau * tokens)
     torch.testing.assert_close(mean, summed, rtol=1e-12, atol=0)
 
 
 def test_tau_times_loss_tends_to_the_hinge_plus_the_anchor():
     tensors, beta, tau = four(), 0.3, 1e-4
-    loss, _ = preference_loss("td_dpo", *tensors, beta=beta, tau=tau)
+    loss, *_ = preference_loss("td_dpo", *tensors, beta=beta, tau=tau)
     delta = tensors[0] - tensors[1]
     anchor = 0.5 * ((tensors[0] - tensors[2]) ** 2 + (tensors[1] - tensors[3]) ** 2)
     torch.testing.assert_close(tau * loss, torch.relu(-delta) + beta * tau * anchor, rtol=0, atol=tau)
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n != "discopop_card"])
+@pytest.mark.parametrize("name", [n for n in OWN_LOSSES if n != "discopop_card"])
 @pytest.mark.parametrize(("beta", "tau"), SETTINGS)
 @pytest.mark.parametrize("margin", [1e4, -1e4])
 def test_finite_at_extreme_margins(name, beta, tau, margin):
@@ -107,7 +106,7 @@ def test_finite_at_extreme_margins(name, beta, tau, margin):
 
 def test_discopop_card_grows_without_bound_above_beta_one():
     zero = torch.zeros(1, dtype=torch.float64)
-    loss, _ = preference_loss("discopop_card", zero - 100, zero, zero, zero, beta=2.5)
+    loss, *_ = preference_loss("discopop_card", zero - 100, zero, zero, zero, beta=2.5)
     assert math.log(float(loss)) == pytest.approx(150, abs=1e-6)
     zero = zero.float()
     assert torch.isinf(preference_loss("discopop_card", zero - 100, zero, zero, zero, beta=2.5)[0]).all()
@@ -175,12 +174,12 @@ def test_dpo_and_discopop_equal_trl(ours, theirs, beta, dtype, tolerance):
 def test_every_trl_loss_type_is_trls_own(name):
     lengths = torch.tensor([1, 4, 9, 2, 3, 5] * 4)
     leaves, smoothing = [t.requires_grad_() for t in four(scale=1.0)], 0.1 if name in ("robust", "exo_pair") else 0.0
-    loss, parts = preference_loss(
-        name, *leaves, beta=0.3, label_smoothing=smoothing, chosen_length=lengths[:12], rejected_length=lengths[12:]
+    loss, _, anchor = preference_loss(
+        name, *leaves, beta=0.3, label_smoothing=smoothing, lengths=(lengths[:12], lengths[12:])
     )
     theirs = trl_loss(name, leaves, lengths, 0.3, smoothing)
     assert loss.shape == (12,)
-    assert float(parts["anchor_loss"].abs().max()) == 0
+    assert float(anchor.abs().max()) == 0
     torch.testing.assert_close(loss.mean(), theirs, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(loss.mean(), leaves[:2], allow_unused=True, materialize_grads=True)
     want = torch.autograd.grad(theirs, leaves[:2], allow_unused=True, materialize_grads=True)
@@ -193,34 +192,44 @@ def test_trl_loss_list_is_trls():
 
     described = next(f for f in DPOConfig.__dataclass_fields__.values() if f.name == "loss_type").metadata["help"]
     named = {part.strip(" `'.") for part in described.split("Possible values are:")[1].split(". If")[0].split(",")}
-    assert named == {*TRL_LOSSES, "discopop"}
+    assert named == {*TRL_LOSSES, "sigmoid", "discopop"}
 
 
-def test_unknown_loss_names_the_key():
-    with pytest.raises(StudyError, match="loss.name.*'simpo'"):
-        preference_loss("simpo", *four(), beta=0.1)
+def test_every_loss_that_a_yaml_may_name_is_there():
+    assert set(LOSSES) == {*OWN_LOSSES, *TRL_LOSSES}
+
+
+def hessian(name, tensors, **options):
+    """(B, 2, 2) second derivatives of each pair's loss in (log p+, log p-)."""
+    p = torch.stack(tensors[:2], dim=1).requires_grad_()
+    loss, *_ = preference_loss(name, p[:, 0], p[:, 1], *tensors[2:], **options)
+    gradient = torch.autograd.grad(loss.sum(), p, create_graph=True)[0]
+    return torch.stack([torch.autograd.grad(gradient[:, i].sum(), p, retain_graph=True)[0] for i in range(2)], dim=1)
+
+
+def slope(name, rho, beta):
+    """d loss / d rho along log p+, the rest held at 0."""
+    zero = torch.zeros_like(rho)
+    return gradients(name, [rho, zero, zero, zero], beta=beta)[1][0]
 
 
 @pytest.mark.parametrize(("beta", "tau"), [(0.01, 0.5), (2.5, 2.0)])
 def test_hessian_of_td_dpo(beta, tau):
     tensors = four()
-    got = hessian("td_dpo", *tensors, beta=beta, tau=tau)
+    got = hessian("td_dpo", tensors, beta=beta, tau=tau)
     delta = tensors[0] - tensors[1]
     margin = torch.sigmoid(delta / tau) * torch.sigmoid(-delta / tau) / tau**2
     pattern = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(got, margin[:, None, None] * pattern + beta * torch.eye(2, dtype=torch.float64))
     common = torch.ones(2, dtype=torch.float64) / 2**0.5
     torch.testing.assert_close(got @ common, (beta * common).expand(12, 2), rtol=1e-10, atol=1e-12)
-    assert float((hessian("dpo", *tensors, beta=beta) @ common).abs().max()) < 1e-12
+    assert float((hessian("dpo", tensors, beta=beta) @ common).abs().max()) < 1e-12
 
 
 def test_discopop_pushes_the_wrong_way_near_zero():
-    barrier = discopop_barrier()
-    assert barrier["slope_at_zero"] == pytest.approx(0.784, abs=5e-4)
-    assert barrier["minimum"] == pytest.approx(-0.119, abs=5e-4)
-    assert barrier["barrier"] == pytest.approx(0.072, abs=5e-4)
-    for beta, nats in ((0.01, 7.2), (0.05, 1.4)):
-        assert barrier["barrier"] / beta == pytest.approx(nats, abs=0.05)
+    """Slope +0.784 at z = 0, between a minimum at z = -0.119 and a barrier at +0.072: 7.2 nats of rho at beta .01."""
+    at = torch.tensor([0.0, -0.119, 0.072], dtype=torch.float64)
+    torch.testing.assert_close(slope("discopop", at, beta=1.0), 0.784 * (at == 0).double(), atol=5e-3, rtol=0)
     inside = torch.tensor([-0.11, 0.0, 0.07], dtype=torch.float64)
     outside = torch.tensor([-0.13, 0.08], dtype=torch.float64)
     assert (slope("discopop", inside, beta=1.0) > 0).all()
@@ -231,5 +240,5 @@ def test_discopop_pushes_the_wrong_way_near_zero():
 def test_softplus_is_exact_beyond_twenty():
     """torch's softplus is linear above 20; the losses must not inherit that."""
     zero = torch.zeros(1, dtype=torch.float64)
-    loss, _ = losses.dpo(zero + 30, zero, zero, zero, beta=1.0)
+    loss, *_ = preference_loss("dpo", zero + 30, zero, zero, zero, beta=1.0)
     assert float(loss) == pytest.approx(math.log1p(math.exp(-30)), rel=1e-12)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import config, record
+from lib import config, record, tables
 from lib.errors import StudyError
 from lib.run import keys, members, pool, reach, runner, work
 from tests.conftest import TINY
@@ -268,7 +268,7 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
     with pytest.raises(StudyError, match="default-s2: out_of_memory"):
         members.collect(job)
     assert [r["member"] for r in members.collect(job, strict=False)] == ["default-s1"]
-    (missing,) = record.load(run.results_dir, config.members(run)).missing
+    (missing,) = tables.load(run.results_dir, config.members(run)).missing
     assert (missing["member"], missing["status"]) == ("default-s2", "out_of_memory")
 
 
@@ -375,7 +375,7 @@ def test_members_that_ran_two_states_of_a_function_are_not_compared(tmp_path):
         record.write_json(folder / "done.json", {"status": "completed", "run_id": method})
         code = {"lib.td_dpo.losses": {method: loss, "summary": "s"}}
         record.write_json(folder / "code.json", code)
-    assert len(record.load(tmp_path).members) == 2, "each ran its own loss, and the same of what they share"
+    assert len(tables.load(tmp_path).members) == 2, "each ran its own loss, and the same of what they share"
     record.write_json(folder / "code.json", {"lib.td_dpo.losses": {"summary": "edited"}})
     with pytest.raises(StudyError, match="lib.td_dpo.losses summary"):
-        record.load(tmp_path)
+        tables.load(tmp_path)

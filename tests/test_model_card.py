@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from lib import config, record, training as checkpoints
 from lib.made import write_stand_in
 from lib.run import members, model_card
-from lib.td_dpo import generated, inputs, objective, tokens
+from lib.td_dpo import engine, generated
+from lib.td_dpo.member import load
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -25,16 +26,14 @@ def trained(tiny, monkeypatch):
         run = tiny(seed_list=[1], **changes)
         job = members.submit(run)
         members.collect(job)
-        return job.folders["default-s1"], inputs.load(members.prepared(run))
+        return job.folders["default-s1"], load(members.prepared(run))
 
     return make
 
 
 def scores(model, given) -> dict:
     """The metrics of the test pairs, as lib/td_dpo/member.py measures them."""
-    rows = objective.pair_scores(
-        model, given.rows["test"], given.reference["test"], pad=tokens.pad_token(given.tokenizer)
-    )
+    rows = engine.pair_scores(model, given.rows["test"], given.reference["test"], pad=engine.pad_token(given.tokenizer))
     return {
         "implicit_accuracy": sum(r["rho"] > 0 for r in rows) / len(rows),
         "margin": sum(r["rho"] for r in rows) / len(rows),

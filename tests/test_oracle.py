@@ -5,7 +5,7 @@ import random
 import pytest
 
 from lib.errors import StudyError
-from lib.td_dpo.oracle import BEST_REWARD, STYLES, TONES, TOPICS, WEIGHTS, parse_request, qualities, reward, score
+from lib.td_dpo.generated import BEST_REWARD, STYLES, TONES, TOPICS, WEIGHTS, parse_request, qualities, reward, score
 
 
 def ask(*turns: str) -> list[dict]:

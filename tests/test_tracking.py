@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import claims, config, record
+from lib import claims, config, record, tables
 from lib.errors import StudyError
 from lib.run import cli, members, plan, runner, runs, wandb as mirror
 from lib.tables import aggregated
@@ -306,7 +306,7 @@ def study(tmp_path, seeds=(42, 43, 44)):
 
 def judged(results, planned):
     """What the study's analysis makes of a folder of records: its tables, verdicts and aggregated metrics."""
-    loaded = record.load(results, [m for run in planned for m in config.members(run)])
+    loaded = tables.load(results, [m for run in planned for m in config.members(run)])
     published = claims.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
     rows = report.question_scores(loaded, report.judged(planned, loaded))
     verdict = claims.evaluate(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lib import config, record, stats
+from lib import config, stats, tables
 from lib.claims import Cell, Claims, Paired, choose, pair_up, select
 from lib.graff.budget import energy_to_level
 from lib.graff.study import DIVERGED
@@ -30,7 +30,7 @@ def with_rate(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(learning_rate=set_by[0] if set_by else None)
 
 
-def scores(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:
+def scores(loaded: tables.Records, kind: str, metric: str) -> pd.DataFrame:
     """One row per member and problem: `example` (test problems' exact_match) or `area` (dev problems' area over
     time)."""
     columns = [*KEYS, "example", metric]
@@ -40,7 +40,7 @@ def scores(loaded: record.Records, kind: str, metric: str) -> pd.DataFrame:
     return rows.reindex(columns=columns).assign(status="completed")
 
 
-def areas(loaded: record.Records, energies: pd.DataFrame | None = None) -> pd.DataFrame:
+def areas(loaded: tables.Records, energies: pd.DataFrame | None = None) -> pd.DataFrame:
     """Areas per problem; `auc_reactor_22` is the same with REACTOR's raised by 22 %, which makes the relative claim a
     difference. `energies` (of `energy_scores`) are of the same problems."""
     rows = scores(loaded, "area", "auc")
@@ -49,12 +49,12 @@ def areas(loaded: record.Records, energies: pd.DataFrame | None = None) -> pd.Da
     return rows if energies is None else rows.merge(energies, on=[*KEYS, "example"], how="left")
 
 
-def all_members(loaded: record.Records) -> pd.DataFrame:
+def all_members(loaded: tables.Records) -> pd.DataFrame:
     """Finished members and, without metrics, the missing ones: coverage names both."""
     return with_rate(pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True))
 
 
-def _history(loaded: record.Records, column: str, columns: list[str]) -> pd.DataFrame:
+def _history(loaded: tables.Records, column: str, columns: list[str]) -> pd.DataFrame:
     """The rows of the history that have `column`; none, with `columns`, where nothing has finished."""
     rows = loaded.history
     return (
@@ -62,17 +62,17 @@ def _history(loaded: record.Records, column: str, columns: list[str]) -> pd.Data
     )
 
 
-def steps(loaded: record.Records) -> pd.DataFrame:
+def steps(loaded: tables.Records) -> pd.DataFrame:
     """The history's rows that are steps (learning rate, multipliers, loss), with the base rate."""
     return _history(loaded, "eta", ["eta", "fraction", "log_m", "a", "gain", "lambda"])
 
 
-def evaluations(loaded: record.Records) -> pd.DataFrame:
+def evaluations(loaded: tables.Records) -> pd.DataFrame:
     """The history's rows that are evaluations (exact match over consumed time)."""
     return _history(loaded, "exact_match_subset", ["used", "joules", "exact_match_subset", "dev_loss"])
 
 
-def grid(loaded: record.Records) -> pd.DataFrame:
+def grid(loaded: tables.Records) -> pd.DataFrame:
     """Every run at every base rate: mean over seeds, a diverged one with the study's DIVERGED values; what they have
     none of (dev_loss) is null where one diverged."""
     names = ["exact_match", "dev_exact_match", "flexible_match", "auc", "dev_loss", "test_loss", "steps", "energy"]
@@ -99,7 +99,7 @@ def anytime(evaluations: pd.DataFrame, budgets: dict[str, float], share: float =
     return pd.DataFrame(rows, columns=["run_id", "cell", "label", *names, "seeds"])
 
 
-def gsm1k(loaded: record.Records, draws: int = 2000) -> pd.DataFrame:
+def gsm1k(loaded: tables.Records, draws: int = 2000) -> pd.DataFrame:
     """EM(test) - EM(GSM1k) per run and cell, paired by model (seed): bootstrap over models and over each set's
     problems."""
     rows, pairs = [], loaded.pairs if "kind" in loaded.pairs else pd.DataFrame(columns=["kind", "run_id", "cell"])

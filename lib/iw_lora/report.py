@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lib import record
+from lib import record, tables
 from lib.plots import SOFT, Drawing, canvas, housestyle, legend_below, looks, number
 from lib.tables import run_metrics
 
@@ -21,7 +21,7 @@ BESIDE = ["bag_of_words_baseline", "majority_baseline", "trained_parameters"]  #
 # ---- tables
 
 
-def example_scores(loaded: record.Records) -> pd.DataFrame:
+def example_scores(loaded: tables.Records) -> pd.DataFrame:
     """One row per member and validation example, `accuracy` 1 or 0, as `claims.evaluate` wants it."""
     columns = ["run_id", "method", "alpha", "learning_rate", "seed", "example", "correct"]
     if loaded.pairs.empty:
@@ -30,7 +30,7 @@ def example_scores(loaded: record.Records) -> pd.DataFrame:
     return rows.assign(accuracy=rows.pop("correct").astype(float), status="completed")
 
 
-def all_members(loaded: record.Records) -> pd.DataFrame:
+def all_members(loaded: tables.Records) -> pd.DataFrame:
     """Finished members and, without metrics, the missing ones: coverage names both."""
     rows = pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True)
     return rows.assign(**{key: None for key in ("alpha", "learning_rate") if key not in rows})
@@ -45,14 +45,14 @@ def at_chosen(frame: pd.DataFrame, results: Path) -> pd.DataFrame:
     return mine.assign(label_of_run=mine["run_id"])
 
 
-def learning(loaded: record.Records, results: Path) -> pd.DataFrame:
+def learning(loaded: tables.Records, results: Path) -> pd.DataFrame:
     """The history of the methods (not of the controls) at their chosen cells, steps with a task loss."""
     rows = at_chosen(loaded.history, results)
     rows = rows.reindex(columns=rows.columns.union(["task_loss", "step", "seed"], sort=False))
     return rows.dropna(subset=["task_loss"])[lambda r: r["role"].isin(["proposed", "comparative"])]
 
 
-def exports(loaded: record.Records) -> dict[str, dict]:
+def exports(loaded: tables.Records) -> dict[str, dict]:
     """{member: s, w, coefficients, norms and a rank_pattern for PEFT} of the proposed method's members."""
     rows = loaded.members[loaded.members["role"] == "proposed"] if len(loaded.members) else loaded.members
     found = {
@@ -68,7 +68,7 @@ def calibrations(results: Path) -> pd.DataFrame:
     return pd.DataFrame([{"run": name, **values} for name, values in found.items() if values])
 
 
-def seed_noise(loaded: record.Records, assumed: tuple[float, ...]) -> pd.DataFrame:
+def seed_noise(loaded: tables.Records, assumed: tuple[float, ...]) -> pd.DataFrame:
     """Standard deviation between seeds per run and cell, beside what the power table assumes."""
     if loaded.members.empty:
         return loaded.members
@@ -77,14 +77,14 @@ def seed_noise(loaded: record.Records, assumed: tuple[float, ...]) -> pd.DataFra
     return sds.rename(columns={"std": "seed sd"})
 
 
-def accuracies(loaded: record.Records) -> pd.DataFrame:
+def accuracies(loaded: tables.Records) -> pd.DataFrame:
     """Every cell's accuracies beside what needs no model, mean over seeds."""
     names = [*ACCURACIES, *BESIDE]
     groups = loaded.members.reindex(columns=["run_id", "cell", "seed", *names]).groupby(["run_id", "cell"], sort=False)
     return groups[names].mean().join(groups["seed"].count().rename("seeds")).reset_index()
 
 
-def adapters(loaded: record.Records) -> pd.DataFrame:
+def adapters(loaded: tables.Records) -> pd.DataFrame:
     """One row per member and adapted matrix: s, w, coefficient, || Delta ||_F at the end, ranks kept by AdaLoRA."""
     rows, identity = [], ["run_id", "method", "cell", "seed"]
     for member in loaded.members.to_dict("records"):

@@ -162,7 +162,7 @@ def worker(request: dict) -> None:
         dist.destroy_process_group()
 
 
-# ---- a member of a study that has `fit(member, folder, inputs, trainer=)` ----
+# ---- a member of a study that has `fit(member, folder, shared, kind)` ----
 
 
 def train_member(argument: dict, count: int, threads: int) -> training.Outcome:
@@ -176,7 +176,7 @@ def train_share(argument: dict) -> dict:
     """One process of `train_member`."""
     member = work.member_of(argument["spec"])
     study = work.study_module(member.run.study)
-    outcome, *_ = study.fit(member, Path(argument["folder"]), study.inputs.load(Path(argument["inputs"])), sharded)
+    outcome = study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded)
     return dataclasses.asdict(outcome) | {"best": outcome.best and str(outcome.best)}
 
 

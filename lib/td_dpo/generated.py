@@ -1,4 +1,9 @@
-"""Generated preference data: list requests, answers of varying care, and Bradley-Terry labels from the oracle's reward.
+"""Generated preference data with a known reward: list requests, answers of varying care, Bradley-Terry labels.
+
+A request names a topic, a count, a tone and a style ("List three fruits in a calm tone as bullet points."). A second
+turn changes some of them. Six qualities of an answer are measured, each a share in [0, 1], and added with fixed
+weights; the sum is the latent reward that labels the pairs, and its clipped linear image is the 1-10 "oracle score"
+that a judge would give. Nothing is learned here: whoever knows this file knows the best possible policy.
 
 The pairs have the message form of argilla/dpo-mix-7k. Which split an instruction belongs to is a fixed property of its
 text (a checksum), so that no instruction, first turn or second, is shared between splits or with the questions,
@@ -9,13 +14,151 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
 from lib.errors import StudyError
-from lib.td_dpo.oracle import COUNTS, STYLES, TONES, TOPICS, Request, parse_request, reward, score
+
+TOPICS: dict[str, tuple[str, ...]] = {
+    "fruits": ("apple", "pear", "plum", "cherry", "mango", "peach", "grape", "banana", "lemon", "melon"),
+    "animals": ("horse", "tiger", "rabbit", "camel", "otter", "panda", "zebra", "goat", "wolf", "mouse"),
+    "cities": ("Paris", "Tokyo", "Cairo", "Lima", "Oslo", "Berlin", "Delhi", "Madrid", "Dublin", "Seoul"),
+    "colors": ("red", "blue", "green", "yellow", "purple", "pink", "brown", "white", "black", "orange"),
+    "tools": ("hammer", "saw", "drill", "wrench", "pliers", "chisel", "shovel", "rake", "axe", "file"),
+    "sports": ("tennis", "hockey", "rugby", "golf", "boxing", "rowing", "judo", "cricket", "skiing", "fencing"),
+    "instruments": ("piano", "violin", "flute", "drum", "guitar", "harp", "cello", "trumpet", "oboe", "banjo"),
+    "vegetables": ("carrot", "onion", "potato", "cabbage", "spinach", "leek", "radish", "pea", "celery", "garlic"),
+    "birds": ("eagle", "sparrow", "robin", "owl", "heron", "crow", "swan", "duck", "parrot", "pigeon"),
+    "drinks": ("water", "coffee", "tea", "milk", "juice", "cider", "cocoa", "wine", "beer", "soda"),
+    "trees": ("oak", "pine", "maple", "birch", "willow", "cedar", "elm", "ash", "spruce", "poplar"),
+    "metals": ("iron", "gold", "silver", "copper", "zinc", "lead", "tin", "nickel", "chrome", "steel"),
+}
+# tone -> (openers, closers); an answer in the right tone has one of each
+TONES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "calm": (("Gently now:", "Slowly then:"), ("Breathe easy.", "All is well.")),
+    "cheerful": (("What fun!", "Oh yay!"), ("Have a lovely day!", "Enjoy them all!")),
+    "formal": (("Dear reader:", "Please note:"), ("Yours faithfully.", "With kind regards.")),
+    "pirate": (("Ahoy matey!", "Avast ye!"), ("Arr me hearties!", "Shiver me timbers!")),
+    "sleepy": (("Yawn, well:", "Mmm, maybe:"), ("Good night.", "So tired.")),
+}
+STYLES: dict[str, str] = {"line": "on one line", "bullets": "as bullet points", "numbers": "as a numbered list"}
+COUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4, "five": 5}
+
+# reward = 3 topicality + 2 count + 2 tone + 1 style - 2 duplicates - 3 junk
+WEIGHTS: dict[str, float] = {
+    "topicality": 3.0, "count": 2.0, "tone": 2.0, "style": 1.0, "duplicates": -2.0, "junk": -3.0,
+}  # fmt: skip
+BEST_REWARD = sum(weight for weight in WEIGHTS.values() if weight > 0)
+
+_TOPIC_OF = {item.lower(): topic for topic, items in TOPICS.items() for item in items}
+_TONE_OF = {phrase.lower(): tone for tone, ends in TONES.items() for end in ends for phrase in end}
+_PHRASES = re.compile("|".join(re.escape(phrase) for phrase in sorted(_TONE_OF, key=len, reverse=True)))
+_TOKENS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+_LINE_STYLES = {"bullets": re.compile(r"^- (\w+)$"), "numbers": re.compile(r"^\d+\. (\w+)$")}
+_SYMBOLS_PER_ITEM = 2  # a number and its point, or a comma: what the three styles need
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the last user turn asks for, earlier turns taken into account."""
+
+    topic: str
+    count: int
+    tone: str
+    style: str
+    listed: frozenset[str] = frozenset()  # items of earlier answers that "more" must not repeat
+
+
+def parse_request(messages: Sequence[dict]) -> Request:
+    """The request that `messages` (ending with a user turn) make; each user turn overrides what it names."""
+    topic, count, tone, style, listed = None, None, "", "line", frozenset()
+    earlier: set[str] = set()
+    for message in messages:
+        text = message["content"].lower()
+        if message["role"] == "assistant":
+            earlier |= {word for word in _TOKENS.findall(text) if word in _TOPIC_OF}
+            continue
+        words = re.findall(r"\w+", text)
+        topic = next((word for word in words if word in TOPICS), topic)
+        count = next((COUNTS[word] for word in words if word in COUNTS), count)
+        named = re.search(r"in a (\w+) tone", text)
+        tone = named.group(1) if named and named.group(1) in TONES else tone
+        style = next((name for name, phrase in STYLES.items() if phrase in text), style)
+        listed = frozenset(earlier) if "more" in words else frozenset()
+    if topic is None or count is None or not messages or messages[-1]["role"] != "user":
+        last = messages[-1]["content"][:80] if messages else "no message"
+        raise StudyError(
+            "oracle",
+            f"not a generated list request: {last!r}",
+            "a request with a topic and a count, ending with a user turn",
+            "use evaluation.judge=none (or mt_bench) with data that were not generated here",
+        )
+    return Request(topic, count, tone, style, listed)
+
+
+def _styled_items(text: str, style: str) -> int:
+    """How many items of `text` (lower case, tone phrases cut out) stand in the layout that `style` asks for."""
+    lines = [line.strip() for line in text.splitlines()]
+    if style == "line":
+        # the items stand on one line and no line is a bullet or a number
+        if any(re.match(r"^(-|\d+\.)", line) for line in lines):
+            return 0
+        return max((sum(word in _TOPIC_OF for word in _TOKENS.findall(line)) for line in lines), default=0)
+    found = [match.group(1) for line in lines if (match := _LINE_STYLES[style].match(line))]
+    return sum(word in _TOPIC_OF for word in found)
+
+
+def qualities(messages: Sequence[dict], answer: str) -> dict[str, float]:
+    """The six qualities of `answer`, each in [0, 1]; of duplicates and junk less is better.
+
+    topicality  share of the listed items that belong to the topic
+    count       1 - |listed - asked| / asked, not below 0
+    tone        half for a right opening or closing phrase, one for two of them, half taken off for each wrong one
+    style       share of the listed items in the layout asked for
+    duplicates  share of the listed items listed before (or, for "more", in an earlier answer)
+    junk        share of words and symbols that are neither items, "and", tone phrases nor the layout's own marks
+    """
+    request = parse_request(messages)
+    text = answer.lower()
+    phrases = [_TONE_OF[phrase] for phrase in _PHRASES.findall(text)]
+    body = _PHRASES.sub("", text)
+    tokens = _TOKENS.findall(body)
+    items = [token for token in tokens if token in _TOPIC_OF]
+    words = [token for token in tokens if token[0].isalpha() and token not in _TOPIC_OF and token != "and"]
+    symbols = sum(not token[0].isalpha() for token in tokens)
+    junk = len(words) + max(0, symbols - _SYMBOLS_PER_ITEM * len(items))
+    # a tone phrase said more than twice is padding, not tone
+    junk += max(0, len(phrases) - 2)
+    right = min(2, sum(tone == request.tone for tone in phrases))
+    wrong = sum(tone != request.tone for tone in phrases)
+    repeated = len(items) - len(set(items) - request.listed)
+    listed = max(1, len(items))
+    return {
+        "topicality": sum(_TOPIC_OF[item] == request.topic for item in items) / listed,
+        "count": max(0.0, 1 - abs(len(items) - request.count) / request.count),
+        "tone": max(0, right - wrong) / 2,
+        "style": _styled_items(body, request.style) / listed,
+        "duplicates": repeated / listed,
+        "junk": junk / max(1, junk + len(items)),
+    }
+
+
+def reward(messages: Sequence[dict], answer: str) -> float:
+    """Latent reward: the weighted sum of the qualities, from -3 (nothing but junk) to 8 (faultless)."""
+    found = qualities(messages, answer)
+    return sum(weight * found[name] for name, weight in WEIGHTS.items())
+
+
+def score(messages: Sequence[dict], answer: str) -> float:
+    """Oracle score: 1 + 9 * reward / 8, cut to [1, 10]; an empty answer has reward 0 and score 1."""
+    return min(10.0, max(1.0, 1 + 9 * reward(messages, answer) / BEST_REWARD))
+
+
+# ---- requests, answers and labels ----
 
 OPENINGS = ("List", "Name", "Give me", "Write down")
 JUNK = ("blah", "um", "qux", "foo", "etc", "lorem", "zap", "hmm")
@@ -138,30 +281,10 @@ def questions(n: int, seed: int = 0) -> list[dict]:
     return made
 
 
-def _rewards(pair: dict) -> tuple[float, float]:
-    return tuple(reward(pair["prompt"], pair[side][0]["content"]) for side in ("chosen", "rejected"))
-
-
-def bayes_accuracy(pairs: Sequence[dict]) -> float:
-    """Expected accuracy, on labels drawn as these were, of always naming the answer with the higher reward."""
-    return sum(label_probability(max(both), min(both)) for both in map(_rewards, pairs)) / len(pairs)
-
-
 def label_noise(pairs: Sequence[dict]) -> dict[str, float]:
-    """`flipped`: share of labels against the reward; `ceiling`: 1 - flipped; `bayes_accuracy`: its expectation."""
-    flipped = sum(chosen < rejected for chosen, rejected in map(_rewards, pairs)) / len(pairs)
-    return {"flipped": flipped, "ceiling": 1 - flipped, "bayes_accuracy": bayes_accuracy(pairs)}
-
-
-def to_dpo_mix_rows(pairs: Sequence[dict]) -> list[dict]:
-    """Rows with the columns of argilla/dpo-mix-7k. Ratings are oracle scores; a flipped label has them crossed."""
-    rows = []
-    for pair in pairs:
-        sides = ("chosen", "rejected")
-        row: dict = {"dataset": "generated/list-requests"}
-        for side in sides:
-            messages = [*pair["prompt"], *pair[side]]
-            row[side] = [{"content": message["content"], "role": message["role"]} for message in messages]
-        row |= {f"{side}_rating": score(pair["prompt"], pair[side][0]["content"]) for side in sides}
-        rows.append(row)
-    return rows
+    """`flipped`: share of labels against the reward; `ceiling`: 1 - flipped; `bayes_accuracy`: its expectation, the
+    accuracy on labels drawn as these were of always naming the answer with the higher reward."""
+    rewards = [[reward(pair["prompt"], pair[side][0]["content"]) for side in ("chosen", "rejected")] for pair in pairs]
+    flipped = sum(chosen < rejected for chosen, rejected in rewards) / len(pairs)
+    bayes = sum(label_probability(max(both), min(both)) for both in rewards) / len(pairs)
+    return {"flipped": flipped, "ceiling": 1 - flipped, "bayes_accuracy": bayes}

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of four (B,) tensors of sequence log-probabilities, in nats.
+"""Preference losses: what a step minimizes, from the log-probabilities of its pairs, and what it records.
 
 Symbols: log p+- = log pi_theta(y+-), log q+- = log pi_0(y+-) (reference); r+- = log p+- - log q+-;
 rho = r+ - r- (implicit margin); Delta = log p+ - log p- (raw margin); z = beta rho; sp = softplus.
@@ -8,41 +8,51 @@ sp(-x) is written -logsigmoid(x): torch's softplus turns linear above 20, an err
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lib.errors import StudyError
-
 DISCOPOP_TEMPERATURE = 0.05  # arXiv:2406.08414, equation 5
-Parts = dict[str, Tensor]
 
 
-def log_ratios(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
-) -> tuple[Tensor, Tensor]:
-    """r+ and r-, each (B,), in nats."""
-    return policy_chosen - reference_chosen, policy_rejected - reference_rejected
+@dataclass(frozen=True)
+class Pairs:
+    """Log-probabilities of B pairs of answers, each (B,), in nats; lengths (B,) in tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_length: Tensor | None = None
+    rejected_length: Tensor | None = None
+
+    @property
+    def r_chosen(self) -> Tensor:
+        return self.chosen - self.ref_chosen
+
+    @property
+    def r_rejected(self) -> Tensor:
+        return self.rejected - self.ref_rejected
+
+    @property
+    def rho(self) -> Tensor:
+        return self.r_chosen - self.r_rejected
+
+    @property
+    def delta(self) -> Tensor:
+        return self.chosen - self.rejected
 
 
-def _without_anchor(loss: Tensor) -> tuple[Tensor, Parts]:
-    return loss, {"preference_loss": loss, "anchor_loss": torch.zeros_like(loss)}
+Terms = tuple[Tensor, Tensor | None]  # a loss's term of preference and its anchor, each (B,)
 
 
-def _with_anchor(preference: Tensor, r_chosen: Tensor, r_rejected: Tensor, beta: float) -> tuple[Tensor, Parts]:
-    """Adds beta/2 (r+^2 + r-^2), the squared-log-ratio (k2) anchor on the two answers. It is not KL(pi_theta||pi_0)."""
-    anchor = 0.5 * beta * (r_chosen.square() + r_rejected.square())
-    return preference + anchor, {"preference_loss": preference, "anchor_loss": anchor}
-
-
-def dpo(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
-) -> tuple[Tensor, Parts]:
+def dpo(pairs: Pairs, *, beta: float, **_) -> Terms:
     """sp(-beta rho) (arXiv:2305.18290, equation 7)."""
-    r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    return _without_anchor(-logsigmoid(beta * (r_chosen - r_rejected)))
+    return -logsigmoid(beta * pairs.rho), None
 
 
 def _discopop(z: Tensor, gate: Tensor) -> Tensor:
@@ -53,121 +63,37 @@ def _discopop(z: Tensor, gate: Tensor) -> Tensor:
     return torch.sigmoid(-gate) * -logsigmoid(z) + torch.exp(logsigmoid(gate) - z)
 
 
-def discopop(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
-) -> tuple[Tensor, Parts]:
+def discopop(pairs: Pairs, *, beta: float, **_) -> Terms:
     """DiscoPOP as its paper and TRL have it: gate sigma(z/.05) (arXiv:2406.08414, equation 5)."""
-    r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    z = beta * (r_chosen - r_rejected)
-    return _without_anchor(_discopop(z, z / DISCOPOP_TEMPERATURE))
+    z = beta * pairs.rho
+    return _discopop(z, z / DISCOPOP_TEMPERATURE), None
 
 
-def discopop_card(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float
-) -> tuple[Tensor, Parts]:
+def discopop_card(pairs: Pairs, *, beta: float, **_) -> Terms:
     """DiscoPOP as the released model's card has it: gate sigma(rho). It equals the paper's form only at beta = .05.
 
     At beta > 1 it grows like exp(-(beta - 1) rho) on wrongly ordered pairs. That is left to overflow: a divergence is
     a result of the method, recorded by the trainer, not something to clamp away here.
     """
-    r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    rho = r_chosen - r_rejected
-    return _without_anchor(_discopop(beta * rho, rho))
+    return _discopop(beta * pairs.rho, pairs.rho), None
 
 
-def td_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    tau: float,
-) -> tuple[Tensor, Parts]:
+def _anchor(pairs: Pairs, beta: float) -> Tensor:
+    """beta/2 (r+^2 + r-^2), the squared-log-ratio (k2) anchor on the two answers. It is not KL(pi_theta||pi_0)."""
+    return 0.5 * beta * (pairs.r_chosen.square() + pairs.r_rejected.square())
+
+
+def td_dpo(pairs: Pairs, *, beta: float, tau: float, **_) -> Terms:
     """sp(-Delta/tau) + beta/2 (r+^2 + r-^2): the margin's temperature tau is free of the anchor's weight beta."""
-    r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    preference = -logsigmoid((policy_chosen - policy_rejected) / tau)
-    return _with_anchor(preference, r_chosen, r_rejected, beta)
+    return -logsigmoid(pairs.delta / tau), _anchor(pairs, beta)
 
 
-def td_dpo_anchored(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    tau: float,
-) -> tuple[Tensor, Parts]:
+def td_dpo_anchored(pairs: Pairs, *, beta: float, tau: float, **_) -> Terms:
     """td_dpo with the margin taken against the reference: sp(-rho/tau) + beta/2 (r+^2 + r-^2)."""
-    r_chosen, r_rejected = log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    return _with_anchor(-logsigmoid((r_chosen - r_rejected) / tau), r_chosen, r_rejected, beta)
+    return -logsigmoid(pairs.rho / tau), _anchor(pairs, beta)
 
 
-LOSSES: dict[str, Callable[..., tuple[Tensor, Parts]]] = {
-    "dpo": dpo,
-    "discopop": discopop,
-    "discopop_card": discopop_card,
-    "td_dpo": td_dpo,
-    "td_dpo_anchored": td_dpo_anchored,
-}
-TEMPERED = ("td_dpo", "td_dpo_anchored")  # the losses that take tau
-# trl 1.16's loss_type values, in the order of its own error message; `dpo` and `discopop` are ours under these names.
-TRL_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "sft",
-    "sigmoid_norm",
-)
-
-
-def preference_loss(
-    name: str,
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    tau: float = 1.0,
-    label_smoothing: float = 0.0,
-    chosen_length: Tensor | None = None,
-    rejected_length: Tensor | None = None,
-) -> tuple[Tensor, Parts]:
-    """Loss (B,) and its two terms for one of LOSSES, or for a TRL loss_type by TRL's own code.
-
-    `chosen_length` and `rejected_length` (B,), in tokens, are needed only by TRL losses that average over tokens.
-    """
-    four = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    if name in LOSSES:
-        return LOSSES[name](*four, beta=beta, **({"tau": tau} if name in TEMPERED else {}))
-    if name in TRL_LOSSES:
-        loss = _trl_loss(name, *four, beta, label_smoothing, chosen_length, rejected_length)
-        return _without_anchor(loss)
-    raise StudyError("loss.name", repr(name), f"one of {', '.join([*LOSSES, *TRL_LOSSES])}")
-
-
-def _trl_loss(
-    name: str,
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
-    label_smoothing: float,
-    chosen_length: Tensor | None,
-    rejected_length: Tensor | None,
-) -> Tensor:
+def _trl_loss(name: str, pairs: Pairs, *, beta: float, label_smoothing: float, **_) -> Terms:
     """TRL's own `_compute_loss` run on a stand-in model whose tokens sum to the given log-probabilities.
 
     TRL gives only the batch mean (some of its losses sort the batch), so the mean is repeated B times. The losses read
@@ -175,23 +101,19 @@ def _trl_loss(
     """
     from trl import DPOTrainer  # not at import time: the losses alone should not cost TRL's import
 
-    ones = torch.ones_like(policy_chosen, dtype=torch.long)
-    lengths = torch.cat(
-        [ones if chosen_length is None else chosen_length, ones if rejected_length is None else rejected_length]
-    )
+    lengths = torch.cat([pairs.chosen_length, pairs.rejected_length])
     width = int(lengths.max())
     mask = (torch.arange(width + 1, device=lengths.device) <= lengths[:, None]).long()
     mask[:, 0] = 0  # one prompt token
-    sums = torch.cat([policy_chosen, policy_rejected])
+    sums = torch.cat([pairs.chosen, pairs.rejected])
     log_probs = torch.cat([sums[:, None], sums.new_zeros(len(sums), width - 1)], dim=1)
     blank = torch.zeros_like(log_probs)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank, is_top1=blank.bool())
     metrics = SimpleNamespace(append=lambda value: None)  # TRL's own log entries, which this engine replaces
     bucket = type("Discard", (dict,), {"__missing__": lambda self, key: metrics})
-    accelerator = SimpleNamespace(device=sums.device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     stand_in = SimpleNamespace(
         model=SimpleNamespace(training=False),
-        accelerator=accelerator,
+        accelerator=SimpleNamespace(device=sums.device, gather=lambda x: x, gather_for_metrics=lambda x: x),
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
@@ -209,56 +131,90 @@ def _trl_loss(
         "input_ids": mask,
         "completion_mask": mask,
         "attention_mask": mask,
-        "ref_chosen_logps": reference_chosen,
-        "ref_rejected_logps": reference_rejected,
+        "ref_chosen_logps": pairs.ref_chosen,
+        "ref_rejected_logps": pairs.ref_rejected,
     }
     loss = DPOTrainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
-    return loss.expand(len(policy_chosen))
+    return loss.expand(len(pairs.chosen)), None
 
 
-# --- the loss landscape (a notebook section) ---------------------------------------------------------------------
+LOSSES: dict[str, Callable[..., Terms]] = {
+    "dpo": dpo,
+    "discopop": discopop,
+    "discopop_card": discopop_card,
+    "td_dpo": td_dpo,
+    "td_dpo_anchored": td_dpo_anchored,
+    # trl 1.16's loss_type values but sigmoid and discopop, which are `dpo` and `discopop` here
+    "hinge": partial(_trl_loss, "hinge"),
+    "ipo": partial(_trl_loss, "ipo"),
+    "exo_pair": partial(_trl_loss, "exo_pair"),
+    "nca_pair": partial(_trl_loss, "nca_pair"),
+    "robust": partial(_trl_loss, "robust"),
+    "bco_pair": partial(_trl_loss, "bco_pair"),
+    "sppo_hard": partial(_trl_loss, "sppo_hard"),
+    "aot": partial(_trl_loss, "aot"),
+    "aot_unpaired": partial(_trl_loss, "aot_unpaired"),
+    "apo_zero": partial(_trl_loss, "apo_zero"),
+    "apo_down": partial(_trl_loss, "apo_down"),
+    "sft": partial(_trl_loss, "sft"),
+    "sigmoid_norm": partial(_trl_loss, "sigmoid_norm"),
+}
 
 
-def slope(name: str, rho: Tensor, *, beta: float, tau: float = 1.0) -> Tensor:
-    """d loss / d rho along log p+ with log p- and the reference held at 0; shape of `rho`, per nat."""
-    with torch.enable_grad():
-        chosen = rho.detach().clone().requires_grad_()
-        zero = torch.zeros_like(chosen)
-        loss, _ = preference_loss(name, chosen, zero, zero, zero, beta=beta, tau=tau)
-        return torch.autograd.grad(loss.sum(), chosen)[0]
-
-
-def hessian(
+def preference_loss(
     name: str,
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
     *,
     beta: float,
-    tau: float = 1.0,
-) -> Tensor:
-    """(B, 2, 2) second derivatives of each pair's loss in (log p+, log p-).
+    tau: float | None = None,
+    label_smoothing: float = 0.0,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss `name` of LOSSES and its two terms (preference, anchor), each (B,).
 
-    For td_dpo: sigma(Delta/tau) sigma(-Delta/tau) / tau^2 [[1,-1],[-1,1]] + beta I, so the common mode (1,1)/sqrt 2 has
-    curvature beta (0 in DPO) and the margin mode (1,-1)/sqrt 2 has 2 sigma sigma'/tau^2 + beta.
+    `lengths` of the chosen and the rejected answers (B,), in tokens, matter only to TRL losses that average over
+    tokens.
     """
-    with torch.enable_grad():
-        p = torch.stack([policy_chosen, policy_rejected], dim=1).detach().requires_grad_()
-        loss, _ = preference_loss(name, p[:, 0], p[:, 1], reference_chosen, reference_rejected, beta=beta, tau=tau)
-        gradient = torch.autograd.grad(loss.sum(), p, create_graph=True)[0]
-        rows = [torch.autograd.grad(gradient[:, i].sum(), p, retain_graph=True)[0] for i in range(2)]
-    return torch.stack(rows, dim=1)
+    lengths = lengths or (torch.ones_like(chosen, dtype=torch.long),) * 2
+    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths)
+    preference, anchor = LOSSES[name](pairs, beta=beta, tau=tau, label_smoothing=label_smoothing)
+    if anchor is None:
+        return preference, preference, torch.zeros_like(preference)
+    return preference + anchor, preference, anchor
 
 
-def discopop_barrier() -> dict[str, float]:
-    """Where DiscoPOP's slope in z has the wrong sign: slope at 0, and the z of its local minimum and of its barrier.
+def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss (B,) of a batch's pairs, and the (B, 8) columns that `summary` reads; `loss` is the YAML's section."""
+    four = (chosen, rejected, batch["ref_chosen_logps"], batch["ref_rejected_logps"])
+    lengths = batch["chosen_length"], batch["rejected_length"]
+    scaled = four
+    if loss.get("average_log_probs"):  # a flagged ablation: means over tokens instead of sums
+        scaled = tuple(x / length for x, length in zip(four, lengths * 2, strict=True))
+    options = {key: loss[key] for key in ("beta", "tau", "label_smoothing") if loss.get(key) is not None}
+    values, preference, anchor = preference_loss(loss["name"], *scaled, **options, lengths=lengths)
+    pairs = Pairs(*(x.detach() for x in four))
+    columns = (values, preference, anchor, pairs.r_chosen, pairs.r_rejected, pairs.delta, *lengths)
+    return values, torch.stack([column.detach().to(values.dtype) for column in columns], dim=1)
 
-    Pairs with rho between minimum/beta and barrier/beta are pushed the wrong way.
-    """
-    from scipy.optimize import brentq
 
-    def in_z(z: float) -> float:
-        return float(slope("discopop", torch.tensor([z], dtype=torch.float64), beta=1.0))
-
-    return {"slope_at_zero": in_z(0.0), "minimum": brentq(in_z, -0.5, 0.0), "barrier": brentq(in_z, 0.0, 0.5)}
+def summary(columns: Tensor) -> dict[str, float]:
+    """Means over pairs of what a step records, from (N, 8) columns of `objective`."""
+    loss, preference, anchor, r_chosen, r_rejected, raw, chosen_length, rejected_length = columns.double().unbind(dim=1)
+    rho = r_chosen - r_rejected
+    named = {
+        "loss": loss,
+        "preference_loss": preference,
+        "anchor_loss": anchor,
+        "implicit_accuracy": (rho > 0).double(),
+        "raw_accuracy": (raw > 0).double(),
+        "margin": rho,
+        "raw_margin": raw,
+        "chosen_log_ratio": r_chosen,
+        "rejected_log_ratio": r_rejected,
+        "chosen_length": chosen_length,
+        "rejected_length": rejected_length,
+    }
+    return dict(zip(named, torch.stack(list(named.values())).mean(dim=1).tolist(), strict=True))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from lib import config, models, record, training
-from lib.td_dpo import cost, generated, inputs, mt_bench, oracle, sampling
-from lib.td_dpo.objective import pair_scores
-from lib.td_dpo.reference import log_ratio_of_samples
-from lib.td_dpo.tokens import pad_token
-from lib.td_dpo.trainer import PreferenceTrainer
+from lib import models, record, training
+from lib.td_dpo import generated, mt_bench
+from lib.td_dpo.engine import answer_questions, load_base, log_ratio_of_samples, pad_token, pair_scores, sample
+from lib.td_dpo.trainer import PreferenceTrainer, step_cost as measure_step_cost
 from lib.training import Outcome
 
 SAMPLE_BATCH = 80
@@ -21,10 +23,37 @@ MT_BATCH = 16  # long answers: their cached keys and values fill the memory
 COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
 
 
+@dataclass
+class Inputs:
+    """What all members of a grid share. `rows` and `reference` by split; `pairs` the text of every pair; `report`
+    counts and baselines for the record; `base` the base model's name or folder."""
+
+    tokenizer: object
+    rows: dict[str, list[dict]]
+    reference: dict[str, Tensor]
+    pairs: dict[str, list[dict]]
+    report: dict
+    base: str
+
+
+def load(folder: Path) -> Inputs:
+    """The inputs that data.prepare made in `folder` (which may have been renamed since)."""
+    folder = Path(folder)
+    report = record.read_json(folder / "report.json")
+    return Inputs(
+        models.load_tokenizer(str(folder / "tokenizer"), needs_chat_template=True),
+        json.loads((folder / "rows.json").read_text()),
+        load_file(folder / "reference.safetensors"),
+        json.loads((folder / "pairs.json").read_text(encoding="utf-8")),
+        report,
+        str(folder / "base") if (folder / "base").is_dir() else report["base"],
+    )
+
+
 def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) -> dict:
     """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured.
     `outcome`: of a training that is over (lib/run/sharding.py) and whose checkpoints are in `folder`."""
-    run, given = member.run, inputs.load(shared)
+    run, given = member.run, load(shared)
     if outcome is None:
         outcome, model, frozen = fit(member, folder, given)
         kept = outcome.best
@@ -46,32 +75,41 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         return metrics
     if kept is not None:
         training.load_checkpoint(model, kept)
+    seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
     return {
         **metrics,
         **_validation(folder, outcome.best_step),
         **evaluate(run, model, frozen, given, member.seed, folder),
-        "step_seconds": _step_seconds(folder),
+        "step_seconds": statistics.median(seconds) if seconds else None,
     }
+
+
+def policy(run, base: str, seed: int):
+    """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
+    # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
+    storage = run.model.torch_dtype if training.world() > 1 and run.model.quantization == "nf4" else None
+    model = load_base(run, base, quant_storage=storage)
+    return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
 
 def frozen_base(run, base: str):
     """The frozen reference: None where it is the policy with its adapters off."""
-    return None if run.model.peft else inputs.load_base(run, base)
+    return None if run.model.peft else load_base(run, base)
 
 
-def fit(member, folder: Path, given: inputs.Inputs, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
-    """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer into one of its kind
-    (for a sharded model, say)."""
+def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
+    """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer's class into another
+    (for a sharded model: lib/run/sharding.py)."""
     run = member.run
     model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
     prompts = [pair["prompt"] for pair in given.pairs["validation"][: run.evaluation.kl_prompts]]
 
-    def at_evaluation(step: int, policy_now) -> dict:
+    def at_evaluation(step: int, now) -> dict:
         """A few sampled answers: how far the policy has moved where it speaks itself."""
         if not prompts:
             return {}
-        answers = sampling.sample(
-            policy_now,
+        answers = sample(
+            now,
             given.tokenizer,
             prompts,
             max_new_tokens=run.evaluation.max_new_tokens,
@@ -80,7 +118,7 @@ def fit(member, folder: Path, given: inputs.Inputs, kind: Callable[[type], type]
             batch_size=SAMPLE_BATCH,
         )
         answers = training.gathered(answers)[0]  # what all processes score must be the same to the last token
-        ratios = log_ratios(policy_now, frozen, answers)
+        ratios = log_ratio_of_samples(now, frozen, answers).tolist()
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
 
     trainer = kind(PreferenceTrainer)(
@@ -90,7 +128,7 @@ def fit(member, folder: Path, given: inputs.Inputs, kind: Callable[[type], type]
         given.rows["validation"],
         given.reference,
         loss=run.loss.model_dump(),
-        training=run.training.model_dump(),
+        training=run.training,
         seed=member.seed,
         folder=folder,
         on_evaluate=at_evaluation,
@@ -99,21 +137,7 @@ def fit(member, folder: Path, given: inputs.Inputs, kind: Callable[[type], type]
     return trainer.fit(), model, frozen
 
 
-def policy(run, base: str, seed: int):
-    """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
-    # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
-    storage = run.model.torch_dtype if training.world() > 1 and run.model.quantization == "nf4" else None
-    model = inputs.load_base(run, base, quant_storage=storage)
-    return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
-
-
-def log_ratios(model, frozen, answers: list[dict]) -> list[float]:
-    """log pi - log pi_0 of sampled answers, in nats; their mean is the sampled KL."""
-    samples = [{"prompt_ids": a["prompt_ids"], "completion_ids": a["ids"]} for a in answers]
-    return log_ratio_of_samples(model, frozen, samples).tolist() if samples else []
-
-
-def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) -> dict:
+def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict:
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
@@ -130,18 +154,14 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
     }
     if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
         answers = judged_answers(run, model, given.tokenizer, seed)
-        for answer, ratio in zip(answers, log_ratios(model, frozen, answers), strict=True):
-            predictions.append(
-                {
-                    "kind": "answer",
-                    **{k: answer[k] for k in ("question", "category", "turn", "score", "length", "text")},
-                    "log_ratio": ratio,
-                }
-            )
+        ratios = log_ratio_of_samples(model, frozen, answers).tolist()
+        for answer, ratio in zip(answers, ratios, strict=True):
+            kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
+            predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
         metrics |= {
             "oracle_score": _mean([a["score"] for a in answers]),
             "answer_length": _mean([a["length"] for a in answers]),
-            "sampled_kl": _mean([p["log_ratio"] for p in predictions if p["kind"] == "answer"]),
+            "sampled_kl": _mean(ratios),
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
@@ -161,7 +181,7 @@ def evaluate(run, model, frozen, given: inputs.Inputs, seed: int, folder: Path) 
 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
-    answers = sampling.answer_questions(
+    answers = answer_questions(
         model,
         tokenizer,
         generated.questions(run.evaluation.questions),
@@ -170,38 +190,22 @@ def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
         temperature=run.evaluation.temperature,
         batch_size=SAMPLE_BATCH,
     )
-    return [{**a, "score": oracle.score(a["prompt"], a["text"])} for a in answers]
+    return [{**a, "score": generated.score(a["prompt"], a["text"])} for a in answers]
 
 
-def base_score(run, given: inputs.Inputs) -> float:
+@torch.no_grad()
+def base_score(run, given: Inputs) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
-    with torch.no_grad():
-        return _mean(
-            [
-                a["score"]
-                for a in judged_answers(run, inputs.load_base(run, given.base), given.tokenizer, run.seed_list[0])
-            ]
-        )
+    answers = judged_answers(run, load_base(run, given.base), given.tokenizer, run.seed_list[0])
+    return _mean([a["score"] for a in answers])
 
 
 def _validation(folder: Path, step: int | None) -> dict:
     """Validation metrics at the checkpoint that is kept, from the member's own history; the sampled KL is that of
     answers to validation prompts."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
-    return (
-        {
-            k: v
-            for k, v in rows[-1].items()
-            if k in ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss", "sampled_kl")
-        }
-        if rows
-        else {}
-    )
-
-
-def _step_seconds(folder: Path) -> float | None:
-    seconds = [r["seconds"] for r in record.read_jsonl(folder / "timing.jsonl")]
-    return statistics.median(seconds) if seconds else None
+    names = ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss", "sampled_kl")
+    return {name: rows[-1][name] for name in names if name in rows[-1]} if rows else {}
 
 
 def _mean(values: list) -> float | None:
@@ -210,18 +214,16 @@ def _mean(values: list) -> float | None:
 
 
 def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of this method's first cell and of DPO at the same beta, in turns; writes step_cost.jsonl."""
-    given, first = inputs.load(shared), config.members(run)[0]
-    loss = first.run.loss.model_dump()
-    rows = cost.step_cost(
-        lambda: policy(first.run, given.base, first.seed),
+    """Step times of this run's loss and of DPO at the same beta, in turns; writes step_cost.jsonl."""
+    given, seed, loss = load(shared), run.seed_list[0], run.loss.model_dump()
+    rows = measure_step_cost(
+        lambda: policy(run, given.base, seed),
         given.rows["train"],
         given.reference["train"],
-        loss,
-        loss | {"name": "dpo", "tau": None},
-        run.training.model_dump(),
+        (loss, loss | {"name": "dpo", "tau": None}),
+        run.training,
         2 if run.mode == "trial" else COST_PAIRS,
-        first.seed,
+        seed,
         pad=pad_token(given.tokenizer),
     )
     record.write_jsonl(folder / "step_cost.jsonl", rows)

@@ -89,7 +89,7 @@ def answer(
     (digest of the question). The answers depend on `seed`, the batch size and the model, not on where a run was
     interrupted.
     """
-    from lib.td_dpo import sampling  # torch: a configuration is checked without it
+    from lib.td_dpo import engine  # torch: a configuration is checked without it
 
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {(row["question"], row["turn"]): row for row in record.read_jsonl(path)}
@@ -98,7 +98,7 @@ def answer(
     for number, (temperature, questions) in enumerate(batches(bench, batch_size, count)):
         if all((question["id"], turn) in kept for question in questions for turn in (1, 2)):
             continue
-        rows = sampling.answer_questions(
+        rows = engine.answer_questions(
             model,
             tokenizer,
             questions,

@@ -12,9 +12,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from lib import claims, plots, record, stats
+from lib import claims, plots, record, stats, tables
 from lib.plots import Drawing, Look, canvas, housestyle, number, ordered
-from lib.td_dpo.config import METRICS, SECOND_METRIC
+from lib.td_dpo.study import METRICS, SECOND_METRIC
 
 LOOKS = {
     "dpo": Look("DPO", plots.PALETTE[0], "o"),
@@ -52,7 +52,7 @@ class Judged(NamedTuple):
     known: bool = True
 
 
-def judged(planned: list, loaded: record.Records) -> Judged:
+def judged(planned: list, loaded: tables.Records) -> Judged:
     """What judged the answers of these runs (config.Run objects)."""
     kinds = sorted({run.evaluation.judge for run in planned})
     if len(kinds) > 1:
@@ -82,7 +82,7 @@ def judged(planned: list, loaded: record.Records) -> Judged:
     return Judged("mt_bench_score", label, "; ".join(fixes))
 
 
-def question_scores(loaded: record.Records, by: Judged, leave_out: Iterable[int] = ()) -> pd.DataFrame:
+def question_scores(loaded: tables.Records, by: Judged, leave_out: Iterable[int] = ()) -> pd.DataFrame:
     """One row per member and question: the mean score over its turns, as `claims.evaluate` wants it. `leave_out`:
     questions."""
     if loaded.answers.empty or not by.metric or not by.known:
@@ -108,7 +108,7 @@ def add_corrected(verdicts: list[claims.Verdict], corrected: list[claims.Verdict
             verdict.beside.append(note | {name: getattr(other, name) for name in same})
 
 
-def noise(study: claims.Claims, rows: pd.DataFrame, loaded: record.Records) -> pd.DataFrame:
+def noise(study: claims.Claims, rows: pd.DataFrame, loaded: tables.Records) -> pd.DataFrame:
     """Standard deviations per arm behind each claim about a difference of scores, below those that the power table
     assumes."""
     seed_sds = " or ".join(f"{sd:g}" for sd in study.noise.seed_sds)
@@ -129,18 +129,18 @@ def noise(study: claims.Claims, rows: pd.DataFrame, loaded: record.Records) -> p
 # ---- tables
 
 
-def all_members(loaded: record.Records) -> pd.DataFrame:
+def all_members(loaded: tables.Records) -> pd.DataFrame:
     """Finished members and, without metrics, the missing ones: coverage names both."""
     missing = pd.DataFrame([{**member, **member.get("cell", {})} for member in loaded.missing])
     return pd.concat([loaded.members, missing], ignore_index=True)
 
 
-def present(loaded: record.Records, metrics: Sequence[str]) -> list[str]:
+def present(loaded: tables.Records, metrics: Sequence[str]) -> list[str]:
     """Those of `metrics` that any member has a value of."""
     return [name for name in metrics if name in loaded.members and loaded.members[name].notna().any()]
 
 
-def primary(loaded: record.Records, by: Judged) -> str:
+def primary(loaded: tables.Records, by: Judged) -> str:
     """The judge's metric, or the study's second one where no answer has been judged."""
     return (present(loaded, [by.metric] if by.metric and by.known else []) or [SECOND_METRIC])[0]
 
@@ -152,7 +152,7 @@ def base_score(results: Path) -> float | None:
     return next((score for score in scores if score is not None), None)
 
 
-def accuracies(loaded: record.Records) -> pd.DataFrame:
+def accuracies(loaded: tables.Records) -> pd.DataFrame:
     """Accuracies of every cell, mean over seeds, and those of the baselines that need no model."""
     if loaded.members.empty:
         return loaded.members
@@ -351,7 +351,7 @@ def loss_curve(name: str, margin: np.ndarray, *, beta: float, tau: float = 1.0) 
 
     x = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
     zero = torch.zeros_like(x)
-    loss = preference_loss(name, x / 2, -x / 2, zero, zero, beta=beta, tau=tau)[1]["preference_loss"]
+    loss = preference_loss(name, x / 2, -x / 2, zero, zero, beta=beta, tau=tau)[1]
     (slope,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach().numpy(), slope.numpy()
 
@@ -366,7 +366,7 @@ def hessian_eigenvalues(name: str, margin: np.ndarray, *, beta: float, tau: floa
 
     x = torch.tensor(margin, dtype=torch.float64)
     p, zero = torch.stack([x / 2, -x / 2], dim=1).requires_grad_(), torch.zeros_like(x)
-    loss, _ = preference_loss(name, p[:, 0], p[:, 1], zero, zero, beta=beta, tau=tau)
+    loss, *_ = preference_loss(name, p[:, 0], p[:, 1], zero, zero, beta=beta, tau=tau)
     (gradient,) = torch.autograd.grad(loss.sum(), p, create_graph=True)
     (row,) = torch.autograd.grad(gradient[:, 0].sum(), p)
     return torch.stack([row[:, 0] + row[:, 1], row[:, 0] - row[:, 1]], dim=1).numpy()

@@ -8,7 +8,7 @@ function of four (B,) tensors (losses.py), and the run is recorded and resumed a
 from __future__ import annotations
 
 import contextlib
-import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,54 +21,37 @@ from trl import DPOConfig, DPOTrainer
 
 from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
-from lib.td_dpo.config import NOT_NUMBERS
-from lib.td_dpo.logprobs import (
+from lib.td_dpo.engine import (
     batch_logprobs,
     collator,
     completion_head,
     keep_4bit_differentiable,
+    on_device,
+    pad_token,
+    reference_columns,
     row_tokens,
+    rows_digest,
     sequence_logprobs,
     token_budget_batches,
+    with_reference,
 )
-from lib.td_dpo.objective import objective, reference_columns, summary, with_reference
-from lib.td_dpo.sections import VALIDATION_METRIC
-from lib.td_dpo.tokens import pad_token, rows_digest
+from lib.td_dpo.losses import objective, summary
 
+WARM_UP = 3  # pairs of steps run before the clock of step_cost counts: allocation, caches, lazy initialization
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
-
-
-def steps_and_accumulation(
-    pairs: int, training: dict, world_size: int = 1, max_batches: int | None = None
-) -> tuple[int, int, int]:
-    """Optimizer steps, per-device batch and accumulation. The global batch is what is stated; accumulation follows.
-
-    With a token budget the trainer is handed the whole global batch and cuts it by itself (cut_by_length).
-    """
-    batch = training["global_batch_size"]
-    device_batch = training.get("per_device_train_batch_size") or batch
-    if batch % (device_batch * world_size):
-        raise StudyError(
-            "training.global_batch_size",
-            f"{batch} with {device_batch} per device on {world_size} devices",
-            "a multiple of per_device_train_batch_size x devices",
-        )
-    if training.get("token_budget"):
-        device_batch = batch // world_size
-    steps = training.get("max_steps") or math.ceil(training["epochs"] * math.ceil(pairs / batch))
-    return (min(steps, max_batches) if max_batches else steps), device_batch, batch // (device_batch * world_size)
 
 
 class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     """trl.DPOTrainer that trains `model` in place on tokenized rows and their reference log-probabilities.
 
+    `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training).
     `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `on_evaluate(step, model)`
     returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode). `layout`
     forces one layout of pairs (logprobs.py).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs: uneven micro-batches are exact
-    best_metric = VALIDATION_METRIC
+    best_metric = "validation_implicit_accuracy"
 
     def __init__(
         self,
@@ -79,7 +62,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         reference: dict[str, Tensor],
         *,
         loss: dict,
-        training: dict,
+        training,
         seed: int,
         folder: str | Path,
         on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
@@ -88,17 +71,20 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     ):
         if not rows:
             raise StudyError("training pairs", "0 rows", "at least one pair left after tokenization")
-        steps, device_batch, accumulation = steps_and_accumulation(len(rows), training, shared.world(), max_batches)
+        steps, world = training.steps(len(rows)), shared.world()
+        steps = min(steps, max_batches or steps)
+        # with a token budget a process is handed its whole share of the global batch and cuts it by itself
+        cut = training.token_budget is not None
+        device_batch = training.global_batch_size // world if cut else training.per_device_train_batch_size
         self.loss_section, self.layout, self.on_evaluate = loss, layout, on_evaluate
         self.validation = with_reference(validation, reference["validation"]) if validation else []
         if max_batches:
-            self.validation = self.validation[: max_batches * training["global_batch_size"]]
+            self.validation = self.validation[: max_batches * training.global_batch_size]
         self.pad = pad_token(tokenizer)
-        self.limits = {key: training.get(key) for key in ("token_budget", "per_device_train_batch_size")}
+        self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
-        counting = {key: value for key, value in training.items() if f"training.{key}" not in NOT_NUMBERS}
-        mark = shared.fingerprint(loss, counting, seed, steps, layout, rows_digest(rows))
+        mark = shared.fingerprint(loss, training.numbers(), seed, steps, layout, rows_digest(rows))
         rows = with_reference(rows, reference["train"])
         self.first_rows = rows[:device_batch]
         keep_4bit_differentiable(model)
@@ -106,12 +92,12 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
             model,
             Dataset.from_list(rows),
             self._collate(collator(model, self.pad, layout)),
-            _arguments(model, training, steps, device_batch, accumulation, seed, folder),
+            _arguments(model, training, steps, device_batch, seed, folder),
             folder=folder,
             fingerprint=mark,
-            eval_steps=training.get("eval_steps"),
-            save_steps=training.get("save_steps"),
-            log_every=training.get("logging_steps"),
+            eval_steps=training.eval_steps,
+            save_steps=training.save_steps,
+            log_every=training.logging_steps,
             processing_class=tokenizer,
         )
         self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
@@ -129,7 +115,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
             return {**collate(rows), **reference_columns(rows), "pairs": len(mine), "tokens": tokens}
 
         def all_passes(rows: list[dict]) -> dict:
-            passes = [one_pass(part) for part in cut_by_length(rows, *self.limits.values())]
+            passes = [one_pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
             return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
         return all_passes
@@ -192,17 +178,17 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            limit = "token_budget" if self.limits["token_budget"] else "per_device_train_batch_size"
+            limit = "token_budget" if self.token_budget else "per_device_train_batch_size"
             raise OutOfMemory(
                 f"step {self.state.global_step + 1}",
                 f"no memory for a batch of {pairs} pairs with {tokens} tokens",
                 "a batch that fits the device",
-                f"lower training.{limit} ({self.limits[limit]}) or dataset.preprocessing.max_length",
+                f"lower training.{limit} ({self.token_budget or self.device_batch}) or dataset.preprocessing.max_length",
             ) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = batch_logprobs(model, inputs)
-        values, _, columns = objective(self.loss_section, chosen, rejected, inputs)
+        values, columns = objective(self.loss_section, chosen, rejected, inputs)
         self.columns.append(columns[: inputs["pairs"]])
         self.tokens += inputs["tokens"]
         return shared.world() * values[: inputs["pairs"]].sum() / (num_items_in_batch or len(values))
@@ -220,7 +206,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         measured = {}
         if self.validation:
             table = sequence_logprobs(self.model, self.validation, pad=self.pad, layout=self.layout)
-            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[2]
+            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[1]
             means = summary(columns)
             measured = {f"validation_{name}": means[name] for name in VALIDATED}
         more = self.on_evaluate(self.state.global_step, self.model) if self.on_evaluate else None
@@ -234,9 +220,9 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         shared.load_checkpoint(self.model, resume_from_checkpoint)
 
 
-def _arguments(model, training: dict, steps: int, device_batch: int, accumulation: int, seed: int, folder) -> DPOConfig:
+def _arguments(model, training, steps: int, device_batch: int, seed: int, folder: str | Path) -> DPOConfig:
     """The run's training section as TRL's arguments."""
-    adapters, warmup = hasattr(model, "peft_config"), training.get("warmup_steps")
+    adapters, batch = hasattr(model, "peft_config"), device_batch * shared.world()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument that TRL still sets
         return shared.arguments(
@@ -245,17 +231,16 @@ def _arguments(model, training: dict, steps: int, device_batch: int, accumulatio
             seed=seed,
             device=model.device,
             kind=DPOConfig,
-            per_device_train_batch_size=device_batch * shared.world(),  # each process takes its share of every batch
-            gradient_accumulation_steps=accumulation,
-            learning_rate=training["learning_rate"],
-            weight_decay=training.get("weight_decay") or 0.0,
+            per_device_train_batch_size=batch,  # each process takes its share of every batch
+            gradient_accumulation_steps=training.global_batch_size // batch,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
             optim="adamw_torch_fused",
-            lr_scheduler_type=training.get("lr_scheduler_type") or "cosine",
-            warmup_steps=math.ceil((training.get("warmup_ratio") or 0.0) * steps) if warmup is None else warmup,
-            max_grad_norm=training.get("max_grad_norm") or 0.0,
-            bf16=bool(training.get("bf16")),
-            fp16=False,
-            gradient_checkpointing=bool(training.get("gradient_checkpointing")),
+            lr_scheduler_type=training.lr_scheduler_type,
+            warmup_steps=training.warmup(steps),
+            max_grad_norm=training.max_grad_norm,
+            bf16=training.bf16,
+            gradient_checkpointing=training.gradient_checkpointing,
             max_length=None,
             disable_dropout=not adapters,  # TRL's default, save for an adapter's own configured dropout
             precompute_ref_log_probs=not adapters,  # only so that TRL loads no reference model
@@ -270,3 +255,62 @@ def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> 
     world = shared.world()
     batches = token_budget_batches([row_tokens(row) for row in rows], budget * world, largest and largest * world)
     return [[rows[index] for index in batch] for batch in batches]
+
+
+# ---- what a loss costs beside DPO (claim C5) ----
+
+
+def step_cost(
+    model: Callable[[], torch.nn.Module],
+    rows: list[dict],
+    reference: Tensor,
+    losses: tuple[dict, dict],
+    training,
+    steps: int,
+    seed: int,
+    *,
+    pad: int = 0,
+) -> list[dict]:
+    """Paired step times of two losses: one {"pair", "seconds", "seconds_baseline"} per batch, `steps` of them.
+
+    Each loss trains its own fresh `model()` on the same batches; which of the two goes first alternates, so that
+    neither profits from warm caches or suffers from a clock that slows down.
+    """
+    batch_size = training.global_batch_size if training.token_budget else training.per_device_train_batch_size
+    trained = model(), model()
+    steppers = [_stepper(each, loss, training) for each, loss in zip(trained, losses, strict=True)]
+    collate, rows = collator(trained[0], pad), with_reference(rows, reference)
+    order, indices, pairs = shared.SeededOrder(len(rows), seed), [], []
+    for pair in range(-WARM_UP, steps):
+        while len(indices) < batch_size:
+            indices += list(order)
+            order.set_epoch(order.epoch + 1)
+        batch, indices = [rows[i] for i in indices[:batch_size]], indices[batch_size:]
+        batch = on_device({**collate(batch), **reference_columns(batch)}, trained[0].device)
+        seconds = [0.0, 0.0]
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[which] = steppers[which](batch)
+        if pair >= 0:
+            pairs.append({"pair": pair, "seconds": seconds[0], "seconds_baseline": seconds[1]})
+    return pairs
+
+
+def _stepper(model: torch.nn.Module, loss: dict, training) -> Callable[[dict], float]:
+    """A function that takes one optimizer step on a batch and returns its seconds."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+    model.train()
+
+    def step(batch: dict) -> float:
+        start = time.perf_counter()
+        with completion_head(model):
+            values, _ = objective(loss, *batch_logprobs(model, batch), batch)
+        values.mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step

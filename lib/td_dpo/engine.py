@@ -1,0 +1,696 @@
+"""The preference engine: log-probabilities of answers, their reference, and sampled answers, all from one model.
+
+Pairs are laid out in a batch in one of three ways, which give the same numbers. `paired`: rows [chosen; rejected],
+right-padded, as TRL has them. `shared`: one row per pair, [prompt[:-1] | p_last+chosen[:-1] | p_last+rejected[:-1]],
+so that the prompt is encoded once; the two answers see the prompt and themselves through a 4D mask and restart their
+positions. Repeating p_last gives every position one label: the next token of its own answer. `packed`: the same
+without its padding, all rows end to end; only attention lays them out as rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lib import models, record
+from lib.errors import StudyError
+
+Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chosen_ids", "rejected_ids": list[int]}
+
+# ---- the head: only answer tokens meet the vocabulary ----
+#
+# The gradient of a token's log-probability, d log p_t / d hidden = W_t - sum_v p_v W_v, does not wait for the loss, whose
+# own gradient only scales it. So it is computed in the forward pass while the chunk's probabilities are at hand: under a
+# frozen head nothing of size (tokens, vocabulary) outlives its chunk, and no logit is ever computed twice.
+
+IGNORE = -100
+CHUNK = {"cpu": 2**23, "cuda": 2**25}  # logits of a chunk: on a CPU 32 MiB in float32; fewer rows make slower products
+FAINT = 1e-30  # a probability whose logarithm float32 still holds to all its digits
+LEAST = 128  # tokens of a chunk all the same: with fewer, each reads the whole weight for too few products
+KEPT = 2**27  # probabilities that a trained head keeps for its own gradient; beyond, each chunk is computed again
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p[target] (n,) and p (n, V), in float32 or wider."""
+    logits = linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = logits.softmax(dim=-1)
+    own = p.gather(1, targets[:, None])[:, 0]
+    values, faint = own.log(), own < FAINT
+    if faint.any():  # log sum exp = max logits - log max p; max p >= 1/V is far from underflow
+        x = logits[faint]
+        values[faint] = x.gather(1, targets[faint, None])[:, 0] - x.amax(dim=-1) + p[faint].amax(dim=-1).log()
+    return values, p
+
+
+def _less_one_hot(p: Tensor, targets: Tensor) -> Tensor:
+    """-d log p[target] / d logits, in place."""
+    return p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, size):
+        ctx.size, ctx.trained, ctx.bias = size, any(ctx.needs_input_grad[1:3]), bias is not None
+        ctx.kept = ctx.trained and len(targets) * len(weight) <= KEPT
+        values, found = [], []
+        for x, t in zip(hidden.split(size), targets.split(size), strict=True):
+            value, p = _scores(x, weight, bias, t)
+            values.append(value)
+            if ctx.kept or not ctx.trained:
+                slope = _less_one_hot(p, t).to(weight.dtype)
+                found.append(slope if ctx.trained else slope @ weight)
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.trained else ()), *found)
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        if not ctx.trained:
+            slopes = torch.cat(ctx.saved_tensors)
+            return slopes.mul_(-gradient[:, None].to(slopes.dtype)), None, None, None, None
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        to_bias = torch.zeros_like(bias) if ctx.bias else None
+        for number, start in enumerate(range(0, len(targets), ctx.size)):
+            here = slice(start, start + ctx.size)
+            x, t = hidden[here], targets[here]
+            slope = kept[number] if ctx.kept else _less_one_hot(_scores(x, weight, bias, t)[1], t).to(weight.dtype)
+            scale = -gradient[here].to(slope.dtype)
+            to_hidden[here] = scale[:, None] * (slope @ weight)
+            to_weight.addmm_(slope.T, scale[:, None] * x)
+            if ctx.bias:
+                to_bias.addmv_(slope.T, scale)
+        return to_hidden, to_weight, to_bias, None, None
+
+
+def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """log softmax(hidden W^T + b)[target], in nats: (N,) in float32 or wider, from (N, H), (V, H), (V,) and (N,)."""
+    size = max(CHUNK[weight.device.type if weight.device.type in CHUNK else "cuda"] // len(weight), LEAST)
+    if torch.is_autocast_enabled(weight.device.type):
+        kind = torch.get_autocast_dtype(weight.device.type)
+        hidden, weight, bias = (x if x is None else x.to(kind) for x in (hidden, weight, bias))
+    if torch.is_grad_enabled():
+        return _TokenScores.apply(hidden, weight, bias, targets, size)
+    return torch.cat(
+        [_scores(x, weight, bias, t)[0] for x, t in zip(hidden.split(size), targets.split(size), strict=True)]
+    )
+
+
+@contextlib.contextmanager
+def completion_head(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model(..., score_labels=labels)` returns (R, L) log-probabilities of the labels, zero where there is
+    none.
+
+    It is reached through `forward` (rather than by calling the backbone) so that PEFT, autocast, DDP and FSDP wrappers
+    stay in force. Calls without `score_labels` are the model's own, generation included. The patch is taken off at the
+    end, because a deep copy of a patched model would still run the original's weights.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(model, "_scores_completions", False):
+        yield
+        return
+    config = model.config.get_text_config()
+    rescaled = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+        if getattr(config, name, None) not in (None, 1.0)
+    ]
+    if rescaled:
+        raise StudyError(
+            "model.name",
+            f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
+            "a model whose log-probabilities are log softmax(hidden W^T + b)",
+            "choose another model",
+        )
+    original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
+
+    def forward(self, *args, score_labels: Tensor | None = None, **kwargs):
+        if score_labels is None:
+            return original(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        head, scored = self.get_output_embeddings(), score_labels != IGNORE
+        values = token_scores(hidden[scored], head.weight, head.bias, score_labels[scored])
+        return values.new_zeros(scored.shape).masked_scatter(scored, values)
+
+    model.forward = types.MethodType(forward, model)
+    model._scores_completions = True
+    if attention == "sdpa":  # for as long as the head is on: recomputing a checkpointed layer needs it in the backward
+        config._attn_implementation = "packed_pairs"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        del model.forward, model._scores_completions
+        if on_instance:
+            model.forward = original
+
+
+# ---- log-probabilities of pairs ----
+
+SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+
+Batch = dict[str, Tensor | tuple[int, ...]]
+
+
+def _padded(lists: list[list[int]], fill: int) -> Tensor:
+    width = max(map(len, lists))
+    return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
+
+
+def paired_batch(rows: list[dict], pad: int) -> Batch:
+    """input_ids, attention_mask, labels (already shifted) and segments, each (2B, L): chosen answers, then rejected."""
+    sequences, labels, segments = [], [], []
+    for side, segment in (("chosen_ids", CHOSEN), ("rejected_ids", REJECTED)):
+        for row in rows:
+            prompt, answer = row["prompt_ids"], row[side]
+            sequences.append(prompt + answer[:-1])  # nothing is predicted from the last token
+            labels.append([IGNORE] * (len(prompt) - 1) + answer)
+            segments.append([PROMPT] * (len(prompt) - 1) + [segment] * len(answer))
+    return {
+        "input_ids": _padded(sequences, pad),
+        "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
+        "labels": _padded(labels, IGNORE),
+        "segments": _padded(segments, PADDING),
+    }
+
+
+def shared_batch(rows: list[dict], pad: int, mask_dtype: torch.dtype | None = None) -> Batch:
+    """input_ids, position_ids, labels, segments (B, L) and a 4D attention_mask (B, 1, L, L).
+
+    The mask is boolean (True = may look), or additive in `mask_dtype` for attention code that adds it.
+    """
+    sequences, positions, labels, segments = [], [], [], []
+    for row in rows:
+        prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+        head, last = len(prompt) - 1, prompt[-1:]
+        sequences.append(prompt[:-1] + last + chosen[:-1] + last + rejected[:-1])
+        positions.append([*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))])
+        labels.append([IGNORE] * head + chosen + rejected)
+        segments.append([PROMPT] * head + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
+    segment = _padded(segments, PADDING)
+    query, key = segment[:, :, None], segment[:, None, :]
+    # Padding looks at the prompt and at padding, never at nothing: a row without keys would give NaN.
+    mask = (((key == PROMPT) | (key == query)).tril())[:, None]
+    if mask_dtype is not None:
+        mask = torch.zeros(mask.shape, dtype=mask_dtype).masked_fill_(~mask, torch.finfo(mask_dtype).min)
+    return {
+        "input_ids": _padded(sequences, pad),
+        "position_ids": _padded(positions, 0),
+        "attention_mask": mask,
+        "labels": _padded(labels, IGNORE),
+        "segments": segment,
+    }
+
+
+def packed_batch(rows: list[dict], pad: int) -> Batch:
+    """The shared layout's real tokens end to end: input_ids, position_ids, labels (1, T), `lengths` of the B rows, and
+    `slots` (T,), the place of each token in the (B, L) rows that segments and attention_mask keep."""
+    batch = shared_batch(rows, pad)
+    real = batch["segments"] != PADDING
+    slots = real.flatten().nonzero()[:, 0]
+    for name in ("input_ids", "position_ids", "labels"):
+        batch[name] = batch[name].flatten()[slots][None]
+    return {**batch, "slots": slots, "lengths": tuple(real.sum(dim=1).tolist())}
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lengths: tuple[int, ...] | None = None,
+    **kwargs,
+):
+    """Attention over packed rows (1, heads, T, d): each row by itself, so that none pays for the longest one's padding.
+
+    Without `lengths` (generation) it is transformers' own.
+    """
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    found = [
+        scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask[row : row + 1, :, :length, :length],
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for row, (length, q, k, v) in enumerate(
+            zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        )
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed_pairs", packed_attention)
+AttentionMaskInterface.register("packed_pairs", sdpa_mask)
+
+
+def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
+    """The function from rows to a batch that suits the model's attention; `layout` forces one of the three."""
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    if layout is None:
+        layout = "packed" if attention in ("sdpa", "packed_pairs") and model._supports_attention_backend else "shared"
+        if getattr(config, "sliding_window", None) is not None or attention not in ("sdpa", "packed_pairs", "eager"):
+            layout = "paired"
+    if layout == "paired":
+        return lambda rows: paired_batch(rows, pad)
+    if layout == "packed":
+        return lambda rows: packed_batch(rows, pad)
+    # Dense L x L masks, under which all L^2 products are computed: in a 7B Llama with rows of 3k tokens some 12 % of a
+    # pass. FlexAttention's BlockMask could leave out more than half of them; it has to be compiled and tried on a GPU.
+    mask_dtype = model.dtype if attention == "eager" else None
+    return lambda rows: shared_batch(rows, pad, mask_dtype)
+
+
+def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities (B,) of the chosen and of the rejected answers, in nats. Inside
+    `completion_head(model)`."""
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "lengths")}
+    tokens = model(**inputs, score_labels=batch["labels"])
+    if "position_ids" not in batch:
+        return tuple(tokens.sum(dim=1).chunk(2))
+    if "slots" in batch:
+        rows = batch["segments"]
+        tokens = tokens.new_zeros(rows.numel()).index_copy(0, batch["slots"], tokens[0]).view_as(rows)
+    return tuple(torch.where(batch["segments"] == side, tokens, 0).sum(dim=1) for side in (CHOSEN, REJECTED))
+
+
+def token_budget_batches(lengths: list[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
+    """Indices in order of length, cut so that rows x longest row stays within `budget` tokens, and the rows within
+    `rows` (but at least one row)."""
+    chunk: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and ((len(chunk) + 1) * lengths[index] > budget or len(chunk) == rows):
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def row_tokens(row: dict) -> int:
+    """Tokens of a pair as a reader counts them: prompt and answer, for both answers."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def keep_4bit_differentiable(model: torch.nn.Module) -> None:
+    """On CPUs with AVX512-BF16 a forward in eval mode makes bitsandbytes repack 4-bit weights for a kernel that has no
+    backward, for good: training after it would silently lose every gradient that passes through the base model. It is
+    switched off, and undone where it has happened (bitsandbytes' inverse rounds double-quantised scales once more).
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)  # a sharded weight has none
+            if getattr(state, "packing_format_for_cpu", False):
+                module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module):
+    """No gradients and no dropout inside; the model's mode is put back."""
+    training = model.training
+    keep_4bit_differentiable(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def sequence_logprobs(
+    model: torch.nn.Module,
+    rows: list[dict],
+    *,
+    pad: int = 0,
+    layout: str | None = None,
+    token_budget: int = SCORING_TOKENS,
+) -> Tensor:
+    """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
+    collate, device = collator(model, pad, layout), model.device
+    out: Tensor | None = None
+    with completion_head(model), evaluating(model):
+        batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
+        for indices in record.batches("scoring of pairs", batches):
+            batch = on_device(collate([rows[i] for i in indices]), device)
+            values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
+            if out is None:
+                out = values.new_empty(len(rows), 2)
+            out[indices] = values
+    return torch.empty(0, 2) if out is None else out
+
+
+def sample_logprobs(model: torch.nn.Module, samples: Iterable[dict], **options) -> Tensor:
+    """(N,) summed log-probabilities of single answers {"prompt_ids", "ids"}, in nats; 0 for an empty answer.
+
+    An answer is scored as a pair with its own first token, which the layouts need and which costs next to nothing.
+    """
+    samples = list(samples)
+    spoken = [i for i, sample in enumerate(samples) if sample["ids"]]
+    rows = [
+        {
+            "prompt_ids": samples[i]["prompt_ids"],
+            "chosen_ids": samples[i]["ids"],
+            "rejected_ids": samples[i]["ids"][:1],
+        }
+        for i in spoken
+    ]
+    table = sequence_logprobs(model, rows, **options)
+    out = table.new_zeros(len(samples))
+    out[spoken] = table[:, 0]
+    return out
+
+
+# ---- reference: once for a whole grid of runs ----
+#
+# It depends on the base model, its quantization and the tokenized rows, and on nothing a run of the grid varies (loss,
+# beta, tau, seed, adapter). TRL's own cache keys on the randomly initialized adapter too, so every new seed misses it.
+
+
+def load_base(run, base: str, **options) -> PreTrainedModel:
+    """The base model as the run trains it (quantization, dtype, device)."""
+    keys = ("revision", "torch_dtype", "quantization", "trust_remote_code")
+    return models.load_causal_lm(base, **{key: getattr(run.model, key) for key in keys}, **options)
+
+
+def rows_digest(rows: list[Row]) -> str:
+    """A content hash of tokenized rows: what the reference log-probabilities depend on besides the model."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])).encode())
+    return digest.hexdigest()
+
+
+def reference_key(rows: list[dict], model_fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
+    """Content key of a reference: base model, quantization, compute type, tokenized rows."""
+    parts = (model_fingerprint, quantization, str(dtype), rows_digest(rows))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _read(path: Path, size: int) -> Tensor | None:
+    """The cached table, or None where there is none or it is damaged (it is then computed again)."""
+    try:
+        columns = safetensors.torch.load_file(path)
+        table = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
+    except Exception:  # safetensors has one error class per kind of damage, and any of them means: not usable
+        return None
+    return table if table.shape == (size, 2) else None
+
+
+def without_adapters(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    """The frozen reference of a model with adapters is the model with them switched off."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+
+
+def reference_logprobs(
+    model: torch.nn.Module,
+    rows: list[dict],
+    *,
+    cache_dir: str | os.PathLike,
+    model_fingerprint: str,
+    quantization: str = "none",
+    pad: int = 0,
+) -> Tensor:
+    """(N, 2) summed reference log-probabilities (chosen, rejected), in nats, from the cache or computed and cached.
+
+    `model` is the base model, or the model with its adapters (they are switched off). Processes that ask for the same
+    table at once wait for the first, which computes it.
+    """
+    key = reference_key(rows, model_fingerprint, quantization, model.dtype)
+    path = Path(cache_dir) / f"{key}.safetensors"
+    if (table := _read(path, len(rows))) is not None:
+        return table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if (table := _read(path, len(rows))) is None:
+            with without_adapters(model):
+                table = sequence_logprobs(model, rows, pad=pad)
+            columns = {"chosen": table[:, 0].contiguous(), "rejected": table[:, 1].contiguous()}
+            record.write_bytes(path, safetensors.torch.save(columns))
+    return table
+
+
+def log_ratio_of_samples(
+    model: torch.nn.Module, reference_model: torch.nn.Module | None, samples: list[dict]
+) -> Tensor:
+    """(N,) sum over tokens of log pi - log pi_0, in nats, of answers {"prompt_ids", "ids"} sampled from pi.
+
+    Their mean is the sampled KL(pi || pi_0) (the k1 estimator). With `reference_model=None` the reference is `model`
+    with its adapters switched off.
+    """
+    policy = sample_logprobs(model, samples)
+    with without_adapters(model) if reference_model is None else contextlib.nullcontext():
+        return policy - sample_logprobs(reference_model or model, samples)
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
+    """Rows with their two columns of reference log-probabilities."""
+    if reference.shape != (len(rows), 2):
+        raise StudyError("reference log-probabilities", f"shape {tuple(reference.shape)}", f"({len(rows)}, 2)")
+    return [
+        {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)
+    ]
+
+
+def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The columns of a batch that the objective needs besides the policy's log-probabilities."""
+    return {
+        "ref_chosen_logps": torch.tensor([r["ref_chosen_logps"] for r in rows], dtype=dtype),
+        "ref_rejected_logps": torch.tensor([r["ref_rejected_logps"] for r in rows], dtype=dtype),
+        "chosen_length": torch.tensor([len(r["chosen_ids"]) for r in rows]),
+        "rejected_length": torch.tensor([len(r["rejected_ids"]) for r in rows]),
+    }
+
+
+def pair_scores(
+    model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0, layout: str | None = None
+) -> list[dict]:
+    """Per pair, in nats: rho (implicit margin), delta (raw margin) and the two log-ratios; None where not finite."""
+    table = sequence_logprobs(model, rows, pad=pad, layout=layout)
+    r = table - reference.to(table.dtype)
+    columns = torch.stack([r[:, 0] - r[:, 1], table[:, 0] - table[:, 1], r[:, 0], r[:, 1]], dim=1).tolist()
+    names = ("rho", "delta", "chosen_log_ratio", "rejected_log_ratio")
+    return [dict(zip(names, map(finite_or_none, row), strict=True)) for row in columns]
+
+
+# ---- conversations and sampled answers: no global random state ----
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], *, add_generation_prompt: bool = False
+) -> list[list[int]]:
+    """Token ids of each conversation through the chat template, with at most one BOS.
+
+    The template writes the special tokens as text, so the tokenizer adds none; one that it would have added and that
+    the template forgot is put in front. Used for training, evaluation and generation alike, so that all see the same
+    prompt.
+    """
+    if not conversations:
+        return []
+    texts = [
+        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=add_generation_prompt)
+        for c in conversations
+    ]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return encoded
+    adds_bos = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
+    return [_one_bos(ids, bos, adds_bos) for ids in encoded]
+
+
+def _one_bos(ids: list[int], bos: int, adds_bos: bool) -> list[int]:
+    leading = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    return ([bos] if leading or adds_bos else []) + ids[leading:]
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; its value never reaches a score, so EOS serves where no pad token is set."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class _InverseTransform(LogitsProcessor):
+    """Leaves one token possible in each row: the one at which the cumulative distribution passes that row's uniform.
+
+    `uniforms` is (B, max_new_tokens). With one number per row and step, drawn before batching, an answer depends
+    neither on its neighbours nor on the global generator (which transformers' own sampling uses).
+    """
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float):
+        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)
+        # scaled by the last entry, which rounding keeps from being exactly 1
+        target = self.uniforms[:, self.step, None].to(cumulative) * cumulative[:, -1:]
+        self.step += 1
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token and whatever the model's own configuration adds (Llama-3's <|eot_id|>, say)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
+@contextlib.contextmanager
+def _only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """In evaluation mode and with `settings` alone: generate() fills what they leave open from the model's own defaults
+    (a chat model's repetition penalty, say), so these are put aside meanwhile."""
+    own, training = model.generation_config, model.training
+    model.generation_config = settings
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[dict]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[dict]:
+    """One answer per prompt (a list of messages ending with a user turn), in the order of `prompts`.
+
+    The answers depend on `seed` and, but for rounding, not on the batch size.
+    Each answer: "prompt_ids"; "ids", with the end token if the model gave one; "text" without special tokens;
+    "finished", whether it ended by itself. temperature 0 is greedy.
+    """
+    prompt_ids = conversation_ids(tokenizer, [list(prompt) for prompt in prompts], add_generation_prompt=True)
+    uniforms = torch.rand(
+        (len(prompts), max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    ends = _end_tokens(model, tokenizer)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    answers: list[dict | None] = [None] * len(prompts)
+    # like lengths together: less padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
+    for start in record.batches("generation", range(0, len(order), batch_size)):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompt_ids[index]) for index in batch)
+        fill = [longest - len(prompt_ids[index]) for index in batch]
+        inputs = torch.tensor([[pad] * n + prompt_ids[index] for n, index in zip(fill, batch, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in fill])
+        processors = LogitsProcessorList()
+        if temperature > 0:
+            processors.append(_InverseTransform(uniforms[batch].to(model.device), temperature))
+        with _only(model, settings):
+            output = model.generate(
+                inputs=inputs.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                logits_processor=processors,
+            )
+        for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            end = next((k for k, token in enumerate(row) if token in ends), None)
+            ids = row if end is None else row[: end + 1]
+            answers[index] = {
+                "ids": ids,
+                "text": tokenizer.decode(ids, skip_special_tokens=True),
+                "finished": end is not None,
+                "prompt_ids": prompt_ids[index],
+            }
+    return answers
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[dict],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> list[dict]:
+    """Both turns of every question, the second asked after the model's own first answer; ordered by question, turn.
+
+    Each answer: those of `sample`, and "question" (its id), "category", "turn" (1 or 2), "prompt" (messages) and
+    "length" (tokens, the end token included).
+    """
+    histories: list[list[dict]] = [[] for _ in questions]
+    answers: list[dict] = []
+    for turn in (1, 2):
+        prompts = [
+            [*history, {"role": "user", "content": question["turns"][turn - 1]}]
+            for history, question in zip(histories, questions, strict=True)
+        ]
+        sampled = sample(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=2 * seed + turn - 1,  # no turn of one seed shares its numbers with a turn of another
+            batch_size=batch_size,
+        )
+        histories = [
+            [*prompt, {"role": "assistant", "content": answer["text"]}]
+            for prompt, answer in zip(prompts, sampled, strict=True)
+        ]
+        answers += [
+            {"question": question["id"], "category": question["category"], "turn": turn, "prompt": prompt}
+            | {"length": len(answer["ids"])}
+            | answer
+            for question, prompt, answer in zip(questions, prompts, sampled, strict=True)
+        ]
+    return sorted(answers, key=lambda answer: (answer["question"], answer["turn"]))

@@ -1,0 +1,543 @@
+"""The TD-DPO study: the sections of its run YAML, the names others know it by, its checks, and its entries: `prepare`
+(what all members share), `train` (one member) and what the runner measures. Imports no torch until one is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lib.config import (
+    Compute,
+    Count,
+    Finding,
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    Optuna,
+    Positive,
+    Run as BaseRun,
+    Section,
+    Seed,
+    Whole,
+    fault,
+    split_role,
+)
+from lib.errors import MissingError, StudyError
+from lib.td_dpo import mt_bench
+
+# ---- sections of the YAML
+
+OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
+# TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.
+TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
+TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
+WITH_TAU = ("td_dpo", "td_dpo_anchored")
+GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
+
+
+class Recipe(Section):
+    """How the small Llama of `model.name: made` is made: SFT on the data set's own training answers."""
+
+    vocab_size: Count = 2048
+    hidden_size: Count = 96
+    layers: Count = 3
+    heads: Count = 4
+    sft_steps: Count = 450
+    sft_batch_size: Count = 32
+    sft_learning_rate: Positive = 6e-3
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            found, fix = f"hidden_size {self.hidden_size}, heads {self.heads}", "hidden_size: a multiple of 2 x heads"
+            raise fault(found, "heads of an even, equal size", fix, "heads")
+        return self
+
+
+class Peft(Section):
+    lora_r: Count
+    lora_alpha: Count = 16
+    lora_dropout: Fraction = 0.0
+    target_modules: Name | list[Name] = "all-linear"
+
+
+class Model(Section):
+    name: Name
+    revision: str | None = None
+    recipe: Recipe | None = None
+    quantization: Literal["none", "nf4"] = "none"
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    peft: Peft | None = None
+    trust_remote_code: Flag = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _made_has_a_recipe(cls, raw: Any):
+        if isinstance(raw, dict) and raw.get("name") == "made" and raw.get("recipe") is None:
+            return {**raw, "recipe": {}}
+        return raw
+
+    @model_validator(mode="after")
+    def _quantized_needs_adapters(self):
+        if self.quantization == "nf4" and self.peft is None:
+            expected = "LoRA on a 4-bit base: its weights cannot be trained"
+            fix = "peft: {lora_r: 64}, or quantization: none"
+            raise fault("nf4 without adapters", expected, fix, "quantization")
+        if self.quantization == "nf4" and self.name == "made":
+            expected = "a model of the hub or a local one"
+            raise fault("nf4 on the made model", expected, "quantization: none", "quantization")
+        return self
+
+
+class Preprocessing(Section):
+    max_length: Annotated[Count, Field(ge=8)] = 512
+    max_prompt_length: Count | None = None
+
+    @model_validator(mode="after")
+    def _prompt_leaves_room(self):
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            expected = f"less than max_length ({self.max_length})"
+            raise fault(str(self.max_prompt_length), expected, "", "max_prompt_length")
+        return self
+
+
+class Dataset(Section):
+    name: Name
+    revision: str | None = None
+    train_pairs: Count | None = None
+    validation_pairs: Count | None = None
+    test_pairs: Count | None = None
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
+    split_seed: Seed = 0
+    preprocessing: Preprocessing = Preprocessing()
+    limit: Count | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generated_sizes(cls, raw: Any):
+        if isinstance(raw, dict) and raw.get("name") == "generated":
+            return raw | {key: size for key, size in GENERATED_PAIRS.items() if raw.get(key) is None}
+        return raw
+
+
+class Training(Section):
+    """The best checkpoint on validation and the last one are kept, whatever the intervals."""
+
+    epochs: Positive | None = None
+    max_steps: Count | None = None  # where given it decides, not the epochs
+    global_batch_size: Count
+    per_device_train_batch_size: Count
+    token_budget: Count | None = (
+        None  # of a forward pass (rows x longest row): a step's pairs, by length, in such passes
+    )
+    gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    optimizer: Literal["adamw"] = "adamw"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.0
+    warmup_steps: Whole | None = None
+    max_grad_norm: Positive = 1.0
+    eval_steps: Count | None = None  # null: at the end only
+    save_steps: Count | None = None  # null: when validation is best and at the end
+    gradient_checkpointing: Flag = False
+    bf16: Flag = False
+    fp16: Flag = False
+    logging_steps: Count = 20  # interval of console lines; the record has every step
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.epochs is None and self.max_steps is None:
+            raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
+        if self.warmup_ratio and self.warmup_steps:
+            found = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
+            raise fault(found, "one of them", "remove warmup_steps", "warmup_steps")
+        if self.fp16:
+            expected = "false: weights are float32 or bfloat16 here, whose range log-probabilities need"
+            raise fault("true", expected, "bf16: true with torch_dtype: bfloat16", "fp16")
+        return self
+
+    def steps(self, pairs: int) -> int:
+        """Optimizer steps of a training on so many pairs."""
+        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(pairs / self.global_batch_size)))
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a training of `steps` steps."""
+        return math.ceil(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
+
+    def numbers(self) -> dict:
+        """The section without what changes no number of a training."""
+        return self.model_dump(exclude={key.removeprefix("training.") for key in NOT_NUMBERS})
+
+    def accumulation(self, devices: int) -> int:
+        """Micro-batches per optimizer step on each device: what makes the global batch. A stated value never overrides
+        it."""
+        return max(1, self.global_batch_size // (self.per_device_train_batch_size * devices))
+
+
+class Loss(Section):
+    name: Literal[OWN_LOSSES + TRL_LOSSES]
+    beta: NonNegative = 0.1
+    tau: Positive | None = None
+    average_log_probs: Flag = False
+    label_smoothing: Annotated[NonNegative, Field(lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _options_that_are_read(self):
+        if self.name in WITH_TAU and self.tau is None:
+            raise fault("missing", f"the temperature of {self.name}", "tau: 1.0", "tau")
+        if self.name not in WITH_TAU and self.tau is not None:
+            fix = "remove it; with --set add --run 'td_dpo*'"
+            raise fault(str(self.tau), f"no tau: {self.name} does not read it", fix, "tau")
+        if self.label_smoothing and self.name not in ("robust", "exo_pair"):
+            expected = f"0: {self.name} does not read it"
+            raise fault(str(self.label_smoothing), expected, "name: robust", "label_smoothing")
+        return self
+
+
+class Evaluation(Section):
+    questions: Count = 80
+    max_new_tokens: Count = 48
+    temperature: NonNegative = 0.7
+    kl_prompts: Whole = 16
+    judge: Literal["oracle", "mt_bench", "none"] = "none"
+    mt_bench: Name | None = None  # folder of MT-Bench's files: its questions are answered and saved, and graded later
+
+
+class Search(Optuna):
+    objective_metric: Name = "validation_implicit_accuracy"
+
+
+class Run(BaseRun):
+    model: Model
+    dataset: Dataset
+    training: Training
+    loss: Loss
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    optuna: Search = Search()
+
+
+# ---- names
+
+BY_NAME = {"LOSSES": "loss.name"}
+PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
+JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
+VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
+SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
+CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
+MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
+METRICS = {
+    "oracle_score": "maximize",
+    "mt_bench_score": "maximize",
+    "mt_bench_score_corrected": "maximize",
+    "implicit_accuracy": "maximize",
+    "raw_accuracy": "maximize",
+    "validation_implicit_accuracy": "maximize",
+    "validation_raw_accuracy": "maximize",
+    "validation_loss": "minimize",
+    "sampled_kl": "minimize",
+}
+DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
+    **dict.fromkeys(("oracle_score", "mt_bench_score", "mt_bench_score_corrected"), 1.0),
+    **dict.fromkeys(("implicit_accuracy", "raw_accuracy"), 0.5),
+    **dict.fromkeys(("validation_implicit_accuracy", "validation_raw_accuracy"), 0.5),
+}
+UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
+    "model.torch_dtype": "a made model is float32; check refuses another",
+    "mt_bench_score": "graded by a judge, whom a trial does not ask",
+    "mt_bench_score_corrected": "graded by a judge, whom a trial does not ask",
+    "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
+    "evaluation.questions": "how many of them: read where they are there, and by the oracle",
+    "dataset.on_bad_row": "generated rows are never bad",
+    "training.epochs": "max_steps decides where it is given",
+    "training.warmup_ratio": "warmup_steps decides where it is given",
+    "training.gradient_accumulation_steps": "derived, as check says",
+    "training.optimizer": "adamw is the only choice",
+    "training.fp16": "refused",
+}
+ALIASES = {  # the order is the order in a cell's name
+    "loss": "loss.name",
+    "beta": "loss.beta",
+    "tau": "loss.tau",
+    "learning_rate": "training.learning_rate",
+    "weight_decay": "training.weight_decay",
+    "global_batch_size": "training.global_batch_size",
+    "epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "lora_r": "model.peft.lora_r",
+    "lora_alpha": "model.peft.lora_alpha",
+    "lora_dropout": "model.peft.lora_dropout",
+    "max_length": "dataset.preprocessing.max_length",
+}
+PATHS = ("model.name", "dataset.name")
+# Lines of the log, and what a resume goes on from (a new best is saved whenever there is one): a member is not trained
+# again for them.
+NOT_NUMBERS = ("training.logging_steps", "training.save_steps")
+KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
+
+
+def recognises(raw: dict) -> bool:
+    return isinstance(raw.get("loss"), dict) and "name" in raw["loss"]
+
+
+def normalise(raw: dict) -> dict:
+    """Published names -> ours. Every published key is carried over, or refused with the reason."""
+    sections = {
+        key: dict(raw[key]) for key in ("model", "dataset", "training", "loss") if isinstance(raw.get(key), dict)
+    }
+    raw |= sections
+    model, dataset, training, loss = (sections.get(key, {}) for key in ("model", "dataset", "training", "loss"))
+    if isinstance(loss.get("name"), str):
+        loss["name"] = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo"}.get(loss["name"], loss["name"])
+    if loss.pop("kl_reference_model", True) is not True:
+        expected = "true: every loss here reads a frozen reference"
+        raise StudyError("loss.kl_reference_model", "not true", expected, "remove it")
+    if model.get("quantization", "none") in (None, "qlora-4bit"):
+        model["quantization"] = "nf4" if model["quantization"] else "none"
+    if "load_in_4bit" in model:
+        four_bit = model.pop("load_in_4bit")
+        stated = model.setdefault("quantization", "nf4" if four_bit else "none")
+        if (stated == "nf4") is not four_bit:
+            expected = f"agreement with quantization: {stated}"
+            raise StudyError("model.load_in_4bit", str(four_bit), expected, "remove it")
+    if isinstance(dataset.get("split"), dict):
+        split = dict(dataset.pop("split"))
+        part, train = split.pop("val", split.pop("validation", None)), split.pop("train", None)
+        if split or not isinstance(part, float) or not isinstance(train, float) or abs(part + train - 1) > 1e-9:
+            found, expected = {"train": train, "val": part, **split}, "train and val fractions that sum to 1"
+            raise StudyError("dataset.split", str(found), expected, "validation_fraction: 0.1")
+        dataset["validation_fraction"] = part
+    _intervals(raw, training)
+    if "seed_list" in training:
+        seeds = training.pop("seed_list")
+        if raw.setdefault("seed_list", seeds) != seeds:
+            expected = f"agreement with seed_list: {raw['seed_list']}"
+            raise StudyError("training.seed_list", str(seeds), expected, "remove it")
+    optuna = raw.get("optuna")
+    if isinstance(optuna, dict) and optuna.get("objective_metric") in ("val_pairwise_accuracy", "pairwise_accuracy"):
+        raw["optuna"] = {**optuna, "objective_metric": VALIDATION_METRIC}
+    return _roles(raw, loss.get("name"))
+
+
+def _intervals(raw: dict, training: dict) -> None:
+    """Strategies become the intervals that they name; what is never done otherwise is refused."""
+    evaluation, saving = training.pop("evaluation_strategy", None), training.pop("save_strategy", None)
+    limit, reported = training.pop("save_total_limit", 1), training.pop("report_to", "wandb")
+    if evaluation == "no":
+        training["eval_steps"] = None
+    for kind, strategy, fix in (("eval", evaluation, "eval_steps: 15"), ("save", saving, "save_strategy: best")):
+        if strategy == "steps" and training.get(f"{kind}_steps") is None:
+            raise StudyError(f"training.{kind}_steps", "missing", "an interval, as its strategy is steps", fix)
+    kept = "the best and the last checkpoint are always kept"
+    if evaluation not in (None, "steps", "no"):
+        fix = "eval_steps: the steps of one epoch"
+        raise StudyError("training.evaluation_strategy", str(evaluation), "steps or no", fix)
+    if saving not in (None, "best", "steps"):
+        raise StudyError("training.save_strategy", str(saving), f"best or steps: {kept}", "remove it")
+    if limit not in (1, 2):
+        raise StudyError("training.save_total_limit", "more than 2", f"1 or 2: {kept}", "remove it")
+    if reported == "none":
+        raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
+    elif reported not in ("wandb", ["wandb"]):
+        expected = "wandb or none: there is no other tracker"
+        raise StudyError("training.report_to", str(reported), expected, "report_to: wandb")
+
+
+def _roles(raw: dict, loss: Any) -> dict:
+    """Published files write the role, or the method in capitals, under `method`."""
+    role, method = split_role(raw.get("method"))
+    written = method.lower().replace("-", "_") if isinstance(method, str) else method
+    if written is not None or isinstance(loss, str):
+        raw["method"] = loss if written is None else written
+    by_loss = {"td_dpo": "proposed", "td_dpo_anchored": "ablation"}
+    raw.setdefault("role", role or (by_loss.get(loss, "comparative") if isinstance(loss, str) else "comparative"))
+    return raw
+
+
+def train_pairs(run: Run) -> int | None:
+    """Pairs trained on, where that is known before the data is read; of other data `limit` of them at most."""
+    if run.dataset.name == "generated":
+        pairs = run.dataset.train_pairs
+    elif run.dataset.name in KNOWN_PAIRS:
+        pairs = KNOWN_PAIRS[run.dataset.name]
+        pairs -= round(pairs * run.dataset.validation_fraction)
+    else:
+        return run.dataset.limit
+    return min(pairs, run.dataset.limit or pairs)
+
+
+def steps(run: Run) -> int | None:
+    """Optimizer steps of one member; None where neither max_steps nor the data's size is known."""
+    pairs = train_pairs(run)
+    return run.training.steps(pairs) if pairs else run.training.max_steps
+
+
+def primary_metric(run: Run) -> str:
+    """What the run's own judge gives; no other score stands in for it."""
+    return JUDGED.get(run.evaluation.judge, SECOND_METRIC)
+
+
+def trial_changes(run: Run) -> dict[str, Any]:
+    """At most 2 batches in training, reference, evaluation and, for a made model, SFT."""
+    training, evaluation = run.training, run.evaluation
+    batch = min(training.per_device_train_batch_size, training.global_batch_size, 4)
+    at_most = {  # where a value is given
+        "training.max_steps": 2,
+        "training.warmup_steps": 1,
+        "training.eval_steps": 2,
+        "training.save_steps": 2,
+        "evaluation.questions": 2,
+        "evaluation.kl_prompts": 2,
+        "evaluation.max_new_tokens": 8,
+        "compute.gpus": 1,
+    }
+    if run.model.recipe is not None:
+        at_most |= {"model.recipe.sft_steps": 2, "model.recipe.sft_batch_size": 4}
+    if run.dataset.name == "generated":
+        at_most |= {f"dataset.{key}": 2 * batch for key in GENERATED_PAIRS}
+    changes = {
+        "training.epochs": 1,
+        "training.global_batch_size": batch,
+        "training.per_device_train_batch_size": batch,
+        "training.gradient_accumulation_steps": None,
+        "training.logging_steps": 1,
+        "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
+        "compute.strategy": "none",
+        "compute.processes": None,
+        "evaluation.judge": "none" if needs(run) else evaluation.judge,
+    }
+    for key, most in at_most.items():
+        section, name = key.rsplit(".", 1)
+        value = getattr(run.model.recipe if section == "model.recipe" else getattr(run, section), name)
+        if value is not None:
+            changes[key] = min(most, value)
+    return changes
+
+
+def search_changes(run: Run) -> dict[str, Any]:
+    """What a trial of the search leaves out; it reads validation only."""
+    return {"evaluation.judge": "none", "evaluation.kl_prompts": 0}
+
+
+# ---- checks: what a person should know before a run starts
+
+
+def check(run: Run) -> list[Finding]:
+    return [Finding(*finding) for finding in (*_batch(run), *_intervals_of(run), *_unread(run), *_evaluation(run))]
+
+
+Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
+
+
+def _batch(run: Run) -> Faults:
+    training, count = run.training, run.compute.devices
+    size, device = training.global_batch_size, training.per_device_train_batch_size
+    stated, per_step = training.gradient_accumulation_steps, training.per_device_train_batch_size * count
+    if size % per_step:
+        what = f"{size} is not a multiple of {device} per device x {count} devices"
+        fix = f"global_batch_size: {max(1, round(size / per_step)) * per_step}"
+        yield "error", "training.global_batch_size", what, fix
+    elif stated and stated * per_step != size:
+        product = f"{device} per device x {stated} accumulated x {count} devices is {stated * per_step}"
+        decides = f"the global batch decides and {training.accumulation(count)} are accumulated"
+        what = f"{product}, not the global batch of {size}; {decides}"
+        yield "warning", "training.gradient_accumulation_steps", what, "remove the key, it is derived"
+    if training.bf16 and run.model.torch_dtype == "float32":
+        yield "error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16"
+
+
+def _intervals_of(run: Run) -> Faults:
+    total, every = steps(run), run.training.eval_steps
+    if total is None:
+        return
+    warmup = run.training.warmup(total)
+    if every is not None and every > total:
+        never = f"evaluation every {every} steps never happens in a run of {total}"
+        what = f"{never}: no checkpoint is chosen before the last step"
+        yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
+    if warmup > total / 2:
+        reached = f"the full rate is {'never' if warmup >= total else 'hardly'} reached"
+        what = f"a warm-up of {warmup} covers most of a run of {total} steps: {reached}"
+        yield "warning", "training.warmup_steps", what, "warmup_ratio: 0.1 instead of warmup_steps"
+
+
+def _unread(run: Run) -> Faults:
+    if run.method != run.loss.name:
+        yield "error", "method", f"{run.method}, but the loss is {run.loss.name}", f"method: {run.loss.name}"
+    if run.model.recipe is not None and run.model.name != "made" and "model.name" not in run.overrides:
+        yield "warning", "model.recipe", f"not read: the model is {run.model.name}", "recipe: null"
+    sized = [key for key in GENERATED_PAIRS if getattr(run.dataset, key) is not None]
+    if sized and run.dataset.name != "generated" and "dataset.name" not in run.overrides:
+        what = f"sizes are read for generated data only, not for {run.dataset.name}"
+        yield "warning", f"dataset.{sized[0]}", what, "dataset.limit: n for the first n pairs of each split"
+    if run.loss.average_log_probs:
+        what = "an ablation: log-probabilities are averaged, not summed"
+        yield "warning", "loss.average_log_probs", what, "false for the study's own definition"
+
+
+def _evaluation(run: Run) -> Faults:
+    judge, folder = run.evaluation.judge, run.evaluation.mt_bench
+    if judge == "oracle" and run.dataset.name != "generated":
+        what = f"no oracle reward is known for {run.dataset.name}: answers are not scored, accuracies are"
+        yield "warning", "evaluation.judge", what, "judge: none"
+    if judge == "mt_bench" and not folder:
+        what = "none, with judge: mt_bench: no answers would be saved to grade"
+        fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
+        yield "error", "evaluation.mt_bench", what, fix
+    yield from _mt_bench(run, StudyError)
+
+
+def needs(run: Run) -> list[Finding]:
+    """What must be on this machine before a full run: the questions that its members are to answer."""
+    return [Finding(*finding) for finding in _mt_bench(run, MissingError)]
+
+
+def _mt_bench(run: Run, kind: type[StudyError]) -> Faults:
+    """What is wrong with the folder of MT-Bench: StudyError, its files do not hold what they should; MissingError, it
+    is not there."""
+    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:
+        try:
+            mt_bench.read(run.evaluation.mt_bench)
+        except StudyError as error:
+            if type(error) is kind:
+                yield "error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected
+
+
+# ---- the entries
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """What all members of the run share, into `folder`."""
+    from lib.td_dpo import data
+
+    data.prepare(run, folder)
+
+
+def train(member, folder: Path, shared: Path, outcome=None) -> dict:
+    """Train one member in `folder` on what `prepare` made in `shared` (where no sharded training's `outcome` is there
+    to go on from); returns its metrics."""
+    from lib.td_dpo import member as one
+
+    return one.train(member, folder, shared, outcome)
+
+
+def fit(member, folder: Path, shared: Path, kind):
+    """The training alone, by a trainer of another `kind` (lib/run/sharding.py); returns its outcome."""
+    from lib.td_dpo import member as one
+
+    return one.fit(member, folder, one.load(shared), kind)[0]
+
+
+def step_cost(run: Run, folder: Path, shared: Path) -> None:
+    """What a step costs beside one of DPO, into `folder`."""
+    from lib.td_dpo import member as one
+
+    one.step_cost(run, folder, shared)
