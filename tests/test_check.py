@@ -113,8 +113,8 @@ def test_what_only_a_trial_shows_is_named(copy):
     copy("lib/iw_lora/trainer.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
     copy(
         "lib/iw_lora/trainer.py",
-        "    outcome, model = trainer.fit(), trainer.model\n",
-        "    outcome, model = trainer.fit(), trainer.model\n"
+        "    outcome = trainer.fit()\n",
+        "    outcome = trainer.fit()\n"
         "    import socket\n    Path(__file__).with_name('best.json').write_text('{}')\n"
         "    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n",
     )

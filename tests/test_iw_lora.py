@@ -11,7 +11,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from lib import config, record
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
-from lib.iw_lora.study import Adapter, Training
+from lib.iw_lora.study import Adapter
 from lib.training import StudyTrainer
 from tests.conftest import ROOT
 
@@ -65,11 +65,14 @@ def trainables(model):
 
 
 def trainer_of(tmp_path, model, term=None, every=None, steps=6, **training):
-    section = Training(**{"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **training})
-    common = {"steps": steps, "seed": 3, "folder": tmp_path, "pad": 0, "identity": "t"}
-    return trainer.ImportanceTrainer(
-        model, rows(), section, term=term, every=every, validate=lambda: {"tuning_accuracy": 0.0}, **common
+    run = config.load_run(ROOT / "params/iw_lora/laptop/iw_lora.yaml", study="iw_lora", scale="laptop", mode="full")
+    when = {"evaluation_strategy": "steps", "eval_steps": every} if every else {"evaluation_strategy": "no"}
+    section = {"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **when, **training}
+    run = config.apply(run, {"grid": None, "loss.alpha": 0.0, "training": section})
+    given = SimpleNamespace(
+        rows={"train": rows(), "tuning": rows(8)}, tokenizer=SimpleNamespace(pad_token_id=0), report={"task": "rte"}
     )
+    return trainer.ImportanceTrainer(run, given, model, 3, tmp_path, term)
 
 
 def fit(tmp_path, model, *arguments, **options):

@@ -19,16 +19,7 @@ from transformers import set_seed
 
 from lib import config, models, record
 from lib.errors import StudyError
-from lib.iw_lora import data
-from lib.iw_lora.penalty import (
-    COEFFICIENTS,
-    adapted,
-    delta_norms,
-    gradient_norms,
-    penalty,
-    rank_pattern,
-    sensitivities,
-)
+from lib.iw_lora import data, penalty
 from lib.training import SeededOrder, StudyTrainer, arguments, fingerprint
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
@@ -131,50 +122,35 @@ class ImportanceTrainer(StudyTrainer):
 
     loss_is_scaled_for_ga = False  # DeBERTa accepts num_items_in_batch and ignores it
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: list[dict],
-        training,
-        *,
-        steps: int,
-        seed: int,
-        folder: Path,
-        pad: int,
-        term: Term | None = None,
-        warmup_steps: int = 0,
-        every: int | None = None,
-        identity: object = None,
-        validate: Callable[[], dict] = dict,
-    ):
-        self.term, self.scores, self.parts = term, validate, []
-        optimizer = None
-        if training.loraplus_lr_ratio is not None:
-            optimizer = create_loraplus_optimizer(
-                model, torch.optim.AdamW, lr=training.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio
-            )
+    def __init__(self, run, given: data.Inputs, model: nn.Module, seed: int, folder: Path, term: Term | None = None):
+        self.run, self.given, self.term, self.parts = run, given, term, []
+        training, rows, pad = run.training, given.rows["train"], given.tokenizer.pad_token_id
+        steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
+        identity["training"].pop("logging_steps")  # changes the log alone
+        per_epoch = training.steps_per_epoch(len(rows))
+        every = {"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy]
+        alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
         args = arguments(
             folder,
             steps=steps,
             seed=seed,
             device=models.device(),
+            optim="adamw_torch",
             per_device_train_batch_size=training.batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            optim="adamw_torch",
-            lr_scheduler_type=training.lr_scheduler_type,
-            warmup_steps=warmup_steps,
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
+            warmup_steps=training.warmup(steps),
+            **{name: getattr(training, name) for name in alike},
         )
+        if (ratio := training.loraplus_lr_ratio) is not None:
+            rates = {"lr": training.learning_rate, "loraplus_lr_ratio": ratio}
+            optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates)
         super().__init__(
             model,
             rows,
             lambda batch: collate(batch, pad),
             args,
             folder=folder,
-            fingerprint=fingerprint(identity, seed, steps),
+            fingerprint=fingerprint([identity[name] for name in ("model", "loss", "training")], seed, steps),
             eval_steps=every,
             save_steps=every,
             log_every=training.logging_steps,
@@ -187,7 +163,7 @@ class ImportanceTrainer(StudyTrainer):
         loss, extra = (task if allocator_of(model) is None else outputs.loss), None
         if self.term is not None and self.term.alpha > 0:
             bare = self.accelerator.unwrap_model(model)
-            extra = self.term.alpha * penalty(bare, self.term.coefficients, self.term.factors)
+            extra = self.term.alpha * penalty.penalty(bare, self.term.coefficients, self.term.factors)
             loss = loss + extra
         self.parts.append((float(task.detach()), 0.0 if extra is None else float(extra.detach())))
         return (loss, outputs) if return_outputs else loss
@@ -198,7 +174,15 @@ class ImportanceTrainer(StudyTrainer):
         return {"steps": self.state.max_steps, "loss": task + extra, "task_loss": task, "penalty": extra}
 
     def validate(self) -> dict:
-        return self.scores()
+        """Accuracy and loss on the tuning split."""
+        _, values = self.score("tuning")
+        return {"tuning_accuracy": values["accuracy"], "tuning_loss": values["loss"]}
+
+    def score(self, split: str) -> tuple[list[int], dict]:
+        """(predicted labels, {"loss", "accuracy", "f1", "macro_f1"}) on a split."""
+        rows, pad = self.given.rows[split], self.given.tokenizer.pad_token_id
+        guesses, loss = predictions(self.model, rows, pad, self.run.evaluation.batch_size)
+        return guesses, {"loss": loss, **scores([row["label"] for row in rows], guesses, self.given.report["task"])}
 
     def after_update(self) -> None:
         """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
@@ -246,8 +230,8 @@ def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
     """(s (K,), number of batches left out): the sensitivities before any training."""
     with warmed_head(run, model, batches):
-        norms, skipped = gradient_norms(model, batches, task_loss)
-    return sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
+        norms, skipped = penalty.gradient_norms(model, batches, task_loss)
+    return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
 
 
 @contextlib.contextmanager
@@ -273,7 +257,7 @@ def warmed_head(run, model: nn.Module, batches: list[dict]) -> Iterator[None]:
 
 def penalty_term(run, s: Tensor, seed: int) -> Term:
     loss = run.loss
-    return Term(loss.alpha, COEFFICIENTS[loss.penalty](s, loss.beta, seed), loss.penalty == "factor_l2")
+    return Term(loss.alpha, penalty.COEFFICIENTS[loss.penalty](s, loss.beta, seed), loss.penalty == "factor_l2")
 
 
 # ---- a member
@@ -305,55 +289,25 @@ def scores(labels: list[int], predicted: list[int], task: str) -> dict:
     }
 
 
-def member_trainer(run, given: data.Inputs, seed: int, folder: Path) -> tuple[ImportanceTrainer, dict]:
-    """The trainer of a member before its first step, and how its calibration went: {"s", "seconds", "skipped"}."""
-    rows, training = given.rows, run.training
-    pad, size, task = given.tokenizer.pad_token_id, run.evaluation.batch_size, given.report["task"]
-    steps = training.optimizer_steps(len(rows["train"]))
-    model = build(run, given, seed, steps)
+def train(member, folder: Path, shared: Path) -> dict:
+    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
+    run, seed, given = member.run, member.seed, data.load(shared)
+    model = build(run, given, seed, run.training.optimizer_steps(len(given.rows["train"])))
     if run.model.adapter.init == "eva":
         initialize_eva(model, calibration_batches(run, given, seed))
-    term, calibration, started = None, {"s": None, "seconds": None, "skipped": 0}, time.perf_counter()
+    s, term, skipped, started = None, None, 0, time.perf_counter()
     if run.loss.penalty != "none":
         s, skipped = calibrate(run, model, calibration_batches(run, given, seed))
         term = penalty_term(run, s, seed)
-        calibration = {"s": s, "seconds": time.perf_counter() - started, "skipped": skipped}
-
-    def on_tuning() -> dict:
-        guesses, loss = predictions(model, rows["tuning"], pad, size)
-        accuracy = scores([row["label"] for row in rows["tuning"]], guesses, task)["accuracy"]
-        return {"tuning_accuracy": accuracy, "tuning_loss": loss}
-
-    plain, per_epoch = config.dump(run), training.steps_per_epoch(len(rows["train"]))
-    plain["training"].pop("logging_steps")  # changes the log alone
-    trainer = ImportanceTrainer(
-        model,
-        rows["train"],
-        training,
-        steps=steps,
-        seed=seed,
-        folder=folder,
-        pad=pad,
-        term=term,
-        warmup_steps=training.warmup(steps),
-        every={"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy],
-        identity=[plain[section] for section in ("model", "loss", "training")],
-        validate=on_tuning,
-    )
-    return trainer, calibration
-
-
-def train(member, folder: Path, shared: Path) -> dict:
-    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
-    run, given = member.run, data.load(shared)
-    trainer, calibration = member_trainer(run, given, member.seed, folder)
-    outcome, model = trainer.fit(), trainer.model
+    calibration_seconds = time.perf_counter() - started
+    trainer = ImportanceTrainer(run, given, model, seed, folder, term)
+    outcome = trainer.fit()
     metrics = {
         "status": outcome.status,
         "steps": outcome.step,
-        "calibration_seconds": calibration["seconds"],
+        "calibration_seconds": calibration_seconds if term else None,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,
-        "skipped_batches": calibration["skipped"],
+        "skipped_batches": skipped,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "bag_of_words_baseline": given.report["bag_of_words_baseline"],
         "majority_baseline": given.report["majority_baseline"],
@@ -361,34 +315,32 @@ def train(member, folder: Path, shared: Path) -> dict:
     if outcome.status == "diverged":
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
-    rows = given.rows["validation"]
-    guesses, loss = predictions(model, rows, given.tokenizer.pad_token_id, run.evaluation.batch_size)
-    labels = [row["label"] for row in rows]
+    guesses, values = trainer.score("validation")
+    labels = [row["label"] for row in given.rows["validation"]]
     examples = [
         {"kind": "example", "example": i, "label": label, "prediction": guess, "correct": label == guess}
         for i, (label, guess) in enumerate(zip(labels, guesses, strict=True))
     ]
     record.write_jsonl(folder / "predictions.jsonl", examples)
-    record_adapters(run, folder, model, calibration["s"], trainer.term)
+    record_adapters(run, folder, model, s, term)
     seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
     return {
         **metrics,
         **trainer.validate(),
-        "validation_loss": loss,
-        **{f"validation_{k}": v for k, v in scores(labels, guesses, given.report["task"]).items()},
+        **{f"validation_{name}": value for name, value in values.items()},
         "step_seconds": statistics.median(seconds) if seconds else None,
     }
 
 
 def record_adapters(run, folder: Path, model: nn.Module, s: Tensor | None, term: Term | None) -> None:
     """adapters.json: s_k, w_k, coefficients, || Delta_k || at the end, AdaLoRA's ranks, and a rank_pattern for PEFT."""
-    names = [name.removeprefix("base_model.model.") for name in adapted(model)]
+    names = [name.removeprefix("base_model.model.") for name in penalty.adapted(model)]
     if not names:
         return
-    row = {"matrices": names, "delta_norm": delta_norms(model), "ranks": ranks_used(model)}
+    row = {"matrices": names, "delta_norm": penalty.delta_norms(model), "ranks": ranks_used(model)}
     if s is not None:
         row |= {"s": s.tolist(), "w": (s / s.sum()).tolist(), "coefficient": term.coefficients.tolist()}
-        row["rank_pattern"] = rank_pattern(names, s, run.model.adapter.rank)
+        row["rank_pattern"] = penalty.rank_pattern(names, s, run.model.adapter.rank)
     record.write_json(folder / "adapters.json", row)
 
 
@@ -406,7 +358,7 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
         start = time.perf_counter()
         loss = model(**batch).loss
         if term is not None:
-            loss = loss + term.alpha * penalty(model, term.coefficients, term.factors)
+            loss = loss + term.alpha * penalty.penalty(model, term.coefficients, term.factors)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
@@ -429,13 +381,12 @@ def step_cost(run, folder: Path, shared: Path) -> None:
     schedule = {"type": "adalora", "init_r": rank * 3 // 2, "target_r": rank, "tinit": 0, "tfinal": 1}
     adapter = config.dump(plain)["model"]["adapter"] | schedule | {"delta_t": ADALORA_DELTA_T[run.scale]}
     runs = (first.run, plain, config.apply(plain, {"model.adapter": adapter}))
-    models_of = [build(each, given, first.seed, max(rounds + warm_up, 3)) for each in runs]
-    batches = calibration_batches(first.run, given, first.seed)
-    began = time.perf_counter()
-    s, _ = calibrate(first.run, models_of[0], batches)
-    seconds_of_calibration = time.perf_counter() - began
+    built = [build(each, given, first.seed, max(rounds + warm_up, 3)) for each in runs]
+    batches, began = calibration_batches(first.run, given, first.seed), time.perf_counter()
+    s, _ = calibrate(first.run, built[0], batches)
+    calibration_seconds = time.perf_counter() - began
     terms = (penalty_term(first.run, s, first.seed), None, None)
-    steppers = [stepper(model, first.run.training, term) for model, term in zip(models_of, terms, strict=True)]
+    steppers = [stepper(model, first.run.training, term) for model, term in zip(built, terms, strict=True)]
     rows = []
     for place in record.batches("measuring steps", range(rounds + warm_up)):
         seconds = [0.0] * 3
@@ -445,7 +396,6 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         row = {"pair": place - warm_up, "seconds": own, "seconds_baseline": lora}
         rows.append(row | {"step_seconds": own, "step_seconds_baseline": adalora})
     record.write_jsonl(folder / "step_cost.jsonl", rows[warm_up:])
-    steps = run.training.optimizer_steps(len(given.rows["train"]))
-    passes = steps * run.training.gradient_accumulation_steps
+    passes = run.training.optimizer_steps(len(given.rows["train"])) * run.training.gradient_accumulation_steps
     counts = {"passes": len(batches), "training_passes": passes, "share_of_passes": len(batches) / passes}
-    record.write_json(folder / "calibration.json", {**counts, "seconds": seconds_of_calibration})
+    record.write_json(folder / "calibration.json", {**counts, "seconds": calibration_seconds})
