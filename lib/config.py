@@ -5,11 +5,11 @@ What is validated is always what a member would train: the values of a grid cell
 the whole is validated. A value that only the cells supply (`${opt.name}`) holds the first cell's in a run itself, and
 `Run.searched` says which keys those are.
 
-A study is a folder of lib/ with a study.py (or config.py), which gives: Run (the typed sections), ALIASES (short name ->
-dotted key), METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file),
-recognises(raw), normalise(raw) (what published files write elsewhere), steps(run), trial_changes(run),
-search_changes(run) and check(run); and, where it has them, primary_metric(run), needs(run) (what only it needs on the
-machine before a full run) and implied(run, values) (what --set brings along where it does not say otherwise).
+A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), ALIASES (short name -> dotted key),
+METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file), recognises(raw),
+normalise(raw) (what published files write elsewhere), steps(run), trial_changes(run) and check(run); and, where it has
+them, primary_metric(run), search_changes(run) (what a trial of the search leaves out), needs(run) (what only it needs
+on the machine before a full run) and implied(run, values) (what --set brings along where it does not say otherwise).
 """
 
 from __future__ import annotations

@@ -284,11 +284,6 @@ def trial_changes(run: Run) -> dict[str, Any]:
     }
 
 
-def search_changes(run: Run) -> dict[str, Any]:
-    """What a trial of the search leaves out; it reads validation only."""
-    return {}
-
-
 # ---- checks: what a person should know before a run starts
 
 

@@ -163,7 +163,7 @@ def bag_of_words(splits: dict) -> float | None:
 # By replaced-token detection: some tokens are replaced by others of the same text (in place of ELECTRA's generator
 # network), and the encoder learns, token by token, which ones were: binary cross-entropy.
 
-SPECIAL = {key: made.DEBERTA_TOKENS[key] for key in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
+SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 REPLACED = 0.15
 LONGEST = 64
 PRETRAINING_PAIRS = 20_000

@@ -146,7 +146,7 @@ def trial_member(run, point: dict):
     for member in config.members(run):
         if member.seed == seed and all(value_at(member.run, k) == v for k, v in cell.items()):
             return member, "members"
-    cheap = config.study_module(run.study).search_changes(run)
+    cheap = getattr(config.study_module(run.study), "search_changes", lambda run: {})(run)
     return config.member(config.apply(run, {**cheap, "grid": None}), cell, seed), "sweep/trials"
 
 
