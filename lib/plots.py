@@ -92,7 +92,7 @@ class Drawing:
         return buffer.getvalue()
 
     def _repr_html_(self) -> str:
-        return embedded(self.render(), self.alt, self.links)
+        return embed(self.render(), self.alt, self.links)
 
     def __repr__(self) -> str:
         return self.alt
@@ -116,7 +116,7 @@ def save(drawing: Drawing, folder: str | Path, name: str) -> Drawing:
     return drawing
 
 
-def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
+def embed(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
     """A figure as HTML that needs no other file; over each point of a member lies a link. Places are written as classes
     in thousandths (`x123 y456`), which lib/run/pages.py turns into positions: it lets no style of a notebook in."""
     points = "".join(
@@ -129,7 +129,7 @@ def embedded(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
 
 
 @contextlib.contextmanager
-def redrawn(draw: Callable[[], Drawing], every: float = 1.0) -> Iterator[None]:
+def redraw_during(draw: Callable[[], Drawing], every: float = 1.0) -> Iterator[None]:
     """Show `draw()` in a notebook, again every so many seconds while the body runs and once more at its end. It is
     drawn in a thread, so that an interrupt reaches the body."""
     from IPython.display import display
@@ -188,7 +188,7 @@ def name_of(value: object) -> str:
     return number(value) if isinstance(value, float | int) else str(value)
 
 
-def ordered(values: Iterable) -> list:
+def sort_distinct(values: Iterable) -> list:
     """The distinct values, sorted, without missing ones."""
     return sorted(pd.unique(pd.Series(list(values)).dropna()))
 
@@ -341,7 +341,7 @@ def _over_cells(
     ylabel, xlabel = ylabel or metric.replace("_", " "), xlabel or x
     table = outcomes(members, metric, diverged_value)
     table["category"] = table[x].map(name_of) if len(table) else None
-    places, look = [name_of(value) for value in ordered(table[x])], looks(table[by], known)
+    places, look = [name_of(value) for value in sort_distinct(table[x])], looks(table[by], known)
     alone = table.groupby(x)[by].nunique().max() == 1
     width = 0.27 if alone else 0.8
     drawn, axes = canvas(height=4.2, title=title)
@@ -417,7 +417,7 @@ def learning_curves(
     rolled = rows.groupby([*line, "seed"])[y].transform(lambda values: values.rolling(smooth, min_periods=1).mean())
     everyone = rows.groupby([*line, x])["seed"].transform("nunique") == rows.groupby(line)["seed"].transform("nunique")
     rows = rows.assign(shown=rolled, everyone=everyone)
-    panels = ordered(rows[panel]) if panel else [None]
+    panels = sort_distinct(rows[panel]) if panel else [None]
     columns = min(columns, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     height = 1.1 + (3.4 if lines == 1 else 2.5 * lines)
@@ -496,9 +496,9 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         signs = MARGIN_SIGNS.get(record.get("test"), (1,)) if isinstance(margin, int | float) else ()
         margins = [sign * margin for sign in signs]
         _claim(place, record, verdict, estimate, low, high, margins)
-        told = f", margin {', '.join(map(number, margins))}" if margins else ""
+        margin_words = f", margin {', '.join(map(number, margins))}" if margins else ""
         interval = f"95 % interval {bound(low)} to {bound(high)}"
-        words.append(f"{record.get('id')}: {verdict}, estimate {number(estimate)}, {interval}{told}.")
+        words.append(f"{record.get('id')}: {verdict}, estimate {number(estimate)}, {interval}{margin_words}.")
         row = {"id": record.get("id"), "verdict": verdict, "estimate": estimate, "low": low, "high": high}
         data.append(row | {"margins": " ".join(map(str, margins))})
     return Drawing(drawn, title, f"{title}: " + " ".join(words), pd.DataFrame(data))

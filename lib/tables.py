@@ -159,10 +159,10 @@ def run_metrics(results_dir: Path) -> dict[str, dict]:
     return {run_id: made for run_id, made in found.items() if made and "chosen_cell" in made}
 
 
-def aggregated(study: str, results_dir: Path) -> dict:
+def aggregate_metrics(study: str, results_dir: Path) -> dict:
     """primary_metric; metrics {name: {run_id: value}}, value being the mean over seeds of the run's cell chosen on
     validation; best_proposed and best_baseline {run_id, value}; gap in percent of the best baseline, positive where the
-    proposed method is better; members {run_id: {cell, members}} beside it.
+    proposed method is better; members {run_id: {cell, members}} too.
     """
     directions, runs = config.study_module(study).METRICS, run_metrics(results_dir)
     names = [n for n in directions if any(r["metrics"].get(n) is not None for r in runs.values())]

@@ -64,7 +64,7 @@ def test_a_live_figure_moves_and_ends_with_its_body(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda picture, display_id: shown.append(picture.alt) or Handle())
 
     def body() -> None:
-        with plots.redrawn(draw, every=0.01):
+        with plots.redraw_during(draw, every=0.01):
             count[0] = 1
             until(lambda: "step 1" in shown)
             count[0] = 2

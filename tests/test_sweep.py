@@ -343,7 +343,7 @@ def test_aggregated_metrics_in_the_contracts_form(tmp_path):
                 "members": {},
             },
         )
-    made = tables.aggregated("td_dpo", tmp_path)
+    made = tables.aggregate_metrics("td_dpo", tmp_path)
     assert made["primary_metric"] == "oracle_score"
     assert made["metrics"]["oracle_score"] == {"abl": 9.0, "base_a": 8.0, "base_b": 7.0, "ours": 6.0}
     assert made["best_proposed"] == {"run_id": "ours", "value": 6.0}

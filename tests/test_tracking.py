@@ -17,7 +17,7 @@ import pytest
 from lib import claims, config, record, tables
 from lib.errors import StudyError
 from lib.run import cli, members, plan, runner, runs, wandb as mirror
-from lib.tables import aggregated
+from lib.tables import aggregate_metrics
 from lib.td_dpo import report
 from tests import wandb_member
 from tests.conftest import PATIENCE, ROOT, TINY, until
@@ -316,7 +316,7 @@ def judged(results, planned):
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")
         for name in ("members", "history", "answers", "pairs", "costs")
     }
-    return frames, claims.to_json(verdict), aggregated("td_dpo", results)
+    return frames, claims.to_json(verdict), aggregate_metrics("td_dpo", results)
 
 
 def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):
@@ -492,7 +492,7 @@ def test_the_runner_begins_and_ends_the_mirror(run, monkeypatch):
     mine.ensure_pool = lambda: None
     mine.mirrors = SimpleNamespace(
         **{
-            name: lambda *given, name=name: seen.append((name, *given, mirror.over(folder)))
+            name: lambda *given, name=name: seen.append((name, *given, mirror.is_over(folder)))
             for name in ("begin", "end")
         }
     )

@@ -146,7 +146,7 @@ def clean(fragment: str) -> str:
 
 
 def place_points(fragment: str) -> str:
-    """The links over a figure's points (plots.embedded) at their places: `x123 y456` becomes 12.3 % and 45.6 %."""
+    """The links over a figure's points (plots.embed) at their places: `x123 y456` becomes 12.3 % and 45.6 %."""
     return POINT.sub(lambda m: f'<a class="point" style="left:{int(m[1]) / 10}%;top:{int(m[2]) / 10}%"', fragment)
 
 
@@ -317,14 +317,14 @@ def _summary(aggregated: dict) -> str:
     metric, gap = str(aggregated.get("primary_metric", "primary metric")).replace("_", " "), aggregated.get("gap")
     best = f"best proposed {proposed.get('run_id')} {_number(proposed.get('value'))}"
     base = f"best baseline {baseline.get('run_id')} {_number(baseline.get('value'))}"
-    told = f", gap {gap:+.1f} %".replace("-", "−") if _is_number(gap) else ""
-    return f"{metric[:1].upper()}{metric[1:]}: {best}, {base}{told}."
+    gap_words = f", gap {gap:+.1f} %".replace("-", "−") if _is_number(gap) else ""
+    return f"{metric[:1].upper()}{metric[1:]}: {best}, {base}{gap_words}."
 
 
 def _figure(root: Path, comparison: Path, metric: str) -> str:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its
     words, its points linked to their members."""
-    from lib.plots import embedded  # with matplotlib
+    from lib.plots import embed  # with matplotlib
 
     wanted = ("comparison_primary*", f"comparison_{metric}*", "comparison_seeds", "comparison_claims", "*")
     folder = comparison / "figures"
@@ -335,7 +335,7 @@ def _figure(root: Path, comparison: Path, metric: str) -> str:
     alt = words.read_text(encoding="utf-8").strip() if words.exists() else path.stem.replace("_", " ")
     links = _read(path.with_name(f"{path.stem}.links.json"), [])
     links = [{**link, "href": os.path.normpath(os.path.join(here, link["href"]))} for link in links]
-    return place_points(embedded(path.read_bytes(), alt, links))
+    return place_points(embed(path.read_bytes(), alt, links))
 
 
 def _figure_files(root: Path, png: Path) -> dict:

@@ -80,7 +80,7 @@ class Entry:
     @property
     def config(self) -> dict:
         """The run's settings without what is null or empty, because W&B drops empty sections."""
-        return stated({**self.settings, "record": self.record})
+        return drop_empty({**self.settings, "record": self.record})
 
     def rows(self) -> dict[int, dict]:
         """{step: row} of the history, training and evaluation rows of one step merged, the step as `global_step`."""
@@ -91,13 +91,13 @@ class Entry:
         return dict(sorted(steps.items()))
 
 
-def stated(value):
+def drop_empty(value):
     """`value` without the keys, at any depth, that hold null or an empty section."""
     if isinstance(value, list):
-        return [stated(inner) for inner in value]
+        return [drop_empty(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: stated(inner) for key, inner in value.items()}
+    kept = {key: drop_empty(inner) for key, inner in value.items()}
     return {key: inner for key, inner in kept.items() if inner is not None and inner != {}}
 
 
@@ -185,7 +185,7 @@ def entries(run_folder: Path) -> list[Entry]:
     return [entry for entry in [*members, final_entry(run_folder)] if entry and entry.finished]
 
 
-def over(run_folder: Path) -> bool:
+def is_over(run_folder: Path) -> bool:
     """Whether no notebook of this run is at work."""
     states = [read_json(run_folder / part / "status.json", {}).get("status") for part in ("", "sweep")]
     return "running" not in states
@@ -229,7 +229,7 @@ class Mirrors:
             if mode == "offline":
                 self.failed.add(folder)
                 return
-            if over(folder):
+            if is_over(folder):
                 modes.clear()
 
     def _send(self, folder: Path, mode: str) -> int | None:
@@ -338,7 +338,7 @@ def lacking(entry: Entry, found) -> list[str]:
     stored = {file.name: file.md5 for file in found.files()}
     same = {
         "state": found.state == "finished",
-        "config": all(stated(found.config.get(k)) == v for k, v in entry.config.items()),
+        "config": all(drop_empty(found.config.get(k)) == v for k, v in entry.config.items()),
         "summary": all(found.summary.get(k) == v for k, v in entry.summary.items() if v is not None),
         "history": rows_of(found) == entry.rows(),
     }
@@ -468,7 +468,7 @@ def live(folder: Path, gone: threading.Event) -> int:
     run is over and W&B was not to be reached, its offline files are written. Returns the exit code."""
     sender, asked, finished, stamps, last = None, None, set(), {}, False
     while not last:
-        last = over(folder) or gone.is_set()  # before the look: what was written until then is seen
+        last = is_over(folder) or gone.is_set()  # before the look: what was written until then is seen
         beat()
         if sender is None and (asked is None or (not last and time.monotonic() - asked > REPROBE)):
             asked = time.monotonic()
@@ -631,7 +631,7 @@ def main(argv: list[str]) -> int:
     watchdog(4 * LIVE_SECONDS)
     if mode == "online":
         return live(folder, gone)
-    while not over(folder) and not gone.wait(POLL):
+    while not is_over(folder) and not gone.wait(POLL):
         beat()
     offline(folder)
     return 0

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from lib import claims, plots, record, stats, tables
-from lib.plots import Drawing, Look, canvas, housestyle, number, ordered
+from lib.plots import Drawing, Look, canvas, housestyle, number, sort_distinct
 from lib.td_dpo.study import METRICS, SECOND_METRIC
 
 LOOKS = {
@@ -202,10 +202,10 @@ def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | 
     and what diverged. `center` (say the base model's score) is white: blue is better, red is worse."""
     table = plots.outcomes(members, metric)
     look = plots.looks(table["method"], LOOKS)
-    taus = {method: ordered(table.loc[table["method"] == method, "tau"])[::-1] or [np.nan] for method in look}
+    taus = {method: sort_distinct(table.loc[table["method"] == method, "tau"])[::-1] or [np.nan] for method in look}
     rows = pd.MultiIndex.from_tuples([(m, tau) for m in look for tau in taus[m]] or [("none", np.nan)])
     names = [(look[m].label if m in look else m) + ("" if np.isnan(tau) else f" τ = {number(tau)}") for m, tau in rows]
-    betas, cells = ordered(table["beta"]) or [0.0], []
+    betas, cells = sort_distinct(table["beta"]) or [0.0], []
     for (method, tau), beta in itertools.product(rows, betas):
         same_tau = table["tau"].isna() if np.isnan(tau) else table["tau"] == tau
         cell = table[(table["method"] == method) & (table["beta"] == beta) & same_tau]
@@ -266,7 +266,7 @@ def likelihood_displacement(
     rows = history.reindex(columns=[*plots.IDENTITY, "step", *answers]).dropna(subset=list(answers))
     if rows.duplicated(["method", "beta", "step", "seed"]).any():
         raise ValueError(f"{title}: several members per method, beta and seed; choose one cell first")
-    betas, look = ordered(rows["beta"]), plots.looks(rows["method"], LOOKS)
+    betas, look = sort_distinct(rows["beta"]), plots.looks(rows["method"], LOOKS)
     height = 1.2 + 1.75 * max(1, len(look))
     drawn, axes = canvas(len(look) or 1, len(betas) or 1, height=height, title=title, sharex=True, sharey="col")
     words = []
@@ -312,7 +312,7 @@ def kl_against_score(
     shown = shown.assign(label=[look[method].label for method in shown["method"]])
     means = shown.groupby(["label", "beta", "tau"], dropna=False, sort=False)[["kl", "value"]].mean().reset_index()
     drawn, axes = canvas(height=4.6, title=title)
-    place, betas = axes[0, 0], ordered(shown["beta"])
+    place, betas = axes[0, 0], sort_distinct(shown["beta"])
     if len(shown):
         style = {"x": "kl", "y": "value", "hue": "label", "style": "label", "ax": place}
         style |= {"palette": {own.label: own.color for own in look.values()}}
