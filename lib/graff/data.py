@@ -390,7 +390,10 @@ def prepare(run, folder: Path) -> None:
     problems, source = load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if source.startswith("generated") else problems["train"]
-    make = lambda place, on_step: pretrain(run.model.recipe.model_dump(), place, real, on_step)  # noqa: E731
+
+    def make(place: Path, on_step: made.OnStep) -> float:
+        return pretrain(run.model.recipe.model_dump(), place, real, on_step)
+
     base, closing = made.base_model(run, folder, texts, make)
     tokenizer = models.load_tokenizer(base, run.model.revision, trust_remote_code=run.model.trust_remote_code)
     longest, rows, cut = run.dataset.max_tokens, {}, {}

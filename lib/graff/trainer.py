@@ -143,7 +143,7 @@ def load_warm_start(path: str) -> dict:
 
 def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None) -> schedulers.Fixed:
     """The run's scheduler; `planner`: tensors that the warm start goes on from, learning the encoder too."""
-    section, made = run.training.scheduler, Path(shared) / "warm_start.safetensors"
+    section, file = run.training.scheduler, Path(shared) / "warm_start.safetensors"
     if planner is not None:
         scheduler = schedulers.Graff(section, layers, ENCODER_LR)
         if planner:
@@ -151,10 +151,10 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
         return scheduler
     scheduler, path = schedulers.make(section, layers), section.warm_start_ckpt
     if path:
-        scheduler.planner.load_state_dict(load_warm_start(str(made) if path == "made" else path))
-    if hasattr(scheduler, "gain") and made.exists():  # hypergradient descent, matched to the planner
+        scheduler.planner.load_state_dict(load_warm_start(str(file) if path == "made" else path))
+    if hasattr(scheduler, "gain") and file.exists():  # hypergradient descent, matched to the planner
         planner = pl.Planner()
-        planner.load_state_dict(load_file(made))
+        planner.load_state_dict(load_file(file))
         scheduler.gain = pl.gain(planner, layers)
     return scheduler
 
