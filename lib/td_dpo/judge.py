@@ -333,12 +333,12 @@ def grade_requests(
                 tasks = [asyncio.create_task(work(client)) for _ in range(min(workers, count))]
                 ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                 waiting.clear()
-                failed = [error for task in ended if (error := task.exception())]
                 _, late = await asyncio.wait(tasks, timeout=timeout)
                 for task in late:
                     task.cancel()
-                if failed:
-                    raise failed[0]
+                await asyncio.gather(*tasks, return_exceptions=True)
+                for task in ended:
+                    task.result()  # raises what failed first
 
         if count:
             asyncio.run(grade_all())
