@@ -9,6 +9,7 @@ import ast
 import functools
 import hashlib
 import importlib
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ ABSENT = ast.Constant(None)
 Place = tuple[str, str, str]  # module, name in it ("" for all of it), "item" where it is used as a table
 
 
-@functools.cache  # for the time of one question: `fresh`
+@functools.cache  # until a file changes: `_stamp`
 def module_file(name: str) -> Path | None:
     base = ROOT.joinpath(*name.split("."))
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists()), None)
@@ -85,10 +86,19 @@ def source_of(module: str) -> Source | None:
     return None if path is None else _parsed(path, (path.stat().st_mtime_ns, path.stat().st_size))
 
 
-def fresh() -> None:
-    """Look again at which files there are and when they were changed."""
-    module_file.cache_clear()
-    source_of.cache_clear()
+def _stamp() -> tuple:
+    """What tells one state of `lib` from another; what was read of an earlier one is forgotten."""
+    folders = [ROOT / "lib", *(entry for entry in os.scandir(ROOT / "lib") if entry.is_dir())]
+    files = (entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py"))
+    stamp = (str(ROOT), *((entry.path, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files))
+    if _stamps[-1:] != [stamp]:
+        _stamps[:] = [stamp]
+        for known in (module_file, source_of, _is_section):
+            known.cache_clear()
+    return stamp
+
+
+_stamps: list[tuple] = []
 
 
 def _hash(nodes: list[ast.AST]) -> str:
@@ -97,7 +107,7 @@ def _hash(nodes: list[ast.AST]) -> str:
 
 def modules(*names: str) -> dict[str, str]:
     """{module: hash of its code} for these and every module of `lib` that they import, directly or not."""
-    fresh()
+    _stamp()
     found, queue = {}, list(names)
     while queue:
         name = queue.pop()
@@ -190,16 +200,26 @@ def _names(module: str, nodes: list[ast.AST], study: list[str]) -> set[Place]:
     return visitor.found
 
 
+def _classes(module: str, nodes: list[ast.AST]) -> set[tuple[str, str]]:
+    """(module, name) of everything that bases and annotations name."""
+    imported, found = source_of(module).imports, set()
+    for node in (part for each in nodes for part in ast.walk(each)):
+        if isinstance(node, ast.Name):
+            found |= imported.get(node.id) or {(module, node.id)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found |= {(home, node.attr) for home, name in imported.get(node.value.id, ()) if not name}
+    return found
+
+
+@functools.cache
 def _is_section(module: str, name: str) -> bool:
     """Whether a class holds values of a run YAML (a pydantic model)."""
-    source = source_of(module)
-    for node in source.definitions.get(name, ()) if source else ():
-        for base in node.bases if isinstance(node, ast.ClassDef) else ():
-            called = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
-            places = source.imports.get(called) or {(module, called)}
-            if called == "BaseModel" or any(_is_section(*place) for place in places if place != (module, name)):
-                return True
-    return False
+    definitions = source_of(module).definitions.get(name, ()) if source_of(module) else ()
+    bases = [base for node in definitions if isinstance(node, ast.ClassDef) for base in node.bases]
+    return any(
+        place[1] == "BaseModel" or (place != (module, name) and _is_section(*place))
+        for place in _classes(module, bases)
+    )
 
 
 def _section(module: str, node: ast.ClassDef) -> tuple[list[ast.AST], set[Place]]:
@@ -208,10 +228,7 @@ def _section(module: str, node: ast.ClassDef) -> tuple[list[ast.AST], set[Place]
     methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
     kept = [n for n in methods if not any("validator" in ast.dump(d) for d in n.decorator_list)]
     fields = [n.annotation for n in node.body if isinstance(n, ast.AnnAssign)]
-    names = [n.id for part in (*node.bases, *fields) for n in ast.walk(part) if isinstance(n, ast.Name)]
-    source = source_of(module)
-    places = {place for name in names for place in source.imports.get(name) or {(module, name)}}
-    return kept, {(*place, "") for place in places if place[1] and _is_section(*place)}
+    return kept, {(*place, "") for place in _classes(module, [*node.bases, *fields]) if _is_section(*place)}
 
 
 def _entry(node: ast.AST, key) -> ast.AST | None:
@@ -235,11 +252,14 @@ def homes(study: str) -> list[str]:
 def reach(study: str, *functions: str, values: dict | None = None, more: tuple = ()) -> dict[str, dict[str, str]]:
     """{module: {definition: hash}} of all that these functions of a study can execute, given `values` ({dotted key:
     value}) of a run; `more`: modules that count besides. Nothing of `lib.run` counts but what is named there."""
-    fresh()
-    own = homes(study)
-    picked = {
-        table: (values or {}).get(key) for table, key in getattr(importlib.import_module(own[0]), "BY_NAME", {}).items()
-    }
+    stamp, values = _stamp(), values or {}
+    tables = getattr(importlib.import_module(homes(study)[0]), "BY_NAME", {})
+    return _reach(study, functions, tuple((table, values.get(key)) for table, key in tables.items()), more, stamp)
+
+
+@functools.lru_cache(maxsize=256)
+def _reach(study: str, functions: tuple, entries: tuple, more: tuple, stamp: tuple) -> dict[str, dict[str, str]]:
+    own, picked = homes(study), dict(entries)
     todo = [(m, name, "") for name in (*functions, "Run") for m in own if name in source_of(m).definitions]
     todo += [(*place, "") for m in own for place in source_of(m).imports.get("Run", ())]
     todo += [(module, "", "") for module in more]
