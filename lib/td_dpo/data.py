@@ -9,6 +9,7 @@ Bad rows are refused with their numbers (`on_bad_row: drop` counts and leaves th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -33,13 +35,15 @@ from lib.td_dpo import generated
 from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, reference_logprobs
 
 SPLITS = ("train", "validation", "test")
+SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLIT_OF |= {"dev": "validation", "test": "test"}
+Source = tuple[str, str, list]  # (split, file as named in messages, rows: each the row, or a BadRow in its place)
 
 # ---- one row to one pair ----
 
-MAX_ROW_CHARACTERS = 1_000_000
+LONGEST_ROW = 1_000_000  # bytes
 ROLES = ("system", "user", "assistant")
 TURN = re.compile(r"\n\n(Human|Assistant):")  # the markup of HH-RLHF
-LETTERS = {"a": 0, "b": 1, "completion_a": 0, "completion_b": 1}
 LAYOUTS = (
     "chosen and rejected (with or without prompt), or prompt|instruction with completion_a, completion_b and choice"
 )
@@ -54,46 +58,26 @@ class BadRow(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
 
 
-def characters(value: Any) -> int:
-    """Number of characters of text anywhere in a row."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(characters(item) for item in value.values())
-    return sum(characters(item) for item in value) if isinstance(value, (list, tuple)) else 0
-
-
 def shown(value: Any, limit: int = 60) -> str:
     """A value for an error message: its type and its beginning."""
     text = repr(value[: 2 * limit] if isinstance(value, (str, list)) else value)
     return f"{type(value).__name__} {text[:limit]}{'...' if len(text) > limit else ''}"
 
 
-def text(value: Any, column: str) -> str:
-    """A string that can be encoded, or a fault."""
-    if not isinstance(value, str):
-        raise BadRow(f"wrong type in {column} (expected text)", shown(value))
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"text in {column} that is not valid Unicode (a lone surrogate)", ascii(value[:40])) from None
-    return value
-
-
 def messages(value: list, column: str) -> list[dict]:
     """A checked message list: [{"role", "content"}, ...]; further keys of a message are left behind."""
-    found = []
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise BadRow(f"wrong type in {column} (expected messages with role and content)", shown(message))
         if message["role"] not in ROLES:
             raise BadRow(f"unknown role in {column} (expected {', '.join(ROLES)})", shown(message["role"]))
-        found.append({"role": message["role"], "content": text(message["content"], f"{column}.content")})
-    return found
+        if not isinstance(message["content"], str):
+            raise BadRow(f"wrong type in {column}.content (expected text)", shown(message["content"]))
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def parse_turns(transcript: str) -> list[dict]:
-    """Messages of an HH-RLHF transcript ('\\n\\nHuman: ...\\n\\nAssistant: ...'); text before the first is the
+    """Messages of an HH-RLHF transcript ('\n\nHuman: ...\n\nAssistant: ...'); text before the first is the
     system's."""
     head, *rest = TURN.split(transcript)
     turns = [{"role": "system", "content": head.strip()}] if head.strip() else []
@@ -105,34 +89,29 @@ def parse_turns(transcript: str) -> list[dict]:
 def prompt_messages(value: Any, column: str) -> list[dict]:
     """A prompt column as messages: a message list, an HH-RLHF transcript that ends with 'Assistant:', or one user
     turn."""
-    if isinstance(value, (list, tuple)):
-        return messages(list(value), column)
-    value = text(value, column)
+    if isinstance(value, list):
+        return messages(value, column)
+    if not isinstance(value, str):
+        raise BadRow(f"wrong type in {column} (expected text or messages)", shown(value))
     if re.search(r"\n\nAssistant:\s*$", value):
         return parse_turns(value[: value.rindex("\n\nAssistant:")])
     return [{"role": "user", "content": value}]
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[list[dict], str, str]:
-    """(prompt, chosen, rejected) of two strings without a prompt: what they share up to the last '\\n\\nAssistant:'."""
-    shared = os.path.commonprefix([chosen, rejected])
-    cut = shared.rfind("\n\nAssistant:")
+    """(prompt, chosen, rejected) of two strings without a prompt: what they share up to the last '\n\nAssistant:'."""
+    mark = "\n\nAssistant:"
+    cut = os.path.commonprefix([chosen, rejected]).rfind(mark)
     if cut < 0:
-        raise BadRow(
-            "chosen and rejected are strings that share no prompt (expected a prompt column, or a common beginning up to "
-            "'\\n\\nAssistant:')",
-            shown(chosen),
-        )
-    end = cut + len("\n\nAssistant:")
-    answers = chosen[end:].strip(), rejected[end:].strip()
+        expected = f"a prompt column, or a common beginning up to {mark!r}"
+        raise BadRow(f"chosen and rejected are strings that share no prompt (expected {expected})", shown(chosen))
+    answers = [side[cut + len(mark) :].strip() for side in (chosen, rejected)]
     if any(TURN.search("\n\n" + answer) for answer in answers):  # the conversations part before their last answers
-        raise BadRow("chosen and rejected have different prompts", shown(chosen[end:]))
+        raise BadRow("chosen and rejected have different prompts", shown(answers[0]))
     return parse_turns(chosen[:cut]), *answers
 
 
-def split_conversations(
-    chosen: list[dict], rejected: list[dict], prompt: list[dict] | None
-) -> tuple[list[dict], str, str]:
+def split_conversations(chosen: list[dict], rejected: list[dict], prompt: list[dict] | None) -> tuple:
     """(prompt, chosen, rejected) of two message lists; `prompt` from its own column, or None: then all but the last
     message."""
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
@@ -143,218 +122,132 @@ def split_conversations(
     lead, other = chosen[:-1], rejected[:-1]
     if lead != other:
         raise BadRow("chosen and rejected have different prompts", shown((lead or other)[-1]["content"]))
-    if prompt is None and not lead:
-        raise BadRow(
-            "no prompt (expected a prompt column, or the prompt's messages at the head of chosen and rejected)"
-        )
-    if prompt is not None and lead:
+    if prompt is not None and lead and lead != prompt:
         # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
         contents = [message["content"].strip() for message in lead]
-        if lead != prompt and not all(message["content"].strip() in contents for message in prompt):
-            raise BadRow(
-                "the prompt column disagrees with the conversation in chosen",
-                shown(prompt[-1]["content"] if prompt else ""),
-            )
+        if not all(message["content"].strip() in contents for message in prompt):
+            said = shown(prompt[-1]["content"] if prompt else "")
+            raise BadRow("the prompt column disagrees with the conversation in chosen", said)
+    if prompt is None and not lead:
+        raise BadRow("no prompt (expected a prompt column, or its messages at the head of chosen and rejected)")
     return lead or prompt, chosen[-1]["content"], rejected[-1]["content"]
 
 
-def choose(row: dict, base: int) -> tuple[Any, Any]:
-    """(chosen, rejected) of completion_a, completion_b and choice; `base` is the number that means completion_a."""
-    key = str(row["choice"]).strip().lower()
-    first = LETTERS.get(key)
-    if first is None and choice_number(row["choice"]) is not None:
-        first = choice_number(row["choice"]) - base
-    if first not in (0, 1):
-        raise BadRow(
-            "choice that names neither completion (expected a or b, completion_a or completion_b, 0/1, or 1/2)",
-            shown(row["choice"]),
-        )
-    answers = row["completion_a"], row["completion_b"]
-    return answers[first], answers[1 - first]
+def choice_key(value: Any) -> str:
+    """'a', 'b', '0', '1' or '2' for the ways to write a choice; anything else for what is none."""
+    return str(value).strip().lower().removeprefix("completion_").removesuffix(".0")
 
 
-def choice_number(value: Any) -> int | None:
-    """0, 1 or 2 where a choice is that number (also '1' and 1.0); None for everything else, booleans included."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return int(float(value)) if float(value) in (0.0, 1.0, 2.0) else None
-    except (TypeError, ValueError):
-        return None
-
-
-def unpack(value: Any) -> Any:
-    """A CSV cell that holds a message list as JSON becomes that list; everything else is left as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def to_pair(row: Any, number: int, layout: str, base: int = 0) -> dict:
-    """A checked pair of source row `number` (0-based); raises BadRow. `layout` is 'pair' or 'choice'."""
+def to_pair(row: Any, number: int, first_choice: int = 0) -> dict:
+    """A checked pair of source row `number` (0-based); raises BadRow. `first_choice`: the number that means
+    completion_a."""
     if not isinstance(row, dict):
         raise BadRow("a row that is not an object with named columns", shown(row))
-    size = characters(row)
-    if size > MAX_ROW_CHARACTERS:
-        raise BadRow(f"a row of more than {MAX_ROW_CHARACTERS:,} characters", f"{size:,} characters")
+    try:
+        size = len(json.dumps(row, ensure_ascii=False, default=str).encode())
+    except UnicodeEncodeError:
+        raise BadRow("text that is not valid Unicode (a lone surrogate)") from None
+    if size > LONGEST_ROW:
+        raise BadRow(f"a row of more than {LONGEST_ROW:,} bytes", f"{size:,} bytes")
     asked = next((name for name in ("prompt", "instruction") if row.get(name) is not None), None)
-    needed = ["chosen", "rejected"] if layout == "pair" else ["completion_a", "completion_b", "choice"]
-    for name in needed + (["prompt"] if layout == "choice" and asked is None else []):
+    choices = "completion_a" in row or "completion_b" in row
+    needed = ["completion_a", "completion_b", "choice", asked or "prompt"] if choices else ["chosen", "rejected"]
+    for name in needed:
         if row.get(name) is None:
-            raise BadRow(f"missing {name}", "the column is absent or null")
-    chosen, rejected = (row["chosen"], row["rejected"]) if layout == "pair" else choose(row, base)
+            raise BadRow(f"missing {name}", f"columns: {', '.join(row)}"[:200])
+    chosen, rejected = row[needed[0]], row[needed[1]]
+    if choices:
+        order = {"a": 0, "b": 1, str(first_choice): 0, str(first_choice + 1): 1}
+        if (second := order.get(choice_key(row["choice"]))) is None:
+            expected = "a or b, completion_a or completion_b, 0/1, or 1/2"
+            raise BadRow(f"choice that names neither completion (expected {expected})", shown(row["choice"]))
+        chosen, rejected = (rejected, chosen) if second else (chosen, rejected)
     prompt = prompt_messages(row[asked], asked) if asked else None
-    if (
-        asked == "instruction" and isinstance(row.get("input"), str) and row["input"].strip()
-    ):  # Alpaca's second half of a request
-        prompt[-1]["content"] += "\n\n" + text(row["input"], "input")
+    more = row.get("input")
+    if asked == "instruction" and isinstance(more, str) and more.strip():  # Alpaca's second half of a request
+        prompt[-1]["content"] += "\n\n" + more
     if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = split_conversations(
-            messages(chosen, "chosen"), messages(rejected, "rejected"), prompt
-        )
-    elif isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = text(chosen, "chosen"), text(rejected, "rejected")
-        if prompt is None and chosen.strip() and rejected.strip():
-            prompt, chosen, rejected = split_transcripts(chosen, rejected)
-    else:
-        raise BadRow(
-            "wrong type in chosen or rejected (expected both text, or both message lists)",
-            f"{shown(chosen)}; {shown(rejected)}",
-        )
+        sides = messages(chosen, "chosen"), messages(rejected, "rejected")
+        prompt, chosen, rejected = split_conversations(*sides, prompt)
+    elif not (isinstance(chosen, str) and isinstance(rejected, str)):
+        expected, found = "both text, or both message lists", f"{shown(chosen)}; {shown(rejected)}"
+        raise BadRow(f"wrong type in chosen or rejected (expected {expected})", found)
+    elif prompt is None and chosen.strip() and rejected.strip():
+        prompt, chosen, rejected = split_transcripts(chosen, rejected)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
             raise BadRow(f"empty {name}")
     if chosen.strip() == rejected.strip():
         raise BadRow("identical chosen and rejected", shown(chosen))
     if not prompt or prompt[-1]["role"] != "user":
-        raise BadRow(
-            "prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}" if prompt else "no turns"
-        )
+        end = f"ends with {prompt[-1]['role']}" if prompt else "no turns"
+        raise BadRow("prompt that does not end with a user turn", end)
     if not prompt[-1]["content"].strip():
         raise BadRow("empty prompt")
-    return {
-        "prompt": prompt,
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-        "row": number,
+    sides = {
+        name: [{"role": "assistant", "content": answer}]
+        for name, answer in (("chosen", chosen), ("rejected", rejected))
     }
+    return {"prompt": prompt, **sides, "row": number}
 
 
 # ---- files to rows ----
 
-SPLIT_OF = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-FILE_OF_SPLIT = re.compile(r"^(train|validation|valid|val|dev|test)([-.].*)?$")
 
-Rows = list[Any]  # one entry per source row: the row, or the BadRow that stands for a line that could not be read
-Source = tuple[str, str, Rows]  # (split, file as named in messages, rows)
-
-
-def read_jsonl(path: Path) -> Rows:
+def read_jsonl(text: bytes) -> list:
     """One JSON value per line; a line that cannot be read becomes a BadRow in its place."""
-    rows: Rows = []
-    for line_number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    rows = []
+    for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
-            rows.append(json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            rows.append(
-                BadRow("a line that is not UTF-8", f"line {line_number}, byte {error.start}: 0x{line[error.start]:02x}")
-            )
+            if line.strip():
+                rows.append(json.loads(line.decode()))
         except (ValueError, RecursionError) as error:
-            rows.append(
-                BadRow("a line that is not JSON", f"line {line_number}: {str(error)[:80]}; it begins {line[:40]!r}")
-            )
+            rows.append(BadRow("a line that is not JSON", f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"))
     return rows
 
 
-def decode(path: Path) -> str:
-    """A whole file as text, or the line where it stops being UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise StudyError(
-            f"{path}, line {line}",
-            f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8",
-            "a UTF-8 file",
-            f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)",
-        ) from None
-
-
-def read_json(path: Path) -> Rows:
+def read_json(text: bytes) -> list:
     """A JSON array of rows, an object whose `data` is one, or (as many hub files are) one row per line."""
-    content = decode(path)
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        if content.lstrip().startswith("{") and "\n" in content.strip():
-            return read_jsonl(path)
-        raise StudyError(
-            str(path), f"not JSON: {str(error)[:120]}", "an array of rows, or one JSON object per line"
-        ) from None
+    if text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") and b"\n" in text.strip():
+        return read_jsonl(text)
+    found = json.loads(text.decode("utf-8-sig"))
     found = found["data"] if isinstance(found, dict) and isinstance(found.get("data"), list) else found
-    if isinstance(found, dict) and ({"chosen", "completion_a"} & found.keys()):
-        return [found]  # a .json of one line
-    if not isinstance(found, list):
-        raise StudyError(str(path), f"JSON {type(found).__name__}", "an array of rows, or one JSON object per line")
-    return found
+    if not isinstance(found, list | dict):
+        raise ValueError(f"JSON {type(found).__name__}, not an array of rows")
+    return found if isinstance(found, list) else [found]
 
 
-def read_csv(path: Path) -> Rows:
+def read_csv(text: bytes) -> list:
     """Rows as strings; a cell that holds a JSON message list becomes that list."""
-    before = csv.field_size_limit(1 << 30)  # rows that are too long are refused later, with their number
-    reader = csv.DictReader(io.StringIO(decode(path), newline=""), strict=True)
-    try:
-        header = reader.fieldnames or []
-        if len(set(header)) != len(header):
-            raise StudyError(str(path), f"column names that repeat: {', '.join(header)}", "each name once")
-        rows: Rows = []
-        for row in reader:
-            extra = row.pop(None, None)
-            rows.append(
-                BadRow("more fields than the header has", f"line {reader.line_num}: {len(extra)} too many")
-                if extra
-                else {name: unpack(cell) for name, cell in row.items()}
-            )
-        return rows
-    except csv.Error as error:
-        raise StudyError(
-            f"{path}, line {reader.line_num}", f"not CSV: {error}", 'comma-separated values, quoted by "'
-        ) from None
-    finally:
-        csv.field_size_limit(before)
+    csv.field_size_limit(1 << 30)  # rows that are too long are refused later, with their number
+    reader = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
+    header = reader.fieldnames or []
+    if len(set(header)) != len(header):
+        raise ValueError(f"column names that repeat: {', '.join(header)}")
+    rows: list = []
+    for row in reader:
+        if extra := row.pop(None, None):
+            rows.append(BadRow("more fields than the header has", f"line {reader.line_num}: {len(extra)} too many"))
+            continue
+        for name, cell in row.items():
+            if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+                with contextlib.suppress(ValueError):  # text that only looks like it
+                    row[name] = json.loads(cell)
+        rows.append(row)
+    return rows
 
 
-def read_parquet(path: Path) -> Rows:
-    """Rows of a Parquet file."""
+def read_parquet(text: bytes) -> list:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path).read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StudyError(
-            str(path),
-            f"not readable as Parquet: {str(error)[:160]}",
-            "a complete Parquet file with UTF-8 text",
-            "fetch or write the file again",
-        ) from None
+        return pq.read_table(pa.BufferReader(text)).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(error) from None
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
+READERS: dict[str, Callable[[bytes], list]] = {
     ".parquet": read_parquet,
     ".jsonl": read_jsonl,
     ".json": read_json,
@@ -362,199 +255,122 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path) -> list:
     """Rows of one local file by its suffix."""
     if path.suffix not in READERS:
         raise StudyError(str(path), f"a file of type '{path.suffix or 'none'}'", f"one of {', '.join(READERS)}")
     try:
-        return READERS[path.suffix](path)
-    except PermissionError:
-        raise StudyError(
-            str(path), "not readable (permission denied)", "a readable file", f"chmod u+r '{path}'"
-        ) from None
+        return READERS[path.suffix](path.read_bytes())
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        found = f"not {path.suffix[1:].upper()} in UTF-8: {str(error)[:160]}"
+        raise StudyError(str(path), found, "a complete file of rows") from None
 
 
 def files_of(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a directory by split: data/train-*.parquet as on the hub, or train.*, test.*, validation.* in
-    it."""
+    """Data files of a directory by split: train.*, test.*, validation.* in it or, as on the hub, shards such as
+    data/train-00000-of-00002.parquet; a single file is the train split."""
+    splits: dict[str, list[Path]] = defaultdict(list)
     for place in (folder, folder / "data"):
-        candidates = (
-            sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
-            if place.is_dir()
-            else []
-        )
-        named = [(match, path) for path in candidates if (match := FILE_OF_SPLIT.match(path.stem))]
-        if named or len(candidates) == 1:
+        files = [path for path in sorted(place.glob("*")) if path.suffix in READERS and path.is_file()]
+        for path in files:
+            if split := SPLIT_OF.get(re.split(r"[-.]", path.stem)[0]):
+                splits[split].append(path)
+        if not splits and len(files) == 1:
+            splits["train"] = files
+        if splits:
             break
-    found: dict[str, list[Path]] = defaultdict(list)
-    for match, path in named:
-        found[SPLIT_OF[match[1]]].append(path)
-    if not named and len(candidates) == 1:
-        found["train"] = candidates
-    for split, paths in found.items():
+    for split, paths in splits.items():
         if len({path.suffix for path in paths}) > 1 or (
             len(paths) > 1 and any(path.stem in SPLIT_OF for path in paths)
         ):
-            raise StudyError(
-                str(folder),
-                f"several files for {split}: {', '.join(path.name for path in paths)}",
-                "one file per split, or its shards <split>-00000-of-00002.parquet, ...",
-                "remove or rename the others",
-            )
-    if not found:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise StudyError(
-            str(folder),
-            f"no data files for a split; it holds {names}",
-            "train.*, test.*, validation.* or data/train-*.parquet (.jsonl, .json, .csv, .parquet)",
-            "rename the files, or name one file",
-        )
-    return {split: found[split] for split in ("train", "validation", "test") if split in found}
-
-
-def from_hub(name: str, revision: str | None) -> list[Source]:
-    """Splits of a hub data set (or of its copy in the local cache)."""
-    from datasets import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # they flood a log
-    found = hub.load_dataset(name, revision=revision)
-    unknown = [split for split in found if split not in SPLIT_OF]
-    if unknown and "train" not in found and len(found) > 1:
-        raise StudyError(
-            f"dataset.name = {name}",
-            f"splits {', '.join(found)}",
-            "a train split",
-            "save the splits to use as train.jsonl, test.jsonl in a directory and name that",
-        )
-    return [
-        (SPLIT_OF.get(split, "train") if len(found) > 1 else "train", f"{name}[{split}]", rows.to_list())
-        for split, rows in found.items()
-        if split in SPLIT_OF or len(found) == 1
-    ]
+            found = f"several files for {split}: {', '.join(path.name for path in paths)}"
+            raise StudyError(str(folder), found, "one file per split, or its shards", "remove or rename the others")
+    if not splits:
+        found = f"no data files for a split; it holds {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}"
+        expected = f"train.*, test.*, validation.* or data/train-*.parquet ({', '.join(READERS)})"
+        raise StudyError(str(folder), found, expected, "rename the files, or name one file")
+    return splits
 
 
 def find_sources(name: str, revision: str | None) -> list[Source]:
     """All rows of the named data set, file by file."""
     path = hub.local_path(name)
-    if path is None:
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in SUFFIXES
-        if looks_local or not hub.HUB_ID.match(name):
-            raise StudyError(
-                f"dataset.name = {name}",
-                f"no such file or directory (from {Path.cwd()} or {hub.ROOT})",
-                "an existing path, a hub id, or 'generated'",
-                "--set dataset.name=<path>",
-            )
-        return from_hub(name, revision)
-    if path.is_file():
+    if path is not None and path.is_file():
         return [("train", str(path), read_file(path))]
-    return [(split, str(file), read_file(file)) for split, files in files_of(path).items() for file in files]
+    if path is not None:
+        return [(split, str(file), read_file(file)) for split, files in files_of(path).items() for file in files]
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in READERS
+    if looks_local or not hub.HUB_ID.match(name):
+        found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
+        expected = "an existing path, a hub id, or 'generated'"
+        raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they flood a log
+    found = hub.load_dataset(name, revision=revision)
+    known = SPLIT_OF if len(found) > 1 else dict.fromkeys(found, "train")
+    if not known.keys() & found.keys():
+        expected, fix = "a train split", "save its rows as train.jsonl, test.jsonl in a directory and name that"
+        raise StudyError(f"dataset.name = {name}", f"splits {', '.join(found)}", expected, fix)
+    return [(known[split], f"{name}[{split}]", rows.to_list()) for split, rows in found.items() if split in known]
 
 
 # ---- rows to pairs ----
 
-ROWS_SHOWN = 5
-MEND = "correct these rows, or leave them out and have them counted: --set dataset.on_bad_row=drop"
 
-
-def layout_of(file: str, rows: list) -> str:
-    """'pair' or 'choice' for one file, from the columns that occur in any of its rows; an error where neither is
-    complete."""
-    columns = {column for row in rows if isinstance(row, dict) for column in row}
-    if not columns or {"chosen", "rejected"} <= columns:
-        return "pair"
-    if {"completion_a", "completion_b", "choice"} <= columns:
-        return "choice"
-    wanted = ["completion_a", "completion_b", "choice"] if "completion_a" in columns else ["chosen", "rejected"]
-    missing = ", ".join(column for column in wanted if column not in columns)
-    raise StudyError(
-        file,
-        f"missing column {missing} (in all {len(rows)} rows, from row 0 on); columns found: {', '.join(sorted(columns)[:20])}",
-        LAYOUTS,
-        "rename the columns",
-    )
-
-
-def choice_base(sources: list[Source]) -> int:
+def first_choice(sources: list[Source]) -> int:
     """The number that means completion_a in all files: 0 where choices are 0/1, 1 where they are 1/2; ambiguity is an
     error."""
-    numbers = {
-        choice_number(row.get("choice")): (file, index)
-        for _, file, rows in sources
-        for index, row in enumerate(rows)
-        if isinstance(row, dict)
-    }
-    numbers.pop(None, None)
-    if {0, 2} <= numbers.keys() or numbers.keys() == {1}:
-        file, row = numbers[min(numbers)]
-        raise StudyError(
-            f"{file}, row {row}",
-            f"the numbers in column choice are {', '.join(map(str, sorted(numbers)))}: 1 could be either completion",
-            "0 and 1, or 1 and 2, or a and b",
-            "write a and b in column choice",
-        )
-    return 1 if 2 in numbers else 0
+    rows = [row for _, _, rows in sources for row in rows if isinstance(row, dict)]
+    numbers = {choice_key(row.get("choice")) for row in rows} & {"0", "1", "2"}
+    if {"0", "2"} <= numbers or numbers == {"1"}:
+        where = ", ".join(file for _, file, _ in sources)[:300]
+        found = f"the rows' numbers in column choice are {', '.join(sorted(numbers))}: 1 could be either completion"
+        raise StudyError(where, found, "0 and 1, or 1 and 2, or a and b", "write a and b in column choice")
+    return int("2" in numbers)
 
 
 def convert(sources: list[Source], *, drop: bool) -> tuple[dict[str, list[dict]], dict]:
     """(pairs by split, report of what was left out). Without `drop`, all faults of all files are one StudyError."""
-    layouts = {file: layout_of(file, rows) for _, file, rows in sources}
-    base = choice_base([source for source in sources if layouts[source[1]] == "choice"])
+    base, offset = first_choice(sources), Counter()  # of a split's row numbers: its earlier shards
     splits: dict[str, list[dict]] = defaultdict(list)
     faults: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)  # (file, kind) -> [(row, detail)]
-    offset: dict[str, int] = defaultdict(int)  # rows in a split's earlier shards
     for split, file, rows in sources:
-        splits[split]  # present even where every row is bad
+        pairs = splits[split]  # present even where every row is bad
         for index, row in enumerate(rows):
             try:
                 if isinstance(row, BadRow):
                     raise row
-                splits[split].append(to_pair(row, offset[split] + index, layouts[file], base))
+                pairs.append(to_pair(row, offset[split] + index, base))
             except BadRow as fault:
                 faults[file, fault.kind].append((index, fault.detail))
         offset[split] += len(rows)
     if faults and not drop:
-        files = list(dict.fromkeys(file for file, _ in faults))
-        where = ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
-        found = "; ".join(
-            describe(kind, found) + (f" in {Path(file).name}" if len(files) > 1 else "")
-            for (file, kind), found in faults.items()
+        where = ", ".join(dict.fromkeys(file for file, _ in faults))
+        found = "; ".join(f"{_described(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
+        expected = (
+            f"{LAYOUTS}; every row a prompt that ends with a user turn and two different answers; rows are counted"
         )
-        raise StudyError(
-            where,
-            found,
-            f"{LAYOUTS}; every row a prompt that ends with a user turn and two different answers; rows are counted from 0",
-            MEND,
-        )
+        fix = "correct these rows, or leave them out and have them counted: --set dataset.on_bad_row=drop"
+        raise StudyError(where[:300], found, f"{expected} from 0", fix)
     dropped = [
-        {"file": file, "reason": kind, "count": len(found), "rows": [row for row, _ in found]}
-        for (file, kind), found in faults.items()
+        {"file": file, "reason": kind, "count": len(bad), "rows": [row for row, _ in bad]}
+        for (file, kind), bad in faults.items()
     ]
-    for split in splits:
-        if not splits[split]:
-            lost = sum(entry["count"] for entry in dropped)
-            raise StudyError(
-                ", ".join(file for part, file, _ in sources if part == split),
-                f"0 usable rows in split {split} ({lost} dropped)" if lost else f"0 rows in split {split}",
-                "at least one preference pair",
-                "give a file that has rows, or remove the empty one",
-            )
-    return dict(splits), {"count": sum(entry["count"] for entry in dropped), "reasons": dropped}
+    lost = sum(entry["count"] for entry in dropped)
+    for split, pairs in splits.items():
+        if not pairs:
+            where = ", ".join(file for part, file, _ in sources if part == split)
+            found = f"0 usable rows in split {split} ({lost} dropped)" if lost else f"0 rows in split {split}"
+            raise StudyError(where, found, "at least one preference pair", "give a file that has rows")
+    return dict(splits), {"count": lost, "reasons": dropped}
 
 
-def describe(kind: str, found: list[tuple[int, str]]) -> str:
+def _described(kind: str, bad: list[tuple[int, str]]) -> str:
     """'3 rows: empty chosen (rows 4, 9, 11; row 4: no messages)'."""
-    several = "s" * (len(found) > 1)
-    rows = (
-        f"row{several} "
-        + ", ".join(str(row) for row, _ in found[:ROWS_SHOWN])
-        + (", ..." if len(found) > ROWS_SHOWN else "")
-    )
-    first, detail = found[0]
-    if detail:
-        rows += f"; row {first}: {detail}" if several else f": {detail}"
-    return f"{len(found)} row{several}: {kind} ({rows})"
+    several, (first, detail) = "s" * (len(bad) > 1), bad[0]
+    rows = ", ".join(str(row) for row, _ in bad[:5]) + ", ..." * (len(bad) > 5)
+    more = f"; row {first}: {detail}" if several and detail else f": {detail}" if detail else ""
+    return f"{len(bad)} row{several}: {kind} (row{several} {rows}{more})"
 
 
 # ---- splits ----
@@ -567,22 +383,17 @@ def prompt_key(pair: dict) -> str:
 
 def carve(pairs: list[dict], fraction: float, seed: int, salt: str) -> tuple[list[dict], list[dict]]:
     """(kept, held out): a seeded `fraction` of the pairs, whole prompts at a time, both in source order."""
-    groups: dict[str, int] = defaultdict(int)
-    for pair in pairs:
-        groups[prompt_key(pair)] += 1
+    groups = Counter(map(prompt_key, pairs))
     target = max(1, round(fraction * len(pairs)))
     # Ordered by a hash of seed and prompt: a prompt's place depends on no other row of the file.
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{salt}:{seed}:{key}".encode()).digest())
-    held: set[str] = set()
-    count = 0
+    held, count = set(), 0
     for key in order[:-1]:  # at least one prompt stays
         if count >= target:
             break
         held.add(key)
         count += groups[key]
-    return [pair for pair in pairs if prompt_key(pair) not in held], [
-        pair for pair in pairs if prompt_key(pair) in held
-    ]
+    return [p for p in pairs if prompt_key(p) not in held], [p for p in pairs if prompt_key(p) in held]
 
 
 def fingerprint(splits: dict[str, list[dict]]) -> str:
@@ -590,24 +401,20 @@ def fingerprint(splits: dict[str, list[dict]]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for pair in splits.get(split, []):
-            digest.update(
-                json.dumps([split, pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True).encode()
-            )
+            whole = [split, pair["prompt"], pair["chosen"], pair["rejected"]]
+            digest.update(json.dumps(whole, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
-    """({"train", "validation", "test"}: pairs, report) of a `dataset` section .
+    """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
+    carved from train by prompt, so that no prompt is in both.
 
     report: source, files, rows per split, carved splits, dropped rows with reasons, overlap of test with train,
     fingerprint.
     """
-    name, seed, fraction = (
-        str(section["name"]),
-        section.get("split_seed") or 0,
-        section.get("validation_fraction") or 0.1,
-    )
-    carved: dict[str, float] = {}
+    name, seed, fraction = section["name"], section.get("split_seed") or 0, section.get("validation_fraction") or 0.1
+    key, carved = f"dataset.name = {name}", {}
     if name == "generated":
         splits = generated.make_pairs(*(section[f"{split}_pairs"] for split in SPLITS), seed=seed)
         files, dropped = {}, {"count": 0, "reasons": []}
@@ -618,25 +425,16 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
         if len(splits) == 1:
             splits = {"train": next(iter(splits.values()))}
         if "train" not in splits:
-            raise StudyError(
-                f"dataset.name = {name}",
-                f"splits {', '.join(splits)}",
-                "a train split",
-                "name the file to train on train.*",
-            )
-        for split in ("test", "validation"):
-            if split not in splits:
-                splits["train"], splits[split] = carve(splits["train"], fraction, seed, split)
-                carved[split] = fraction
-                if not splits[split]:
-                    raise StudyError(
-                        f"dataset.name = {name}",
-                        f"too few different prompts in train to hold out a {split} split",
-                        "at least three different prompts, or files for all splits",
-                        f"give a {split}.* file beside train.*",
-                    )
-    limit = section.get("limit")
-    splits = {split: splits[split][:limit] for split in SPLITS}
+            raise StudyError(key, f"splits {', '.join(splits)}", "a train split", "name the file to train on train.*")
+    for split in ("test", "validation"):
+        if split not in splits:
+            splits["train"], splits[split] = carve(splits["train"], fraction, seed, split)
+            carved[split] = fraction
+            if not splits[split]:
+                found = f"too few different prompts in train to hold out a {split} split"
+                expected = "at least three different prompts, or files for all splits"
+                raise StudyError(key, found, expected, f"give a {split}.* file beside train.*")
+    splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
     seen = {prompt_key(pair) for pair in splits["train"]}
     report = {
         "source": name,

@@ -652,16 +652,7 @@ def sample(
     return answers
 
 
-def answer_questions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[dict],
-    *,
-    seed: int,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-) -> list[dict]:
+def answer_questions(model, tokenizer, questions: Sequence[dict], *, seed: int, **options) -> list[dict]:
     """Both turns of every question, the second asked after the model's own first answer; ordered by question, turn.
 
     Each answer: those of `sample`, and "question" (its id), "category", "turn" (1 or 2), "prompt" (messages) and
@@ -674,15 +665,8 @@ def answer_questions(
             [*history, {"role": "user", "content": question["turns"][turn - 1]}]
             for history, question in zip(histories, questions, strict=True)
         ]
-        sampled = sample(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=2 * seed + turn - 1,  # no turn of one seed shares its numbers with a turn of another
-            batch_size=batch_size,
-        )
+        # no turn of one seed shares its numbers with a turn of another
+        sampled = sample(model, tokenizer, prompts, seed=2 * seed + turn - 1, **options)
         histories = [
             [*prompt, {"role": "assistant", "content": answer["text"]}]
             for prompt, answer in zip(prompts, sampled, strict=True)
