@@ -6,7 +6,6 @@ away.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,13 +193,3 @@ def float32_trainables(model: nn.Module) -> nn.Module:
     for parameter in trainable:
         parameter.data = parameter.data.float()
     return model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of the names, types, shapes and values of a loaded model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
-    return digest.hexdigest()

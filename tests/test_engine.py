@@ -445,41 +445,6 @@ def test_token_budget_batches_cover_every_row_once_within_the_budget():
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def test_reference_is_computed_once_per_content(tmp_path, monkeypatch):
-    computed, score = [], engine.sequence_logprobs
-    monkeypatch.setattr(engine, "sequence_logprobs", lambda *a, **k: computed.append(1) or score(*a, **k))
-
-    def get(rows=ROWS, name="base", quantization="none", model=None):
-        return engine.reference_logprobs(
-            model or make_model(), rows, cache_dir=tmp_path, model_fingerprint=name, quantization=quantization
-        )
-
-    first = get()
-    torch.testing.assert_close(get(model=with_adapter(make_model())), first, rtol=0, atol=0)
-    assert len(computed) == 1  # adapters, seeds, losses share it
-    for change in ({"rows": ROWS[:-1]}, {"name": "other"}, {"quantization": "nf4"}):
-        get(**change)
-    assert len(computed) == 4
-    for damage in (b"", b"junk"):
-        next(tmp_path.glob(f"{engine.reference_key(ROWS, 'base', 'none', torch.float32)}.safetensors")).write_bytes(
-            damage
-        )
-        torch.testing.assert_close(get(), first, rtol=0, atol=0)
-    assert len(computed) == 6
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_reference_of_adapters_is_the_base(tmp_path):
-    model = with_adapter(make_model())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    table = engine.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x")
-    torch.testing.assert_close(table, REFERENCE["train"], rtol=1e-6, atol=1e-5)
-    assert not torch.allclose(engine.sequence_logprobs(model, ROWS), table, atol=0.1)
-
-
 def test_sampled_log_ratios_with_a_model_or_with_adapters_off():
     samples = [{"prompt_ids": r["prompt_ids"], "ids": r["chosen_ids"]} for r in ROWS]
     moved = make_model(seed=1)
@@ -774,10 +739,8 @@ def nf4_model(folder):
 
 def test_nf4_adapters_are_float32_after_trl_cast_them_to_bf16(tmp_path):
     model = nf4_model(tmp_path / "base")
-    table = {
-        "train": engine.reference_logprobs(model, ROWS, cache_dir=tmp_path, model_fingerprint="x", quantization="nf4"),
-        "validation": engine.sequence_logprobs(model, VALIDATION),
-    }
+    with model.disable_adapter():
+        table = references(model)
     outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,17 @@ from lib import hub, models
 from lib.errors import MissingError, StudyError
 from lib.made import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
 from lib.run import preflight
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the names, types, shapes and values of a loaded model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
+    return digest.hexdigest()
+
 
 TEXTS = [f"Question {i}: name {i} rivers, please. Answer: the Rhine, the Nile and the Amazon." for i in range(60)]
 LORA = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -279,7 +291,7 @@ def test_deberta_stand_in_classifies(folders):
 
 def test_stand_ins_follow_their_seed():
     tokenizer = train_bpe_tokenizer(TEXTS, 384)
-    prints = [models.fingerprint(stand_in(CAUSAL[0], tokenizer, seed=seed)) for seed in (0, 0, 1)]
+    prints = [fingerprint(stand_in(CAUSAL[0], tokenizer, seed=seed)) for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -302,17 +314,17 @@ def test_bpe_tokenizer_is_deterministic_and_encodes_any_text():
 
 def test_fingerprint_is_of_content(llama):
     model = models.load_causal_lm(llama, device="cpu")
-    before = models.fingerprint(model)
-    assert models.fingerprint(models.load_causal_lm(llama, device="cpu")) == before
+    before = fingerprint(model)
+    assert fingerprint(models.load_causal_lm(llama, device="cpu")) == before
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert models.fingerprint(model) != before
+    assert fingerprint(model) != before
 
 
 def test_fingerprint_of_a_quantised_model_differs_from_the_plain_one(llama):
     pytest.importorskip("bitsandbytes")
     plain, four_bit = (
-        models.fingerprint(models.load_causal_lm(llama, quantization=kind, device="cpu")) for kind in ("none", "nf4")
+        fingerprint(models.load_causal_lm(llama, quantization=kind, device="cpu")) for kind in ("none", "nf4")
     )
     assert plain != four_bit
 

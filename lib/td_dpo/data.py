@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lib import hub, made, models, record
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, reference_logprobs
+from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, sequence_logprobs
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -738,15 +738,7 @@ def prepare(run, folder: Path) -> None:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
     model = load_base(run, base)
     reference = {
-        split: reference_logprobs(
-            model,
-            rows[split],
-            cache_dir=folder / "reference",
-            model_fingerprint=models.fingerprint(model),
-            quantization=run.model.quantization,
-            pad=pad_token(tokenizer),
-        ).contiguous()
-        for split in SPLITS
+        split: sequence_logprobs(model, rows[split], pad=pad_token(tokenizer)).contiguous() for split in SPLITS
     }
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {

@@ -10,17 +10,12 @@ without its padding, all rows end to end; only attention lays them out as rows.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import os
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -383,94 +378,27 @@ def sequence_logprobs(
     return torch.empty(0, 2) if out is None else out
 
 
-def sample_logprobs(model: torch.nn.Module, samples: Iterable[dict], **options) -> Tensor:
+def sample_logprobs(model: torch.nn.Module, samples: list[dict], **options) -> Tensor:
     """(N,) summed log-probabilities of single answers {"prompt_ids", "ids"}, in nats; 0 for an empty answer.
 
     An answer is scored as a pair with its own first token, which the layouts need and which costs next to nothing.
     """
-    samples = list(samples)
     spoken = [i for i, sample in enumerate(samples) if sample["ids"]]
-    rows = [
-        {
-            "prompt_ids": samples[i]["prompt_ids"],
-            "chosen_ids": samples[i]["ids"],
-            "rejected_ids": samples[i]["ids"][:1],
-        }
-        for i in spoken
-    ]
+    answers = [(samples[i]["prompt_ids"], samples[i]["ids"]) for i in spoken]
+    rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids[:1]} for prompt, ids in answers]
     table = sequence_logprobs(model, rows, **options)
     out = table.new_zeros(len(samples))
     out[spoken] = table[:, 0]
     return out
 
 
-# ---- reference: once for a whole grid of runs ----
-#
-# It depends on the base model, its quantization and the tokenized rows, and on nothing a run of the grid varies (loss,
-# beta, tau, seed, adapter). TRL's own cache keys on the randomly initialized adapter too, so every new seed misses it.
+# ---- policy against reference ----
 
 
 def load_base(run, base: str, **options) -> PreTrainedModel:
     """The base model as the run trains it (quantization, dtype, device)."""
     keys = ("revision", "torch_dtype", "quantization", "trust_remote_code")
     return models.load_causal_lm(base, **{key: getattr(run.model, key) for key in keys}, **options)
-
-
-def rows_digest(rows: list[Row]) -> str:
-    """A content hash of tokenized rows: what the reference log-probabilities depend on besides the model."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])).encode())
-    return digest.hexdigest()
-
-
-def reference_key(rows: list[dict], model_fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
-    """Content key of a reference: base model, quantization, compute type, tokenized rows."""
-    parts = (model_fingerprint, quantization, str(dtype), rows_digest(rows))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def _read(path: Path, size: int) -> Tensor | None:
-    """The cached table, or None where there is none or it is damaged (it is then computed again)."""
-    try:
-        columns = safetensors.torch.load_file(path)
-        table = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
-    except Exception:  # safetensors has one error class per kind of damage, and any of them means: not usable
-        return None
-    return table if table.shape == (size, 2) else None
-
-
-def without_adapters(model: torch.nn.Module) -> contextlib.AbstractContextManager:
-    """The frozen reference of a model with adapters is the model with them switched off."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-
-
-def reference_logprobs(
-    model: torch.nn.Module,
-    rows: list[dict],
-    *,
-    cache_dir: str | os.PathLike,
-    model_fingerprint: str,
-    quantization: str = "none",
-    pad: int = 0,
-) -> Tensor:
-    """(N, 2) summed reference log-probabilities (chosen, rejected), in nats, from the cache or computed and cached.
-
-    `model` is the base model, or the model with its adapters (they are switched off). Processes that ask for the same
-    table at once wait for the first, which computes it.
-    """
-    key = reference_key(rows, model_fingerprint, quantization, model.dtype)
-    path = Path(cache_dir) / f"{key}.safetensors"
-    if (table := _read(path, len(rows))) is not None:
-        return table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if (table := _read(path, len(rows))) is None:
-            with without_adapters(model):
-                table = sequence_logprobs(model, rows, pad=pad)
-            columns = {"chosen": table[:, 0].contiguous(), "rejected": table[:, 1].contiguous()}
-            record.write_bytes(path, safetensors.torch.save(columns))
-    return table
 
 
 def log_ratio_of_samples(
@@ -482,7 +410,7 @@ def log_ratio_of_samples(
     with its adapters switched off.
     """
     policy = sample_logprobs(model, samples)
-    with without_adapters(model) if reference_model is None else contextlib.nullcontext():
+    with model.disable_adapter() if reference_model is None else contextlib.nullcontext():
         return policy - sample_logprobs(reference_model or model, samples)
 
 

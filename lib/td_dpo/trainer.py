@@ -30,7 +30,6 @@ from lib.td_dpo.engine import (
     pad_token,
     reference_columns,
     row_tokens,
-    rows_digest,
     sequence_logprobs,
     token_budget_batches,
     with_reference,
@@ -45,7 +44,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     """trl.DPOTrainer that trains `model` in place on tokenized rows and their reference log-probabilities.
 
     `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training).
-    `reference`: {"train": (N, 2), "validation": (M, 2)} of reference.reference_logprobs. `on_evaluate(step, model)`
+    `reference`: {"train": (N, 2), "validation": (M, 2)} of engine.sequence_logprobs. `on_evaluate(step, model)`
     returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode). `layout`
     forces one layout of pairs (logprobs.py).
     """
@@ -84,7 +83,8 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
-        mark = shared.fingerprint(loss, training.numbers(), seed, steps, layout, rows_digest(rows))
+        tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows]
+        mark = shared.fingerprint(loss, training.numbers(), seed, steps, layout, tokens)
         rows = with_reference(rows, reference["train"])
         self.first_rows = rows[:device_batch]
         keep_4bit_differentiable(model)
