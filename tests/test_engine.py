@@ -280,13 +280,14 @@ def double_norm(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
-@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
+@pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
 @pytest.mark.parametrize(
     ("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-6)]
 )  # eager: its softmax is float32
 def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tolerance, monkeypatch, double_norm):
-    if (layout, attention) == ("packed", "eager"):
+    if layout is engine.packed_batch and attention == "eager":
         pytest.skip("packed rows need scaled_dot_product_attention")
+    monkeypatch.setattr(engine, "layout", lambda model: layout)
     model = make_model().double()
     model.set_attn_implementation(attention)
     with torch.no_grad():
@@ -294,11 +295,11 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
         monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
         monkeypatch.setattr(engine, "LEAST", 1)
-        got = engine.sequence_logprobs(model, ROWS, layout=layout, token_budget=300)
+        got = engine.sequence_logprobs(model, ROWS, token_budget=300)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
+@pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
 def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, double_norm):
     model, rows = make_model().double(), ROWS[:6]
     (plain_logprobs(model, rows) * torch.tensor([1.0, -0.5])).sum().backward()
@@ -308,7 +309,7 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
         monkeypatch.setattr(engine, "LEAST", 1)
         model.zero_grad()
         with engine.completion_head(model):
-            chosen, rejected = engine.batch_logprobs(model, engine.collator(model, PAD, layout)(rows))
+            chosen, rejected = engine.batch_logprobs(model, layout(rows, PAD))
         (chosen.sum() - 0.5 * rejected.sum()).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12)
@@ -375,7 +376,7 @@ def trl_and_ours(folder, dtype, loss_type, ours, layout):
     stock, dataset = stock_trainer(folder, base, pairs, loss_type, beta)
     stored = torch.tensor([[d["ref_chosen_logps"], d["ref_rejected_logps"]] for d in dataset], dtype=dtype)
     rows, _ = data.encode_pairs(TOKENIZER, pairs)
-    table = engine.sequence_logprobs(make_model().to(dtype), rows, layout=layout)
+    table = engine.sequence_logprobs(make_model().to(dtype), rows)
     with torch.no_grad():  # a policy some way from its reference
         for p, q in zip(base.parameters(), moved.parameters(), strict=True):
             p.add_(0.3 * q)
@@ -390,7 +391,7 @@ def trl_and_ours(folder, dtype, loss_type, ours, layout):
     policy.load_state_dict(base.state_dict())
     rows = with_reference(rows, stored)
     with engine.completion_head(policy):
-        scores = engine.batch_logprobs(policy, engine.collator(policy, PAD, layout)(rows))
+        scores = engine.batch_logprobs(policy, layout(rows, PAD))
     values, _ = losses.objective({"name": ours, "beta": beta}, *scores, reference_columns(rows, dtype))
     gradient = torch.autograd.grad(values.mean(), list(policy.parameters()))
     return [table, torch.stack(scores, dim=1).detach(), values.mean().detach(), *gradient], theirs
@@ -401,15 +402,17 @@ def relative_error(a, b):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("discopop", "discopop")])
-@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
-def test_one_batch_equals_stock_trl_in_float64(tmp_path, ours, theirs, layout, double_norm, double_head):
+@pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
+def test_one_batch_equals_stock_trl_in_float64(tmp_path, ours, theirs, layout, monkeypatch, double_norm, double_head):
+    monkeypatch.setattr(engine, "layout", lambda model: layout)
     for a, b in zip(*trl_and_ours(tmp_path, torch.float64, theirs, ours, layout), strict=True):
         assert relative_error(a, b) < 1e-10
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("discopop", "discopop")])
-@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
-def test_one_batch_equals_stock_trl_in_float32(tmp_path, ours, theirs, layout):
+@pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
+def test_one_batch_equals_stock_trl_in_float32(tmp_path, ours, theirs, layout, monkeypatch):
+    monkeypatch.setattr(engine, "layout", lambda model: layout)
     (table, scores, loss, *gradient), want = trl_and_ours(tmp_path, torch.float32, theirs, ours, layout)
     for a, b in zip((table, scores, loss), want, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
@@ -582,24 +585,21 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
     )
 
 
-@pytest.mark.parametrize("layout", ["paired", "shared", "packed"])
+@pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
 def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeypatch, layout):
     """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's
     batch."""
-    collate, passes = engine.collator, []
-
-    def watched(*arguments):
-        made = collate(*arguments)
-        return lambda rows: passes.append(rows) or made(rows)
+    passes = []
+    monkeypatch.setattr(engine, "layout", lambda model: layout)
+    monkeypatch.setattr(trainer, "layout", lambda model: layout)
 
     whole = train(
         tmp_path / "whole",
         rows=ROWS[:20],
         table=REFERENCE | {"train": REFERENCE["train"][:20]},
         max_steps=6,
-        options={"layout": layout},
     )[1]
-    monkeypatch.setattr(trainer, "collator", watched)
+    monkeypatch.setattr(trainer, "layout", lambda model: lambda rows, pad: passes.append(rows) or layout(rows, pad))
     records = train(
         tmp_path / "cut",
         rows=ROWS[:20],
@@ -607,7 +607,6 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
         max_steps=6,
         token_budget=150,
         per_device_train_batch_size=4,
-        options={"layout": layout},
     )[1]
     seen = [[(r["loss"], r["grad_norm"], r["chosen_length"]) for r in rows if "loss" in r] for rows in (records, whole)]
     torch.testing.assert_close(*map(torch.tensor, seen), rtol=1e-4, atol=1e-6)
@@ -758,7 +757,7 @@ def test_scoring_an_nf4_model_leaves_its_gradients_whole(tmp_path):
             engine.sequence_logprobs(model, ROWS[:8])
         model.train()
         with engine.completion_head(model):
-            chosen, rejected = engine.batch_logprobs(model, engine.collator(model, PAD)(ROWS[:8]))
+            chosen, rejected = engine.batch_logprobs(model, engine.layout(model)(ROWS[:8], PAD))
         (chosen - rejected).sum().backward()
         gradients.append([p.grad for n, p in model.named_parameters() if "lora_B" in n])
     assert all(g.abs().max() > 0 for g in gradients[0])

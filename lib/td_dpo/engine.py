@@ -1,10 +1,10 @@
 """The preference engine: log-probabilities of answers, their reference, and sampled answers, all from one model.
 
-Pairs are laid out in a batch in one of three ways, which give the same numbers. `paired`: rows [chosen; rejected],
-right-padded, as TRL has them. `shared`: one row per pair, [prompt[:-1] | p_last+chosen[:-1] | p_last+rejected[:-1]],
+Pairs are laid out in a batch in one of two ways, which give the same numbers. `paired`: rows [chosen; rejected],
+right-padded, as TRL has them. `packed`: one row per pair, [prompt[:-1] | p_last+chosen[:-1] | p_last+rejected[:-1]],
 so that the prompt is encoded once; the two answers see the prompt and themselves through a 4D mask and restart their
-positions. Repeating p_last gives every position one label: the next token of its own answer. `packed`: the same
-without its padding, all rows end to end; only attention lays them out as rows.
+positions. Repeating p_last gives every position one label: the next token of its own answer. The rows lie end to end,
+without padding; only attention takes them apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -195,43 +195,29 @@ def paired_batch(rows: list[dict], pad: int) -> Batch:
     }
 
 
-def shared_batch(rows: list[dict], pad: int, mask_dtype: torch.dtype | None = None) -> Batch:
-    """input_ids, position_ids, labels, segments (B, L) and a 4D attention_mask (B, 1, L, L).
-
-    The mask is boolean (True = may look), or additive in `mask_dtype` for attention code that adds it.
-    """
-    sequences, positions, labels, segments = [], [], [], []
+def packed_batch(rows: list[dict], pad: int) -> Batch:
+    """input_ids, position_ids, labels (1, T) of B rows end to end; their `lengths`; segments (B, L) and a boolean
+    attention_mask (B, 1, L, L; True: may look) of the rows laid out, and `slots` (T,), each token's place in those."""
+    tokens, positions, labels, segments = [], [], [], []
     for row in rows:
         prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
         head, last = len(prompt) - 1, prompt[-1:]
-        sequences.append(prompt[:-1] + last + chosen[:-1] + last + rejected[:-1])
-        positions.append([*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))])
-        labels.append([IGNORE] * head + chosen + rejected)
+        tokens += prompt[:-1] + last + chosen[:-1] + last + rejected[:-1]
+        positions += [*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))]
+        labels += [IGNORE] * head + chosen + rejected
         segments.append([PROMPT] * head + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
     segment = _padded(segments, PADDING)
     query, key = segment[:, :, None], segment[:, None, :]
-    # Padding looks at the prompt and at padding, never at nothing: a row without keys would give NaN.
-    mask = (((key == PROMPT) | (key == query)).tril())[:, None]
-    if mask_dtype is not None:
-        mask = torch.zeros(mask.shape, dtype=mask_dtype).masked_fill_(~mask, torch.finfo(mask_dtype).min)
     return {
-        "input_ids": _padded(sequences, pad),
-        "position_ids": _padded(positions, 0),
-        "attention_mask": mask,
-        "labels": _padded(labels, IGNORE),
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([positions]),
+        # Padding looks at the prompt and at padding, never at nothing: a row without keys would give NaN.
+        "attention_mask": (((key == PROMPT) | (key == query)).tril())[:, None],
+        "labels": torch.tensor([labels]),
         "segments": segment,
+        "slots": (segment != PADDING).flatten().nonzero()[:, 0],
+        "lengths": tuple(map(len, segments)),
     }
-
-
-def packed_batch(rows: list[dict], pad: int) -> Batch:
-    """The shared layout's real tokens end to end: input_ids, position_ids, labels (1, T), `lengths` of the B rows, and
-    `slots` (T,), the place of each token in the (B, L) rows that segments and attention_mask keep."""
-    batch = shared_batch(rows, pad)
-    real = batch["segments"] != PADDING
-    slots = real.flatten().nonzero()[:, 0]
-    for name in ("input_ids", "position_ids", "labels"):
-        batch[name] = batch[name].flatten()[slots][None]
-    return {**batch, "slots": slots, "lengths": tuple(real.sum(dim=1).tolist())}
 
 
 def packed_attention(
@@ -272,22 +258,14 @@ AttentionInterface.register("packed_pairs", packed_attention)
 AttentionMaskInterface.register("packed_pairs", sdpa_mask)
 
 
-def collator(model: torch.nn.Module, pad: int, layout: str | None = None):
-    """The function from rows to a batch that suits the model's attention; `layout` forces one of the three."""
+def layout(model: torch.nn.Module) -> Callable[[list[dict], int], Batch]:
+    """The layout that suits the model's attention."""
     config = model.config.get_text_config()
-    attention = config._attn_implementation
-    if layout is None:
-        layout = "packed" if attention in ("sdpa", "packed_pairs") and model._supports_attention_backend else "shared"
-        if getattr(config, "sliding_window", None) is not None or attention not in ("sdpa", "packed_pairs", "eager"):
-            layout = "paired"
-    if layout == "paired":
-        return lambda rows: paired_batch(rows, pad)
-    if layout == "packed":
-        return lambda rows: packed_batch(rows, pad)
-    # Dense L x L masks, under which all L^2 products are computed: in a 7B Llama with rows of 3k tokens some 12 % of a
-    # pass. FlexAttention's BlockMask could leave out more than half of them; it has to be compiled and tried on a GPU.
-    mask_dtype = model.dtype if attention == "eager" else None
-    return lambda rows: shared_batch(rows, pad, mask_dtype)
+    sliding = getattr(config, "sliding_window", None) is not None
+    packs = config._attn_implementation in ("sdpa", "packed_pairs") and model._supports_attention_backend
+    # The masks of packed rows are dense: all L^2 products are computed, in a 7B Llama with rows of 3k tokens some 12 %
+    # of a pass. FlexAttention's BlockMask could leave out more than half of them; it has to be tried on a GPU.
+    return packed_batch if packs and not sliding else paired_batch
 
 
 def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -295,11 +273,10 @@ def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor
     `completion_head(model)`."""
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "lengths")}
     tokens = model(**inputs, score_labels=batch["labels"])
-    if "position_ids" not in batch:
+    if "slots" not in batch:
         return tuple(tokens.sum(dim=1).chunk(2))
-    if "slots" in batch:
-        rows = batch["segments"]
-        tokens = tokens.new_zeros(rows.numel()).index_copy(0, batch["slots"], tokens[0]).view_as(rows)
+    rows = batch["segments"]
+    tokens = tokens.new_zeros(rows.numel()).index_copy(0, batch["slots"], tokens[0]).view_as(rows)
     return tuple(torch.where(batch["segments"] == side, tokens, 0).sum(dim=1) for side in (CHOSEN, REJECTED))
 
 
@@ -361,16 +338,15 @@ def sequence_logprobs(
     rows: list[dict],
     *,
     pad: int = 0,
-    layout: str | None = None,
     token_budget: int = SCORING_TOKENS,
 ) -> Tensor:
     """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
-    collate, device = collator(model, pad, layout), model.device
+    collate, device = layout(model), model.device
     out: Tensor | None = None
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):
-            batch = on_device(collate([rows[i] for i in indices]), device)
+            batch = on_device(collate([rows[i] for i in indices], pad), device)
             values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
             if out is None:
                 out = values.new_empty(len(rows), 2)
@@ -438,11 +414,9 @@ def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> d
     }
 
 
-def pair_scores(
-    model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0, layout: str | None = None
-) -> list[dict]:
+def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0) -> list[dict]:
     """Per pair, in nats: rho (implicit margin), delta (raw margin) and the two log-ratios; None where not finite."""
-    table = sequence_logprobs(model, rows, pad=pad, layout=layout)
+    table = sequence_logprobs(model, rows, pad=pad)
     r = table - reference.to(table.dtype)
     columns = torch.stack([r[:, 0] - r[:, 1], table[:, 0] - table[:, 1], r[:, 0], r[:, 1]], dim=1).tolist()
     names = ("rho", "delta", "chosen_log_ratio", "rejected_log_ratio")

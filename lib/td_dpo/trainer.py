@@ -23,9 +23,9 @@ from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
 from lib.td_dpo.engine import (
     batch_logprobs,
-    collator,
     completion_head,
     keep_4bit_differentiable,
+    layout,
     on_device,
     pad_token,
     reference_columns,
@@ -45,8 +45,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
 
     `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training).
     `reference`: {"train": (N, 2), "validation": (M, 2)} of engine.sequence_logprobs. `on_evaluate(step, model)`
-    returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode). `layout`
-    forces one layout of pairs (logprobs.py).
+    returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs: uneven micro-batches are exact
@@ -66,7 +65,6 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         folder: str | Path,
         on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
         max_batches: int | None = None,
-        layout: str | None = None,
     ):
         if not rows:
             raise StudyError("training pairs", "0 rows", "at least one pair left after tokenization")
@@ -75,7 +73,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         # with a token budget a process is handed its whole share of the global batch and cuts it by itself
         cut = training.token_budget is not None
         device_batch = training.global_batch_size // world if cut else training.per_device_train_batch_size
-        self.loss_section, self.layout, self.on_evaluate = loss, layout, on_evaluate
+        self.loss_section, self.on_evaluate = loss, on_evaluate
         self.validation = with_reference(validation, reference["validation"]) if validation else []
         if max_batches:
             self.validation = self.validation[: max_batches * training.global_batch_size]
@@ -84,14 +82,14 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
         tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows]
-        mark = shared.fingerprint(loss, training.numbers(), seed, steps, layout, tokens)
+        mark = shared.fingerprint(loss, training.numbers(), seed, steps, tokens)
         rows = with_reference(rows, reference["train"])
         self.first_rows = rows[:device_batch]
         keep_4bit_differentiable(model)
         super().__init__(
             model,
             Dataset.from_list(rows),
-            self._collate(collator(model, self.pad, layout)),
+            self._collate(layout(model)),
             _arguments(model, training, steps, device_batch, seed, folder),
             folder=folder,
             fingerprint=mark,
@@ -105,14 +103,14 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
         models.float32_trainables(self.model)  # TRL casts QLoRA adapters to bfloat16: small updates are rounded away
 
-    def _collate(self, collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+    def _collate(self, collate: Callable[[list[dict], int], dict]) -> Callable[[list[dict]], dict]:
         """The collator of a micro-batch, which may take several passes."""
 
         def one_pass(rows: list[dict]) -> dict:
             mine = rows[shared.rank() :: shared.world()]
             rows = mine or rows[:1]  # a process without a row still takes part, with nothing
             tokens = sum(map(row_tokens, rows))
-            return {**collate(rows), **reference_columns(rows), "pairs": len(mine), "tokens": tokens}
+            return {**collate(rows, self.pad), **reference_columns(rows), "pairs": len(mine), "tokens": tokens}
 
         def all_passes(rows: list[dict]) -> dict:
             passes = [one_pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
@@ -138,7 +136,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
 
     def begin(self) -> None:
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
-        table = sequence_logprobs(self.model, self.first_rows, pad=self.pad, layout=self.layout)
+        table = sequence_logprobs(self.model, self.first_rows, pad=self.pad)
         reference = torch.tensor(
             [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in self.first_rows], dtype=table.dtype
         )
@@ -205,7 +203,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     def validate(self) -> dict:
         measured = {}
         if self.validation:
-            table = sequence_logprobs(self.model, self.validation, pad=self.pad, layout=self.layout)
+            table = sequence_logprobs(self.model, self.validation, pad=self.pad)
             columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[1]
             means = summary(columns)
             measured = {f"validation_{name}": means[name] for name in VALIDATED}
@@ -279,14 +277,14 @@ def step_cost(
     batch_size = training.global_batch_size if training.token_budget else training.per_device_train_batch_size
     trained = model(), model()
     steppers = [_stepper(each, loss, training) for each, loss in zip(trained, losses, strict=True)]
-    collate, rows = collator(trained[0], pad), with_reference(rows, reference)
+    collate, rows = layout(trained[0]), with_reference(rows, reference)
     order, indices, pairs = shared.SeededOrder(len(rows), seed), [], []
     for pair in range(-WARM_UP, steps):
         while len(indices) < batch_size:
             indices += list(order)
             order.set_epoch(order.epoch + 1)
         batch, indices = [rows[i] for i in indices[:batch_size]], indices[batch_size:]
-        batch = on_device({**collate(batch), **reference_columns(batch)}, trained[0].device)
+        batch = on_device({**collate(batch, pad), **reference_columns(batch)}, trained[0].device)
         seconds = [0.0, 0.0]
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             seconds[which] = steppers[which](batch)
