@@ -24,7 +24,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb
 # Limits only go down; one is raised with its reason beside it. Lines are code lines: no blanks, comments, docstrings.
 LIB = {"lines": 14_540, "files": 65}  # to come down to 10,000 in 70
 REACH = {
-    "td_dpo": (11, 2_150),
+    "td_dpo": (11, 2_040),
     "iw_lora": (11, 2_550),
     "graff": (14, 3_080),
 }  # files and lines of a member: to 16 and 2,700
