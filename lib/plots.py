@@ -394,87 +394,76 @@ def learning_curves(
     *,
     title: str,
     ylabel: str = "",
-    x: str = "step",
-    xlabel: str = "optimizer step",
     by: str = "method",
     panel: str | None = None,
     panel_label: Callable[[object], str] = str,
     known: Mapping[str, Look] | None = None,
     smooth: int = 1,
-    columns: int = 2,
     reference: float | None = None,
 ) -> Drawing:
-    """`y` over `x`: the mean over seeds bold where all seeds are there, each seed faint, a cross where one ends early.
+    """`y` over the steps: the mean over seeds bold where all seeds are there, each seed faint, a cross where one ends
+    early.
 
     One line per value of `by` in each `panel`; the rows of one line must differ in nothing but seed and step, so that
     no mean hides a choice. `smooth`: rolling mean over so many points.
     """
     ylabel, line = ylabel or y.replace("_", " "), [by] if panel is None else [panel, by]
-    rows = history.reindex(columns=dict.fromkeys([*history.columns, x, y, "seed", *line])).dropna(subset=[y])
-    if rows.duplicated([*line, x, "seed"]).any():
+    rows = history.reindex(columns=dict.fromkeys([*history.columns, "step", y, "seed", *line])).dropna(subset=[y])
+    if rows.duplicated([*line, "step", "seed"]).any():
         raise ValueError(f"learning_curves: a {by} has several members per seed; choose one cell first")
-    rows = rows.sort_values(x)
-    rolled = rows.groupby([*line, "seed"])[y].transform(lambda values: values.rolling(smooth, min_periods=1).mean())
-    everyone = rows.groupby([*line, x])["seed"].transform("nunique") == rows.groupby(line)["seed"].transform("nunique")
-    rows = rows.assign(shown=rolled, everyone=everyone)
-    panels = sort_distinct(rows[panel]) if panel else [None]
-    columns = min(columns, max(1, len(panels)))
+    rows = rows.sort_values("step")
+    shown = rows.groupby([*line, "seed"])[y].transform(lambda values: values.rolling(smooth, min_periods=1).mean())
+    there, all_seeds = (rows.groupby(group)["seed"].transform("nunique") for group in ([*line, "step"], line))
+    rows = rows.assign(shown=shown, everyone=there == all_seeds)
+    panels, look, words = sort_distinct(rows[panel]) if panel else [None], looks(rows[by], known), []
+    columns = min(2, max(1, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
     height = 1.1 + (3.4 if lines == 1 else 2.5 * lines)
     drawn, axes = canvas(lines, columns, height=height, title=title, sharex=True, sharey=True)
-    look, words = looks(rows[by], known), []
+    colors = {name: own.color for name, own in look.items()}
+    faint = {"units": "seed", "estimator": None, "alpha": 0.35, "linewidth": 0.9, "legend": False}
     for place, value in zip(axes.flat, panels, strict=False):
         here = rows if panel is None else rows[rows[panel] == value]
-        own = {name: each for name, each in look.items() if (here[by] == name).any()}
-        colors = {name: each.color for name, each in own.items()}
-        style = {"hue_order": list(own), "palette": colors, "legend": False}
         if len(here):
-            style |= {"units": "seed", "estimator": None, "alpha": 0.35, "linewidth": 0.9}
-            sns.lineplot(here, x=x, y="shown", hue=by, ax=place, **style)
-        ends, said = [], []
-        for name, each in own.items():
-            end, text = _curve(place, here[here[by] == name], each, x, here[x].max(), xlabel)
-            ends += [end] if end else []
-            said.append(text)
+            sns.lineplot(here, x="step", y="shown", hue=by, palette=colors, hue_order=list(look), ax=place, **faint)
+        present = [(own, here[here[by] == name]) for name, own in look.items() if (here[by] == name).any()]
+        curves = [_curve(place, group, own, here["step"].max()) for own, group in present]
         if reference is not None:
             reference_line(place, reference)
         if panel:
             place.set_title(panel_label(value))
         else:
-            label_ends(place, ends)
-        words.append((f"{panel_label(value)}: " if panel else "") + ("; ".join(said) or "no data") + ".")
-        place.set(xlabel=xlabel, ylabel=ylabel)
+            label_ends(place, [end for end, _ in curves if end])
+        said = "; ".join(text for _, text in curves) or "no data"
+        words.append((f"{panel_label(value)}: " if panel else "") + said + ".")
+        place.set(xlabel="optimizer step", ylabel=ylabel)
         place.label_outer()
-        place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=pd.api.types.is_integer_dtype(rows[x])))
+        place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
     if panel:
         legend_below(drawn)
     smoothed = f", smoothed over {smooth} points" if smooth > 1 else ""
-    alt = f"{title}: {ylabel} over {xlabel}, mean over seeds with each seed faint{smoothed}. {' '.join(words)}"
-    return Drawing(drawn, title, alt, rows[[c for c in (by, panel, "cell", "seed", x, y) if c and c in rows]])
+    alt = f"{title}: {ylabel} over optimizer steps, mean over seeds with each seed faint{smoothed}. {' '.join(words)}"
+    return Drawing(drawn, title, alt, rows[[c for c in (by, panel, "cell", "seed", "step", y) if c and c in rows]])
 
 
-def _curve(place: Axes, rows: pd.DataFrame, own: Look, x: str, last: float, xlabel: str) -> tuple[tuple | None, str]:
+def _curve(place: Axes, rows: pd.DataFrame, own: Look, last: float) -> tuple[tuple | None, str]:
     """The mean of one line, and crosses where its seeds end early; returns the label for its end, and its numbers in
     words."""
-    ends = rows.groupby("seed").last()
-    early = ends[ends[x] < last]
-    for stop in early.to_dict("records"):
-        place.plot([stop[x]], [stop["shown"]], "x", color=own.color, markersize=8, markeredgewidth=2, zorder=4)
-    mean = rows[rows["everyone"]].groupby(x)["shown"].mean()
+    mean, ends = rows[rows["everyone"]].groupby("step")["shown"].mean(), rows.groupby("seed").last()
     place.plot(mean, color=own.color, label=own.label)
+    early = ends[ends["step"] < last]
+    place.plot(early["step"], early["shown"], "x", color=own.color, markersize=8, markeredgewidth=2, zorder=4)
     text, label = f"{own.label} has no step that all {len(ends)} seeds reached", None
     if len(mean):
-        final = rows[rows[x] == mean.index[-1]]["shown"]
-        text = (
-            f"{own.label} from {number(mean.iloc[0])} at {xlabel} {mean.index[0]} to {number(mean.iloc[-1])} at "
-            f"{mean.index[-1]} (seeds {number(final.min())} to {number(final.max())})"
-        )
-        note = f" (to {mean.index[-1]})" if mean.index[-1] < last else ""
-        label = (float(mean.iloc[-1]), own.label + note, own.color)
+        (first, stop), (start, end) = mean.index[[0, -1]], mean.iloc[[0, -1]]
+        final = rows[rows["step"] == stop]["shown"]
+        seeds = f"(seeds {number(final.min())} to {number(final.max())})"
+        text = f"{own.label} from {number(start)} at step {first} to {number(end)} at {stop} {seeds}"
+        label = (float(end), own.label + (f" (to {stop})" if stop < last else ""), own.color)
     if len(early):
-        text += f", {len(early)} of {len(ends)} seeds end early, the first at {early[x].min()}"
+        text += f", {len(early)} of {len(ends)} seeds end early, the first at {early['step'].min()}"
     return label, text
 
 
