@@ -21,6 +21,15 @@ SPACE = {
 GRID = [{"cells": [{"beta": 0.05}, {"beta": 0.5}]}]
 
 
+def search(run, folder):
+    """As notebooks/sweep.ipynb does it."""
+    study = sweep.start(run, folder)
+    while trials := sweep.ask_batch(run, study):
+        for trial, value in zip(trials, sweep.train(run, trials), strict=True):
+            study.tell(trial, value)
+    return study
+
+
 def searchable(tiny, trials=6, **optuna_section):
     return tiny(grid=GRID, seed_list=[1], optuna={"n_trials": trials, "search_space": SPACE, **optuna_section})
 
@@ -55,7 +64,7 @@ def test_a_cell_outside_the_space_is_no_trial(tiny):
 
 def test_cells_first_each_once_and_the_number_of_trials_is_kept(tiny, tmp_path, fake_training):
     run = searchable(tiny)
-    study = sweep.search(run, tmp_path / "sweep")
+    study = search(run, tmp_path / "sweep")
     table = sweep.table(study)
     assert len(table) == 6
     assert [t.params for t in sweep.searched(study)][:2] == [
@@ -72,22 +81,22 @@ def test_cells_first_each_once_and_the_number_of_trials_is_kept(tiny, tmp_path, 
 def test_trials_of_other_settings_do_not_count(tiny, tmp_path, fake_training):
     """A finished search whose run has changed is made anew: its values were those of another training."""
     folder = tmp_path / "sweep"
-    sweep.search(searchable(tiny), folder)
+    search(searchable(tiny), folder)
     training = {**TINY["training"], "weight_decay": 0.3}
     changed = tiny(training=training, grid=GRID, seed_list=[1], optuna={"n_trials": 6, "search_space": SPACE})
     before = len(fake_training)
-    assert len(sweep.searched(sweep.search(changed, folder))) == 6
+    assert len(sweep.searched(search(changed, folder))) == 6
     assert len(fake_training) >= before
     assert sweep.open_study(changed, folder).study_name != sweep.open_study(searchable(tiny), folder).study_name
     assert sweep.made_of(searchable(tiny)) == sweep.made_of(searchable(tiny, trials=9)), "a longer search goes on"
 
 
 def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_path, fake_training):
-    sweep.search(searchable(tiny), tmp_path / "sweep")
+    search(searchable(tiny), tmp_path / "sweep")
     before = list(fake_training)
-    sweep.search(searchable(tiny), tmp_path / "sweep")
+    search(searchable(tiny), tmp_path / "sweep")
     assert fake_training == before
-    assert len(sweep.searched(sweep.search(searchable(tiny, trials=8), tmp_path / "sweep"))) == 8
+    assert len(sweep.searched(search(searchable(tiny, trials=8), tmp_path / "sweep"))) == 8
 
 
 def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
@@ -103,7 +112,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
 
     monkeypatch.setattr(members, "watch", dies)
     with pytest.raises(SystemExit):
-        sweep.search(run, tmp_path / "killed")
+        search(run, tmp_path / "killed")
     finished = {str(t.params) for t in sweep.searched(sweep.open_study(run, tmp_path / "killed"))}
     running = [
         t.params
@@ -112,7 +121,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
     ]
     assert running
     monkeypatch.setattr(members, "watch", lambda job: None)
-    study = sweep.search(run, tmp_path / "killed")
+    study = search(run, tmp_path / "killed")
     done = [str(t.params) for t in sweep.searched(study)]
     assert len(done) == len(set(done)) == 6
     assert finished <= set(done)
@@ -121,7 +130,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
 
 
 def test_the_same_seed_searches_the_same_points(tiny, tmp_path, fake_training):
-    points = [[t.params for t in sweep.searched(sweep.search(searchable(tiny), tmp_path / name))] for name in "ab"]
+    points = [[t.params for t in sweep.searched(search(searchable(tiny), tmp_path / name))] for name in "ab"]
     assert points[0] == points[1]
 
 
@@ -135,7 +144,7 @@ def test_a_journal_of_another_direction_is_refused(tiny, tmp_path, fake_training
 
 def test_best_is_a_complete_yaml_with_its_members_over_every_seed(tiny, tmp_path, fake_training):
     run = config.apply(searchable(tiny), {"seed_list": [1, 2]})
-    study = sweep.search(run, tmp_path / "sweep")
+    study = search(run, tmp_path / "sweep")
     best, finals = sweep.write_best(run, study, tmp_path / "sweep")
     loaded = config.load_run(tmp_path / "sweep" / "best.yaml", study="td_dpo", scale="laptop", mode="full")
     assert config.dump(loaded) == config.dump(best)
@@ -150,7 +159,7 @@ def test_a_real_trial_reads_the_cached_cell_and_trains_the_rest(tiny, pool_socke
     members.watch(job)
     members.collect(job)
     stamps = {m: (f / "done.json").stat().st_mtime_ns for m, f in job.folders.items()}
-    study = sweep.search(run, tmp_path / "results" / "tiny" / "sweep")
+    study = search(run, tmp_path / "results" / "tiny" / "sweep")
     assert {m: (f / "done.json").stat().st_mtime_ns for m, f in job.folders.items()} == stamps
     values = {t.number: t.value for t in sweep.searched(study)}
     (cell,) = [record.read_json(f / "metrics.json") for m, f in job.folders.items() if m == "beta0.05-s1"]
@@ -194,7 +203,7 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
     monkeypatch.setattr(
         sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep})
     )  # threads of other tests sleep too
-    found = sweep.search(run, tmp_path / "sweep")
+    found = search(run, tmp_path / "sweep")
     done = sweep.searched(found)
     assert len(done) == 6
     assert waited == [sweep.POLL], "the last trial was another machine's"
@@ -289,8 +298,8 @@ def postgresql(tmp_path_factory):
 def test_a_real_postgresql_server(tiny, tmp_path, fake_training, monkeypatch, postgresql):
     monkeypatch.setenv("DB_PASSWORD", "p@ss/word:1")
     run = searchable(tiny, storage=postgresql)
-    assert len(sweep.searched(sweep.search(run, tmp_path / "one"))) == 6
-    again = sweep.search(searchable(tiny, trials=8, storage=postgresql), tmp_path / "two")
+    assert len(sweep.searched(search(run, tmp_path / "one"))) == 6
+    again = search(searchable(tiny, trials=8, storage=postgresql), tmp_path / "two")
     assert len(sweep.searched(again)) == 8, "what one machine found is there for the next"
     monkeypatch.setenv("DB_PASSWORD", "wrong-password")
     with pytest.raises(MissingError, match="password authentication failed"):

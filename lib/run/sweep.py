@@ -40,13 +40,8 @@ def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
 def made_of(run) -> str:
     """What a trial's value depends on besides its point: trials of other settings, data, code or objective do not
     count."""
-    return keys.digest(
-        [
-            members.key(config.members(run)[0])["all"],
-            config.dump(run)["optuna"]["search_space"],
-            run.optuna.objective_metric,
-        ]
-    )
+    first, optuna_section = members.key(config.members(run)[0])["all"], config.dump(run)["optuna"]
+    return keys.digest([first, optuna_section["search_space"], run.optuna.objective_metric])
 
 
 def open_study(run, folder: Path) -> optuna.Study:
@@ -57,14 +52,11 @@ def open_study(run, folder: Path) -> optuna.Study:
         direction=run.optuna.direction,
         load_if_exists=True,
     )
-    if study.direction.name.lower() != run.optuna.direction:  # Optuna keeps the old one and says nothing
+    if (kept := study.direction.name.lower()) != run.optuna.direction:  # Optuna keeps the old one and says nothing
         where = run.optuna.storage or f"{folder}/journal.log"
-        raise StudyError(
-            where,
-            f"a study that would {study.direction.name.lower()}",
-            f"one that would {run.optuna.direction} {run.optuna.objective_metric}",
-            f"remove {where}" if run.optuna.storage is None else f"delete the study {study.study_name} there",
-        )
+        expected = f"one that would {run.optuna.direction} {run.optuna.objective_metric}"
+        fix = f"delete the study {study.study_name} there" if run.optuna.storage else f"remove {where}"
+        raise StudyError(where, f"a study that would {kept}", expected, fix)
     return study
 
 
@@ -127,12 +119,8 @@ def searched(study: optuna.Study) -> list:
 
 
 def enqueue_cells(study: optuna.Study, run) -> None:
-    known = [
-        t.params or t.system_attrs.get("fixed_params")
-        for t in study.get_trials(deepcopy=False)
-        if t.state
-        in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING, optuna.trial.TrialState.RUNNING)
-    ]
+    states = [getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "WAITING", "RUNNING")]
+    known = [t.params or t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False, states=states)]
     for point in cells(run):
         if point not in known:
             study.enqueue_trial(point)
@@ -155,52 +143,46 @@ def _short(value):
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def search(run, folder: Path) -> optuna.Study:
-    """Run the search to `optuna.n_trials` finished trials; what an earlier, killed search finished is kept. In a shared
-    data base they are those of all machines, and the last of them is waited for."""
-    study, space, shared = open_study(run, folder), distributions(run), run.optuna.storage is not None
-    healed = heal(study)
-    if healed:
+def start(run, folder: Path) -> optuna.Study:
+    """The run's study, ready to be asked: what an earlier, killed search finished is kept, and the cells of the grid
+    are queued."""
+    study = open_study(run, folder)
+    if healed := heal(study):
         print(f"{healed} trials of a killed search are queued again")
     enqueue_cells(study, run)
-    while (left := run.optuna.n_trials - len(searched(study))) > 0:
-        left -= sum(elsewhere(t) for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]))
-        if left <= 0:
-            time.sleep(POLL)
-            heal(study)
-            continue
-        # A sampler's state dies with its process; seeding it by the position makes a resumed search the same search.
-        position = len(study.get_trials(deepcopy=False) if shared else searched(study))
-        study.sampler = optuna.samplers.TPESampler(
-            seed=run.optuna.seed + position, constant_liar=True, n_startup_trials=4
-        )
-        asked = [ask(study, space, shared) for _ in range(min(BATCH, left))]
-        jobs = {"members": [], "sweep/trials": []}
-        places = []
-        for trial in asked:
-            member, subfolder = trial_member(run, trial.params)
-            places.append((trial, member, subfolder))
-            if member.id not in [m.id for m in jobs[subfolder]]:
-                jobs[subfolder].append(member)
-        values = {}
-        for subfolder, wanted in jobs.items():
-            if wanted:
-                job = members.submit(run, wanted, subfolder=subfolder)
-                members.watch(job)
-                values |= {(subfolder, r["member"]): r for r in members.collect(job)}
-        for trial, member, subfolder in places:
-            value = values[subfolder, member.id].get(run.optuna.objective_metric)
-            if value is None:  # a diverged member has no validation score: that is a bad point, not a missing one
-                value = 0.0 if run.optuna.direction == "maximize" else float("inf")
-            study.tell(trial, value)
     return study
 
 
-def best_run(run, study: optuna.Study):
-    """The run with the best trial's values, and its members over every seed."""
-    point = {config.resolve(run.study, k): _short(v) for k, v in study.best_params.items()}
-    best = config.apply(run, {**point, "grid": [{"cells": [point]}], "optuna.n_trials": 0})
-    return best, config.members(best)
+def ask_batch(run, study: optuna.Study) -> list[optuna.Trial]:
+    """The next trials; none when `optuna.n_trials` are finished. In a shared data base they are those of all machines,
+    and the last of them is waited for."""
+    space, shared = distributions(run), run.optuna.storage is not None
+    while (left := run.optuna.n_trials - len(searched(study))) > 0:
+        left -= sum(elsewhere(t) for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]))
+        if left > 0:
+            # A sampler's state dies with its process; seeding it by the position makes a resumed search the same.
+            seed = run.optuna.seed + len(study.get_trials(deepcopy=False) if shared else searched(study))
+            study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=4)
+            return [ask(study, space, shared) for _ in range(min(BATCH, left))]
+        time.sleep(POLL)
+        heal(study)
+    return []
+
+
+def train(run, trials: list[optuna.Trial]) -> list[float]:
+    """What these trials come to: the objective of the members that their points stand for, trained where they are not
+    cached."""
+    places = [trial_member(run, trial.params) for trial in trials]
+    rows = {}
+    for subfolder in ("members", "sweep/trials"):
+        if wanted := list({member.id: member for member, place in places if place == subfolder}.values()):
+            job = members.submit(run, wanted, subfolder=subfolder)
+            members.watch(job)
+            rows |= {(subfolder, row["member"]): row for row in members.collect(job)}
+    values = [rows[place, member.id].get(run.optuna.objective_metric) for member, place in places]
+    worst = 0.0 if run.optuna.direction == "maximize" else float("inf")
+    # A diverged member has no validation score: that is a bad point, not a missing one.
+    return [worst if value is None else value for value in values]
 
 
 def table(study: optuna.Study):
@@ -217,6 +199,7 @@ def write_best(run, study: optuna.Study, folder: Path):
     """best.yaml: a complete run YAML of the best trial. Returns (its Run, its members)."""
     import yaml
 
-    best, finals = best_run(run, study)
+    point = {config.resolve(run.study, k): _short(v) for k, v in study.best_params.items()}
+    best = config.apply(run, {**point, "grid": [{"cells": [point]}], "optuna.n_trials": 0})
     record.write_text(folder / "best.yaml", yaml.safe_dump(config.dump(best), sort_keys=False, allow_unicode=True))
-    return best, finals
+    return best, config.members(best)
