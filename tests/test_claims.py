@@ -86,7 +86,6 @@ def good():
 def test_true_claims_are_supported(good):
     assert {k: v.verdict for k, v in good.items() if k != "C3"} == dict.fromkeys(("C1", "C2", "C4", "C5"), "supported")
     c1 = good["C1"]
-    assert c1.estimate == pytest.approx(0.0, abs=0.1)
     assert c1.interval95[0] < c1.interval90[0] < c1.estimate < c1.interval90[1] < c1.interval95[1]
     assert c1.interval90[0] > -0.3
     assert set(c1.per_seed) == set(SEEDS)
@@ -94,13 +93,9 @@ def test_true_claims_are_supported(good):
     assert (c1.n_seeds, c1.n_questions, c1.level) == (3, 80, 0.9)
     assert c1.p < c1.holm_p < 0.05
     assert 0.3 < c1.probability_of_improvement < 0.7
-
-
-def test_estimates_equal_plain_means(good):
-    rows, _ = made()
-    mean = rows.groupby(["method", "beta"]).score.mean()
+    mean = made()[0].groupby(["method", "beta"]).score.mean()
+    assert c1.estimate == pytest.approx(mean["td_dpo", 0.01] - mean["dpo", 0.05])
     assert good["C2"].estimate == pytest.approx(mean["td_dpo", 2.5] - mean["discopop", 2.5])
-    assert good["C1"].estimate == pytest.approx(mean["td_dpo", 0.01] - mean["dpo", 0.05])
 
 
 def test_c1_is_refuted_below_the_margin_and_names_the_best_dpo_beside():
@@ -145,20 +140,6 @@ def test_no_divergence_overrides_a_supporting_interval():
     v = judge(rows, members, study=study)["C2"]
     assert v.verdict == "inconclusive"
     assert "diverged (seed 43)" in v.reason
-
-
-def test_c3_says_beforehand_that_three_seeds_cannot_show_it(good):
-    assert "24 to 43 seeds" in good["C3"].note
-    assert good["C3"].p == pytest.approx(
-        max(
-            st.p_above(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), -0.1),
-            st.p_below(st.Estimate(good["C3"].estimate, se(good["C3"]), np.inf), 0.1),
-        )
-    )
-
-
-def se(v):
-    return (v.interval95[1] - v.interval95[0]) / 2 / 1.959963984540054
 
 
 def test_c4_is_vacuous_where_less_variance_comes_from_worse_scores():
@@ -670,30 +651,17 @@ def test_the_opposite_of_a_claim_is_hardly_ever_supported(claim):
     assert share_supported(claim, STUDY.noise, seed_sd=0.15, questions=80, effect=opposite, n_sim=600, seed=2) <= 0.02
 
 
-def test_power_at_the_first_stated_seed_sd_is_four_fifths():
-    table = power.table(STUDY, n_sim=600)
+def test_the_power_table_says_what_a_study_of_this_size_can_show():
+    table = power.table(STUDY, n_sim=400)
     assert sorted(set(table["seed sd"])) == [0.05, 0.15]
     small = table[(table["seed sd"] == 0.05) & (table["claim"] != "C3")]
     assert list(small["claim"]) == ["C1", "C2", "C4", "C5"]
     assert (small["power alone"] >= 0.8).all(), small.to_string()
     assert (table["power with Holm"] <= table["power alone"]).all()
     assert (table[table.claim == "C3"]["power alone"] < 0.2).all()
-
-
-def test_what_a_claim_can_show_is_said_by_its_power_and_not_by_a_flag():
-    assert [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)] == [
-        "nearly always",
-        "nearly always",
-        "more often than not",
-        "more often than not",
-        "seldom",
-        "seldom",
-        "hardly ever",
-        "hardly ever",
-    ]
-    table = power.table(STUDY, n_sim=200)
-    assert "reachable" not in table
     assert list(table["if true, it is shown"]) == [power.in_words(share) for share in table["power with Holm"]]
+    words = [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)]
+    assert words == [w for w in ("nearly always", "more often than not", "seldom", "hardly ever") for _ in range(2)]
     made_up = pd.DataFrame({"claim": ["A", "B", "C"] * 2, "power with Holm": [0.0, 0.1, 0.004, 0.08, 0.3, 0.0]})
     assert power.weak(made_up) == {"A": "0 to 8 %", "C": "0 %"}, "B is shown at one of the standard deviations"
     assert "A (0 to 8 %), C (0 %)" in power.summary(made_up)
