@@ -32,7 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lib import hub, made, models, record
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, sequence_logprobs
+from lib.td_dpo.engine import (
+    Row,
+    conversation_ids,
+    load_base,
+    pad_token,
+    sequence_logprobs,
+    token_budget_batches,
+)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -495,47 +502,31 @@ def encode_pairs(
     prompts = conversation_ids(tokenizer, [p["prompt"] for p in pairs], add_generation_prompt=True)
     answers = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
     rows, counts = [], Counter(dict.fromkeys(COUNTS, 0), pairs=len(pairs))
-    for index, (prompt, chosen, rejected) in enumerate(zip(prompts, *answers, strict=True)):
-        shared = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    for index, (prompt, *both) in enumerate(zip(prompts, *answers, strict=True)):
+        shared = min(common_prefix(prompt, ids) for ids in both)
         counts["prompt_not_prefix"] += shared < len(prompt)
         if shared == 0:
-            raise StudyError(
-                f"row {pairs[index].get('row', index)}",
-                "prompt and answer share no leading token",
-                "a chat template that renders the prompt the same with and without the answer",
-            )
-        row = _row(tokenizer.eos_token_id, index, chosen, rejected, shared, max_length, max_prompt_length, counts)
-        if row is not None:
-            rows.append(row)
-    counts["kept"], counts["dropped"] = len(rows), len(pairs) - len(rows)
-    return rows, dict(counts)
-
-
-def _row(
-    eos: int,
-    index: int,
-    chosen: list[int],
-    rejected: list[int],
-    split: int,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    counts: Counter,
-) -> Row | None:
-    prompt = chosen[:split]
-    if max_prompt_length is not None and len(prompt) > max_prompt_length:
-        prompt = prompt[:1] + prompt[len(prompt) - max_prompt_length + 1 :]  # its BOS and its end, nearest the answer
-        counts["prompt_truncated"] += 1
-    whole = [_one_eos(ids[split:], eos) for ids in (chosen, rejected)]
-    kept = whole if max_length is None else [ids[: max(max_length - len(prompt), 0)] for ids in whole]
-    cut = sum(len(k) < len(w) for k, w in zip(kept, whole, strict=True))
-    counts["truncated"] += cut > 0
-    counts["eos_dropped"] += cut
-    if not kept[0] or not kept[1]:
-        return None
-    if kept[0] == kept[1]:
-        counts["identical_after_truncation"] += 1
-        return None
-    return {"pair": index, "prompt_ids": prompt, "chosen_ids": kept[0], "rejected_ids": kept[1]}
+            expected = "a chat template that renders the prompt the same with and without the answer"
+            where = f"row {pairs[index].get('row', index)}"
+            raise StudyError(where, "prompt and answer share no leading token", expected)
+        prompt = both[0][:shared]
+        if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            prompt = (
+                prompt[:1] + prompt[len(prompt) - max_prompt_length + 1 :]
+            )  # its BOS, and what is nearest the answer
+            counts["prompt_truncated"] += 1
+        whole = [_one_eos(ids[shared:], tokenizer.eos_token_id) for ids in both]
+        kept = whole if max_length is None else [ids[: max(max_length - len(prompt), 0)] for ids in whole]
+        cut = sum(len(k) < len(w) for k, w in zip(kept, whole, strict=True))
+        counts["truncated"] += cut > 0
+        counts["eos_dropped"] += cut
+        chosen, rejected = kept
+        if chosen and rejected and chosen != rejected:
+            rows.append({"pair": index, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        else:
+            counts["dropped"] += 1
+            counts["identical_after_truncation"] += bool(chosen) and chosen == rejected
+    return rows, dict(counts) | {"kept": len(rows)}
 
 
 # ---- the base model 'made' ----
@@ -594,26 +585,17 @@ def conversations(
 
     A conversation whose prompt alone fills `max_length` has no answer left to learn from and is left out.
     """
-    prompts, wholes = [], []
-    for pair in pairs:
-        prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
-        for side in ("chosen", "rejected"):
-            prompts.append(prompt)
-            wholes.append(tokenizer.apply_chat_template([*pair["prompt"], *pair[side]], tokenize=False))
-    encode = {"add_special_tokens": False, "return_attention_mask": False}
-    prompt_ids = tokenizer(prompts, **encode)["input_ids"] if prompts else []
-    whole_ids = tokenizer(wholes, **encode)["input_ids"] if wholes else []
-    kept = []
-    for prompt, whole in zip(prompt_ids, whole_ids, strict=True):
-        if whole[: len(prompt)] == prompt and len(prompt) < min(len(whole), max_length):
-            kept.append((whole[:max_length], len(prompt)))
+    prompts = conversation_ids(tokenizer, [pair["prompt"] for pair in pairs], add_generation_prompt=True)
+    sides = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
+    kept = [
+        (ids[:max_length], len(prompt))
+        for prompt, *both in zip(prompts, *sides, strict=True)
+        for ids in both
+        if ids[: len(prompt)] == prompt and len(prompt) < min(len(ids), max_length)
+    ]
     if not kept:
-        raise StudyError(
-            "base model",
-            f"no answer within {max_length} tokens in {len(pairs)} training pairs",
-            "training pairs with answers",
-            "check the data set",
-        )
+        found = f"no answer within {max_length} tokens in {len(pairs)} training pairs"
+        raise StudyError("base model", found, "training pairs with answers", "check the data set")
     return kept
 
 
@@ -624,13 +606,9 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
         order = rng.sample(range(len(lengths)), len(lengths))
         epoch: list[list[int]] = []
         for start in range(0, len(order), size * BUCKET):
-            batch: list[int] = []
-            for index in sorted(order[start : start + size * BUCKET], key=lambda i: lengths[i]):
-                if batch and (len(batch) == size or (len(batch) + 1) * lengths[index] > max_tokens):
-                    epoch.append(batch)
-                    batch = []
-                batch.append(index)
-            epoch.append(batch)
+            bucket = order[start : start + size * BUCKET]
+            batches = token_budget_batches([lengths[index] for index in bucket], max_tokens, size)
+            epoch += [[bucket[place] for place in batch] for batch in batches]
         rng.shuffle(epoch)
         yield from epoch
 
