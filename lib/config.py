@@ -403,22 +403,16 @@ def load_yaml(path: str | Path) -> dict:
 
 
 def studies() -> list[str]:
-    return sorted({path.parent.name for name in ("study", "config") for path in (ROOT / "lib").glob(f"*/{name}.py")})
-
-
-def part(study: str, name: str) -> str:
-    """The module lib.<study>.study; lib.<study>.<name> of a study that is still in several."""
-    return f"lib.{study}." + ("study" if (ROOT / "lib" / study / "study.py").exists() else name)
+    return sorted(path.parent.name for path in (ROOT / "lib").glob("*/study.py"))
 
 
 @functools.cache  # asked for every member: the folder would be listed each time
 def study_module(study: str) -> types.ModuleType:
-    """What lib/<study>/ says of its runs."""
+    """What lib/<study>/study.py says of its runs."""
     if study not in studies():
-        raise StudyError(
-            "study", repr(study), "one of " + ", ".join(studies()), did_you_mean(str(study), studies(), "")
-        )
-    return importlib.import_module(part(study, "config"))
+        near = did_you_mean(str(study), studies(), "")
+        raise StudyError("study", repr(study), "one of " + ", ".join(studies()), near)
+    return importlib.import_module(f"lib.{study}.study")
 
 
 def recognise(raw: dict, where: str) -> str:
@@ -770,6 +764,12 @@ def first_cell(run: Run) -> dict[str, Any]:
     return {key: choices[key] for key in run.searched if key in choices} | _resolved(run, cell)
 
 
+def at_most(run: Run, limits: Mapping[str, float]) -> dict[str, Any]:
+    """{dotted key: its value, or the limit where that is smaller}, of the keys that have a value: for trial_changes."""
+    raw = run.model_dump(mode="json")
+    return {key: min(limit, value) for key, limit in limits.items() if (value := get(raw, key)) is not None}
+
+
 def trial(run: Run) -> Run:
     """Does it run? The same run with 1 epoch, at most 2 batches in every phase, ONE cell, ONE seed, no search, no W&B.
 
@@ -778,6 +778,9 @@ def trial(run: Run) -> Run:
     first, seed = first_cell(run), ((run.grid[0].seeds if run.grid else None) or run.seed_list)[0]
     changes = {
         **study_module(run.study).trial_changes(apply(run, first)),
+        "compute.strategy": "none",
+        "compute.processes": None,
+        "compute.gpus": min(1, run.compute.gpus),
         "optuna.n_trials": 0,
         "seed_list": [seed],
         "grid": [{"cells": [first], "seeds": [seed]}] if first else None,

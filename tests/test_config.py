@@ -398,7 +398,7 @@ def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
         assert run.dataset.revision == "f8869fc91bde5c71a104667292addcbbfd15985d"
         assert (run.model.quantization, run.model.peft.lora_r, run.model.peft.lora_alpha) == ("nf4", 64, 16)
         assert config.steps(run) == 144
-        assert config.study_module("td_dpo").accumulation(run) == 8, (
+        assert run.training.accumulation(run.compute.devices) == 8, (
             "16 pairs in a pass, as far as the token budget allows"
         )
         space = run.optuna.search_space["learning_rate"]

@@ -259,15 +259,18 @@ def steps(run: Run) -> int | None:
 
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in warm start, training and evaluation; no warm-start file is asked for."""
-    batch, changes = min(run.training.micro_batch_size, 4), {}
-    if run.dataset.train_examples:
-        changes |= {"dataset.train_examples": 4 * batch, "dataset.test_examples": batch}
-    if run.training.scheduler.warm_start_ckpt not in (None, "made"):
-        changes["training.scheduler.warm_start_ckpt"] = None
-    if run.model.recipe is not None:
-        changes |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
+    batch, warm_start = min(run.training.micro_batch_size, 4), run.training.scheduler.warm_start_ckpt
+    limits = {
+        "dataset.train_examples": 4 * batch,
+        "dataset.test_examples": batch,
+        "dataset.dev_size": batch,
+        "model.recipe.pretrain_steps": 2,
+        "model.recipe.pretrain_batch_size": 4,
+        "evaluation.max_new_tokens": 8,
+    }
     return {
-        **changes,
+        **config.at_most(run, limits),
+        "training.scheduler.warm_start_ckpt": "made" if warm_start == "made" else None,
         "evaluation.dev_subset": batch,
         "training.clock": "virtual",
         "training.budget_minutes": 1e4,
@@ -276,11 +279,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.micro_batch_size": batch,
         "training.gradient_accumulation_steps": None,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "dataset.dev_size": min(batch, run.dataset.dev_size),
-        "evaluation.max_new_tokens": min(8, run.evaluation.max_new_tokens),
         "evaluation.interval_steps": None,
-        "compute.strategy": "none",
-        "compute.gpus": min(1, run.compute.gpus),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from lib import config
 from lib.config import (
     Compute,
     Count,
@@ -298,7 +299,18 @@ def steps(run: Run) -> int | None:
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, calibration and evaluation, all of which read these values."""
     batch = min(run.training.batch_size, 4)
+    limits = {
+        "training.warmup_steps": 1,
+        "training.eval_steps": 2,
+        "loss.sensitivity_warmup_steps": 2,
+        "loss.head_warmup_steps": 2,
+        "model.recipe.pretrain_steps": 2,
+        "model.recipe.pretrain_batch_size": 4,
+        "dataset.train_examples": 4 * batch,
+        "dataset.validation_examples": 2 * batch,
+    }
     changes = {
+        **config.at_most(run, limits),
         "training.epochs": 1,
         "training.max_steps": min(2, run.training.max_steps or 2),
         "training.batch_size": batch,
@@ -306,21 +318,9 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.logging_steps": 1,
         "evaluation.batch_size": batch,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "loss.sensitivity_warmup_steps": min(2, run.loss.sensitivity_warmup_steps),
-        "loss.head_warmup_steps": min(2, run.loss.head_warmup_steps),
-        "compute.strategy": "none",
-        "compute.gpus": min(1, run.compute.gpus),
     }
     if run.model.adapter.type == "adalora":  # two steps leave no room for the schedule
         changes |= {"model.adapter.tinit": 0, "model.adapter.tfinal": 1, "model.adapter.delta_t": 1}
-    if run.model.recipe is not None:
-        changes |= {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4}
-    if run.dataset.name == "generated":
-        changes |= {"dataset.train_examples": 4 * batch, "dataset.validation_examples": 2 * batch}
-    if run.training.warmup_steps is not None:
-        changes["training.warmup_steps"] = min(1, run.training.warmup_steps)
-    if run.training.eval_steps is not None:
-        changes["training.eval_steps"] = min(2, run.training.eval_steps)
     return changes
 
 

@@ -17,11 +17,6 @@ from lib.run import model_card
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
-def study_module(study: str, name: str = "member"):
-    """lib/<study>/study.py (or <name>.py); only a member's process imports it, because it brings torch along."""
-    return importlib.import_module(config.part(study, name))
-
-
 def run_of(spec: dict):
     """The run that an argument of a process describes."""
     return config.restore(spec["config"], study=spec["study"], scale=spec["scale"], mode=spec["mode"])
@@ -61,7 +56,7 @@ def train(argument: dict) -> None:
         if compute.devices > 1:  # by name: sharding imports this module
             sharding = importlib.import_module("lib.run.sharding")
             options["outcome"] = sharding.train_member(argument, compute.devices, compute.threads)
-        metrics = study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
+        metrics = config.study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
             raise StudyError(str(folder), f"status {metrics.get('status')!r}", "completed or diverged")
@@ -89,7 +84,7 @@ def prepare(argument: dict) -> None:
         (partial / "error.json").unlink(missing_ok=True)
         record.remove_temporary(partial)
         with errors_kept(partial):
-            study_module(run.study, "inputs").prepare(run, partial)
+            config.study_module(run.study).prepare(run, partial)
             record.write_json(partial / "complete.json", {"study": run.study})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -97,7 +92,7 @@ def prepare(argument: dict) -> None:
 
 def measure(argument: dict) -> None:
     """A measurement of the study's own, in a slot: its `function`(run, folder, shared)."""
-    function = getattr(study_module(argument["study"]), argument["function"])
+    function = getattr(config.study_module(argument["study"]), argument["function"])
     function(run_of(argument), Path(argument["folder"]), Path(argument["inputs"]))
 
 

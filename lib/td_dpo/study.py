@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lib import config
 from lib.config import (
     Compute,
     Count,
@@ -387,9 +388,8 @@ def primary_metric(run: Run) -> str:
 
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, reference, evaluation and, for a made model, SFT."""
-    training, evaluation = run.training, run.evaluation
-    batch = min(training.per_device_train_batch_size, training.global_batch_size, 4)
-    at_most = {  # where a value is given
+    batch = min(run.training.per_device_train_batch_size, run.training.global_batch_size, 4)
+    limits = {
         "training.max_steps": 2,
         "training.warmup_steps": 1,
         "training.eval_steps": 2,
@@ -397,29 +397,21 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "evaluation.questions": 2,
         "evaluation.kl_prompts": 2,
         "evaluation.max_new_tokens": 8,
-        "compute.gpus": 1,
+        "model.recipe.sft_steps": 2,
+        "model.recipe.sft_batch_size": 4,
     }
-    if run.model.recipe is not None:
-        at_most |= {"model.recipe.sft_steps": 2, "model.recipe.sft_batch_size": 4}
     if run.dataset.name == "generated":
-        at_most |= {f"dataset.{key}": 2 * batch for key in GENERATED_PAIRS}
-    changes = {
+        limits |= {f"dataset.{key}": 2 * batch for key in GENERATED_PAIRS}
+    return {
+        **config.at_most(run, limits),
         "training.epochs": 1,
         "training.global_batch_size": batch,
         "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": None,
         "training.logging_steps": 1,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "compute.strategy": "none",
-        "compute.processes": None,
-        "evaluation.judge": "none" if needs(run) else evaluation.judge,
+        "evaluation.judge": "none" if needs(run) else run.evaluation.judge,
     }
-    for key, most in at_most.items():
-        section, name = key.rsplit(".", 1)
-        value = getattr(run.model.recipe if section == "model.recipe" else getattr(run, section), name)
-        if value is not None:
-            changes[key] = min(most, value)
-    return changes
 
 
 def search_changes(run: Run) -> dict[str, Any]:
