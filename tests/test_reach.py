@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib import config
-from lib.run import keys, reach, work
+from lib.run import keys, reach
 from tests.conftest import ROOT
 
 # of GRAFF a run that needs no planner trained before
@@ -56,7 +56,7 @@ def executed(study, folder):
 
     for name in ("inputs", "member"):
         (folder / name).mkdir()
-    prepare, train = work.study_module(study, "inputs").prepare, work.study_module(study).train
+    prepare, train = config.study_module(study).prepare, config.study_module(study).train
     sys.setprofile(note)
     try:
         prepare(run, folder / "inputs")

@@ -175,7 +175,7 @@ def train_member(argument: dict, count: int, threads: int) -> training.Outcome:
 def train_share(argument: dict) -> dict:
     """One process of `train_member`."""
     member = work.member_of(argument["spec"])
-    study = work.study_module(member.run.study)
+    study = config.study_module(member.run.study)
     outcome = study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded)
     return dataclasses.asdict(outcome) | {"best": outcome.best and str(outcome.best)}
 
