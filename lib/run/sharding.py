@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lib import training
+from lib import config, training
 from lib.errors import MissingError
 from lib.run import work
 from lib.run.pool import end_with_parent
