@@ -213,11 +213,11 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
     """Student's 95 % interval of a mean over seeds; (nan, nan) with fewer than two."""
     from scipy import stats
 
-    values = pd.Series(values, dtype=float).dropna()
-    if len(values) < 2:
+    seeds = pd.Series(values, dtype=float).dropna()
+    if len(seeds) < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    return float(values.mean() - half), float(values.mean() + half)
+    half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.sem()
+    return float(seeds.mean() - half), float(seeds.mean() + half)
 
 
 def points(place: Axes, positions: np.ndarray, cell: pd.DataFrame, look: Look) -> None:
@@ -482,7 +482,7 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         low, high = (record.get("interval95") or [None, None])[:2]
         estimate, margin = record.get("estimate"), record.get("margin")
         verdict = str(record.get("verdict", "")).replace("_", " ")
-        signs = MARGIN_SIGNS.get(record.get("test"), (1,)) if isinstance(margin, int | float) else ()
+        signs = MARGIN_SIGNS.get(str(record.get("test")), (1,)) if isinstance(margin, int | float) else ()
         margins = [sign * margin for sign in signs]
         _claim(place, record, verdict, estimate, low, high, margins)
         margin_words = f", margin {', '.join(map(number, margins))}" if margins else ""
