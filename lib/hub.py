@@ -33,7 +33,7 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for module in ("huggingface_hub.constants", "datasets.config"):  # both read the variable once, when imported
         if module in sys.modules:
-            sys.modules[module].HF_HUB_OFFLINE = True
+            vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
 
 
 def keep_downloads_here() -> None:

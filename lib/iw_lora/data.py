@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,7 +252,7 @@ class Inputs:
     """`rows` by split: {"ids": token ids, "label": int}; `texts` the same rows as text; `report` counts and
     baselines; `base` name or folder of the base model."""
 
-    tokenizer: object
+    tokenizer: Any
     rows: dict[str, list[dict]]
     texts: dict[str, list[dict]]
     report: dict

@@ -88,8 +88,8 @@ def adapters(loaded: tables.Records) -> pd.DataFrame:
     """One row per member and adapted matrix: s, w, coefficient, || Delta ||_F at the end, ranks kept by AdaLoRA."""
     rows, identity = [], ["run_id", "method", "cell", "seed"]
     for member in loaded.members.to_dict("records"):
-        values = record.read_json(Path(member["folder"]) / "adapters.json") or {"matrices": []}
-        for k, name in enumerate(values["matrices"]):
+        values = record.read_json(Path(member["folder"]) / "adapters.json")
+        for k, name in enumerate(values["matrices"] if values else ()):
             row = {key: member[key] for key in identity}
             row |= {"matrix": name.split("encoder.layer.")[-1], "delta_norm": values["delta_norm"][k]}
             row |= {key: values[key][k] if key in values else None for key in ("s", "w", "coefficient")}

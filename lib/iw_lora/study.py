@@ -131,14 +131,14 @@ class Training(Section):
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "linear", validation_alias=AliasChoices("lr_scheduler_type", "lr_scheduler")
+        default="linear", validation_alias=AliasChoices("lr_scheduler_type", "lr_scheduler")
     )
     warmup_ratio: Fraction = 0.0
     warmup_steps: Whole | None = None
     max_grad_norm: Positive = 1.0
     fp16: Flag = False
     bf16: Flag = False
-    logging_steps: Count = Field(50, validation_alias=AliasChoices("logging_steps", "log_every_n_steps"))
+    logging_steps: Count = Field(default=50, validation_alias=AliasChoices("logging_steps", "log_every_n_steps"))
     save_strategy: Literal["epoch", "steps", "best", "no"] = "epoch"
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
     eval_steps: Count | None = None
@@ -177,7 +177,7 @@ class Loss(Section):
     """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
 
     penalty: Literal["none", "importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2"] = "none"
-    alpha: NonNegative = Field(1e-4, validation_alias=AliasChoices("alpha", "reg_alpha"))
+    alpha: NonNegative = Field(default=1e-4, validation_alias=AliasChoices("alpha", "reg_alpha"))
     beta: NonNegative = 1.0
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
@@ -190,7 +190,9 @@ class Evaluation(Section):
 
 
 class Search(Optuna):
-    objective_metric: Name = Field(VALIDATION_METRIC, validation_alias=AliasChoices("objective_metric", "metric_name"))
+    objective_metric: Name = Field(
+        default=VALIDATION_METRIC, validation_alias=AliasChoices("objective_metric", "metric_name")
+    )
 
 
 class Run(BaseRun):

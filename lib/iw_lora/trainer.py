@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
 def initialize_eva(model: nn.Module, batches: list[dict]) -> None:
     """EVA's data-driven A (PEFT's own): principal directions of what each adapted matrix is given by `batches`."""
 
-    def given(inputs: Tensor | tuple, mask: Tensor, _) -> Tensor:
+    def given(inputs: Any, mask: Tensor, _) -> Tensor:
         """The rows of real tokens; of DeBERTa's shared projections also the table of relative positions, whole."""
         inputs = inputs[0] if isinstance(inputs, tuple) else inputs
         return inputs[mask] if inputs.shape[:2] == mask.shape else inputs.flatten(0, -2)
