@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import budget, data, planner as pl, schedulers, study, trainer
+from lib.graff import data, member, planner as pl, schedulers, study, trainer
 from lib.run import check
 from tests.conftest import ROOT, until
 
@@ -275,13 +275,13 @@ def curve(folder):
 def trained(folder, shared, **scheduler):
     folder.mkdir(parents=True)
     kind = scheduler.pop("kind", "graff")
-    return trainer.train(member_of(kind, **scheduler), folder, shared)
+    return member.train(member_of(kind, **scheduler), folder, shared)
 
 
 def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
     changes = {"training.total_steps": None, "training.budget_minutes": 0.25}
     (tmp_path / "m").mkdir()
-    found = trainer.train(member_of("cosine", changes=changes), tmp_path / "m", shared)
+    found = member.train(member_of("cosine", changes=changes), tmp_path / "m", shared)
     assert found["in_budget"]
     assert found["used"] <= 15.0
     rows = curve(tmp_path / "m")
@@ -290,14 +290,14 @@ def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
     assert [r["used"] for r in rows] == sorted(r["used"] for r in rows)
     full = schedulers.make(member_of("cosine").run.training.scheduler, 2)
     assert float(full.decide(schedulers.Seen(1.0, 0, torch.zeros(4))).log_eta) == pytest.approx(math.log(1e-4))
-    clock = budget.Clock("virtual", 1.0)
-    clock.charge(10 / budget.UNIT_SECONDS)
+    clock = trainer.Clock("virtual", 1.0)
+    clock.charge(10 / trainer.UNIT_SECONDS)
     assert clock.fraction == 1.0
 
 
 def test_a_resumed_wall_clock_keeps_what_was_spent_and_going_back_is_an_error():
     times = iter([0.0, 5.0, 4.0])
-    clock = budget.Clock("monotonic", 60, now=lambda: next(times))
+    clock = trainer.Clock("monotonic", 60, now=lambda: next(times))
     clock.start()
     assert clock.tick() == 5.0
     with pytest.raises(StudyError, match="went back by 1.000 s"):
@@ -307,7 +307,7 @@ def test_a_resumed_wall_clock_keeps_what_was_spent_and_going_back_is_an_error():
 def test_a_budget_too_short_for_one_step_and_one_evaluation(tmp_path, shared):
     (tmp_path / "m").mkdir()
     with pytest.raises(StudyError, match="not even one step and one evaluation"):
-        trainer.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
+        member.train(member_of(changes={"training.budget_minutes": 1e-4}), tmp_path / "m", shared)
 
 
 @pytest.mark.parametrize(
@@ -439,12 +439,12 @@ def test_left_padded_batches_write_what_single_prompts_do(shared):
 def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU has a counter")
-    monkeypatch.setattr(budget, "RAPL", tmp_path / "none")
-    energy = budget.Energy()
+    monkeypatch.setattr(trainer, "RAPL", tmp_path / "none")
+    energy = trainer.Energy()
     energy.update()
     assert (energy.joules, energy.source) == (None, None)
     assert "cannot be read" in energy.reason
-    assert budget.area([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
+    assert trainer.area([0.0, 1.0], [0.0, 1.0], 2.0) == pytest.approx(0.75)
 
 
 class FakeNvml:
@@ -472,10 +472,10 @@ class FakeNvml:
 
 def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monkeypatch):
     library = FakeNvml(True, True)
-    source, read, reason = budget.nvml(library, "GPU-1")
+    source, read, reason = trainer.nvml(library, "GPU-1")
     assert (source, reason) == ("nvml", None)
-    monkeypatch.setattr(budget, "_source", lambda: (source, read, reason))
-    energy = budget.Energy()
+    monkeypatch.setattr(trainer, "_source", lambda: (source, read, reason))
+    energy = trainer.Energy()
     library.joules = 19.5
     energy.update()
     library.joules = 1.0  # the driver was loaded again
@@ -484,21 +484,21 @@ def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monke
     energy.update()
     assert energy.joules == pytest.approx(15.5)
     times = iter([0.0, 2.0, 3.0])
-    source, read, _ = budget.nvml(
-        FakeNvml(False, True), "GPU-1", lambda watts: budget.Polled(watts, lambda: next(times), False)
+    source, read, _ = trainer.nvml(
+        FakeNvml(False, True), "GPU-1", lambda watts: trainer.Polled(watts, lambda: next(times), False)
     )
     assert source == "polled"
     assert [read(), read()] == [500.0, 750.0]
-    assert budget.Polled.INTERVAL <= 1.0
-    source, read, reason = budget.nvml(FakeNvml(False, False), "GPU-1")
+    assert trainer.Polled.INTERVAL <= 1.0
+    source, read, reason = trainer.nvml(FakeNvml(False, False), "GPU-1")
     assert (source, read) == (None, None)
     assert "neither total energy" in reason
 
 
 def test_polled_power_is_read_without_being_asked(monkeypatch):
-    monkeypatch.setattr(budget.Polled, "INTERVAL", 0.01)
+    monkeypatch.setattr(trainer.Polled, "INTERVAL", 0.01)
     watts = iter(range(1, 10**6))
-    polled = budget.Polled(lambda: float(next(watts)))
+    polled = trainer.Polled(lambda: float(next(watts)))
     until(lambda: polled.power >= 4)  # somebody else read it
     polled.ended.set()
     assert polled.joules > 0

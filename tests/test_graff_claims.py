@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lib import claims, config
-from lib.graff import budget, report
+from lib.graff import report, trainer
 from lib.graff.study import DIVERGED
 from tests.conftest import ROOT
 
@@ -28,12 +28,12 @@ def runs(scale="laptop"):
 
 def test_energy_to_a_level_lies_between_two_evaluations_and_is_none_where_it_says_nothing():
     joules, em = [0.0, 100.0, 200.0, 300.0], [0.1, 0.2, 0.6, 0.5]
-    assert budget.energy_to_level(joules, em, 0.4) == pytest.approx(150.0)
-    assert budget.energy_to_level(joules, em, 0.6) == pytest.approx(200.0)
-    assert budget.energy_to_level(joules, em, 0.7) is None  # never
-    assert budget.energy_to_level(joules, em, 0.1) is None  # the base model is there
-    assert budget.energy_to_level([None] * 4, em, 0.4) is None
-    assert budget.energy_to_level(joules, em, None) is None
+    assert trainer.energy_to_level(joules, em, 0.4) == pytest.approx(150.0)
+    assert trainer.energy_to_level(joules, em, 0.6) == pytest.approx(200.0)
+    assert trainer.energy_to_level(joules, em, 0.7) is None  # never
+    assert trainer.energy_to_level(joules, em, 0.1) is None  # the base model is there
+    assert trainer.energy_to_level([None] * 4, em, 0.4) is None
+    assert trainer.energy_to_level(joules, em, None) is None
 
 
 # ---- energy as a claim
@@ -158,12 +158,12 @@ def test_influence_values_have_the_runs_own_figure_as_their_mean_and_grow_where_
     _, evaluations = studied({"reactor": 5e-4, "graff": 1e-3, "fixed": 6e-4}, spread=0.0)
     made = report.energy_scores(evaluations, 0.35)
     mine = evaluations[(evaluations["method"] == "graff") & (evaluations["seed"] == 42)]
-    exact = budget.energy_to_level(mine["joules"].tolist(), mine["exact_match_subset"].tolist(), 0.35)
+    exact = trainer.energy_to_level(mine["joules"].tolist(), mine["exact_match_subset"].tolist(), 0.35)
     values = made.loc[(made["method"] == "graff") & (made["seed"] == 42), report.METRIC]
     assert values.mean() == pytest.approx(-math.log(exact / 1000.0))
     assert values.std() > 0
     reactor = evaluations[(evaluations["method"] == "reactor") & (evaluations["seed"] == 42)]
-    exact = budget.energy_to_level(reactor["joules"].tolist(), reactor["exact_match_subset"].tolist(), 0.35)
+    exact = trainer.energy_to_level(reactor["joules"].tolist(), reactor["exact_match_subset"].tolist(), 0.35)
     values = made.loc[(made["method"] == "reactor") & (made["seed"] == 42), report.METRIC]
     assert values.mean() == pytest.approx(-math.log(0.83 * exact / 1000.0))
 
@@ -191,7 +191,7 @@ def test_the_interval_holds_the_chance_of_the_problems():
     )
     values = report.energy_scores(frame, 0.25)[report.METRIC]
     drawn = [
-        math.log(budget.energy_to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
+        math.log(trainer.energy_to_level(at.tolist(), hits[:, rng.integers(200, size=200)].mean(1).tolist(), 0.25))
         for _ in range(400)
     ]
     assert values.std() / math.sqrt(200) == pytest.approx(np.std(drawn), rel=0.25)

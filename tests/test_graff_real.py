@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import config, record, tables
-from lib.graff import data, report, schedulers, trainer
+from lib.graff import data, member, report, schedulers
 from lib.graff.study import implied
 from lib.run import check, members
 from tests.conftest import ROOT
@@ -128,7 +128,7 @@ def test_losses_of_a_problem_do_not_depend_on_its_batch_and_are_the_models_own(s
 
 
 def test_every_test_problem_has_its_loss_beside_its_answer(tmp_path, shared):  # noqa: F811
-    found = trainer.train(member_of(changes={"training.total_steps": 2}), tmp_path, shared)
+    found = member.train(member_of(changes={"training.total_steps": 2}), tmp_path, shared)
     rows = [r for r in record.read_jsonl(tmp_path / "predictions.jsonl") if r["kind"] == "example"]
     assert len(rows) == 4
     assert min(r["test_loss"] for r in rows) <= found["test_loss"] <= max(r["test_loss"] for r in rows)
@@ -146,7 +146,7 @@ def test_frozen_cold_graff_equals_fixed_bit_for_bit_with_curvature_probes(tmp_pa
     monkeypatch.setattr(schedulers, "WARM_UP", 1e-12)
     for kind, more in (("fixed", {}), ("graff", {"cold": True, "frozen": True})):
         (tmp_path / kind).mkdir()
-        trainer.train(member_of(kind, changes={"training.total_steps": 14}, **more), tmp_path / kind, shared)
+        member.train(member_of(kind, changes={"training.total_steps": 14}, **more), tmp_path / kind, shared)
     fixed, graff = (
         [(r["step"], r["loss"], r["eta"]) for r in curve(tmp_path / n) if "eta" in r] for n in ("fixed", "graff")
     )

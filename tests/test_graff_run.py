@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lib.errors import StudyError
-from lib.graff import budget, data, planner as pl, schedulers, trainer
+from lib.graff import data, member, planner as pl, schedulers, trainer
 from tests.test_graff import curve, member_of, shared  # noqa: F401
 
 
@@ -121,7 +121,7 @@ def test_what_is_replayed_is_the_plan_whose_effect_the_gradient_tells(tmp_path, 
 
     monkeypatch.setattr(schedulers.Graff, "decide", deciding)
     monkeypatch.setattr(pl.Outer, "step", lambda self, kept, c: replayed.append(kept) or step(self, kept, c))
-    trainer.train(member_of("graff", cold=True, changes={"training.total_steps": 6}), tmp_path, shared)
+    member.train(member_of("graff", cold=True, changes={"training.total_steps": 6}), tmp_path, shared)
     assert len(decided) == 6
     assert all(a is b for a, b in zip(decided, replayed, strict=False))
     assert len(replayed) == 5
@@ -161,7 +161,7 @@ def test_the_guard_caps_the_rate_where_the_curvature_is_high(tmp_path, shared, m
         folder = tmp_path / guard
         folder.mkdir()
         changes = {"training.total_steps": 16, "training.optimizer.lr_init": 0.1, "training.budget_minutes": 10}
-        trainer.train(member_of("graff", changes=changes, cold=True, guard=guard, stability_guard=0.01), folder, shared)
+        member.train(member_of("graff", changes=changes, cold=True, guard=guard, stability_guard=0.01), folder, shared)
         rows = [r for r in curve(folder) if r.get("lambda")]
         # the cap uses the estimate of the step before
         largest[guard] = max(r["eta"] * old["lambda"] for old, r in zip(rows, rows[1:], strict=False))
@@ -202,7 +202,7 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     mine = member_of(kind, changes={"training.total_steps": 14, "evaluation.max_new_tokens": 2}, **extra)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole = trainer.train(mine, tmp_path / "whole", shared)
+    whole = member.train(mine, tmp_path / "whole", shared)
     generator = torch.Generator().manual_seed(5)
     places = {6, 22, 23, *(int(i) for i in torch.randint(8, 30, (2,), generator=generator))}
     cut_at(monkeypatch, places)
@@ -210,7 +210,7 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     while True:
         lives += 1
         try:
-            cut = trainer.train(mine, tmp_path / "cut", shared)
+            cut = member.train(mine, tmp_path / "cut", shared)
             break
         except Cut:
             pass
@@ -224,12 +224,12 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
 
 def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared, monkeypatch):  # noqa: F811
     now = [0.0]
-    make = budget.Clock.__init__
+    make = trainer.Clock.__init__
 
     def init(self, kind, budget):
         make(self, kind, budget, now=lambda: now[0])
 
-    monkeypatch.setattr(budget.Clock, "__init__", init)
+    monkeypatch.setattr(trainer.Clock, "__init__", init)
     compute = trainer.BudgetTrainer.compute_loss
 
     def slow(self, *given, **named):
@@ -244,13 +244,13 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
         "fixed", changes={"training.clock": "monotonic", "training.total_steps": None, "training.budget_minutes": 1}
     )
     with pytest.raises(Cut):
-        trainer.train(mine, tmp_path, shared)
+        member.train(mine, tmp_path, shared)
     spent = json.loads((tmp_path / "spent.json").read_text())["used"]
     assert spent == 14.0
     checkpointed = [r["used"] for r in curve(tmp_path) if "exact_match_subset" in r][-1]
     assert checkpointed < spent  # steps after the checkpoint are done again, their time is not given back
     now[0] = 1000.0  # another machine, another origin
-    trainer.train(mine, tmp_path, shared)
+    member.train(mine, tmp_path, shared)
     steps = [r for r in curve(tmp_path) if "eta" in r]
     again = next(r for r in steps if r["used"] > checkpointed)
     assert again["used"] == spent + 2.0
@@ -259,17 +259,17 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
 
 def test_a_clock_that_goes_back_ends_a_run_with_one_error(tmp_path, shared, monkeypatch):  # noqa: F811
     times = iter([*(float(i) for i in range(8)), *(5.0 - i for i in range(99))])
-    make = budget.Clock.__init__
+    make = trainer.Clock.__init__
     monkeypatch.setattr(
-        budget.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
+        trainer.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
     )
     with pytest.raises(StudyError, match="went back by"):
-        trainer.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
+        member.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
 
 
 def test_a_run_that_overran_its_budget_has_no_exact_match(tmp_path, shared, monkeypatch):  # noqa: F811
     monkeypatch.setattr(trainer.BudgetTrainer, "next_step", lambda self: -1e9)  # foresees nothing
-    found = trainer.train(
+    found = member.train(
         member_of("fixed", changes={"training.total_steps": 30, "training.budget_minutes": 0.1}), tmp_path, shared
     )
     assert not found["in_budget"]
@@ -282,7 +282,7 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
     """A step with a secant takes longer than the ones before it: it used to be forgotten by the time of the next
     one."""
     changes = {"training.total_steps": None, "training.budget_minutes": minutes}
-    found = trainer.train(
+    found = member.train(
         member_of(kind, changes=changes, **({"cold": True} if kind == "graff" else {})), tmp_path, shared
     )
     assert found["in_budget"], (found["used"], found["budget"])
@@ -295,7 +295,7 @@ def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):
     (tmp_path / "inputs").mkdir()
     (tmp_path / "m").mkdir()
     data.prepare(mine.run, tmp_path / "inputs")
-    found = trainer.train(mine, tmp_path / "m", tmp_path / "inputs")
+    found = member.train(mine, tmp_path / "m", tmp_path / "inputs")
     assert found["gsm1k_gap"] is not None
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "m" / "predictions.jsonl").open()]
     assert (kinds.count("gsm1k"), kinds.count("example")) == (3, 4)

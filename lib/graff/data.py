@@ -308,6 +308,10 @@ def answer_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[
     return losses, units
 
 
+def mean_loss(losses: list[tuple[float, int]]) -> float:
+    return sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
+
+
 # ---- the base model that is made here: a tiny Qwen3, pretrained on generated one-step problems
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}

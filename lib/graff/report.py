@@ -13,8 +13,8 @@ import seaborn as sns
 
 from lib import config, stats, tables
 from lib.claims import Cell, Claims, Paired, choose, pair_up, select
-from lib.graff.budget import energy_to_level
 from lib.graff.study import DIVERGED
+from lib.graff.trainer import energy_to_level
 from lib.plots import BAD, SOFT, Drawing, canvas, housestyle, legend_below, looks, number
 
 KEYS = ["run_id", "method", "learning_rate", "seed"]

@@ -356,6 +356,6 @@ def prepare(run: Run, folder: Path) -> None:
 
 def train(member, folder: Path, shared: Path) -> dict:
     """Train one member in `folder` on what `prepare` made in `shared`; returns its metrics."""
-    from lib.graff import trainer
+    from lib.graff import member as entry
 
-    return trainer.train(member, folder, shared)
+    return entry.train(member, folder, shared)

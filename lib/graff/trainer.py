@@ -1,10 +1,11 @@
 """Training until the budget is used up: a scheduler decides each step, an optimizer applies one rate per block, and
-evaluation happens inside the budget. `train` trains one member and scores it, dev inside the budget and test after."""
+evaluation happens inside the budget, which is a clock of two kinds; energy is read with its source or not at all."""
 
 from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,17 +13,154 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from lib import config, models, record, training
 from lib.errors import MissingError, StudyError
-from lib.graff import budget, data, planner as pl, schedulers
+from lib.graff import data, planner as pl, schedulers
 
 NO_CAP = 100_000
 EVALUATIONS = 10  # over the budget
 SAVE_SECONDS = 3.0  # of the wall clock between checkpoints, at the least: a laptop's whole budget takes 8
 ENCODER_LR = 3e-4  # of the warm start
 BLOCK = re.compile(r"\.layers\.(\d+)\.(self_attn|mlp)\.")
+
+
+# ---- the budget
+
+# Virtual seconds per unit: a forward pass is 1 unit per token, forward and backward 3, a decoded token 1.
+UNIT_SECONDS = 5e-4
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class Clock:
+    """Consumed seconds of a budget. `monotonic`: the wall clock between ticks; `virtual`: what was charged. Saved with
+    each checkpoint; a resumed run goes on from what was used."""
+
+    def __init__(self, kind: str, budget: float, now=time.monotonic):
+        self.kind, self.budget, self.used, self.now = kind, budget, 0.0, now
+        self.last: float | None = None
+
+    def start(self) -> None:
+        self.last = self.now()
+
+    def charge(self, units: float) -> None:
+        """Work of so many units was done; only the virtual clock has to be told."""
+        if self.kind == "virtual":
+            self.used += units * UNIT_SECONDS
+
+    def tick(self) -> float:
+        """Consumed seconds by now. Raises StudyError where the clock went backwards."""
+        if self.kind == "monotonic":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = self.now()
+            if now < self.last:
+                back, fix = self.last - now, "run again; a machine that was suspended or migrated may do this"
+                raise StudyError("the run's clock", f"it went back by {back:.3f} s", "a monotonic clock", fix)
+            self.used, self.last = self.used + now - self.last, now
+        return self.used
+
+    @property
+    def fraction(self) -> float:
+        return min(1.0, self.used / self.budget)
+
+
+class Energy:
+    """Joules since the start, accumulated over resumes, with their source (nvml, polled, rapl), or None with the
+    reason."""
+
+    def __init__(self) -> None:
+        self.source, self._read, self.reason = _source()
+        self.joules = 0.0 if self.source else None
+        self._last = self._read() if self.source else None
+
+    def update(self) -> None:
+        if self.source:
+            now = self._read()
+            if now >= self._last:  # RAPL's counter wraps
+                self.joules = (self.joules or 0.0) + now - self._last
+            self._last = now
+
+
+class Polled:
+    """Power in watts, read twice a second by a thread and integrated by the trapezoid rule; a call reads it once more
+    and returns the joules so far."""
+
+    INTERVAL = 0.5
+
+    def __init__(self, watts, now=time.monotonic, thread: bool = True):
+        self.watts, self.now, self.joules, self.lock = watts, now, 0.0, threading.Lock()
+        self.at, self.power, self.ended = now(), watts(), threading.Event()
+        if thread:
+            threading.Thread(target=self._poll, daemon=True).start()
+
+    def __call__(self) -> float:
+        with self.lock:
+            at, power = self.now(), self.watts()
+            self.joules += (at - self.at) * (power + self.power) / 2
+            self.at, self.power = at, power
+            return self.joules
+
+    def _poll(self) -> None:
+        while not self.ended.wait(self.INTERVAL):
+            self()
+
+
+def nvml(library, uuid: str, poll=Polled):
+    """(source, function that returns joules so far, reason for none): NVML's total energy counter, else its power,
+    polled."""
+    try:
+        library.nvmlInit()
+        handle = library.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
+    except Exception as error:
+        return None, None, f"NVML could not be asked: {error}"
+    try:
+        library.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return "nvml", lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, None
+    except Exception as error:  # older than Volta, or a virtual device
+        total = error
+    try:
+        return "polled", poll(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1e3), None
+    except Exception as error:
+        return None, None, f"NVML gives neither total energy ({total}) nor power ({error})"
+
+
+def _source():
+    if torch.cuda.is_available():
+        try:
+            import pynvml
+        except ImportError:
+            return None, None, "pynvml is not installed"
+        return nvml(pynvml, f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+    try:
+        RAPL.read_text()
+        return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
+    except OSError as error:
+        return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
+
+
+def area(times: list[float], values: list[float], budget: float) -> float:
+    """Area under `values` over time by the trapezoid rule, from t = 0 to the budget (the last value holds), over the
+    budget."""
+    times, values = [*times, budget], [*values, values[-1]]
+    spans = zip(times, times[1:], values, values[1:], strict=False)
+    return sum((t1 - t0) * (v0 + v1) / 2 for t0, t1, v0, v1 in spans) / budget
+
+
+def energy_to_level(joules: list, exact_match: list, level: float | None) -> float | None:
+    """Joules when exact match first reaches `level`, between two evaluations by linear interpolation. None where no
+    level is stated, nothing was read, it is never reached, or the base model (the first evaluation) is there already:
+    then nothing was spent on reaching it."""
+    if level is None or any(j is None or j != j for j in joules) or exact_match[0] >= level:
+        return None
+    for j0, j1, e0, e1 in zip(joules, joules[1:], exact_match, exact_match[1:], strict=False):
+        if e1 >= level:
+            return j0 + (j1 - j0) * (level - e0) / (e1 - e0)
+    return None
+
+
+# ---- what a step looks at
 
 
 def blocks_of(names: Iterable[str]) -> Tensor:
@@ -132,6 +270,9 @@ class Probes:
         return max(means) - min(means)
 
 
+# ---- what a run is trained with
+
+
 def load_warm_start(path: str) -> dict:
     """The planner's tensors. Raises MissingError with the command that makes the file."""
     file = Path(path)
@@ -178,6 +319,9 @@ def build_optimizer(run, probes: Probes):
     return pl.BlockAdam(probes.parameters, lr, betas, decay, blocks, 2 * probes.layers, clip)
 
 
+# ---- training
+
+
 class BudgetTrainer(training.StudyTrainer):
     """See the module. One step: decide in the first micro-batch's forward, learn before the update, look again after
     it."""
@@ -187,7 +331,7 @@ class BudgetTrainer(training.StudyTrainer):
 
     def __init__(self, run, seed: int, folder: Path, given: data.Inputs, model, scheduler, optimizer, probes: Probes):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, probes
-        self.clock, self.energy = budget.Clock(run.training.clock, 60 * run.training.budget_minutes), budget.Energy()
+        self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
         self.lengths, self.spent = [len(row["ids"]) for row in given.rows["train"]], folder / "spent.json"
         # curvature: the largest, per block, and the running mean of its log
@@ -392,7 +536,7 @@ class BudgetTrainer(training.StudyTrainer):
         started = time.monotonic()
         row, units = self.answer(whole=False)
         virtual = self.clock.kind == "virtual"
-        seconds = units * budget.UNIT_SECONDS if virtual else time.monotonic() - started
+        seconds = units * UNIT_SECONDS if virtual else time.monotonic() - started
         self.eval_seconds = seconds * len(self.dev) / len(self.subset)
         self.write({"step": 0, "used": 0.0, "joules": 0.0, "final": False, **row})
         self.clock.start()
@@ -421,7 +565,7 @@ class BudgetTrainer(training.StudyTrainer):
         if whole:
             record.write_json(self.folder / "final.json", rows)
         hits = [int(row["strict"]) for row in rows[:n]]
-        return {"exact_match_subset": sum(hits) / n, "dev_loss": mean_loss(losses), "hits": hits}, units + more
+        return {"exact_match_subset": sum(hits) / n, "dev_loss": data.mean_loss(losses), "hits": hits}, units + more
 
     def batch_size(self) -> int:
         """Of generation."""
@@ -450,84 +594,3 @@ def average(optimizer, on: bool) -> None:
     """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the trained one."""
     if hasattr(optimizer, "eval"):
         optimizer.eval() if on else optimizer.train()
-
-
-def mean_loss(losses: list[tuple[float, int]]) -> float:
-    return sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
-
-
-def train(member, folder: Path, shared: Path, planner: dict | None = None) -> dict:
-    """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured. A
-    `planner` given (the warm start) is trained whole and updated in place."""
-    run, given = member.run, data.load(shared)
-    set_seed(member.seed)
-    model = data.load_model(run, given, member.seed).to(models.device())
-    probes = Probes(model, given.frequent)
-    scheduler = build_scheduler(run, probes.layers, shared, planner)
-    optimizer = build_optimizer(run, probes)
-    trainer = BudgetTrainer(run, member.seed, Path(folder), given, model, scheduler, optimizer, probes)
-    outcome = trainer.fit()
-    if planner is not None:
-        planner.update(scheduler.planner.state_dict())
-    if outcome.status == "diverged":
-        record.write_jsonl(trainer.folder / "predictions.jsonl", [])
-        return {"status": "diverged", "steps": outcome.step, "diverged_at": outcome.step}
-    average(optimizer, True)
-    return evaluate(trainer)
-
-
-def evaluate(trainer: BudgetTrainer) -> dict:
-    """Metrics and predictions.jsonl. Test is scored here, once, after the budget: what the model writes, and the loss
-    of the right answers, which tells models apart that answer next to nothing."""
-    run, given, folder, model = trainer.run, trainer.given, trainer.folder, trainer.model
-    history = record.read_jsonl(folder / "history.jsonl")
-    rows, last = [r for r in history if "exact_match_subset" in r], [r for r in history if "eta" in r][-1]
-    final, seconds = record.read_json(folder / "final.json"), trainer.clock.budget
-    if not final or not rows[-1]["final"]:
-        raise StudyError(str(folder), "no evaluation at the end of the budget", "one", "run it again")
-    longest, scored = run.evaluation.max_new_tokens, {}
-    for name in ("test", "gsm1k"):
-        scored[name] = data.score(model, given.tokenizer, given.problems[name], longest, trainer.batch_size())[0]
-    tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in given.problems["test"]]
-    losses = data.answer_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
-    in_budget = rows[-1]["used"] <= seconds
-    if not in_budget:  # nothing counts as reached by the end of the budget
-        scored, final, losses = {"test": [], "gsm1k": []}, [], []
-    times, predictions = [row["used"] for row in rows], []
-    for i, (row, (total, tokens)) in enumerate(zip(scored["test"], losses, strict=True)):
-        answer = {"text": row["text"], "reference": row["reference"], "flexible_match": float(row["flexible"])}
-        head = {"kind": "example", "example": f"test-{i}", "exact_match": float(row["strict"])}
-        predictions.append({**head, **answer, "test_loss": total / tokens if tokens else None})
-    for i, row in enumerate(scored["gsm1k"]):
-        predictions.append({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(row["strict"])})
-    for i in range(len(trainer.subset)):
-        area = budget.area(times, [float(row["hits"][i]) for row in rows], seconds)
-        predictions.append({"kind": "area", "example": f"dev-{i}", "auc": area})
-    record.write_jsonl(folder / "predictions.jsonl", predictions)
-
-    def share(of: list[dict], kind: str) -> float | None:
-        return sum(row[kind] for row in of) / len(of) if of else None
-
-    curve, joules = [row["exact_match_subset"] for row in rows], [row["joules"] for row in rows]
-    test, gsm1k = share(scored["test"], "strict"), share(scored["gsm1k"], "strict")
-    return {
-        "status": "completed",
-        "steps": last["step"],
-        "exact_match": test,
-        "dev_exact_match": share(final, "strict"),
-        "flexible_match": share(scored["test"], "flexible"),
-        "dev_flexible_match": share(final, "flexible"),
-        "base_exact_match": curve[0],
-        "dev_loss": rows[-1]["dev_loss"],
-        "test_loss": mean_loss(losses) if losses else None,
-        "auc": budget.area(times, curve, seconds),
-        "used": rows[-1]["used"],
-        "budget": seconds,
-        "in_budget": in_budget,
-        "energy": trainer.energy.joules,
-        "energy_source": trainer.energy.source,
-        "energy_reason": trainer.energy.reason,
-        "energy_to_level": budget.energy_to_level(joules, curve, run.evaluation.energy_level),
-        "gsm1k_gap": None if gsm1k is None or test is None else test - gsm1k,
-        "regret": last["regret"],
-    }

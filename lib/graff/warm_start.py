@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib import config
-from lib.graff import data, trainer
+from lib.graff import data, member
 
 # An episode each; half the batch is half the time on the virtual clock, so half the budget.
 STEPS, BATCHES = 100, (4, 8, 16)
@@ -64,8 +64,8 @@ def make(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
                 data.prepare(run, shared)
             folder = Path(scratch) / f"episode-{number}"
             folder.mkdir()
-            member = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)
-            metrics.append(trainer.train(member, folder, shared, planner))
+            episode = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)
+            metrics.append(member.train(episode, folder, shared, planner))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in planner.items()}, out)
     return metrics
