@@ -29,14 +29,14 @@ def random_llama(
 
     At 7B it holds 13.5 GB for a moment before it is quantized; nothing goes through the disk.
     """
-    place, dtype = torch.device(device) if device is not None else models.device(), models.dtype_of(torch_dtype)
+    place, dtype = torch.device(device) if device is not None else models.device(), getattr(torch, torch_dtype)
     with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(seed)
         model = LlamaForCausalLM._from_config(
             LlamaConfig(**(shape or LLAMA2_7B), tie_word_embeddings=False), dtype=dtype
         )
     if quantization == "nf4":
-        quantize(model, dtype, models.dtype_of(quant_storage) if quant_storage else torch.uint8)
+        quantize(model, dtype, getattr(torch, quant_storage or "uint8"))
     model.config.use_cache = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -74,4 +74,4 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype, storage: torch.dtype) -
             small.bias = child.bias
             setattr(parent, name, small)
     model.is_loaded_in_4bit = True
-    model.config.quantization_config = models.quantization_config("nf4", dtype, storage)
+    model.config.quantization_config = models.nf4(dtype, storage)

@@ -24,8 +24,6 @@ from transformers.utils import logging as transformers_logging
 from lib import hub
 from lib.errors import MissingError, StudyError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def device() -> torch.device:
     """The current CUDA device where there is one, else the CPU (no MPS: its results are not deterministic)."""
@@ -33,15 +31,6 @@ def device() -> torch.device:
 
 
 _current_device = device  # `device` is also a parameter below
-
-
-def dtype_of(name: str | torch.dtype) -> torch.dtype:
-    """torch dtype of a configuration value."""
-    if isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise StudyError("model.torch_dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _missing(name: object, found: str, expected: str, fix: str = "--set model.name=<path>") -> MissingError:
@@ -85,20 +74,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def quantization_config(
-    quantization: str, torch_dtype: torch.dtype, storage: torch.dtype = torch.uint8
-) -> BitsAndBytesConfig | None:
-    """NF4 with double quantization (QLoRA), computing in `torch_dtype`; `storage` is bfloat16 under FSDP. None for
-    'none'."""
-    if quantization == "none":
-        return None
-    if quantization != "nf4":
-        raise StudyError("model.quantization", repr(quantization), "none or nf4")
+def nf4(compute: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """NF4 with double quantization (QLoRA), computing in `compute`; `storage` is bfloat16 under FSDP."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype,
+        bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage=storage,
     )
 
@@ -107,9 +89,9 @@ def load_causal_lm(
     name: str,
     *,
     revision: str | None = None,
-    torch_dtype: str | torch.dtype = "float32",
+    torch_dtype: str = "float32",
     quantization: str = "none",
-    quant_storage: str | torch.dtype | None = None,
+    quant_storage: str | None = None,
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     device: str | torch.device | None = None,
@@ -122,15 +104,15 @@ def load_causal_lm(
     `auto_class` serves other heads (AutoModelForSequenceClassification). `options` go to from_pretrained:
     attn_implementation, num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
     """
-    dtype = dtype_of(torch_dtype)
+    dtype = getattr(torch, torch_dtype)
     source = _locate(name, "config.json")
     place = torch.device(device) if device is not None else _current_device()
     if Path(source).is_dir() and options.get("use_safetensors", True) and not any(Path(source).glob("*.safetensors")):
         fix = "load the model once and save it with save_pretrained"
         raise _missing(name, f"no *.safetensors in {source}", "weights in the safetensors format", fix)
-    quantized = quantization_config(quantization, dtype, dtype_of(quant_storage) if quant_storage else torch.uint8)
-    if quantized:
-        options |= {"quantization_config": quantized, "device_map": {"": place}}
+    if quantization == "nf4":
+        config = nf4(dtype, getattr(torch, quant_storage or "uint8"))
+        options |= {"quantization_config": config, "device_map": {"": place}}
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it floods a log
     try:
@@ -141,15 +123,12 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             **{"use_safetensors": True, **options},
         )
-    except ImportError as error:
-        where, expected = f"model.quantization = {quantization}", "bitsandbytes and accelerate"
-        raise MissingError(where, str(error)[:200], expected, ".venv/bin/pip install bitsandbytes") from error
     except torch.OutOfMemoryError:
         fix = "--set model.quantization=nf4, a smaller model, or a larger GPU"
         raise _missing(name, f"{place} has not enough free memory for it", "a GPU that holds it", fix) from None
     except Exception as error:
         raise hub.explain(error, name, kind="model", revision=revision) from error
-    if quantized is None:
+    if quantization == "none":
         model = model.to(place)
     model.config.use_cache = False  # training; generate() turns it on for itself
     if gradient_checkpointing:

@@ -172,15 +172,6 @@ def test_device_is_a_torch_device():
     assert models.device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"torch_dtype": "half"}, "model.torch_dtype: 'half'"), ({"quantization": "int8"}, "model.quantization: 'int8'")],
-)
-def test_bad_settings(llama, change, message):
-    with pytest.raises(StudyError, match=message):
-        models.load_causal_lm(llama, **change)
-
-
 def test_tokenizer_pads_on_the_right_and_has_one_bos_and_eos_per_answer(folders):
     for name in CAUSAL:
         tokenizer = models.load_tokenizer(str(folders[name]), needs_chat_template=True)

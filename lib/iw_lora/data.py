@@ -317,7 +317,7 @@ def load_base(run, given: Inputs) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(
         given.base,
         num_labels=len(given.report["labels"]),
-        dtype=models.dtype_of(run.model.torch_dtype),
+        dtype=getattr(torch, run.model.torch_dtype),
         ignore_mismatched_sizes=True,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
