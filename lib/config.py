@@ -6,8 +6,8 @@ the whole is validated. A value that only the cells supply (`${opt.name}`) holds
 `Run.searched` says which keys those are.
 
 A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), ALIASES (short name -> dotted key),
-METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file), recognises(raw),
-normalise(raw) (what published files write elsewhere), steps(run), trial_changes(run) and check(run); and, where it has
+METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file), recognizes(raw),
+normalize(raw) (what published files write elsewhere), steps(run), trial_changes(run) and check(run); and, where it has
 them, primary_metric(run), search_changes(run) (what a trial of the search leaves out), needs(run) (what only it needs
 on the machine before a full run) and implied(run, values) (what --set brings along where it does not say otherwise).
 """
@@ -415,9 +415,9 @@ def study_module(study: str) -> types.ModuleType:
     return importlib.import_module(f"lib.{study}.study")
 
 
-def recognise(raw: dict, where: str) -> str:
+def recognize(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
-    found = [study for study in studies() if study_module(study).recognises(raw)]
+    found = [study for study in studies() if study_module(study).recognizes(raw)]
     if len(found) != 1:
         belongs = "belongs to " + (" and ".join(found) or "no study") + " by its sections"
         fix = "put the file under params/<study>/<scale>/, or compare it with the examples there"
@@ -482,8 +482,8 @@ def build(study: str, raw: Mapping[str, Any], where: str, **context: Any) -> Run
     """Plain data, in our names or the published ones, as the study's typed run."""
     module = study_module(study)
     try:
-        raw = module.normalise(copy.deepcopy(dict(raw)))
-    except StudyError as error:  # normalise names the key; the file is known here
+        raw = module.normalize(copy.deepcopy(dict(raw)))
+    except StudyError as error:  # normalize names the key; the file is known here
         raise StudyError(f"{where}: {error.where}", error.found, error.expected, error.fix) from None
     marked = dict(_markers(raw, ""))
     searched = {key: marked[key] for key in keys(module.Run) if key in marked}
@@ -580,7 +580,7 @@ def load_run(
             raise StudyError(f"{path}: {key}", "a matter of the command line, not of a YAML", "no such key", fix)
     if study is None:
         folder = path.parent.parent.name
-        study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognise(raw, str(path))
+        study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognize(raw, str(path))
     run = build(study, _with_wandb(raw), str(path), **_context(study, scale, mode, results_dir, path))
     run = _override(run, overrides, str(path)) if overrides else run
     return trial(run) if mode == "trial" else run
@@ -629,7 +629,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
         if not key.startswith("_") and key not in {*NOTEBOOK_OWN, "nonce"} and isinstance(value, PLAIN)
         if not written or key in written
     }
-    study = given.pop("study", None) or recognise(given, where)
+    study = given.pop("study", None) or recognize(given, where)
     module = study_module(study)
     known = [key for key in module.Run.model_fields if key not in ("source", "overrides", "searched", "study")]
     for key in given:

@@ -26,7 +26,7 @@ class StudyError(Exception):
 
 
 class MissingError(StudyError):
-    """Something the run needs is not on this machine (GPU, memory, licence, key, model, package extra)."""
+    """Something the run needs is not on this machine (GPU, memory, license, key, model, package extra)."""
 
     exit_code = 3
 

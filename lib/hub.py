@@ -136,8 +136,8 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
         download,
     )
     if "GatedRepoError" in classes or "gated" in text.lower():
-        found, expected = f"this {kind} is gated and access was refused", "an account that accepted its licence"
-        fix = f"accept the licence at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
+        found, expected = f"this {kind} is gated and access was refused", "an account that accepted its license"
+        fix = f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
     elif "RevisionNotFoundError" in classes:
         found, expected = "the hub has no such revision", f"a commit, branch or tag of {page}"
         fix = "correct or remove the revision"

@@ -507,7 +507,7 @@ def test_files_that_were_downloaded_beforehand_are_read_where_the_hub_is_out_of_
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("GatedRepoError", "accept the licence at https://huggingface.co/datasets/a/b"),
+        ("GatedRepoError", "accept the license at https://huggingface.co/datasets/a/b"),
         ("RevisionNotFoundError", "no such revision"),
         ("DatasetNotFoundError", "no such dataset"),
         ("ConnectError", "hf download a/b"),

@@ -81,7 +81,7 @@ def fit(tmp_path, model, *arguments, **options):
     return outcome, [row for row in record.read_jsonl(tmp_path / "history.jsonl") if "loss" in row]
 
 
-def test_lora_a_has_no_gradient_at_initialisation_and_the_base_weight_has():
+def test_lora_a_has_no_gradient_at_initialization_and_the_base_weight_has():
     model = deberta()
     trainer.task_loss(model, BATCH).backward()
     assert all((a.grad == 0).all() for a, _, _ in penalty.lora_pairs(model))

@@ -26,7 +26,7 @@ def test_two_processes_count_the_penalty_once(tmp_path):
 
 
 def one_step(folder, processes: int) -> list[dict]:
-    """What each of `processes` records of one optimiser step over 32 rows. Forked, for they import nothing then."""
+    """What each of `processes` records of one optimizer step over 32 rows. Forked, for they import nothing then."""
     children, folder = [], folder.absolute()
     folder.mkdir()
     for rank in range(processes):
@@ -57,7 +57,7 @@ def one_step(folder, processes: int) -> list[dict]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_one_batch_of_32_equals_8_accumulated_4_times_in_every_element(tmp_path, monkeypatch, alpha):
-    """The gradients themselves, as the optimiser is given them."""
+    """The gradients themselves, as the optimizer is given them."""
     found = {}
     clip = torch.nn.utils.clip_grad_norm_
 

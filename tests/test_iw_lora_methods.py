@@ -70,7 +70,7 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path):
 @pytest.mark.parametrize(
     "adapter", [{"type": "adalora", "init": "eva"}, {"init": "eva", "eva_rho": 0.5}, {"init": "pissa"}]
 )
-def test_wrong_initialisations_are_refused(adapter):
+def test_wrong_initializations_are_refused(adapter):
     with pytest.raises(ValueError, match="init|eva_rho"):
         Adapter(**adapter)
 

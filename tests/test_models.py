@@ -1,4 +1,4 @@
-"""Loading tokenisers and models, 4-bit, adapters, stand-ins: on the CPU, with tiny models, without a network."""
+"""Loading tokenizers and models, 4-bit, adapters, stand-ins: on the CPU, with tiny models, without a network."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_nf4_with_lora_runs_forward_and_backward_with_float32_trainables(llama, 
     assert isinstance(projection, bitsandbytes.nn.Linear4bit)
     assert projection.weight.quant_type == "nf4"
     assert projection.weight.dtype == (torch.bfloat16 if storage else torch.uint8)
-    assert projection.weight.quant_state.nested  # double quantisation
+    assert projection.weight.quant_state.nested  # double quantization
     assert projection.compute_dtype == getattr(torch, compute)
     model = models.add_lora(base, LORA, seed=42).train()
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -119,7 +119,7 @@ def test_fresh_adapters_leave_the_model_as_it_is(llama):
     assert torch.equal(plain, adapted)
 
 
-def test_adapter_initialisation_follows_the_seed_alone(llama):
+def test_adapter_initialization_follows_the_seed_alone(llama):
     first, same, other = (
         models.add_lora(models.load_causal_lm(llama, device="cpu"), LORA, seed=seed) for seed in (42, 42, 43)
     )
@@ -225,7 +225,7 @@ def test_gated_model(monkeypatch):
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(
         MissingError,
-        match="accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: .venv/bin/hf",
+        match="accept the license at https://huggingface.co/meta-llama/Llama-2-7b-chat-hf, then: .venv/bin/hf",
     ):
         models.load_causal_lm("meta-llama/Llama-2-7b-chat-hf")
 
@@ -312,7 +312,7 @@ def test_fingerprint_is_of_content(llama):
     assert fingerprint(model) != before
 
 
-def test_fingerprint_of_a_quantised_model_differs_from_the_plain_one(llama):
+def test_fingerprint_of_a_quantized_model_differs_from_the_plain_one(llama):
     pytest.importorskip("bitsandbytes")
     plain, four_bit = (
         fingerprint(models.load_causal_lm(llama, quantization=kind, device="cpu")) for kind in ("none", "nf4")
@@ -326,7 +326,7 @@ SMALL = {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_h
          "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 
 
-def test_a_random_model_is_quantised_as_a_loaded_one_and_counts_as_the_estimate_says(tmp_path):
+def test_a_random_model_is_quantized_as_a_loaded_one_and_counts_as_the_estimate_says(tmp_path):
     pytest.importorskip("bitsandbytes")
     wide = random_llama(SMALL, quantization="none", device="cpu", gradient_checkpointing=False)
     wide.save_pretrained(tmp_path)

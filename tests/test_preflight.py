@@ -155,7 +155,7 @@ def test_hub_answers(run, machine, answer, words):
     assert words is None or words in found["model.name"].what
 
 
-def test_a_licence_without_a_token(run, machine):
+def test_a_license_without_a_token(run, machine):
     found = said(
         run, machine(hub=lambda url, token: (401, "GatedRepo") if "models" in url else (200, ""), drop=("HF_TOKEN",))
     )

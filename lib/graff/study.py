@@ -219,12 +219,12 @@ MADE_BY = {  # a missing file: the command that makes it
 GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 
 
-def recognises(raw: dict) -> bool:
+def recognizes(raw: dict) -> bool:
     training = raw.get("training")
     return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
 
 
-def normalise(raw: dict) -> dict:
+def normalize(raw: dict) -> dict:
     """Published names -> ours: the seed, and the role under `method` (the method is the scheduler's type)."""
     training = raw.get("training")
     scheduler = training.get("scheduler") if isinstance(training, dict) else None

@@ -251,12 +251,12 @@ BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the 
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 
 
-def recognises(raw: dict) -> bool:
+def recognizes(raw: dict) -> bool:
     model = raw.get("model")
     return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
 
 
-def normalise(raw: dict) -> dict:
+def normalize(raw: dict) -> dict:
     """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role."""
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):

@@ -1,4 +1,4 @@
-"""Is what a run needs on this machine? GPU and its memory, hub access and licence, disk, W&B key, data base, judge.
+"""Is what a run needs on this machine? GPU and its memory, hub access and license, disk, W&B key, data base, judge.
 
 Asked before anything starts; each finding says what to do. No value of a key or token is ever part of one. Memory and
 disk are estimated by counting, from the model's config.json and the run's settings: this finds what cannot fit, and is
@@ -29,7 +29,7 @@ from lib.record import read_json
 from lib.run import storage
 
 SECONDS = 3.0  # that the hub is waited for
-GATED = ("meta-llama/",)  # owners whose models need an accepted licence, known even where the hub cannot be asked
+GATED = ("meta-llama/",)  # owners whose models need an accepted license, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # of disk, where no estimate can be made
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
 JUDGE_EXTRA = ".venv/bin/pip install -c constraints.txt -e '.[judge]'"
@@ -255,10 +255,10 @@ def _hub(run: Run, machine: Machine) -> Iterator[Finding]:
             continue
         options = " --repo-type dataset" * bool(prefix) + (f" --revision {revision}" if revision else "")
         by_hand = f"hf download {name}{options} --local-dir DIR where there is a network, then --set {key}=DIR"
-        licence = f"accept the licence at {endpoint}/{prefix}{name}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
+        license = f"accept the license at {endpoint}/{prefix}{name}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
         untold = not have_token and name.startswith(GATED)
         if untold:
-            yield Finding("error", key, f"{name} is gated and no hub token is set", licence)
+            yield Finding("error", key, f"{name} is gated and no hub token is set", license)
         if _offline(machine.environ):
             what = f"{name} is not in the cache, and HF_HUB_OFFLINE is set"
             yield Finding("error", key, what, f"unset HF_HUB_OFFLINE, or {by_hand}")
@@ -268,7 +268,7 @@ def _hub(run: Run, machine: Machine) -> Iterator[Finding]:
             what = f"{name} is not in the cache, and {urlparse(endpoint).netloc} does not answer within {SECONDS:g} s"
             yield Finding("error", key, what, by_hand)
         elif (code == "GatedRepo" or status == 403) and not untold:
-            yield Finding("error", key, f"{name} is gated and access was refused", licence)
+            yield Finding("error", key, f"{name} is gated and access was refused", license)
         elif status in (401, 404) and not untold:
             what, fix = f"{name}: the hub has no such {section}, or it is private", "hf auth login for a private one"
             yield Finding("error", key, what, f"correct {key}, or .venv/bin/{fix}")

@@ -285,11 +285,11 @@ NOT_NUMBERS = ("training.logging_steps", "training.save_steps")
 KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
 
 
-def recognises(raw: dict) -> bool:
+def recognizes(raw: dict) -> bool:
     return isinstance(raw.get("loss"), dict) and "name" in raw["loss"]
 
 
-def normalise(raw: dict) -> dict:
+def normalize(raw: dict) -> dict:
     """Published names -> ours. Every published key is carried over, or refused with the reason."""
     sections = {
         key: dict(raw[key]) for key in ("model", "dataset", "training", "loss") if isinstance(raw.get(key), dict)
