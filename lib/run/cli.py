@@ -72,7 +72,7 @@ def dispatch(options) -> int:
 
 
 def guarded(work) -> int:
-    """The exit code of `work()`, or of what it raised, which is told to the person and not as a traceback."""
+    """The exit code of `work()`, or of what it raised, printed for a person and not as a traceback."""
     try:
         code = work()
         sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
@@ -81,9 +81,9 @@ def guarded(work) -> int:
         print(record.escape_controls(record.redact(str(error))), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        told, code = errors.describe_os_error(error)
-        if told:
-            print(record.escape_controls(record.redact(told)), file=sys.stderr)
+        message, code = errors.describe_os_error(error)
+        if message:
+            print(record.escape_controls(record.redact(message)), file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
@@ -165,17 +165,17 @@ def run(options) -> int:
         from lib.run import compose
 
         return ready.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
-    told, code = ready.find_obstacles(options, found)
+    obstacles, code = ready.find_obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
-        code = code or ready.check_before_full(options, found, whole, root_of(options), told)
+        code = code or ready.check_before_full(options, found, whole, root_of(options), obstacles)
     if options.command == "plan":
         loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.has_notebooks(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
         progress.planned(steps, slots_of(options), options.price)
-        progress.findings(told)
+        progress.findings(obstacles)
         return code if code == 2 else 0
-    progress.findings(told, sys.stderr if code else sys.stdout)
+    progress.findings(obstacles, sys.stderr if code else sys.stdout)
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code

@@ -251,29 +251,18 @@ def run(argument: dict) -> None:
         sent = packed(folder, [n for n in listed(folder) if n != "train.log"]) if trains else b""
         try:
             ended = _gather((ray.get(part) for part in task.remote(request, source, shared, sent)), folder)
+            gone = f"killed by signal {-ended} on its node" if ended < 0 else ""
         except lost as error:
-            print(
-                f"attempt {attempt}: {type(error).__name__}: the node or its worker was lost; sent again, from the last "
-                "checkpoint",
-                flush=True,
-            )
-            continue
-        if ended < 0:
-            print(
-                f"attempt {attempt}: killed by signal {-ended} on its node; sent again, from the last checkpoint",
-                flush=True,
-            )
+            gone = f"{type(error).__name__}: the node or its worker was lost"
+        if gone:
+            print(f"attempt {attempt}: {gone}; sent again, from the last checkpoint", flush=True)
             continue
         if ended == 0 and "final" in inner:  # `prepare` gives its folder its final name when it is whole
             shutil.rmtree(inner["final"], ignore_errors=True)
             folder.rename(inner["final"])
         sys.exit(ended)
-    raise StudyError(
-        f"{argument['target']} for {folder.name}",
-        f"lost {ATTEMPTS} times on the cluster",
-        "a node that keeps it",
-        "look at the nodes' memory and at `ray status`, then the same command again",
-    )
+    what, fix = f"lost {ATTEMPTS} times on the cluster", "look at `ray status`, then the same command again"
+    raise StudyError(f"{argument['target']} for {folder.name}", what, "a node that keeps it", fix)
 
 
 def _gather(parts: Iterator[dict], folder: Path) -> int:

@@ -94,9 +94,9 @@ class Client(PapermillNotebookClient):
     """Replaces secrets in every message before it becomes an output that papermill saves."""
 
     def create_kernel_manager(self):
-        """The kernel's connection file holds a key: it stands in the pool's folder and goes with it. So do its sockets:
+        """The kernel's connection file holds a key: it lies in the pool's folder and goes with it. So do its sockets:
         a port on which it does not listen yet can be the very one that an attempt to connect comes from, and ZeroMQ,
-        connected to itself, tries no more; who waits for a kernel that starts slowly then waits in vain."""
+        connected to itself, tries no more; a kernel that starts slowly would never be reached."""
         manager, name = super().create_kernel_manager(), uuid.uuid4().hex
         manager.connection_file = str(Path(os.environ["STUDY_POOL"]).with_name(f"kernel-{name}.json"))
         manager.transport, manager.ip = "ipc", str(Path(os.environ["STUDY_POOL"]).with_name(f"k{name[:8]}"))

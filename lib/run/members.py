@@ -45,7 +45,7 @@ def other_files(run, dumped: dict) -> dict[str, str]:
 
 
 def stale(member, folder: Path) -> str:
-    """Why this member has to be trained; the empty string where its record stands."""
+    """Why this member has to be trained; the empty string where its record is up to date."""
     done = record.read_json(folder / "done.json")
     if not done or done.get("status") not in record.FINISHED or record.read_json(folder / "metrics.json") is None:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"

@@ -1,4 +1,4 @@
-"""What ./run_all.sh can be told: its commands and options."""
+"""The commands and options of ./run_all.sh."""
 
 import argparse
 import fnmatch

@@ -197,7 +197,7 @@ def analysis(
 
 def analysis_key(study: str, results: Path) -> str:
     """What an analysis depends on: its code, its claims, and the records that lie in `results` (whichever runs were
-    asked for), each told by the attempts that made it, and by what a judge graded since."""
+    asked for), each known by the attempts that made it, and by what a judge graded since."""
     folder = results / "comparison"
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}

@@ -1,5 +1,6 @@
 """The record of a run as a whole: provenance at its start, a summary and the sentinel at its end."""
 
+import contextlib
 import os
 import platform
 import statistics
@@ -37,12 +38,10 @@ def provenance(run) -> dict:
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor()
 
 

@@ -36,7 +36,7 @@ def member(argument: dict) -> None:
 
 @contextlib.contextmanager
 def errors_kept(folder: Path):
-    """What ends the block goes into the log and, for who waits for it, into error.json."""
+    """What ends the block goes into the log and into error.json."""
     try:
         yield
     except BaseException as error:
