@@ -16,7 +16,7 @@ import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lib.errors import StudyError
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind
 
 
-def finite(value):
+def finite(value) -> Any:
     """The same nested value with every NaN or infinity turned into None and numpy scalars into Python's."""
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -381,7 +382,7 @@ class Inputs:
     """`problems` by split: {"question", "answer"}; `rows` of train and dev: {"ids", "prompt"}; `frequent` (V',) token
     ids; `base`: name or folder of the base model."""
 
-    tokenizer: object
+    tokenizer: Any
     problems: dict[str, list[dict]]
     rows: dict[str, list[dict]]
     frequent: Tensor

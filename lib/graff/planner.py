@@ -235,6 +235,6 @@ class BlockAdam(torch.optim.Optimizer):
         out = []
         for p, g, b in zip(self.parameters, self.g, self.blocks.tolist(), strict=True):
             m_hat, v_hat = self.state[p]["m"] / k1, self.state[p]["v"] / k2
-            j = adam_jacobian(g, m_hat, v_hat, k1, k2, *group["betas"], group["eps"])
+            j = adam_jacobian(g, m_hat, v_hat, k1, k2, *group["betas"], group["eps"])  # pyright: ignore[reportCallIssue]
             out.append(m[b] * self.coefficient * j)
         return out

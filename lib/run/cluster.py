@@ -42,7 +42,7 @@ INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[cluster]'"
 def connect(address: str):
     """Ray, connected to the cluster at `address`. Raises MissingError where the extra or the cluster is not there."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
     if not ray.is_initialized():

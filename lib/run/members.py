@@ -17,6 +17,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
@@ -67,7 +68,7 @@ def archive(folder: Path) -> None:
 
 @dataclass
 class Job:
-    run: object
+    run: Any
     members: list
     folders: dict[str, Path]
     tasks: dict[str, pool.Task]

@@ -9,6 +9,7 @@ import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
@@ -41,7 +42,7 @@ class Step:
     parameters: dict
     key: str
     reason: str
-    run: object = None
+    run: Any = None
     needs: list["Step"] = field(default_factory=list)
     members: int = 0  # to be trained
     unknown: bool = False  # nothing tells how long one trains

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ class Inputs:
     """What all members of a grid share. `rows` and `reference` by split; `pairs` the text of every pair; `report`
     counts and baselines for the record; `base` the base model's name or folder."""
 
-    tokenizer: object
+    tokenizer: Any
     rows: dict[str, list[dict]]
     reference: dict[str, Tensor]
     pairs: dict[str, list[dict]]

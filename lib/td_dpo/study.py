@@ -184,7 +184,7 @@ class Training(Section):
 
 
 class Loss(Section):
-    name: Literal[OWN_LOSSES + TRL_LOSSES]
+    name: Literal[OWN_LOSSES + TRL_LOSSES]  # pyright: ignore[reportInvalidTypeForm]
     beta: NonNegative = 0.1
     tau: Positive | None = None
     average_log_probs: Flag = False

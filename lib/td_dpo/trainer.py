@@ -204,7 +204,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         measured = {}
         if self.validation:
             table = sequence_logprobs(self.model, self.validation, pad=self.pad)
-            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[1]
+            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
             means = summary(columns)
             measured = {f"validation_{name}": means[name] for name in VALIDATED}
         more = self.on_evaluate(self.state.global_step, self.model) if self.on_evaluate else None
