@@ -79,7 +79,7 @@ def grid(loaded: tables.Records) -> pd.DataFrame:
     members = with_rate(loaded.members).reindex(columns=["run_id", "learning_rate", "budget", "status", *names])
     members[names] = members[names].apply(pd.to_numeric, errors="coerce")
     lost = members["status"] == "diverged"
-    members.loc[lost, names] = [DIVERGED.get(name, np.nan) for name in names]
+    members.loc[lost, names] = [DIVERGED.get(name, np.nan) for name in names]  # pyright: ignore[reportCallIssue]
     members["budget"] = members["budget"].fillna(members.groupby("run_id")["budget"].transform("first"))
     groups = members.assign(diverged=lost).groupby(["budget", "run_id", "learning_rate"], sort=False, dropna=False)
     means = groups[names].agg(lambda x: x.mean())

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -282,7 +283,7 @@ def load_warm_start(path: str) -> dict:
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
-def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None) -> schedulers.Fixed:
+def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None) -> Any:
     """The run's scheduler; `planner`: tensors that the warm start goes on from, learning the encoder too."""
     section, file = run.training.scheduler, Path(shared) / "warm_start.safetensors"
     if planner is not None:
@@ -290,7 +291,8 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
         if planner:
             scheduler.planner.load_state_dict(planner)
         return scheduler
-    scheduler, path = schedulers.make(section, layers), section.warm_start_ckpt
+    scheduler: Any = schedulers.make(section, layers)
+    path = section.warm_start_ckpt
     if path:
         scheduler.planner.load_state_dict(load_warm_start(str(file) if path == "made" else path))
     if hasattr(scheduler, "gain") and file.exists():  # hypergradient descent, matched to the planner

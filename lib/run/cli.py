@@ -126,10 +126,9 @@ def chosen(options) -> list[tuple]:
     found = []
     for folder in folders:
         for path, loaded, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            failed = isinstance(loaded, StudyError)
-            if not wants(options, path.stem if failed else loaded.run_id):
+            if not wants(options, path.stem if isinstance(loaded, StudyError) else loaded.run_id):
                 continue
-            if not failed:
+            if not isinstance(loaded, StudyError):
                 if options.study and loaded.study not in options.study:
                     continue
                 loaded = loaded.model_copy(update={"results_dir": root_of(options) / loaded.study})

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
+from typing import Any
 
 from lib import record
 
@@ -318,6 +319,8 @@ class Slots:
 class Child:
     """One connection and, once started, its process."""
 
+    process: Any  # of multiprocessing
+
     def __init__(self, connection: Connection):
         self.connection, self.request, self.process, self.slots = connection, {}, None, []
         self.log: record.Log | None = None
@@ -421,7 +424,7 @@ class Server:
             child.output, out = multiprocessing.Pipe(duplex=False)
             os.set_blocking(child.output.fileno(), False)
             self.selector.register(child.output, selectors.EVENT_READ, lambda: self.copy_output(child))
-        child.process = self.context.Process(target=run_child, args=(request, self.secrets, self.lifeline, out))
+        child.process = self.context.Process(target=run_child, args=(request, self.secrets, self.lifeline, out))  # pyright: ignore[reportAttributeAccessIssue]
         child.process.start()
         if out:
             out.close()
@@ -507,7 +510,7 @@ def run_child(request: dict, secrets: dict, lifeline: Connection, out: Connectio
     die_with(lifeline)
     # multiprocessing hands each child an end of the pipe that keeps the fork server alive: it would outlive the server.
     with contextlib.suppress(AttributeError, TypeError, OSError):
-        os.close(forkserver._forkserver._forkserver_alive_fd)
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]
     record.KNOWN.update(secrets)
     os.environ.update(request["env"])
     for name in request.get("unset", ()):

@@ -46,7 +46,7 @@ class _WithoutTexts(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         first = node.body[0] if isinstance(node, DOCUMENTED) and node.body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            node.body = node.body[1:]
+            node.body = node.body[1:]  # pyright: ignore[reportAttributeAccessIssue]
         return super().generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
@@ -238,7 +238,7 @@ def _entry(node: ast.AST, key) -> ast.AST | None:
     names = table.keys if isinstance(table, ast.Dict) else getattr(table, "elts", None)
     if key is None or names is None or not all(isinstance(name, ast.Constant) for name in names):
         return None
-    index = next((i for i, name in enumerate(names) if name.value == key), None)
+    index = next((i for i, name in enumerate(names) if name.value == key), None)  # pyright: ignore[reportAttributeAccessIssue]
     if index is None:
         return ABSENT
     return table.values[index] if isinstance(table, ast.Dict) else names[index]

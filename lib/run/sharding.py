@@ -7,6 +7,9 @@ out by rows. Checkpoints are gathered to the full adapters and optimizer state, 
 `accelerate.notebook_launcher` cannot do this: it refuses once bitsandbytes has been imported.
 """
 
+# Sharded stands in front of a trainer that has the attributes.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import collections

@@ -681,7 +681,7 @@ def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int
     vectorizer.fit(chosen + rejected)
 
     def features(first: list[str], second: list[str]) -> sparse.csr_matrix:
-        return (vectorizer.transform(first).log1p() - vectorizer.transform(second).log1p()).tocsr()
+        return (vectorizer.transform(first).log1p() - vectorizer.transform(second).log1p()).tocsr()  # pyright: ignore[reportAttributeAccessIssue]
 
     # A classifier needs both labels: a seeded half of the pairs is turned round.
     signs = np.where(np.random.default_rng(seed).random(len(train)) < 0.5, 1.0, -1.0)

@@ -276,7 +276,7 @@ def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor
     if "slots" not in batch:
         return tuple(tokens.sum(dim=1).chunk(2))
     rows = batch["segments"]
-    tokens = tokens.new_zeros(rows.numel()).index_copy(0, batch["slots"], tokens[0]).view_as(rows)
+    tokens = tokens.new_zeros(rows.numel()).index_copy(0, batch["slots"], tokens[0]).view_as(rows)  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(torch.where(batch["segments"] == side, tokens, 0).sum(dim=1) for side in (CHOSEN, REJECTED))
 
 
@@ -294,7 +294,7 @@ def token_budget_batches(lengths: list[int], budget: int, rows: int | None = Non
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def row_tokens(row: dict) -> int:
