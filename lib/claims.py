@@ -32,7 +32,6 @@ from lib import stats as st
 from lib.config import Section, load_yaml, plain, raise_faults
 from lib.record import finite
 
-VERDICTS = ("supported", "refuted", "inconclusive", "vacuous", "not evaluated")
 DRAWS = 10_000
 COST_DRAWS = 2_000  # each draw sorts all pairs
 MIN_COST_PAIRS = 20
@@ -231,10 +230,10 @@ class Paired(NamedTuple):
 
 def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     """The rows of `frame` that a cell's equalities hold for; none where a column does not exist."""
+    if not set(cell) <= set(frame):
+        return frame.iloc[:0]
     keep = np.ones(len(frame), dtype=bool)
     for key, value in cell.items():
-        if key not in frame:
-            return frame.iloc[:0]
         if isinstance(value, str):
             keep &= (frame[key] == value).to_numpy()
         else:
@@ -260,10 +259,8 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
         return None
     metric = pd.to_numeric(runs[study.choose_on], errors="coerce")
     metric = metric.mask(runs["status"] == "diverged", study.diverged.get("accuracy", 0.5))
-    if metric[runs[open_keys].notna().all(axis=1)].isna().any():
-        return None
     means = metric.groupby([runs[key] for key in open_keys]).mean()
-    if means.empty:
+    if means.empty or metric[runs[open_keys].notna().all(axis=1)].isna().any():
         return None
     best = means.idxmax()
     return study.filled({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
