@@ -169,7 +169,7 @@ class Claims(Section):
                 raise ValueError(f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on")
         return self
 
-    def filled(self, cell: Cell) -> Cell:
+    def fill(self, cell: Cell) -> Cell:
         """`cell` with the keys that are fixed in advance; raises ValueError where it contradicts them."""
         for fixed in self.fixed:
             if cell.get("method") != fixed.method or not isinstance(by := cell.get(fixed.by), float | int):
@@ -193,7 +193,7 @@ class Claims(Section):
         if claim.test == "cost_ratio":  # a cost is measured over all cells that match
             return [cell]
         levels = [{key: value} for key, values in claim.across.items() for value in values]
-        return [self.filled({**cell, **level}) for level in levels or [{}]]
+        return [self.fill({**cell, **level}) for level in levels or [{}]]
 
     def label(self, cell: Cell) -> str:
         """`TD-DPO (beta 0.01, tau 0.5)`."""
@@ -241,7 +241,7 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     return frame[keep]
 
 
-def members_of(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
+def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
     """One row per run (method, keys, seed, status), read off its scores."""
     found = rows[[c for c in ("method", *keys, "seed", "status") if c in rows]].drop_duplicates()
     return found if "status" in found else found.assign(status="completed")
@@ -252,7 +252,7 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     None where a run lacks it: which would have been best is then not known. A diverged run counts as guessing."""
     open_keys = [key for key, value in cell.items() if value == BEST]
     if not open_keys:
-        return study.filled(cell)
+        return study.fill(cell)
     rest = {key: value for key, value in cell.items() if key not in open_keys}
     runs = select(members, rest)
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
@@ -263,7 +263,7 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     if means.empty or metric[runs[open_keys].notna().all(axis=1)].isna().any():
         return None
     best = means.idxmax()
-    return study.filled({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
+    return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 
 
 def pair_up(
@@ -293,9 +293,9 @@ def pair_up(
     for cell, state, there in zip(cells, states, ready, strict=True):
         name = study.label(cell)
         if there:
-            gaps += [f"{name}, seed {seed}: {_why(state.get(seed))}" for seed in sorted(wanted - there)]
+            gaps += [f"{name}, seed {seed}: {_gap(state.get(seed))}" for seed in sorted(wanted - there)]
         else:
-            gaps.append(f"{name}: {_why(next(iter(state.values()), None))}")
+            gaps.append(f"{name}: {_gap(next(iter(state.values()), None))}")
     if gaps:
         return gaps
     if not wanted:
@@ -324,7 +324,7 @@ def _duplicates(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
     return [f"{study.label(cell)}, seed {seed:g}: one member, of the {len(twice)}{names} that answer to it"]
 
 
-def _why(status: str | None) -> str:
+def _gap(status: str | None) -> str:
     return "no run" if status in (None, "missing") else "no scores" if status in FINISHED else status
 
 
@@ -376,7 +376,7 @@ def _rng(claim: Claim, part: str = "") -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{claim.id} {part}".encode()))
 
 
-def _because(claim: Claim, decision: st.Decision) -> str:
+def _conclusion(claim: Claim, decision: st.Decision) -> str:
     if decision.primary == st.INCONCLUSIVE:
         return "this leaves the claim open."
     text = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
@@ -389,7 +389,7 @@ def _because(claim: Claim, decision: st.Decision) -> str:
 def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     difference = treatment - (claim.reported if baseline is None else baseline)
     primary = st.crossed_bootstrap(difference, draws=DRAWS, rng=_rng(claim, part))
-    companion = st.over_seeds(difference.mean(-1))
+    companion = st.seed_mean(difference.mean(-1))
     decision = st.decide_mean(claim.test, primary, companion, claim.margin)
     estimate = float(primary.value)
     low95, high95 = map(float, st.interval(primary, 0.95))
@@ -399,7 +399,7 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
         "verdict": WORD[int(decision.code)],
         "reason": f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]} "
         f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, "
-        f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); " + _because(claim, decision),
+        f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); " + _conclusion(claim, decision),
         "estimate": estimate,
         "interval95": (low95, high95),
         "interval90": (low90, high90),
@@ -414,13 +414,13 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
 
 def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
     result = st.variance_ratio(treatment, baseline, draws=DRAWS, rng=_rng(claim, part))
-    decision = st.lower_variance(result, claim.margin)
+    decision = st.decide_variance(result, claim.margin)
     ratio, low, high = float(result.ratio), float(result.low), float(result.high)
     (key,) = claim.across
     word = WORD[int(decision.code)]
     reason = (
         f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]} (95 % interval "
-        f"{low:.2f} to {high:.2f}); {_because(claim, decision)}"
+        f"{low:.2f} to {high:.2f}); {_conclusion(claim, decision)}"
     )
     if not np.isfinite(ratio):
         word, reason = "inconclusive", f"across {key} the scores of {names[1]} vary no more than noise does"
@@ -452,14 +452,14 @@ def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
     """Ratio of costs from pairs `metric`, `metric`_baseline, in the order in which they were measured."""
     cost, baseline = (pairs[name].to_numpy(dtype=float) for name in (claim.metric, f"{claim.metric}_baseline"))
     result = st.time_ratio(cost, baseline, draws=COST_DRAWS, rng=_rng(claim))
-    decision = st.cost_at_most(result, claim.margin)
+    decision = st.decide_cost(result, claim.margin)
     ratio, low, high = float(result.ratio), float(result.low), float(result.high)
     ratios = pairs[claim.metric] / pairs[f"{claim.metric}_baseline"]
     per_seed = ratios.groupby(pairs["seed"]).median() if "seed" in pairs else {}
     return {
         "verdict": WORD[int(decision.code)],
         "reason": f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]} (95 % interval {low:.3f} to "
-        f"{high:.3f}, {len(pairs)} pairs); {_because(claim, decision)}",
+        f"{high:.3f}, {len(pairs)} pairs); {_conclusion(claim, decision)}",
         "estimate": ratio,
         "interval95": (low, high),
         "level": 0.95,
@@ -604,7 +604,7 @@ def evaluate(
     a claim whose scores are missing (how to get them). absent: {metric: why it has no values}, the reason of the claims
     about it.
     """
-    members = members_of(rows, study.keys) if members is None else members
+    members = read_members(rows, study.keys) if members is None else members
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs)
     verdicts = [_evaluate_one(study, claim, data, scale, mode, absent or {}) for claim in study.claims]
     for verdict in verdicts:
@@ -696,9 +696,9 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
     if pairs.dropped:
         verdict.note = f"{verdict.note} {pairs.dropped} question(s) without a score in some run were left out.".strip()
-    verdict.beside = [_beside(study, claim, other, data) for other in claim.beside]
+    verdict.beside = [_compare_beside(study, claim, other, data) for other in claim.beside]
     if lost or lost_baseline:
-        verdict.sensitivity = _completed_only(claim, found)
+        verdict.sensitivity = _compare_completed(claim, found)
 
 
 def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
@@ -708,7 +708,7 @@ def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
     return {"holds": False, "text": text}
 
 
-def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
+def _compare_beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
     """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
     sides = {side: cell for side in ("treatment", "baseline") if (cell := getattr(other, side))}
     asked = claim.model_copy(update=sides | ({"baseline_name": ""} if other.baseline else {}))
@@ -730,10 +730,10 @@ def _beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
     measured = measure(claim, pairs, n, names, other.name)
     with contextlib.suppress(Unknown):  # the claim's own note says so
         measured |= _vacuous_at_chance(study, data, found, measured["reason"])
-    return out | _without_verdict(measured)
+    return out | _hide_verdict(measured)
 
 
-def _completed_only(claim: Claim, found: Comparison) -> dict:
+def _compare_completed(claim: Claim, found: Comparison) -> dict:
     """The same comparison on the seeds in which no run diverged."""
     pairs = found.pairs
     lost = {seed for seeds in pairs.diverged for seed in seeds}
@@ -742,10 +742,10 @@ def _completed_only(claim: Claim, found: Comparison) -> dict:
     if len(keep) < 2:
         return {**out, "reason": f"{len(keep)} seed(s) without a diverged run: nothing to compare"}
     rest = pairs._replace(values=pairs.values[:, keep], seeds=[pairs.seeds[i] for i in keep])
-    return out | _without_verdict(measure(claim, rest, found.n, found.names, "completed"))
+    return out | _hide_verdict(measure(claim, rest, found.n, found.names, "completed"))
 
 
-def _without_verdict(measured: dict) -> dict:
+def _hide_verdict(measured: dict) -> dict:
     """Of a comparison that decides nothing: a word of verdict here would be taken for one."""
     return {**{k: v for k, v in measured.items() if k != "verdict"}, "by_the_same_rule": measured["verdict"]}
 
@@ -801,7 +801,7 @@ def at_chance(study: Claims, data: Data, found: Comparison) -> str:
     runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):
         alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
-        for estimate, level in ((st.crossed(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
+        for estimate, level in ((st.crossed_mean(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
             if np.any(st.p_above(estimate, upper) <= level):
                 return ""
             if lower is not None and np.any(st.p_below(estimate, lower) <= level):

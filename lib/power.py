@@ -46,16 +46,16 @@ def _simulate(claim, noise, seed_sd, seeds, questions, effect, n, rng) -> st.Dec
     if claim.test == "cost_ratio":
         log = np.log(effect) + rng.normal(0, noise.time_sd, (n, noise.time_pairs))
         result = st.time_ratio(np.exp(log), np.ones_like(log), draws=SIMULATED_DRAWS, rng=rng)
-        return st.cost_at_most(result, claim.margin)
+        return st.decide_cost(result, claim.margin)
     levels = max([1, *map(len, claim.across.values())])
     treatment, baseline = _scores(noise, seed_sd, (n, 2, levels, seeds, questions), rng)
     if claim.test == "variance_ratio":
         profile = np.interp(np.linspace(0, 1, levels), np.linspace(0, 1, len(_PROFILE)), _PROFILE)
         profile = ((profile - profile.mean()) / profile.std(ddof=1) * noise.spread)[:, None, None]
         treatment, baseline = treatment + profile * effect**0.5, baseline + profile
-        return st.lower_variance(st.variance_ratio(treatment, baseline, draws=SIMULATED_DRAWS, rng=rng), claim.margin)
+        return st.decide_variance(st.variance_ratio(treatment, baseline, draws=SIMULATED_DRAWS, rng=rng), claim.margin)
     difference = (treatment - (0 if claim.test == "absolute" else baseline))[:, 0] + effect
-    return st.decide_mean(claim.test, st.crossed(difference), st.over_seeds(difference.mean(-1)), claim.margin)
+    return st.decide_mean(claim.test, st.crossed_mean(difference), st.seed_mean(difference.mean(-1)), claim.margin)
 
 
 def _scores(noise: Noise, seed_sd: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -93,24 +93,24 @@ def table(
                     "power with Holm": with_holm,
                     "boundary": null_effect(claim),
                     "false supported": float((null.code == st.SUPPORTED).mean()),
-                    "if true, it is shown": in_words(with_holm),
+                    "if true, it is shown": word_for(with_holm),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def in_words(share: float) -> str:
+def word_for(share: float) -> str:
     """How often a study would support a claim that is true: `share` of them."""
     words = ((0.8, "nearly always"), (0.5, "more often than not"), (0.2, "seldom"))
     return next((word for least, word in words if share >= least), HARDLY)
 
 
-def weak(table: pd.DataFrame) -> dict[str, str]:
+def weak_claims(table: pd.DataFrame) -> dict[str, str]:
     """{claim: its power in percent} of those that a study of this size would hardly ever show, whichever seed standard
     deviation of `table` is true."""
     found = {}
     for claim, powers in table.groupby("claim", sort=False)["power with Holm"]:
-        if in_words(powers.max()) == HARDLY:
+        if word_for(powers.max()) == HARDLY:
             low, high = round(100 * powers.min()), round(100 * powers.max())
             found[claim] = f"{low} %" if low == high else f"{low} to {high} %"
     return found
@@ -118,7 +118,7 @@ def weak(table: pd.DataFrame) -> dict[str, str]:
 
 def summary(table: pd.DataFrame) -> str:
     """What the table comes to, in a sentence."""
-    found = ", ".join(f"{claim} ({power})" for claim, power in weak(table).items())
+    found = ", ".join(f"{claim} ({power})" for claim, power in weak_claims(table).items())
     if found:
         return (
             f"Even if they are true, a study of this size would hardly ever show: {found} (power with Holm). That such a "
@@ -129,7 +129,7 @@ def summary(table: pd.DataFrame) -> str:
 
 def explain_open(verdicts: list[Verdict], table: pd.DataFrame | None) -> None:
     """Add to the reason of each claim that stays open, and that would have stayed open if it were true, that it is so."""
-    powers = {} if table is None else weak(table)
+    powers = {} if table is None else weak_claims(table)
     for verdict in verdicts:
         if verdict.verdict == "inconclusive" and verdict.id in powers:
             verdict.reason += (

@@ -81,7 +81,7 @@ def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) ->
     return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt((deviation**2).mean(-1)), np.inf)
 
 
-def crossed(x: np.ndarray) -> Estimate:
+def crossed_mean(x: np.ndarray) -> Estimate:
     """As `crossed_bootstrap`, in the limit of infinitely many draws.
 
     With multinomial counts the bootstrap's variance is exactly sum a^2/S^2 + sum b^2/Q^2 + sum c^2/(SQ)^2, where
@@ -95,7 +95,7 @@ def crossed(x: np.ndarray) -> Estimate:
     return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt(variance), np.inf)
 
 
-def over_seeds(values: np.ndarray) -> Estimate:
+def seed_mean(values: np.ndarray) -> Estimate:
     """The companion: mean of per-seed values (..., S) with the t distribution's S - 1 degrees of freedom."""
     n = values.shape[-1]
     return Estimate(values.mean(-1), values.std(-1, ddof=1) / n**0.5, n - 1)
@@ -205,7 +205,7 @@ def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.where(positive, np.maximum(upper, 0) / np.where(positive, lower, 1), np.inf)
 
 
-def lower_variance(result: VarianceRatio, point: float) -> Decision:
+def decide_variance(result: VarianceRatio, point: float) -> Decision:
     """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above
     `point`.
 
@@ -216,8 +216,8 @@ def lower_variance(result: VarianceRatio, point: float) -> Decision:
         result.p,
         (result.high < 1) & (result.ratio <= point),
         result.low > point,
-        p_below(over_seeds(treatment - baseline), 0.0),
-        p_above(over_seeds(treatment - point * baseline), 0.0),
+        p_below(seed_mean(treatment - baseline), 0.0),
+        p_above(seed_mean(treatment - point * baseline), 0.0),
     )
 
 
@@ -254,10 +254,10 @@ def time_ratio(
     return TimeRatio(np.exp(np.median(log, axis=-1)), np.exp(low), np.exp(high), np.exp(drawn), stretches)
 
 
-def cost_at_most(result: TimeRatio, limit: float) -> Decision:
+def decide_cost(result: TimeRatio, limit: float) -> Decision:
     """Supported: the 95 % interval's high end is at most `limit`. Refuted: its low end is above."""
     p = (1 + (result.draws > limit).sum(-1)) / (result.draws.shape[-1] + 1)
-    companion, log = over_seeds(result.blocks), np.log(limit)
+    companion, log = seed_mean(result.blocks), np.log(limit)
     return _decide(p, result.high <= limit, result.low > limit, p_below(companion, log), p_above(companion, log))
 
 

@@ -659,11 +659,11 @@ def test_the_power_table_says_what_a_study_of_this_size_can_show():
     assert (small["power alone"] >= 0.8).all(), small.to_string()
     assert (table["power with Holm"] <= table["power alone"]).all()
     assert (table[table.claim == "C3"]["power alone"] < 0.2).all()
-    assert list(table["if true, it is shown"]) == [power.in_words(share) for share in table["power with Holm"]]
-    words = [power.in_words(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)]
+    assert list(table["if true, it is shown"]) == [power.word_for(share) for share in table["power with Holm"]]
+    words = [power.word_for(share) for share in (1.0, 0.8, 0.79, 0.5, 0.49, 0.2, 0.19, 0.0)]
     assert words == [w for w in ("nearly always", "more often than not", "seldom", "hardly ever") for _ in range(2)]
     made_up = pd.DataFrame({"claim": ["A", "B", "C"] * 2, "power with Holm": [0.0, 0.1, 0.004, 0.08, 0.3, 0.0]})
-    assert power.weak(made_up) == {"A": "0 to 8 %", "C": "0 %"}, "B is shown at one of the standard deviations"
+    assert power.weak_claims(made_up) == {"A": "0 to 8 %", "C": "0 %"}, "B is shown at one of the standard deviations"
     assert "A (0 to 8 %), C (0 %)" in power.summary(made_up)
     assert "a fifth" in power.summary(made_up[made_up.claim == "B"])
 

@@ -28,7 +28,7 @@ def test_a_shipped_design_writes_the_shipped_files_byte_for_byte(design):
     folder = design.parent
     there = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.yaml") if p != design}
     assert {d.parent.name for d in DESIGNS} == set(config.studies())
-    assert command.composed(design) == there
+    assert command.render(design) == there
     assert 2 * design.read_text().count("\n") < sum(text.count("\n") for text in there.values())
 
 
@@ -169,9 +169,7 @@ def test_like_takes_over_what_the_method_does_not_write_itself(design):
         )
         + "scales:\n",
     )
-    made = {
-        name: yaml.safe_load(text) for name, text in command.composed(design.path).items() if "comparative-3" in name
-    }
+    made = {name: yaml.safe_load(text) for name, text in command.render(design.path).items() if "comparative-3" in name}
     assert {run["training"]["max_steps"] for run in made.values()} == {30}, "also where ipo has a `when` for it"
     assert {run["training"]["learning_rate"] for run in made.values()} == {"4e-4"}, "dpo's, by way of ipo"
     assert {run["role"] for run in made.values()} == {"comparative"}
@@ -179,7 +177,7 @@ def test_like_takes_over_what_the_method_does_not_write_itself(design):
 
 def test_a_name_that_yaml_would_read_as_a_number_is_quoted(design):
     design("  ipo:\n", '  "30":\n')
-    made = command.composed(design.path)["laptop/comparative-2-made-small.yaml"]
+    made = command.render(design.path)["laptop/comparative-2-made-small.yaml"]
     assert 'run_id: comparative-2-made-small\nmethod: "30"\n' in made
 
 
@@ -347,7 +345,7 @@ def test_a_file_that_differs_is_kept_without_force(design, capsys):
     assert "4 differ, 3 as they are" in told
     assert f"left alone: {stranger}" in told
     stranger.unlink()
-    assert written(design.folder) == command.composed(design.path)
+    assert written(design.folder) == command.render(design.path)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new files", "overwritten files"])
@@ -375,7 +373,7 @@ def test_all_files_or_none(design, there, monkeypatch):
 def test_into_a_folder_of_its_own_which_plan_and_check_take(design, tmp_path, capsys):
     out = tmp_path / "own"
     assert compose(design.path, "--out", out) == 0
-    assert written(out) == command.composed(design.path)
+    assert written(out) == command.render(design.path)
     assert written(design.folder) == {}
     with pytest.raises(StudyError, match="share a folder"):
         compose(design.path, design.path, "--out", out)
@@ -417,8 +415,8 @@ def test_comments_and_blank_lines_belong_to_the_key_that_follows(design):
     design(
         "drop: [training.logging_steps]", "drop: [training.logging_steps, dataset.split_seed, dataset.limit, loss.beta]"
     )
-    base = command.composed(design.path)["laptop/proposed-made-generated.yaml"]
-    made = command.composed(design.path)["laptop/comparative-2-made-small.yaml"]
+    base = command.render(design.path)["laptop/proposed-made-generated.yaml"]
+    made = command.render(design.path)["laptop/comparative-2-made-small.yaml"]
     assert "  learning_rate: 4e-4\n" in made, "an empty comment takes the base's away"
     assert "  max_steps: 60\n" in made
     assert "  preprocessing: {max_length: 64, max_prompt_length: null}\n" in made, "inside braces"

@@ -24,38 +24,38 @@ def estimate(value, se, df=np.inf):
 
 def test_crossed_se_by_hand():
     # seeds' effects -2 0 2, questions' -1 1: variance 8/9 + 2/4, times 3/2
-    assert st.crossed(LADDER).se == pytest.approx((1.5 * (8 / 9 + 2 / 4)) ** 0.5)
+    assert st.crossed_mean(LADDER).se == pytest.approx((1.5 * (8 / 9 + 2 / 4)) ** 0.5)
 
 
 def test_crossed_se_is_the_bootstrap_over_every_possible_draw():
     x = rng(1).normal(size=(3, 4))
     means = [x[np.ix_(s, q)].mean() for s in product(range(3), repeat=3) for q in product(range(4), repeat=4)]
-    assert st.crossed(x).se == pytest.approx(1.5**0.5 * np.std(means), rel=1e-12)
+    assert st.crossed_mean(x).se == pytest.approx(1.5**0.5 * np.std(means), rel=1e-12)
 
 
 def test_drawn_bootstrap_approaches_the_closed_form_and_is_seeded():
     x = rng(2).normal(size=(3, 80)) + rng(3).normal(0, 0.2, (3, 1))
     drawn = st.crossed_bootstrap(x, draws=20_000, rng=rng())
-    assert drawn.se == pytest.approx(st.crossed(x).se, rel=0.02)
+    assert drawn.se == pytest.approx(st.crossed_mean(x).se, rel=0.02)
     assert drawn.value == pytest.approx(x.mean())
     assert drawn.se == st.crossed_bootstrap(x, draws=20_000, rng=rng()).se
 
 
 def test_leading_axes_are_repetitions():
     x = rng(4).normal(size=(5, 3, 7))
-    assert st.crossed(x).se == pytest.approx([st.crossed(each).se for each in x])
+    assert st.crossed_mean(x).se == pytest.approx([st.crossed_mean(each).se for each in x])
     assert st.crossed_bootstrap(x, draws=50, rng=rng()).se.shape == (5,)
 
 
 def test_one_seed_has_no_interval():
     with pytest.raises(ValueError, match="at least 2"):
-        st.crossed(np.zeros((1, 5)))
+        st.crossed_mean(np.zeros((1, 5)))
 
 
 def test_crossed_interval_covers_where_questions_matter_more_than_seeds():
     r, n = rng(5), 2000
     x = r.normal(0, 0.05, (n, 3, 1)) + r.normal(0, 1, (n, 1, 80)) + r.normal(0, 0.7, (n, 3, 80))
-    low, high = st.interval(st.crossed(x), 0.95)
+    low, high = st.interval(st.crossed_mean(x), 0.95)
     assert 0.94 < np.mean((low < 0) & (high > 0)) <= 1
 
 
@@ -64,7 +64,7 @@ def test_crossed_interval_covers_where_questions_matter_more_than_seeds():
 
 def test_companion_equals_scipys_t_test():
     values = np.array([0.3, 0.1, 0.6])
-    companion = st.over_seeds(values)
+    companion = st.seed_mean(values)
     assert st.p_above(companion, 0.1) == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="greater").pvalue)
     assert st.p_below(companion, 0.1) == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="less").pvalue)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
@@ -169,14 +169,14 @@ def test_variance_ratio_of_pure_noise_is_never_supported_and_never_nan():
     result = st.variance_ratio(levels(0, 1, 9, 200), levels(0, 1, 10, 200), draws=200, rng=rng())
     assert not np.isnan(np.stack([result.ratio, result.low, result.high])).any()
     assert np.isinf(result.ratio).any()  # where the baseline's variance is below the noise
-    assert (st.lower_variance(result, 0.75).code == st.SUPPORTED).mean() <= 0.05
+    assert (st.decide_variance(result, 0.75).code == st.SUPPORTED).mean() <= 0.05
 
 
 def test_lower_variance_rule():
     def decide(ratio, low, high, baseline=(4.0, 4.1, 3.9)):
         per_seed = np.array(baseline) * ratio, np.array(baseline)
         result = st.VarianceRatio(*map(np.asarray, (ratio, low, high, 0.01)), per_seed)
-        return int(st.lower_variance(result, 0.75).code)
+        return int(st.decide_variance(result, 0.75).code)
 
     assert decide(0.6, 0.4, 0.9) == st.SUPPORTED
     assert decide(0.6, 0.4, 1.0) == st.INCONCLUSIVE
@@ -211,7 +211,7 @@ def test_lower_variance_has_a_companion_for_each_of_its_thresholds(treatment, bo
         st.REFUTED: stats.ttest_rel(own, point * base, alternative="greater").pvalue,
     }
     primary = st.SUPPORTED if own.mean() <= point else st.REFUTED
-    decision = st.lower_variance(result, point)
+    decision = st.decide_variance(result, point)
     assert int(decision.code) == code
     assert int(decision.primary) == primary
     assert bool(decision.code == primary) == (p[primary] <= 0.05) == (code == primary)
@@ -223,11 +223,11 @@ def test_a_companion_agrees_at_five_percent_one_sided(sd, agrees):
     values = 0.1 + sd * np.array([-1.0, 0.0, 1.0])
     assert (stats.ttest_1samp(values, 0.0, alternative="greater").pvalue < 0.05) == agrees
     assert (
-        bool(st.decide_mean("superiority", estimate(0.1, 1e-3), st.over_seeds(values), 0.0).code != st.INCONCLUSIVE)
+        bool(st.decide_mean("superiority", estimate(0.1, 1e-3), st.seed_mean(values), 0.0).code != st.INCONCLUSIVE)
         == agrees
     )
     assert (
-        bool(st.decide_mean("superiority", estimate(-0.1, 1e-3), st.over_seeds(-values), 0.0).code != st.INCONCLUSIVE)
+        bool(st.decide_mean("superiority", estimate(-0.1, 1e-3), st.seed_mean(-values), 0.0).code != st.INCONCLUSIVE)
         == agrees
     )
 
@@ -242,9 +242,9 @@ def test_time_ratio_ignores_hiccups_of_the_machine():
     treatment[::25] *= 20
     result = st.time_ratio(treatment, base, draws=1000, rng=rng())
     assert result.ratio == pytest.approx(1.005, abs=0.006)
-    assert st.cost_at_most(result, 1.02).code == st.SUPPORTED
-    assert st.cost_at_most(result, 0.98).code == st.REFUTED
-    assert st.cost_at_most(result, 1.005).code == st.INCONCLUSIVE
+    assert st.decide_cost(result, 1.02).code == st.SUPPORTED
+    assert st.decide_cost(result, 0.98).code == st.REFUTED
+    assert st.decide_cost(result, 1.005).code == st.INCONCLUSIVE
 
 
 @pytest.mark.parametrize("pairs", [20, 21])
@@ -262,7 +262,7 @@ def test_time_ratio_draws_the_bootstrap_of_the_median(pairs):
 def test_cost_needs_the_blocks_to_agree():
     log = np.concatenate([np.full(54, 0.0), np.full(46, 0.2)])  # a median of 1, and half the time 22 % slower
     result = st.time_ratio(np.exp(log + rng(12).normal(0, 1e-4, 100)), np.ones(100), draws=400, rng=rng())
-    assert st.cost_at_most(result, 1.02).code == st.INCONCLUSIVE
+    assert st.decide_cost(result, 1.02).code == st.INCONCLUSIVE
 
 
 # ---- Holm, probability of improvement

@@ -218,11 +218,11 @@ def differences(
             row["why not"] = "diverged"
         else:
             difference = paired.values[0] - paired.values[1]
-            mean = stats.crossed(difference)
+            mean = stats.crossed_mean(difference)
             over_seeds = difference.mean(-1)
             row["difference"], row["problems"] = float(mean.value), difference.shape[1]
             row["low"], row["high"] = map(float, stats.interval(mean))
-            row["t low"], row["t high"] = map(float, stats.interval(stats.over_seeds(over_seeds)))
+            row["t low"], row["t high"] = map(float, stats.interval(stats.seed_mean(over_seeds)))
             row["per seed"] = ", ".join(f"{value:+.3f}" for value in over_seeds)
     return pd.DataFrame(out, columns=COLUMNS)
 

@@ -288,7 +288,7 @@ class Run(NamedTuple):
         return " x ".join(self.names.values())
 
 
-def composed(path: str | Path) -> dict[str, str]:
+def render(path: str | Path) -> dict[str, str]:
     """{laptop/<run_id>.yaml, paper/<run_id>.yaml, claims.yaml: text} of a design."""
     design = load(path)
     numbers, files, owner = _role_numbers(design), {}, {}
@@ -398,7 +398,7 @@ def _claims_text(design: Design) -> str:
     body = copy.deepcopy(design.tree["claims"])
     lines = [f"# {line}".rstrip() for line in str(body.pop("about", "")).splitlines()]
     if isinstance(body.get("claims"), CommentedSeq) and all(isinstance(claim, dict) for claim in body["claims"]):
-        body["claims"] = _spelled_out(design, body["claims"])
+        body["claims"] = _expand(design, body["claims"])
     head = CommentedMap(study=design.top.study)
     if names := {name: level.label for name, level in design.top.methods.items() if level.label}:
         head["names"] = CommentedMap(names)
@@ -406,7 +406,7 @@ def _claims_text(design: Design) -> str:
     return "\n".join([*lines, WRITTEN_BY.format("design.yaml"), _text(head, 0) + _text(body, 1).lstrip("\n")])
 
 
-def _spelled_out(design: Design, claims: CommentedSeq) -> CommentedSeq:
+def _expand(design: Design, claims: CommentedSeq) -> CommentedSeq:
     """A claim with `each` once for each of its levels; in the order of their ids where there is one."""
     where = f"{design.path}: claims.each"
     kinds = [pair for scale in design.factors.values() for pair in scale.items()]
@@ -482,7 +482,7 @@ def main(argv: list[str]) -> int:
             print(f"  {'differs' if file in differing else 'new'}: {display_path(file)}")
             if options.dry_run:
                 print("\n".join(_diff(file, text)))
-        for file in _strangers(out, files):
+        for file in _other_files(out, files):
             print(f"  not in this design, left alone: {display_path(file)}")
         to_write |= new | differing
     if options.dry_run:
@@ -495,9 +495,9 @@ def main(argv: list[str]) -> int:
 
 def _compare(path: Path, out: Path) -> tuple[dict[Path, str], dict[Path, str], dict[Path, str]]:
     """{file: text} of what a design writes: all, those that are not there, those that are there and differ."""
-    files = {out / name: text for name, text in composed(path).items()}
+    files = {out / name: text for name, text in render(path).items()}
     new = {file: text for file, text in files.items() if not file.exists()}
-    return files, new, {file: text for file, text in files.items() if file not in new and _old(file) != text}
+    return files, new, {file: text for file, text in files.items() if file not in new and _read(file) != text}
 
 
 def _validate(path: Path, out: Path, files: Mapping[Path, str]) -> None:
@@ -540,24 +540,24 @@ def findings(loaded: list[Loaded]) -> Iterator[Finding]:
             what = f"differs from its design (- file, + design): {' | '.join(_lines(file, text))}"
             fix = f"{again} --force, or change the design to what the file says"
             yield Finding("warning", "", what, fix, display_path(file))
-        for file in _strangers(folder, files):
+        for file in _other_files(folder, files):
             fix = "write it into the design, or keep it in a folder of its own, for --params"
             yield Finding("warning", "", "not in the design beside it", fix, display_path(file))
 
 
-def _strangers(out: Path, files: Mapping[Path, str]) -> list[Path]:
+def _other_files(out: Path, files: Mapping[Path, str]) -> list[Path]:
     """Run YAMLs that lie where this design writes, and that it does not write."""
     return [file for scale in SCALES for file in sorted((out / scale).glob("*.y*ml")) if file not in files]
 
 
-def _old(file: Path) -> str:
+def _read(file: Path) -> str:
     return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
 def _diff(file: Path, text: str, around: int = 3) -> list[str]:
     return list(
         difflib.unified_diff(
-            _old(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, ""
+            _read(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, ""
         )
     )
 
