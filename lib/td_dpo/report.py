@@ -419,7 +419,7 @@ def loss_landscape(
                 height, low = float(np.interp(at, x, loss)), kind == "minimum"
                 axes[0, 0].plot([at], [height], "o" if low else "^", color=style["color"], markersize=7)
                 axes[0, 0].annotate(
-                    f"{kind}\n{at:+.3f}", (at, height), (-6, -30) if low else (6, 8),
+                    f"{kind}\n{at:+.3f}".replace("-", "−"), (at, height), (-6, -30) if low else (6, 8),
                     textcoords="offset points", ha="right" if low else "left", fontsize=9, color=style["color"],
                 )  # fmt: skip
             if not column and len(points) == 2:
