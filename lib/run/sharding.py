@@ -12,7 +12,6 @@ out by rows. Checkpoints are gathered to the full adapters and optimizer state, 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import importlib
@@ -40,7 +39,6 @@ from lib.run import work
 from lib.run.pool import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-TAIL = 40  # lines of its output that an error shows
 
 
 class WorkerLost(RuntimeError):
@@ -82,56 +80,23 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nnodes=1",
+            f"--nproc-per-node={count}",
+            "--max-restarts=0",
+        ]
+        command += ["--module", "lib.run.sharding", str(request)]
         # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
-        # torchrun.
-        job = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nnodes=1",
-                f"--nproc-per-node={count}",
-                "--max-restarts=0",
-                "--module",
-                "lib.run.sharding",
-                str(request),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            cwd=ROOT,
-        )
-        tail: collections.deque[str] = collections.deque(maxlen=TAIL)
-        try:
-            for line in job.stdout:
-                tail.append(line)
-                print(line, end="", flush=True)
-            code = job.wait()
-        finally:
-            _end(job)
+        # torchrun, which does not outlive an exception here.
+        job = subprocess.run([sys.executable, "-m", *command], stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         errors = [pickle.loads(path.read_bytes()) for path in Path(folder).glob("*.error")]  # our own workers'
         if errors:
             raise errors[0]
-        if code:
-            raise WorkerLost(
-                f"a process of {target} was lost (torchrun ended with {code}); its last lines:\n{''.join(tail)}"
-            )
+        if job.returncode:
+            raise WorkerLost(f"a process of {target} was lost (torchrun ended with {job.returncode}, as logged above)")
         return json.loads((Path(folder) / "result.json").read_text())
-
-
-def _end(job: subprocess.Popen) -> None:
-    """End a job that still runs; torchrun passes SIGTERM on to its workers."""
-    if job.poll() is None:
-        job.terminate()
-        try:
-            job.wait(10)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.wait()
-    job.stdout.close()
 
 
 def worker(request: dict) -> None:
