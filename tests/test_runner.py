@@ -406,8 +406,8 @@ def test_a_terminal_has_one_line_no_longer_than_itself(tmp_path, monkeypatch, ca
     live.terminal = True
     live.show()
     said = capsys.readouterr().out
-    assert said.startswith("\r\x1b[K[0m00s] 0 of 30 notebooks done, about 25m00s left")
-    assert len(said.removeprefix("\r\x1b[K")) == 59
+    assert said.startswith("\r\x1b[J[0m00s] 0 of 30 notebooks done, about 25m00s left")
+    assert len(said.removeprefix("\r\x1b[J")) == 59
 
 
 def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):

@@ -155,7 +155,7 @@ class Live:
     def clear(self) -> None:
         """Take the live line off the terminal."""
         if self.terminal:
-            print("\r\x1b[K", end="", flush=True)
+            print("\r\x1b[J", end="", flush=True)
 
 
 # ---- after it

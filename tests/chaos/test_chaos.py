@@ -90,7 +90,7 @@ def test_one_study_dies_of_everything_and_ends_with_the_record_of_an_undisturbed
     def interrupt(study, process, fault):
         line = terminal.wait_for(process, "tiny: member 1 of 2")
         assert terminal.wait_for(process, "notebooks done", "left").startswith("[")
-        assert line.strip().removeprefix("tiny: ").partition(",")[0] in told_by_status(study)
+        assert line.rpartition("tiny: ")[2].partition(",")[0] in told_by_status(study)
         os.killpg(process.pid, signal.SIGINT)
         terminal.wait_for(process, "stopping: waiting for", "Ctrl-C again leaves at once")
 
