@@ -1,5 +1,5 @@
 """`compose`: the shipped YAMLs are what the shipped designs write; comments survive; what is wrong is refused before
-anything is written; and the README's walk-through of adding a method works as it is printed there."""
+anything is written; and CONTRIBUTING.md's walk-through of adding a method works as it is printed there."""
 
 import json
 import os
@@ -428,16 +428,14 @@ def test_comments_and_blank_lines_belong_to_the_key_that_follows(design):
     assert made.count("\n\n") == base.count("\n\n") - 1, "limit's own; those between sections stay"
 
 
-# ---- the README's walk-through
+# ---- the walk-through of CONTRIBUTING.md
 
 
 def blocks(language: str) -> list[str]:
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Adding a method") :]
-    return re.findall(rf"```{language}\n(.*?)```", section[: section.index("\n## ", 5)], re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 
 
-def test_adding_a_method_as_the_readme_says(tmp_path):
+def test_adding_a_method_as_contributing_says(tmp_path):
     for name in ("lib", "notebooks", "params"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
@@ -483,7 +481,7 @@ def test_an_added_method_is_drawn_beside_the_others():
     assert list(zip(kept["method"], kept["tau"].fillna(0), strict=True)) == [("ipo", 0), ("dpo", 0), ("td_dpo", 1)]
 
 
-def test_the_readmes_loss_is_a_loss():
+def test_the_loss_of_contributing_is_a_loss():
     import torch
 
     from lib.td_dpo import losses
