@@ -111,6 +111,4 @@ def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
     assert [other["n_questions"] for other in verdict["beside"] if "wrong" in other["name"]] == [67]
     assert claims()["C4"]["verdict"] == "not evaluated", "the cells of another beta were not trained"
     plan = run(tmp_path, *("plan" if word == "full" else word for word in chosen))
-    assert sum("cached: its record stands" in line for line in plan.splitlines()) == 3, (
-        "the command has judged them already"
-    )
+    assert sum("cached: up to date" in line for line in plan.splitlines()) == 3, "the command has judged them already"
