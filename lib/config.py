@@ -332,7 +332,17 @@ def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML keeps the last one silently) and keys that are not names."""
+    """SafeLoader that refuses a key written twice (YAML keeps the last one silently), keys that are not names, and
+    more aliases than anybody writes: nested, a few dozen stand for billions of values."""
+
+    aliases = 0
+
+    def compose_node(self, parent, index):
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:
+            problem = f"more than {MAX_ALIASES} aliases; write the values out"
+            raise yaml.constructor.ConstructorError(None, None, problem, self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -353,12 +363,8 @@ class _Loader(yaml.SafeLoader):
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document as plain Python data; StudyError with line and column where it is not one."""
     try:
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-        if aliases > MAX_ALIASES:  # nested, a few dozen stand for billions of values
-            fix = "write the values out instead of nesting aliases"
-            raise StudyError(where, f"{aliases} aliases", f"at most {MAX_ALIASES}", fix)
         content = yaml.load(text, _Loader)  # a SafeLoader
-        json.dumps(content, default=str)  # ValueError: an alias that contains itself
+        json.dumps(content, default=str)  # Circular reference: an alias that contains itself
         return content
     except RecursionError:
         raise StudyError(where, "mappings or lists nested too deeply", "a few levels", "flatten the file") from None
@@ -366,7 +372,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         found, fix = (
-            getattr(error, "problem", None) or str(error),
+            getattr(error, "problem", None)
+            or str(error).replace("Circular reference", "an alias that contains itself"),
             "correct the line; tags such as !!python are not read",
         )
         raise StudyError(place, found, "one plain YAML document", fix) from None

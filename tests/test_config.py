@@ -70,7 +70,7 @@ def refused(function, *args, **given) -> str:
         ("a: " + "9" * 6000, "integer string conversion"),
         ("[" * 3000 + "]" * 3000, "too deeply"),
         ("a: \x00", "special characters"),
-        ("a: &a [*a]", "Circular reference"),
+        ("a: &a [*a]", "alias that contains itself"),
         ("a: *nowhere", "undefined alias"),
         ("a: 2024-13-45", "month"),
     ],
@@ -85,7 +85,7 @@ def test_alias_bomb_is_refused_and_ordinary_aliases_are_not(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
     ]
-    assert "99 aliases" in refused(config.load_yaml, write("\n".join(lines)))
+    assert "more than 20 aliases" in refused(config.load_yaml, write("\n".join(lines)))
     assert config.load_yaml(write("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}"))["d"] == {"b": 1, "e": 2}
 
 

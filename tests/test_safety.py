@@ -42,7 +42,7 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
 
 
 @pytest.mark.parametrize(("content", "told"), [
-    (BOMB, "once its aliases are expanded"),
+    (BOMB, "more than 20 aliases"),
     (b"a: &a [*a]\n", "alias"),
     (b"run_id: " + b"x" * (100 << 20), "more than 1,000,000 bytes"),
     (b"[" * 100_000, "nested too deeply"),
@@ -138,7 +138,7 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
             "parameters": {"mode": "full", "scale": "laptop"},
         },
     )
-    told = runner.Runner([], 1).told(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
+    told = runner.Runner([], 1).explain(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
     written = told["exception"] + (tmp_path / "run/attempts/error.log").read_text()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
 
