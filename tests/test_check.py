@@ -13,7 +13,7 @@ import pytest
 from lib import config, hub, record
 from lib.run import cli, ready
 from lib.run.check import load_folder
-from lib.run.options import parser
+from lib.run.cli import parser
 from tests.conftest import ROOT
 
 COPIED = ("lib", "notebooks", "params")

@@ -12,7 +12,7 @@ import yaml
 
 from lib import config
 from lib.errors import StudyError
-from lib.run import check, members, options
+from lib.run import check, cli, members, plan
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
 SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
@@ -869,6 +869,6 @@ def test_importing_and_loading_is_light():
 
 def test_several_runs_may_be_named():
     """The last --run used to win without a word."""
-    told = options.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
-    assert [name for name in ("fixed", "cosine", "graff_mlp") if options.wants(told, name)] == ["fixed", "graff_mlp"]
-    assert options.wants(options.parser().parse_args(["plan"]), "anything")
+    told = cli.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
+    assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.wants(told, name)] == ["fixed", "graff_mlp"]
+    assert plan.wants(cli.parser().parse_args(["plan"]), "anything")

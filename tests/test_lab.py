@@ -17,11 +17,11 @@ import pytest
 
 from lib import plots, record
 from lib.plots import Drawing, canvas
-from lib.run import lab, pages, plan, runner
+from lib.run import cli, pages, plan, runner
 from tests.browser import PROGRAM, browser
 from tests.conftest import PATIENCE, ROOT, TINY, until
 
-START = ROOT / "notebooks" / lab.FIRST
+START = ROOT / "notebooks" / cli.FIRST
 in_a_browser = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")
 AT = """(() => { const e = [...document.querySelectorAll('%s')].find(e => e.textContent.trim() == '%s');
   if (!e) return null; const b = e.getBoundingClientRect(); return [b.x + 5, b.y + 5]; })()"""
@@ -199,7 +199,7 @@ def test_every_notebook_runs_top_to_bottom_in_lab(server, notebook, refused):
     """`refused`: an analysis, where no study has been run, ends at its first cell and says what runs it."""
     path = f"{notebook}.ipynb"
     with browser() as page:
-        opened(page, server, f"/lab/workspaces/{lab.WORKSPACE}/tree/{path}?token=x")
+        opened(page, server, f"/lab/workspaces/{cli.WORKSPACE}/tree/{path}?token=x")
         click(page, ".lm-MenuBar-itemLabel", "Run")
         click(page, ".lm-Menu-itemLabel", "Run All Cells")
 

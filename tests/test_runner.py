@@ -16,8 +16,8 @@ import yaml
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import cli, lock, plan, progress, runner
-from lib.run.options import parser
+from lib.run import cli, plan, progress, runner
+from lib.run.cli import parser
 from tests.conftest import PATIENCE, ROOT, TINY, text_of, until
 from tests.faults import SITECUSTOMIZE
 
@@ -178,14 +178,14 @@ def test_json_never_holds_nan(tmp_path):
 
 
 def test_two_runners_at_once(tmp_path):
-    with runner.locked(tmp_path / "outputs"):
-        code = "import sys; from pathlib import Path; from lib.run import runner\nwith runner.locked(Path(sys.argv[1])): pass"
+    with progress.locked(tmp_path / "outputs"):
+        code = "import sys; from pathlib import Path; from lib.run.progress import locked\nwith locked(Path(sys.argv[1])): pass"
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "outputs")], capture_output=True, text=True, cwd=ROOT
         )
         assert second.returncode == 1
         assert f"another runner works here (process {os.getpid()})" in second.stderr
-    with runner.locked(tmp_path / "outputs"):
+    with progress.locked(tmp_path / "outputs"):
         pass
 
 
@@ -200,9 +200,9 @@ def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path, monkeypatch):
             if len(waited) == 40:
                 fcntl.flock(looking, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(lock, "time", types.SimpleNamespace(sleep=sleep))
-        with runner.locked(tmp_path):
-            assert lock.running(tmp_path)
+        monkeypatch.setattr(progress, "time", types.SimpleNamespace(sleep=sleep))
+        with progress.locked(tmp_path):
+            assert progress.running(tmp_path)
     assert sum(waited) == pytest.approx(2)
 
 
@@ -213,7 +213,7 @@ def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     )
     progress.status(root)
     assert "interrupted" in capsys.readouterr().out
-    with runner.locked(root):
+    with progress.locked(root):
         progress.status(root)
         assert "running" in capsys.readouterr().out
     progress.status(root)
@@ -300,7 +300,7 @@ def test_a_number_is_not_given_twice(tmp_path):
 
 def test_outputs_that_cannot_be_written(tmp_path):
     (tmp_path / "outputs").write_text("a file where the folder should be")
-    with pytest.raises(MissingError, match="cannot write there"), runner.locked(tmp_path / "outputs" / "laptop-full"):
+    with pytest.raises(MissingError, match="cannot write there"), progress.locked(tmp_path / "outputs" / "laptop-full"):
         pass
 
 

@@ -7,6 +7,8 @@ head). A refuted claim is a result, not a failure.
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import re
 import signal
@@ -18,10 +20,79 @@ from pathlib import Path
 from lib import config, errors, hub, record
 from lib.errors import StudyError
 from lib.run import check, cluster, plan, pool, progress, ready
-from lib.run.options import parser, short, wants
 
+COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
+NOTEBOOKS = config.ROOT / "notebooks"
+FIRST, WORKSPACE = "start_here.ipynb", "studies"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="./run_all.sh",
+        description="Run the studies; without a command: all of them in full at laptop scale.",
+        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left "
+        "something, 130 interrupted, 141 nobody read the output to its end (| head).",
+    )
+    add = top.add_argument
+    add(
+        "command",
+        nargs="?",
+        choices=COMMANDS,
+        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
+        "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
+        "the records; pull: judge the studies from W&B; judge: have saved answers graded; lab: JupyterLab; test",
+    )
+    add("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
+    add("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
+    add("--study", action="append", help="only this study (may be repeated)")
+    add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
+    add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
+    add("--grid", choices=("all",), help="all: every cell with every seed")
+    add(
+        "--jobs", type=count, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
+    )
+    add("--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster")
+    add("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
+    add("--project", help="for sync and pull: the W&B project (default: the run's own)")
+    add("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
+    add("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
+    add(
+        "--price",
+        type=positive,
+        metavar="P",
+        help="of a GPU (or core) an hour, for plan; of a million tokens, for judge",
+    )
+    add("--json", action="store_true", help="`check` as one JSON object")
+    add("--static", action="store_true", help="`check` without its trial")
+    add("--fail-fast", action="store_true", help="start nothing more after the first failure")
+    add = top.add_argument_group("for judge").add_argument
+    add("--model", help="the judge at its endpoint, OPENAI_BASE_URL (default: params/judge.yaml)")
+    add("--price-in", type=positive, metavar="P", help="of a million prompt tokens")
+    add("--price-out", type=positive, metavar="P", help="of a million reply tokens")
+    add("--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with")
+    add("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
+    add("--dry-run", action="store_true", help="say what it would take, and send nothing")
+    add("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
+    return top
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number above 0")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
     if argv[:1] == ["lab"]:
-        from lib.run import lab
-
-        return lab.lab(argv[1:])
+        return lab(argv[1:])
     if argv[:1] == ["compose"]:
         from lib.run import compose
 
@@ -105,6 +174,13 @@ def root_of(options) -> Path:
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
 
 
+def short(value: str) -> str:
+    """A value in a folder's name: of a path its last part, and what tells it from others of that name."""
+    if "/" not in value:
+        return value[:60]
+    return f"{Path(value).name[:40]}-{hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:6]}"
+
+
 def roots_of(options) -> list[Path]:
     """Every scale's records, or those that --scale, --set and --grid name."""
     roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
@@ -126,7 +202,7 @@ def chosen(options) -> list[tuple]:
     found = []
     for folder in folders:
         for path, loaded, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            if not wants(options, path.stem if isinstance(loaded, StudyError) else loaded.run_id):
+            if not plan.wants(options, path.stem if isinstance(loaded, StudyError) else loaded.run_id):
                 continue
             if not isinstance(loaded, StudyError):
                 if options.study and loaded.study not in options.study:
@@ -194,7 +270,7 @@ def execute(options, runs: list, whole: list) -> int:
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
-    with runner.locked(root):
+    with progress.locked(root):
         runner.free_space(root)
         runner.remove_leftovers(root)
         studies = {run.study for run in runs}
@@ -270,3 +346,59 @@ def rebuild() -> int:
         pages.notebook_html(notebook, notebook.with_suffix(".html"))
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
+
+
+# ---- JupyterLab as a reader of the studies wants it: start_here open, nothing from the net. What the reader opens and
+# moves is kept in a workspace of its own; JupyterLab's settings and other workspaces are left alone.
+
+
+def lab_command(place: Path, more: list[str]) -> list[str]:
+    """JupyterLab with its workspace and defaults in `place`; `more` are options of its own, which win."""
+    return [
+        *(sys.executable, "-m", "jupyter", "lab"),
+        f"--ServerApp.root_dir={NOTEBOOKS}",
+        f"--LabApp.default_url=/lab/workspaces/{WORKSPACE}/tree/{FIRST}",
+        f"--LabApp.workspaces_dir={place}",
+        f"--LabApp.app_settings_dir={place}",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+        *more,
+    ]
+
+
+def lab_environment() -> dict[str, str]:
+    """This environment's kernel and this checkout's `lib` come first, whatever else the machine has under their names;
+    and libraries do not tell in a notebook how they load."""
+    first = {"JUPYTER_PATH": Path(sys.prefix) / "share" / "jupyter", "PYTHONPATH": config.ROOT}
+    first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
+    quiet = {
+        "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",  # of tqdm and of transformers
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return {**quiet, **os.environ, **first}
+
+
+def prepare_lab(place: Path) -> None:
+    """Defaults, which the reader's own settings win over: not to ask whether news are wanted. On first use the
+    workspace: the table of contents open at the left of the notebook, in place of the list of files."""
+    from jupyterlab_server.workspaces_handler import WorkspacesManager
+
+    record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
+    manager = WorkspacesManager(str(place))
+    if manager.load(WORKSPACE)["data"]:
+        return
+    contents = "@jupyterlab/toc:plugin"
+    left = {"collapsed": False, "visible": True, "current": contents, "widgets": ["filebrowser", contents]}
+    layout = {"main": None, "down": {}, "left": left, "right": {"collapsed": True}, "relativeSizes": [0.2, 0.8, 0]}
+    made = {"data": {"layout-restorer:data": layout}, "metadata": {"id": WORKSPACE}}
+    manager.save(WORKSPACE, json.dumps(made))
+
+
+def lab(more: list[str]) -> None:
+    """Become JupyterLab, which asks at Ctrl-C and takes its kernels along."""
+    place = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache")).absolute() / "lab"
+    prepare_lab(place)
+    os.chdir(NOTEBOOKS)
+    os.execve(sys.executable, lab_command(place, more), lab_environment())

@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from lib import config, record
 from lib.errors import StudyError
 from lib.run import members, model_card, pages, plan, progress, runner, runs, wandb
-from lib.run.options import wants
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
 LOG = "judging.jsonl"  # in a study's comparison/: what each call of this command took
@@ -83,7 +82,7 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
     with contextlib.ExitStack() as locks:
         for root in dict.fromkeys(results.parent for results in groups):
             if not options.dry_run:
-                locks.enter_context(runner.locked(root))
+                locks.enter_context(progress.locked(root))
         jobs = [prepare(results, folders, given, options) for results, folders in groups.items()]
         code = 1 if any(job.unsaved for job in jobs) else 0
         if options.dry_run:
@@ -108,7 +107,7 @@ def finished(root: Path, options, wanted: set | None) -> list[Path]:
     found = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
         folder, run, study = done.parent, done.parents[2].name, done.parents[3].name
-        chosen = wants(options, run) and (not options.study or study in options.study)
+        chosen = plan.wants(options, run) and (not options.study or study in options.study)
         if not chosen or study not in config.studies() or wanted is not None and (study, run) not in wanted:
             continue
         spec, status = record.read_json(folder / "member.json"), (record.read_json(done) or {}).get("status")

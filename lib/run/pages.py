@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from lib.errors import StudyError
 from lib.record import read_json, redact, write_text
-from lib.run import lock
+from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -253,7 +253,7 @@ def _group(root: Path, study: Path) -> dict | None:
 
 def _run(root: Path, folder: Path) -> dict:
     status = _read(folder / "status.json")
-    if status.get("status") == "running" and not lock.running(folder.parent.parent):
+    if status.get("status") == "running" and not progress.running(folder.parent.parent):
         status["status"] = "interrupted"  # its runner is gone
     files = dict(RUN_FILES)
     if status.get("status") not in ("failed", "out_of_memory"):

@@ -5,6 +5,7 @@ a member trains comes from the nearest record there is: its own run's members, e
 own figure. Where there is nothing to go by it is None and printed as `?`; nothing is made up.
 """
 
+import fnmatch
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -77,6 +78,11 @@ def notebook_of(study: str, kind: str) -> Path:
 
 def claims_of(study: str) -> Path:
     return config.ROOT / "params" / study / "claims.yaml"
+
+
+def wants(options, run_id: str) -> bool:
+    """Whether --run names this run: any of its patterns, or none given."""
+    return any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])
 
 
 def member_seconds(run) -> float | None:

@@ -1,5 +1,8 @@
-"""What the command line shows: the plan, how a run comes along, the table of a finished one, the verdicts, the status."""
+"""What the command line shows: the plan, how a run comes along, the table of a finished one, the verdicts, the status, and
+who works in an outputs folder."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import sys
@@ -7,7 +10,8 @@ import time
 from pathlib import Path
 
 from lib import config, record
-from lib.run import lock, plan
+from lib.errors import MissingError, StudyError
+from lib.run import plan
 
 
 def duration(seconds: float) -> str:
@@ -190,7 +194,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
-    alive = lock.running(root)
+    alive = running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
@@ -208,3 +212,51 @@ def status(root: Path, studies: list[str] | None = None) -> int:
         title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep
         print(f"{title:34} {how:11} {said}")
     return 0
+
+
+# ---- one runner at a time
+
+
+@contextlib.contextmanager
+def locked(root: Path):
+    """One runner at a time in an outputs folder; the second learns who has it. The lock is the system's: it dies with its
+    holder, however that one dies."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
+    except OSError as error:
+        found = f"cannot write there ({error.strerror})"
+        raise MissingError(str(root), found, "a folder this user can write to", f"chmod -R u+w {root}") from None
+    with file:
+        if not _taken(file, root):
+            file.seek(0)
+            found = f"another runner works here (process {file.read().strip() or 'unknown'})"
+            raise StudyError(str(root), found, "one runner at a time", "wait for it, or look at ./run_all.sh status")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _taken(file, root: Path) -> bool:
+    """Take the lock; again and again while it is only shared, for `status` tests it by holding it so for a moment."""
+    for _ in range(200):
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if running(root):
+            return False
+        time.sleep(0.05)
+    return False
+
+
+def running(root: Path) -> bool:
+    """Whether a runner works in this outputs folder, and so holds its lock."""
+    try:
+        with open(root / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

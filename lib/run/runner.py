@@ -21,7 +21,6 @@ from pathlib import Path
 from lib import config, record
 from lib.errors import MissingError, StudyError
 from lib.run import members, model_card, pages, plan, pool, progress, wandb
-from lib.run.lock import locked  # noqa: F401 (part of this module's interface)
 
 POLL = 0.3
 STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C

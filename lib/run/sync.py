@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from lib.run import plan, progress, runner, wandb
-from lib.run.options import wants
 
 
 def sync(roots: list[Path], options) -> int:
@@ -18,7 +17,7 @@ def sync(roots: list[Path], options) -> int:
         folder
         for root in roots
         for folder in sorted(p.parent for p in root.glob("*/*/members"))
-        if wants(options, folder.name)
+        if plan.wants(options, folder.name)
         and (not options.study or folder.parent.name in options.study)
         and any(folder.glob("members/*/done.json"))
     ]
@@ -28,7 +27,7 @@ def sync(roots: list[Path], options) -> int:
     named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
     with contextlib.ExitStack() as locks:
         for root in dict.fromkeys(folder.parents[1] for folder in found):
-            locks.enter_context(runner.locked(root))  # a runner at work sends by itself
+            locks.enter_context(progress.locked(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
         return subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, "--", *map(str, found)])
 
@@ -50,7 +49,7 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
             place=f"{made_in}/{study}",
         )
         steps.append(plan.analysis(study, results, options.scale, "full"))
-    with runner.locked(root):
+    with progress.locked(root):
         ok = runner.Runner(steps, 1).run()
     progress.verdicts(steps)
     return 0 if ok else 1
