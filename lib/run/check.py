@@ -6,7 +6,6 @@ Nothing is run here: lib/run/ready.py adds what this machine lacks and what a wa
 from __future__ import annotations
 
 import ast
-import codecs
 import contextlib
 import json
 from collections import defaultdict
@@ -57,7 +56,7 @@ def load_folder(
 
 def findings(run: Run) -> list[Finding]:
     """Of one run: what holds for every study, then what its own study says of its first member."""
-    found = [*_search(run), *_storage(run), *_grid(run), *_files(run)]
+    found = [*_search(run), *_grid(run), *_files(run)]
     try:
         typical = config.apply(run, config.first_cell(run))
     except StudyError:  # what is wrong with the cell is among the findings already
@@ -70,8 +69,8 @@ def _refused(key: str, error: StudyError, what: str = "") -> Finding:
 
 
 def _search(run: Run) -> Iterator[Finding]:
-    """The metric exists and the search goes its way; every name is a key of the YAML and every end of its range is a
-    value that the key takes."""
+    """The metric exists and the search goes its way; no password stands in the YAML, where records and pages would show
+    it; every name is a key of the YAML and every end of its range is a value that the key takes."""
     metrics, name, search = config.study_module(run.study).METRICS, run.optuna.objective_metric, run.optuna
     if name not in metrics:
         what = f"{name} is not a metric of {run.study} ({', '.join(metrics)})"
@@ -80,6 +79,11 @@ def _search(run: Run) -> Iterator[Finding]:
         better = "more" if metrics[name] == "maximize" else "less"
         what = f"the search would {search.direction} {name}, of which {better} is better"
         yield Finding("error", "optuna.direction", what, f"direction: {metrics[name]}")
+    try:
+        if search.storage is not None:
+            storage.check_url(search.storage)
+    except StudyError as error:
+        yield _refused("optuna.storage", error)
     if search.n_trials and not search.search_space:
         fix = "n_trials: 0, or name keys to search"
         yield Finding("error", "optuna.search_space", f"empty, with {search.n_trials} trials", fix)
@@ -97,15 +101,6 @@ def _search(run: Run) -> Iterator[Finding]:
             yield _refused(key, error)
 
 
-def _storage(run: Run) -> Iterator[Finding]:
-    """No password stands in the YAML, where records and pages would show it: in a trial, too."""
-    try:
-        if run.optuna.storage is not None:
-            storage.check_url(run.optuna.storage)
-    except StudyError as error:
-        yield _refused("optuna.storage", error)
-
-
 def _grid(run: Run) -> Iterator[Finding]:
     """The cells are valid, supply what the search leaves open, and can be enqueued in the search."""
     try:
@@ -120,9 +115,11 @@ def _grid(run: Run) -> Iterator[Finding]:
     for name, entry in run.optuna.search_space.items() if run.optuna.n_trials else ():
         dotted = config.study_module(run.study).ALIASES.get(name, name)
         values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
-        if outside := [
-            v for v in values if (v not in entry.choices if entry.choices else not entry.low <= v <= entry.high)
-        ]:
+        if entry.choices:
+            outside = [value for value in values if value not in entry.choices]
+        else:
+            outside = [value for value in values if not entry.low <= value <= entry.high]
+        if outside:
             what = f"does not hold the grid's {outside}: these cells cannot count as trials"
             yield Finding("warning", f"optuna.search_space.{name}", what, "widen the search space")
 
@@ -149,17 +146,15 @@ def _files(run: Run) -> Iterator[Finding]:
 
 def _not_text(path: Path) -> tuple[str, str] | None:
     """(fault, fix) of a data file that is not UTF-8 or cannot be read: said before anything has started."""
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    number = 1
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-                line += block.count(b"\n")
-        decoder.decode(b"", final=True)
+            for line in file:  # no character of several bytes has a line break in it
+                line.decode("utf-8")
+                number += 1
     except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start) if error.object else 0
         fix = f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)"
-        return f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8", fix
+        return f"{path}, line {number}: byte 0x{error.object[error.start]:02x} is not UTF-8", fix
     except OSError as error:
         return f"{path}: {error.strerror}", "a readable file"
     return None
@@ -260,11 +255,11 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
             known = {key: value for key, value in cell.items() if value != claims.BEST}
             if members.empty or not claims.select(members, known).empty:
                 continue
-            absent.setdefault(claim.id, published.label(cell))
+            label = published.label(cell)
+            absent.setdefault(claim.id, label)
             if shipped:
-                what = f"no run at {scale} scale trains {published.label(cell)}"
                 fix = f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}"
-                yield Finding("error", f"{claim.id}.{side}", what, fix, file)
+                yield Finding("error", f"{claim.id}.{side}", f"no run at {scale} scale trains {label}", fix, file)
     if absent and not shipped:
         first, others = next(iter(absent.values())), " and others" if len(absent) > 1 else ""
         what = f"not decided by these runs, of which none trains {first}{others}"
@@ -290,25 +285,20 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
     file, tagged = display_path(path), 0
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        code = [
-            (f"cell {n}", cell, "".join(cell["source"]))
-            for n, cell in enumerate(cells, 1)
-            if cell["cell_type"] == "code"
-        ]
+        code = [(n, cell, "".join(cell["source"])) for n, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield Finding("error", "", f"not a notebook: {error}", "git checkout -- it", file)
         return
-    for place, cell, text in code:
+    for number, cell, text in code:
         tagged += "parameters" in cell.get("metadata", {}).get("tags", ())
         if cell.get("outputs") or cell.get("execution_count") is not None:
             what = "holds outputs: a notebook here is source, its executed copy is the record"
-            yield Finding("error", place, what, f".venv/bin/nbstripout --keep-id {file}", file)
+            yield Finding("error", f"cell {number}", what, f".venv/bin/nbstripout --keep-id {file}", file)
         try:
             ast.parse(text)
         except SyntaxError as error:
-            yield Finding(
-                "error", place, f"does not parse: {error.msg} (line {error.lineno})", "correct the cell", file
-            )
+            what = f"does not parse: {error.msg} (line {error.lineno})"
+            yield Finding("error", f"cell {number}", what, "correct the cell", file)
     if tagged != 1:
         what = f"{tagged} cells tagged `parameters`, expected one"
         yield Finding("error", "", what, "tag the one that papermill is to replace", file)

@@ -7,6 +7,7 @@ no promise that what it lets pass will.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import netrc
@@ -57,21 +58,24 @@ def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
     try:
         pynvml.nvmlInit()
         count, shown = pynvml.nvmlDeviceGetCount(), environ.get("CUDA_VISIBLE_DEVICES")
-        wanted = map(str, range(count)) if shown is None else filter(None, map(str.strip, shown.split(",")))
-        found = []
-        for device in wanted:
-            if device.lstrip("-").isdigit():
-                if not 0 <= int(device) < count:
-                    break  # as CUDA does: a bad index hides it and all that follow
+        gpus = []
+        for device in map(str, range(count)) if shown is None else _listed(shown):
+            if not device.lstrip("-").isdigit():
+                handle = pynvml.nvmlDeviceGetHandleByUUID(device)
+            elif 0 <= int(device) < count:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(int(device))
             else:
-                handle = pynvml.nvmlDeviceGetHandleByUUID(device)
+                break  # as CUDA does: a bad index hides it and all that follow
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
             capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory, capability))
-        return found
+            gpus.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory, capability))
+        return gpus
     except pynvml.NVMLError:
         return []
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def ask_hub(url: str, token: str | None) -> tuple[int | None, str]:
@@ -89,27 +93,25 @@ def read_hub(url: str, token: str | None) -> object:
 
 @lru_cache(maxsize=32)
 def _get(url: str, token: str | None) -> tuple[int | None, str, bytes]:
-    answer: list[tuple[int | None, str, bytes]] = []
+    answers: list[tuple[int | None, str, bytes]] = []
 
     def ask() -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             request = urllib.request.Request(url)
             if token:  # not sent on to where a redirect leads
                 request.add_unredirected_header("Authorization", f"Bearer {token}")
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                answer.append((response.status, "", response.read(1 << 22)))
-        except urllib.error.HTTPError as error:
-            code = error.headers.get("X-Error-Code")
-            hub = code is not None or error.headers.get("X-Request-Id") is not None  # else the refusal is a proxy's
-            answer.append((error.code, code or "", b"") if hub else (None, "", b""))
-        except (OSError, ValueError):
-            answer.append((None, "", b""))
+            try:
+                with urllib.request.urlopen(request, timeout=SECONDS) as response:
+                    answers.append((response.status, "", response.read(1 << 22)))
+            except urllib.error.HTTPError as error:
+                if "X-Error-Code" in error.headers or "X-Request-Id" in error.headers:  # else it is a proxy's
+                    answers.append((error.code, error.headers.get("X-Error-Code", ""), b""))
 
     # In a thread, because urlopen's time-out does not cover name resolution.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)
-    return answer[0] if answer else (None, "", b"")
+    return answers[0] if answers else (None, "", b"")
 
 
 def _existing(path: Path) -> Path:
@@ -152,14 +154,15 @@ def find_missing(runs: list[Run], machine: Machine | None = None) -> list[Findin
 
 
 def _gpus(run: Run, machine: Machine) -> Iterator[Finding]:
-    found, floor = machine.gpus(machine.environ) if run.compute.gpus else [], run.compute.min_gpu_memory_gb or 0
+    if not run.compute.gpus:
+        return
+    found, floor = machine.gpus(machine.environ), run.compute.min_gpu_memory_gb or 0
     elsewhere = "run it on a machine that has them (./run_all.sh full --scale laptop needs none)"
     size = f" with at least {floor:g} GB" if floor else ""
     needed = f"{run.compute.gpus} GPU{'s' * (run.compute.gpus > 1)}{size} needed for each member"
     if not found:
         hidden = "; CUDA_VISIBLE_DEVICES hides some" if "CUDA_VISIBLE_DEVICES" in machine.environ else ""
-        if run.compute.gpus:
-            yield Finding("error", "compute.gpus", f"{needed}, none found{hidden}", elsewhere)
+        yield Finding("error", "compute.gpus", f"{needed}, none found{hidden}", elsewhere)
         return
     limit = "token_budget" if getattr(run.training, "token_budget", None) else "per_device_train_batch_size"
     # 2 % of tolerance: a card sold as 80 GB reports 79 to 85.
@@ -172,18 +175,17 @@ def _gpus(run: Run, machine: Machine) -> Iterator[Finding]:
     largest = sorted((gpu.memory_gb for gpu in found), reverse=True)[run.compute.gpus - 1]
     if model and (gigabytes := training_bytes(run, model) / 1e9) > largest:
         value = getattr(run.training, limit)
-        what = f"about {gigabytes:.0f} GB of GPU memory for a batch of full length at training.{limit}: {value}, the GPU has"
+        what = f"about {gigabytes:.0f} GB of GPU memory for a full-length batch ({limit} {value}), the GPU has {largest:.0f}"
         fix = f"--set training.{limit}={value // 2}, a larger GPU, compute.strategy: fsdp over several, or a shorter max_length"
-        yield Finding("error", f"training.{limit}", f"{what} {largest:.0f}", fix)
+        yield Finding("error", f"training.{limit}", what, fix)
         return
     kinds = list(dict.fromkeys(gpu.name for gpu in found))
     wanted = (run.compute.gpu_type or "").split("-")[0].lower()
     if len(kinds) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
         kind = next((name for name in kinds if wanted and wanted in name.lower()), kinds[0])
         what = f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of them, and sums round differently"
-        yield Finding(
-            "error", "compute.gpu_type", what, f"show the runs one kind: {_show_only(kind, found, machine.environ)}"
-        )
+        fix = f"show the runs one kind: {_show_only(kind, found, machine.environ)}"
+        yield Finding("error", "compute.gpu_type", what, fix)
         return
     old = next((gpu for gpu in found if gpu.capability < (8, 0)), None)
     if old and getattr(run.model, "torch_dtype", None) == "bfloat16":
@@ -198,8 +200,7 @@ def _show_only(kind: str, found: list[Gpu], environ: Mapping[str, str]) -> str:
     """The command that leaves GPUs of one kind."""
     if environ.get("STUDY_CLUSTER"):
         return f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
-    shown = [part.strip() for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    devices = shown or map(str, range(len(found)))
+    devices = _listed(environ.get("CUDA_VISIBLE_DEVICES", "")) or map(str, range(len(found)))
     return "CUDA_VISIBLE_DEVICES=" + ",".join(d for d, gpu in zip(devices, found, strict=False) if gpu.name == kind)
 
 
@@ -406,14 +407,11 @@ def adapter_weights(model: Shape, rank: int) -> int:
 def trained_weights(run: Run, model: Shape) -> int:
     """At most: adapters are counted as if they were on every projection, an encoder as if its blocks were gated. The
     rank is what the study's section calls it."""
-    rank = None
-    if peft := getattr(run.model, "peft", None):
-        rank = peft.lora_r
-    elif lora := getattr(run.model, "lora", None):
-        rank = lora.r
-    elif (adapter := getattr(run.model, "adapter", None)) and adapter.type != "none":
-        rank = max(adapter.rank, adapter.init_r or 0)
-    return adapter_weights(model, rank) if rank else model.weights + model.embeddings
+    part = getattr(run.model, "peft", None) or getattr(run.model, "lora", None) or getattr(run.model, "adapter", None)
+    if part is None or getattr(part, "type", None) == "none":
+        return model.weights + model.embeddings
+    ranks = (getattr(part, name, None) or 0 for name in ("lora_r", "r", "rank", "init_r"))
+    return adapter_weights(model, max(ranks))
 
 
 def training_bytes(run: Run, model: Shape) -> float:

@@ -36,7 +36,9 @@ def has_notebooks(run: Run) -> bool:
 
 def require_slots(options, found: list[Loaded]) -> None:
     """Refuse --jobs below what one member takes: a slot of the pool is one GPU."""
-    for run in runs_of(found) if options.mode == "full" and options.jobs and not options.cluster else ():
+    if options.mode != "full" or not options.jobs or options.cluster:
+        return
+    for run in runs_of(found):
         if run.compute.gpus and run.compute.devices > options.jobs:
             what = f"{run.run_id} trains one member on {run.compute.devices} GPUs (compute.gpus), and a slot is one GPU"
             fix = "leave --jobs out: as many members as the GPUs allow are trained at a time"
@@ -51,10 +53,10 @@ def find_obstacles(options, found: list[Loaded]) -> tuple[dict[str, list[Finding
         name = path.name if options.params else os.path.relpath(path, config.ROOT)
         if isinstance(run, StudyError):
             said[name] = [Finding("error", "configuration", str(run))]
-        elif has_notebooks(run):
-            said[name] = list(findings)
-        else:
-            said[name] = [*findings, Finding("error", f"notebooks/{run.study}", "this study has no notebooks yet")]
+            continue
+        said[name] = list(findings)
+        if not has_notebooks(run):
+            said[name].append(Finding("error", f"notebooks/{run.study}", "this study has no notebooks yet"))
     code = 2 if any(map(has_error, said.values())) else 0
     if options.mode == "full":
         machine = preflight.cluster_machine(options.cluster) if options.cluster else preflight.Machine()
@@ -90,7 +92,7 @@ def has_error(findings: list[Finding]) -> bool:
 
 def command(found: list[Loaded], whole: list[Loaded], options, root: Path, slots: int, extra: list[Finding]) -> int:
     """Print what there is to say; 0 ready, 2 not. `extra`: findings of designs."""
-    findings, cost, note = check_files(found, options.scale, whole) + extra, {}, ""
+    findings = check_files(found, options.scale, whole) + extra
     if has_error(findings):
         note = "no trial was run: fix these first"
     elif options.static:
@@ -99,8 +101,7 @@ def command(found: list[Loaded], whole: list[Loaded], options, root: Path, slots
         note = describe_tried(found)
         findings += check_trial(found, options, root)
     errors = [finding for finding in findings if finding.level == "error"]
-    if not errors:
-        cost = cost_of(runs_of(found), options.scale, slots)
+    cost = {} if errors else cost_of(runs_of(found), options.scale, slots)
     if options.json:
         first = str(errors[0]).removeprefix("error: ") if errors else ""
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -130,11 +131,7 @@ def check_files(found: list[Loaded], scale: str, whole: list[Loaded]) -> list[Fi
 
 
 def notebooks_of(study: str) -> list[Path]:
-    return [
-        plan.NOTEBOOKS / study / "train.ipynb",
-        plan.NOTEBOOKS / study / "analysis.ipynb",
-        plan.NOTEBOOKS / "sweep.ipynb",
-    ]
+    return [plan.NOTEBOOKS / name for name in (f"{study}/train.ipynb", f"{study}/analysis.ipynb", "sweep.ipynb")]
 
 
 def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
@@ -164,10 +161,8 @@ def choose_tried(runs: list[Run]) -> dict[str, list[str]]:
 
 
 def describe_tried(found: list[Loaded]) -> str:
-    groups = choose_tried(runs_of(found)).items()
-    return "tried: " + ", ".join(
-        f"{tried} (for {', '.join(rest[1:])})" if rest[1:] else tried for tried, rest in groups
-    )
+    groups = choose_tried(runs_of(found)).values()
+    return "tried: " + ", ".join(run + f" (for {', '.join(others)})" * bool(others) for run, *others in groups)
 
 
 def _vouched(found: list[Loaded], root: Path) -> tuple[Path, str]:
@@ -187,9 +182,9 @@ def trial_has_passed(found: list[Loaded], root: Path) -> bool:
 
 def check_trial(found: list[Loaded], options, root: Path) -> list[Finding]:
     """A watched trial of one run per method; a trial that gave no error is noted in `root` for `trial_has_passed`."""
-    tried = choose_tried(runs_of(found))
-    mine = [(path, run) for path, run, _ in found if not isinstance(run, StudyError) and run.run_id in tried]
-    findings = list(dict.fromkeys(trial_findings(mine, options.scale, trial_arguments(options, list(tried)))))
+    chosen = list(choose_tried(runs_of(found)))
+    tried = [(path, run) for path, run, _ in found if not isinstance(run, StudyError) and run.run_id in chosen]
+    findings = list(dict.fromkeys(trial_findings(tried, options.scale, trial_arguments(options, chosen))))
     if not has_error(findings):
         place, digest = _vouched(found, root)
         record.write_json(place, {"passed": digest})
@@ -212,27 +207,21 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
         outputs, folder = Path(place, "outputs"), Path(place, "watch")
         folder.mkdir()
         Path(place, "tmp").mkdir()
-        named_caches = [os.path.abspath(value) for name, value in os.environ.items() if value and name in CACHES]
-        home = [str(Path.home() / name) for name in HOME_CACHES]
+        caches = [os.path.abspath(os.environ[name]) for name in CACHES if os.environ.get(name)]
+        caches += [str(Path.home() / name) for name in HOME_CACHES]
         places = {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": f"{place}/cache", "TMPDIR": f"{place}/tmp"}
-        watched = watch.environment(folder, [place, "/dev", "/proc", sys.prefix, *named_caches, *home])
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "lib", "trial", "--scale", scale, *arguments],
-            cwd=config.ROOT,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **places, **watched},
-        )
+        environ = {**os.environ, **places, **watch.environment(folder, [place, "/dev", "/proc", sys.prefix, *caches])}
+        command = [sys.executable, "-P", "-m", "lib", "trial", "--scale", scale, *arguments]
+        done = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True, env=environ)
         evidence = watch.evidence(folder)
         results = next(outputs.glob(f"{scale}-trial*"), outputs)  # named after what --set and --params changed
         failed = list(_failures(results, done))
         yield from failed
         if any(finding.file == NEVER_BEGAN for finding in failed):  # all else would follow from it
             return
+        succeeded = [(path, run) for path, run in found if _succeeded(results, run)]
         for study in dict.fromkeys(run.study for _, run in found):
-            yield from _unread_keys(
-                study, [(p, r) for p, r in found if r.study == study and _succeeded(results, r)], evidence
-            )
+            yield from _unread_keys(study, [(path, run) for path, run in succeeded if run.study == study], evidence)
             yield from _unlogged_metrics(study, results, scale)
             yield from _empty_columns(study, results)
         yield from _long_phases(evidence, [] if failed else found)
@@ -267,11 +256,8 @@ def _unread_keys(study: str, found: list[tuple[Path, Run]], evidence: list[dict]
     known = config.keys(module.Run)
     for key in known:
         parents = {key[:i] for i, letter in enumerate(key) if letter == "."}
-        if (
-            key.split(".")[0] not in config.TUNABLE
-            or not parents
-            or any(other.startswith(f"{key}.") for other in known)
-        ):
+        is_section = any(other.startswith(f"{key}.") for other in known)
+        if key.split(".")[0] not in config.TUNABLE or not parents or is_section:
             continue
         holders = [path for path, run in found if config.get(config.dump(run), key) is not None]
         if holders and key not in read and not {key, *parents} & set(module.UNREAD):
@@ -286,13 +272,14 @@ def _long_phases(evidence: list[dict], found: list) -> Iterator[Finding]:
         if row["kind"] == "batch":
             most[row["phase"]] = max(row["number"], most.get(row["phase"], 0))
     if found and not most:
-        yield Finding(
-            "error", "", "no phase counts its batches", "take them through record.batches(phase, items)", "lib"
-        )
+        fix = "take them through record.batches(phase, items)"
+        yield Finding("error", "", "no phase counts its batches", fix, "lib")
     for phase, number in sorted(most.items()):
         if number > MOST_BATCHES:
-            what = f"{number} batches in a trial, at most {MOST_BATCHES} are allowed"
-            fix = "shrink what sets its length in the study's trial_changes"
+            what, fix = (
+                f"{number} batches in a trial, at most {MOST_BATCHES} are allowed",
+                "shrink what sets its length",
+            )
             yield Finding("error", phase, what, fix, "trial_changes in lib/<study>")
 
 

@@ -17,7 +17,8 @@ from lib.errors import MissingError, StudyError
 
 REFERENCE = re.compile(r"\$\{env\.([A-Za-z_]\w*)\}")
 DRIVERS = {"postgresql": "psycopg", "postgresql+psycopg": "psycopg", "sqlite": "sqlite3"}  # scheme -> module
-MEND = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
+FIX = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
+KEY = "optuna.storage"
 
 
 def check_url(text: str) -> tuple[str, str]:
@@ -25,20 +26,14 @@ def check_url(text: str) -> tuple[str, str]:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme not in DRIVERS:
         found = f"a URL of {scheme!r}" if separator else "no URL"
-        raise StudyError("optuna.storage", found, f"a URL of {', '.join(DRIVERS)}", MEND)
+        raise StudyError(KEY, found, f"a URL of {', '.join(DRIVERS)}", FIX)
     account = rest.rpartition("@")[0] if "@" in rest.split("/", 1)[0] else ""
-    if account.partition(":")[2] and REFERENCE.sub("", account.partition(":")[2]):
-        raise StudyError(
-            "optuna.storage", "a password written in the YAML", "a reference to an environment variable", MEND
-        )
+    if REFERENCE.sub("", account.partition(":")[2]):
+        raise StudyError(KEY, "a password written in the YAML", "a reference to an environment variable", FIX)
     for name in REFERENCE.findall(text):
         if not record.is_secret(name):  # else its value would not be taken out of logs and pages
-            raise StudyError(
-                "optuna.storage",
-                f"${{env.{name}}}",
-                "a variable whose name says that it is secret, such as DB_PASSWORD",
-                MEND,
-            )
+            expected = "a variable whose name says that it is secret, such as DB_PASSWORD"
+            raise StudyError(KEY, f"${{env.{name}}}", expected, FIX)
     return scheme, rest
 
 
@@ -53,16 +48,10 @@ def url_of(run) -> str | None:
     scheme, rest = check_url(text)
     for name in REFERENCE.findall(text):
         if not os.environ.get(name):
-            raise MissingError(
-                "optuna.storage", f"{name} is not set", "the variable that the URL names", f"export {name}=…"
-            )
-    if importlib.util.find_spec(DRIVERS[scheme]) is None:
-        raise MissingError(
-            "optuna.storage",
-            f"{DRIVERS[scheme]} is not installed",
-            f"the driver of {scheme}",
-            ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'",
-        )
+            raise MissingError(KEY, f"{name} is not set", "the variable that the URL names", f"export {name}=…")
+    if importlib.util.find_spec(driver := DRIVERS[scheme]) is None:
+        install = ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'"
+        raise MissingError(KEY, f"{driver} is not installed", f"the driver of {scheme}", install)
     scheme = "postgresql+psycopg" if scheme == "postgresql" else scheme
     return f"{scheme}://" + REFERENCE.sub(lambda found: quote(os.environ[found[1]], safe=""), rest)
 
@@ -88,10 +77,7 @@ def open_storage(run, folder: Path):
     try:
         return RDBStorage(url, engine_kwargs={"connect_args": options, "pool_pre_ping": True})
     except SQLAlchemyError as error:
-        told = record.redact(str(getattr(error, "orig", None) or error)).strip().splitlines()[0]
-        raise MissingError(
-            "optuna.storage",
-            f"{run.optuna.storage}: {told[:160]}",
-            "a data base that answers",
-            "start it, or correct the URL, user or password",
-        ) from None
+        reason = record.redact(str(getattr(error, "orig", None) or error)).strip().splitlines()[0]
+        fix = "start it, or correct the URL, user or password"
+        found = f"{run.optuna.storage}: {reason[:160]}"
+        raise MissingError(KEY, found, "a data base that answers", fix) from None
