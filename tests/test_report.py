@@ -216,6 +216,7 @@ def outputs(tmp_path):
                 "key_metric": {"name": "oracle_score", "value": 7.25 + i},
             },
         )
+        write(study / run_id / "metrics.json", {"key_metric": {"name": "oracle_score", "value": 7.25 + i}})
         page = v4.new_notebook(cells=[v4.new_markdown_cell(f"# {run_id}")])
         write(study / run_id / "run.ipynb", nbformat.writes(page))
         write(study / run_id / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})

@@ -20,19 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from lib.errors import StudyError
 from lib.record import read_json, redact, write_text
 from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
-TAGS = frozenset(
-    re.findall(
-        r"\w+",
-        """a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6
-        hr i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul""",
-    )
+TAGS = (
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr "
+    "i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"
 )
 ATTRIBUTES = {
     "*": ["class", "id", "title"],
@@ -115,13 +111,9 @@ def render(notebook, *, title: str, command: str = "", links=(), members=()) -> 
         "contents": contents + ([("Members", "members")] if members else []),
     }
     config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
-    exporter = HTMLExporter(config=config, extra_template_basedirs=[str(ASSETS)], template_name="notebook")
-    for name, function in (
-        ("markdown2html", _markdown),
-        ("safe_html", clean),
-        ("last_line", last_line_of_carriage_returns),
-    ):
-        exporter.register_filter(name, function)
+    filters = {"markdown2html": _markdown, "safe_html": clean, "last_line": last_line_of_carriage_returns}
+    templates = {"extra_template_basedirs": [str(ASSETS)], "template_name": "notebook"}
+    exporter = HTMLExporter(config=config, filters=filters, **templates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about outputs of kinds that are not shown: widgets, scripts
         return exporter.from_notebook_node(notebook, {"page": page})[0]
@@ -142,7 +134,7 @@ def clean(fragment: str) -> str:
     for header in soup("th"):
         header["scope"] = header.get("scope") or ("row" if header.find_parent("tbody") else "col")
     protocols = {"http", "https", "mailto", "data"}
-    return place_points(bleach.clean(str(soup), TAGS, ATTRIBUTES, protocols=protocols, strip=True))
+    return place_points(bleach.clean(str(soup), TAGS.split(), ATTRIBUTES, protocols=protocols, strip=True))
 
 
 def place_points(fragment: str) -> str:
@@ -207,9 +199,8 @@ def index_html(outputs_root: str | Path) -> Path:
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
     script = (ASSETS / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, **blocks)
     environment.filters |= {"number": _number, "estimate": _estimate}
     text = environment.get_template("index.html.j2").render(
         groups=groups,
@@ -231,8 +222,10 @@ def _group(root: Path, study: Path) -> dict | None:
         return None
     own, _, variation = study.parent.name.partition(",")
     scale, _, mode = own.partition("-")
-    aggregated, status = _read(comparison / "aggregated_metrics.json"), _read(comparison / "status.json")
-    claims = [_claim(claim) for claim in _read(comparison / "claims.json", []) if isinstance(claim, dict)]
+    aggregated = read_json(comparison / "aggregated_metrics.json", {})
+    status = read_json(comparison / "status.json", {})
+    provenance = [read_json(path / "provenance.json") for path in (comparison, *folders)]
+    claims = [_claim(claim) for claim in read_json(comparison / "claims.json", [])]
     return {
         "anchor": f"{study.parent.name}-{study.name}",
         "scale": scale,
@@ -240,40 +233,36 @@ def _group(root: Path, study: Path) -> dict | None:
         "name": study.name.replace("_", "-").upper() + (f" ({variation})" if variation else ""),
         "command": status.get("command") or COMMANDS.get(own, ""),
         "claims": claims,
-        "scored_by": next((claim["scored_by"] for claim in claims if claim.get("scored_by")), ""),
-        "summary": _summary(aggregated),
+        "aggregated": aggregated,
         "figure": _figure(root, comparison, str(aggregated.get("primary_metric"))) if mode == "full" else "",
         "figures": [_figure_files(root, png) for png in sorted((comparison / "figures").glob("*.png"))],
         "analysis": _links(root, comparison, ANALYSIS_FILES),
-        "analysis_error": _dict(status.get("error")),
+        "analysis_error": status.get("error"),
         "runs": runs,
-        "provenance": _provenance([comparison, *folders]),
+        "provenance": next(filter(None, provenance), {}),
     }
 
 
 def _run(root: Path, folder: Path) -> dict:
-    status = _read(folder / "status.json")
+    status = read_json(folder / "status.json", {})
     if status.get("status") == "running" and not progress.running(folder.parent.parent):
         status["status"] = "interrupted"  # its runner is gone
-    files = dict(RUN_FILES)
+    links, metric = dict(_links(root, folder, RUN_FILES)), (status.get("key_metric") or {})
     if status.get("status") not in ("failed", "out_of_memory"):
-        del files["error"]
-    links, metric, error = _links(root, folder, files), _dict(status.get("key_metric")), status.get("error")
+        links.pop("error", None)  # of an earlier attempt
     members, ended = members_of(folder, root), status.get("ended")
     counts = Counter(member["status"] for member in members)
     return {
         "id": folder.name,
-        "page": dict(links).get("page", ""),
-        "links": [(text, href) for text, href in links if text != "page"],
+        "page": links.pop("page", ""),
+        "links": links,
         "status": str(status.get("status") or "no status"),
         "metric": metric.get("name", ""),
         "value": metric.get("value"),
         "minutes": _minutes(status.get("minutes")),
         "work": _minutes(status.get("actual_member_seconds"), 60),
-        "ended": datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d %H:%M")
-        if _is_number(ended)
-        else str(ended or ""),
-        "error": error if isinstance(error, dict) else {"exception": str(error)} if error else {},
+        "ended": f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M}" if _is_number(ended) else "",
+        "error": status.get("error"),
         "members": ", ".join(f"{count} {name}" for name, count in counts.items()),
         "seeds": len({member["id"].rpartition("-s")[2] for member in members}),
         "listed": members,
@@ -283,17 +272,17 @@ def _run(root: Path, folder: Path) -> dict:
 def members_of(folder: Path, page_folder: Path) -> list[dict]:
     """The members of the run in `folder`: how each ended (its sentinel says), its value of the run's key metric, and
     its files, as seen from `page_folder`."""
-    key, members = _dict(_read(folder / "metrics.json").get("key_metric")), []
-    metric = key.get("name") or _dict(_read(folder / "status.json").get("key_metric")).get("name", "")
+    metric = (read_json(folder / "metrics.json", {}).get("key_metric") or {}).get("name", "")
+    members = []
     for path in sorted((folder / "members").glob("*/")):
-        error = _read(path / "error.json")
-        status = _read(path / "done.json").get("status") or error.get("status", "unfinished")
+        error = read_json(path / "error.json", {})
+        status = read_json(path / "done.json", {}).get("status") or error.get("status", "unfinished")
         members.append(
             {
                 "id": path.name,
                 "status": str(status).replace("_", " "),
                 "metric": metric.replace("_", " "),
-                "value": _number(_read(path / "metrics.json").get(metric)),
+                "value": _number(read_json(path / "metrics.json", {}).get(metric)),
                 "error": str(error.get("exception", "")),
                 "files": _links(page_folder, path, MEMBER_FILES),
             }
@@ -309,18 +298,6 @@ def _claim(claim: dict) -> dict:
     return {**claim, "verdict": verdict, "interval": interval}
 
 
-def _summary(aggregated: dict) -> str:
-    """The best proposed run and the best baseline, in one sentence."""
-    proposed, baseline = _dict(aggregated.get("best_proposed")), _dict(aggregated.get("best_baseline"))
-    if not proposed or not baseline:
-        return ""
-    metric, gap = str(aggregated.get("primary_metric", "primary metric")).replace("_", " "), aggregated.get("gap")
-    best = f"best proposed {proposed.get('run_id')} {_number(proposed.get('value'))}"
-    base = f"best baseline {baseline.get('run_id')} {_number(baseline.get('value'))}"
-    gap_words = f", gap {gap:+.1f} %".replace("-", "−") if _is_number(gap) else ""
-    return f"{metric[:1].upper()}{metric[1:]}: {best}, {base}{gap_words}."
-
-
 def _figure(root: Path, comparison: Path, metric: str) -> str:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its
     words, its points linked to their members."""
@@ -333,7 +310,7 @@ def _figure(root: Path, comparison: Path, metric: str) -> str:
         return ""
     words, here = path.with_name(f"{path.stem}.alt.txt"), quote(os.path.relpath(comparison, root))
     alt = words.read_text(encoding="utf-8").strip() if words.exists() else path.stem.replace("_", " ")
-    links = _read(path.with_name(f"{path.stem}.links.json"), [])
+    links = read_json(path.with_name(f"{path.stem}.links.json"), [])
     links = [{**link, "href": os.path.normpath(os.path.join(here, link["href"]))} for link in links]
     return place_points(embed(path.read_bytes(), alt, links))
 
@@ -341,29 +318,6 @@ def _figure(root: Path, comparison: Path, metric: str) -> str:
 def _figure_files(root: Path, png: Path) -> dict:
     kinds = {kind: f"{png.stem}.{kind}" for kind in ("png", "pdf", "csv")}
     return {"name": png.stem.removeprefix("comparison_").replace("_", " "), "files": _links(root, png.parent, kinds)}
-
-
-def _provenance(folders: list[Path]) -> list[tuple[str, str]]:
-    """(what, value) of the first provenance record found; nested parts as 'name: value' lists."""
-    found = next((values for folder in folders if (values := _read(folder / "provenance.json"))), {})
-    listed = lambda v: ", ".join(f"{name} {part}" for name, part in v.items()) if isinstance(v, dict) else str(v)  # noqa: E731
-    return [
-        (str(key).replace("_", " "), listed(value)) for key, value in found.items() if value not in (None, "", {}, [])
-    ]
-
-
-def _read(path: Path, default=None):
-    """The JSON of a file where it holds the kind of `default` (an object), else `default`: damage leaves a gap."""
-    default = {} if default is None else default
-    try:
-        value = read_json(path)
-    except StudyError:
-        return default
-    return value if isinstance(value, type(default)) else default
-
-
-def _dict(value: object) -> dict:
-    return value if isinstance(value, dict) else {}
 
 
 def _links(page_folder: Path, folder: Path, files: dict[str, str]) -> list[tuple[str, str]]:
