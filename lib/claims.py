@@ -26,10 +26,10 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lib import stats as st
-from lib.config import Section, load_yaml, plain, raise_faults
+from lib.config import Section, plain, validate
 from lib.record import finite
 
 DRAWS = 10_000
@@ -177,11 +177,9 @@ class Claims(Section):
             if by not in fixed.values:
                 raise ValueError(f"{fixed.key} of {fixed.method} is not fixed for {fixed.by} = {by:g}")
             value = fixed.values[by]
-            if cell.get(fixed.key, value) != value:
-                raise ValueError(
-                    f"{fixed.method} at {fixed.by} = {by:g} has {fixed.key} = {cell[fixed.key]:g}, but "
-                    f"{value:g} was fixed in advance"
-                )
+            if (given := cell.get(fixed.key, value)) != value:
+                name = f"{fixed.method} at {fixed.by} = {by:g}"
+                raise ValueError(f"{name} has {fixed.key} = {given:g}, but {value:g} was fixed in advance")
             cell = {**cell, fixed.key: value}
         return cell
 
@@ -205,11 +203,7 @@ class Claims(Section):
 def load(path: str | Path) -> Claims:
     """Read a claims file. Raises StudyError naming file and key of every fault, with "did you mean" for unknown
     keys."""
-    raw = load_yaml(path)
-    try:
-        return Claims.model_validate(raw)
-    except ValidationError as error:
-        raise_faults(error, str(path), Claims)
+    return validate(Claims, path)
 
 
 # ---- from rows of scores to arrays of cells x seeds x questions
@@ -365,10 +359,8 @@ RULES = {  # what the interval does where it supports and where it refutes a cla
 
 def measure(claim: Claim, pairs: Paired, n: int, names: Names, part: str = "") -> dict:
     """Estimate, intervals, p, verdict and reason of one comparison: the first `n` cells against the rest."""
-    treatment, baseline = pairs.values[:n], pairs.values[n:]
-    if claim.test == "variance_ratio":
-        return _measure_variance(claim, treatment, baseline, names, pairs.seeds, part)
-    return _measure_mean(claim, treatment[0], baseline[0] if len(baseline) else None, names, pairs.seeds, part)
+    how = _measure_variance if claim.test == "variance_ratio" else _measure_mean
+    return how(claim, pairs.values[:n], pairs.values[n:], names, pairs.seeds, part)
 
 
 def _rng(claim: Claim, part: str = "") -> np.random.Generator:
@@ -380,14 +372,14 @@ def _conclusion(claim: Claim, decision: st.Decision) -> str:
     if decision.primary == st.INCONCLUSIVE:
         return "this leaves the claim open."
     text = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
+    if decision.code == decision.primary:
+        return f"{text}."
     companion = "stretches of pairs" if claim.test == "cost_ratio" else "seeds"
-    return text + (
-        "." if decision.code == decision.primary else f", but the t test over {companion} does not bear it out."
-    )
+    return f"{text}, but the t test over {companion} does not bear it out."
 
 
 def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
-    difference = treatment - (claim.reported if baseline is None else baseline)
+    difference = treatment[0] - (baseline[0] if len(baseline) else claim.reported)
     primary = st.crossed_bootstrap(difference, draws=DRAWS, rng=_rng(claim, part))
     companion = st.seed_mean(difference.mean(-1))
     decision = st.decide_mean(claim.test, primary, companion, claim.margin)
@@ -395,20 +387,32 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     low95, high95 = map(float, st.interval(primary, 0.95))
     low90, high90 = map(float, st.interval(primary, 0.90))
     digits = 2 if max(claim.margin, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
-    return {
-        "verdict": WORD[int(decision.code)],
-        "reason": f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]} "
-        f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, "
-        f"90 % {low90:+.{digits}f} to {high90:+.{digits}f}); " + _conclusion(claim, decision),
-        "estimate": estimate,
-        "interval95": (low95, high95),
+    reason = (
+        f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]} "
+        f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, 90 % {low90:+.{digits}f} to "
+        f"{high90:+.{digits}f}); {_conclusion(claim, decision)}"
+    )
+    return _measured(decision, reason, estimate, low95, high95) | {
         "interval90": (low90, high90),
         "level": 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95,
-        "p": float(decision.p),
-        "p_companion": float(decision.p_companion),
         "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
         "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
-        "probability_of_improvement": None if baseline is None else st.probability_of_improvement(treatment, baseline),
+        "probability_of_improvement": st.probability_of_improvement(treatment[0], baseline[0])
+        if len(baseline)
+        else None,
+    }
+
+
+def _measured(decision: st.Decision, reason: str, estimate: float, low: float, high: float) -> dict:
+    """What every comparison has: its verdict, why, the estimate with its 95 % interval, and both p."""
+    return {
+        "verdict": WORD[int(decision.code)],
+        "reason": reason,
+        "estimate": estimate,
+        "interval95": (low, high),
+        "level": 0.95,
+        "p": float(decision.p),
+        "p_companion": float(decision.p_companion),
     }
 
 
@@ -435,14 +439,8 @@ def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
             )
     own, own_baseline = result.per_seed
     own_ratio = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
-    return {
+    return _measured(decision, reason, ratio, low, high) | {
         "verdict": word,
-        "reason": reason,
-        "estimate": ratio,
-        "interval95": (low, high),
-        "level": 0.95,
-        "p": float(decision.p),
-        "p_companion": float(decision.p_companion),
         "per_seed": dict(zip(seeds, own_ratio, strict=True)),
         "probability_of_improvement": st.probability_of_improvement(-own[:, None], -own_baseline[:, None]),
     }
@@ -456,15 +454,11 @@ def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
     ratio, low, high = float(result.ratio), float(result.low), float(result.high)
     ratios = pairs[claim.metric] / pairs[f"{claim.metric}_baseline"]
     per_seed = ratios.groupby(pairs["seed"]).median() if "seed" in pairs else {}
-    return {
-        "verdict": WORD[int(decision.code)],
-        "reason": f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]} (95 % interval {low:.3f} to "
-        f"{high:.3f}, {len(pairs)} pairs); {_conclusion(claim, decision)}",
-        "estimate": ratio,
-        "interval95": (low, high),
-        "level": 0.95,
-        "p": float(decision.p),
-        "p_companion": float(decision.p_companion),
+    reason = (
+        f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]} (95 % interval {low:.3f} to "
+        f"{high:.3f}, {len(pairs)} pairs); {_conclusion(claim, decision)}"
+    )
+    return _measured(decision, reason, ratio, low, high) | {
         "per_seed": {int(seed): float(value) for seed, value in per_seed.items()},
         "probability_of_improvement": float((cost < baseline).mean() + 0.5 * (cost == baseline).mean()),
         "n_seeds": len(per_seed),
@@ -559,9 +553,7 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
             for cell in study.levels(claim, side):
                 # where a key is `best`, any of its runs may be it
                 runs = select(members, {key: value for key, value in cell.items() if value != BEST})
-                seeds = {
-                    s: sorted(runs["seed"][runs["status"] == s].astype(int)) if len(runs) else [] for s in statuses
-                }
+                seeds = {s: runs["seed"][runs["status"] == s].astype(int) if len(runs) else [] for s in statuses}
                 row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}
                 row["finished"] = sum(len(seeds[status]) for status in FINISHED)
                 out.append(row | {status: ", ".join(map(str, sorted(set(seeds[status])))) for status in statuses})
@@ -621,10 +613,8 @@ def evaluate(
 
 
 def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
-    same = {
-        name: getattr(claim, name) for name in ("id", "sentence", "test", "metric", "estimand", "margin", "claimed")
-    }
-    verdict = Verdict(**same, scale=scale, verdict="not evaluated", reason="", note=claim.note)
+    same = claim.model_dump(include={"id", "sentence", "test", "metric", "estimand", "margin", "claimed", "note"})
+    verdict = Verdict(**same, scale=scale, verdict="not evaluated", reason="")
     if mode == "trial":
         verdict.reason = "a trial shows that the study runs, not what it finds"
     elif claim.not_evaluated:
@@ -756,13 +746,11 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     pairs = data.costs if set(columns) <= set(data.costs) else pd.DataFrame(columns=columns)
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
-    if len(pairs) < MIN_COST_PAIRS:
-        verdict.reason = (
-            f"{MISSING}{claim.metric} of {names[0]} and {names[1]} measured in turns ({len(pairs)} pairs, at "
-            f"least {MIN_COST_PAIRS} are needed)"
-        )
-        return
-    vars(verdict).update(_measure_cost(claim, pairs, names))
+    if len(pairs) >= MIN_COST_PAIRS:
+        vars(verdict).update(_measure_cost(claim, pairs, names))
+    else:
+        count = f"{len(pairs)} pairs, at least {MIN_COST_PAIRS} are needed"
+        verdict.reason = f"{MISSING}{claim.metric} of {names[0]} and {names[1]} measured in turns ({count})"
 
 
 # ---- whether the runs that a claim compares have learned anything

@@ -29,7 +29,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -67,9 +67,8 @@ class Finding:
     file: str = ""
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.level, self.file, self.key, self.what))) + (
-            f" — {self.fix}" if self.fix else ""
-        )
+        text = ": ".join(filter(None, (self.level, self.file, self.key, self.what)))
+        return f"{text} — {self.fix}" if self.fix else text
 
 
 def fault(found: str, expected: str, fix: str = "", key: str = "") -> PydanticCustomError:
@@ -121,6 +120,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Distribution(Section):
     """One entry of a search space."""
 
@@ -132,21 +134,21 @@ class Distribution(Section):
 
     @model_validator(mode="after")
     def _complete(self):
-        numbers = f"low {self.low}, high {self.high}, step {self.step}"
+        low, high, step = numbers = self.low, self.high, self.step
+        text = f"low {low}, high {high}, step {step}"
         if self.type == "categorical":
             if not self.choices:
                 raise fault("no choices", "a list of at least one value", "choices: [...]", "choices")
-            if self.low is not None or self.high is not None or self.step is not None:
+            if numbers != (None, None, None):
                 raise fault("low, high or step", "choices alone", "remove them, or use uniform or int", "type")
-            return self
-        if self.choices is not None:
+        elif self.choices is not None:
             raise fault("choices", "low and high", "remove them, or use type: categorical", "choices")
-        if self.low is None or self.high is None or not self.low < self.high:
-            raise fault(numbers, "low below high", "", "low")
-        if self.type == "loguniform" and (self.low <= 0 or self.step is not None):
-            raise fault(numbers, "low above 0 and no step", "", "low")
-        if self.type == "int" and any(x is not None and x != int(x) for x in (self.low, self.high, self.step)):
-            raise fault(numbers, "whole numbers", "type: uniform", "low")
+        elif low is None or high is None or not low < high:
+            raise fault(text, "low below high", "", "low")
+        elif self.type == "loguniform" and (low <= 0 or step is not None):
+            raise fault(text, "low above 0 and no step", "", "low")
+        elif self.type == "int" and any(x is not None and x != int(x) for x in numbers):
+            raise fault(text, "whole numbers", "type: uniform", "low")
         return self
 
 
@@ -232,24 +234,21 @@ class Run(Section):
 @functools.cache  # asked for every key of every grid cell
 def keys(run_type: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     """Every dotted key of a run's YAML, sections included."""
-    found = []
+    names = []
     for name, field in run_type.model_fields.items():
         if not prefix and name in CONTEXT:
             continue
-        found.append(prefix + name)
+        names.append(prefix + name)
         inner = section_type(field.annotation)
-        found += keys(inner, f"{prefix}{name}.") if inner else ()
-    return tuple(found)
+        names += keys(inner, f"{prefix}{name}.") if inner else ()
+    return tuple(names)
 
 
 def section_type(annotation: Any, inside: bool = False) -> type[BaseModel] | None:
     """The section that a field holds (`Peft | None` -> Peft), None where it holds a value; `inside`: in a list, too."""
-    if (
-        inside
-        and typing.get_args(annotation)
-        or typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType)
-    ):
-        return next(filter(None, (section_type(part, inside) for part in typing.get_args(annotation))), None)
+    parts, origin = typing.get_args(annotation), typing.get_origin(annotation)
+    if parts and (inside or origin in (Annotated, typing.Union, types.UnionType)):
+        return next(filter(None, (section_type(part, inside) for part in parts)), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
@@ -290,9 +289,8 @@ def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
     parts = [str(part) for part in error["loc"]] + ([context["key"]] if context.get("key") else [])
     key = ".".join(parts) or "(top level)"
     if error["type"] == "extra_forbidden":
-        beside = [".".join([*parts[:-1], name]) for name in _fields_at(model, error["loc"][:-1])]
-        near = did_you_mean(key, (*keys(model), *beside))
-        return key, "unknown key", "a key of this section", near
+        siblings = [".".join([*parts[:-1], name]) for name in _fields_at(model, error["loc"][:-1])]
+        return key, "unknown key", "a key of this section", did_you_mean(key, (*keys(model), *siblings))
     if error["type"] == "missing":
         return key, "missing", "this key", f"write {key}: ... (params/ has complete examples)"
     if error["type"] == "study":
@@ -306,11 +304,9 @@ def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
 
 
 def _not_supplied(marker: str, key: str) -> tuple[str, str, str]:
-    return (
-        f"{marker}, which nothing supplies",
-        "a value, a grid over it, or categorical choices in optuna.search_space",
-        f"grid: [{{cells: [{{{key}: ...}}]}}], or run the sweep and train its best.yaml",
-    )
+    expected = "a value, a grid over it, or categorical choices in optuna.search_space"
+    fix = f"grid: [{{cells: [{{{key}: ...}}]}}], or run the sweep and train its best.yaml"
+    return f"{marker}, which nothing supplies", expected, fix
 
 
 def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> typing.NoReturn:
@@ -321,9 +317,7 @@ def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> 
     if len(faults) == 1:
         key, *rest = faults[0]
         raise StudyError(f"{where}: {key}", *rest) from None
-    lines = [
-        f"\n  {key}: {found}; expected {wanted}" + (f"; {fix}" if fix else "") for key, found, wanted, fix in faults
-    ]
+    lines = [f"\n  {key}: {found}; expected {'; '.join(filter(None, rest))}" for key, found, *rest in faults]
     found, expected = f"{len(faults)} faults" + "".join(lines), "known keys with values of the right type and range"
     raise StudyError(where, found, expected, "correct each of them; params/ has complete examples") from None
 
@@ -371,11 +365,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits, an impossible date
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        found, fix = (
-            getattr(error, "problem", None)
-            or str(error).replace("Circular reference", "an alias that contains itself"),
-            "correct the line; tags such as !!python are not read",
-        )
+        found = getattr(error, "problem", None) or str(error)
+        found = found.replace("Circular reference", "an alias that contains itself")
+        fix = "correct the line; tags such as !!python are not read"
         raise StudyError(place, found, "one plain YAML document", fix) from None
 
 
@@ -398,12 +390,19 @@ def load_yaml(path: str | Path) -> dict:
         fix = "data belongs in files that dataset.name points to"
         refuse(f"more than {MAX_BYTES:,} bytes", "a run YAML of a few kilobytes", fix)
     content = parse_yaml(text, str(path))
-    if content is None:
-        refuse("an empty file", "a mapping of run_id, method, model, ...", "copy a YAML of params/ and edit it")
     if not isinstance(content, dict):
-        found = f"a {type(content).__name__} at the top level"
-        refuse(found, "a mapping (key: value lines)", "start the file with run_id: ...")
+        found = "an empty file" if content is None else f"a {type(content).__name__} at the top level"
+        refuse(found, "a mapping of run_id, method, model, ...", "copy a YAML of params/ and edit it")
     return content
+
+
+def validate(section: type[S], path: str | Path) -> S:
+    """A YAML file as a section of that type."""
+    raw = load_yaml(path)
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise_faults(error, str(path), section)
 
 
 # ---- studies, and their keys by name
@@ -424,12 +423,12 @@ def study_module(study: str) -> types.ModuleType:
 
 def recognize(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
-    found = [study for study in studies() if study_module(study).recognizes(raw)]
-    if len(found) != 1:
-        belongs = "belongs to " + (" and ".join(found) or "no study") + " by its sections"
+    names = [study for study in studies() if study_module(study).recognizes(raw)]
+    if len(names) != 1:
+        found = f"belongs to {' and '.join(names) or 'no study'} by its sections"
         fix = "put the file under params/<study>/<scale>/, or compare it with the examples there"
-        raise StudyError(where, belongs, "the sections of one study: " + ", ".join(studies()), fix)
-    return found[0]
+        raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
+    return names[0]
 
 
 def resolve(study: str, key: str, where: str = "key") -> str:
@@ -563,10 +562,7 @@ def _with_wandb(raw: dict) -> dict:
     path = ROOT / "params" / "wandb.yaml"
     if raw.get("wandb") is not None or not path.exists():
         return raw
-    try:
-        return {**raw, "wandb": Wandb.model_validate(load_yaml(path)).model_dump()}
-    except ValidationError as error:
-        raise_faults(error, str(path), Wandb)
+    return {**raw, "wandb": validate(Wandb, path).model_dump()}
 
 
 def load_run(
@@ -600,12 +596,10 @@ def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
         if key.split(".")[0] in ("run_id", *CONTEXT):
             fix = "copy the YAML under another run_id" if key == "run_id" else f"use --{key}"
             raise StudyError(f"--set {key}", "not a setting of a run", "a key of the YAML or a short name", fix)
-        resolve(run.study, key, "--set")
-        values[key] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
-    implied = (
-        module.implied(run, {resolve(run.study, k): v for k, v in values.items()}) if hasattr(module, "implied") else {}
-    )
-    written = " ".join(f"--set {key}={overrides[key]}" for key in values)
+        dotted = resolve(run.study, key, "--set")
+        values[dotted] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
+    implied = module.implied(run, values) if hasattr(module, "implied") else {}
+    written = " ".join(f"--set {key}={text}" for key, text in overrides.items())
     run = apply(run, {**implied, **values}, where=f"{where} with {written}")
     return run.model_copy(update={"overrides": {key: str(text) for key, text in overrides.items()}})
 
@@ -645,11 +639,9 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
             raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
     for key in known:
         if not isinstance(namespace.get(key), PLAIN):
-            found, fix = (
-                type(namespace[key]).__name__,
-                "run the parameters cell again; give the other object another name",
-            )
-            raise StudyError(f"{where}: {key}", f"holds a {found}", "the parameter of that name", fix)
+            found = f"holds a {type(namespace[key]).__name__}"
+            fix = "run the parameters cell again; give the other object another name"
+            raise StudyError(f"{where}: {key}", found, "the parameter of that name", fix)
     mode, scale = given.pop("mode", "full"), given.pop("scale", "laptop")
     context = _context(study, scale, mode, given.pop("results_dir", None), None)
     run = build(study, _with_wandb(given), where, **context)
@@ -658,14 +650,14 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
 
 def _assigned_with_run_id(cells: Any) -> set[str]:
     """Names assigned by the cells that assign `run_id`, which are the parameters cells."""
-    found: set[str] = set()
+    assigned: set[str] = set()
     for source in cells if isinstance(cells, list) else ():
         with contextlib.suppress(SyntaxError):  # magics
-            assignments = [s for s in ast.parse(source).body if isinstance(s, ast.Assign | ast.AnnAssign)]
-            nodes = [node for statement in assignments for node in ast.walk(statement)]
+            statements = [s for s in ast.parse(source).body if isinstance(s, ast.Assign | ast.AnnAssign)]
+            nodes = [node for statement in statements for node in ast.walk(statement)]
             names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-            found |= names if "run_id" in names else set()
-    return found
+            assigned |= names if "run_id" in names else set()
+    return assigned
 
 
 # ---- members: the grid's cells times its seeds; and a run's trial form, which has one
@@ -755,14 +747,14 @@ def members(run: Run, all_seeds: bool = False) -> list[Member]:
             name = cell_name(run.study, cell)
             known, have = cells.setdefault(name, (cell, []))
             if known != cell:
-                found = f"two cells named {name}: {known} and {cell}"
-                raise StudyError(f"{run.run_id}: grid", found, "cells that differ in their names", "drop one of them")
+                out = f"two cells named {name}: {known} and {cell}"
+                raise StudyError(f"{run.run_id}: grid", out, "cells that differ in their names", "drop one of them")
             have += [s for s in dict.fromkeys([*seeds, *(run.seed_list if all_seeds else ())]) if s not in have]
-    found = []
+    out = []
     for cell, seeds in cells.values():
         first = member(run, cell, seeds[0])
-        found += [replace(first, seed=seed) for seed in (sorted(seeds) if all_seeds else seeds)]
-    return found
+        out += [replace(first, seed=seed) for seed in (sorted(seeds) if all_seeds else seeds)]
+    return out
 
 
 def first_cell(run: Run) -> dict[str, Any]:

@@ -176,8 +176,11 @@ def base_model(
     place = folder / "base"
     if run.model.name == "made":
         (folder / "history.jsonl").unlink(missing_ok=True)
-        history, _ = record.recorder(folder)
-        return str(place), make(place, lambda step, steps, loss: history({"step": step, "steps": steps, "loss": loss}))
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            record.append_jsonl(folder / "history.jsonl", {"step": step, "steps": steps, "loss": loss})
+
+        return str(place), make(place, on_step)
     if run.mode == "trial" and hub.out_of_reach(run.model.name):
         return str(write_stand_in(run.model.name, place, texts)), None
     return run.model.name, None

@@ -167,13 +167,13 @@ def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict
     """A look for every name, in the study's own order and looks where it has them, else the next free color and
     marker."""
     known, names = known or {}, list(dict.fromkeys(names))
-    found = {name: known[name] for name in known if name in names}
-    taken = {look.color for look in found.values()}
+    chosen = {name: known[name] for name in known if name in names}
+    taken = {look.color for look in chosen.values()}
     free = [i for i, color in enumerate(PALETTE) if color not in taken] or list(range(len(PALETTE)))
     for i, name in enumerate(name for name in names if name not in known):
         place = free[i % len(free)]
-        found[name] = Look(str(name), PALETTE[place], MARKERS[place])
-    return found
+        chosen[name] = Look(str(name), PALETTE[place], MARKERS[place])
+    return chosen
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -254,22 +254,6 @@ def _links(drawn: Figure, page_folder: Path) -> list[dict]:
                 }
             )
     return links
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.075) -> None:
-    """Names of series at the right edge instead of a legend: (y in data units, text, color), pushed apart to `gap` of
-    the height. Call it when everything else is drawn: it reads the limits."""
-    axes.get_ylim()  # autoscales now, so that the transform below is the final one
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    at = sorted((float(to_fraction.transform((1, y))[1]), text, color) for y, text, color in ends if np.isfinite(y))
-    heights = np.clip([height for height, _, _ in at], 0.0, 1.0)
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in range(len(heights) - 1, -1, -1):  # what was pushed over the top moves down again
-        heights[i] = min(heights[i], 1.0 - gap * (len(heights) - 1 - i))
-    style = {"xycoords": "axes fraction", "va": "center", "fontsize": 9.5, "fontweight": "bold"}
-    for height, (_, text, color) in zip(heights, at, strict=True):
-        axes.annotate(text, (1.015, height), color=color, **style)
 
 
 def legend_below(drawn: Figure, extra: Sequence[tuple[object, str]] = ()) -> None:
@@ -427,44 +411,36 @@ def learning_curves(
         if len(here):
             sns.lineplot(here, x="step", y="shown", hue=by, palette=colors, hue_order=list(look), ax=place, **faint)
         present = [(own, here[here[by] == name]) for name, own in look.items() if (here[by] == name).any()]
-        curves = [_curve(place, group, own, here["step"].max()) for own, group in present]
+        said = "; ".join(_curve(place, group, own, here["step"].max()) for own, group in present) or "no data"
+        words.append((f"{panel_label(value)}: " if panel else "") + said + ".")
         if reference is not None:
             reference_line(place, reference)
-        if panel:
-            place.set_title(panel_label(value))
-        else:
-            label_ends(place, [end for end, _ in curves if end])
-        said = "; ".join(text for _, text in curves) or "no data"
-        words.append((f"{panel_label(value)}: " if panel else "") + said + ".")
-        place.set(xlabel="optimizer step", ylabel=ylabel)
+        place.set(xlabel="optimizer step", ylabel=ylabel, title=panel_label(value) if panel else "")
         place.label_outer()
         place.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
-    if panel:
-        legend_below(drawn)
+    legend_below(drawn)
     smoothed = f", smoothed over {smooth} points" if smooth > 1 else ""
     alt = f"{title}: {ylabel} over optimizer steps, mean over seeds with each seed faint{smoothed}. {' '.join(words)}"
     return Drawing(drawn, title, alt, rows[[c for c in (by, panel, "cell", "seed", "step", y) if c and c in rows]])
 
 
-def _curve(place: Axes, rows: pd.DataFrame, own: Look, last: float) -> tuple[tuple | None, str]:
-    """The mean of one line, and crosses where its seeds end early; returns the label for its end, and its numbers in
-    words."""
+def _curve(place: Axes, rows: pd.DataFrame, own: Look, last: float) -> str:
+    """The mean of one line, and crosses where its seeds end early; returns its numbers in words."""
     mean, ends = rows[rows["everyone"]].groupby("step")["shown"].mean(), rows.groupby("seed").last()
     place.plot(mean, color=own.color, label=own.label)
     early = ends[ends["step"] < last]
     place.plot(early["step"], early["shown"], "x", color=own.color, markersize=8, markeredgewidth=2, zorder=4)
-    text, label = f"{own.label} has no step that all {len(ends)} seeds reached", None
+    text = f"{own.label} has no step that all {len(ends)} seeds reached"
     if len(mean):
         (first, stop), (start, end) = mean.index[[0, -1]], mean.iloc[[0, -1]]
         final = rows[rows["step"] == stop]["shown"]
         seeds = f"(seeds {number(final.min())} to {number(final.max())})"
         text = f"{own.label} from {number(start)} at step {first} to {number(end)} at {stop} {seeds}"
-        label = (float(end), own.label + (f" (to {stop})" if stop < last else ""), own.color)
     if len(early):
         text += f", {len(early)} of {len(ends)} seeds end early, the first at {early['step'].min()}"
-    return label, text
+    return text
 
 
 @housestyle
@@ -547,37 +523,36 @@ def search(study, objective: str, title: str, seed: int = 0) -> dict[str, Drawin
     table["best so far"] = table["value"].cummin() if study.direction.name == "MINIMIZE" else table["value"].cummax()
 
     history, axes = canvas(height=3.6, title=f"{title}: {label} by trial")
-    sns.scatterplot(table, x="trial", y="value", color=PALETTE[0], label="trial", ax=axes[0, 0])
-    sns.lineplot(
-        table, x="trial", y="best so far", drawstyle="steps-post", color=PALETTE[2], label="best so far", ax=axes[0, 0]
-    )
-    axes[0, 0].set(ylabel=label)
-    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    place = axes[0, 0]
+    sns.scatterplot(table, x="trial", y="value", color=PALETTE[0], label="trial", ax=place)
+    place.step(table["trial"], table["best so far"], where="post", color=PALETTE[2], label="best so far")
+    place.legend()
+    place.set(ylabel=label)
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
     first = f"{len(done)} trials; the best value is {number(best.value)}, the first {number(done[0].value)}."
-    made = {"history": Drawing(history, f"{title}: {label} by trial", first, table)}
+    drawings = {"history": Drawing(history, f"{title}: {label} by trial", first, table)}
 
     slices, axes = canvas(1, len(space), height=3.4, title=f"{title}: where the trials lie", sharey=True)
     for place, (name, distribution) in zip(axes[0], space.items(), strict=True):
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
-            choices = [name_of(choice) for choice in distribution.choices if (table[name] == choice).any()]
-            sns.stripplot(
-                x=table[name].map(name_of), y=table["value"], order=choices, color=PALETTE[0], jitter=False, ax=place
-            )
+            names = table[name].map(name_of)
+            order = [name_of(choice) for choice in distribution.choices if (table[name] == choice).any()]
+            sns.stripplot(x=names, y=table["value"], order=order, color=PALETTE[0], jitter=False, ax=place)
         else:
             sns.scatterplot(table, x=name, y="value", color=PALETTE[0], ax=place)
             place.set_xscale("log" if getattr(distribution, "log", False) else "linear")
         place.set(xlabel=name.replace("_", " "), ylabel=label)
     words = "; ".join(f"best at {name} {name_of(value)}" for name, value in best.params.items()) + "."
-    made["slices"] = Drawing(slices, f"{title}: where the trials lie", words, table)
+    drawings["slices"] = Drawing(slices, f"{title}: where the trials lie", words, table)
 
     if len(done) > 3 and len(space) > 1 and table["value"].nunique() > 1:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        shares = pd.DataFrame({"setting": list(found), "importance": list(found.values())})
+        parts = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shares = pd.DataFrame({"setting": list(parts), "importance": list(parts.values())})
         heading = f"{title}: what the objective depends on"
         importance, axes = canvas(height=1.2 + 0.5 * len(shares), title=heading)
         sns.barplot(shares, x="importance", y="setting", color=PALETTE[0], ax=axes[0, 0])
         axes[0, 0].set(xlabel="share of the variance (fANOVA)", ylabel="", xlim=(0, 1))
-        words = "; ".join(f"{name}: {number(share)}" for name, share in found.items()) + " of the objective's variance."
-        made["importance"] = Drawing(importance, heading, words, shares)
-    return made
+        words = "; ".join(f"{name}: {number(share)}" for name, share in parts.items()) + " of the objective's variance."
+        drawings["importance"] = Drawing(importance, heading, words, shares)
+    return drawings

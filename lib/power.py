@@ -108,22 +108,19 @@ def word_for(share: float) -> str:
 def weak_claims(table: pd.DataFrame) -> dict[str, str]:
     """{claim: its power in percent} of those that a study of this size would hardly ever show, whichever seed standard
     deviation of `table` is true."""
-    found = {}
+    weak = {}
     for claim, powers in table.groupby("claim", sort=False)["power with Holm"]:
         if word_for(powers.max()) == HARDLY:
             low, high = round(100 * powers.min()), round(100 * powers.max())
-            found[claim] = f"{low} %" if low == high else f"{low} to {high} %"
-    return found
+            weak[claim] = f"{low} %" if low == high else f"{low} to {high} %"
+    return weak
 
 
 def summary(table: pd.DataFrame) -> str:
     """What the table comes to, in a sentence."""
-    found = ", ".join(f"{claim} ({power})" for claim, power in weak_claims(table).items())
-    if found:
-        return (
-            f"Even if they are true, a study of this size would hardly ever show: {found} (power with Holm). That such a "
-            "claim stays open says nothing about it."
-        )
+    if weak := ", ".join(f"{claim} ({power})" for claim, power in weak_claims(table).items()):
+        text = f"Even if they are true, a study of this size would hardly ever show: {weak} (power with Holm)."
+        return f"{text} That such a claim stays open says nothing about it."
     return "Each claim would be shown in a fifth of such studies or more, if it is true, at one of these standard deviations."
 
 
@@ -132,6 +129,5 @@ def explain_open(verdicts: list[Verdict], table: pd.DataFrame | None) -> None:
     powers = {} if table is None else weak_claims(table)
     for verdict in verdicts:
         if verdict.verdict == "inconclusive" and verdict.id in powers:
-            verdict.reason += (
-                f" Even if it is true, a study of this size would hardly ever show it (power {powers[verdict.id]})."
-            )
+            power = powers[verdict.id]
+            verdict.reason += f" Even if it is true, a study of this size would hardly ever show it (power {power})."

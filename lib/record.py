@@ -14,7 +14,7 @@ import re
 import signal
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,24 +101,14 @@ def read_jsonl(path: Path) -> list[dict]:
         return []
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
         try:
-            rows.append(json.loads(line))
+            if line:
+                rows.append(json.loads(line))
         except ValueError:
             if number == len(lines):  # no newline behind it: the writer died in this line
                 break
             raise StudyError(f"{path}, line {number}", "a line that is not JSON", "one JSON object per line") from None
     return rows
-
-
-def recorder(folder: Path) -> tuple[Callable[[dict], None], Callable[[dict], None]]:
-    """The two streams of a member: `history` (deterministic) and `timing` (wall clock). They are kept apart so that a
-    resumed run can be compared with an undisturbed one byte for byte."""
-    return (
-        lambda row: append_jsonl(folder / "history.jsonl", row),
-        lambda row: append_jsonl(folder / "timing.jsonl", row),
-    )
 
 
 def next_number(folder: Path, pattern: str) -> int:
@@ -197,8 +187,8 @@ def secret_name(name: str) -> bool:
 def password_in_url(value: str) -> str:
     """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a data base's; empty where nothing
     does."""
-    found = re.match(r"[a-z][a-z0-9+.-]*://([^/?#\s]*)@", value, re.IGNORECASE)
-    return found.group(1).partition(":")[2] or found.group(1) if found else ""
+    match = re.match(r"[a-z][a-z0-9+.-]*://([^/?#\s]*)@", value, re.IGNORECASE)
+    return match.group(1).partition(":")[2] or match.group(1) if match else ""
 
 
 def is_secret(name: str, value: str = "") -> bool:
@@ -213,23 +203,16 @@ def secret_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """(text to be replaced, name) of every secret in the environment, in every form it may be written in, longest
     first."""
-    found = {}
+    names = {}
     for name, value in secret_variables(environment).items():
         password = password_in_url(value)
         for text in (value, password, urllib.parse.unquote(password), *value.splitlines()):
-            forms = (
-                text,
-                text.strip(),
-                json.dumps(text)[1:-1],
-                json.dumps(text, ensure_ascii=False)[1:-1],
-                repr(text)[1:-1],
-                urllib.parse.quote(text),
-                urllib.parse.quote_plus(text),
-            )
-            for form in forms:
+            quoted = (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text))
+            in_urls = (urllib.parse.quote(text), urllib.parse.quote_plus(text))
+            for form in (text, text.strip(), *(form[1:-1] for form in quoted), *in_urls):
                 if len(form) >= SHORTEST and not form.startswith("-----"):
-                    found.setdefault(form, name)
-    return sorted(found.items(), key=lambda item: -len(item[0]))
+                    names.setdefault(form, name)
+    return sorted(names.items(), key=lambda item: -len(item[0]))
 
 
 # The owner's secrets, in a process of the pool: out of its environment, where a library would find and use them.
@@ -246,7 +229,7 @@ def redact(text: str) -> str:
 
 def escape_controls(text: str) -> str:
     """`text` with control characters written out (`\\x1b`): text of a data set must not act on a terminal."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    return CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
 class Log:
@@ -285,13 +268,5 @@ def identity(spec: dict) -> dict:
     cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
     fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
     run = spec["config"]
-    return {
-        "run_id": spec["run_id"],
-        "method": run["method"],
-        "role": run.get("role"),
-        "study": spec["study"],
-        "cell": spec["cell_name"],
-        **fixed,
-        **cell,
-        "seed": spec["seed"],
-    }
+    names = {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"]}
+    return {**names, "cell": spec["cell_name"], **fixed, **cell, "seed": spec["seed"]}

@@ -40,12 +40,12 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     rows = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
     planned = {(m.run_id, m.id): m for m in expected or []}
     code: dict[tuple[str, str], tuple[str, str]] = {}
-    finished = set()
     for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
         folder, sentinel = done.parent, record.read_json(done, {})
-        unplanned = expected is not None and (sentinel.get("run_id"), folder.name) not in planned
-        if sentinel.get("status") not in record.FINISHED or unplanned:
+        place = (sentinel.get("run_id"), folder.name)
+        if sentinel.get("status") not in record.FINISHED or (expected is not None and place not in planned):
             continue
+        planned.pop(place, None)
         who = record.identity(record.read_json(folder / "member.json", {}))
         name = f"{who['run_id']}/{folder.name}"
         for module, definitions in record.read_json(folder / "code.json", {}).items():
@@ -55,7 +55,6 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
                     found = f"members made by different code ({module} {definition}): {name_before} and {name}"
                     fix = "./run_all.sh again (it retrains what is stale)"
                     raise StudyError(str(results_dir), found, "records of one state of the code", fix)
-        finished.add((who["run_id"], folder.name))
         metrics = record.read_json(folder / "metrics.json", {})
         rows["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
         rows["history"] += [{**who, **row} for row in record.read_jsonl(folder / "history.jsonl")]
@@ -65,7 +64,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         who = {"run_id": path.parent.name, "method": record.read_json(path.parent / "metrics.json", {}).get("method")}
         rows["costs"] += [{**who, **row} for row in record.read_jsonl(path)]
     missing = []
-    for m in (m for place, m in planned.items() if place not in finished):
+    for m in planned.values():
         who = {"run_id": m.run_id, "method": m.run.method, "member": m.id, "seed": m.seed}
         cell = {key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}
         missing.append({**who, **cell, **_state(Path(results_dir) / m.run_id / subfolder / m.id)})
@@ -95,9 +94,8 @@ class Table:
         """Every value escaped, `scope` on the headers, numbers to the right; a missing value is a dash."""
         numeric = [pd.api.types.is_numeric_dtype(self.frame.iloc[:, i]) for i in range(self.frame.shape[1])]
         kinds = [' class="number"' if each else "" for each in numeric]
-        head = "".join(
-            f'<th scope="col"{kind}>{html.escape(str(c))}</th>' for c, kind in zip(self.frame, kinds, strict=True)
-        )
+        names = zip(map(str, self.frame), kinds, strict=True)
+        head = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in names)
         body = ""
         for values in self.frame.itertuples(index=False, name=None):
             first, *rest = (html.escape(_text(value)) for value in values)
@@ -145,18 +143,16 @@ def metrics_table(
         table[name] = [_text(mean) + more for mean, more in zip(means.values(), spreads, strict=True)]
         for baseline in baselines:
             base, sign = means.get(baseline, np.nan), 1 if aim == "maximize" else -1
-            gains = [
-                100 * sign * (mean - base) / abs(base) if base and i != baseline else np.nan
-                for i, mean in means.items()
-            ]
-            table[f"{name} vs {baseline}"] = [f"{g:+.1f} %".replace("-", "−") if np.isfinite(g) else "–" for g in gains]
+            gains = [100 * sign * (mean - base) / abs(base) if base else np.nan for mean in means.values()]
+            texts = [f"{g:+.1f} %".replace("-", "−") if np.isfinite(g) else "–" for g in gains]
+            table[f"{name} vs {baseline}"] = np.where(table["run"] == baseline, "–", texts)
     return Table(table, caption)
 
 
 def run_metrics(results_dir: Path) -> dict[str, dict]:
     """{run_id: its metrics.json} of every run with a finished record."""
-    found = {path.parent.name: record.read_json(path) for path in sorted(Path(results_dir).glob("*/metrics.json"))}
-    return {run_id: made for run_id, made in found.items() if made and "chosen_cell" in made}
+    metrics = {path.parent.name: record.read_json(path) for path in sorted(Path(results_dir).glob("*/metrics.json"))}
+    return {run_id: own for run_id, own in metrics.items() if own and "chosen_cell" in own}
 
 
 def aggregate_metrics(study: str, results_dir: Path) -> dict:
@@ -167,17 +163,14 @@ def aggregate_metrics(study: str, results_dir: Path) -> dict:
     directions, runs = config.study_module(study).METRICS, run_metrics(results_dir)
     names = [n for n in directions if any(r["metrics"].get(n) is not None for r in runs.values())]
     shared = {r["key_metric"]["name"] for r in runs.values()}
-    primary = next(iter(shared)) if len(shared) == 1 else next((n for n in names), None)
+    primary = shared.pop() if len(shared) == 1 else next(iter(names), None)
     sign = -1 if directions.get(primary) == "minimize" else 1
 
     def best(role: str) -> dict | None:
-        values = {i: r["metrics"].get(primary) for i, r in runs.items() if r["role"] == role}
-        values = {i: v for i, v in values.items() if v is not None}
-        run_id = max(values, key=lambda i: sign * values[i], default=None)
-        return None if run_id is None else {"run_id": run_id, "value": values[run_id]}
+        own = [{"run_id": i, "value": r["metrics"].get(primary)} for i, r in runs.items() if r["role"] == role]
+        return max((r for r in own if r["value"] is not None), key=lambda r: sign * r["value"], default=None)
 
-    proposed, baseline = best("proposed"), best("comparative")
-    gap = None
+    proposed, baseline, gap = best("proposed"), best("comparative"), None
     if proposed and baseline and baseline["value"]:
         gap = sign * (proposed["value"] - baseline["value"]) / abs(baseline["value"]) * 100
     return {
@@ -187,6 +180,6 @@ def aggregate_metrics(study: str, results_dir: Path) -> dict:
         "best_baseline": baseline,
         "gap": gap,
         "members": {
-            i: {"cell": r["chosen_cell"], "chosen_on": r["chosen_on"], "members": r["members"]} for i, r in runs.items()
+            i: {"cell": r["chosen_cell"]} | {k: r[k] for k in ("chosen_on", "members")} for i, r in runs.items()
         },
     }

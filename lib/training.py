@@ -120,8 +120,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def checkpoint_folders(folder: str | os.PathLike) -> list[Path]:
     """All checkpoint folders under `folder`, complete or not, by step."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
+    folders = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name[11:]))
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
@@ -139,16 +139,16 @@ def keep_last_and_best(place: Path, last: Path, best_step: int | None) -> None:
 def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
     """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is
     removed, and so is what a kill between a save and its tidying left: only the last and its best are kept."""
-    found = None
+    usable = None
     for folder in checkpoint_folders(place):
         marker = read_marker(folder)
         if marker is None or marker["fingerprint"] != fingerprint:
             remove_checkpoint(folder)
         else:
-            found = folder
-    if found is not None:
-        keep_last_and_best(place, found, read_marker(found).get("best_step"))
-    return found
+            usable = folder
+    if usable is not None:
+        keep_last_and_best(place, usable, read_marker(usable).get("best_step"))
+    return usable
 
 
 def truncate_history(path: Path, step: int) -> None:

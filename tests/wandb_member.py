@@ -5,6 +5,7 @@
 PAUSE: seconds between two steps; STOP: wait there for ever; NOISE: added to each loss, as another run on a GPU would.
 """
 
+import functools
 import math
 import sys
 import time
@@ -36,7 +37,7 @@ def train(folder: Path, steps: int, pause: float = 0.0, stop: int | None = None,
     done = record.read_json(folder / "checkpoint.json", {}).get("step", 0)
     kept = [row for row in record.read_jsonl(folder / "history.jsonl") if row["step"] <= done]
     record.write_jsonl(folder / "history.jsonl", kept)  # as lib.training does, without its torch
-    history, _ = record.recorder(folder)
+    history = functools.partial(record.append_jsonl, folder / "history.jsonl")
     for step in range(done + 1, steps + 1):
         made = row(spec["seed"], step)
         history({**made, "loss": made["loss"] + noise})

@@ -35,14 +35,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 from ruamel.yaml import YAML, CommentedMap, CommentedSeq
 from ruamel.yaml.emitter import Emitter
 from ruamel.yaml.error import CommentMark
 from ruamel.yaml.tokens import CommentToken
 
 from lib import config, record
-from lib.config import Finding, RunId, Section, did_you_mean, parse_yaml, raise_faults
+from lib.config import Finding, RunId, Section, did_you_mean, parse_yaml
 from lib.errors import StudyError
 from lib.run import check
 from lib.run.check import Loaded, display_path, finding_from
@@ -124,10 +124,7 @@ class Design(NamedTuple):
 def load(path: str | Path) -> Design:
     """The design in a file. StudyError with file, key, what was found and what was expected for what is wrong."""
     path = Path(path).absolute()
-    try:
-        top = Top.model_validate(config.load_yaml(path))
-    except ValidationError as error:
-        raise_faults(error, str(path), Top)
+    top = config.validate(Top, path)
     config.study_module(top.study)
     tree, factors = _yaml().load(path.read_text("utf-8-sig")), {}
     _comments_before_keys(tree)
@@ -165,10 +162,9 @@ def _factors(levels: Levels, tree: CommentedMap, where: str) -> dict[str, Factor
 
 
 def _edits_of(level: Level, tree: CommentedMap, where: str) -> list[Edit]:
-    parts = [("", level, tree, where)]
-    parts += [(other, change, tree["when"][other], f"{where}.when.{other}") for other, change in level.when.items()]
     edits = []
-    for other, change, source, place in parts:
+    for other, change in {"": level, **level.when}.items():
+        source, place = (tree["when"][other], f"{where}.when.{other}") if other else (tree, where)
         for verb in ("set", "add"):
             keys = getattr(change, verb)
             edits += [Edit(verb, other, key, f"{place}.{verb}.{key}", source[verb]) for key in keys]
@@ -178,19 +174,22 @@ def _edits_of(level: Level, tree: CommentedMap, where: str) -> list[Edit]:
 
 def _check_names(design: Design) -> None:
     """A name means one thing; every name in `only` and `when` is one of them; every method has a role."""
-    kind_of = dict.fromkeys(SCALES, "scale")
-    kinds = [(kind, factors) for scale in design.factors.values() for kind, factors in scale.items()]
-    for kind, factors in kinds:
-        for name in factors:
-            if (other := kind_of.setdefault(name, kind)) != kind:
-                raise StudyError(f"{design.path}: {name}", f"a {kind} and a {other}", "two names", "rename one of them")
-    for kind, factors in kinds:
-        others = [name for name in kind_of if kind_of[name] != kind]
-        for name, (level, _) in factors.items():
-            for key, given in (("only", level.only), ("when", level.when)):
-                for other in set(given) - set(others):
-                    expected, fix = "a scale or a level of another kind", did_you_mean(other, others, "")
-                    raise StudyError(f"{design.path}: {name}.{key}", repr(other), expected, fix)
+    kind_of, levels = dict.fromkeys(SCALES, "scale"), _levels(design)
+    for kind, name, _ in levels:
+        if (other := kind_of.setdefault(name, kind)) != kind:
+            raise StudyError(f"{design.path}: {name}", f"a {kind} and a {other}", "two names", "rename one of them")
+    for kind, name, level in levels:
+        others = [other for other in kind_of if kind_of[other] != kind]
+        for key in ("only", "when"):
+            for other in set(getattr(level, key)) - set(others):
+                expected, fix = "a scale or a level of another kind", did_you_mean(other, others, "")
+                raise StudyError(f"{design.path}: {name}.{key}", repr(other), expected, fix)
+
+
+def _levels(design: Design) -> list[tuple[str, str, Level]]:
+    """(kind, name, level) of everything that runs are combined of."""
+    kinds = [pair for scale in design.factors.values() for pair in scale.items()]
+    return [(kind, name, factor.level) for kind, factors in kinds for name, factor in factors.items()]
 
 
 # ---- the design's text as a tree
@@ -378,9 +377,7 @@ def _edits(run: Run) -> list[Edit]:
     """What this run takes, wider keys first and drops last. What stands under `when` wins over what is always so; where
     two others set one key neither wins, and that is refused; what one drops the settings of others do not bring
     back."""
-    always: dict[str, Edit] = {}
-    special: dict[str, Edit] = {}
-    gone: dict[str, Edit] = {}
+    always, special, gone = {}, {}, {}
     for edit in (edit for factor in run.factors for edit in factor.edits):
         if edit.other in ("", run.scale, *run.names.values()):
             kept = gone if edit.verb == "drop" else special if edit.other else always
@@ -409,27 +406,28 @@ def _claims_text(design: Design) -> str:
 def _expand(design: Design, claims: CommentedSeq) -> CommentedSeq:
     """A claim with `each` once for each of its levels; in the order of their ids where there is one."""
     where = f"{design.path}: claims.each"
-    kinds = [pair for scale in design.factors.values() for pair in scale.items()]
-    known = {name: (kind, factor.level.label) for kind, factors in kinds for name, factor in factors.items()}
-    found: list[tuple[CommentedMap, list]] = []
+    known = {name: (kind, level.label) for kind, name, level in _levels(design)}
+    expanded: list[tuple[CommentedMap, list]] = []
     for i, claim in enumerate(claims):
         each = claim.pop("each", None)
         if each is not None and (not isinstance(each, dict) or "id" in claim):
             raise StudyError(where, "no mapping, or an id beside it", "each: {<level>: <the claim's id>}")
         for name, claim_id in (each or {"": ""}).items():
             one = copy.deepcopy(claim)
-            if name and name not in known:
-                expected, fix = "a method, model, data set or variant", did_you_mean(name, list(known), "")
-                raise StudyError(where, repr(name), expected, fix)
             if name:
+                if name not in known:
+                    expected, fix = "a method, model, data set or variant", did_you_mean(name, list(known), "")
+                    raise StudyError(where, repr(name), expected, fix)
                 kind, label = known[name]
                 _fill(one, {f"<{kind}>": name, f"<{kind}.label>": label}, where)
                 one.insert(0, "id", claim_id)
-            found.append((one, copy.deepcopy(claims.ca.items.get(i))))
-    if len(found) > len(claims):
-        found.sort(key=lambda pair: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", str(pair[0].get("id")))])
-    out = CommentedSeq(claim for claim, _ in found)
-    out.ca.items.update({i: comments for i, (_, comments) in enumerate(found) if comments})
+            expanded.append((one, copy.deepcopy(claims.ca.items.get(i))))
+    if len(expanded) > len(claims):
+        expanded.sort(
+            key=lambda pair: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", str(pair[0].get("id")))]
+        )
+    out = CommentedSeq(claim for claim, _ in expanded)
+    out.ca.items.update({i: comments for i, (_, comments) in enumerate(expanded) if comments})
     return out
 
 
@@ -555,11 +553,8 @@ def _read(file: Path) -> str:
 
 
 def _diff(file: Path, text: str, around: int = 3) -> list[str]:
-    return list(
-        difflib.unified_diff(
-            _read(file).splitlines(), text.splitlines(), display_path(file), "composed", "", "", around, ""
-        )
-    )
+    old, new, name = _read(file).splitlines(), text.splitlines(), display_path(file)
+    return list(difflib.unified_diff(old, new, name, "composed", n=around, lineterm=""))
 
 
 def _lines(file: Path, text: str) -> list[str]:
@@ -570,13 +565,11 @@ def _lines(file: Path, text: str) -> list[str]:
 
 def write(files: Mapping[Path, str]) -> None:
     """All of them or, where one cannot be written, none: what was there is put back."""
-    before: dict[Path, bytes | None] = {}
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
     made = [folder for folder in dict.fromkeys(f.parent for f in files) if not folder.exists()]
     try:
         for file, text in files.items():
-            old = file.read_bytes() if file.exists() else None
             record.write_text(file, text)
-            before[file] = old
     except BaseException:
         for file, old in before.items():
             with contextlib.suppress(OSError):
