@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lib import config, hub, record
-from lib.run import cli, ready
+from lib.run import check as checks, cli
 from lib.run.check import load_folder
 from lib.run.cli import parser
 from tests.conftest import ROOT
@@ -141,19 +141,19 @@ def test_a_clean_study_gives_no_finding_and_is_not_tried_twice(copy):
 
 def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
     options = parser().parse_args(["check", "--jobs", "3", "--study", "graff", "--set", "x=1"])
-    told = ready.trial_arguments(options, ["fixed", "b"])
+    told = checks.trial_arguments(options, ["fixed", "b"])
     assert told == ["--study", "graff", "--run", "fixed", "--run", "b", "--jobs", "3", "--set", "x=1"]
     again = parser().parse_args(["trial", *told])
     assert (again.jobs, again.run, again.sets) == (3, ["fixed", "b"], ["x=1"])
-    assert "--jobs" not in ready.trial_arguments(parser().parse_args(["check"]), [])
+    assert "--jobs" not in checks.trial_arguments(parser().parse_args(["check"]), [])
 
 
 def test_one_run_of_each_method_is_tried_and_the_output_says_for_which():
     found = load_folder(ROOT / "params/iw_lora/paper", "paper", "full")
-    tried = ready.choose_tried(ready.runs_of(found))
-    assert len(tried) == len({run.method for run in ready.runs_of(found)})
+    tried = checks.choose_tried(checks.runs_of(found))
+    assert len(tried) == len({run.method for run in checks.runs_of(found)})
     assert sum(map(len, tried.values())) == len(found)
-    assert " (for " in ready.describe_tried(found)
+    assert " (for " in checks.describe_tried(found)
 
 
 @pytest.mark.parametrize("status", [None, "failed", "succeeded"])
@@ -173,9 +173,9 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
             record.write_json(Path(env["STUDY_OUTPUTS"]) / "laptop-trial,a=1/td_dpo/dpo/status.json", told)
         return subprocess.CompletedProcess(command, int(status != "succeeded"), "", "no such thing")
 
-    monkeypatch.setattr(ready.subprocess, "run", tried)
+    monkeypatch.setattr(checks.subprocess, "run", tried)
     told = [
-        str(finding) for finding in ready.trial_findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])
+        str(finding) for finding in checks.trial_findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])
     ]
     if status == "succeeded":
         assert any("training.learning_rate" in line for line in told)
@@ -203,9 +203,9 @@ def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(mo
         return real([sys.executable, "-c", program], env={**env, "HERE": str(tmp_path)}, check=True, cwd=ROOT)
 
     real = subprocess.run
-    monkeypatch.setattr(ready.subprocess, "run", tried)
+    monkeypatch.setattr(checks.subprocess, "run", tried)
     told = [
-        finding.file for finding in ready.trial_findings([], "laptop", []) if "outside its results_dir" in finding.what
+        finding.file for finding in checks.trial_findings([], "laptop", []) if "outside its results_dir" in finding.what
     ]
     assert seen["HF_HUB_CACHE"] == str(tmp_path / "hub")
     assert told == [str(tmp_path / "stray")]

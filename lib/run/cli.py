@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, plan, pool, progress, ready
+from lib.run import check, cluster, plan, pool, progress
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -129,7 +129,7 @@ def dispatch(options) -> int:
     if options.command == "pull":
         from lib.run import sync
 
-        runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and ready.has_notebooks(r)]
+        runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and check.has_notebooks(r)]
         return sync.pull(runs, OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
         from lib.run import judge
@@ -235,16 +235,16 @@ def run(options) -> int:
     found = chosen(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
     whole = every_run(options) if options.run else found
-    ready.require_slots(options, found)
+    check.require_slots(options, found)
     if options.command == "check":
         from lib.run import compose
 
-        return ready.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
-    obstacles, code = ready.find_obstacles(options, found)
+        return check.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
+    obstacles, code = check.find_obstacles(options, found)
     if options.mode == "full" and options.command != "plan":
-        code = code or ready.check_before_full(options, found, whole, root_of(options), obstacles)
+        code = code or check.check_before_full(options, found, whole, root_of(options), obstacles)
     if options.command == "plan":
-        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and ready.has_notebooks(r)]
+        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and check.has_notebooks(r)]
         fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
         progress.planned(steps, slots_of(options), options.price)

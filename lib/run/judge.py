@@ -47,7 +47,7 @@ class Job:
     """What is to be graded in one study's folder of results."""
 
     results: Path
-    study: ModuleType  # lib.<study>.judge
+    study: ModuleType
     asked: dict[Path, list[dict]]  # requests of each member's folder
     unsaved: int  # members without answers
     before: dict  # calls, tokens and cost, as shown
@@ -80,11 +80,10 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         print("nothing to grade: no finished member with evaluation.judge: mt_bench in", *(roots or ["outputs"]))
         return 0
     with contextlib.ExitStack() as locks:
-        for root in dict.fromkeys(results.parent for results in groups):
-            if not options.dry_run:
-                locks.enter_context(progress.locked(root))
+        for root in () if options.dry_run else dict.fromkeys(results.parent for results in groups):
+            locks.enter_context(progress.locked(root))
         jobs = [prepare(results, folders, given, options) for results, folders in groups.items()]
-        code = 1 if any(job.unsaved for job in jobs) else 0
+        code = int(any(job.unsaved for job in jobs))
         if options.dry_run:
             return code
         for job in jobs:  # nothing is sent before the cost of all has been shown
@@ -97,24 +96,26 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
 
 
 def grader(study: str) -> ModuleType | None:
-    """lib/<study>/judge.py, None where the study has none."""
+    """lib/<study>/judge.py, None where there is no such study or it has none."""
     name = f"lib.{study}.judge"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    if study in config.studies() and importlib.util.find_spec(name):
+        return importlib.import_module(name)
+    return None
 
 
 def finished(root: Path, options, wanted: set | None) -> list[Path]:
     """Folders of completed members whose answers a judge grades; a diverged one has no answers."""
-    found = []
+    folders = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
-        folder, run, study = done.parent, done.parents[2].name, done.parents[3].name
+        study, run = done.parts[-5:-3]
         chosen = plan.wants(options, run) and (not options.study or study in options.study)
-        if not chosen or study not in config.studies() or wanted is not None and (study, run) not in wanted:
+        if not chosen or wanted is not None and (study, run) not in wanted:
             continue
-        spec, status = record.read_json(folder / "member.json"), (record.read_json(done) or {}).get("status")
+        spec, status = record.read_json(done.with_name("member.json")), (record.read_json(done) or {}).get("status")
         module = grader(study)
         if module and spec and status == "completed" and module.expects(spec):
-            found.append(folder)
-    return found
+            folders.append(done.parent)
+    return folders
 
 
 def prepare(results: Path, folders: list[Path], given: Settings, options) -> Job:
@@ -124,10 +125,8 @@ def prepare(results: Path, folders: list[Path], given: Settings, options) -> Job
     reasons = {folder: reason for folder in saved if (reason := study.due(folder, given.model))}
     name = f"{results.parent.name}/{results.name}"
     why = ", ".join(sorted(set(reasons.values()) - {"not graded"}))
-    print(
-        f"{name}: {len(saved)} members with answers, {len(saved) - len(reasons)} graded by {given.model}, "
-        f"{len(reasons)} to grade" + (f" ({why})" if why else "")
-    )
+    graded = f"{len(saved) - len(reasons)} graded by {given.model}"
+    print(f"{name}: {len(saved)} members with answers, {graded}, {len(reasons)} to grade" + f" ({why})" * bool(why))
     unsaved = len(folders) - len(saved)
     if unsaved:
         print(f"{name}: {unsaved} members saved no answers: train them again with evaluation.mt_bench")
@@ -175,14 +174,12 @@ def grade(job: Job, given: Settings, options) -> int:
         "ended": "completed" if failed is None else type(failed).__name__,
     }
     record.append_jsonl(job.results / "comparison" / LOG, entry)
-    name, refused = job.results.name, sum(one["refused"] for one in judged.values())
-    print(
-        f"{name}: {spent['calls']} calls, {spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply "
-        f"tokens, {'cost unknown' if cost is None else f'{cost:.2f} in all'}\n"
-        f"{name}: {len(judged)} of {len(job.asked)} members graded; "
-        f"{sum(one['unparsed'] for one in judged.values())} answers without a grade, {refused} of these refused",
-        flush=True,
-    )
+    name, price = job.results.name, "cost unknown" if cost is None else f"{cost:.2f} in all"
+    refused, unparsed = (sum(one[count] for one in judged.values()) for count in ("refused", "unparsed"))
+    tokens = f"{spent['prompt_tokens']} prompt and {spent['completion_tokens']} reply tokens"
+    print(f"{name}: {spent['calls']} calls, {tokens}, {price}")
+    answers = f"{unparsed} answers without a grade, {refused} of these refused"
+    print(f"{name}: {len(judged)} of {len(job.asked)} members graded; {answers}", flush=True)
     if judged:
         bring_up_to_date(job.results, list(judged), options)
     if isinstance(failed, KeyboardInterrupt):
@@ -203,9 +200,11 @@ def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
         model_card.write(folder)
     listed = (results / "comparison" / "runs.json").exists()
     planned = runs.planned(results) if listed else []
-    for run in (run for run in planned if any(folder.parents[1].name == run.run_id for folder in folders)):
-        runs.refresh(run)
-    for folder in dict.fromkeys(folder.parents[1] for folder in folders):
+    changed = {folder.parents[1] for folder in folders}
+    for run in planned:
+        if results / run.run_id in changed:
+            runs.refresh(run)
+    for folder in changed:
         if (folder / "run.ipynb").exists():
             pages.notebook_html(folder / "run.ipynb", folder / "run.html")
     if listed and not options.no_analysis:

@@ -35,12 +35,7 @@ def environment(folder: Path, allowed: list[str]) -> dict[str, str]:
 
 def evidence(folder: Path) -> list[dict]:
     """What all processes wrote."""
-    rows = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a killed process may leave half a line
-                rows.append(json.loads(line))
-    return rows
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in record.read_jsonl(path)]
 
 
 def install() -> None:
@@ -55,7 +50,7 @@ def install() -> None:
 
     def dump(self, *arguments, **options):
         values = plain_dump(self, *arguments, **options)
-        return Watched(values, *_owners[id(self)][1:]) if id(self) in _owners and not _unseen() else values
+        return Watched(values, *_owners[id(self)][1:]) if id(self) in _owners and not _asked_by_config() else values
 
     def built(*arguments, **options):
         run = build(*arguments, **options)
@@ -63,7 +58,7 @@ def install() -> None:
         return run
 
     config.Section.__getattribute__, config.Section.model_dump, config.build = get, dump, built
-    record.count = lambda phase, number: _tell("batch", phase=phase, number=number)
+    record.count = lambda phase, number: _write("batch", phase=phase, number=number)
     sys.addaudithook(_audit)
 
 
@@ -76,7 +71,7 @@ def _own(section: Any, run_id: str, prefix: str) -> None:
             _own(value, run_id, f"{prefix}{name}.")
 
 
-def _tell(kind: str, **facts: Any) -> None:
+def _write(kind: str, **facts: Any) -> None:
     """One line in this process's file, once."""
     line = json.dumps({"kind": kind, **facts}, sort_keys=True)
     if line not in _seen:
@@ -88,11 +83,11 @@ def _tell(kind: str, **facts: Any) -> None:
 
 
 def _read(run_id: str, prefix: str, key: str) -> None:
-    if not _unseen():
-        _tell("read", run_id=run_id, key=prefix + key)
+    if not _asked_by_config():
+        _write("read", run_id=run_id, key=prefix + key)
 
 
-def _unseen() -> bool:
+def _asked_by_config() -> bool:
     """Whether the configuration layer asks."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename not in UNSEEN:
@@ -129,14 +124,14 @@ class Watched(dict):
 def _audit(event: str, arguments: tuple) -> None:
     with contextlib.suppress(Exception):  # an observer never breaks what it observes
         if event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            _written(os.fspath(arguments[0]))
+            _write_path(arguments[0])
         elif event in ("os.rename", "os.link", "os.symlink"):
-            _written(os.fspath(arguments[1]))
+            _write_path(arguments[1])
         elif event == "socket.connect" and isinstance(arguments[1], tuple):
-            _tell("connect", address=str(arguments[1][0]))
+            _write("connect", address=str(arguments[1][0]))
 
 
-def _written(path: str) -> None:
-    whole = os.path.abspath(path)
+def _write_path(path: str | os.PathLike) -> None:
+    whole = os.path.abspath(os.fspath(path))
     if not whole.startswith(tuple(os.environ["STUDY_WATCH_ALLOWED"].split(os.pathsep))):
-        _tell("write", path=whole)
+        _write("write", path=whole)

@@ -116,12 +116,9 @@ def endpoint(environ=os.environ) -> tuple[str, str]:
     """(address of the API, key; empty where there is none). MissingError where neither is set."""
     base, secret = environ.get("OPENAI_BASE_URL", "").strip(), environ.get("OPENAI_API_KEY", "").strip()
     if not base and not secret:
-        raise MissingError(
-            "the judge",
-            "neither OPENAI_BASE_URL nor OPENAI_API_KEY is set",
-            "an OpenAI-compatible endpoint",
-            "export OPENAI_BASE_URL=http://localhost:8000/v1, or OPENAI_API_KEY; the answers are kept",
-        )
+        found = "neither OPENAI_BASE_URL nor OPENAI_API_KEY is set"
+        fix = "export OPENAI_BASE_URL=http://localhost:8000/v1, or OPENAI_API_KEY; the answers are kept"
+        raise MissingError("the judge", found, "an OpenAI-compatible endpoint", fix)
     return (base or "https://api.openai.com/v1").rstrip("/"), secret
 
 
@@ -249,12 +246,11 @@ def cost(asked: list[dict], kept: dict, prices: Sequence[float | None]) -> dict:
 
 def describe(before: dict) -> str:
     """What `cost` found, in one line."""
-    known = before["price"] is not None
-    about = f"about {before['price']:.2f} in all" if known else "cost unknown (--price-in, --price-out per million)"
-    return (
-        f"{before['calls']} judge calls, {before['cached']} cached; about {before['prompt_tokens']} prompt and "
-        f"{before['reply_tokens']} reply tokens; {about}"
-    )
+    price = "cost unknown (--price-in, --price-out per million)"
+    if before["price"] is not None:
+        price = f"about {before['price']:.2f} in all"
+    tokens = f"about {before['prompt_tokens']} prompt and {before['reply_tokens']} reply tokens"
+    return f"{before['calls']} judge calls, {before['cached']} cached; {tokens}; {price}"
 
 
 def _prompt_tokens(row: dict) -> int:
@@ -263,10 +259,10 @@ def _prompt_tokens(row: dict) -> int:
 
 def reply_row(row: dict, model: str, base: str, text: str, usage: dict) -> dict:
     """A reply as it is kept; its score is None where it holds no grade. Tokens are estimated where none are counted."""
-    counted = {name: usage.get(name) for name in COUNTED[1:]}
-    estimated = not all(isinstance(count, int) for count in counted.values())
+    tokens = {name: usage.get(name) for name in COUNTED[1:]}
+    estimated = not all(isinstance(count, int) for count in tokens.values())
     if estimated:
-        counted = {"prompt_tokens": _prompt_tokens(row), "completion_tokens": len(text) // 4}
+        tokens = {"prompt_tokens": _prompt_tokens(row), "completion_tokens": len(text) // 4}
     return {
         "key": row["key"],
         "model": model,
@@ -275,7 +271,7 @@ def reply_row(row: dict, model: str, base: str, text: str, usage: dict) -> dict:
         "turn": row["turn"],
         "score": rating(text),
         "calls": 1,
-        **counted,
+        **tokens,
         "estimated": estimated,
         "reply": record.redact(text),
     }
@@ -296,7 +292,7 @@ def grade_requests(
     into this cache; every reply until then is kept. At the first failure nothing more is asked, and what is under way
     has `timeout` seconds to come back.
     """
-    base, refused = endpoint()[0], set()
+    base, refused, answered, graded = endpoint()[0], set(), 0, 0
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(f"{cache}.lock").acquire(timeout=2)
@@ -305,7 +301,7 @@ def grade_requests(
     with lock:
         kept = load_cache(cache)
         waiting = deque({row["key"]: row for row in asked if not settled(kept, row["key"])}.values())
-        count, answered, graded = len(waiting), 0, 0
+        count = len(waiting)
 
         async def grade_one(client, row: dict) -> None:
             nonlocal answered
@@ -380,7 +376,7 @@ def read(folders: Iterable[Path], model: str, data: str | None) -> dict[Path, li
         answers = record.read_jsonl(folder / ANSWERS)
         for row in answers:
             question = benches[place]["questions"].get(row["question"])
-            if question and row.get("asked", mt_bench.digest(question)) != mt_bench.digest(question):
+            if question and row.get("asked") not in (None, mt_bench.digest(question)):
                 found = f"question {row['question']} was answered in other words than {place} has"
                 raise StudyError(str(folder), found, "the MT-Bench that was answered", "--data DIR with that one")
         asked[folder] = requests(benches[place], answers, model)
@@ -390,14 +386,14 @@ def read(folders: Iterable[Path], model: str, data: str | None) -> dict[Path, li
 def gather(folders: Iterable[Path], cache: Path) -> None:
     """Replies that records hold, earlier attempts' too, into the cache where it lacks them: a lost cache costs
     nothing."""
-    there = {row["key"] for row in replies(cache)}
+    cached = {row["key"] for row in replies(cache)}
     for folder in folders:
         earlier = (folder.parent.parent / "attempts").glob(f"{folder.name}.*/{REPLIES}")
         for path in (folder / REPLIES, *earlier):
-            rows = [row for row in record.read_jsonl(path) if row["key"] not in there]
+            rows = [row for row in record.read_jsonl(path) if row["key"] not in cached]
             for row in rows:
                 record.append_jsonl(cache, row)
-            there |= {row["key"] for row in rows}
+            cached |= {row["key"] for row in rows}
 
 
 def finish(folder: Path, asked: list[dict], kept: dict[str, dict], cache: Path, model: str, prices: tuple) -> dict:
@@ -407,20 +403,17 @@ def finish(folder: Path, asked: list[dict], kept: dict[str, dict], cache: Path, 
     wanted = {row["key"] for row in asked}
     own = [row for row in replies(cache) if row["key"] in wanted]
     others = [row for row in record.read_jsonl(folder / REPLIES) if row["key"] not in wanted]
-    graded = [
-        {name: row[name] for name in ("question", "category", "turn")}
-        | {"score": kept.get(row["key"], {}).get("score")}
-        for row in asked
-    ]
     # From here to its end the record is neither the old judge's nor the new one's.
     (folder / JUDGED).unlink(missing_ok=True)
     record.write_jsonl(folder / REPLIES, [*others, *own])
     predictions = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
-    for row in graded:
-        answer = texts[row["question"], row["turn"]]
+    graded = []
+    for row in asked:
+        answer, score = texts[row["question"], row["turn"]], kept.get(row["key"], {}).get("score")
+        identity = {name: row[name] for name in ("question", "category", "turn")}
         shown = {name: answer.get(name) for name in ("length", "text")}
-        predictions.append({"kind": "answer", "judge": "mt_bench", **row, **shown})
-    record.write_jsonl(folder / "predictions.jsonl", predictions)
+        graded.append({"kind": "answer", "judge": "mt_bench", **identity, "score": score, **shown})
+    record.write_jsonl(folder / "predictions.jsonl", [*predictions, *graded])
     counts = summary(graded)
     scores = {name: counts.pop(name) for name in ("mt_bench_score", "mt_bench_score_corrected")}
     metrics = record.read_json(folder / "metrics.json", {})
