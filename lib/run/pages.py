@@ -247,7 +247,7 @@ def _run(root: Path, folder: Path) -> dict:
     status = read_json(folder / "status.json", {})
     if status.get("status") == "running" and not progress.running(folder.parent.parent):
         status["status"] = "interrupted"  # its runner is gone
-    links, metric = dict(_links(root, folder, RUN_FILES)), (status.get("key_metric") or {})
+    links = dict(_links(root, folder, RUN_FILES))
     if status.get("status") not in ("failed", "out_of_memory"):
         links.pop("error", None)  # of an earlier attempt
     members, ended = members_of(folder, root), status.get("ended")
@@ -257,12 +257,8 @@ def _run(root: Path, folder: Path) -> dict:
         "page": links.pop("page", ""),
         "links": links,
         "status": str(status.get("status") or "no status"),
-        "metric": metric.get("name", ""),
-        "value": metric.get("value"),
-        "minutes": _minutes(status.get("minutes")),
-        "work": _minutes(status.get("actual_member_seconds"), 60),
+        "record": status,
         "ended": f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M}" if _is_number(ended) else "",
-        "error": status.get("error"),
         "members": ", ".join(f"{count} {name}" for name, count in counts.items()),
         "seeds": len({member["id"].rpartition("-s")[2] for member in members}),
         "listed": members,
@@ -343,7 +339,3 @@ def _estimate(value: object) -> str:
     if not _is_number(value):
         return "–"
     return (f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}").replace("-", "−")
-
-
-def _minutes(value: object, unit: float = 1) -> str:
-    return f"{value / unit:.1f}" if _is_number(value) else ""
