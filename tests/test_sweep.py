@@ -88,7 +88,9 @@ def test_trials_of_other_settings_do_not_count(tiny, tmp_path, fake_training):
     assert len(sweep.searched(search(changed, folder))) == 6
     assert len(fake_training) >= before
     assert sweep.open_study(changed, folder).study_name != sweep.open_study(searchable(tiny), folder).study_name
-    assert sweep.made_of(searchable(tiny)) == sweep.made_of(searchable(tiny, trials=9)), "a longer search goes on"
+    assert sweep.fingerprint(searchable(tiny)) == sweep.fingerprint(searchable(tiny, trials=9)), (
+        "a longer search goes on"
+    )
 
 
 def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_path, fake_training):

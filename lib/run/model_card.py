@@ -50,20 +50,21 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
         "tags": [spec["study"], settings["method"], f"{spec['scale']}-scale"],
     }
     if adapter:
-        kind, what = "adapters", f"The {adapter.get('peft_type', '')} adapters".replace("  ", " ")
+        kind, what = "adapters", f"The {adapter['peft_type']} adapters"
     elif (checkpoint / "config.json").exists():
         kind, what = "model", "All weights"
     else:
         kind, what = "parameters", "The trained parameters"
     base = (adapter or {}).get("base_model_name_or_path") or model["name"]
     lost = [str(metrics[k]) for k in ("dropped_pairs", "truncated_pairs") if k in metrics]
+    pinned = {k: v for k, v in key.items() if not str(v).endswith("@unpinned")}
     about_data = {
         "name": data["name"],
         "revision": data.get("revision"),
-        "fingerprint": _pinned(key.get("data")),
+        "fingerprint": pinned.get("data"),
         "pairs trained on": metrics.get("pairs"),
         "dropped, truncated": ", ".join(lost) or None,
-        "base model's fingerprint": _pinned(key.get("model")),
+        "base model's fingerprint": pinned.get("model"),
     }
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
         (Path(__file__).parent / "assets" / "card.md.j2").read_text(encoding="utf-8")
@@ -74,24 +75,17 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
         settings=settings,
         metrics=metrics,
         step=step,
-        measured=metrics.get("best_step") or metrics.get("steps"),
         what=what,
         kind=kind,
         here=checkpoint.name,
         base=base,
         revision=model.get("revision") if is_hub_id(base) else None,
-        dtype=model.get("torch_dtype", "float32"),
-        four_bit=model.get("quantization") == "nf4",
         data=_table(about_data.items()),
         configuration=_table(_flat({name: settings.get(name) for name in SECTIONS})),
         numbers=_table((k, v) for k, v in metrics.items() if not k.endswith("seconds")),
         judge=(record.read_json(folder / "judged.json") or {}).get("model"),
         claims=record.read_json(folder.parents[2] / "comparison" / "claims.json") or [],
     )
-
-
-def _pinned(fingerprint: str | None) -> str | None:
-    return None if not fingerprint or fingerprint.endswith("@unpinned") else fingerprint
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

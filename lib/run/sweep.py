@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import psutil
+from optuna.trial import TrialState
 
 from lib import config, record
 from lib.errors import StudyError
@@ -26,18 +27,18 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def distributions(run) -> dict[str, optuna.distributions.BaseDistribution]:
     """The search space as Optuna's distributions, keyed as the YAML names them."""
-    made = {}
+    space = {}
     for name, d in run.optuna.search_space.items():
         if d.type == "categorical":
-            made[name] = optuna.distributions.CategoricalDistribution(d.choices)
+            space[name] = optuna.distributions.CategoricalDistribution(d.choices)
         elif d.type == "int":
-            made[name] = optuna.distributions.IntDistribution(int(d.low), int(d.high), step=int(d.step or 1))
+            space[name] = optuna.distributions.IntDistribution(int(d.low), int(d.high), step=int(d.step or 1))
         else:
-            made[name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.type == "loguniform", step=d.step)
-    return made
+            space[name] = optuna.distributions.FloatDistribution(d.low, d.high, log=d.type == "loguniform", step=d.step)
+    return space
 
 
-def made_of(run) -> str:
+def fingerprint(run) -> str:
     """What a trial's value depends on besides its point: trials of other settings, data, code or objective do not
     count."""
     first, optuna_section = members.key(config.members(run)[0])["all"], config.dump(run)["optuna"]
@@ -47,7 +48,7 @@ def made_of(run) -> str:
 def open_study(run, folder: Path) -> optuna.Study:
     """The run's study in its journal or data base. Raises StudyError where it was made with another direction."""
     study = optuna.create_study(
-        study_name=f"{storage.study_name(run)}@{made_of(run)}",
+        study_name=f"{storage.study_name(run)}@{fingerprint(run)}",
         storage=storage.open_storage(run, folder),
         direction=run.optuna.direction,
         load_if_exists=True,
@@ -70,12 +71,12 @@ def value_at(run, name: str):
 
 def cells(run) -> list[dict]:
     """The grid's cells as points of the search space; a cell outside the space is no trial."""
-    space, found = distributions(run), []
+    space, points = distributions(run), []
     for member in config.members(run):
         point = {name: member.cell.get(config.resolve(run.study, name), value_at(member.run, name)) for name in space}
-        if point not in found and all(holds(d, point[n]) for n, d in space.items()):
-            found.append(point)
-    return found
+        if point not in points and all(holds(d, point[n]) for n, d in space.items()):
+            points.append(point)
+    return points
 
 
 def holds(space: optuna.distributions.BaseDistribution, value) -> bool:
@@ -87,9 +88,9 @@ def holds(space: optuna.distributions.BaseDistribution, value) -> bool:
 
 def heal(study: optuna.Study) -> int:
     """Trials left RUNNING by a killed process: failed, and queued again with the same parameters. Returns how many."""
-    stale = [t for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]) if not elsewhere(t)]
+    stale = [t for t in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]) if not elsewhere(t)]
     for trial in stale:
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
     return len(stale)
 
@@ -115,11 +116,11 @@ def ask(study: optuna.Study, space: dict, shared: bool) -> optuna.Trial:
 
 def searched(study: optuna.Study) -> list:
     """The trials that count: finished with a value."""
-    return [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
 def enqueue_cells(study: optuna.Study, run) -> None:
-    states = [getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "WAITING", "RUNNING")]
+    states = [TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING]
     known = [t.params or t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False, states=states)]
     for point in cells(run):
         if point not in known:
@@ -158,7 +159,7 @@ def ask_batch(run, study: optuna.Study) -> list[optuna.Trial]:
     and the last of them is waited for."""
     space, shared = distributions(run), run.optuna.storage is not None
     while (left := run.optuna.n_trials - len(searched(study))) > 0:
-        left -= sum(elsewhere(t) for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]))
+        left -= sum(elsewhere(t) for t in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
         if left > 0:
             # A sampler's state dies with its process; seeding it by the position makes a resumed search the same.
             seed = run.optuna.seed + len(study.get_trials(deepcopy=False) if shared else searched(study))
