@@ -39,15 +39,8 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
         entity, project = options.entity or mine[0].wandb.entity, options.project or mine[0].wandb.project
-        results = wandb.fetch(
-            root,
-            study=study,
-            scale=options.scale,
-            run_ids=[run.run_id for run in mine],
-            entity=entity,
-            project=project or wandb.PROJECT,
-            place=f"{made_in}/{study}",
-        )
+        wanted = {"run_ids": [run.run_id for run in mine], "entity": entity, "project": project or wandb.PROJECT}
+        results = wandb.fetch(root, f"{made_in}/{study}", **wanted)
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with progress.locked(root):
         ok = runner.Runner(steps, 1).run()

@@ -1,8 +1,8 @@
 """W&B as a mirror of the records, which are the source of truth: nothing of W&B can stop or slow a run.
 
     Mirrors                 one sender per run, a process of its own, started and ended by the runner
-    python -m lib.run.wandb live online|offline RUN_FOLDER      that process: follows a running notebook
-    python -m lib.run.wandb sync RUN_FOLDER…                    W&B brought up to date with records (`./run_all.sh sync`)
+    python -m lib.run.wandb online|offline RUN_FOLDER   that process: follows a running notebook
+    python -m lib.run.wandb sync RUN_FOLDER…            W&B brought up to date with records (`./run_all.sh sync`)
     fetch, results          the way back: a study's records from W&B, each file checked by its SHA-256
 
 A member is the W&B run `<run_id>--<member>-<8 digits of its key, place and attempt>` in the group `<run_id>`; the final
@@ -38,6 +38,7 @@ from lib.run.preflight import wandb_host, wandb_key
 
 FROM = "from=wandb"  # in the name of a folder of records that came from W&B
 PROJECT = "llm-finetuning-studies"
+MIRRORED = (".json", ".jsonl", ".yaml")
 NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
 STALLED, UNREACHED = 75, 76  # exit codes of a sender: W&B kept it waiting; it wrote offline files for want of W&B
 TRIES = 3  # of sending live, before the run's offline files are written instead
@@ -46,6 +47,9 @@ REQUEST_SECONDS, SERVICE_SECONDS = 15, 300.0  # for one request; for the client'
 POLL, REPROBE = 1.0, 20  # seconds between two looks at the histories; between two attempts to reach W&B
 LIVE_SECONDS, SYNC_SECONDS = 8, 600  # for one run's data to get through, during a study and afterwards
 SYNC = "./run_all.sh sync where its records are"
+# Read by the client as it is imported. Only what is asked for leaves this machine: no telemetry of the client
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+os.environ.setdefault("WANDB_SILENT", "true")
 
 
 # ---- what W&B is sent, read from the record
@@ -54,10 +58,9 @@ SYNC = "./run_all.sh sync where its records are"
 @dataclass
 class Entry:
     """One W&B run to be. `files`: {name on W&B: local path}, the name being the path below the study's results folder;
-    `finished`: its history, summary and files are final; `spare`: the id to take where `id` is another attempt's."""
+    `finished`: its history, summary and files are final."""
 
     id: str
-    group: str
     name: str
     settings: dict
     history: Path
@@ -65,15 +68,13 @@ class Entry:
     summary: dict = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     finished: bool = True
-    spare: str = ""
 
     def __post_init__(self):
         self.record["files"] = {name: sha256(path) for name, path in self.files.items()}
-        path = (
+        last = (
             self.history.parents[2] / "config.yaml"
         )  # the run's last notebook may be later than its members' training
-        last = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-        address = (last or {}).get("wandb") or self.settings.get("wandb") or {}
+        address = yaml.safe_load(last.read_text(encoding="utf-8")).get("wandb") or {}
         self.entity, self.mode = address.get("entity"), address.get("mode")
         self.project = address.get("project") or PROJECT
 
@@ -116,9 +117,9 @@ def _about(run_folder: Path, spec: dict) -> dict:
     return {"version": 1, "place": place, "run_id": run_folder.name, **{k: spec[k] for k in ("study", "scale", "mode")}}
 
 
-def _files(results: Path, folder: Path, suffixes=(".json", ".jsonl", ".yaml")) -> dict[str, Path]:
+def _files(results: Path, folder: Path) -> dict[str, Path]:
     """The record's files in `folder`, by their names on W&B: what a reader needs to judge the study again."""
-    kept = [p for p in sorted(folder.glob("*")) if p.suffix in suffixes and p.is_file() and p.name not in NOT_MIRRORED]
+    kept = [p for p in sorted(folder.glob("*.*")) if p.suffix in MIRRORED and p.name not in NOT_MIRRORED]
     return {str(path.relative_to(results)): path for path in kept}
 
 
@@ -133,7 +134,6 @@ def member_entry(run_folder: Path, member: Path) -> Entry | None:
     mine = {"member": member.name, "cell": spec["cell_name"], "seed": spec["seed"], "key": key, "attempt": attempt}
     return Entry(
         id=_id(name, digest([key, about["place"], attempt])[:8]),
-        group=run_folder.name,
         name=name,
         settings=spec["config"],
         history=member / "history.jsonl",
@@ -148,10 +148,10 @@ def final_entry(run_folder: Path) -> Entry | None:
     """The run's own W&B run: the history of its chosen cell's first member, the means over seeds as its summary, and
     the ids of all its members. With a search, of the best. None while there is no whole record."""
     metrics, sweep = read_json(run_folder / "metrics.json", {}), run_folder / "sweep"
-    members = {m.name: m for m in sorted((run_folder / "members").glob("*/")) if (m / "done.json").exists()}
     if "chosen_cell" not in metrics or not (run_folder / "done.json").exists():
         return None
-    chosen = next((m for m in members.values() if m.name.rsplit("-s", 1)[0] == metrics["chosen_cell"]), None)
+    members = {m.name: m for m in sorted((run_folder / "members").glob("*/")) if (m / "done.json").exists()}
+    chosen = next((m for name, m in members.items() if name.rsplit("-s", 1)[0] == metrics["chosen_cell"]), None)
     summary, searched = metrics["metrics"], read_json(sweep / "metrics.json", {})
     if searched.get("final"):
         chosen = members.get(searched["final_members"][0])
@@ -164,18 +164,15 @@ def final_entry(run_folder: Path) -> Entry | None:
     own = run_folder.name + ("" if about["scale"] == "paper" else f"--{about['scale']}")
     if folder != f"{about['scale']}-{about['mode']}":  # a variation must not take the study's own place
         own = _id(own, digest(folder)[:8])
-    searches = _files(run_folder.parent, sweep)
-    wanted = {str((sweep / name).relative_to(run_folder.parent)) for name in ("metrics.json", "best.yaml")}
+    searches = {n: p for n, p in _files(run_folder.parent, sweep).items() if p.name in ("metrics.json", "best.yaml")}
     return Entry(
         id=_id(own),
-        spare=_id(own, source[:8]),  # other members (after --force, say) make another run: the first stays as it is
-        group=run_folder.name,
         name=run_folder.name,
         settings=spec["config"],
         history=chosen / "history.jsonl",
         record=about | {"member": None, "chosen": chosen.name, "members": ids, "source": source},
         summary=summary,
-        files=_files(run_folder.parent, run_folder) | {k: v for k, v in searches.items() if k in wanted},
+        files=_files(run_folder.parent, run_folder) | searches,
     )
 
 
@@ -187,8 +184,7 @@ def entries(run_folder: Path) -> list[Entry]:
 
 def is_over(run_folder: Path) -> bool:
     """Whether no notebook of this run is at work."""
-    states = [read_json(run_folder / part / "status.json", {}).get("status") for part in ("", "sweep")]
-    return "running" not in states
+    return all(read_json(p / "status.json", {}).get("status") != "running" for p in (run_folder, run_folder / "sweep"))
 
 
 # ---- the runner's side
@@ -235,13 +231,10 @@ class Mirrors:
     def _send(self, folder: Path, mode: str) -> int | None:
         (self.local.add if mode == "offline" else self.local.discard)(folder)
         with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
-            process = self.processes[folder] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lib.run.wandb", "live", mode, str(folder)],
-                stdin=subprocess.DEVNULL if self.ending else subprocess.PIPE,  # its end says that nothing more comes
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            command = [sys.executable, "-P", "-m", "lib.run.wandb", mode, str(folder)]
+            stdin = subprocess.DEVNULL if self.ending else subprocess.PIPE  # its end says that nothing more comes
+            process = subprocess.Popen(command, stdin=stdin, stdout=log, stderr=log, start_new_session=True)
+            self.processes[folder] = process
             code = process.wait()
             if process.stdin:
                 process.stdin.close()
@@ -263,34 +256,23 @@ class Mirrors:
         for folder in late:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.processes[folder].pid, signal.SIGKILL)
-        later = "./run_all.sh sync brings W&B up to date"
-        for folder in late | self.failed:
-            how = f"{'not finished in time' if folder in late else 'failed'} (see {folder / 'wandb.log'})"
-            print(f"W&B mirror of {folder.name}: {how}; the record is whole, and {later}", file=sys.stderr)
-        if unsent := self.unsent - late - self.failed:
-            runs = f"{len(unsent)} run{'s' * (len(unsent) > 1)} in offline files only (why: wandb.log)"
-            print(f"W&B could not be used: {runs}; {later}", file=sys.stderr)
+        problems = {"not finished in time": late, "failed": self.failed, "in offline files only": self.unsent}
+        for problem, folders in problems.items():
+            if folders:
+                logs = ", ".join(str(folder / "wandb.log") for folder in sorted(folders))
+                fix = "the record is whole, and ./run_all.sh sync brings W&B up to date"
+                print(f"W&B mirror {problem}, see {logs}; {fix}", file=sys.stderr)
 
 
 # ---- what W&B holds
 
 
-def require_key() -> None:
-    """Raises MissingError where no key is at hand: the client would ask for one at the terminal."""
+def api(seconds: int = REQUEST_SECONDS):
+    """A connection for reading. Raises MissingError where there is no key (the client would ask for one at the
+    terminal), where W&B refuses it, or does not answer."""
     if not wandb_key(os.environ):
         fix = ".venv/bin/wandb login (or set WANDB_API_KEY), then the same command again"
         raise MissingError("W&B", f"there is no key for {wandb_host(os.environ)}", "a key", fix)
-
-
-def quiet() -> None:
-    """Only what is asked for leaves this machine: no telemetry of the client, no request before the first of ours."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_SILENT", "true")
-
-
-def api(seconds: int = REQUEST_SECONDS):
-    """A connection for reading. Raises MissingError where W&B does not answer, or refuses the key."""
-    quiet()
     import wandb
 
     waits = {"x_graphql_retry_wait_min_seconds": 0.3, "x_graphql_retry_wait_max_seconds": 1}
@@ -301,10 +283,11 @@ def api(seconds: int = REQUEST_SECONDS):
         connection.default_entity  # noqa: B018 (asks the server who we are)
         return connection
     except Exception as error:  # the client raises errors of half a dozen kinds, some of them plain ValueErrors
-        fix = "check the connection and WANDB_BASE_URL; ./run_all.sh sync goes on later"
-        raise MissingError(
-            "W&B", f"no usable answer ({first_line(error)})", "a server that knows this key", fix
-        ) from None
+        answer, fix = (
+            f"no usable answer ({first_line(error)})",
+            "check the connection and WANDB_BASE_URL, then sync again",
+        )
+        raise MissingError("W&B", answer, "a server that knows this key", fix) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -324,10 +307,8 @@ def find(connection, entity: str | None, project: str, name: str):
 
 def rows_of(found) -> dict[int, dict]:
     """{step: row} of a W&B run's history: of rows with one global_step, the last; W&B's own keys left out."""
-    steps = {}
-    for row in found.scan_history(use_cache=False):
-        if row.get("global_step") is not None:
-            steps[row["global_step"]] = {k: v for k, v in row.items() if not k.startswith("_")}
+    rows = [row for row in found.scan_history(use_cache=False) if row.get("global_step") is not None]
+    steps = {row["global_step"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in rows}
     return dict(sorted(steps.items()))
 
 
@@ -376,8 +357,8 @@ def begin(entry: Entry, name: str, mode: str, folder: Path, seconds: float):
     """A W&B run to log to, resumed where it is there already. Nothing of this machine or its user goes with it."""
     import wandb
 
-    off = {f"x_disable_{what}": True for what in ("meta", "stats", "machine_info")}
-    off |= {"save_code": False, "disable_git": True, "disable_job_creation": True, "x_save_requirements": False}
+    off = {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True}
+    off |= {"save_code": False, "disable_job_creation": True, "x_save_requirements": False}
     off |= {"host": "", "program": "", "console": "off", "silent": True}
     waits = {"init_timeout": min(seconds, 30), "finish_timeout": seconds, "finish_timeout_raises": True}
     waits |= {"x_file_stream_transmit_interval": 2.0, "x_graphql_retry_max": 2, "x_service_wait": SERVICE_SECONDS}
@@ -386,7 +367,7 @@ def begin(entry: Entry, name: str, mode: str, folder: Path, seconds: float):
         entity=entry.entity,
         id=name,
         name=entry.name,
-        group=entry.group,
+        group=entry.record["run_id"],
         mode=mode,
         dir=str(folder),
         resume="allow" if mode == "online" else None,
@@ -401,10 +382,9 @@ def begin(entry: Entry, name: str, mode: str, folder: Path, seconds: float):
 
 def log(run, rows: dict[int, dict], sent: dict[int, dict]) -> None:
     """Log the rows that W&B does not have as they are; no `step=`, because W&B drops a step that goes back."""
-    for step, row in rows.items():
-        if sent.get(step) != row:
-            run.log(row)
-            sent[step] = row
+    for row in (row for step, row in rows.items() if sent.get(step) != row):
+        run.log(row)
+    sent |= rows
     beat()
 
 
@@ -426,11 +406,11 @@ class Sender:
         self.open: dict[str, tuple] = {}  # entry id -> (W&B run, {step: row} that W&B has)
 
     def remote(self, entry: Entry) -> tuple[str, object]:
-        """(id to use, the run there or None). A final run of other members is left alone, and a spare id taken."""
-        found = find(self.api, entry.entity, entry.project, entry.id)
-        source = entry.record.get("source")
+        """(id to use, the run there or None). A final run of other members (before --force, say) stays as it is."""
+        found, source = find(self.api, entry.entity, entry.project, entry.id), entry.record.get("source")
         if found is not None and source and (found.config.get("record") or {}).get("source") != source:
-            return entry.spare, find(self.api, entry.entity, entry.project, entry.spare)
+            other = _id(entry.id, source[:8])
+            return other, find(self.api, entry.entity, entry.project, other)
         return entry.id, found
 
     def send(self, entry: Entry, rows: dict[int, dict]) -> None:
@@ -456,11 +436,6 @@ class Sender:
             self.send(entry, entry.rows())
             finish(self.open.pop(entry.id)[0], entry)
         return ", ".join(differing)
-
-    def abandon(self) -> None:
-        """Leave unfinished members open on W&B; the next attempt goes on with them."""
-        for run, _ in self.open.values():
-            run.finish(exit_code=1)
 
 
 def live(folder: Path, gone: threading.Event) -> int:
@@ -493,14 +468,14 @@ def live(folder: Path, gone: threading.Event) -> int:
         return UNREACHED
     if final := final_entry(folder):
         sender.complete(final)
-    sender.abandon()
+    for run, _ in sender.open.values():  # unfinished members stay unfinished on W&B: the next attempt continues them
+        run.finish(exit_code=1)
     print(f"{len(finished)} finished members are on W&B", flush=True)
     return 0
 
 
 def offline(folder: Path) -> None:
     """Offline files of everything finished in the run, for `wandb leet` and `wandb sync`, in place of older ones."""
-    quiet()
     shutil.rmtree(folder / "wandb", ignore_errors=True)
     wanted = entries(folder)
     for entry in wanted:
@@ -512,91 +487,75 @@ def offline(folder: Path) -> None:
 
 def send_all(folders: list[Path], entity: str | None = None, project: str | None = None) -> int:
     """Bring W&B up to date with these runs. Exit code: 0 it is, 1 something is still missing there."""
-    sender, short, count, sent = None, [], 0, 0
+    sent, count, incomplete = 0, 0, 0
     for folder in folders:
-        for entry in entries(folder):
-            if entry.mode == "disabled":
-                print(f"{folder.name}: its YAML says wandb.mode: disabled; left out", flush=True)
-                break
-            entry.entity, entry.project = entity or entry.entity, project or entry.project
-            sender, count = sender or Sender(folder, SYNC_SECONDS), count + 1
-            sender.folder = folder
+        wanted = entries(folder)
+        if wanted and wanted[0].mode == "disabled":
+            print(f"{folder.name}: its YAML says wandb.mode: disabled; left out", flush=True)
+            continue
+        sender = Sender(folder, SYNC_SECONDS)
+        for entry in wanted:
+            entry.entity, entry.project, count = entity or entry.entity, project or entry.project, count + 1
             if differing := sender.complete(entry):
                 sent += 1
-                for look in range(3):  # its server may take a moment to show what it was given
+                for wait in range(3):  # its server may take a moment to show what it was given
+                    time.sleep(wait)
                     beat()
                     if not (left := lacking(entry, sender.remote(entry)[1])):
                         break
-                    time.sleep(look)
-                short += [entry.name] if left else []
+                incomplete += bool(left)
                 lacks = f"; W&B STILL LACKS {', '.join(left)}" if left else ""
                 print(f"  {entry.name}: sent {differing}{lacks}", flush=True)
-    incomplete = f"; still incomplete: {', '.join(short)}" if short else ""
-    print(f"W&B: {count} runs looked at, {sent} brought up to date, {count - sent} were{incomplete}", flush=True)
-    return 1 if short else 0
+    print(f"W&B: {count} runs looked at, {sent} brought up to date, {count - sent} were", flush=True)
+    return 1 if incomplete else 0
 
 
 # ---- the way back
 
 
-def fetch(
-    into: Path,
-    *,
-    run_ids: Iterable[str],
-    study: str,
-    scale: str,
-    mode: str = "full",
-    entity: str | None = None,
-    project: str,
-    place: str | None = None,
-) -> Path:
+def fetch(into: Path, place: str, *, run_ids: Iterable[str], project: str, entity: str | None = None) -> Path:
     """The records of these runs from W&B in the folder `into`/<study>, as the runner leaves them; returns that folder.
 
-    `place`: where they were made (default `<scale>-<mode>/<study>`; a variation made with --set has another). A file
-    that is there already with the right checksum is kept. Raises StudyError where a run is not on W&B, or a file of it
+    `place`: where they were made, `<scale>-<mode>[,<variation made with --set>]/<study>`. A file that is there already
+    with the right checksum is kept. Raises StudyError where a run is not on W&B, or a file of it
     is missing or not the one that its run states; MissingError where W&B cannot be reached.
     """
-    require_key()
-    connection, results, planned = api(), Path(into) / study, []
-    path, place = (
-        "/".join(filter(None, (entity or connection.default_entity, project))),
-        place or f"{scale}-{mode}/{study}",
-    )
+    folder, study = place.split("/")
+    scale, mode = folder.split(",")[0].split("-")
+    connection, results, planned = api(), into / study, []
+    path = "/".join(filter(None, (entity or connection.default_entity, project)))
     for run_id in run_ids:
         group = connection.runs(path, filters={"group": run_id}, order="+created_at", lazy=False)
         mine = {run.id: run for run in group if (run.config.get("record") or {}).get("place") == place}
         final = next((run for run in reversed(mine.values()) if run.config["record"].get("member") is None), None)
         if final is None:
             raise StudyError(f"W&B {path}", f"no finished run {run_id} of {place}", "the run and its members", SYNC)
-        members = final.config["record"].get("members", {})
-        if absent := [member for member, name in members.items() if name not in mine]:
-            what = f"member {', '.join(absent)} of {run_id} is not there"
-            raise StudyError(f"W&B {path}", what, "every member of the run", SYNC)
-        for found in [final, *(mine[name] for name in members.values())]:
-            download(found, results)
-        declared = results / run_id / "config.yaml"  # as its YAML has it (a member's has its cell's values in place)
-        settings = config.load_yaml(declared) if declared.exists() else dict(final.config)
-        settings.pop("record", None)
+        members = final.config["record"]["members"]
+        if absent := ", ".join(member for member, name in members.items() if name not in mine):
+            raise StudyError(f"W&B {path}", f"{run_id} without {absent}", "every member of the run", SYNC)
+        for run in [final, *(mine[name] for name in members.values())]:
+            download(run, results)
+        settings = config.load_yaml(results / run_id / "config.yaml")
         planned.append({**settings, "study": study, "scale": scale, "mode": mode})
     record.write_json(results / "comparison" / "runs.json", planned)
     return results
 
 
-def download(found, results: Path) -> None:
+def download(run, results: Path) -> None:
     """The files of one W&B run, each checked against the SHA-256 in the run's configuration."""
-    there = {file.name: file for file in found.files()}
-    for name, checksum in found.config["record"].get("files", {}).items():
+    there = {file.name: file for file in run.files()}
+    for name, checksum in run.config["record"].get("files", {}).items():
         target = (results / name).resolve()
         if not target.is_relative_to(results.resolve()):
-            raise StudyError(f"W&B run {found.id}", f"a file named {name!r}", "a path inside the study's results")
+            raise StudyError(f"W&B run {run.id}", f"a file named {name!r}", "a path inside the study's results")
         if target.exists() and sha256(target) == checksum:
             continue
-        if name in there:
-            there[name].download(root=str(results), replace=True)
-        if not target.exists() or sha256(target) != checksum:
-            target.unlink(missing_ok=True)
-            what = f"{name} is {'not what its checksum says' if name in there else 'missing'}"
-            raise StudyError(f"W&B run {found.id}", what, f"SHA-256 {checksum}", SYNC)
+        if name not in there:
+            raise StudyError(f"W&B run {run.id}", f"{name} is missing", f"SHA-256 {checksum}", SYNC)
+        there[name].download(root=str(results), replace=True)
+        if sha256(target) != checksum:
+            target.unlink()
+            raise StudyError(f"W&B run {run.id}", f"{name} is not what its checksum says", f"SHA-256 {checksum}", SYNC)
 
 
 def results(study: str, scale: str, mode: str, results_dir: str | Path | None, source: dict | None = None) -> Path:
@@ -606,30 +565,28 @@ def results(study: str, scale: str, mode: str, results_dir: str | Path | None, s
     if not source:
         return own
     into = own.parent if results_dir else config.ROOT / "outputs" / f"{scale}-{mode},{FROM}"
-    return fetch(into, study=study, scale=scale, mode=mode, **source)
+    return fetch(into, **{"place": f"{scale}-{mode}/{study}", **source})
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.run.wandb")
-    parser.add_argument("what", choices=("live", "sync"))
+    parser.add_argument("what", choices=("online", "offline", "sync"))
     parser.add_argument("--entity")
     parser.add_argument("--project")
-    parser.add_argument("rest", nargs="+")
-    given = parser.parse_args(argv)
+    parser.add_argument("folders", nargs="+", type=Path)
+    options = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: nothing here needs to be put in order
-    if given.what == "sync":
+    if options.what == "sync":
         watchdog(SYNC_SECONDS + 60)
-        require_key()
-        return send_all([Path(p) for p in given.rest], given.entity, given.project)
-    mode, folder, gone = given.rest[0], Path(given.rest[1]), threading.Event()
+        return send_all(options.folders, options.entity, options.project)
+    folder, gone = options.folders[0], threading.Event()
     # The runner closes this process's input at its end, and its death closes it too.
     threading.Thread(target=lambda: (sys.stdin.read(), gone.set()), daemon=True).start()
-    quiet()
     import wandb  # noqa: F401 (as long as the disk takes; the watchdog is for calls to W&B)
 
     beat()
     watchdog(4 * LIVE_SECONDS)
-    if mode == "online":
+    if options.what == "online":
         return live(folder, gone)
     while not is_over(folder) and not gone.wait(POLL):
         beat()
