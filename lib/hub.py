@@ -18,14 +18,8 @@ from lib.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-UNREACHABLE = {
-    "LocalEntryNotFoundError",
-    "OfflineModeIsEnabled",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "gaierror",
-}
+UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
+UNREACHABLE |= {"gaierror"}  # no name resolution
 
 
 def go_offline() -> None:
@@ -129,12 +123,8 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
     classes, text, key = _class_names(error), str(error), f"{kind}.name"
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
-    download = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
-    found, expected, fix = (
-        f"could not be loaded: {type(error).__name__}: {text[:300]}",
-        f"a {kind} that loads",
-        download,
-    )
+    fix = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
+    found, expected = f"could not be loaded: {type(error).__name__}: {text[:300]}", f"a {kind} that loads"
     if "GatedRepoError" in classes or "gated" in text.lower():
         found, expected = f"this {kind} is gated and access was refused", "an account that accepted its license"
         fix = f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"

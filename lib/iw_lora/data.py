@@ -92,13 +92,12 @@ def task_of(dataset) -> str:
 def check_rows(rows: list[dict], task: str, where: str) -> list[dict]:
     """GLUE's rows as ours. Raises StudyError for an absent column or a label that is none (the test split's -1)."""
     columns, labels = COLUMNS[task], LABELS[task]
-    names = (*columns, "label")
     for number, row in enumerate(rows, 1):
-        for column in names:
+        for column in (*columns, "label"):
             if column not in row:
                 found, expected = (
                     f"no column {column} (it has {', '.join(row)})",
-                    f"{task}'s columns: {', '.join(names)}",
+                    f"{task}'s: {', '.join(columns)}, label",
                 )
                 fix = "set dataset.subset to the task whose data this is"
                 raise StudyError(f"{where}, row {number}", found, expected, fix)
@@ -106,8 +105,8 @@ def check_rows(rows: list[dict], task: str, where: str) -> list[dict]:
             expected = ", ".join(f"{i} {name}" for i, name in enumerate(labels))
             fix = "GLUE's test split has no labels: evaluate on validation"
             raise StudyError(f"{where}, row {number}: label", repr(row["label"]), expected, fix)
-    second = columns[-1] if len(columns) > 1 else None
-    return [{"text_a": r[columns[0]], "text_b": r[second] if second else "", "label": r["label"]} for r in rows]
+    first, *second = columns
+    return [{"text_a": r[first], "text_b": r[second[0]] if second else "", "label": r["label"]} for r in rows]
 
 
 def read_task(dataset, task: str, split: str) -> list[dict]:
@@ -215,22 +214,18 @@ def make_base(
     tokenizer = word_tokenizer([text for pair in pairs for text in pair], recipe["vocab_size"])
     first, second = (list(side) for side in zip(*pairs, strict=True))
     ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)["input_ids"]
-    marks, steps, size = (
-        torch.tensor(tokenizer.all_special_ids),
-        recipe["pretrain_steps"],
-        recipe["pretrain_batch_size"],
-    )
+    marks = torch.tensor(tokenizer.all_special_ids)
     generator, order = torch.Generator().manual_seed(recipe["seed"]), np.random.default_rng(recipe["seed"])
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
         model = tiny_deberta(recipe, len(tokenizer), tokenizer.pad_token_id).train()
         head = nn.Linear(model.config.hidden_size, 1)
-    parameters = [*model.parameters(), *head.parameters()]
+    steps, parameters = recipe["pretrain_steps"], [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
 
     def loss() -> Tensor:
-        rows = [ids[i] for i in order.integers(len(ids), size=size)]
+        rows = [ids[i] for i in order.integers(len(ids), size=recipe["pretrain_batch_size"])]
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         special = torch.isin(padded["input_ids"], marks)
         corrupted, replaced = replace_tokens(padded["input_ids"], special, generator)
@@ -297,10 +292,8 @@ def prepare(run, folder: Path) -> None:
 def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
     """{"ids", "label"} of each row, truncated to max_seq_length."""
     first, second = [row["text_a"] for row in rows], [row["text_b"] for row in rows]
-    truncation = dataset.preprocessing.truncation
-    encoded = tokenizer(
-        first, second if any(second) else None, truncation=truncation, max_length=dataset.max_seq_length
-    )
+    limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length}
+    encoded = tokenizer(first, second if any(second) else None, **limits)
     return [{"ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
 
 

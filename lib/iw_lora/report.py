@@ -135,10 +135,9 @@ def sensitivity_map(matrices: pd.DataFrame, *, title: str = "Sensitivity of the 
 
 
 @housestyle
-def coefficient_spread(
-    matrices: pd.DataFrame, *, title: str = "How much the penalty's coefficients discriminate"
-) -> Drawing:
+def coefficient_spread(matrices: pd.DataFrame) -> Drawing:
     """Every matrix's coefficient over the mean of its member's, one row per run: far from 1, they discriminate."""
+    title = "How much the penalty's coefficients discriminate"
     rows = matrices.dropna(subset=["coefficient"])
     means = rows.groupby(["run_id", "cell", "seed"])["coefficient"].transform("mean")
     rows = rows.assign(relative=rows["coefficient"] / means)
@@ -186,11 +185,10 @@ def update_norms(matrices: pd.DataFrame, *, title: str = "Size of the update wit
 
 
 @housestyle
-def rank_against_sensitivity(
-    matrices: pd.DataFrame, *, title: str = "AdaLoRA's kept ranks against the sensitivity"
-) -> Drawing:
+def rank_against_sensitivity(matrices: pd.DataFrame) -> Drawing:
     """Where AdaLoRA put its rank (mean over seeds, per matrix) against the same matrix's K w (mean over who measured
     it)."""
+    title = "AdaLoRA's kept ranks against the sensitivity"
     weight = matrices.dropna(subset=["w"]).groupby("matrix")["w"].mean()
     rank = matrices.dropna(subset=["rank"]).groupby("matrix")["rank"].mean()
     table = pd.DataFrame({"weight": weight * max(1, len(weight)), "rank": rank}).dropna()
@@ -232,9 +230,7 @@ def confusions(examples: pd.DataFrame, labels: list[str], *, title: str = "Confu
         right = (f"{label} right {number(float(share.iloc[i, i]))}" for i, label in enumerate(labels))
         words.append(f"{name}: {', '.join(right)}")
         data.append(counts.stack().rename("count").reset_index().assign(run=name))
-    alt = (
-        f"{title}: rows are the true labels, columns the predicted ones, shares of a row. {'; '.join(words) or 'none'}."
-    )
+    alt = f"{title}: true labels down, predicted ones across, shares of a row. {'; '.join(words) or 'none'}."
     return Drawing(drawn, title, alt, pd.concat(data[1:] or data))
 
 

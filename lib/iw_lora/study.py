@@ -11,23 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from lib import config
-from lib.config import (
-    Compute,
-    Count,
-    Finding,
-    Flag,
-    Fraction,
-    Name,
-    NonNegative,
-    Number,
-    Optuna,
-    Positive,
-    Run as BaseRun,
-    Section,
-    Whole,
-    fault,
-    split_role,
-)
+from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Whole, fault
 
 VALIDATION_METRIC = "validation_accuracy"
 
@@ -189,18 +173,18 @@ class Evaluation(Section):
     batch_size: Count = 64
 
 
-class Search(Optuna):
+class Search(config.Optuna):
     objective_metric: Name = Field(
         default=VALIDATION_METRIC, validation_alias=AliasChoices("objective_metric", "metric_name")
     )
 
 
-class Run(BaseRun):
+class Run(config.Run):
     model: Model
     dataset: Dataset
     training: Training
     loss: Loss = Loss()
-    compute: Compute = Compute()
+    compute: config.Compute = config.Compute()
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
 
@@ -210,16 +194,10 @@ class Run(BaseRun):
 PRIMARY_METRIC = {"laptop": "validation_accuracy", "paper": "validation_accuracy"}
 SECOND_METRIC = "validation_accuracy"  # the primary one needs no judge, so there is no other to fall back on
 MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ in: the base model is the same
-METRICS = {
-    "tuning_accuracy": "maximize",
-    "tuning_loss": "minimize",
-    "validation_accuracy": "maximize",
-    "validation_f1": "maximize",
-    "validation_macro_f1": "maximize",
-    "validation_loss": "minimize",
-}
+SCORES = ("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1")
+METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "validation_loss": "minimize"}
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
-DIVERGED = dict.fromkeys(("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1"), 0.0)
+DIVERGED = dict.fromkeys(SCORES, 0.0)
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
     "model.adapter.eva_rho": "read where init is eva, as in a YAML of the paper's scale",
@@ -237,11 +215,7 @@ ALIASES = {
     "iw_reg_alpha": "loss.alpha",
     "beta": "loss.beta",
     "penalty": "loss.penalty",
-    "learning_rate": "training.learning_rate",
-    "batch_size": "training.batch_size",
-    "weight_decay": "training.weight_decay",
-    "epochs": "training.epochs",
-    "max_steps": "training.max_steps",
+    **{key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")},
     "lora_r": "model.adapter.rank",
     "lora_alpha": "model.adapter.lora_alpha",
 }
@@ -257,7 +231,8 @@ def recognizes(raw: dict) -> bool:
 
 
 def normalize(raw: dict) -> dict:
-    """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role."""
+    """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role. Where the
+    YAML says no `method` or `role`, the adapter and the penalty do."""
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
         published = dict(model["importance_weighted_regularisation"])
@@ -267,17 +242,10 @@ def normalize(raw: dict) -> dict:
         raw["loss"] = {"penalty": "importance" if enabled else "none", **published, **own}
     if isinstance(raw.get("training"), dict) and "seed" in raw["training"] and "seed_list" not in raw:
         raw["seed_list"] = [raw["training"].pop("seed")]
-    return set_role(raw)
-
-
-def set_role(raw: dict) -> dict:
-    """`method` and `role` where the YAML does not say them: by the adapter and the penalty."""
-    loss, model = raw.get("loss"), raw.get("model")
-    adapter = model.get("adapter") if isinstance(model, dict) else None
-    kind = adapter.get("type", "lora") if isinstance(adapter, dict) else "lora"
-    penalty = loss.get("penalty", "none") if isinstance(loss, dict) else "none"
+    kind, penalty = (config.get(raw, key) for key in ("model.adapter.type", "loss.penalty"))
+    kind, penalty = kind or "lora", penalty or "none"
     own = "full" if kind == "none" else kind if penalty == "none" else "iw_lora"
-    role, method = split_role(raw.get("method"))
+    role, method = config.split_role(raw.get("method"))
     raw["method"] = own if method is None else method
     usual = {"importance": "proposed", "none": "comparative"}.get(str(penalty), "control")
     raw.setdefault("role", role or usual)
@@ -348,12 +316,12 @@ def _training(run: Run) -> Faults:
     if training.loraplus_lr_ratio is not None and kind != "lora":
         yield "error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora"
     if run.compute.strategy == "fsdp":
-        what = "sensitivities cannot be read from sharded gradients"
-        yield "error", "compute.strategy", what, "strategy: none"
+        yield "error", "compute.strategy", "sensitivities cannot be read from sharded gradients", "strategy: none"
     if total is not None and (training.warmup_steps or 0) >= total:
-        beyond = f"a warm-up of {training.warmup_steps} steps is beyond the run's {total}"
-        used = f": {training.warmup(total)} are used instead"
-        yield "warning", "training.warmup_steps", beyond + used, "warmup_ratio: 0.1"
+        what = (
+            f"{training.warmup_steps} are more than the run's {total} steps: {training.warmup(total)} are used instead"
+        )
+        yield "warning", "training.warmup_steps", what, "warmup_ratio: 0.1"
     if total is not None and training.evaluation_strategy == "steps" and training.eval_steps > total:
         what = f"evaluation every {training.eval_steps} steps never happens in a run of {total}"
         yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
@@ -398,9 +366,10 @@ def _data(run: Run) -> Faults:
             what = "MNLI has no split of that name"
             yield "error", "dataset.splits.validation", what, "validation: validation_matched"
     if dataset.preprocessing.padding == "max_length":
-        what = f"rows are padded to the longest of their batch, not to {dataset.max_seq_length} tokens: "
-        same = "the same numbers, several times faster"
-        yield "warning", "dataset.preprocessing.padding", what + same, "padding: longest says the same"
+        what = (
+            f"rows are padded to the longest of their batch, not to {dataset.max_seq_length} tokens: the same numbers"
+        )
+        yield "warning", "dataset.preprocessing.padding", what, "padding: longest says the same"
 
 
 # ---- the entries

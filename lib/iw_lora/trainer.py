@@ -35,13 +35,8 @@ def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
     """`model` with the configured adapters. Raises StudyError for an AdaLoRA schedule that never prunes."""
     if adapter.type == "none":
         return model
-    common = {
-        "task_type": TaskType.SEQ_CLS,
-        "modules_to_save": HEAD,
-        "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "target_modules": adapter.target_modules,
-    }
+    common = {name: getattr(adapter, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
+    common |= {"task_type": TaskType.SEQ_CLS, "modules_to_save": HEAD}
     if adapter.type == "lora":
         eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)}
         own = {"r": adapter.rank, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
@@ -81,11 +76,8 @@ def allocator_of(model: nn.Module):
 
 def ranks_used(model: nn.Module) -> dict[str, int]:
     """{matrix: triplets that are not pruned} of AdaLoRA."""
-    return {
-        name: int((layer.lora_E["default"] != 0).sum())
-        for name, layer in model.named_modules()
-        if isinstance(getattr(layer, "lora_E", None), nn.ParameterDict) and "default" in layer.lora_E
-    }
+    layers = {name: layer for name, layer in penalty.adapted(model).items() if hasattr(layer, "lora_E")}
+    return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in layers.items()}
 
 
 # ---- training
