@@ -392,9 +392,8 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
         f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, 90 % {low90:+.{digits}f} to "
         f"{high90:+.{digits}f}); {_conclusion(claim, decision)}"
     )
-    return _measured(decision, reason, estimate, low95, high95) | {
-        "interval90": (low90, high90),
-        "level": 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95,
+    level = 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95
+    return _measured(decision, reason, estimate, low95, high95, level, interval90=(low90, high90)) | {
         "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
         "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
         "probability_of_improvement": st.probability_of_improvement(treatment[0], baseline[0])
@@ -403,14 +402,15 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     }
 
 
-def _measured(decision: st.Decision, reason: str, estimate: float, low: float, high: float) -> dict:
+def _measured(decision: st.Decision, reason: str, estimate: float, low: float, high: float, level=0.95, **more) -> dict:
     """What every comparison has: its verdict, why, the estimate with its 95 % interval, and both p."""
     return {
         "verdict": WORD[int(decision.code)],
         "reason": reason,
         "estimate": estimate,
         "interval95": (low, high),
-        "level": 0.95,
+        **more,
+        "level": level,
         "p": float(decision.p),
         "p_companion": float(decision.p_companion),
     }
