@@ -199,8 +199,8 @@ def index_html(outputs_root: str | Path) -> Path:
         groups += sorted(found, key=lambda group: not group["claims"])  # what has verdicts before what has none
     script = (ASSETS / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, **blocks)
+    loader = jinja2.FileSystemLoader(ASSETS)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "estimate": _estimate}
     text = environment.get_template("index.html.j2").render(
         groups=groups,

@@ -39,8 +39,8 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
         entity, project = options.entity or mine[0].wandb.entity, options.project or mine[0].wandb.project
-        wanted = {"run_ids": [run.run_id for run in mine], "entity": entity, "project": project or wandb.PROJECT}
-        results = wandb.fetch(root, f"{made_in}/{study}", **wanted)
+        ids, project = [run.run_id for run in mine], project or wandb.PROJECT
+        results = wandb.fetch(root, f"{made_in}/{study}", run_ids=ids, entity=entity, project=project)
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with progress.locked(root):
         ok = runner.Runner(steps, 1).run()
