@@ -32,7 +32,7 @@ def test_start_here_runs_headlessly(pool_socket, tmp_path):
     parameters = {**small, "results_dir": str(tmp_path), "mode": "full", "scale": "laptop"}
     folder = tmp_path / "start_here"
     step = plan.Step("train", "td_dpo", "start_here", START, folder, parameters, "key", "never run")
-    notebook = runner.execute_notebook(step, "nonce", int(PATIENCE))
+    notebook = runner.execute_notebook(step, "nonce")
     assert record.read_json(folder / "done.json") == {"nonce": "nonce"}
     assert record.read_json(folder / "metrics.json")["members"]["default-s42"]["status"] == "completed"
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]

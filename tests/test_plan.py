@@ -18,7 +18,7 @@ def study(tiny, tmp_path, monkeypatch):
     record.write_json(results / "comparison" / "runs.json", [config.dump(run) for run in runs.values()])
     executed, failing = [], set()
 
-    def execute(step, nonce, cell_timeout):
+    def execute(step, nonce):
         executed.append(step.title.partition("/")[2])
         for member in config.members(step.run) if step.kind == "train" else ():
             folder = step.folder / "members" / member.id

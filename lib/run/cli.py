@@ -122,20 +122,17 @@ def dispatch(options) -> int:
         return progress.status(root_of(options), options.study)
     if options.command == "report":
         return rebuild()
-    if options.command == "sync":
+    if options.command in ("sync", "pull"):
         from lib.run import sync
 
-        return sync.sync(roots_of(options), options)
-    if options.command == "pull":
-        from lib.run import sync
-
-        runs = [r for _, r, _ in chosen(options) if not isinstance(r, StudyError) and check.has_notebooks(r)]
+        if options.command == "sync":
+            return sync.sync(roots_of(options), options)
+        runs = [run for run in loaded(chosen(options)) if check.has_notebooks(run)]
         return sync.pull(runs, OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
         from lib.run import judge
 
-        runs = chosen(options) if options.params else []
-        named = {(r.study, r.run_id) for _, r, _ in runs if not isinstance(r, StudyError)} if options.params else None
+        named = {(run.study, run.run_id) for run in loaded(chosen(options))} if options.params else None
         return judge.judge(options, roots_of(options), named, OUTPUTS)
     return run(options)
 
@@ -201,17 +198,18 @@ def chosen(options) -> list[tuple]:
     folders = [Path(options.params)] if options.params else [folder for folder in folders if folder.is_dir()]
     found = []
     for folder in folders:
-        for path, loaded, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            if not plan.wants(options, path.stem if isinstance(loaded, StudyError) else loaded.run_id):
+        for path, run, findings in check.load_folder(folder, options.scale, options.mode, overrides):
+            readable = not isinstance(run, StudyError)
+            if not plan.wants(options, run.run_id if readable else path.stem):
                 continue
-            if not isinstance(loaded, StudyError):
-                if options.study and loaded.study not in options.study:
-                    continue
-                loaded = loaded.model_copy(update={"results_dir": root_of(options) / loaded.study})
-                if options.grid:
-                    blocks = [{**block, "seeds": None} for block in config.dump(loaded)["grid"] or []]
-                    loaded = config.apply(loaded, {"grid": blocks or None})
-            found.append((path, loaded, findings))
+            if readable and options.study and run.study not in options.study:
+                continue
+            if readable:
+                run = run.model_copy(update={"results_dir": root_of(options) / run.study})
+            if readable and options.grid:
+                blocks = [{**block, "seeds": None} for block in config.dump(run)["grid"] or []]
+                run = config.apply(run, {"grid": blocks or None})
+            found.append((path, run, findings))
     if not found:
         what = f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}"
         where = f"files below {', '.join(map(str, folders))}"
@@ -219,9 +217,9 @@ def chosen(options) -> list[tuple]:
     return found
 
 
-def every_run(options) -> list[tuple]:
-    """`chosen` without --run."""
-    return chosen(argparse.Namespace(**{**vars(options), "run": "*"}))
+def loaded(found: list[tuple]) -> list:
+    """The runs among what `chosen` returns, without the YAMLs that cannot be read."""
+    return [run for _, run, _ in found if not isinstance(run, StudyError)]
 
 
 def run(options) -> int:
@@ -234,7 +232,7 @@ def run(options) -> int:
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
     found = chosen(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
-    whole = every_run(options) if options.run else found
+    whole = chosen(argparse.Namespace(**{**vars(options), "run": None})) if options.run else found
     check.require_slots(options, found)
     if options.command == "check":
         from lib.run import compose
@@ -244,8 +242,8 @@ def run(options) -> int:
     if options.mode == "full" and options.command != "plan":
         code = code or check.check_before_full(options, found, whole, root_of(options), obstacles)
     if options.command == "plan":
-        loaded = [(r, findings) for _, r, findings in found if not isinstance(r, StudyError) and check.has_notebooks(r)]
-        fit = [r for r, findings in loaded if all(f.level != "error" for f in findings)]
+        fit = [entry for entry in found if all(finding.level != "error" for finding in entry[2])]
+        fit = [run for run in loaded(fit) if check.has_notebooks(run)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
         progress.planned(steps, slots_of(options), options.price)
         progress.findings(obstacles)
@@ -254,7 +252,7 @@ def run(options) -> int:
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
-    return execute(options, [loaded for _, loaded, _ in found], [loaded for _, loaded, _ in whole])
+    return execute(options, loaded(found), loaded(whole))
 
 
 def slots_of(options) -> int:
@@ -274,7 +272,7 @@ def execute(options, runs: list, whole: list) -> int:
         runner.free_space(root)
         runner.remove_leftovers(root)
         studies = {run.study for run in runs}
-        write_run_lists([r for r in whole if not isinstance(r, StudyError) and r.study in studies])
+        write_run_lists([run for run in whole if run.study in studies])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         runner.stay_inside(root, steps)
         slots, to_do = slots_of(options), [step for step in steps if step.reason]
@@ -305,19 +303,9 @@ def execute_steps(options, root: Path, steps: list, slots: int, runs: list):
             progress.verdicts([step])
 
     needs_secrets = options.scale == "paper" or any(run.optuna.storage for run in runs)
-    finished, started = (
-        runner.Runner(
-            steps,
-            slots,
-            fail_fast=options.fail_fast,
-            force=options.force,
-            keep_secrets=options.mode == "full" and needs_secrets,
-            max_hours=options.max_hours,
-            cell_timeout=int(os.environ.get("STUDY_CELL_TIMEOUT", 0)) or None,
-            on_end=on_end,
-        ),
-        time.time(),
-    )
+    limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
+    keep_secrets = options.mode == "full" and needs_secrets
+    finished, started = runner.Runner(steps, slots, keep_secrets=keep_secrets, on_end=on_end, **limits), time.time()
     try:
         finished.run()
     finally:

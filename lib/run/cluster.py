@@ -47,10 +47,9 @@ def connect(address: str):
         raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
     if not ray.is_initialized():
         place = _listening(address)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         try:
-            ray.init(
-                address=place, namespace="studies", log_to_driver=False, logging_level="ERROR", configure_logging=False
-            )
+            ray.init(address=place, namespace="studies", **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise _absent(f"{place} is no cluster: {str(error).strip().splitlines()[0][:120]}") from None
     return ray
@@ -73,13 +72,8 @@ def _listening(address: str) -> str:
 
 
 def _absent(found: str) -> MissingError:
-    return MissingError(
-        "--cluster",
-        found,
-        "a running cluster",
-        ".venv/bin/ray start --head on one machine, "
-        ".venv/bin/ray start --address=HOST:6379 on the others; then --cluster, or --cluster HOST:6379",
-    )
+    start = ".venv/bin/ray start --head on one machine, .venv/bin/ray start --address=HOST:6379 on the others"
+    return MissingError("--cluster", found, "a running cluster", f"{start}; then --cluster, or --cluster HOST:6379")
 
 
 @functools.cache
@@ -134,25 +128,18 @@ def unpack(content: bytes, folder: Path) -> None:
 def listed(folder: Path) -> dict[str, tuple]:
     """{name: (size, time)} of a folder's files, those last that say that others are whole; half-written ones are left
     out."""
-    found = {}
-    for path in folder.rglob("*"):
+    files = {}
+    for path in sorted(folder.rglob("*"), key=lambda path: LATE.index(path.name) if path.name in LATE else -1):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.name.endswith((".tmp", ".partial", ".lock")):
-                found[path.relative_to(folder).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
-    return dict(
-        sorted(found.items(), key=lambda item: LATE.index(Path(item[0]).name) if Path(item[0]).name in LATE else -1)
-    )
+                files[path.relative_to(folder).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return files
 
 
 def code() -> bytes:
     """The working tree's code, as this machine runs it."""
-    names = [
-        p.relative_to(ROOT).as_posix()
-        for top in ("lib", "params", "tests")
-        for p in (ROOT / top).rglob("*")
-        if p.suffix in (".py", ".yaml") and "__pycache__" not in p.parts
-    ]
-    return packed(ROOT, sorted(names))
+    files = [path for top in ("lib", "params", "tests") for path in (ROOT / top).rglob("*")]
+    return packed(ROOT, sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".yaml")))
 
 
 # ---- on a node
@@ -227,11 +214,10 @@ def run(argument: dict) -> None:
     inner, folder = argument["argument"], Path(argument["folder"])
     trains = "spec" in inner
     compute = (inner["spec"] if trains else inner)["config"]["compute"]
-    count = argument["slots"]
     task = ray.remote(on_node).options(
         num_returns="streaming",
         max_retries=0,
-        num_cpus=count * argument["threads"],
+        num_cpus=argument["slots"] * argument["threads"],
         num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])),
         scheduling_strategy="SPREAD",
     )
@@ -239,13 +225,8 @@ def run(argument: dict) -> None:
     inputs = Path(inner["inputs"]) if "inputs" in inner else None
     shared = ray.put(packed(inputs, list(listed(inputs)))) if inputs else None
     source = ray.put(code())
-    lost = (
-        ray.exceptions.WorkerCrashedError,
-        ray.exceptions.NodeDiedError,
-        ray.exceptions.ObjectLostError,
-        ray.exceptions.LocalRayletDiedError,
-        ray.exceptions.OutOfMemoryError,
-    )
+    lost = ("WorkerCrashedError", "NodeDiedError", "ObjectLostError", "LocalRayletDiedError", "OutOfMemoryError")
+    lost = tuple(getattr(ray.exceptions, name) for name in lost)
     for attempt in range(1, ATTEMPTS + 1):
         # only a member's own record is sent along; a measurement's folder is its run's, with all members in it
         sent = packed(folder, [n for n in listed(folder) if n != "train.log"]) if trains else b""

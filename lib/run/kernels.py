@@ -110,20 +110,11 @@ class Client(PapermillNotebookClient):
 
 class Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(
-        cls, nb_man, kernel_name, log_output=False, start_timeout=600, execution_timeout=None, **_
-    ):
+    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=600, **_):
         """`start_timeout` is also for what a cell has shown, which 4 s after its reply would be left out without a
         word; a kernel that dies ends both."""
-        client = Client(
-            nb_man,
-            kernel_name=kernel_name,
-            timeout=execution_timeout,
-            startup_timeout=start_timeout,
-            iopub_timeout=start_timeout,
-            log_output=log_output,
-        )
-        return client.execute()
+        patience = {"timeout": None, "startup_timeout": start_timeout, "iopub_timeout": start_timeout}
+        return Client(nb_man, kernel_name=kernel_name, log_output=log_output, **patience).execute()
 
 
 def register() -> None:

@@ -47,8 +47,9 @@ def notebook_code(path: Path, *, imports: bool = False) -> str:
 
 @functools.cache
 def _content(path: Path, stamp: tuple) -> str:
+    """Of the files of `stamp`: [(file, time, size)]."""
     sha = hashlib.sha256()
-    for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
+    for file, _, _ in stamp:
         sha.update(str(file.relative_to(path.parent)).encode())
         with open(file, "rb") as handle:
             while block := handle.read(1 << 20):
@@ -62,7 +63,7 @@ def source(name: str, revision: str | None) -> str:
     if not path.is_absolute() or not path.exists():  # the configuration keeps local paths absolute
         return f"{name}@{revision or 'unpinned'}"
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return _content(path, tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+    return _content(path, tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 
 @functools.cache
@@ -92,8 +93,7 @@ def versions() -> dict[str, str]:
 
 def member_code(study: str, values: dict) -> dict[str, dict[str, str]]:
     """What code a member with these `values` (a run's sections, as plain data) executes: {module: {definition: hash}}."""
-    sharded = values.get("compute", {}).get("strategy") == "fsdp"
-    more = ("lib.run.sharding",) if sharded else ()
+    more = ("lib.run.sharding",) if values["compute"]["strategy"] == "fsdp" else ()
     return reach.reach(study, "prepare", "train", values=flat(values), more=more)
 
 
@@ -101,10 +101,10 @@ def member_key(values: dict, seed: int, study: str, mode: str, files: dict[str, 
     """The key of one member, in parts. `values`: the run's sections with its cell applied, as plain data; `files`: what
     other local files it names hold."""
     numbers = {k: v for k, v in values.items() if k not in NOT_NUMBERS}
-    numbers["threads"] = values.get("compute", {}).get("threads")  # the order of float sums depends on it
-    if values.get("compute", {}).get("strategy") == "fsdp":
+    model, dataset, compute = values["model"], values["dataset"], values["compute"]
+    numbers["threads"] = compute["threads"]  # the order of float sums depends on it
+    if compute["strategy"] == "fsdp":
         numbers["sharded"] = True
-    model, dataset = values["model"], values["dataset"]
     unused = getattr(config.study_module(study), "NOT_NUMBERS", ())  # no number depends on these, says the study
     parts = {
         "config": {**{k: v for k, v in flat(numbers).items() if k not in unused}, "seed": seed, "mode": mode},
@@ -112,7 +112,7 @@ def member_key(values: dict, seed: int, study: str, mode: str, files: dict[str, 
         "data": source(dataset["name"], dataset.get("revision")),
         "model": source(model["name"], model.get("revision")),
         "versions": versions(),
-        "device": device_kind(values.get("compute", {}).get("gpus", 0)),
+        "device": device_kind(compute["gpus"]),
         **({"files": files} if files else {}),
     }
     return {**parts, "all": digest(parts)}

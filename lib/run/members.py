@@ -10,6 +10,7 @@ A study supplies `lib/<study>/study.py` with `prepare(run, folder)` and `train(m
 preparation are named in its MEMBER_KEYS.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -243,10 +244,11 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
     """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
     if failed and strict:
-        lines = [
-            f"  {t.name}: {_ended(t)}: {_error(t).get('exception', 'process lost')}  (log: {t.log})" for t in failed
-        ]
-        what = "\n".join([f"{len(failed)} of {len(job.tasks)} members did not finish", *lines])
+        what = f"{len(failed)} of {len(job.tasks)} members did not finish"
+        for task in failed:
+            what += (
+                f"\n  {task.name}: {_ended(task)}: {_error(task).get('exception', 'process lost')}  (log: {task.log})"
+            )
         fix = "the same command again resumes what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     return [
@@ -264,13 +266,10 @@ def _progress(run, state: dict) -> None:
 
 def _last(folder: Path) -> dict:
     """The last step of a running member, from the end of its history."""
-    try:
-        with open(folder / "history.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            for line in reversed(file.read().decode(errors="replace").split("\n")):
-                if line.startswith("{") and '"loss"' in line and line.endswith("}"):
-                    row = json.loads(line)
-                    return {k: row[k] for k in ("step", "steps", "loss") if row.get(k) is not None}
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError), open(folder / "history.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        for line in reversed(file.read().decode(errors="replace").split("\n")):
+            if line.startswith("{") and '"loss"' in line and line.endswith("}"):
+                row = json.loads(line)
+                return {k: row[k] for k in ("step", "steps", "loss") if row.get(k) is not None}
     return {}

@@ -196,9 +196,8 @@ def analysis(
 ) -> Step:
     """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    again = (record.read_json(results / "comparison" / "status.json") or {}).get("command", "")
     key, notebook, folder = analysis_key(study, results), notebook_of(study, "analysis"), results / "comparison"
-    again = "" if more else again
+    again = "" if more else record.read_json(folder / "status.json", {}).get("command", "")
     return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, again=again, **more)
 
 
@@ -212,13 +211,6 @@ def analysis_key(study: str, results: Path) -> str:
     code = keys.notebook_code(notebook_of(study, "analysis"), imports=True)
     runs = record.read_json(folder / "runs.json")
     return keys.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
-
-
-def refresh(step: Step) -> None:
-    """Give an analysis that is about to be executed its key anew: its runs have ended, and the records are what they
-    are."""
-    if step.kind == "analysis":
-        step.key = analysis_key(step.study, step.folder.parent)
 
 
 def _made_by(path: Path) -> tuple:

@@ -129,8 +129,7 @@ class Pool:
         }
         environment.pop("STUDY_POOL", None)
         os.mkdir(environment["TMPDIR"])
-        request = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare}
-        request["secrets"] = record.secret_variables(os.environ)
+        secrets = record.secret_variables(os.environ)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from lib.run.pool import serve; serve()"],
             stdin=subprocess.PIPE,
@@ -139,6 +138,7 @@ class Pool:
             pass_fds=[held],
         )
         os.close(held)
+        request = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare, "secrets": secrets}
         self._say(json.dumps(request))
         deadline = time.monotonic() + START_SECONDS
         while not os.path.exists(self.socket):
@@ -227,12 +227,12 @@ def start(task: Task) -> None:
     """Queue the task; it runs when a slot is free, for as long as this process keeps the connection."""
     task.connection, task.state = connect(address()), "queued"
     task.attempts += 1
+    takes = {"slots": task.slots, "threads": task.threads}
     work = {"target": task.target, "argument": task.argument}
     if os.environ.get("STUDY_CLUSTER"):  # a node does it; the slot's process hands it over
-        handed = {**work, "folder": str(task.folder), "slots": task.slots, "threads": task.threads}
-        work = {"target": "lib.run.cluster:run", "argument": handed}
-    request = {**work, "name": str(task.folder), "log": str(task.log), "threads": task.threads}
-    task.connection.send({**request, "kind": "member", "slots": task.slots, "cpu": task.cpu})
+        work = {"target": "lib.run.cluster:run", "argument": {**work, **takes, "folder": str(task.folder)}}
+    names = {"name": str(task.folder), "log": str(task.log)}
+    task.connection.send({**work, **takes, **names, "kind": "member", "cpu": task.cpu})
 
 
 def stop(tasks: Iterable[Task]) -> None:
@@ -274,10 +274,10 @@ def receive(connection: Connection) -> tuple[str, int | None]:
 def _end(task: Task, code: int | None) -> None:
     if task.state == "running":
         task.seconds = time.monotonic() - task.seconds
-    if code == 0:
-        task.state = "succeeded" if task.check() else "failed"
+    if code == 0 and task.check():
+        task.state = "succeeded"
     else:
-        task.state = "failed" if code is not None and code > 0 else "lost"
+        task.state = "lost" if code is None or code < 0 else "failed"
 
 
 # ---- the server

@@ -19,10 +19,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
-def predicted(found: plan.Forecast, about: str = "") -> str:
+def predicted(forecast: plan.Forecast, about: str = "") -> str:
     """The wall-clock of a forecast, in words; a lower bound where members train for as long as their data turns out to
     have."""
-    return f"{'more than ' if found.at_least else about}{duration(found.wall_seconds)}"
+    return f"{'more than ' if forecast.at_least else about}{duration(forecast.wall_seconds)}"
 
 
 # ---- before a run
@@ -70,10 +70,8 @@ def line(folder: Path, title: str) -> str:
         return f"{title}: starting"
     if state["phase"] == "measuring":
         return f"{title}: measuring {state['what'].replace('_', ' ')}, or waiting for a slot to do so"
-    if state["phase"] == "preparing":
-        return f"{title}: preparing" + _step(state, "base model ")
     if state["phase"] != "training":
-        return f"{title}: {state['phase']}"
+        return f"{title}: {state['phase']}" + _step(state, "base model ")
     running, done, members = state["running"], state["done"], state["members"]
     if not running and done < members:
         return f"{title}: {done} of {members} members done, waiting for a slot"

@@ -216,10 +216,8 @@ def _is_section(module: str, name: str) -> bool:
     """Whether a class holds values of a run YAML (a pydantic model)."""
     definitions = source_of(module).definitions.get(name, ()) if source_of(module) else ()
     bases = [base for node in definitions if isinstance(node, ast.ClassDef) for base in node.bases]
-    return any(
-        place[1] == "BaseModel" or (place != (module, name) and _is_section(*place))
-        for place in _classes(module, bases)
-    )
+    places = _classes(module, bases) - {(module, name)}
+    return any(place[1] == "BaseModel" or _is_section(*place) for place in places)
 
 
 def _section(module: str, node: ast.ClassDef) -> tuple[list[ast.AST], set[Place]]:

@@ -27,12 +27,6 @@ STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
 MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last run has ended
 
 
-def archive(step: plan.Step) -> None:
-    """Set aside what --force is to make again."""
-    for folder in sorted((step.folder / "members").glob("*/")) if step.kind == "train" else ():
-        members.archive(folder)
-
-
 class Runner:
     """The pool, the threads that execute notebooks, and what each step came to."""
 
@@ -44,12 +38,11 @@ class Runner:
         fail_fast: bool = False,
         force: bool = False,
         keep_secrets: bool = False,
-        cell_timeout: int | None = None,
         on_end=None,
         max_hours: float | None = None,
     ):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
-        self.keep_secrets, self.cell_timeout, self.on_end = keep_secrets, cell_timeout, on_end
+        self.keep_secrets, self.on_end = keep_secrets, on_end
         self.max_seconds = None if max_hours is None else max_hours * 3600
         self.began, self.since = time.monotonic(), {}
         self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
@@ -65,7 +58,7 @@ class Runner:
         try:
             with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
                 try:
-                    while self.unfinished():
+                    while any(state in ("", "running") for state in self.state.values()):
                         for step in self.steps:
                             if not self.state[id(step)] and self.ready(step):
                                 self.state[id(step)], self.since[id(step)] = "running", time.monotonic()
@@ -84,12 +77,6 @@ class Runner:
             self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
         return all(state in ("cached", "succeeded") for state in self.state.values())
-
-    def unfinished(self) -> list[plan.Step]:
-        return [s for s in self.steps if self.state[id(s)] in ("", "running")]
-
-    def running(self) -> list[plan.Step]:
-        return [s for s in self.steps if self.state[id(s)] == "running"]
 
     def wait_for_members(self) -> None:
         """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at
@@ -131,10 +118,9 @@ class Runner:
         what runs, which may be quicker than predicted; when nothing runs it is postponed."""
         if self.max_seconds is None:
             return True
-        now, running = time.monotonic(), self.running()
-        left = sum(
-            max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * self.slots / len(running)) for s in running
-        )
+        now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
+        share = self.slots / max(1, len(running))
+        left = sum(max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * share) for s in running)
         alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
         own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
         if now - self.began + left / self.slots + own + alone <= self.max_seconds:
@@ -159,16 +145,18 @@ class Runner:
             self.state[id(step)] = "interrupted"
             return
         try:
-            plan.refresh(step)
-            if self.force:
-                archive(step)
+            if step.kind == "analysis":  # its runs have ended, and the records are what they are
+                step.key = plan.analysis_key(step.study, step.folder.parent)
+            if self.force and step.kind == "train":
+                for folder in sorted((step.folder / "members").glob("*/")):
+                    members.archive(folder)
             self.attempt(step, started)
             self.state[id(step)] = "succeeded"
         except BaseException as error:
             self.state[id(step)] = "interrupted" if self.stopping else "failed"
-            said = None if self.stopping else self.explain(step, error)  # kernels that we ended ourselves are no error
-            if said:
-                self.errors[id(step)] = said
+            said = None
+            if not self.stopping:  # kernels that we ended ourselves are no error
+                said = self.errors[id(step)] = self.explain(step, error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                 self.write_status(step, how(step, self.state[id(step)]), started, said)
                 (step.progress / "progress.json").unlink(missing_ok=True)
@@ -183,7 +171,7 @@ class Runner:
             if step.kind != "analysis":
                 self.mirrors.begin(step.folder, config.wandb_mode(step.run))
             try:
-                notebook = execute_notebook(step, nonce, self.cell_timeout)
+                notebook = execute_notebook(step, nonce)
                 check_success(step, notebook, nonce)
             except BaseException as error:
                 if number == 2 or self.stopping or not _lost(error):
@@ -275,7 +263,7 @@ def _lost(error: BaseException) -> bool:
     return isinstance(error, DeadKernelError | pool.PoolLost) or "Kernel died" in str(error) or "PoolLost" in str(error)
 
 
-def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
+def execute_notebook(step: plan.Step, nonce: str):
     """Papermill on the step's notebook, to a name that says it is not finished."""
     import papermill
 
@@ -296,7 +284,6 @@ def execute_notebook(step: plan.Step, nonce: str, cell_timeout: int | None):
         progress_bar=False,
         log_output=False,
         start_timeout=600,
-        execution_timeout=cell_timeout,
     )
 
 
@@ -307,8 +294,8 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
         if cell.cell_type == "code" and "".join(cell.source).strip() and cell.execution_count is None:
             raise StudyError(step.title, f"cell {number} of its notebook never ran", "every code cell executed", look)
     if not done or done.get("nonce") != nonce:
-        found, expected = "its record has no sentinel of this attempt", "done.json written by the notebook's last cell"
-        raise StudyError(step.title, found, expected, look)
+        expected = "done.json written by the notebook's last cell"
+        raise StudyError(step.title, "its record has no sentinel of this attempt", expected, look)
     if record.read_json(step.folder / "metrics.json") is None:
         raise StudyError(step.title, "metrics.json is missing or does not parse", "a JSON object")
     for member in config.members(step.run) if step.kind == "train" else ():
@@ -334,6 +321,5 @@ def remove_leftovers(root: Path) -> None:
 
 
 def free_space(root: Path, needed: int = 200 << 20) -> None:
-    free = shutil.disk_usage(root).free
-    if free < needed:
+    if (free := shutil.disk_usage(root).free) < needed:
         raise MissingError(str(root), f"{free >> 20} MiB free", f"at least {needed >> 20} MiB", "free some disk space")

@@ -58,18 +58,17 @@ def begin(run) -> dict:
 
 def by_cell(records: list[dict], metrics: list[str]) -> list[dict]:
     """Mean over seeds of each cell's metrics, in the grid's order; `seeds` says over how many."""
-    found = []
+    table = []
     for cell in dict.fromkeys(row["cell"] for row in records):
         rows = [row for row in records if row["cell"] == cell]
         diverged = sum(row["status"] == "diverged" for row in rows)
-        means = {m: _mean([row.get(m) for row in rows]) for m in metrics}
-        found.append({"cell": cell, "seeds": len(rows), "diverged": diverged, **means})
-    return found
+        table.append({"cell": cell, "seeds": len(rows), "diverged": diverged, **_means(rows, metrics)})
+    return table
 
 
-def _mean(values: list) -> float | None:
-    present = [v for v in values if v is not None]
-    return statistics.fmean(present) if present else None
+def _means(rows: list[dict], metrics: list[str]) -> dict[str, float | None]:
+    values = {m: [row[m] for row in rows if row.get(m) is not None] for m in metrics}
+    return {m: statistics.fmean(present) if present else None for m, present in values.items()}
 
 
 def chosen_cell(run, records: list[dict]) -> str:
@@ -90,7 +89,7 @@ def summary(run, records: list[dict]) -> dict:
     records = [{**r, **study.DIVERGED} if r["status"] == "diverged" else r for r in records]
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
     cell = chosen_cell(run, records)
-    means = {m: _mean([r.get(m) for r in records if r["cell"] == cell]) for m in metrics}
+    means = _means([r for r in records if r["cell"] == cell], metrics)
     primary = getattr(study, "primary_metric", lambda run: study.PRIMARY_METRIC[run.scale])(run)
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
     return {
@@ -142,9 +141,5 @@ def planned(results_dir: Path) -> list:
         fix = "./run_all.sh (it runs the studies first)"
         raise MissingError(str(results_dir), "no runs here", "the results of a study", fix)
     of = ("study", "scale", "mode")
-    return [
-        config.restore(
-            {k: v for k, v in run.items() if k not in of}, **{k: run[k] for k in of}, results_dir=results_dir
-        )
-        for run in listed
-    ]
+    parts = [({k: v for k, v in run.items() if k not in of}, {k: run[k] for k in of}) for run in listed]
+    return [config.restore(values, **where, results_dir=results_dir) for values, where in parts]

@@ -55,12 +55,9 @@ def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
     the job is started once more (its member resumes). Whatever ends this function ends the job.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
-        raise MissingError(
-            "compute.gpus",
-            f"{torch.cuda.device_count()} GPUs given to this member",
-            f"{count}",
-            f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none",
-        )
+        found = f"{torch.cuda.device_count()} GPUs given to this member"
+        fix = f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none"
+        raise MissingError("compute.gpus", found, f"{count}", fix)
     for attempt in (1, 2):
         try:
             return _job(target, argument, count, threads)
@@ -80,17 +77,11 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
-        command = [
-            "torch.distributed.run",
-            "--standalone",
-            "--nnodes=1",
-            f"--nproc-per-node={count}",
-            "--max-restarts=0",
-        ]
-        command += ["--module", "lib.run.sharding", str(request)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+        command = [*torchrun, f"--nproc-per-node={count}", "--module", "lib.run.sharding", str(request)]
         # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
         # torchrun, which does not outlive an exception here.
-        job = subprocess.run([sys.executable, "-m", *command], stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        job = subprocess.run(command, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         errors = [pickle.loads(path.read_bytes()) for path in Path(folder).glob("*.error")]  # our own workers'
         if errors:
             raise errors[0]
@@ -114,10 +105,8 @@ def worker(request: dict) -> None:
             (folder / "result.json").write_text(json.dumps(result))
         dist.barrier()
     except BaseException as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename
-        ):
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, RuntimeError) and "/torch/distributed/" in where:
             raise  # a collective that another process left: not the cause
         path = folder / f"{training.rank()}.error"
         try:
@@ -215,10 +204,9 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
     # every process has read the same file: nothing is sent
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
@@ -249,9 +237,8 @@ class Sharded:
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         # accelerate would deal out whole batches, repeat rows to fill up the last round, and lose the epoch on a resume
-        plain = DataLoader(
-            loader.dataset, batch_sampler=loader.batch_sampler.batch_sampler, collate_fn=loader.collate_fn
-        )
+        batches = loader.batch_sampler.batch_sampler
+        plain = DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
         return prepare_data_loader(plain, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
     @contextlib.contextmanager
