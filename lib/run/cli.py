@@ -51,20 +51,13 @@ def parser() -> argparse.ArgumentParser:
     add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
     add("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
     add("--grid", choices=("all",), help="all: every cell with every seed")
-    add(
-        "--jobs", type=count, metavar="N", help="members trained at the same time (default: one per GPU, else per core)"
-    )
+    add("--jobs", type=count, metavar="N", help="members trained at a time (default: one per GPU, else per core)")
     add("--cluster", nargs="?", const="auto", metavar="ADDRESS", help="train members on the nodes of a Ray cluster")
     add("--entity", help="for sync and pull: the W&B entity (default: the run's own, or the account's)")
     add("--project", help="for sync and pull: the W&B project (default: the run's own)")
     add("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     add("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
-    add(
-        "--price",
-        type=positive,
-        metavar="P",
-        help="of a GPU (or core) an hour, for plan; of a million tokens, for judge",
-    )
+    add("--price", type=positive, metavar="P", help="of a GPU or core an hour (plan), of a million tokens (judge)")
     add("--json", action="store_true", help="`check` as one JSON object")
     add("--static", action="store_true", help="`check` without its trial")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
@@ -80,13 +73,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
 
 
 def count(text: str) -> int:
@@ -298,14 +288,11 @@ def execute_steps(options, root: Path, steps: list, slots: int, runs: list):
     """The runner that has executed them."""
     from lib.run import runner
 
-    def on_end(step, state: str) -> None:
-        if state == "succeeded" and options.mode == "full":
-            progress.verdicts([step])
-
     needs_secrets = options.scale == "paper" or any(run.optuna.storage for run in runs)
+    full = options.mode == "full"
     limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
-    keep_secrets = options.mode == "full" and needs_secrets
-    finished, started = runner.Runner(steps, slots, keep_secrets=keep_secrets, on_end=on_end, **limits), time.time()
+    finished = runner.Runner(steps, slots, keep_secrets=full and needs_secrets, show_verdicts=full, **limits)
+    started = time.time()
     try:
         finished.run()
     finally:
@@ -340,21 +327,6 @@ def rebuild() -> int:
 # moves is kept in a workspace of its own; JupyterLab's settings and other workspaces are left alone.
 
 
-def lab_command(place: Path, more: list[str]) -> list[str]:
-    """JupyterLab with its workspace and defaults in `place`; `more` are options of its own, which win."""
-    return [
-        *(sys.executable, "-m", "jupyter", "lab"),
-        f"--ServerApp.root_dir={NOTEBOOKS}",
-        f"--LabApp.default_url=/lab/workspaces/{WORKSPACE}/tree/{FIRST}",
-        f"--LabApp.workspaces_dir={place}",
-        f"--LabApp.app_settings_dir={place}",
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.extension_manager=readonly",
-        *more,
-    ]
-
-
 def lab_environment() -> dict[str, str]:
     """This environment's kernel and this checkout's `lib` come first, whatever else the machine has under their names;
     and libraries do not tell in a notebook how they load."""
@@ -385,8 +357,18 @@ def prepare_lab(place: Path) -> None:
 
 
 def lab(more: list[str]) -> None:
-    """Become JupyterLab, which asks at Ctrl-C and takes its kernels along."""
+    """Become JupyterLab, which asks at Ctrl-C and takes its kernels along; `more` are options of its own, which win."""
     place = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache")).absolute() / "lab"
     prepare_lab(place)
     os.chdir(NOTEBOOKS)
-    os.execve(sys.executable, lab_command(place, more), lab_environment())
+    settings = {
+        "ServerApp.root_dir": NOTEBOOKS,
+        "LabApp.default_url": f"/lab/workspaces/{WORKSPACE}/tree/{FIRST}",
+        "LabApp.workspaces_dir": place,
+        "LabApp.app_settings_dir": place,
+        "LabApp.news_url": None,
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+        "LabApp.extension_manager": "readonly",
+    }
+    command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
+    os.execve(sys.executable, [*command, *more], lab_environment())

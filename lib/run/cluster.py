@@ -160,16 +160,14 @@ def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> It
         argument = {**request["argument"], "folder": str(record), "inputs": str(scratch / "inputs")}
         argument |= {"final": str(scratch / "final")} if "final" in argument else {}
         (scratch / "request.json").write_text(json.dumps({"target": request["target"], "argument": argument}))
-        environment = {
-            **os.environ,
+        ours = ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS")
+        environment = {name: value for name, value in os.environ.items() if name not in ours} | {
             "PYTHONPATH": str(scratch / "code"),
             "OMP_NUM_THREADS": str(request["threads"]),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "MPLBACKEND": "Agg",
         }
-        for name in ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS"):
-            environment.pop(name, None)
         if not request["gpus"]:  # Ray hides none from who asks for none
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(scratch / "log", "wb") as log:

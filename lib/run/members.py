@@ -246,9 +246,8 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
     if failed and strict:
         what = f"{len(failed)} of {len(job.tasks)} members did not finish"
         for task in failed:
-            what += (
-                f"\n  {task.name}: {_ended(task)}: {_error(task).get('exception', 'process lost')}  (log: {task.log})"
-            )
+            exception = _error(task).get("exception", "process lost")
+            what += f"\n  {task.name}: {_ended(task)}: {exception}  (log: {task.log})"
         fix = "the same command again resumes what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     return [

@@ -185,9 +185,9 @@ def _sweep(train: Step, force: bool) -> Step:
 def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
     step = analysis(study, Path(train[0].run.results_dir), scale, mode, needs=[*train, *sweeps])
     step.reason = "its runs are to be done" if any(s.reason for s in step.needs) else _why(step, force)
-    last = record.read_json(step.folder / "status.json") or {}
-    known = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2
-    step.seconds = known if step.reason else 0
+    if step.reason:
+        last = record.read_json(step.folder / "status.json", {})
+        step.seconds = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2
     return step
 
 

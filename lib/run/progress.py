@@ -102,21 +102,20 @@ def seconds_left(state: dict | None) -> float | None:
 class Live:
     """How a run comes along, now and then in a line: rewritten in place on a terminal, one after another elsewhere."""
 
-    def __init__(self, runner, on_end=None):
-        """`on_end(step, state)` is called as each step ends: the command line prints a study's verdicts there."""
-        self.runner, self.on_end, self.said = runner, on_end, set()
+    def __init__(self, runner):
+        self.runner, self.shown = runner, set()
         self.started, self.last, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
 
     def show(self) -> None:
         states = self.runner.state
         for step in self.runner.steps:
             state = states[id(step)]
-            if state not in ("", "running", "cached") and id(step) not in self.said:
-                self.said.add(id(step))
+            if state not in ("", "running", "cached") and id(step) not in self.shown:
+                self.shown.add(id(step))
                 self.clear()
                 print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)
-                if self.on_end:
-                    self.on_end(step, state)
+                if self.runner.show_verdicts and state == "succeeded":
+                    verdicts([step])
         if time.monotonic() - self.last < (0.5 if self.terminal else 20):
             return
         self.last = time.monotonic()
@@ -166,7 +165,7 @@ class Live:
 def table(steps: list, finished) -> None:
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for step in steps:
-        state, status = finished.state[id(step)] or "not started", record.read_json(step.folder / "status.json") or {}
+        state, status = finished.state[id(step)] or "not started", record.read_json(step.folder / "status.json", {})
         metric = status.get("key_metric") or {}
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
         state = status.get("status", state) if state == "failed" else state

@@ -38,11 +38,11 @@ class Runner:
         fail_fast: bool = False,
         force: bool = False,
         keep_secrets: bool = False,
-        on_end=None,
+        show_verdicts: bool = False,
         max_hours: float | None = None,
     ):
         self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
-        self.keep_secrets, self.on_end = keep_secrets, on_end
+        self.keep_secrets, self.show_verdicts = keep_secrets, show_verdicts
         self.max_seconds = None if max_hours is None else max_hours * 3600
         self.began, self.since = time.monotonic(), {}
         self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
@@ -54,7 +54,7 @@ class Runner:
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
         self.ensure_pool()
-        live = progress.Live(self, self.on_end)
+        live = progress.Live(self)
         try:
             with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
                 try:
@@ -83,12 +83,8 @@ class Runner:
         once."""
         signal.signal(signal.SIGINT, self.leave)
         signal.signal(signal.SIGTERM, self.leave)
-        print(
-            f"\nstopping: waiting for members to save a checkpoint, at most {STOP_SECONDS} s; Ctrl-C again leaves at once "
-            "(what is saved is kept either way)",
-            file=sys.stderr,
-            flush=True,
-        )
+        waiting = f"waiting for members to save a checkpoint, at most {STOP_SECONDS} s"
+        print(f"\nstopping: {waiting}; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
         self.pool.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.pool.process.wait(STOP_SECONDS)

@@ -49,9 +49,8 @@ def begin(run) -> dict:
     """Write config.yaml and provenance.json; returns the provenance for the notebook to show."""
     import yaml
 
-    folder = Path(run.results_dir) / run.run_id
+    folder, made = Path(run.results_dir) / run.run_id, provenance(run)
     record.write_text(folder / "config.yaml", yaml.safe_dump(config.dump(run), sort_keys=False, allow_unicode=True))
-    made = provenance(run)
     record.write_json(folder / "provenance.json", made)
     return made
 

@@ -13,7 +13,6 @@ out by rows. Checkpoints are gathered to the full adapters and optimizer state, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
@@ -33,7 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lib import config, training
+from lib import config, record, training
 from lib.errors import MissingError
 from lib.run import work
 from lib.run.pool import end_with_parent
@@ -49,7 +48,7 @@ class WorkerLost(RuntimeError):
 
 
 def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
-    """Call `module:function`(argument) in `count` processes; what rank 0 returned (plain data).
+    """Call `module:function`(argument) in `count` processes; what rank 0 returned.
 
     Output is streamed to stdout. An exception in a process ends the others and is raised here; where a process was lost
     the job is started once more (its member resumes). Whatever ends this function ends the job.
@@ -87,7 +86,7 @@ def _job(target: str, argument: dict, count: int, threads: int) -> Any:
             raise errors[0]
         if job.returncode:
             raise WorkerLost(f"a process of {target} was lost (torchrun ended with {job.returncode}, as logged above)")
-        return json.loads((Path(folder) / "result.json").read_text())
+        return pickle.loads((Path(folder) / "result").read_bytes())
 
 
 def worker(request: dict) -> None:
@@ -99,21 +98,19 @@ def worker(request: dict) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         module, function = request["target"].split(":")
-        target = getattr(importlib.import_module(module), function)
-        result = target(request["argument"])
+        result = getattr(importlib.import_module(module), function)(request["argument"])
         if training.rank() == 0:
-            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "result").write_bytes(pickle.dumps(result))
         dist.barrier()
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, RuntimeError) and "/torch/distributed/" in where:
             raise  # a collective that another process left: not the cause
-        path = folder / f"{training.rank()}.error"
         try:
-            path.with_suffix(".partial").write_bytes(pickle.dumps(error))
+            content = pickle.dumps(error)
         except Exception:  # an exception that cannot be pickled still says what it was
-            path.with_suffix(".partial").write_bytes(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))
-        path.with_suffix(".partial").rename(path)
+            content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        record.write_bytes(folder / f"{training.rank()}.error", content)
         raise
     finally:
         dist.destroy_process_group()
@@ -125,16 +122,14 @@ def worker(request: dict) -> None:
 def train_member(argument: dict, count: int, threads: int) -> training.Outcome:
     """Train the member that `argument` (of lib.run.work.train) names; its checkpoints are left for one process to
     score."""
-    outcome = launch("lib.run.sharding:train_share", argument, count, threads=threads)
-    return training.Outcome(**outcome | {"best": outcome["best"] and Path(outcome["best"])})
+    return launch("lib.run.sharding:train_share", argument, count, threads=threads)
 
 
-def train_share(argument: dict) -> dict:
+def train_share(argument: dict) -> training.Outcome:
     """One process of `train_member`."""
     member = work.member_of(argument["spec"])
     study = config.study_module(member.run.study)
-    outcome = study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded)
-    return dataclasses.asdict(outcome) | {"best": outcome.best and str(outcome.best)}
+    return study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded)
 
 
 # ---- inside a job ----
