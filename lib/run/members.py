@@ -73,7 +73,6 @@ class Job:
     members: list
     folders: dict[str, Path]
     tasks: dict[str, pool.Task]
-    reasons: dict[str, str]
 
 
 def inputs_folder(run) -> Path:
@@ -153,23 +152,21 @@ def measure(run, function: str) -> None:
 def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:
     """Queue every member whose record is not up to date; the others are used as they are."""
     members = config.members(run) if members is None else members
-    job = Job(run, members, {}, {}, {})
+    job, reasons = Job(run, members, {}, {}), {}
     for member in members:
         folder = Path(run.results_dir) / run.run_id / subfolder / member.id
         job.folders[member.id] = folder
-        reason = stale(member, folder)
-        if not reason:
+        if not (reason := stale(member, folder)):
             work.drop_training_state(folder)  # where it was killed just after its sentinel
             continue
-        job.reasons[member.id] = reason
+        reasons[member.id] = reason
         prepared(member.run)  # at once where it is made already, which is all but a search over the data's own settings
         job.tasks[member.id] = _member_task(member, folder)
-    for member_id, task in job.tasks.items():
+    for task in job.tasks.values():
         if not _here(task, work.train):
             pool.start(task)
-        record.write_json(job.folders[member_id] / "queued.json", {"reason": job.reasons[member_id]})
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
-    for member_id, reason in list(job.reasons.items())[:3]:
+    for member_id, reason in list(reasons.items())[:3]:
         print(f"  {member_id}: {reason}")
     return job
 

@@ -191,9 +191,7 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
     return step
 
 
-def analysis(
-    study: str, results: Path, scale: str, mode: str, *, why: str = "its records came from W&B", **more
-) -> Step:
+def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "read from W&B", **more) -> Step:
     """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     key, notebook, folder = analysis_key(study, results), notebook_of(study, "analysis"), results / "comparison"

@@ -76,14 +76,9 @@ class Source:
 
 
 @functools.cache
-def _parsed(path: Path, stamp: tuple) -> Source:
-    return Source(path.read_text(encoding="utf-8"))
-
-
-@functools.cache
 def source_of(module: str) -> Source | None:
     path = module_file(module)
-    return None if path is None else _parsed(path, (path.stat().st_mtime_ns, path.stat().st_size))
+    return None if path is None else Source(path.read_text(encoding="utf-8"))
 
 
 def _stamp() -> tuple:
@@ -188,16 +183,12 @@ def _looked_at(module: str, nodes: list[ast.AST], study: list[str]) -> tuple[str
     """(hash, the places named) of a piece of a module's code."""
     known, which = source_of(module).known, tuple(map(id, nodes))
     if which not in known:
-        known[which] = _hash(nodes), _names(module, nodes, study)
+        asks = any(isinstance(n, ast.Name) and n.id == "study_module" for node in nodes for n in ast.walk(node))
+        visitor = _Names(module, study if asks else [])
+        for node in nodes:
+            visitor.visit(node)
+        known[which] = _hash(nodes), visitor.found
     return known[which]
-
-
-def _names(module: str, nodes: list[ast.AST], study: list[str]) -> set[Place]:
-    asks = any(isinstance(n, ast.Name) and n.id == "study_module" for node in nodes for n in ast.walk(node))
-    visitor = _Names(module, study if asks else [])
-    for node in nodes:
-        visitor.visit(node)
-    return visitor.found
 
 
 def _classes(module: str, nodes: list[ast.AST]) -> set[tuple[str, str]]:
