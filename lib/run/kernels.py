@@ -113,8 +113,9 @@ class Engine(NBClientEngine):
     def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=600, **_):
         """`start_timeout` is also for what a cell has shown, which 4 s after its reply would be left out without a
         word; a kernel that dies ends both."""
-        patience = {"timeout": None, "startup_timeout": start_timeout, "iopub_timeout": start_timeout}
-        return Client(nb_man, kernel_name=kernel_name, log_output=log_output, **patience).execute()
+        client = Client(nb_man, kernel_name=kernel_name, log_output=log_output)
+        client.startup_timeout = client.iopub_timeout = start_timeout
+        return client.execute()
 
 
 def register() -> None:
