@@ -254,9 +254,9 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
 
 
 def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
-    step = types.SimpleNamespace(folder=tmp_path)
+    step = types.SimpleNamespace(folder=tmp_path, kind="train")
     mine = types.SimpleNamespace(stopping=True, state={}, force=True)
-    monkeypatch.setattr(runner, "archive", lambda step: pytest.fail("archived"))
+    monkeypatch.setattr(runner.members, "archive", lambda step: pytest.fail("archived"))
     runner.Runner.execute(mine, step)
     assert mine.state == {id(step): "interrupted"}
     assert list(tmp_path.iterdir()) == []

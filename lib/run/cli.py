@@ -189,16 +189,15 @@ def chosen(options) -> list[tuple]:
     found = []
     for folder in folders:
         for path, run, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            readable = not isinstance(run, StudyError)
-            if not plan.wants(options, run.run_id if readable else path.stem):
+            if not plan.wants(options, path.stem if isinstance(run, StudyError) else run.run_id):
                 continue
-            if readable and options.study and run.study not in options.study:
-                continue
-            if readable:
+            if not isinstance(run, StudyError):
+                if options.study and run.study not in options.study:
+                    continue
                 run = run.model_copy(update={"results_dir": root_of(options) / run.study})
-            if readable and options.grid:
-                blocks = [{**block, "seeds": None} for block in config.dump(run)["grid"] or []]
-                run = config.apply(run, {"grid": blocks or None})
+                if options.grid:
+                    blocks = [{**block, "seeds": None} for block in config.dump(run)["grid"] or []]
+                    run = config.apply(run, {"grid": blocks or None})
             found.append((path, run, findings))
     if not found:
         what = f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}"
