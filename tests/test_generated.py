@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from lib.errors import StudyError
 from lib.td_dpo.generated import (
     label_noise,
     make_pairs,
@@ -103,8 +102,3 @@ def test_a_careful_writer_is_faultless(pairs):
     rng = random.Random(0)
     for pair in pairs["train"][:200]:
         assert score(pair["prompt"], write_answer(rng, parse_request(pair["prompt"]), care=1.0)) == 10
-
-
-def test_a_negative_size_is_refused():
-    with pytest.raises(StudyError, match="dataset.test_pairs"):
-        make_pairs(1, 1, -1)

@@ -13,18 +13,21 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -32,14 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lib import hub, made, models, record
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import (
-    Row,
-    conversation_ids,
-    load_base,
-    pad_token,
-    sequence_logprobs,
-    token_budget_batches,
-)
+from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, sequence_logprobs, token_budget_batches
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -133,8 +129,7 @@ def split_conversations(chosen: list[dict], rejected: list[dict], prompt: list[d
         # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
         contents = [message["content"].strip() for message in lead]
         if not all(message["content"].strip() in contents for message in prompt):
-            said = shown(prompt[-1]["content"] if prompt else "")
-            raise BadRow("the prompt column disagrees with the conversation in chosen", said)
+            raise BadRow("the prompt column disagrees with the conversation in chosen", shown(prompt[-1]["content"]))
     if prompt is None and not lead:
         raise BadRow("no prompt (expected a prompt column, or its messages at the head of chosen and rejected)")
     return lead or prompt, chosen[-1]["content"], rejected[-1]["content"]
@@ -166,8 +161,8 @@ def to_pair(row: Any, number: int, first_choice: int = 0) -> dict:
     if choices:
         order = {"a": 0, "b": 1, str(first_choice): 0, str(first_choice + 1): 1}
         if (second := order.get(choice_key(row["choice"]))) is None:
-            expected = "a or b, completion_a or completion_b, 0/1, or 1/2"
-            raise BadRow(f"choice that names neither completion (expected {expected})", shown(row["choice"]))
+            kind = "choice that names neither completion (expected a or b, completion_a or completion_b, 0/1, or 1/2)"
+            raise BadRow(kind, shown(row["choice"]))
         chosen, rejected = (rejected, chosen) if second else (chosen, rejected)
     prompt = prompt_messages(row[asked], asked) if asked else None
     more = row.get("input")
@@ -177,8 +172,8 @@ def to_pair(row: Any, number: int, first_choice: int = 0) -> dict:
         sides = messages(chosen, "chosen"), messages(rejected, "rejected")
         prompt, chosen, rejected = split_conversations(*sides, prompt)
     elif not (isinstance(chosen, str) and isinstance(rejected, str)):
-        expected, found = "both text, or both message lists", f"{shown(chosen)}; {shown(rejected)}"
-        raise BadRow(f"wrong type in chosen or rejected (expected {expected})", found)
+        kind = "wrong type in chosen or rejected (expected both text, or both message lists)"
+        raise BadRow(kind, f"{shown(chosen)}; {shown(rejected)}")
     elif prompt is None and chosen.strip() and rejected.strip():
         prompt, chosen, rejected = split_transcripts(chosen, rejected)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -186,16 +181,13 @@ def to_pair(row: Any, number: int, first_choice: int = 0) -> dict:
             raise BadRow(f"empty {name}")
     if chosen.strip() == rejected.strip():
         raise BadRow("identical chosen and rejected", shown(chosen))
-    if not prompt or prompt[-1]["role"] != "user":
-        end = f"ends with {prompt[-1]['role']}" if prompt else "no turns"
-        raise BadRow("prompt that does not end with a user turn", end)
-    if not prompt[-1]["content"].strip():
+    last = prompt[-1] if prompt else {"role": "no turns"}
+    if last["role"] != "user":
+        raise BadRow("prompt that does not end with a user turn", f"ends with {last['role']}")
+    if not last["content"].strip():
         raise BadRow("empty prompt")
-    sides = {
-        name: [{"role": "assistant", "content": answer}]
-        for name, answer in (("chosen", chosen), ("rejected", rejected))
-    }
-    return {"prompt": prompt, **sides, "row": number}
+    chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": number}
 
 
 # ---- files to rows ----
@@ -217,11 +209,12 @@ def read_json(text: bytes) -> list:
     """A JSON array of rows, an object whose `data` is one, or (as many hub files are) one row per line."""
     if text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") and b"\n" in text.strip():
         return read_jsonl(text)
-    found = json.loads(text.decode("utf-8-sig"))
-    found = found["data"] if isinstance(found, dict) and isinstance(found.get("data"), list) else found
-    if not isinstance(found, list | dict):
-        raise ValueError(f"JSON {type(found).__name__}, not an array of rows")
-    return found if isinstance(found, list) else [found]
+    value = json.loads(text.decode("utf-8-sig"))
+    if isinstance(value, dict):
+        value = value["data"] if isinstance(value.get("data"), list) else [value]
+    if not isinstance(value, list):
+        raise ValueError(f"JSON {type(value).__name__}, not an array of rows")
+    return value
 
 
 def read_csv(text: bytes) -> list:
@@ -245,21 +238,10 @@ def read_csv(text: bytes) -> list:
 
 
 def read_parquet(text: bytes) -> list:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(pa.BufferReader(text)).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(error) from None
+    return pq.read_table(pa.BufferReader(text)).to_pylist()
 
 
-READERS: dict[str, Callable[[bytes], list]] = {
-    ".parquet": read_parquet,
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-}
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
 
 
 def read_file(path: Path) -> list:
@@ -268,7 +250,7 @@ def read_file(path: Path) -> list:
         raise StudyError(str(path), f"a file of type '{path.suffix or 'none'}'", f"one of {', '.join(READERS)}")
     try:
         return READERS[path.suffix](path.read_bytes())
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         found = f"not {path.suffix[1:].upper()} in UTF-8: {str(error)[:160]}"
         raise StudyError(str(path), found, "a complete file of rows") from None
 
@@ -287,9 +269,8 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
         if splits:
             break
     for split, paths in splits.items():
-        if len({path.suffix for path in paths}) > 1 or (
-            len(paths) > 1 and any(path.stem in SPLIT_OF for path in paths)
-        ):
+        whole = any(path.stem in SPLIT_OF for path in paths)
+        if len(paths) > 1 and (whole or len({path.suffix for path in paths}) > 1):
             found = f"several files for {split}: {', '.join(path.name for path in paths)}"
             raise StudyError(str(folder), found, "one file per split, or its shards", "remove or rename the others")
     if not splits:
@@ -301,11 +282,9 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
 
 def find_sources(name: str, revision: str | None) -> list[Source]:
     """All rows of the named data set, file by file."""
-    path = hub.local_path(name)
-    if path is not None and path.is_file():
-        return [("train", str(path), read_file(path))]
-    if path is not None:
-        return [(split, str(file), read_file(file)) for split, files in files_of(path).items() for file in files]
+    if path := hub.local_path(name):
+        files = {"train": [path]} if path.is_file() else files_of(path)
+        return [(split, str(file), read_file(file)) for split, paths in files.items() for file in paths]
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in READERS
     if looks_local or not hub.HUB_ID.match(name):
         found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
@@ -316,8 +295,8 @@ def find_sources(name: str, revision: str | None) -> list[Source]:
     found = hub.load_dataset(name, revision=revision)
     known = SPLIT_OF if len(found) > 1 else dict.fromkeys(found, "train")
     if not known.keys() & found.keys():
-        expected, fix = "a train split", "save its rows as train.jsonl, test.jsonl in a directory and name that"
-        raise StudyError(f"dataset.name = {name}", f"splits {', '.join(found)}", expected, fix)
+        fix = "save its rows as train.jsonl, test.jsonl in a directory and name that"
+        raise StudyError(f"dataset.name = {name}", f"splits {', '.join(found)}", "a train split", fix)
     return [(known[split], f"{name}[{split}]", rows.to_list()) for split, rows in found.items() if split in known]
 
 
@@ -352,13 +331,11 @@ def convert(sources: list[Source], *, drop: bool) -> tuple[dict[str, list[dict]]
                 faults[file, fault.kind].append((index, fault.detail))
         offset[split] += len(rows)
     if faults and not drop:
-        where = ", ".join(dict.fromkeys(file for file, _ in faults))
+        where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
         found = "; ".join(f"{_described(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
-        expected = (
-            f"{LAYOUTS}; every row a prompt that ends with a user turn and two different answers; rows are counted"
-        )
+        expected = f"{LAYOUTS}; a prompt that ends with a user turn and two different answers; rows are counted from 0"
         fix = "correct these rows, or leave them out and have them counted: --set dataset.on_bad_row=drop"
-        raise StudyError(where[:300], found, f"{expected} from 0", fix)
+        raise StudyError(where, found, expected, fix)
     dropped = [
         {"file": file, "reason": kind, "count": len(bad), "rows": [row for row, _ in bad]}
         for (file, kind), bad in faults.items()
@@ -394,12 +371,8 @@ def carve(pairs: list[dict], fraction: float, seed: int, salt: str) -> tuple[lis
     target = max(1, round(fraction * len(pairs)))
     # Ordered by a hash of seed and prompt: a prompt's place depends on no other row of the file.
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{salt}:{seed}:{key}".encode()).digest())
-    held, count = set(), 0
-    for key in order[:-1]:  # at least one prompt stays
-        if count >= target:
-            break
-        held.add(key)
-        count += groups[key]
+    before = itertools.accumulate((groups[key] for key in order), initial=0)
+    held = {key for key, count in zip(order[:-1], before, strict=False) if count < target}  # at least one prompt stays
     return [p for p in pairs if prompt_key(p) not in held], [p for p in pairs if prompt_key(p) in held]
 
 
@@ -439,8 +412,8 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
             carved[split] = fraction
             if not splits[split]:
                 found = f"too few different prompts in train to hold out a {split} split"
-                expected = "at least three different prompts, or files for all splits"
-                raise StudyError(key, found, expected, f"give a {split}.* file beside train.*")
+                fix = f"give a {split}.* file next to train.*"
+                raise StudyError(key, found, "at least three different prompts, or files for all splits", fix)
     splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
     seen = {prompt_key(pair) for pair in splits["train"]}
     report = {
@@ -459,29 +432,26 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
 
 # ---- tokens ----
 
-COUNTS = (
-    "pairs",
-    "kept",
-    "dropped",
-    "truncated",
-    "eos_dropped",
-    "prompt_not_prefix",
-    "prompt_truncated",
-    "identical_after_truncation",
-)
+COUNTS = ("pairs", "kept", "dropped", "truncated", "eos_dropped", "prompt_not_prefix", "prompt_truncated")
+COUNTS += ("identical_after_truncation",)
 
 
 def _one_eos(ids: list[int], eos: int) -> list[int]:
     """Cut after the answer's end token (ChatML templates write a line break after it); add it if the template does
     not."""
-    if eos not in ids:
-        return [*ids, eos]
-    return ids[: ids.index(eos) + 1]
+    return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many leading tokens the two have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict]) -> Iterator[tuple]:
+    """(prompt, conversation with the chosen answer, with the rejected one) of every pair, in token ids."""
+    prompts = conversation_ids(tokenizer, [pair["prompt"] for pair in pairs], add_generation_prompt=True)
+    both = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
+    return zip(prompts, *both, strict=True)
 
 
 def encode_pairs(
@@ -499,21 +469,17 @@ def encode_pairs(
     """
     if tokenizer.eos_token_id is None:
         raise StudyError("tokenizer", "no end-of-sequence token", "a tokenizer with eos_token set")
-    prompts = conversation_ids(tokenizer, [p["prompt"] for p in pairs], add_generation_prompt=True)
-    answers = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
     rows, counts = [], Counter(dict.fromkeys(COUNTS, 0), pairs=len(pairs))
-    for index, (prompt, *both) in enumerate(zip(prompts, *answers, strict=True)):
+    for index, (prompt, *both) in enumerate(_token_ids(tokenizer, pairs)):
         shared = min(common_prefix(prompt, ids) for ids in both)
         counts["prompt_not_prefix"] += shared < len(prompt)
         if shared == 0:
-            expected = "a chat template that renders the prompt the same with and without the answer"
-            where = f"row {pairs[index].get('row', index)}"
-            raise StudyError(where, "prompt and answer share no leading token", expected)
+            where, found = f"row {pairs[index].get('row', index)}", "prompt and answer share no leading token"
+            raise StudyError(where, found, "a chat template that renders the prompt alike with and without the answer")
         prompt = both[0][:shared]
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
-            prompt = (
-                prompt[:1] + prompt[len(prompt) - max_prompt_length + 1 :]
-            )  # its BOS, and what is nearest the answer
+            # its BOS, and what is nearest the answer
+            prompt = prompt[:1] + prompt[len(prompt) - max_prompt_length + 1 :]
             counts["prompt_truncated"] += 1
         whole = [_one_eos(ids[shared:], tokenizer.eos_token_id) for ids in both]
         kept = whole if max_length is None else [ids[: max(max_length - len(prompt), 0)] for ids in whole]
@@ -531,12 +497,8 @@ def encode_pairs(
 
 # ---- the base model 'made' ----
 
-SPECIAL = {
-    "pad_token": "<|pad|>",
-    "bos_token": "<|bos|>",
-    "eos_token": "<|eos|>",
-    "additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"],
-}
+SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+SPECIAL |= {"additional_special_tokens": [f"<|{role}|>" for role in ROLES]}
 # One BOS, and one EOS after a final answer only: in a conversation the next turn's mark ends the earlier answer. So the
 # prompt with its generation mark is, character by character and at a special token's edge, how the whole begins.
 CHAT_TEMPLATE = (
@@ -548,6 +510,11 @@ LONGEST = 512  # tokens of a conversation that are learned from
 MAX_TOKENS = 2048  # of a padded batch
 WARM_UP = 0.05
 BUCKET = 16  # batches whose rows are sorted by length together
+
+
+def texts_of(pairs: Sequence[dict]) -> list[str]:
+    """Every text of the pairs: what a tokenizer is trained on."""
+    return [m["content"] for pair in pairs for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -585,11 +552,9 @@ def conversations(
 
     A conversation whose prompt alone fills `max_length` has no answer left to learn from and is left out.
     """
-    prompts = conversation_ids(tokenizer, [pair["prompt"] for pair in pairs], add_generation_prompt=True)
-    sides = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
     kept = [
         (ids[:max_length], len(prompt))
-        for prompt, *both in zip(prompts, *sides, strict=True)
+        for prompt, *both in _token_ids(tokenizer, pairs)
         for ids in both
         if ids[: len(prompt)] == prompt and len(prompt) < min(len(ids), max_length)
     ]
@@ -626,14 +591,12 @@ def _loss(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], int]], pad: i
 def make_base(pairs: Sequence[dict], recipe: Mapping, folder: Path, on_step: made.OnStep = lambda *_: None) -> float:
     """Make tokenizer and model from the training pairs and save both in `folder`; returns the closing loss. The result
     is the same for the same pairs, recipe and number of threads, and the caller's random state is left alone."""
-    texts = [m["content"] for pair in pairs for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
-    tokenizer = make_tokenizer(texts, recipe["vocab_size"])
+    tokenizer = make_tokenizer(texts_of(pairs), recipe["vocab_size"])
     rows = conversations(tokenizer, pairs)
     model = make_model(tokenizer, recipe).train()
     steps, parameters = recipe["sft_steps"], list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe["sft_learning_rate"], betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    rate = recipe["sft_learning_rate"]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     batches = _batches([len(ids) for ids, _ in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])
 
@@ -656,11 +619,8 @@ def answers(pairs: Sequence[dict]) -> tuple[list[str], list[str]]:
 
 def length_baseline(pairs: Sequence[dict]) -> float:
     """Pairwise accuracy of 'the longer answer is preferred'; length in characters, ties count one half."""
-    points = [
-        1.0 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0.0
-        for chosen, rejected in zip(*answers(pairs), strict=True)
-    ]
-    return sum(points) / len(points)
+    longer = [len(chosen) - len(rejected) for chosen, rejected in zip(*answers(pairs), strict=True)]
+    return float(np.mean((np.sign(longer) + 1) / 2))
 
 
 def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int = 0) -> float:
@@ -674,9 +634,8 @@ def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = CountVectorizer(
-        min_df=min(3, 2 * len(train)), max_features=20_000, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
-    )
+    words = r"(?u)\b\w+\b|[^\w\s]"
+    vectorizer = CountVectorizer(min_df=min(3, 2 * len(train)), max_features=20_000, token_pattern=words)
     chosen, rejected = answers(train)
     vectorizer.fit(chosen + rejected)
 
@@ -690,7 +649,7 @@ def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int
     model = LogisticRegression(C=0.01, fit_intercept=False, solver="liblinear", random_state=seed, max_iter=200)
     model.fit(sparse.diags(signs) @ features(chosen, rejected), signs)
     scores = model.decision_function(features(*answers(test)))
-    return float(np.mean(np.where(scores > 0, 1.0, np.where(scores == 0, 0.5, 0.0))))
+    return float(np.mean((np.sign(scores) + 1) / 2))
 
 
 # ---- what members share ----
@@ -700,13 +659,11 @@ def prepare(run, folder: Path) -> None:
     """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
     line."""
     splits, report = pairs_of(run)
-    texts = [m["content"] for pair in splits["train"] for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
-    base, _ = made.base_model(
-        run,
-        folder,
-        texts,
-        lambda place, on_step: make_base(splits["train"], run.model.recipe.model_dump(), place, on_step),
-    )
+
+    def make(place: Path, on_step: made.OnStep) -> float:
+        return make_base(splits["train"], run.model.recipe.model_dump(), place, on_step)
+
+    base, _ = made.base_model(run, folder, texts_of(splits["train"]), make)
     tokenizer = models.load_tokenizer(
         base, run.model.revision, trust_remote_code=run.model.trust_remote_code, needs_chat_template=True
     )
@@ -715,9 +672,7 @@ def prepare(run, folder: Path) -> None:
     for split in SPLITS:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
     model = load_base(run, base)
-    reference = {
-        split: sequence_logprobs(model, rows[split], pad=pad_token(tokenizer)).contiguous() for split in SPLITS
-    }
+    reference = {split: sequence_logprobs(model, rows[split], pad=pad_token(tokenizer)) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {
         "tokens": counts,
@@ -740,8 +695,6 @@ def pairs_of(run) -> tuple[dict, dict]:
     section = run.dataset.model_dump()
     if run.mode == "trial" and hub.out_of_reach(run.dataset.name):
         size = run.dataset.limit or 8
-        splits, report = load_splits(
-            section | {"name": "generated", "train_pairs": size, "validation_pairs": size, "test_pairs": size}
-        )
+        splits, report = load_splits(section | {"name": "generated"} | {f"{split}_pairs": size for split in SPLITS})
         return splits, {**report, "source": f"generated, standing in for {run.dataset.name}"}
     return load_splits(section)

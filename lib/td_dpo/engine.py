@@ -10,6 +10,7 @@ without padding; only attention takes them apart.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -111,9 +112,8 @@ def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         hidden, weight, bias = (x if x is None else x.to(kind) for x in (hidden, weight, bias))
     if torch.is_grad_enabled():
         return _TokenScores.apply(hidden, weight, bias, targets, size)
-    return torch.cat(
-        [_scores(x, weight, bias, t)[0] for x, t in zip(hidden.split(size), targets.split(size), strict=True)]
-    )
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([_scores(x, weight, bias, t)[0] for x, t in chunks])
 
 
 @contextlib.contextmanager
@@ -130,18 +130,11 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     config = model.config.get_text_config()
-    rescaled = [
-        name
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-        if getattr(config, name, None) not in (None, 1.0)
-    ]
-    if rescaled:
-        raise StudyError(
-            "model.name",
-            f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})",
-            "a model whose log-probabilities are log softmax(hidden W^T + b)",
-            "choose another model",
-        )
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    if rescaled := [name for name in scales if getattr(config, name, None) not in (None, 1.0)]:
+        found = f"{config.model_type}, which rescales its logits ({', '.join(rescaled)})"
+        expected = "a model whose log-probabilities are log softmax(hidden W^T + b)"
+        raise StudyError("model.name", found, expected, "choose another model")
     original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
 
     def forward(self, *args, score_labels: Tensor | None = None, **kwargs):
@@ -220,38 +213,20 @@ def packed_batch(rows: list[dict], pad: int) -> Batch:
     }
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    lengths: tuple[int, ...] | None = None,
-    **kwargs,
-):
+def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, lengths=None, **kwargs):
     """Attention over packed rows (1, heads, T, d): each row by itself, so that none pays for the longest one's padding.
 
     Without `lengths` (generation) it is transformers' own.
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    found = [
-        scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attention_mask[row : row + 1, :, :length, :length],
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for row, (length, q, k, v) in enumerate(
-            zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        )
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    rows = zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[row : row + 1, :, :length, :length], **options)
+        for row, (length, q, k, v) in enumerate(rows)
     ]
-    return torch.cat(found, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register("packed_pairs", packed_attention)
@@ -334,24 +309,18 @@ def evaluating(model: torch.nn.Module):
 
 
 def sequence_logprobs(
-    model: torch.nn.Module,
-    rows: list[dict],
-    *,
-    pad: int = 0,
-    token_budget: int = SCORING_TOKENS,
+    model: torch.nn.Module, rows: list[dict], *, pad: int = 0, token_budget: int = SCORING_TOKENS
 ) -> Tensor:
     """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
     collate, device = layout(model), model.device
-    out: Tensor | None = None
+    order, values = [], [torch.empty(0, 2)]
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):
             batch = on_device(collate([rows[i] for i in indices], pad), device)
-            values = torch.stack(batch_logprobs(model, batch), dim=1).cpu()
-            if out is None:
-                out = values.new_empty(len(rows), 2)
-            out[indices] = values
-    return torch.empty(0, 2) if out is None else out
+            values.append(torch.stack(batch_logprobs(model, batch), dim=1).cpu())
+            order += indices
+    return torch.cat(values)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
 def sample_logprobs(model: torch.nn.Module, samples: list[dict], **options) -> Tensor:
@@ -390,10 +359,6 @@ def log_ratio_of_samples(
         return policy - sample_logprobs(reference_model or model, samples)
 
 
-def finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     """Rows with their two columns of reference log-probabilities."""
     if reference.shape != (len(rows), 2):
@@ -420,7 +385,7 @@ def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor, *, 
     r = table - reference.to(table.dtype)
     columns = torch.stack([r[:, 0] - r[:, 1], table[:, 0] - table[:, 1], r[:, 0], r[:, 1]], dim=1).tolist()
     names = ("rho", "delta", "chosen_log_ratio", "rejected_log_ratio")
-    return [dict(zip(names, map(finite_or_none, row), strict=True)) for row in columns]
+    return [{n: x if math.isfinite(x) else None for n, x in zip(names, row, strict=True)} for row in columns]
 
 
 # ---- conversations and sampled answers: no global random state ----
@@ -437,21 +402,15 @@ def conversation_ids(
     """
     if not conversations:
         return []
-    texts = [
-        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=add_generation_prompt)
-        for c in conversations
-    ]
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    texts = [tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is None:
+    if (bos := tokenizer.bos_token_id) is None:
         return encoded
-    adds_bos = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
-    return [_one_bos(ids, bos, adds_bos) for ids in encoded]
-
-
-def _one_bos(ids: list[int], bos: int, adds_bos: bool) -> list[int]:
-    leading = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-    return ([bos] if leading or adds_bos else []) + ids[leading:]
+    bare = [list(itertools.dropwhile(lambda token: token == bos, ids)) for ids in encoded]
+    if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]:
+        return [[bos, *ids] for ids in bare]
+    return [[bos, *ids] if len(ids) < len(whole) else ids for ids, whole in zip(bare, encoded, strict=True)]
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -489,14 +448,12 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def _only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """In evaluation mode and with `settings` alone: generate() fills what they leave open from the model's own defaults
     (a chat model's repetition penalty, say), so these are put aside meanwhile."""
-    own, training = model.generation_config, model.training
-    model.generation_config = settings
-    model.eval()
+    own, model.generation_config = model.generation_config, settings
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own
-        model.train(training)
 
 
 @torch.inference_mode()
@@ -517,9 +474,8 @@ def sample(
     "finished", whether it ended by itself. temperature 0 is greedy.
     """
     prompt_ids = conversation_ids(tokenizer, [list(prompt) for prompt in prompts], add_generation_prompt=True)
-    uniforms = torch.rand(
-        (len(prompts), max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand((len(prompts), max_new_tokens), generator=generator, dtype=torch.float64)
     ends = _end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
@@ -535,22 +491,14 @@ def sample(
         processors = LogitsProcessorList()
         if temperature > 0:
             processors.append(_InverseTransform(uniforms[batch].to(model.device), temperature))
+        where, how = model.device, {"generation_config": settings, "logits_processor": processors}
         with _only(model, settings):
-            output = model.generate(
-                inputs=inputs.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-                logits_processor=processors,
-            )
+            output = model.generate(inputs=inputs.to(where), attention_mask=mask.to(where), **how)
         for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in ends), None)
             ids = row if end is None else row[: end + 1]
-            answers[index] = {
-                "ids": ids,
-                "text": tokenizer.decode(ids, skip_special_tokens=True),
-                "finished": end is not None,
-                "prompt_ids": prompt_ids[index],
-            }
+            text, asked = tokenizer.decode(ids, skip_special_tokens=True), prompt_ids[index]
+            answers[index] = {"ids": ids, "text": text, "finished": end is not None, "prompt_ids": asked}
     return answers
 
 
@@ -569,14 +517,8 @@ def answer_questions(model, tokenizer, questions: Sequence[dict], *, seed: int, 
         ]
         # no turn of one seed shares its numbers with a turn of another
         sampled = sample(model, tokenizer, prompts, seed=2 * seed + turn - 1, **options)
-        histories = [
-            [*prompt, {"role": "assistant", "content": answer["text"]}]
-            for prompt, answer in zip(prompts, sampled, strict=True)
-        ]
-        answers += [
-            {"question": question["id"], "category": question["category"], "turn": turn, "prompt": prompt}
-            | {"length": len(answer["ids"])}
-            | answer
-            for question, prompt, answer in zip(questions, prompts, sampled, strict=True)
-        ]
+        for i, (question, prompt, answer) in enumerate(zip(questions, prompts, sampled, strict=True)):
+            histories[i] = [*prompt, {"role": "assistant", "content": answer["text"]}]
+            asked = {"question": question["id"], "category": question["category"], "turn": turn, "prompt": prompt}
+            answers.append({**asked, "length": len(answer["ids"]), **answer})
     return sorted(answers, key=lambda answer: (answer["question"], answer["turn"]))

@@ -90,26 +90,21 @@ def parse_request(messages: Sequence[dict]) -> Request:
         style = next((name for name, phrase in STYLES.items() if phrase in text), style)
         listed = frozenset(earlier) if "more" in words else frozenset()
     if topic is None or count is None or not messages or messages[-1]["role"] != "user":
-        last = messages[-1]["content"][:80] if messages else "no message"
-        raise StudyError(
-            "oracle",
-            f"not a generated list request: {last!r}",
-            "a request with a topic and a count, ending with a user turn",
-            "use evaluation.judge=none (or mt_bench) with data that were not generated here",
-        )
+        found = f"not a generated list request: {messages[-1]['content'][:80] if messages else 'no message'!r}"
+        fix = "use evaluation.judge=none (or mt_bench) with data that were not generated here"
+        raise StudyError("oracle", found, "a request with a topic and a count, ending with a user turn", fix)
     return Request(topic, count, tone, style, listed)
 
 
 def _styled_items(text: str, style: str) -> int:
     """How many items of `text` (lower case, tone phrases cut out) stand in the layout that `style` asks for."""
     lines = [line.strip() for line in text.splitlines()]
-    if style == "line":
-        # the items stand on one line and no line is a bullet or a number
-        if any(re.match(r"^(-|\d+\.)", line) for line in lines):
-            return 0
-        return max((sum(word in _TOPIC_OF for word in _TOKENS.findall(line)) for line in lines), default=0)
-    found = [match.group(1) for line in lines if (match := _LINE_STYLES[style].match(line))]
-    return sum(word in _TOPIC_OF for word in found)
+    if style != "line":
+        items = [match.group(1) for line in lines if (match := _LINE_STYLES[style].match(line))]
+        return sum(word in _TOPIC_OF for word in items)
+    if any(re.match(r"^(-|\d+\.)", line) for line in lines):  # none may be a bullet or a number
+        return 0
+    return max((sum(word in _TOPIC_OF for word in _TOKENS.findall(line)) for line in lines), default=0)
 
 
 def qualities(messages: Sequence[dict], answer: str) -> dict[str, float]:
@@ -149,8 +144,8 @@ def qualities(messages: Sequence[dict], answer: str) -> dict[str, float]:
 
 def reward(messages: Sequence[dict], answer: str) -> float:
     """Latent reward: the weighted sum of the qualities, from -3 (nothing but junk) to 8 (faultless)."""
-    found = qualities(messages, answer)
-    return sum(weight * found[name] for name, weight in WEIGHTS.items())
+    measured = qualities(messages, answer)
+    return sum(weight * measured[name] for name, weight in WEIGHTS.items())
 
 
 def score(messages: Sequence[dict], answer: str) -> float:
@@ -165,17 +160,12 @@ JUNK = ("blah", "um", "qux", "foo", "etc", "lorem", "zap", "hmm")
 TWO_TURN_SHARE = 0.4
 LABEL_TEMPERATURE = 1.0  # of the Bradley-Terry labels, in units of reward: about 14 % of labels go against the reward
 
-# twentieths of the checksum space; a larger share than a split needs costs nothing
-_SHARES = {"train": 10, "validation": 4, "test": 4, "questions": 2}
+# Twentieths of the checksum space; a larger share than a split needs costs nothing.
+_SLOTS = ["train"] * 10 + ["validation"] * 4 + ["test"] * 4 + ["questions"] * 2
 
 
 def _split_of(instruction: str) -> str:
-    slot = zlib.crc32(instruction.encode()) % sum(_SHARES.values())
-    for split, share in _SHARES.items():
-        if slot < share:
-            return split
-        slot -= share
-    raise AssertionError("unreachable: the slot is below the sum of the shares")
+    return _SLOTS[zlib.crc32(instruction.encode()) % len(_SLOTS)]
 
 
 @cache
@@ -199,8 +189,7 @@ def _draws(rng: random.Random, choices: Sequence[str]) -> Iterator[str]:
 def _layout(items: Sequence[str], style: str) -> str:
     if style == "line":
         return ", ".join(items)
-    marks = ("-" for _ in items) if style == "bullets" else (f"{k}." for k in range(1, len(items) + 1))
-    return "\n".join(f"{mark} {item}" for mark, item in zip(marks, items, strict=False))
+    return "\n".join(f"{'-' if style == 'bullets' else f'{k}.'} {item}" for k, item in enumerate(items, start=1))
 
 
 def write_answer(rng: random.Random, request: Request, care: float) -> str:
@@ -264,9 +253,6 @@ def _make_split(split: str, size: int, seed: int) -> list[dict]:
 def make_pairs(train: int, validation: int, test: int, seed: int = 0) -> dict[str, list[dict]]:
     """Pairs for the three splits, each drawn on its own: a smaller split is the beginning of a larger one."""
     sizes = {"train": train, "validation": validation, "test": test}
-    for split, size in sizes.items():
-        if size < 0:
-            raise StudyError(f"dataset.{split}_pairs", str(size), "a number of pairs, 0 or more")
     return {split: _make_split(split, size, seed) for split, size in sizes.items()}
 
 
@@ -274,11 +260,9 @@ def questions(n: int, seed: int = 0) -> list[dict]:
     """`n` two-turn questions in the manner of MT-Bench; their instructions occur in no split of the pairs."""
     rng = random.Random(f"questions {seed}")
     first, second = (_draws(rng, choices) for choices in _instructions("questions"))
-    made = []
-    for number in range(1, n + 1):
-        turns = [next(first), next(second)]
-        made.append({"id": number, "category": parse_request([_user(turns[0])]).topic, "turns": turns})
-    return made
+    turns = [[next(first), next(second)] for _ in range(n)]
+    topics = [parse_request([_user(opening)]).topic for opening, _ in turns]
+    return [{"id": i + 1, "category": topics[i], "turns": turns[i]} for i in range(n)]
 
 
 def label_noise(pairs: Sequence[dict]) -> dict[str, float]:

@@ -109,15 +109,7 @@ def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lamb
         """A few sampled answers: how far the policy has moved where it speaks itself."""
         if not prompts:
             return {}
-        answers = sample(
-            now,
-            given.tokenizer,
-            prompts,
-            max_new_tokens=run.evaluation.max_new_tokens,
-            temperature=run.evaluation.temperature,
-            seed=member.seed,
-            batch_size=SAMPLE_BATCH,
-        )
+        answers = sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
         answers = training.gathered(answers)[0]  # what all processes score must be the same to the last token
         ratios = log_ratio_of_samples(now, frozen, answers).tolist()
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
@@ -150,9 +142,8 @@ def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict
         "implicit_accuracy": _mean([float((s["rho"] or 0) > 0) for s in scores]),
         "raw_accuracy": _mean([float((s["delta"] or 0) > 0) for s in scores]),
         "margin": _mean([s["rho"] for s in scores]),
-        "chosen_log_ratio": _mean([s["chosen_log_ratio"] for s in scores]),
-        "rejected_log_ratio": _mean([s["rejected_log_ratio"] for s in scores]),
     }
+    metrics |= {name: _mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
     if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
         answers = judged_answers(run, model, given.tokenizer, seed)
         ratios = log_ratio_of_samples(model, frozen, answers).tolist()
@@ -166,31 +157,22 @@ def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
-        answers = mt_bench.answer(
-            model,
-            given.tokenizer,
-            mt_bench.read(run.evaluation.mt_bench),
-            folder / "answers.jsonl",
-            seed=seed,
-            max_new_tokens=run.evaluation.max_new_tokens,
-            batch_size=MT_BATCH,
-            count=run.evaluation.questions,
-        )
+        bench, file = mt_bench.read(run.evaluation.mt_bench), folder / "answers.jsonl"
+        options = {"max_new_tokens": run.evaluation.max_new_tokens, "count": run.evaluation.questions}
+        answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, batch_size=MT_BATCH, **options)
         metrics["answer_length"] = _mean([a["length"] for a in answers])
     return metrics
 
 
+def _sampling(run) -> dict:
+    keys = ("max_new_tokens", "temperature")
+    return {key: getattr(run.evaluation, key) for key in keys} | {"batch_size": SAMPLE_BATCH}
+
+
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
-    answers = answer_questions(
-        model,
-        tokenizer,
-        generated.questions(run.evaluation.questions),
-        seed=seed,
-        max_new_tokens=run.evaluation.max_new_tokens,
-        temperature=run.evaluation.temperature,
-        batch_size=SAMPLE_BATCH,
-    )
+    questions = generated.questions(run.evaluation.questions)
+    answers = answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
     return [{**a, "score": generated.score(a["prompt"], a["text"])} for a in answers]
 
 
@@ -217,14 +199,7 @@ def _mean(values: list) -> float | None:
 def step_cost(run, folder: Path, shared: Path) -> None:
     """Step times of this run's loss and of DPO at the same beta, in turns; writes step_cost.jsonl."""
     given, seed, loss = load(shared), run.seed_list[0], run.loss.model_dump()
-    rows = measure_step_cost(
-        lambda: policy(run, given.base, seed),
-        given.rows["train"],
-        given.reference["train"],
-        (loss, loss | {"name": "dpo", "tau": None}),
-        run.training,
-        2 if run.mode == "trial" else COST_PAIRS,
-        seed,
-        pad=pad_token(given.tokenizer),
-    )
+    losses, steps = (loss, loss | {"name": "dpo", "tau": None}), 2 if run.mode == "trial" else COST_PAIRS
+    pairs, pad = (given.rows["train"], given.reference["train"]), pad_token(given.tokenizer)
+    rows = measure_step_cost(lambda: policy(run, given.base, seed), *pairs, losses, run.training, steps, seed, pad=pad)
     record.write_jsonl(folder / "step_cost.jsonl", rows)

@@ -86,13 +86,13 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _quantized_needs_adapters(self):
+        if self.quantization == "nf4" and self.name == "made":
+            raise fault(
+                "nf4 on the made model", "a model of the hub or a local one", "quantization: none", "quantization"
+            )
         if self.quantization == "nf4" and self.peft is None:
             expected = "LoRA on a 4-bit base: its weights cannot be trained"
-            fix = "peft: {lora_r: 64}, or quantization: none"
-            raise fault("nf4 without adapters", expected, fix, "quantization")
-        if self.quantization == "nf4" and self.name == "made":
-            expected = "a model of the hub or a local one"
-            raise fault("nf4 on the made model", expected, "quantization: none", "quantization")
+            raise fault("nf4 without adapters", expected, "peft: {lora_r: 64}, or quantization: none", "quantization")
         return self
 
 
@@ -135,9 +135,8 @@ class Training(Section):
     max_steps: Count | None = None  # where given it decides, not the epochs
     global_batch_size: Count
     per_device_train_batch_size: Count
-    token_budget: Count | None = (
-        None  # of a forward pass (rows x longest row): a step's pairs, by length, in such passes
-    )
+    # Of a forward pass (rows x longest row): a step's pairs, by length, in such passes.
+    token_budget: Count | None = None
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
@@ -195,8 +194,8 @@ class Loss(Section):
         if self.name in WITH_TAU and self.tau is None:
             raise fault("missing", f"the temperature of {self.name}", "tau: 1.0", "tau")
         if self.name not in WITH_TAU and self.tau is not None:
-            fix = "remove it; with --set add --run 'td_dpo*'"
-            raise fault(str(self.tau), f"no tau: {self.name} does not read it", fix, "tau")
+            expected, fix = f"no tau: {self.name} does not read it", "remove it; with --set add --run 'td_dpo*'"
+            raise fault(str(self.tau), expected, fix, "tau")
         if self.label_smoothing and self.name not in ("robust", "exo_pair"):
             expected = f"0: {self.name} does not read it"
             raise fault(str(self.label_smoothing), expected, "name: robust", "label_smoothing")
@@ -235,22 +234,11 @@ VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
-METRICS = {
-    "oracle_score": "maximize",
-    "mt_bench_score": "maximize",
-    "mt_bench_score_corrected": "maximize",
-    "implicit_accuracy": "maximize",
-    "raw_accuracy": "maximize",
-    "validation_implicit_accuracy": "maximize",
-    "validation_raw_accuracy": "maximize",
-    "validation_loss": "minimize",
-    "sampled_kl": "minimize",
-}
-DIVERGED = {  # what a diverged member counts as: the lowest score on every question, guessing on every pair
-    **dict.fromkeys(("oracle_score", "mt_bench_score", "mt_bench_score_corrected"), 1.0),
-    **dict.fromkeys(("implicit_accuracy", "raw_accuracy"), 0.5),
-    **dict.fromkeys(("validation_implicit_accuracy", "validation_raw_accuracy"), 0.5),
-}
+SCORES = ("oracle_score", "mt_bench_score", "mt_bench_score_corrected")
+ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "validation_raw_accuracy")
+METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
+# What a diverged member counts as: the lowest score on every question, guessing on every pair.
+DIVERGED = dict.fromkeys(SCORES, 1.0) | dict.fromkeys(ACCURACIES, 0.5)
 UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
     "model.torch_dtype": "a made model is float32; check refuses another",
     "mt_bench_score": "graded by a judge, whom a trial does not ask",
@@ -264,20 +252,12 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "training.optimizer": "adamw is the only choice",
     "training.fp16": "refused",
 }
-ALIASES = {  # the order is the order in a cell's name
-    "loss": "loss.name",
-    "beta": "loss.beta",
-    "tau": "loss.tau",
-    "learning_rate": "training.learning_rate",
-    "weight_decay": "training.weight_decay",
-    "global_batch_size": "training.global_batch_size",
-    "epochs": "training.epochs",
-    "max_steps": "training.max_steps",
-    "lora_r": "model.peft.lora_r",
-    "lora_alpha": "model.peft.lora_alpha",
-    "lora_dropout": "model.peft.lora_dropout",
-    "max_length": "dataset.preprocessing.max_length",
-}
+# The order is the order in a cell's name.
+ALIASES = {"loss": "loss.name", "beta": "loss.beta", "tau": "loss.tau"}
+_TRAINING = ("learning_rate", "weight_decay", "global_batch_size", "epochs", "max_steps")
+ALIASES |= {key: f"training.{key}" for key in _TRAINING}
+ALIASES |= {key: f"model.peft.{key}" for key in ("lora_r", "lora_alpha", "lora_dropout")}
+ALIASES["max_length"] = "dataset.preprocessing.max_length"
 PATHS = ("model.name", "dataset.name")
 # Lines of the log, and what a resume goes on from (a new best is saved whenever there is one): a member is not trained
 # again for them.
@@ -299,16 +279,14 @@ def normalize(raw: dict) -> dict:
     if isinstance(loss.get("name"), str):
         loss["name"] = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo"}.get(loss["name"], loss["name"])
     if loss.pop("kl_reference_model", True) is not True:
-        expected = "true: every loss here reads a frozen reference"
-        raise StudyError("loss.kl_reference_model", "not true", expected, "remove it")
+        raise StudyError(
+            "loss.kl_reference_model", "not true", "true: every loss reads a frozen reference", "remove it"
+        )
     if model.get("quantization", "none") in (None, "qlora-4bit"):
         model["quantization"] = "nf4" if model["quantization"] else "none"
-    if "load_in_4bit" in model:
-        four_bit = model.pop("load_in_4bit")
+    if (four_bit := model.pop("load_in_4bit", None)) is not None:
         stated = model.setdefault("quantization", "nf4" if four_bit else "none")
-        if (stated == "nf4") is not four_bit:
-            expected = f"agreement with quantization: {stated}"
-            raise StudyError("model.load_in_4bit", str(four_bit), expected, "remove it")
+        _agrees("model.load_in_4bit", four_bit, stated == "nf4", f"quantization: {stated}")
     if isinstance(dataset.get("split"), dict):
         split = dict(dataset.pop("split"))
         part, train = split.pop("val", split.pop("validation", None)), split.pop("train", None)
@@ -319,13 +297,18 @@ def normalize(raw: dict) -> dict:
     _intervals(raw, training)
     if "seed_list" in training:
         seeds = training.pop("seed_list")
-        if raw.setdefault("seed_list", seeds) != seeds:
-            expected = f"agreement with seed_list: {raw['seed_list']}"
-            raise StudyError("training.seed_list", str(seeds), expected, "remove it")
+        stated = raw.setdefault("seed_list", seeds)
+        _agrees("training.seed_list", seeds, stated, f"seed_list: {stated}")
     optuna = raw.get("optuna")
     if isinstance(optuna, dict) and optuna.get("objective_metric") in ("val_pairwise_accuracy", "pairwise_accuracy"):
         raw["optuna"] = {**optuna, "objective_metric": VALIDATION_METRIC}
     return _roles(raw, loss.get("name"))
+
+
+def _agrees(key: str, value: Any, stated: Any, other: str) -> None:
+    """Refuses a published key that contradicts our own."""
+    if value != stated:
+        raise StudyError(key, str(value), f"agreement with {other}", "remove it")
 
 
 def _intervals(raw: dict, training: dict) -> None:
@@ -338,41 +321,36 @@ def _intervals(raw: dict, training: dict) -> None:
         if strategy == "steps" and training.get(f"{kind}_steps") is None:
             raise StudyError(f"training.{kind}_steps", "missing", "an interval, as its strategy is steps", fix)
     kept = "the best and the last checkpoint are always kept"
-    if evaluation not in (None, "steps", "no"):
-        fix = "eval_steps: the steps of one epoch"
-        raise StudyError("training.evaluation_strategy", str(evaluation), "steps or no", fix)
-    if saving not in (None, "best", "steps"):
-        raise StudyError("training.save_strategy", str(saving), f"best or steps: {kept}", "remove it")
-    if limit not in (1, 2):
-        raise StudyError("training.save_total_limit", "more than 2", f"1 or 2: {kept}", "remove it")
+    for key, value, allowed, expected, fix in (
+        ("evaluation_strategy", evaluation, (None, "steps", "no"), "steps or no", "eval_steps: the steps of one epoch"),
+        ("save_strategy", saving, (None, "best", "steps"), f"best or steps: {kept}", "remove it"),
+        ("save_total_limit", limit, (1, 2), f"1 or 2: {kept}", "remove it"),
+        ("report_to", reported, ("none", "wandb", ["wandb"]), "wandb or none: no other tracker", "report_to: wandb"),
+    ):
+        if value not in allowed:
+            raise StudyError(f"training.{key}", str(value), expected, fix)
     if reported == "none":
         raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
-    elif reported not in ("wandb", ["wandb"]):
-        expected = "wandb or none: there is no other tracker"
-        raise StudyError("training.report_to", str(reported), expected, "report_to: wandb")
 
 
 def _roles(raw: dict, loss: Any) -> dict:
     """Published files write the role, or the method in capitals, under `method`."""
     role, method = split_role(raw.get("method"))
-    written = method.lower().replace("-", "_") if isinstance(method, str) else method
-    if written is not None or isinstance(loss, str):
-        raw["method"] = loss if written is None else written
+    loss = loss if isinstance(loss, str) else None
+    method = method.lower().replace("-", "_") if isinstance(method, str) else loss if method is None else method
+    if method is not None:
+        raw["method"] = method
     by_loss = {"td_dpo": "proposed", "td_dpo_anchored": "ablation"}
-    raw.setdefault("role", role or (by_loss.get(loss, "comparative") if isinstance(loss, str) else "comparative"))
+    raw.setdefault("role", role or by_loss.get(loss, "comparative"))
     return raw
 
 
 def train_pairs(run: Run) -> int | None:
     """Pairs trained on, where that is known before the data is read; of other data `limit` of them at most."""
-    if run.dataset.name == "generated":
-        pairs = run.dataset.train_pairs
-    elif run.dataset.name in KNOWN_PAIRS:
-        pairs = KNOWN_PAIRS[run.dataset.name]
-        pairs -= round(pairs * run.dataset.validation_fraction)
-    else:
-        return run.dataset.limit
-    return min(pairs, run.dataset.limit or pairs)
+    data = run.dataset
+    known = KNOWN_PAIRS.get(data.name, 0)
+    pairs = data.train_pairs if data.name == "generated" else known - round(known * data.validation_fraction)
+    return min(pairs, data.limit or pairs) if pairs else data.limit
 
 
 def steps(run: Run) -> int | None:
@@ -438,9 +416,8 @@ def _batch(run: Run) -> Faults:
         fix = f"global_batch_size: {max(1, round(size / per_step)) * per_step}"
         yield "error", "training.global_batch_size", what, fix
     elif stated and stated * per_step != size:
-        product = f"{device} per device x {stated} accumulated x {count} devices is {stated * per_step}"
-        decides = f"the global batch decides and {training.accumulation(count)} are accumulated"
-        what = f"{product}, not the global batch of {size}; {decides}"
+        what = f"{device} per device x {stated} accumulated x {count} devices is {stated * per_step}, not the global batch "
+        what += f"of {size}; the global batch decides and {training.accumulation(count)} are accumulated"
         yield "warning", "training.gradient_accumulation_steps", what, "remove the key, it is derived"
     if training.bf16 and run.model.torch_dtype == "float32":
         yield "error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16"
@@ -452,8 +429,7 @@ def _intervals_of(run: Run) -> Faults:
         return
     warmup = run.training.warmup(total)
     if every is not None and every > total:
-        never = f"evaluation every {every} steps never happens in a run of {total}"
-        what = f"{never}: no checkpoint is chosen before the last step"
+        what = f"every {every} steps never comes in a run of {total}: no checkpoint is chosen before the last step"
         yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
     if warmup > total / 2:
         reached = f"the full rate is {'never' if warmup >= total else 'hardly'} reached"

@@ -137,18 +137,16 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     def begin(self) -> None:
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
         table = sequence_logprobs(self.model, self.first_rows, pad=self.pad)
-        reference = torch.tensor(
-            [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in self.first_rows], dtype=table.dtype
-        )
+        columns = reference_columns(self.first_rows, table.dtype)
+        reference = torch.stack([columns["ref_chosen_logps"], columns["ref_rejected_logps"]], dim=1)
         low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
         slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
-        if not ((table - reference).abs() <= slack).all():
-            raise StudyError(
-                "reference log-probabilities",
-                f"a log-ratio of {(table - reference).abs().max():.3g} nats before the first step",
-                "0: the reference of this very model, quantization and tokenized data",
-                "remove the cached reference log-probabilities (.cache) and run again",
-            )
+        apart = (table - reference).abs()
+        if not (apart <= slack).all():
+            found = f"a log-ratio of {apart.max():.3g} nats before the first step"
+            expected = "0: the reference of this very model, quantization and tokenized data"
+            fix = "remove the cached reference log-probabilities (.cache) and run again"
+            raise StudyError("reference log-probabilities", found, expected, fix)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.columns, self.tokens = [], 0
@@ -165,24 +163,21 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a batch, in one pass or, with a token budget, in several."""
         *first, last = inputs["passes"]
-        losses = []
-        for part in first:
-            with self.deferred_reduction():
-                losses.append(self._one_pass(model, part, num_items_in_batch))
+        with self.deferred_reduction():
+            losses = [self._one_pass(model, part, num_items_in_batch) for part in first]
         return sum(losses, self._one_pass(model, last, num_items_in_batch))
 
     def _one_pass(self, model, inputs, num_items_in_batch):
-        tokens, pairs = inputs["tokens"], inputs["pairs"]
+        found = f"no memory for a batch of {inputs['pairs']} pairs with {inputs['tokens']} tokens"
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             limit = "token_budget" if self.token_budget else "per_device_train_batch_size"
-            raise OutOfMemory(
-                f"step {self.state.global_step + 1}",
-                f"no memory for a batch of {pairs} pairs with {tokens} tokens",
-                "a batch that fits the device",
-                f"lower training.{limit} ({self.token_budget or self.device_batch}) or dataset.preprocessing.max_length",
-            ) from error
+            fix = (
+                f"lower training.{limit} ({self.token_budget or self.device_batch}) or dataset.preprocessing.max_length"
+            )
+            step = f"step {self.state.global_step + 1}"
+            raise OutOfMemory(step, found, "a batch that fits the device", fix) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = batch_logprobs(model, inputs)
@@ -259,10 +254,10 @@ def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> 
 
 
 def step_cost(
-    model: Callable[[], torch.nn.Module],
+    model: Callable,
     rows: list[dict],
     reference: Tensor,
-    losses: tuple[dict, dict],
+    losses: tuple,
     training,
     steps: int,
     seed: int,
