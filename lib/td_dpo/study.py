@@ -429,7 +429,7 @@ def _intervals_of(run: Run) -> Faults:
         return
     warmup = run.training.warmup(total)
     if every is not None and every > total:
-        what = f"every {every} steps never comes in a run of {total}: no checkpoint is chosen before the last step"
+        what = f"every {every} steps never happens in a run of {total}: no checkpoint is chosen before the last step"
         yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
     if warmup > total / 2:
         reached = f"the full rate is {'never' if warmup >= total else 'hardly'} reached"
