@@ -71,11 +71,13 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
         fix = f"Graded by several judges ({counted}): {command} --model {models[0]} has all graded by one"
         return Judged("mt_bench_score", "MT-Bench", fix, known=False)
     unsaved = sum(not (folder / "answers.jsonl").exists() for folder in folders)
-    lacks = (
-        (graders.count(None) - unsaved, f"have answers that are not graded: {command}"),
-        (unsaved, "saved no answers: train them again with evaluation.mt_bench"),
-    )
-    fixes = [f"{count} of {len(folders)} members {what}" for count, what in lacks if count]
+    ungraded = graders.count(None) - unsaved
+    fixes = []
+    if ungraded:
+        fixes.append(f"{ungraded} of {len(folders)} members have answers that are not graded: {command}")
+    if unsaved:
+        again = "train them again with evaluation.mt_bench"
+        fixes.append(f"{unsaved} of {len(folders)} members saved no answers: {again}")
     label = f"MT-Bench score, judge {models[0]}" if models else "MT-Bench"
     return Judged("mt_bench_score", label, "; ".join(fixes))
 
@@ -97,9 +99,13 @@ def add_corrected(verdicts: list[claims.Verdict], corrected: list[claims.Verdict
     for verdict, other in zip(verdicts, corrected, strict=True):
         fewer = verdict.n_questions - other.n_questions
         if fewer > 0 and other.estimate is not None:
-            name = f"without the {fewer} questions whose reference answer is wrong"
-            same = {key: getattr(other, key) for key in ("reason", "estimate", "interval95", "n_questions")}
-            verdict.beside.append({"name": name, "decides": False, "by_the_same_rule": other.verdict, **same})
+            note = {
+                "name": f"without the {fewer} questions whose reference answer is wrong",
+                "decides": False,
+                "by_the_same_rule": other.verdict,
+            }
+            same = ("reason", "estimate", "interval95", "n_questions")
+            verdict.beside.append(note | {name: getattr(other, name) for name in same})
 
 
 def noise(study: claims.Claims, rows: pd.DataFrame, loaded: tables.Records) -> pd.DataFrame:
@@ -141,8 +147,9 @@ def primary(loaded: tables.Records, by: Judged) -> str:
 
 def base_score(results: Path) -> float | None:
     """The oracle score of the base model, which every member started from."""
-    metrics = (record.read_json(path, {}) for path in sorted(Path(results).glob("*/metrics.json")))
-    return next((each["base_oracle_score"] for each in metrics if each.get("base_oracle_score") is not None), None)
+    paths = sorted(Path(results).glob("*/metrics.json"))
+    scores = [record.read_json(path, {}).get("base_oracle_score") for path in paths]
+    return next((score for score in scores if score is not None), None)
 
 
 def accuracies(loaded: tables.Records) -> pd.DataFrame:
@@ -210,11 +217,17 @@ def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | 
     means = data["mean"].to_numpy(float).reshape(len(rows), len(betas))
     drawn, axes = canvas(height=1.6 + 0.62 * len(rows), title=title)
     place = axes[0, 0]
-    cmap, label = ("cividis", title) if center is None else ("RdBu", f"{title} (white: {number(center)})")
-    table = pd.DataFrame(means, names, [f"β = {number(beta)}" for beta in betas])
-    style = {"cmap": cmap, "center": center, "linewidths": 2, "cbar_kws": {"label": label}}
-    labels = {"annot": np.reshape(texts, means.shape), "fmt": "", "annot_kws": {"fontsize": 9.5}}
-    sns.heatmap(table, **style, **labels, ax=place)
+    sns.heatmap(
+        pd.DataFrame(means, names, [f"β = {number(beta)}" for beta in betas]),
+        annot=np.reshape(texts, means.shape),
+        fmt="",
+        cmap="cividis" if center is None else "RdBu",
+        center=center,
+        linewidths=2,
+        annot_kws={"fontsize": 9.5},
+        cbar_kws={"label": title if center is None else f"{title} (white: {number(center)})"},
+        ax=place,
+    )
     place.grid(False)
     place.tick_params(length=0, rotation=0)
     for (row, column), mean in np.ndenumerate(means):
@@ -222,8 +235,10 @@ def heat_map(members: pd.DataFrame, metric: str, *, title: str, center: float | 
             text = texts[row * len(betas) + column]
             color = plots.BAD if "diverged" in text else plots.SOFT
             place.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9.5, color=color)
-    places = [f"{name} β = {number(beta)}" for name, beta in itertools.product(names, betas)]
-    words = [f"{name}: {text}." for name, text in zip(places, texts, strict=True)]
+    words = [
+        f"{name} β = {number(beta)}: {text}."
+        for (name, beta), text in zip(itertools.product(names, betas), texts, strict=True)
+    ]
     alt = f"{title}: mean over seeds. {' '.join(words)}".replace("\n", " ")
     return Drawing(drawn, title, alt, data)
 
@@ -239,11 +254,15 @@ def _cell_text(cell: Mapping) -> str:
 
 
 @housestyle
-def likelihood_displacement(history: pd.DataFrame) -> Drawing:
+def likelihood_displacement(
+    history: pd.DataFrame, *, title: str = "Likelihood displacement", smooth: int = 5
+) -> Drawing:
     """log(pi_theta/pi_0) of chosen and of rejected answers over the steps, mean over seeds: a column per beta, a row
     per method, one scale per column. Both falling is likelihood displacement. Give it one cell per method and beta."""
-    title, smooth = "Likelihood displacement", 5  # points
-    answers = {f"{side}_log_ratio": side for side in ("chosen", "rejected")}
+    answers = {
+        "chosen_log_ratio": ("chosen", plots.PALETTE[0], "-"),
+        "rejected_log_ratio": ("rejected", plots.PALETTE[2], "--"),
+    }
     rows = history.reindex(columns=[*plots.IDENTITY, "step", *answers]).dropna(subset=list(answers))
     if rows.duplicated(["method", "beta", "step", "seed"]).any():
         raise ValueError(f"{title}: several members per method, beta and seed; choose one cell first")
@@ -254,7 +273,7 @@ def likelihood_displacement(history: pd.DataFrame) -> Drawing:
     for (i, (method, own)), (j, beta) in itertools.product(enumerate(look.items()), enumerate(betas)):
         place, ends = axes[i, j], []
         place.axhline(0, color=plots.SOFT, linewidth=0.8)
-        for (column, answer), color, dash in zip(answers.items(), plots.PALETTE[:3:2], ("-", "--"), strict=True):
+        for column, (answer, color, dash) in answers.items():
             cell = rows[(rows["method"] == method) & (rows["beta"] == beta)]
             seeds = cell.pivot(index="step", columns="seed", values=column).rolling(smooth, min_periods=1).mean()
             mean = seeds.dropna().mean(axis=1)
@@ -268,16 +287,24 @@ def likelihood_displacement(history: pd.DataFrame) -> Drawing:
         axes[i, 0].set_ylabel(f"{own.label}\n(nats)")
         words.append(f"{own.label} β = {number(beta)}: {', '.join(ends)}.")
     plots.legend_below(drawn)
-    alt = f"{title}: mean log-ratio to the reference, in nats, of both answers (smoothed over {smooth} points)."
-    alt += f" {' '.join(words)}"
+    alt = (
+        f"{title}: mean log-ratio to the reference, in nats, of chosen and rejected answers (smoothed over {smooth} "
+        f"points). {' '.join(words)}"
+    )
     return Drawing(drawn, title, alt, rows[["method", "beta", "tau", "seed", "step", *answers]])
 
 
 @housestyle
-def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, reference: float | None = None) -> Drawing:
+def kl_against_score(
+    members: pd.DataFrame,
+    score: str,
+    *,
+    score_label: str,
+    reference: float | None = None,
+    title: str = "Score against distance from the reference",
+) -> Drawing:
     """Sampled KL(pi_theta || pi_0) against the score: seeds faint, the mean of each cell bold, larger at larger beta.
     A diverged member has no KL and so no point; the words count them."""
-    title = "Score against distance from the reference"
     table = plots.outcomes(members, score)
     table["kl"] = plots.outcomes(members, "sampled_kl")["value"]
     shown = table.dropna(subset=["kl", "value"])
@@ -296,10 +323,12 @@ def kl_against_score(members: pd.DataFrame, score: str, *, score_label: str, ref
         sns.move_legend(place, "center left", bbox_to_anchor=(1, 0.5), title="")
         if shown["kl"].max() > 20:  # from near 0 to hundreds of nats: linear up to 1, then logarithmic
             place.set_xscale("symlog", linthresh=1.0)
-    words = []
-    for label, beta, tau, kl, value in means.itertuples(index=False):
-        cell = f"{label} β = {number(beta)}" + ("" if pd.isna(tau) else f" τ = {number(tau)}")
-        words.append(f"{cell}: KL {number(kl)}, score {number(value)}.")
+    words = [
+        f"{cell['label']} β = {number(cell['beta'])}"
+        + ("" if pd.isna(cell["tau"]) else f" τ = {number(cell['tau'])}")
+        + f": KL {number(cell['kl'])}, score {number(cell['value'])}."
+        for cell in means.to_dict("records")
+    ]
     if reference is not None:
         plots.reference_line(place, reference)
         words.append(f"The reference model scores {number(reference)} (dashed).")
@@ -360,10 +389,11 @@ def _dash(tau: float | None, taus: Sequence[float]) -> str:
 
 
 @housestyle
-def loss_landscape(beta: float, taus: Sequence[float]) -> Drawing:
+def loss_landscape(
+    beta: float, taus: Sequence[float], *, reach: float = 12.0, title: str = "The losses and their slopes"
+) -> Drawing:
     """Loss (above) and slope (below). Left: DPO and DiscoPOP over z = beta rho near 0, with DiscoPOP's minimum and
     barrier marked. Right: all losses over the margin in nats (rho; Delta for td_dpo) at `beta`."""
-    title, reach = "The losses and their slopes", 12.0
     drawn, axes = canvas(2, 2, height=6.6, title=title, sharex="col")
     plain: list[tuple[str, float | None]] = [("dpo", None), ("discopop", None), ("discopop_card", None)]
     sides = (
@@ -380,16 +410,18 @@ def loss_landscape(beta: float, taus: Sequence[float]) -> Drawing:
             axes[1, column].plot(x, slope, **style)
             data.append(pd.DataFrame({"axis": axis, "curve": _label(name, tau), "x": x, "loss": loss, "slope": slope}))
             middle = len(x) // 2
-            at_0 = f"loss {number(loss[middle])}, slope {number(slope[middle])} at 0"
-            words.append(f"{_label(name, tau)} over {axis}: {at_0}")
+            words.append(
+                f"{_label(name, tau)} over {axis}: loss {number(loss[middle])}, slope {number(slope[middle])} at 0"
+            )
             points = stationary_points(x, slope)
             words += [f"{_label(name, tau)} has a {kind} at {at:+.{3 - column}f}" for at, kind in points]
             for at, kind in points if not column else ():
                 height, low = float(np.interp(at, x, loss)), kind == "minimum"
                 axes[0, 0].plot([at], [height], "o" if low else "^", color=style["color"], markersize=7)
-                text, near = f"{kind}\n{at:+.3f}".replace("-", "−"), (-6, -30) if low else (6, 8)
-                look = {"ha": "right" if low else "left", "fontsize": 9, "color": style["color"]}
-                axes[0, 0].annotate(text, (at, height), near, textcoords="offset points", **look)
+                axes[0, 0].annotate(
+                    f"{kind}\n{at:+.3f}".replace("-", "−"), (at, height), (-6, -30) if low else (6, 8),
+                    textcoords="offset points", ha="right" if low else "left", fontsize=9, color=style["color"],
+                )  # fmt: skip
             if not column and len(points) == 2:
                 (start, _), (end, _) = points
                 axes[1, 0].axvspan(start, end, color=style["color"], alpha=0.12, linewidth=0)
@@ -405,10 +437,11 @@ def loss_landscape(beta: float, taus: Sequence[float]) -> Drawing:
 
 
 @housestyle
-def curvature(beta: float, taus: Sequence[float]) -> Drawing:
+def curvature(
+    beta: float, taus: Sequence[float], *, reach: float = 10.0, title: str = "Curvature of the losses"
+) -> Drawing:
     """Hessian eigenvalues over the margin: what holds the level of both answers (left), what bends the margin
     (right)."""
-    title, reach = "Curvature of the losses", 10.0
     margin = np.linspace(-reach, reach, 801)
     drawn, axes = canvas(1, 2, height=4.2, title=title, sharex=True)
     words, data = [], []
@@ -417,8 +450,10 @@ def curvature(beta: float, taus: Sequence[float]) -> Drawing:
         common, bend = hessian_eigenvalues(name, margin, beta=beta, tau=tau or 1.0).T
         for place, mode in zip(axes[0], (common, bend), strict=True):
             place.plot(margin, mode, color=LOOKS[name].color, linestyle=_dash(tau, taus), label=_label(name, tau))
-        middle = f"{_label(name, tau)}: at margin 0 common mode {number(common[400])}, margin mode {number(bend[400])}"
-        words.append(f"{middle}; at {number(reach)} nats margin mode {number(bend[-1])}")
+        words.append(
+            f"{_label(name, tau)}: at margin 0 common mode {number(common[400])}, margin mode {number(bend[400])}; at "
+            f"{number(reach)} nats margin mode {number(bend[-1])}"
+        )
         columns = {"loss": _label(name, tau), "margin": margin, "common_mode": common, "margin_mode": bend}
         data.append(pd.DataFrame(columns))
     left, right = axes[0]
