@@ -347,10 +347,10 @@ def _roles(raw: dict, loss: Any) -> dict:
 
 def train_pairs(run: Run) -> int | None:
     """Pairs trained on, where that is known before the data is read; of other data `limit` of them at most."""
-    data = run.dataset
-    known = KNOWN_PAIRS.get(data.name, 0)
-    pairs = data.train_pairs if data.name == "generated" else known - round(known * data.validation_fraction)
-    return min(pairs, data.limit or pairs) if pairs else data.limit
+    section = run.dataset
+    known = KNOWN_PAIRS.get(section.name, 0)
+    pairs = section.train_pairs if section.name == "generated" else known - round(known * section.validation_fraction)
+    return min(pairs, section.limit or pairs) if pairs else section.limit
 
 
 def steps(run: Run) -> int | None:
