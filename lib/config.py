@@ -6,10 +6,15 @@ the whole is validated. A value that only the cells supply (`${opt.name}`) holds
 `Run.searched` says which keys those are.
 
 A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), ALIASES (short name -> dotted key),
-METRICS (name -> direction), PRIMARY_METRIC, VALIDATION_METRIC, PATHS (keys that may name a local file), recognizes(raw),
-normalize(raw) (what published files write elsewhere), steps(run), trial_changes(run) and check(run); and, where it has
-them, primary_metric(run), search_changes(run) (what a trial of the search leaves out), needs(run) (what only it needs
-on the machine before a full run) and implied(run, values) (what --set brings along where it does not say otherwise).
+METRICS (name -> direction), PRIMARY_METRIC, SECOND_METRIC (where the primary one is not measured yet),
+VALIDATION_METRIC, CLAIM_METRICS (columns that its analysis gives to claims.evaluate), DIVERGED (metric -> what a
+diverged run counts as), UNREAD (keys and metrics that a trial may leave alone), MEMBER_KEYS (what members of one
+preparation may differ in), PATHS (keys that may name a local file), recognizes(raw), normalize(raw) (what published
+files write elsewhere), steps(run), trial_changes(run), check(run), prepare and train; and, where it has them,
+BY_NAME (tables of which a member uses the entry that a key names), NOT_NUMBERS (keys that no number depends on), MADE_BY
+(file -> the command that makes it), fit, primary_metric(run), search_changes(run) (what a trial of the search leaves
+out), needs(run) (what only it needs on the machine before a full run) and implied(run, values) (what --set brings along
+where it does not say otherwise).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a run leaves behind, written so that a kill, a full disk or a crash never leaves half a truth.
 
-JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` only grows, one flushed line
-per step, and a torn last line (the process died inside the write) is dropped by the reader. Text that goes into a record,
+JSON files are replaced whole (write, fsync, rename) and never hold NaN; `history.jsonl` grows by one flushed line
+per step and is cut back to the checkpoint on resume; a torn last line (the process died inside the write) is dropped by
+the reader. Text that goes into a record,
 a log or a terminal holds no secret and nothing that acts on a terminal.
 """
 
