@@ -158,7 +158,7 @@ def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path,
             events.append("node")
 
     began = time.monotonic()
-    pool.drive(list(job.tasks.values()), on_tick=disturb)
+    pool.wait_for(list(job.tasks.values()), on_tick=disturb)
     print(f"{time.monotonic() - began:.0f} s")
     assert events == ["worker", "node"]
     records = members.collect(job)
@@ -186,7 +186,7 @@ def test_an_exception_on_a_node_is_told_here_and_not_tried_again(two_nodes, tmp_
     task = pool.Task("a", "tests.faults:fail", {"message": "seven is not a prime of two", "folder": str(tmp_path / "a"),
                                                 "config": {"compute": {"gpus": 0}}}, tmp_path / "a")  # fmt: skip
     pool.start(task)
-    pool.drive([task])
+    pool.wait_for([task])
     assert (task.state, task.attempts) == ("failed", 1)
     assert "ValueError: seven is not a prime of two" in task.log.read_text()
     assert os.environ["STUDY_CLUSTER"] == two_nodes.address

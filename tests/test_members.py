@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_while_a_member_trains(tiny, undisturbed, pool_sock
                 while True:
                     filler.write(b"x" * 4096)
 
-    pool.drive(list(job.tasks.values()), on_tick=fill, on_change=lambda _: fill())
+    pool.wait_for(list(job.tasks.values()), on_tick=fill, on_change=lambda _: fill())
     if job.tasks["default-s1"].state != "succeeded":  # a fast machine may be done before the disk is full
         assert job.tasks["default-s1"].state == "failed"
         assert not (job.folders["default-s1"] / "done.json").exists()
@@ -152,7 +152,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
     members.prepared(run)
     job = members.submit(run)
     task = job.tasks["default-s1"]
-    pool.drive([task])
+    pool.wait_for([task])
     assert task.state == "succeeded"
     assert task.attempts == 2, "it was started again"
     assert "is saved" in task.log.read_text()

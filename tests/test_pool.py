@@ -14,7 +14,7 @@ import pytest
 
 from lib import record
 from lib.run import pool
-from lib.run.pool import Slots
+from lib.run.pool import next_in_turn
 from tests.conftest import ROOT, gone, text_of, until
 
 
@@ -33,7 +33,7 @@ def test_as_many_slots_as_this_process_may_use_cores():
 def test_an_exception_is_not_retried_and_its_traceback_is_in_the_log(bare, tmp_path):
     job = task(tmp_path, "a", "fail", message="seven is not a prime of two")
     pool.start(job)
-    pool.drive([job])
+    pool.wait_for([job])
     assert (job.state, job.attempts) == ("failed", 1)
     assert "ValueError: seven is not a prime of two" in job.log.read_text()
 
@@ -41,14 +41,14 @@ def test_an_exception_is_not_retried_and_its_traceback_is_in_the_log(bare, tmp_p
 def test_a_lost_process_is_started_once_more_and_then_given_up(bare, tmp_path):
     job = task(tmp_path, "a", "die", count=str(tmp_path / "count"))
     pool.start(job)
-    pool.drive([job])
+    pool.wait_for([job])
     assert (job.state, (tmp_path / "count").read_text()) == ("lost", "xx")
 
 
 def test_exit_code_0_without_the_result_is_a_failure(bare, tmp_path):
     job = task(tmp_path, "a", "sleep", check=lambda: False, started=str(tmp_path / "pid"), seconds=0)
     pool.start(job)
-    pool.drive([job])
+    pool.wait_for([job])
     assert job.state == "failed"
 
 
@@ -58,7 +58,7 @@ def test_no_more_run_at_once_than_there_are_slots_and_none_of_one_name(bare, tmp
     jobs = [task(tmp_path, n, "hold", who=n, said=str(said), go=str(go), seconds=0.2) for n in "abcaa"]
     for job in jobs:
         pool.start(job)
-    pool.drive(jobs, on_tick=lambda: text_of(said).count("begun") >= 2 and go.touch())
+    pool.wait_for(jobs, on_tick=lambda: text_of(said).count("begun") >= 2 and go.touch())
     running, most = [], []
     for word, name in map(str.split, said.read_text().splitlines()):
         (running.append if word == "begun" else running.remove)(name)
@@ -121,7 +121,7 @@ def test_with_gpus_members_are_spawned_each_on_its_slots_own(tmp_path, monkeypat
         until(said.exists)
         second = task(tmp_path, "b", "note_environment", path=str(tmp_path / "seen"))
         pool.start(second)
-        pool.drive(
+        pool.wait_for(
             [first, second], on_change=lambda t: t is second and t.ended and go.touch()
         )  # the first has its slot still
         assert [first.state, second.state] == ["succeeded", "succeeded"]
@@ -139,41 +139,23 @@ def test_who_asks_for_no_gpu_is_shown_none(tmp_path, monkeypatch):
         job = task(tmp_path, "a", "note_environment", path=str(tmp_path / "seen"))
         job.cpu = True
         pool.start(job)
-        pool.drive([job])
+        pool.wait_for([job])
         assert (tmp_path / "seen").read_text() == " 2.0"
     finally:
         own.close()
 
 
-class Waiting:
-    """As pool.Child stands in the queue."""
-
-    def __init__(self, name, slots=1, kind="member", cpu=False):
-        self.request = {"name": name, "slots": slots, "kind": kind, "cpu": cpu}
-        self.takes_slot, self.slots = kind == "member", []
-
-
 def test_turns_are_taken_in_order_and_by_one_of_a_name():
-    free = Slots(3, ["0", "4"])
-    a, again, b, kernel = Waiting("a"), Waiting("a"), Waiting("b"), Waiting("k", kind="kernel")
-    assert list(free.turns([a, again, b, kernel], set())) == [a, b, kernel]
-    assert (a.slots, b.slots, kernel.slots, free.free) == ([0], [1], [], [2])
-    assert [free.environment(child) for child in (a, b, kernel)] == [
-        {"CUDA_VISIBLE_DEVICES": "0"},
-        {"CUDA_VISIBLE_DEVICES": "4"},
-        {},
-    ]
-    wide, after = Waiting("wide", 2), Waiting("after")
-    assert list(free.turns([wide, after], {"a", "b"})) == [], (
-        "what needs two waits at the head, and holds up who comes after"
-    )
-    free.give_back(b.slots)
-    assert list(free.turns([wide, after], {"a"})) == [wide]
-    assert wide.slots == [1, 2]
-    assert free.environment(wide) == {"CUDA_VISIBLE_DEVICES": "4,0"}, "three slots on two GPUs: the first is shared"
-    free.free = []
-    assert list(free.turns([after, Waiting("l", kind="kernel")], set()))[0].request["kind"] == "kernel"
-    assert Slots(1, []).environment(a) == {}
+    def request(name, slots=1):
+        return {"name": name, "slots": slots}
+
+    a, again, b, wide = request("a"), request("a"), request("b"), request("wide", 2)
+    assert next_in_turn([a, again, b], 3, 3, set()) is a
+    assert next_in_turn([again, b], 2, 3, {"a"}) is b, "one of its name is at work"
+    assert next_in_turn([wide, b], 1, 3, {"a"}) is None, "what needs two waits at the head, and holds up what follows"
+    assert next_in_turn([wide, b], 2, 3, {"a"}) is wide
+    assert next_in_turn([request("huge", 8)], 3, 3, set())["name"] == "huge", "more than there are: all there are"
+    assert next_in_turn([a, b], 0, 3, set()) is None
 
 
 def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monkeypatch):
@@ -191,13 +173,13 @@ def test_what_needs_several_gpus_gets_them_all_and_is_not_starved(tmp_path, monk
         order = []
         for job in (wide, narrow):
             pool.start(job)
-        pool.drive([first, wide, narrow], on_change=lambda t: order.append((t.name, t.state)))
+        pool.wait_for([first, wide, narrow], on_change=lambda t: order.append((t.name, t.state)))
         assert (tmp_path / "wide.txt").read_text() == "0,4,7 2.0"
         assert order.index(("wide", "running")) < order.index(("narrow", "running"))
         too_wide = task(tmp_path, "huge", "note_environment", path=str(tmp_path / "huge.txt"))
         too_wide.slots = 8  # more than there are: it runs with what there is, and says so itself (lib/run/sharding.py)
         pool.start(too_wide)
-        pool.drive([too_wide])
+        pool.wait_for([too_wide])
         assert too_wide.state == "succeeded"
     finally:
         own.close()
@@ -263,7 +245,7 @@ def test_a_killed_owner_leaves_no_folder_in_the_temporary_directory(short, monke
             os.kill(server, 9)
             until(lambda: gone(server))
             assert len(folders(short)) == 1
-            until(lambda: pool.sweep() or not folders(short))
+            until(lambda: pool.remove_stale_folders() or not folders(short))
             own = pool.Pool(1, bare=True)
             assert folders(short) == [Path(own.folder)]
             another = pool.Pool(1, bare=True)
@@ -361,7 +343,7 @@ def test_what_a_child_writes_to_its_log_holds_no_secret_and_nothing_that_acts_on
     for target in ("say", "say_and_die"):
         job = task(tmp_path, target, target, secret=secret)
         pool.start(job)
-        pool.drive([job])
+        pool.wait_for([job])
         told = job.log.read_text()
         assert secret not in told
         assert told.count("[OWNERS_TOKEN]") == 4 * job.attempts
@@ -375,5 +357,5 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_member(bare, tmp_path):
     (tmp_path / "a").write_text("a file where the member's folder should be")
     job = task(tmp_path, "a", "sleep", started=str(tmp_path / "pid"), seconds=0)
     pool.start(job)
-    pool.drive([job])
+    pool.wait_for([job])
     assert job.state == "succeeded"

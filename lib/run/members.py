@@ -131,7 +131,7 @@ def prepared(run) -> Path:
     task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
     if not _here(task, work.prepare):
         pool.start(task)
-        pool.drive([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
+        pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
     if task.state != "succeeded":
         error = record.read_json(partial / "error.json", {}).get("exception", "its process was lost")
         raise StudyError(f"preparing {run.run_id}", error, "data, tokenizer and base model", f"read {task.log}")
@@ -144,7 +144,7 @@ def measure(run, function: str) -> None:
     task = _task(run, function, "measure", Path(run.results_dir) / run.run_id, argument)
     if not _here(task, work.measure):
         pool.start(task)
-        pool.drive([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
+        pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
     if task.state != "succeeded":
         raise StudyError(f"{run.run_id}: {function}", f"it was {task.state}", "a measurement", f"read {task.log}")
 
@@ -216,7 +216,7 @@ def watch(job: Job) -> None:
         counts = {"done": sum(t.ended for t in tasks), "members": len(tasks), "elapsed": round(now - (began or now), 1)}
         _progress(job.run, {"phase": "training", **counts, "running": running})
 
-    pool.drive(tasks, changed, tick)
+    pool.wait_for(tasks, changed, tick)
     _progress(job.run, {"phase": "recording", "done": len(tasks), "members": len(tasks), "running": []})
 
 

@@ -22,21 +22,18 @@ import importlib
 import json
 import multiprocessing
 import os
-import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
-from multiprocessing.connection import Client, Connection, wait
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
 
 from lib import record
 
@@ -45,6 +42,7 @@ PREFIX = "study-pool-"
 SOCKET_PATH = 103  # bytes that a Unix socket's path may have: 107 on Linux, 103 on macOS
 LONGEST_NAME = "/tmp/pymp-xxxxxxxx/listener-xxxxxxxx"  # of a socket in a pool's folder: the fork server's
 PROBE = 0.25  # seconds between two looks at what runs
+LOOK_SECONDS = 2.0  # between two looks whether a waiting child's client is still there
 START_SECONDS = 600  # for the server to listen, where disk and memory are slow; one that ends is not waited for
 
 
@@ -79,7 +77,7 @@ def cores() -> int:
 # ---- the owner's side: start a server, and take it down
 
 
-def place() -> str:
+def socket_root() -> str:
     """Where pools have their folders: the temporary directory, unless a socket's path would be too long there."""
     here = tempfile.gettempdir()
     return here if len(os.fsencode(here)) + len(f"/{PREFIX}xxxxxxxx{LONGEST_NAME}") <= SOCKET_PATH else "/tmp"
@@ -88,7 +86,7 @@ def place() -> str:
 def new_folder() -> tuple[str, int]:
     """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server lives."""
     while True:
-        folder = tempfile.mkdtemp(prefix=PREFIX, dir=place())
+        folder = tempfile.mkdtemp(prefix=PREFIX, dir=socket_root())
         held = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(held, fcntl.LOCK_EX)
         if os.path.exists(folder):  # a sweep may have come between
@@ -96,9 +94,9 @@ def new_folder() -> tuple[str, int]:
         os.close(held)
 
 
-def sweep() -> None:
+def remove_stale_folders() -> None:
     """Remove the folders of pools whose server was killed together with its owner: nobody holds their lock."""
-    for lock in Path(place()).glob(f"{PREFIX}*/lock"):
+    for lock in Path(socket_root()).glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), open(lock) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
@@ -110,7 +108,7 @@ class Pool:
     def __init__(self, slots: int | None = None, *, bare: bool = False, keep_secrets: bool = False):
         devices = gpus()
         self.slots = slots or len(devices) or cores()
-        sweep()
+        remove_stale_folders()
         self.folder, held = new_folder()
         self.socket = os.path.join(self.folder, "s")
         environment = {k: v for k, v in os.environ.items() if keep_secrets or not record.is_secret(k, v)}
@@ -242,7 +240,7 @@ def stop(tasks: Iterable[Task]) -> None:
             task.connection = None
 
 
-def drive(
+def wait_for(
     tasks: list[Task], on_change: Callable[[Task], None] = lambda task: None, on_tick: Callable[[], None] = lambda: None
 ) -> None:
     """Watch started tasks until all have ended. A lost process is started once more; an exception is not."""
@@ -283,189 +281,165 @@ def _end(task: Task, code: int | None) -> None:
 # ---- the server
 
 
-class Slots:
-    """Whose turn it is among those that wait, and which GPUs it is then shown. `total` slots, numbered; `devices` are
-    the GPUs behind them (slot by slot, in turns), [] where there is none."""
-
-    def __init__(self, total: int, devices: list[str]):
-        self.total, self.devices, self.free = total, devices, list(range(total))
-
-    def turns(self, waiting: Collection, busy: set) -> Iterator:
-        """Those of `waiting` (Child) that may start now, each with its slots taken. `busy`: names at work."""
-        for child in list(waiting):
-            if child.takes_slot:
-                wanted, name = min(child.request.get("slots", 1), self.total), child.request.get("name")
-                short = len(self.free) < wanted
-                if short and wanted > 1:
-                    return  # what needs several slots waits for them at the head, or single ones would always take them
-                if short or name in busy:
-                    continue
-                child.slots, self.free = self.free[:wanted], self.free[wanted:]
-                busy.add(name)
-            yield child
-
-    def give_back(self, slots: list[int]) -> None:
-        self.free = sorted([*self.free, *slots])
-
-    def environment(self, child) -> dict[str, str]:
-        """What a child on its slots is to see of the GPUs; nothing is said where there are none, or of who takes no
-        slot."""
-        if not self.devices or not child.slots:
-            return {}
-        given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in child.slots)
-        return {"CUDA_VISIBLE_DEVICES": "" if child.request.get("cpu") else ",".join(given)}
+def next_in_turn(queue: list[dict], free: int, total: int, busy: set[str]) -> dict | None:
+    """The first request that may start: `free` of `total` slots suffice, and no other child of its name is at work
+    (`busy`). What needs several slots waits for them at the head, or single ones would always take them."""
+    for request in queue:
+        wanted = min(request["slots"], total)
+        if wanted <= free and request["name"] not in busy:
+            return request
+        if wanted > free and wanted > 1:
+            return None
+    return None
 
 
-class Child:
-    """One connection and, once started, its process."""
-
-    process: Any  # of multiprocessing
-
-    def __init__(self, connection: Connection):
-        self.connection, self.request, self.process, self.slots = connection, {}, None, []
-        self.log: record.Log | None = None
-        self.output: Connection | None = None  # the end of its stdout and stderr that the server reads
-
-    @property
-    def takes_slot(self) -> bool:
-        return self.request.get("kind") == "member"
-
-    def kill(self, number: int = signal.SIGKILL, *, ended: bool = False) -> None:
-        """Signal its process group. Right after the fork it has none of its own yet; when it has ended, the group is
-        what it itself had started."""
-        try:
-            os.killpg(self.process.pid, number)
-        except OSError:
-            with contextlib.suppress(OSError):
-                if not ended:
-                    os.kill(self.process.pid, number)
+def signal_group(pid: int, number: int) -> None:
+    """Signal a child's process group; right after the fork it has none of its own yet."""
+    try:
+        os.killpg(pid, number)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
 
 
 class Server:
+    """Slots, numbered; `devices` are the GPUs behind them (slot by slot, round-robin), [] where there are none. A
+    thread for each connection takes its child from the queue to its end."""
+
     def __init__(self, path: str, slots: int, devices: list[str], bare: bool, secrets: dict):
-        self.slots, self.folder, self.secrets = Slots(slots, devices), Path(path).parent, secrets
-        self.stopping = self.owner_gone = False
+        self.total, self.devices, self.folder, self.secrets = slots, devices, Path(path).parent, secrets
+        self.free, self.queue, self.busy = list(range(slots)), [], set()
+        self.children: dict = {}  # process: its request
+        self.stopping, self.changed = False, threading.Condition()
+        self.starting = threading.Lock()  # multiprocessing's bookkeeping of children is not made for several threads
         record.KNOWN.update(secrets)
         self.context = multiprocessing.get_context("spawn" if devices else "forkserver")
         self.context.set_forkserver_preload([] if bare else ["lib.run.preload"])
         if not devices:
             forkserver.ensure_running()  # it imports while notebooks are still read
-        self.children, self.queue = [], []
         self.lifeline, self.lifeline_end = multiprocessing.Pipe(duplex=False)
-        self.woken, self.wake = multiprocessing.Pipe(duplex=False)
-        self.selector = selectors.DefaultSelector()
-        self.listener = socket.socket(socket.AF_UNIX)
-        unready = str(Path(path).with_name("n"))
-        self.listener.bind(unready)
-        self.listener.listen(128)
+        unready = str(self.folder / "n")
+        self.listener = Listener(unready, "AF_UNIX", backlog=128)
         os.rename(unready, path)  # clients wait for this name: a bound socket that does not listen yet refuses them
-        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
-        self.selector.register(self.woken, selectors.EVENT_READ, self.woken.recv)
-        threading.Thread(target=self.watch_owner, daemon=True).start()
-
-    def watch_owner(self) -> None:
-        """The owner says that it wants us to stop; the end of its pipe that it is gone, however it went. In a thread,
-        because the first child is there only when the fork server has imported all, which takes seconds."""
-        for _ in sys.stdin.buffer:
-            self.stopping, self.slots.free = True, []
-            for child in list(self.children):
-                if child.takes_slot:
-                    with contextlib.suppress(OSError):
-                        os.kill(child.process.pid, signal.SIGTERM)
-            self.wake.send(None)
-        self.owner_gone = True
-        self.wake.send(None)
-        time.sleep(2 if self.children else 0)  # for the other thread to write the logs to their end
-        self.end()
-
-    def end(self) -> None:
-        """Children and the socket's folder go too, then the fork server with us."""
-        for child in list(self.children):
-            child.kill()
-            self.copy_output(child, last=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
 
     def serve(self) -> None:
-        while not self.owner_gone and not (self.stopping and not any(child.takes_slot for child in self.children)):
-            for child in self.slots.turns(self.queue, {c.request.get("name") for c in self.children}):
-                self.queue.remove(child)
-                self.start(child)
-            for key, _ in self.selector.select():
-                key.data()
+        """Until the owner is gone, however it went: then its end of our standard input closes."""
+        threading.Thread(target=self.accept, daemon=True).start()
+        for _ in sys.stdin.buffer:  # it wants us to stop
+            with self.changed:
+                self.stopping = True
+                for process in self.members():
+                    with contextlib.suppress(OSError):
+                        os.kill(process.pid, signal.SIGTERM)
+            self.end_when_idle()
         self.end()
 
     def accept(self) -> None:
-        child = Child(Connection(self.listener.accept()[0].detach()))
-        self.selector.register(child.connection, selectors.EVENT_READ, lambda: self.receive(child))
+        while True:
+            threading.Thread(target=self.handle, args=[self.listener.accept()], daemon=True).start()
 
-    def receive(self, child: Child) -> None:
-        try:
-            message = child.connection.recv()
-        except (EOFError, OSError):  # the client went away: its child goes too
-            self.selector.unregister(child.connection)
-            child.connection.close()
-            if child in self.queue:
-                self.queue.remove(child)
-            if child in self.children:
-                child.kill()
-            return
-        if isinstance(message, dict):
-            child.request = message
-            self.queue.append(child)
-        elif child in self.children:
-            child.kill(message)
+    def members(self) -> list:
+        return [process for process, request in self.children.items() if request["kind"] == "member"]
 
-    def start(self, child: Child) -> None:
-        request, out = child.request, None
-        request["env"] = request.get("env", {}) | self.slots.environment(child)
-        if request.get("log"):
-            child.log = record.Log(request["log"])
-            child.output, out = multiprocessing.Pipe(duplex=False)
-            os.set_blocking(child.output.fileno(), False)
-            self.selector.register(child.output, selectors.EVENT_READ, lambda: self.copy_output(child))
-        child.process = self.context.Process(target=run_child, args=(request, self.secrets, self.lifeline, out))  # pyright: ignore[reportAttributeAccessIssue]
-        child.process.start()
+    def end_when_idle(self) -> None:
+        if self.stopping and not self.members():
+            self.end()
+
+    def end(self) -> None:
+        """Children and the socket's folder go too, then the fork server with us."""
+        for process in list(self.children):
+            signal_group(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 2
+        while self.children and time.monotonic() < deadline:  # their threads write the logs to their end
+            time.sleep(0.02)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    def handle(self, connection: Connection) -> None:
+        """One connection, from its request to its child's end. A client that goes away takes its child along."""
+        with connection, contextlib.suppress(EOFError, OSError):
+            request, taken = connection.recv(), []
+            if request["kind"] == "member" and (taken := self.take_slots(request, connection)) is None:
+                return
+            request["env"] = request.get("env", {}) | self.gpus_shown(request, taken)
+            try:
+                code = self.run(request, connection)
+            finally:
+                with self.changed:
+                    self.free = sorted([*self.free, *taken])
+                    self.busy.discard(request.get("name"))
+                    self.changed.notify_all()
+            connection.send(("exit", code))
+        self.end_when_idle()
+
+    def take_slots(self, request: dict, connection: Connection) -> list[int] | None:
+        """Wait for its turn; None where the client has gone meanwhile."""
+        with self.changed:
+            self.queue.append(request)
+            while self.stopping or next_in_turn(self.queue, len(self.free), self.total, self.busy) is not request:
+                self.changed.wait(LOOK_SECONDS)
+                if connection.poll():
+                    self.queue.remove(request)
+                    self.changed.notify_all()
+                    return None
+            self.queue.remove(request)
+            wanted = min(request["slots"], self.total)
+            taken, self.free = self.free[:wanted], self.free[wanted:]
+            self.busy.add(request["name"])
+            self.changed.notify_all()
+            return taken
+
+    def gpus_shown(self, request: dict, taken: list[int]) -> dict[str, str]:
+        """What a child on its slots is to see of the GPUs: nothing is set where there are none, or for a kernel."""
+        if not self.devices or not taken:
+            return {}
+        given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in taken)
+        return {"CUDA_VISIBLE_DEVICES": "" if request["cpu"] else ",".join(given)}
+
+    def run(self, request: dict, connection: Connection) -> int:
+        """The child's exit code; what it writes goes into its log meanwhile, and signals come from the client."""
+        output, out = multiprocessing.Pipe(duplex=False) if request["log"] else (None, None)
+        process = self.context.Process(target=run_child, args=(request, self.secrets, self.lifeline, out))  # pyright: ignore[reportAttributeAccessIssue]
+        with self.starting:
+            process.start()
         if out:
             out.close()
-        self.children.append(child)
-        self.selector.register(child.process.sentinel, selectors.EVENT_READ, lambda: self.reap(child))
-        self.send(child, "started", child.process.pid)
-
-    def copy_output(self, child: Child, *, last: bool = False) -> None:
-        """What a child has written so far into its log. At its end (`last`) without waiting for whoever else has the
-        pipe."""
-        while child.output is not None:
-            try:
-                data = os.read(child.output.fileno(), 1 << 16)
-            except BlockingIOError:
-                if not last:
-                    return
-                data = b""
-            if data:
-                child.log.feed(data)
-            else:
-                self.selector.unregister(child.output)
-                child.output.close()
-                child.output = None
-                child.log.close()
-            if not last:  # the others' turn
-                return
-
-    def reap(self, child: Child) -> None:
-        self.selector.unregister(child.process.sentinel)
-        child.process.join()
-        child.kill(ended=True)  # what the child itself started ends with it
-        self.children.remove(child)
-        if not self.stopping:
-            self.slots.give_back(child.slots)
-        self.copy_output(child, last=True)
-        code = child.process.exitcode
-        self.send(child, "exit", -signal.SIGKILL if code == LOST else code)
-
-    def send(self, child: Child, *message) -> None:
+        with self.changed:
+            self.children[process] = request
+            if self.stopping and request["kind"] == "member":
+                os.kill(process.pid, signal.SIGTERM)
         with contextlib.suppress(OSError):
-            child.connection.send(message)
+            connection.send(("started", process.pid))
+        log, watched = record.Log(request["log"] or os.devnull), [process.sentinel, connection, *filter(None, [output])]
+
+        def copy_output() -> None:
+            data = os.read(output.fileno(), 1 << 16)
+            log.feed(data)
+            if not data:
+                watched.remove(output)
+
+        while process.sentinel in watched:
+            for ready in wait(watched):
+                if ready is output:
+                    copy_output()
+                elif ready is connection:
+                    try:
+                        signal_group(process.pid, connection.recv())
+                    except (EOFError, OSError):
+                        watched.remove(connection)
+                        signal_group(process.pid, signal.SIGKILL)
+                else:
+                    watched.remove(process.sentinel)
+        with self.starting:
+            process.join()
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the child itself started ends with it
+        while output in watched and output.poll():  # to its end, without waiting for whoever else has the pipe
+            copy_output()
+        log.close()
+        with self.changed:
+            del self.children[process]
+        return -signal.SIGKILL if process.exitcode == LOST else process.exitcode
 
 
 LOST = 255  # multiprocessing's code of a child that went with its fork server
