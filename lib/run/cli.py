@@ -8,7 +8,6 @@ head). A refuted claim is a result, not a failure.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import re
 import signal
@@ -24,7 +23,7 @@ from lib.run import check, cluster, plan, pool, progress
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
 NOTEBOOKS = config.ROOT / "notebooks"
-FIRST, WORKSPACE = "start_here.ipynb", "studies"  # of JupyterLab
+FIRST = "start_here.ipynb"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
 
@@ -322,52 +321,27 @@ def rebuild() -> int:
     return 0
 
 
-# ---- JupyterLab as a reader of the studies wants it: start_here open, nothing from the net. What the reader opens and
-# moves is kept in a workspace of its own; JupyterLab's settings and other workspaces are left alone.
-
-
-def lab_environment() -> dict[str, str]:
-    """This environment's kernel and this checkout's `lib` come first, whatever else the machine has under their names;
-    and libraries do not tell in a notebook how they load."""
-    first = {"JUPYTER_PATH": Path(sys.prefix) / "share" / "jupyter", "PYTHONPATH": config.ROOT}
-    first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
-    quiet = {
-        "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",  # of tqdm and of transformers
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    return {**quiet, **os.environ, **first}
-
-
-def prepare_lab(place: Path) -> None:
-    """Defaults, which the reader's own settings win over: not to ask whether news are wanted. On first use the
-    workspace: the table of contents open at the left of the notebook, in place of the list of files."""
-    from jupyterlab_server.workspaces_handler import WorkspacesManager
-
-    record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
-    manager = WorkspacesManager(str(place))
-    if manager.load(WORKSPACE)["data"]:
-        return
-    contents = "@jupyterlab/toc:plugin"
-    left = {"collapsed": False, "visible": True, "current": contents, "widgets": ["filebrowser", contents]}
-    layout = {"main": None, "down": {}, "left": left, "right": {"collapsed": True}, "relativeSizes": [0.2, 0.8, 0]}
-    made = {"data": {"layout-restorer:data": layout}, "metadata": {"id": WORKSPACE}}
-    manager.save(WORKSPACE, json.dumps(made))
+# ---- JupyterLab: start_here open, this environment's kernel and this checkout's `lib` first, nothing from the net
 
 
 def lab(more: list[str]) -> None:
     """Become JupyterLab, which asks at Ctrl-C and takes its kernels along; `more` are options of its own, which win."""
     place = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache")).absolute() / "lab"
-    prepare_lab(place)
-    os.chdir(NOTEBOOKS)
+    # a default, which the reader's own settings win over: do not ask whether news are wanted
+    record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
     settings = {
         "ServerApp.root_dir": NOTEBOOKS,
-        "LabApp.default_url": f"/lab/workspaces/{WORKSPACE}/tree/{FIRST}",
+        "LabApp.default_url": f"/lab/tree/{FIRST}",
         "LabApp.workspaces_dir": place,
         "LabApp.app_settings_dir": place,
         "LabApp.news_url": None,
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         "LabApp.extension_manager": "readonly",
     }
+    first = {"JUPYTER_PATH": Path(sys.prefix) / "share" / "jupyter", "PYTHONPATH": config.ROOT}
+    first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore::FutureWarning"  # of tqdm and of transformers
     command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
-    os.execve(sys.executable, [*command, *more], lab_environment())
+    os.chdir(NOTEBOOKS)
+    os.execve(sys.executable, [*command, *more], {**quiet, **os.environ, **first})
