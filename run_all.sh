@@ -17,14 +17,14 @@ if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$
     echo "Python: none of version 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.11 ./run_all.sh" >&2
     exit 3
   fi
-  echo "making the environment in $venv (once; a minute or two)"
+  echo "creating the environment in $venv (once; a minute or two)"
   # A venv without pip is one that was not made to its end.
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" \
-    || { echo "making $venv failed (on Debian and Ubuntu: apt install python3-venv); the same command again goes on" >&2; exit 3; }
+    || { echo "creating $venv failed (on Debian and Ubuntu: apt install python3-venv); rerun the same command to resume" >&2; exit 3; }
   # torch first and alone: a range in another package must not choose a different build.
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch \
     && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]" \
-    || { echo "installing the packages failed (see above); the same command again goes on" >&2; exit 3; }
+    || { echo "installing the packages failed (see above); rerun the same command to resume" >&2; exit 3; }
   echo "$wanted" > "$stamp"
 fi
 

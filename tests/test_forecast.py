@@ -72,9 +72,9 @@ def settled(steps: list, slots: int, max_hours: float) -> dict[str, str]:
     mine = runner.Runner(steps, slots, max_hours=max_hours)
     for _ in range(10):
         for each in steps:
-            if not mine.state[id(each)] and mine.ready(each):
-                mine.state[id(each)] = "succeeded"
-    return {s.name: mine.state[id(s)] for s in steps}
+            if not each.state and mine.ready(each):
+                each.state = "succeeded"
+    return {s.name: s.state for s in steps}
 
 
 def test_max_hours_starts_what_fits_with_its_analysis_and_postpones_the_rest():
@@ -99,10 +99,10 @@ def test_what_does_not_fit_waits_while_something_runs():
     first, second = step(name="first", seconds=1800.0), step(name="second", seconds=3000.0)
     mine = runner.Runner([first, second], 1, max_hours=1.0)
     assert mine.ready(first)
-    mine.state[id(first)], mine.since[id(first)] = "running", time.monotonic()
+    first.state, first.since = "running", time.monotonic()
     assert not mine.ready(second)
-    assert mine.state[id(second)] == "", "the first may be quicker than predicted"
-    mine.state[id(first)] = "succeeded"
+    assert second.state == "", "the first may be quicker than predicted"
+    first.state = "succeeded"
     assert mine.ready(second)
 
 

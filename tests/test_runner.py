@@ -59,7 +59,8 @@ def outcome(step, **options):
 
 def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     step = step_of(tmp_path, SENTINEL)
-    assert outcome(step).state[id(step)] == "succeeded"
+    outcome(step)
+    assert step.state == "succeeded"
     assert step.output.exists()
     assert step.output.with_suffix(".html").exists()
     assert record.read_json(step.folder / "status.json")["status"] == "succeeded"
@@ -78,14 +79,14 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
 ])  # fmt: skip
 def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):
     step = step_of(tmp_path, *cells)
-    mine = outcome(step)
-    assert mine.state[id(step)] == "failed"
-    assert told.lower() in json.dumps(mine.errors[id(step)]).lower()
+    outcome(step)
+    assert step.state == "failed"
+    assert told.lower() in json.dumps(step.error).lower()
     assert record.read_json(step.folder / "status.json")["status"] == "failed"
     assert not step.output.exists()
     assert not step.output.with_suffix(".html").exists()
     assert runner.partial(step).exists(), "what it did is kept to be looked at"
-    assert mine.errors[id(step)]["again"] == "./run_all.sh full --scale laptop --study td_dpo"
+    assert step.error["again"] == "./run_all.sh full --scale laptop --study td_dpo"
 
 
 def test_an_interrupt_signal_in_mid_cell_is_no_success(bare, tmp_path):
@@ -99,7 +100,8 @@ def test_an_interrupt_signal_in_mid_cell_is_no_success(bare, tmp_path):
         os.kill(int(until(lambda: text_of(tmp_path / "pid"))), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    assert outcome(step).state[id(step)] == "failed"
+    outcome(step)
+    assert step.state == "failed"
     assert not step.output.exists()
 
 
@@ -107,14 +109,16 @@ def test_a_kernel_listens_on_no_port(bare, tmp_path):
     """Nothing else can take it, and no attempt to connect can come from it."""
     asked = "from ipykernel.kernelapp import IPKernelApp; assert IPKernelApp.instance().transport == 'ipc'"
     step = step_of(tmp_path, asked, SENTINEL)
-    assert outcome(step).state[id(step)] == "succeeded"
+    outcome(step)
+    assert step.state == "succeeded"
 
 
 def test_a_killed_kernel_gets_one_more_try(bare, tmp_path):
     flag = f"import os, pathlib\nflag = pathlib.Path('{tmp_path}/killed')\n"
     once = flag + "if not flag.exists(): flag.touch(); os.kill(os.getpid(), 9)"
     step = step_of(tmp_path, once, SENTINEL)
-    assert outcome(step).state[id(step)] == "succeeded"
+    outcome(step)
+    assert step.state == "succeeded"
 
 
 def test_no_secret_in_a_notebook(bare, tmp_path, monkeypatch):
@@ -122,8 +126,8 @@ def test_no_secret_in_a_notebook(bare, tmp_path, monkeypatch):
     step = step_of(
         tmp_path, "print('key', 'abcd-' + 'efgh-1234'); raise ValueError('with abcd-' + 'efgh-1234')", SENTINEL
     )
-    mine = outcome(step)
-    assert "abcd-efgh-1234" not in json.dumps(mine.errors[id(step)])
+    outcome(step)
+    assert "abcd-efgh-1234" not in json.dumps(step.error)
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.name != "notebook.ipynb":
             assert "abcd-efgh-1234" not in path.read_text(errors="replace"), path
@@ -255,10 +259,10 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
 
 def test_what_was_still_waiting_when_the_run_was_interrupted_keeps_its_record(tmp_path, monkeypatch):
     step = types.SimpleNamespace(folder=tmp_path, kind="train")
-    mine = types.SimpleNamespace(stopping=True, state={}, force=True)
+    mine = types.SimpleNamespace(stopping=True, force=True)
     monkeypatch.setattr(runner.members, "archive", lambda step: pytest.fail("archived"))
     runner.Runner.execute(mine, step)
-    assert mine.state == {id(step): "interrupted"}
+    assert step.state == "interrupted"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -393,13 +397,13 @@ def waiting_steps(tmp_path, *rows):
         state = {"phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0}
         record.write_json(tmp_path / name / "progress.json", state)
         step = {"progress": tmp_path / name, "name": name, "title": name, "kind": "train", "seconds": 100.0}
-        steps.append(type("Step", (), {**step, "prepare": 0.0, "unknown": False})())
+        steps.append(types.SimpleNamespace(**step, prepare=0.0, unknown=False, state="running"))
     return steps
 
 
 def test_a_terminal_has_one_line_no_longer_than_itself(tmp_path, monkeypatch, capsys):
     steps = waiting_steps(tmp_path, *((f"run number {i}", [], 0) for i in range(30)))
-    mine = type("Runner", (), {"steps": steps, "state": {id(s): "running" for s in steps}, "slots": 2, "since": {}})()
+    mine = types.SimpleNamespace(steps=steps, slots=2)
     monkeypatch.setenv("COLUMNS", "60")
     live = progress.Live(mine)
     live.terminal = True
@@ -412,10 +416,9 @@ def test_a_terminal_has_one_line_no_longer_than_itself(tmp_path, monkeypatch, ca
 def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
     running = [{"member": "a", "step": 5, "steps": 10}]
     steps = waiting_steps(tmp_path, ("first", running, 1), ("second", [], 0), ("third", [], 0))
-    state = {id(s): "running" for s in steps}
-    mine = type("Runner", (), {"steps": steps, "state": state, "slots": 2, "since": {}})()
+    mine = types.SimpleNamespace(steps=steps, slots=2)
     assert progress.Live(mine).left(steps) == pytest.approx(30.0 + 2 * 100.0 / 2)  # half of the first; then the others
-    state[id(steps[2])] = ""
+    steps[2].state = ""
     assert progress.Live(mine).left(steps[:2]) == pytest.approx(30.0 + 2 * 100.0 / 2)
     for step in steps:
         record.write_json(step.progress / "progress.json", {"phase": "preparing", "step": 1, "steps": 9})

@@ -141,7 +141,7 @@ def guarded(work) -> int:
             print(record.escape_controls(record.redact(message)), file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        print("interrupted: the same command again goes on from the last checkpoints", file=sys.stderr)
+        print("interrupted: rerun the same command to resume from the last checkpoints", file=sys.stderr)
         return 130
 
 
@@ -268,37 +268,35 @@ def execute(options, runs: list, whole: list) -> int:
         print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")
         for step in steps:
             print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
-        finished = execute_steps(options, root, steps, slots, runs) if to_do else None
+        if to_do:
+            execute_steps(options, root, steps, slots, runs)
     index = pages.index_html(OUTPUTS)
     if options.mode == "full":
         progress.verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
-    states = set(finished.state.values()) if finished else set()
-    if states <= {"cached", "succeeded"}:
+    states = {step.state for step in to_do}
+    if states <= {"succeeded"}:
         return 0
-    if states <= {"cached", "succeeded", "postponed"}:
-        print("--max-hours left something to do: the same command goes on with it")
+    if states <= {"succeeded", "postponed"}:
+        print("--max-hours left something to do: rerun the same command to do it")
         return 4
     return 1
 
 
-def execute_steps(options, root: Path, steps: list, slots: int, runs: list):
-    """The runner that has executed them."""
+def execute_steps(options, root: Path, steps: list, slots: int, runs: list) -> None:
     from lib.run import runner
 
     needs_secrets = options.scale == "paper" or any(run.optuna.storage for run in runs)
     full = options.mode == "full"
     limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
-    finished = runner.Runner(steps, slots, keep_secrets=full and needs_secrets, show_verdicts=full, **limits)
     started = time.time()
     try:
-        finished.run()
+        runner.Runner(steps, slots, keep_secrets=full and needs_secrets, show_verdicts=full, **limits).run()
     finally:
         with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
             runner.remove_leftovers(root)
         print(f"ended after {progress.duration(time.time() - started)}")
-        progress.table(steps, finished)
-    return finished
+        progress.table(steps)
 
 
 def write_run_lists(runs: list) -> None:

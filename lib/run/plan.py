@@ -51,6 +51,11 @@ class Step:
     seconds: float = 0.0  # the same with the notebook's own
     prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
     again: str = ""  # the command that executes it, where its run does not say
+    # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
+    state: str = ""
+    since: float = 0.0  # monotonic seconds of its start
+    minutes: float = 0.0
+    error: dict | None = None
 
     @property
     def title(self) -> str:

@@ -107,20 +107,18 @@ class Live:
         self.started, self.last, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
 
     def show(self) -> None:
-        states = self.runner.state
         for step in self.runner.steps:
-            state = states[id(step)]
-            if state not in ("", "running", "cached") and id(step) not in self.shown:
-                self.shown.add(id(step))
+            if step.state not in ("", "running", "cached") and step.title not in self.shown:
+                self.shown.add(step.title)
                 self.clear()
-                print(f"  {step.title} {state} in {self.runner.minutes.get(id(step), 0):.1f} min", flush=True)
-                if self.runner.show_verdicts and state == "succeeded":
+                print(f"  {step.title} {step.state} in {step.minutes:.1f} min", flush=True)
+                if self.runner.show_verdicts and step.state == "succeeded":
                     verdicts([step])
         if time.monotonic() - self.last < (0.5 if self.terminal else 20):
             return
         self.last = time.monotonic()
-        open_steps = [s for s in self.runner.steps if states[id(s)] in ("", "running")]
-        running = [s for s in open_steps if states[id(s)] == "running"]
+        open_steps = [s for s in self.runner.steps if s.state in ("", "running")]
+        running = [s for s in open_steps if s.state == "running"]
         every = len(self.runner.steps)
         text = f"[{duration(self.last - self.started)}] {every - len(open_steps)} of {every} notebooks done"
         if open_steps:
@@ -137,7 +135,7 @@ class Live:
         """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as
         planned. A notebook whose members wait for the slots of another's has all of its time before it."""
         slots, own = self.runner.slots, [0.0]
-        waiting = sum(s.seconds for s in self.runner.steps if not self.runner.state[id(s)])
+        waiting = sum(s.seconds for s in self.runner.steps if not s.state)
         for step in running:
             state = record.read_json(step.progress / "progress.json") or {}
             measured = seconds_left(state)
@@ -162,16 +160,16 @@ class Live:
 # ---- after it
 
 
-def table(steps: list, finished) -> None:
+def table(steps: list) -> None:
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for step in steps:
-        state, status = finished.state[id(step)] or "not started", record.read_json(step.folder / "status.json", {})
+        state, status = step.state or "not started", record.read_json(step.folder / "status.json", {})
         metric = status.get("key_metric") or {}
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
         state = status.get("status", state) if state == "failed" else state
-        print(f"{step.title:34} {state:11} {finished.minutes.get(id(step), 0):7.2f}  {value}")
+        print(f"{step.title:34} {state:11} {step.minutes:7.2f}  {value}")
     for step in steps:
-        if error := finished.errors.get(id(step)):
+        if error := step.error:
             where = f" in cell {error['cell']}" if error["cell"] else ""
             print(f"\n{step.title} failed{where}\n  {error['exception']}")
             print(f"  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
@@ -199,11 +197,11 @@ def status(root: Path, studies: list[str] | None = None) -> int:
         sweep, how = state.get("kind") == "sweep", state.get("status", "?")
         said = f"{state.get('minutes') or 0:.2f} min"
         if how == "running" and not alive:
-            how, said = "interrupted", "its runner is gone; the same command again goes on"
+            how, said = "interrupted", "its runner is gone; rerun the same command to resume"
         elif how == "running":
             said = line(path.parent.parent if sweep else path.parent, "now").removeprefix("now: ")
         elif how == "interrupted":
-            said += "  the same command again goes on"
+            said += "  rerun the same command to resume"
         elif state.get("error"):
             said += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
         title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep

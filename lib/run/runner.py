@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, record
@@ -27,29 +28,23 @@ STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
 MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last run has ended
 
 
+@dataclass
 class Runner:
-    """The pool, the threads that execute notebooks, and what each step came to."""
+    """The pool and the threads that execute notebooks; what each step came to is written into it."""
 
-    def __init__(
-        self,
-        steps: list[plan.Step],
-        slots: int,
-        *,
-        fail_fast: bool = False,
-        force: bool = False,
-        keep_secrets: bool = False,
-        show_verdicts: bool = False,
-        max_hours: float | None = None,
-    ):
-        self.steps, self.slots, self.fail_fast, self.force = steps, slots, fail_fast, force
-        self.keep_secrets, self.show_verdicts = keep_secrets, show_verdicts
-        self.max_seconds = None if max_hours is None else max_hours * 3600
-        self.began, self.since = time.monotonic(), {}
-        self.state: dict[int, str] = {id(s): "" if s.reason else "cached" for s in steps}
-        self.minutes: dict[int, float] = {}
-        self.errors: dict[int, dict] = {}
-        self.pool: pool.Pool | None = None
-        self.guard, self.stopping, self.mirrors = threading.Lock(), False, wandb.Mirrors()
+    steps: list[plan.Step]
+    slots: int
+    fail_fast: bool = False
+    force: bool = False
+    keep_secrets: bool = False
+    show_verdicts: bool = False
+    max_hours: float | None = None
+
+    def __post_init__(self):
+        self.began, self.stopping, self.pool = time.monotonic(), False, None
+        self.guard, self.mirrors = threading.Lock(), wandb.Mirrors()
+        for step in self.steps:
+            step.state = "" if step.reason else "cached"
 
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
@@ -58,10 +53,10 @@ class Runner:
         try:
             with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
                 try:
-                    while any(state in ("", "running") for state in self.state.values()):
+                    while any(step.state in ("", "running") for step in self.steps):
                         for step in self.steps:
-                            if not self.state[id(step)] and self.ready(step):
-                                self.state[id(step)], self.since[id(step)] = "running", time.monotonic()
+                            if not step.state and self.ready(step):
+                                step.state, step.since = "running", time.monotonic()
                                 threads.submit(self.execute, step)
                         live.show()
                         time.sleep(POLL)
@@ -76,7 +71,7 @@ class Runner:
             live.close()
             self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
-        return all(state in ("cached", "succeeded") for state in self.state.values())
+        return all(step.state in ("cached", "succeeded") for step in self.steps)
 
     def wait_for_members(self) -> None:
         """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at
@@ -91,7 +86,7 @@ class Runner:
 
     def leave(self, *_) -> None:
         """The second Ctrl-C. Members, kernels and mirrors die with us; nothing waits for anything."""
-        print("left at once: the same command again goes on from the last checkpoints", file=sys.stderr, flush=True)
+        print("left at once: rerun the same command to resume from the last checkpoints", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # whatever state it is in, it is to go
             self.pool.close()
             self.mirrors.close(0)
@@ -100,29 +95,33 @@ class Runner:
     def ready(self, step: plan.Step) -> bool:
         """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing
         itself."""
-        states = [self.state[id(s)] for s in step.needs]
-        if self.fail_fast and "failed" in self.state.values() or (step.kind == "sweep" and "failed" in states):
-            self.state[id(step)] = "blocked"
+        states = [s.state for s in step.needs]
+        if (
+            self.fail_fast
+            and any(each.state == "failed" for each in self.steps)
+            or (step.kind == "sweep" and "failed" in states)
+        ):
+            step.state = "blocked"
             return False
         if step.kind == "sweep" and "postponed" in states or states and set(states) == {"postponed"}:
-            self.state[id(step)] = "postponed"
+            step.state = "postponed"
             return False
         return all(state not in ("", "running") for state in states) and self.fits(step)
 
     def fits(self, step: plan.Step) -> bool:
         """Whether it is predicted to end within --max-hours, its study's analysis included. What does not fit waits for
         what runs, which may be quicker than predicted; when nothing runs it is postponed."""
-        if self.max_seconds is None:
+        if self.max_hours is None:
             return True
-        now, running = time.monotonic(), [s for s in self.steps if self.state[id(s)] == "running"]
+        now, running = time.monotonic(), [s for s in self.steps if s.state == "running"]
         share = self.slots / max(1, len(running))
-        left = sum(max(0.0, s.seconds + s.prepare - (now - self.since[id(s)]) * share) for s in running)
+        left = sum(max(0.0, s.seconds + s.prepare - (now - s.since) * share) for s in running)
         alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
         own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
-        if now - self.began + left / self.slots + own + alone <= self.max_seconds:
+        if now - self.began + left / self.slots + own + alone <= self.max_hours * 3600:
             return True
         if not running:
-            self.state[id(step)] = "postponed"
+            step.state = "postponed"
         return False
 
     def ensure_pool(self) -> None:
@@ -138,7 +137,7 @@ class Runner:
     def execute(self, step: plan.Step) -> None:
         started = time.time()
         if self.stopping:  # still in the queue when the run was interrupted: its record stays as it is
-            self.state[id(step)] = "interrupted"
+            step.state = "interrupted"
             return
         try:
             if step.kind == "analysis":  # its runs have ended, and the records are what they are
@@ -147,16 +146,16 @@ class Runner:
                 for folder in sorted((step.folder / "members").glob("*/")):
                     members.archive(folder)
             self.attempt(step, started)
-            self.state[id(step)] = "succeeded"
+            step.state = "succeeded"
         except BaseException as error:
-            self.state[id(step)] = "interrupted" if self.stopping else "failed"
+            step.state = "interrupted" if self.stopping else "failed"
             said = None
             if not self.stopping:  # kernels that we ended ourselves are no error
-                said = self.errors[id(step)] = self.explain(step, error)
+                said = step.error = self.explain(step, error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, how(step, self.state[id(step)]), started, said)
+                self.write_status(step, how(step, step.state), started, said)
                 (step.progress / "progress.json").unlink(missing_ok=True)
-        self.minutes[id(step)] = (time.time() - started) / 60
+        step.minutes = (time.time() - started) / 60
 
     def attempt(self, step: plan.Step, started: float) -> None:
         """Execute, once more where a process was lost (its members resume from their checkpoints)."""
