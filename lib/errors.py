@@ -51,7 +51,7 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         return (
             f"{error.filename or 'writing a file'}: {error.strerror}\n"
             "  expected: a folder that can be written, with space left\n"
-            "  fix: free space or correct its permissions, then the same command again (what is done stays done)"
+            "  fix: free space or correct its permissions, then rerun the same command (what is done stays done)"
         ), 3
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -136,7 +136,7 @@ def test_a_lost_worker_and_a_lost_node_cost_no_member(two_nodes, tiny, tmp_path,
         "model": {**TINY["model"], "recipe": {**TINY["model"]["recipe"], "seed": time.time_ns() % 2**31}},
     }
     run = tiny(**changes)
-    made = members.prepared(run)  # on a node, and gathered
+    made = members.prepare_inputs(run)  # on a node, and gathered
     assert (made / "complete.json").exists()
     job = members.submit(run)
     events = []

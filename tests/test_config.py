@@ -870,5 +870,5 @@ def test_importing_and_loading_is_light():
 def test_several_runs_may_be_named():
     """The last --run used to win without a word."""
     told = cli.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
-    assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.wants(told, name)] == ["fixed", "graff_mlp"]
-    assert plan.wants(cli.parser().parse_args(["plan"]), "anything")
+    assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.matches(told, name)] == ["fixed", "graff_mlp"]
+    assert plan.matches(cli.parser().parse_args(["plan"]), "anything")

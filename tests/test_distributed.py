@@ -145,7 +145,7 @@ def test_a_member_whose_yaml_says_so_trains_over_two_processes(job, tiny, pool_s
         run = tiny(
             run_id=strategy, **changes, compute={"strategy": strategy, "processes": 2 if strategy == "fsdp" else None}
         )
-        members.prepared(run)
+        members.prepare_inputs(run)
         work = members.submit(run)
         members.watch(work)
         (records[strategy],) = members.collect(work)

@@ -58,7 +58,7 @@ def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     bound = tiny(dataset=limited, training=training, compute=compute)
     run = tiny(dataset=dataset, training=training, compute=compute)
     (first, *_) = plan.steps([run], "laptop", "full")
-    progress.planned([first], 1)
+    progress.print_plan([first], 1)
     said = capsys.readouterr().out
     assert "?" in next(line for line in said.splitlines() if "td_dpo/tiny" in line)
     assert "more than" in said

@@ -41,7 +41,7 @@ def undisturbed(pool_socket, tmp_path_factory):
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "seed_list": [1]}))
     run = config.load_run(path, study="td_dpo", scale="laptop", mode="full", results_dir=folder / "results")
-    members.prepared(run)
+    members.prepare_inputs(run)
     finished(members.submit(run))
     return content(folder / "results" / "tiny" / "members" / "default-s1")
 
@@ -60,7 +60,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny, undisturbed, pool_socket, t
 
     monkeypatch.setattr(members, "_member_task", faulty)
     run = tiny(seed_list=[1])
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     finished(job)
     assert (tmp_path / "killed").exists()
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_while_a_member_trains(tiny, undisturbed, pool_sock
     """The member fails with the system's own words, nothing counts as done, and with space again it goes on to the same
     end."""
     run = tiny(seed_list=[1]).model_copy(update={"results_dir": small_disk / "results"})
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     history = job.folders["default-s1"] / "history.jsonl"
 
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_while_a_member_trains(tiny, undisturbed, pool_sock
 
 def test_outputs_that_turn_read_only_while_a_run_starts(tiny, pool_socket, small_disk):
     run = tiny(seed_list=[1]).model_copy(update={"results_dir": small_disk / "results"})
-    members.prepared(run)
+    members.prepare_inputs(run)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match="Read-only file system"):
         members.submit(run)
@@ -114,7 +114,7 @@ def test_outputs_that_turn_read_only_while_a_run_starts(tiny, pool_socket, small
 
 def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(tiny, pool_socket):
     run = tiny(seed_list=[1])
-    members.prepared(run)
+    members.prepare_inputs(run)
     finished(members.submit(run))
     again = members.submit(run)
     assert again.tasks == {}
@@ -129,6 +129,8 @@ def test_a_second_submit_trains_nothing_and_a_changed_setting_says_what_changed(
     (member,) = config.members(changed)
     reason = members.stale(member, Path(run.results_dir) / "tiny" / "members" / member.id)
     assert reason == "training.learning_rate 0.001 -> 0.002"
+    (folder / "done.json").unlink()  # killed before its end: its checkpoints are of no use to another setting
+    assert members.stale(member, folder) == "training.learning_rate 0.001 -> 0.002"
     finished(members.submit(changed))
     attempts = Path(run.results_dir) / "tiny" / "attempts"
     assert (attempts / "default-s1.1" / "metrics.json").exists(), "the old record is kept"
@@ -149,7 +151,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
 
     monkeypatch.setattr(members, "_member_task", stopped)
     run = tiny(seed_list=[1], training={**TINY["training"], "save_steps": 100})
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     task = job.tasks["default-s1"]
     pool.wait_for([task])
@@ -161,7 +163,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
 
 def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket):
     run = tiny(seed_list=[1])
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     finished(job)
     folder = job.folders["default-s1"] / "checkpoints"
@@ -213,7 +215,7 @@ def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
 
 def test_a_failing_member_is_named_with_its_exception_and_the_others_go_on(tiny, pool_socket):
     run = tiny()
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     members.watch(job)
     shutil.rmtree(job.folders["default-s2"])
@@ -250,7 +252,7 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
 
     monkeypatch.setattr(members, "_member_task", small_gpu)
     run = tiny()
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     members.watch(job)
     task, folder = job.tasks["default-s2"], job.folders["default-s2"]
@@ -274,7 +276,7 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
 
 def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_socket, monkeypatch):
     run = tiny(seed_list=[1])
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     members.watch(job)
     task = members._member_task(config.members(run)[0], job.folders["default-s1"])
@@ -337,7 +339,7 @@ def test_a_key_follows_code_without_docstrings(tmp_path, monkeypatch):
 def test_without_slots_members_run_in_this_process(tiny, monkeypatch):
     monkeypatch.setenv("STUDY_SLOTS", "0")
     run = tiny(seed_list=[1], training={**TINY["training"], "max_steps": 2})
-    members.prepared(run)
+    members.prepare_inputs(run)
     threads, train, before = [], work.train, torch.get_num_threads()
     monkeypatch.setattr(work, "train", lambda argument: (threads.append(torch.get_num_threads()), train(argument)))
     torch.set_num_threads(3)

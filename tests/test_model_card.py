@@ -26,7 +26,7 @@ def trained(tiny, monkeypatch):
         run = tiny(seed_list=[1], **changes)
         job = members.submit(run)
         members.collect(job)
-        return job.folders["default-s1"], load(members.prepared(run))
+        return job.folders["default-s1"], load(members.prepare_inputs(run))
 
     return make
 
@@ -188,7 +188,7 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
     if study == "iw_lora":
         from lib.iw_lora import data, trainer
 
-        given = data.load(members.prepared(run))
+        given = data.load(members.prepare_inputs(run))
         model = trainer.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until loaded
         rows, pad, size = given.rows["validation"], given.tokenizer.pad_token_id, run.evaluation.batch_size
         recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]

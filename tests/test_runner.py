@@ -181,14 +181,14 @@ def test_json_never_holds_nan(tmp_path):
 
 
 def test_two_runners_at_once(tmp_path):
-    with progress.locked(tmp_path / "outputs"):
-        code = "import sys; from pathlib import Path; from lib.run.progress import locked\nwith locked(Path(sys.argv[1])): pass"
+    with progress.lock(tmp_path / "outputs"):
+        code = "import sys; from pathlib import Path; from lib.run.progress import lock\nwith lock(Path(sys.argv[1])): pass"
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "outputs")], capture_output=True, text=True, cwd=ROOT
         )
         assert second.returncode == 1
         assert f"another runner works here (process {os.getpid()})" in second.stderr
-    with progress.locked(tmp_path / "outputs"):
+    with progress.lock(tmp_path / "outputs"):
         pass
 
 
@@ -204,8 +204,8 @@ def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path, monkeypatch):
                 fcntl.flock(looking, fcntl.LOCK_UN)
 
         monkeypatch.setattr(progress, "time", types.SimpleNamespace(sleep=sleep))
-        with progress.locked(tmp_path):
-            assert progress.running(tmp_path)
+        with progress.lock(tmp_path):
+            assert progress.is_running(tmp_path)
     assert sum(waited) == pytest.approx(2)
 
 
@@ -216,7 +216,7 @@ def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     )
     progress.status(root)
     assert "interrupted" in capsys.readouterr().out
-    with progress.locked(root):
+    with progress.lock(root):
         progress.status(root)
         assert "running" in capsys.readouterr().out
     progress.status(root)
@@ -303,7 +303,7 @@ def test_a_number_is_not_given_twice(tmp_path):
 
 def test_outputs_that_cannot_be_written(tmp_path):
     (tmp_path / "outputs").write_text("a file where the folder should be")
-    with pytest.raises(MissingError, match="cannot write there"), progress.locked(tmp_path / "outputs" / "laptop-full"):
+    with pytest.raises(MissingError, match="cannot write there"), progress.lock(tmp_path / "outputs" / "laptop-full"):
         pass
 
 

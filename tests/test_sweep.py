@@ -156,7 +156,7 @@ def test_best_is_a_complete_yaml_with_its_members_over_every_seed(tiny, tmp_path
 
 def test_a_real_trial_reads_the_cached_cell_and_trains_the_rest(tiny, pool_socket, tmp_path):
     run = searchable(tiny, trials=3)
-    members.prepared(run)
+    members.prepare_inputs(run)
     job = members.submit(run)
     members.watch(job)
     members.collect(job)

@@ -425,7 +425,7 @@ def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
     judged = [run for run in runs if getattr(run.evaluation, "judge", None) == "mt_bench"]
     names = {name for run in runs for name in (run.model.name, run.dataset.name)}
     return {
-        "wall_clock": progress.predicted(predicted),
+        "wall_clock": progress.format_forecast(predicted),
         "device_hours": None if predicted.at_least else round(predicted.device_hours, 2),
         "downloads": ", ".join(sorted(filter(config.is_hub_id, names))) or "none",
         "judge_calls": sum(2 * run.evaluation.questions * len(config.members(run)) for run in judged),

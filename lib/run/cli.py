@@ -96,14 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["compose"]:
         from lib.run import compose
 
-        return guarded(lambda: compose.main(argv[1:]))
+        return report_errors(lambda: compose.main(argv[1:]))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
-    return guarded(lambda: dispatch(options))
+    return report_errors(lambda: dispatch(options))
 
 
 def dispatch(options) -> int:
@@ -116,17 +116,17 @@ def dispatch(options) -> int:
 
         if options.command == "sync":
             return sync.sync(roots_of(options), options)
-        runs = [run for run in loaded(chosen(options)) if check.has_notebooks(run)]
+        runs = [run for run in readable(select_runs(options)) if check.has_notebooks(run)]
         return sync.pull(runs, OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
         from lib.run import judge
 
-        named = {(run.study, run.run_id) for run in loaded(chosen(options))} if options.params else None
+        named = {(run.study, run.run_id) for run in readable(select_runs(options))} if options.params else None
         return judge.judge(options, roots_of(options), named, OUTPUTS)
     return run(options)
 
 
-def guarded(work) -> int:
+def report_errors(work) -> int:
     """The exit code of `work()`, or of what it raised, printed for a person and not as a traceback."""
     try:
         code = work()
@@ -149,9 +149,9 @@ def root_of(options) -> Path:
     """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
     overwrites the study. Where a run is mirrored or searched is no variation of it."""
     sets = sorted(s.partition("=") for s in options.sets if not s.startswith(("wandb.", "optuna.storage")))
-    changed = ",".join(f"{key}={short(value)}" for key, _, value in sets)
+    changed = ",".join(f"{key}={shorten(value)}" for key, _, value in sets)
     if options.params and "STUDY_OUTPUTS" not in os.environ:  # who names the outputs has chosen a place already
-        changed += f",params={short(os.path.abspath(options.params))}"
+        changed += f",params={shorten(os.path.abspath(options.params))}"
     if options.grid:
         changed += ",grid=all"
     suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
@@ -160,7 +160,7 @@ def root_of(options) -> Path:
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
 
 
-def short(value: str) -> str:
+def shorten(value: str) -> str:
     """A value in a folder's name: of a path its last part, and what tells it from others of that name."""
     if "/" not in value:
         return value[:60]
@@ -173,7 +173,7 @@ def roots_of(options) -> list[Path]:
     return [root for root in roots if root.is_dir()]
 
 
-def chosen(options) -> list[tuple]:
+def select_runs(options) -> list[tuple]:
     """(path, Run or StudyError, findings) of every run YAML that the options name."""
     overrides = {}
     for text in options.sets:
@@ -188,7 +188,7 @@ def chosen(options) -> list[tuple]:
     found = []
     for folder in folders:
         for path, run, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            if not plan.wants(options, path.stem if isinstance(run, StudyError) else run.run_id):
+            if not plan.matches(options, path.stem if isinstance(run, StudyError) else run.run_id):
                 continue
             if not isinstance(run, StudyError):
                 if options.study and run.study not in options.study:
@@ -205,8 +205,8 @@ def chosen(options) -> list[tuple]:
     return found
 
 
-def loaded(found: list[tuple]) -> list:
-    """The runs among what `chosen` returns, without the YAMLs that cannot be read."""
+def readable(found: list[tuple]) -> list:
+    """The runs among what `select_runs` returns, without the YAMLs that cannot be read."""
     return [run for _, run, _ in found if not isinstance(run, StudyError)]
 
 
@@ -218,9 +218,9 @@ def run(options) -> int:
             print(config.Finding("error", error.where, error.found, error.fix), file=sys.stderr)
             return error.exit_code
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
-    found = chosen(options)
+    found = select_runs(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
-    whole = chosen(argparse.Namespace(**{**vars(options), "run": None})) if options.run else found
+    whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else found
     check.require_slots(options, found)
     if options.command == "check":
         from lib.run import compose
@@ -231,16 +231,16 @@ def run(options) -> int:
         code = code or check.check_before_full(options, found, whole, root_of(options), obstacles)
     if options.command == "plan":
         fit = [entry for entry in found if all(finding.level != "error" for finding in entry[2])]
-        fit = [run for run in loaded(fit) if check.has_notebooks(run)]
+        fit = [run for run in readable(fit) if check.has_notebooks(run)]
         steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
-        progress.planned(steps, slots_of(options), options.price)
-        progress.findings(obstacles)
+        progress.print_plan(steps, slots_of(options), options.price)
+        progress.print_findings(obstacles)
         return code if code == 2 else 0
-    progress.findings(obstacles, sys.stderr if code else sys.stdout)
+    progress.print_findings(obstacles, sys.stderr if code else sys.stdout)
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
-    return execute(options, loaded(found), loaded(whole))
+    return execute(options, readable(found), readable(whole))
 
 
 def slots_of(options) -> int:
@@ -256,7 +256,7 @@ def execute(options, runs: list, whole: list) -> int:
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
-    with progress.locked(root):
+    with progress.lock(root):
         runner.free_space(root)
         runner.remove_leftovers(root)
         studies = {run.study for run in runs}
@@ -264,7 +264,7 @@ def execute(options, runs: list, whole: list) -> int:
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         runner.stay_inside(root, steps)
         slots, to_do = slots_of(options), [step for step in steps if step.reason]
-        long = progress.predicted(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
+        long = progress.format_forecast(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
         print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")
         for step in steps:
             print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
@@ -272,7 +272,7 @@ def execute(options, runs: list, whole: list) -> int:
             execute_steps(options, root, steps, slots, runs)
     index = pages.index_html(OUTPUTS)
     if options.mode == "full":
-        progress.verdicts(steps)
+        progress.print_verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
     states = {step.state for step in to_do}
     if states <= {"succeeded"}:
@@ -296,7 +296,7 @@ def execute_steps(options, root: Path, steps: list, slots: int, runs: list) -> N
         with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
             runner.remove_leftovers(root)
         print(f"ended after {progress.duration(time.time() - started)}")
-        progress.table(steps)
+        progress.print_table(steps)
 
 
 def write_run_lists(runs: list) -> None:

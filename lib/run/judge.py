@@ -81,7 +81,7 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         return 0
     with contextlib.ExitStack() as locks:
         for root in () if options.dry_run else dict.fromkeys(results.parent for results in groups):
-            locks.enter_context(progress.locked(root))
+            locks.enter_context(progress.lock(root))
         jobs = [prepare(results, folders, given, options) for results, folders in groups.items()]
         code = int(any(job.unsaved for job in jobs))
         if options.dry_run:
@@ -108,7 +108,7 @@ def finished(root: Path, options, wanted: set | None) -> list[Path]:
     folders = []
     for done in sorted(root.glob("*/*/members/*/done.json")):
         study, run = done.parts[-5:-3]
-        chosen = plan.wants(options, run) and (not options.study or study in options.study)
+        chosen = plan.matches(options, run) and (not options.study or study in options.study)
         if not chosen or wanted is not None and (study, run) not in wanted:
             continue
         spec, status = record.read_json(done.with_name("member.json")), (record.read_json(done) or {}).get("status")
@@ -210,4 +210,4 @@ def bring_up_to_date(results: Path, folders: list[Path], options) -> None:
     if listed and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         runner.Runner([step], 1).run()
-        progress.verdicts([step])
+        progress.print_verdicts([step])

@@ -1,6 +1,6 @@
 """A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
 
-    inputs = prepared(run)          what all members share, made once and kept on disk by content
+    inputs = prepare_inputs(run)          what all members share, made once and kept on disk by content
     job = submit(run)               queue what is not cached     … the notebook goes on with its method cells …
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
@@ -48,13 +48,16 @@ def other_files(run, dumped: dict) -> dict[str, str]:
 
 def stale(member, folder: Path) -> str:
     """Why this member has to be trained; the empty string where its record is up to date."""
-    done = record.read_json(folder / "done.json")
-    if not done or done.get("status") not in record.FINISHED or record.read_json(folder / "metrics.json") is None:
+    wanted, done, begun = key(member), record.read_json(folder / "done.json"), record.read_json(folder / "member.json")
+    if done and done.get("status") in record.FINISHED and record.read_json(folder / "metrics.json") is not None:
+        old = done["key"]
+    elif begun and begun["key"]["all"] != wanted["all"]:
+        old = begun["key"]  # unfinished, and of no use to this one
+    else:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
-    wanted = key(member)
-    if done["key"].get("code") == wanted["code"]:
-        return keys.difference(done["key"], wanted)
-    return keys.difference(done["key"], wanted, (record.read_json(folder / "code.json", {}), code(member)))
+    if old.get("code") == wanted["code"]:
+        return keys.difference(old, wanted)
+    return keys.difference(old, wanted, (record.read_json(folder / "code.json", {}), code(member)))
 
 
 def archive(folder: Path) -> None:
@@ -108,18 +111,18 @@ def _task(run, name: str, target: str, folder: Path, argument: dict, **more) -> 
     return pool.Task(name, f"lib.run.work:{target}", argument, folder, **compute, **more)
 
 
-def _here(task: pool.Task, function) -> bool:
+def _run_in_process(task: pool.Task, function) -> bool:
     """slots=0: call the function in this very kernel, for pdb and for code defined in a cell. Whether it was."""
     if os.environ.get("STUDY_SLOTS") != "0":
         return False
     started = time.monotonic()
-    with work.here(task.threads, task.cpu):
+    with work.in_process(task.threads, task.cpu):
         function(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
     return True
 
 
-def prepared(run) -> Path:
+def prepare_inputs(run) -> Path:
     """Make (or find) what all members share: data, tokenizer, base model, reference log-probabilities. Returns its
     folder."""
     final = inputs_folder(run)
@@ -129,7 +132,7 @@ def prepared(run) -> Path:
     partial = final.with_name(final.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
-    if not _here(task, work.prepare):
+    if not _run_in_process(task, work.prepare):
         pool.start(task)
         pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
     if task.state != "succeeded":
@@ -140,9 +143,9 @@ def prepared(run) -> Path:
 
 def measure(run, function: str) -> None:
     """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
-    argument = {**_spec(run), "function": function, "inputs": str(prepared(run))}
+    argument = {**_spec(run), "function": function, "inputs": str(prepare_inputs(run))}
     task = _task(run, function, "measure", Path(run.results_dir) / run.run_id, argument)
-    if not _here(task, work.measure):
+    if not _run_in_process(task, work.measure):
         pool.start(task)
         pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
     if task.state != "succeeded":
@@ -160,10 +163,12 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
             work.drop_training_state(folder)  # where it was killed just after its sentinel
             continue
         reasons[member.id] = reason
-        prepared(member.run)  # at once where it is made already, which is all but a search over the data's own settings
+        prepare_inputs(
+            member.run
+        )  # at once where it is made already, which is all but a search over the data's own settings
         job.tasks[member.id] = _member_task(member, folder)
     for task in job.tasks.values():
-        if not _here(task, work.train):
+        if not _run_in_process(task, work.train):
             pool.start(task)
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
     for member_id, reason in list(reasons.items())[:3]:
@@ -245,7 +250,7 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
         for task in failed:
             exception = _error(task).get("exception", "process lost")
             what += f"\n  {task.name}: {_ended(task)}: {exception}  (log: {task.log})"
-        fix = "the same command again resumes what is left"
+        fix = "rerun the same command to resume what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     return [
         {"member": m.id, "cell": m.cell_name, "seed": m.seed, **metrics}

@@ -245,7 +245,7 @@ def _group(root: Path, study: Path) -> dict | None:
 
 def _run(root: Path, folder: Path) -> dict:
     status = read_json(folder / "status.json", {})
-    if status.get("status") == "running" and not progress.running(folder.parent.parent):
+    if status.get("status") == "running" and not progress.is_running(folder.parent.parent):
         status["status"] = "interrupted"  # its runner is gone
     links = dict(_links(root, folder, RUN_FILES))
     if status.get("status") not in ("failed", "out_of_memory"):

@@ -85,7 +85,7 @@ def claims_of(study: str) -> Path:
     return config.ROOT / "params" / study / "claims.yaml"
 
 
-def wants(options, run_id: str) -> bool:
+def matches(options, run_id: str) -> bool:
     """Whether --run names this run: any of its patterns, or none given."""
     return any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])
 

@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
-def predicted(forecast: plan.Forecast, about: str = "") -> str:
+def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
     """The wall-clock of a forecast, in words; a lower bound where members train for as long as their data turns out to
     have."""
     return f"{'more than ' if forecast.at_least else about}{duration(forecast.wall_seconds)}"
@@ -28,7 +28,7 @@ def predicted(forecast: plan.Forecast, about: str = "") -> str:
 # ---- before a run
 
 
-def findings(found: dict[str, list], out=sys.stdout) -> None:
+def print_findings(found: dict[str, list], out=sys.stdout) -> None:
     """What keeps each YAML (or all of them, on this machine) from running, and what is odd about it."""
     for name, mine in found.items():
         if mine:
@@ -39,7 +39,7 @@ def findings(found: dict[str, list], out=sys.stdout) -> None:
             print("  " + record.escape_controls(str(finding)).replace("\n", "\n  "), file=out)
 
 
-def planned(steps: list[plan.Step], slots: int, price: float | None = None) -> None:
+def print_plan(steps: list[plan.Step], slots: int, price: float | None = None) -> None:
     """The plan, a line per notebook, and what it will take in all."""
     print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
     for step in steps:
@@ -55,7 +55,7 @@ def planned(steps: list[plan.Step], slots: int, price: float | None = None) -> N
     found, gpus = plan.forecast(steps, slots), any(s.run is not None and s.run.compute.gpus for s in steps)
     cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
     print(
-        f"\npredicted with {slots} members at a time: {predicted(found)} of wall-clock, "
+        f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock, "
         f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
     )
 
@@ -113,7 +113,7 @@ class Live:
                 self.clear()
                 print(f"  {step.title} {step.state} in {step.minutes:.1f} min", flush=True)
                 if self.runner.show_verdicts and step.state == "succeeded":
-                    verdicts([step])
+                    print_verdicts([step])
         if time.monotonic() - self.last < (0.5 if self.terminal else 20):
             return
         self.last = time.monotonic()
@@ -160,7 +160,7 @@ class Live:
 # ---- after it
 
 
-def table(steps: list) -> None:
+def print_table(steps: list) -> None:
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for step in steps:
         state, status = step.state or "not started", record.read_json(step.folder / "status.json", {})
@@ -175,7 +175,7 @@ def table(steps: list) -> None:
             print(f"  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
 
 
-def verdicts(steps: list) -> None:
+def print_verdicts(steps: list) -> None:
     for step in steps:
         claims = record.read_json(step.folder / "claims.json") if step.kind == "analysis" else None
         for claim in claims or []:
@@ -189,7 +189,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
     if not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
         return 0
-    alive = running(root)
+    alive = is_running(root)
     for path in rows:
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
@@ -213,7 +213,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def locked(root: Path):
+def lock(root: Path):
     """One runner at a time in an outputs folder; the second learns who has it. The lock is the system's: it dies with its
     holder, however that one dies."""
     try:
@@ -239,13 +239,13 @@ def _taken(file, root: Path) -> bool:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        if running(root):
+        if is_running(root):
             return False
         time.sleep(0.05)
     return False
 
 
-def running(root: Path) -> bool:
+def is_running(root: Path) -> bool:
     """Whether a runner works in this outputs folder, and so holds its lock."""
     try:
         with open(root / ".lock") as file:

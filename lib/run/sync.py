@@ -17,7 +17,7 @@ def sync(roots: list[Path], options) -> int:
         folder
         for root in roots
         for folder in sorted(p.parent for p in root.glob("*/*/members"))
-        if plan.wants(options, folder.name)
+        if plan.matches(options, folder.name)
         and (not options.study or folder.parent.name in options.study)
         and any(folder.glob("members/*/done.json"))
     ]
@@ -27,7 +27,7 @@ def sync(roots: list[Path], options) -> int:
     named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
     with contextlib.ExitStack() as locks:
         for root in dict.fromkeys(folder.parents[1] for folder in found):
-            locks.enter_context(progress.locked(root))  # a runner at work sends by itself
+            locks.enter_context(progress.lock(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
         return subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, "--", *map(str, found)])
 
@@ -42,7 +42,7 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
         ids, project = [run.run_id for run in mine], project or wandb.PROJECT
         results = wandb.fetch(root, f"{made_in}/{study}", run_ids=ids, entity=entity, project=project)
         steps.append(plan.analysis(study, results, options.scale, "full"))
-    with progress.locked(root):
+    with progress.lock(root):
         ok = runner.Runner(steps, 1).run()
-    progress.verdicts(steps)
+    progress.print_verdicts(steps)
     return 0 if ok else 1

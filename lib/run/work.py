@@ -35,7 +35,7 @@ def member(argument: dict) -> None:
 
 
 @contextlib.contextmanager
-def errors_kept(folder: Path):
+def record_errors(folder: Path):
     """What ends the block goes into the log and into error.json."""
     try:
         yield
@@ -50,7 +50,7 @@ def errors_kept(folder: Path):
 def train(argument: dict) -> None:
     """Train one member; the last thing written is the sentinel with this attempt's nonce."""
     folder, spec = Path(argument["folder"]), argument["spec"]
-    with errors_kept(folder):
+    with record_errors(folder):
         member, options, started = member_of(spec), {}, time.monotonic()
         compute = member.run.compute
         if compute.devices > 1:  # by name: sharding imports this module
@@ -83,7 +83,7 @@ def prepare(argument: dict) -> None:
             return
         (partial / "error.json").unlink(missing_ok=True)
         record.remove_temporary(partial)
-        with errors_kept(partial):
+        with record_errors(partial):
             config.study_module(run.study).prepare(run, partial)
             record.write_json(partial / "complete.json", {"study": run.study})
             shutil.rmtree(final, ignore_errors=True)
@@ -97,7 +97,7 @@ def measure(argument: dict) -> None:
 
 
 @contextlib.contextmanager
-def here(count: int, cpu: bool):
+def in_process(count: int, cpu: bool):
     """In this kernel what a process of the pool would have: as many threads, on which sums of floats depend, and no GPU
     where none is asked for."""
     import torch
