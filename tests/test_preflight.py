@@ -1,5 +1,6 @@
 """lib/run/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def reads(url, token):
 
 
 @pytest.fixture
-def machine(tmp_path):
+def machine(tmp_path, monkeypatch):
     """A machine with nothing missing; keyword arguments take something away."""
 
     def _machine(gpus=(A100,), hub=(200, ""), free=1e12, drop=(), read=reads, **environ):
@@ -48,6 +49,8 @@ def machine(tmp_path):
             "OPENAI_API_KEY": "sk-secret",
         }
         known = {key: value for key, value in (known | environ).items() if key not in drop}
+        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):  # asked by the study
+            monkeypatch.setenv(name, known.get(name, ""))
         return Machine(
             environ=known,
             gpus=lambda _: list(gpus),
@@ -253,13 +256,11 @@ def test_every_missing_thing_is_one_line_that_names_it_and_what_mends_it(
     run, machine, monkeypatch, taken, settings, key, what, mend
 ):
     monkeypatch.delenv("DB_PASSWORD", raising=False)
-    taken, find_spec = dict(taken), preflight.importlib.util.find_spec
+    taken, find_spec = dict(taken), importlib.util.find_spec
     if "password" in taken:
         monkeypatch.setenv("DB_PASSWORD", taken.pop("password"))
     if absent := taken.pop("package", ""):
-        monkeypatch.setattr(
-            preflight.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name)
-        )
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
     found = said(config.apply(run, settings), machine(**taken))
     assert what in found[key].what
     assert mend in found[key].fix

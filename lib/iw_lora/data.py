@@ -113,9 +113,8 @@ def read_task(dataset, task: str, split: str) -> list[dict]:
     """The rows of one split, from a folder of <split>.jsonl or from GLUE on the hub."""
     folder = Path(dataset.name)
     if not folder.is_dir():
-        name = "nyu-mll/glue" if dataset.name == "glue" else dataset.name
-        rows = hub.load_dataset(name, task, split=split, revision=dataset.revision).to_list()
-        return check_rows(rows, task, f"{name}/{task}/{split}")
+        rows = hub.load_dataset(dataset.name, task, split=split, revision=dataset.revision).to_list()
+        return check_rows(rows, task, f"{dataset.name}/{task}/{split}")
     path = folder / f"{split}.jsonl"
     if not path.exists() and split == "validation":
         path = folder / "validation_matched.jsonl"

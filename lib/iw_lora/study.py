@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Whole, fault
@@ -91,8 +91,13 @@ class Preprocessing(Section):
     padding: Literal["max_length", "longest"] = "longest"
 
 
+def _hub_name(name: str) -> str:
+    """The hub's name of GLUE, which published files call `glue`."""
+    return "nyu-mll/glue" if name == "glue" else name
+
+
 class Dataset(Section):
-    name: Name
+    name: Annotated[Name, AfterValidator(_hub_name)]
     subset: Literal["mnli", "sst2", "rte"] | None = None
     revision: str | None = None
     splits: Splits = Splits()
@@ -258,7 +263,7 @@ def train_rows(run: Run) -> int | None:
     if dataset.name == "generated" and dataset.train_examples:
         rows = dataset.train_examples - max(1, round(dataset.tuning_fraction * dataset.train_examples))
     else:
-        rows = GLUE_ROWS.get(dataset.subset) if dataset.name in ("glue", "nyu-mll/glue") else None
+        rows = GLUE_ROWS.get(dataset.subset) if dataset.name == "nyu-mll/glue" else None
     return min(rows, dataset.limit or rows) if rows else dataset.limit
 
 
@@ -356,7 +361,7 @@ def _penalty(run: Run) -> Faults:
 
 def _data(run: Run) -> Faults:
     dataset, splits = run.dataset, run.dataset.splits
-    if dataset.name in ("glue", "nyu-mll/glue"):
+    if dataset.name == "nyu-mll/glue":
         if dataset.subset is None:
             yield "error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte"
         if "test" in splits.validation or "test" in splits.train:

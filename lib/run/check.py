@@ -422,13 +422,11 @@ def notebooks_of(study: str) -> list[Path]:
 def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
     """What the full run is predicted to take, in words; `?` where no record tells."""
     predicted = plan.forecast(plan.steps(runs, scale, "full"), slots)
-    judged = [run for run in runs if getattr(run.evaluation, "judge", None) == "mt_bench"]
     names = {name for run in runs for name in (run.model.name, run.dataset.name)}
     return {
         "wall_clock": progress.format_forecast(predicted),
         "device_hours": None if predicted.at_least else round(predicted.device_hours, 2),
         "downloads": ", ".join(sorted(filter(config.is_hub_id, names))) or "none",
-        "judge_calls": sum(2 * run.evaluation.questions * len(config.members(run)) for run in judged),
     }
 
 

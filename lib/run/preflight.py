@@ -8,7 +8,6 @@ no promise that what it lets pass will.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import netrc
 import os
@@ -33,7 +32,6 @@ SECONDS = 3.0  # that the hub is waited for
 GATED = ("meta-llama/",)  # owners whose models need an accepted license, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # of disk, where no estimate can be made
 DATA_GB = 1  # a preference data set, its cached tables and the prepared inputs
-JUDGE_EXTRA = ".venv/bin/pip install -c constraints.txt -e '.[judge]'"
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, an 8-bit scale per 64 weights, a float per 256 scales
 BYTES = {"float32": 4, "bfloat16": 2}
 ADAM_BYTES = 16  # per trained weight, all in float32: the weight, its gradient and two moments
@@ -149,7 +147,7 @@ def find_missing(runs: list[Run], machine: Machine | None = None) -> list[Findin
     for run in wanted:
         own = getattr(study_module(run.study), "needs", lambda run: [])  # what only this study knows of
         found += [*_gpus(run, machine), *_hub(run, machine), *_storage(run), *wandb(run, machine)]
-        found += [*_judge(run, machine), *own(run)]
+        found += own(run)
     return list(dict.fromkeys([*found, *(_disk(wanted, machine) if wanted else ())]))
 
 
@@ -251,7 +249,7 @@ def _hub(run: Run, machine: Machine) -> Iterator[Finding]:
     endpoint, have_token = _endpoint(machine.environ), token(machine.environ)
     for section, kind, prefix in (("model", "models", ""), ("dataset", "datasets", "datasets/")):
         part, key = getattr(run, section), f"{section}.name"
-        name, revision = ("nyu-mll/glue" if part.name == "glue" else part.name), getattr(part, "revision", None)
+        name, revision = part.name, getattr(part, "revision", None)
         if not is_hub_id(name) or cached_snapshot(machine.environ, kind, name, revision):
             continue
         options = " --repo-type dataset" * bool(prefix) + (f" --revision {revision}" if revision else "")
@@ -304,17 +302,6 @@ def _storage(run: Run) -> Iterator[Finding]:
         storage.url_of(run)
     except StudyError as error:
         yield Finding("error", error.where, f"{error.found}; expected {error.expected}", error.fix)
-
-
-def _judge(run: Run, machine: Machine) -> Iterator[Finding]:
-    if getattr(run.evaluation, "judge", None) != "mt_bench":
-        return
-    key, pending = "evaluation.judge", "training goes on and judging stays pending"
-    if importlib.util.find_spec("openai") is None:
-        yield Finding("warning", key, f"openai is not installed: {pending}", f"{JUDGE_EXTRA}, then ./run_all.sh judge")
-    if not any(machine.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
-        fix = "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"
-        yield Finding("warning", key, f"no judge endpoint: {pending}", fix)
 
 
 def _disk(runs: list[Run], machine: Machine) -> Iterator[Finding]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -388,7 +390,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.gradient_accumulation_steps": None,
         "training.logging_steps": 1,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "evaluation.judge": "none" if needs(run) else run.evaluation.judge,
+        "evaluation.judge": "none" if list(_mt_bench(run, MissingError)) else run.evaluation.judge,
     }
 
 
@@ -464,8 +466,21 @@ def _evaluation(run: Run) -> Faults:
 
 
 def needs(run: Run) -> list[Finding]:
-    """What must be on this machine before a full run: the questions that its members are to answer."""
-    return [Finding(*finding) for finding in _mt_bench(run, MissingError)]
+    """What must be on this machine before a full run: the questions that its members are to answer and, but that is
+    only a warning, a judge of the answers."""
+    return [Finding(*finding) for finding in (*_mt_bench(run, MissingError), *_judge(run))]
+
+
+def _judge(run: Run) -> Faults:
+    if run.evaluation.judge != "mt_bench":
+        return
+    key, pending = "evaluation.judge", "training goes on and judging stays pending"
+    if importlib.util.find_spec("openai") is None:
+        fix = ".venv/bin/pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"
+        yield "warning", key, f"openai is not installed: {pending}", fix
+    if not any(os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
+        fix = "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"
+        yield "warning", key, f"no judge endpoint: {pending}", fix
 
 
 def _mt_bench(run: Run, kind: type[StudyError]) -> Faults:
