@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gathered(value: Any) -> list:
+def all_gather(value: Any) -> list:
     """The processes' values, by rank."""
     if world() == 1:
         return [value]
@@ -52,9 +53,9 @@ def gathered(value: Any) -> list:
     return values
 
 
-def on_first(function: Callable[[], Any]) -> Any:
+def on_rank_zero(function: Callable[[], Any]) -> Any:
     """What `function` returns on rank 0, which alone calls it, on every rank: for what changes files."""
-    return gathered(function() if rank() == 0 else None)[0]
+    return all_gather(function() if rank() == 0 else None)[0]
 
 
 # ---- order and random state ----
@@ -76,8 +77,19 @@ class SeededOrder(torch.utils.data.Sampler):
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
+def seeded_batches(rows: list, size: int, seed: int) -> Iterator[list]:
+    """Batches of rows without end, epoch after epoch in SeededOrder."""
+    order, places = SeededOrder(len(rows), seed), []
+    while True:
+        while len(places) < size:
+            places += list(order)
+            order.set_epoch(order.epoch + 1)
+        yield [rows[place] for place in places[:size]]
+        places = places[size:]
+
+
 @contextlib.contextmanager
-def untouched_rng(device: torch.device) -> Iterator[None]:
+def preserve_rng(device: torch.device) -> Iterator[None]:
     """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -335,7 +347,7 @@ class StudyTrainer(Trainer):
     def fit(self) -> Outcome:
         """Train from the last complete checkpoint of this fingerprint, else from the start; a finished run is loaded."""
         transformers_logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
-        checkpoint = on_first(lambda: resume_point(self.folder, self.fingerprint))
+        checkpoint = on_rank_zero(lambda: resume_point(self.folder, self.fingerprint))
         marker = read_marker(checkpoint) if checkpoint else {}
         self.best_step, self.best_value = marker.get("best_step"), marker.get("best_value")
         if marker.get("done"):
@@ -386,7 +398,7 @@ class StudyTrainer(Trainer):
     def evaluate(self, *_, **__):
         """Write down `validate`; a new best asks for a checkpoint."""
         self.control.should_evaluate = False
-        with untouched_rng(self.model.device):
+        with preserve_rng(self.model.device):
             measured = self.validate()
         if measured:
             self.write({"step": self.state.global_step, **measured})
@@ -424,8 +436,8 @@ class StudyTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         Trainer._save_checkpoint(self, model, trial)  # without the model card that TRL writes every time
-        gathered(None)  # every process has written its part
-        on_first(self._complete_checkpoint)
+        all_gather(None)  # every process has written its part
+        on_rank_zero(self._complete_checkpoint)
 
     def _complete_checkpoint(self) -> None:
         place, step = Path(self.args.output_dir), self.state.global_step
@@ -433,3 +445,41 @@ class StudyTrainer(Trainer):
         marker = {"step": step, "fingerprint": self.fingerprint, "done": self.finished()}
         mark_complete(checkpoint, {**marker, "best_step": self.best_step, "best_value": self.best_value})
         keep_last_and_best(place, checkpoint, self.best_step)
+
+
+# ---- what a step costs ----
+
+
+def make_stepper(
+    model: torch.nn.Module, training, loss: Callable[[Any], torch.Tensor], after: Callable[[], Any] = lambda: None
+) -> Callable[[Any], float]:
+    """A function that takes one AdamW step on `loss(batch)`, then calls `after`, and returns its seconds. `training`
+    has learning_rate, weight_decay and max_grad_norm."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+    model.train()
+
+    def step(batch: Any) -> float:
+        start = time.perf_counter()
+        loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimizer.step()
+        after()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def time_interleaved(steppers: list[Callable], batches: Iterator, rounds: int, warm_up: int) -> list[list[float]]:
+    """Seconds of each stepper on the same batches, (rounds, steppers). Who goes first rotates, so that nobody profits
+    from warm caches or suffers from a clock that slows down; `warm_up` rounds come before the clock counts."""
+    orders, rows = list(itertools.permutations(range(len(steppers)))), []
+    for number in record.batches("measuring steps", range(rounds + warm_up)):
+        batch, seconds = next(batches), [0.0] * len(steppers)
+        for which in orders[number % len(orders)]:
+            seconds[which] = steppers[which](batch)
+        rows.append(seconds)
+    return rows[warm_up:]

@@ -68,7 +68,7 @@ def train(argument: dict) -> dict:
         folder=folder,
         on_evaluate=look,
     ).fit()
-    return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": training.gathered(held)}
+    return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": training.all_gather(held)}
 
 
 def scores(model, rows: list[dict]) -> list:

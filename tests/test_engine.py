@@ -22,7 +22,7 @@ from lib.errors import StudyError
 from lib.td_dpo import data, engine, losses, trainer
 from lib.td_dpo.engine import pair_scores, reference_columns, with_reference
 from lib.td_dpo.study import Training
-from lib.td_dpo.trainer import PreferenceTrainer, step_cost
+from lib.td_dpo.trainer import PreferenceTrainer
 
 WORDS = [
     a + b for a in ["b", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t"] for b in ["an", "et", "il", "os", "um", "ar"]
@@ -294,7 +294,7 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
         expected = plain_logprobs(model, ROWS)
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
         monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
-        monkeypatch.setattr(engine, "LEAST", 1)
+        monkeypatch.setattr(engine, "MIN_CHUNK", 1)
         got = engine.sequence_logprobs(model, ROWS, token_budget=300)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
@@ -306,7 +306,7 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     for elements in (2**24, 360 * 7):
         monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
-        monkeypatch.setattr(engine, "LEAST", 1)
+        monkeypatch.setattr(engine, "MIN_CHUNK", 1)
         model.zero_grad()
         with engine.completion_head(model):
             chosen, rejected = engine.batch_logprobs(model, layout(rows, PAD))
@@ -321,8 +321,8 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
 def test_the_heads_gradients_are_those_of_cross_entropy_in_float64(monkeypatch, weight, bias, kept, chunk):
     """Trained or frozen, with a bias or without, in chunks or whole, probabilities kept or computed again."""
     monkeypatch.setattr(engine, "CHUNK", {"cpu": chunk * 50})
-    monkeypatch.setattr(engine, "LEAST", 1)
-    monkeypatch.setattr(engine, "KEPT", kept)
+    monkeypatch.setattr(engine, "MIN_CHUNK", 1)
+    monkeypatch.setattr(engine, "MAX_KEPT", kept)
     draw = torch.Generator().manual_seed(0)
     hidden, matrix, offset = (
         torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))
@@ -877,8 +877,12 @@ def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def test_step_cost_pairs_every_batch():
-    both = {"name": "td_dpo", "beta": 0.1, "tau": 1.0}, DPO
-    pairs = step_cost(make_model, ROWS, REFERENCE["train"], both, Training(**TRAINING), 4, 0)
-    assert [p["pair"] for p in pairs] == [0, 1, 2, 3]
-    assert all(p["seconds"] > 0 and p["seconds_baseline"] > 0 for p in pairs)
+def test_steps_are_timed_on_the_same_batches_and_who_goes_first_rotates():
+    taken = []
+
+    def stepper(name):
+        return lambda batch: taken.append((name, batch)) or 1.0
+
+    rows = runs.time_interleaved([stepper("a"), stepper("b")], iter(range(9)), rounds=3, warm_up=1)
+    assert rows == [[1.0, 1.0]] * 3
+    assert taken == [(n, i) for i, names in enumerate(("ab", "ba", "ab", "ba")) for n in names]

@@ -92,7 +92,7 @@ def test_lora_a_has_no_gradient_at_initialization_and_the_base_weight_has():
 
 def test_sensitivities_equal_autograd_with_shared_projections():
     model = deberta()
-    weights = [layer.base_layer.weight.requires_grad_(True) for layer in penalty.adapted(model).values()]
+    weights = [layer.base_layer.weight.requires_grad_(True) for layer in penalty.lora_layers(model).values()]
     expected = torch.stack([g.norm() for g in torch.autograd.grad(trainer.task_loss(model.eval(), BATCH), weights)])
     for weight in weights:
         weight.requires_grad_(False)

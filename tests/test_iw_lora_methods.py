@@ -79,7 +79,7 @@ def test_head_warm_up_changes_s_and_nothing_else():
     model = deberta()
     run = laptop(**{"loss.head_warmup_steps": 5})
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with trainer.warmed_head(run, model, [BATCH]):
+    with trainer.warm_up_head(run, model, [BATCH]):
         warmed, _ = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -175,7 +175,7 @@ class Salelr(Fixed):
     def reset(self):
         self.ranges = []
 
-    def ranged(self, s: float) -> None:
+    def observe_range(self, s: float) -> None:
         self.ranges = [*self.ranges, s][-50:]
         middle = statistics.median(self.ranges)
         self.log_eta = clamp(math.log(max(s, 1e-12) / max(middle, 1e-12)), *pl.LOG_ETA)

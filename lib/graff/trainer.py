@@ -462,7 +462,7 @@ class BudgetTrainer(training.StudyTrainer):
             self.credit = {"inputs": held["inputs"], "z": held["z"], "a": float(self.plan.a), "eta": self.eta}
             self.credit["jacobian"] = optimizer.jacobian()
         if self.due(scheduler.wants_range):
-            scheduler.ranged(self.probes.range(self.model, held["inputs"], optimizer, scheduler.RHO))
+            scheduler.observe_range(self.probes.range(self.model, held["inputs"], optimizer, scheduler.RHO))
             self.clock.charge(3 * held["inputs"]["input_ids"].numel())
         scheduler.after(torch.cat(self.token_losses))
         used = self.clock.tick()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from lib import record
 from lib.errors import StudyError
-from lib.training import untouched_rng
+from lib.training import preserve_rng
 
 
-def adapted(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: layer} of every layer with a LoRA pair, in the model's order."""
     layers = model.named_modules()
     return {name: layer for name, layer in layers if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")}
@@ -33,13 +33,13 @@ def adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module):
+def preserve_state(model: nn.Module):
     """Evaluation mode without gradients inside; afterwards modes, flags, gradients and random state are what they
     were."""
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     modes = {m: m.training for m in model.modules()}
     try:
-        with untouched_rng(next(iter(flags)).device):
+        with preserve_rng(next(iter(flags)).device):
             model.eval()
             for parameter in flags:
                 parameter.requires_grad_(False)
@@ -57,15 +57,15 @@ def gradient_norms(
     model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, dict], Tensor]
 ) -> tuple[Tensor, int]:
     """(|| dL_b / dW_k ||_F as (N, K) in float32, number of batches left out because they were not finite), in the order
-    of `adapted`; the model is left as it was."""
-    weights = [layer.base_layer.weight for layer in adapted(model).values()]
+    of `lora_layers`; the model is left as it was."""
+    weights = [layer.base_layer.weight for layer in lora_layers(model).values()]
     if not weights:
         raise StudyError("model.adapter", "no LoRA pair in the model", "an adapted matrix", "check target_modules")
     if any(hasattr(w, "ds_id") or type(w).__name__ == "DTensor" for w in weights):
         expected = "whole matrices: sensitivities cannot be read from shards"
         raise StudyError("compute.strategy", "sharded weights", expected, "strategy: none")
     rows, skipped = [], 0
-    with undisturbed(model):
+    with preserve_state(model):
         norms = torch.zeros(len(weights))
 
         def read_norm(k: int):
@@ -165,10 +165,10 @@ def squared_norm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
-    """(A, B, scaling) of every LoRA pair, in the order of `adapted`. PEFT keeps A and B in float32."""
+    """(A, B, scaling) of every LoRA pair, in the order of `lora_layers`. PEFT keeps A and B in float32."""
     return [
         (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
-        for layer in adapted(model).values()
+        for layer in lora_layers(model).values()
     ]
 
 
@@ -185,7 +185,7 @@ def penalty(model: nn.Module, coefficients: Tensor, factors: bool = False) -> Te
 def delta_norms(model: nn.Module) -> list[float]:
     """|| Delta_k ||_F of every pair, of AdaLoRA's triplets B diag(E) A too."""
     norms = []
-    for layer in adapted(model).values():
+    for layer in lora_layers(model).values():
         a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
         if isinstance(layer.lora_A, nn.ParameterDict):  # AdaLoRA: parameters, with E between them
             a, scaling = a * layer.lora_E["default"], scaling / (float(layer.ranknum["default"]) + 1e-5)

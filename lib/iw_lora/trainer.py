@@ -4,6 +4,7 @@ the scores on validation."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from transformers import set_seed
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty
-from lib.training import SeededOrder, StudyTrainer, arguments, fingerprint
+from lib.training import StudyTrainer, arguments, fingerprint, make_stepper, seeded_batches, time_interleaved
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 60, 3  # rounds of steps in turns
@@ -76,7 +77,7 @@ def allocator_of(model: nn.Module):
 
 def ranks_used(model: nn.Module) -> dict[str, int]:
     """{matrix: triplets that are not pruned} of AdaLoRA."""
-    layers = {name: layer for name, layer in penalty.adapted(model).items() if hasattr(layer, "lora_E")}
+    layers = {name: layer for name, layer in penalty.lora_layers(model).items() if hasattr(layer, "lora_E")}
     return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in layers.items()}
 
 
@@ -207,12 +208,8 @@ def build(run, given: data.Inputs, seed: int, steps: int) -> nn.Module:
 
 def calibration_batches(run, given: data.Inputs, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
-    count, rows, size = run.loss.sensitivity_warmup_steps, given.rows["train"], run.training.batch_size
-    order, places = SeededOrder(len(rows), seed), []
-    while len(places) < count * size:
-        places += list(order)
-        order.set_epoch(order.epoch + 1)
-    chosen = [[rows[i] for i in places[b * size : (b + 1) * size]] for b in range(count)]
+    batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
+    chosen = itertools.islice(batches, run.loss.sensitivity_warmup_steps)
     return [on_device(collate(batch, given.tokenizer.pad_token_id)) for batch in chosen]
 
 
@@ -222,13 +219,13 @@ def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
     """(s (K,), number of batches left out): the sensitivities before any training."""
-    with warmed_head(run, model, batches):
+    with warm_up_head(run, model, batches):
         norms, skipped = penalty.gradient_norms(model, batches, task_loss)
     return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
 
 
 @contextlib.contextmanager
-def warmed_head(run, model: nn.Module, batches: list[dict]) -> Iterator[None]:
+def warm_up_head(run, model: nn.Module, batches: list[dict]) -> Iterator[None]:
     """The ablation head_warmup_steps: pooler and classifier trained alone for so many steps, and put back afterwards,
     so that nothing but s is different."""
     head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
@@ -327,7 +324,7 @@ def train(member, folder: Path, shared: Path) -> dict:
 
 def record_adapters(run, folder: Path, model: nn.Module, s: Tensor | None, term: Term | None) -> None:
     """adapters.json: s_k, w_k, coefficients, || Delta_k || at the end, AdaLoRA's ranks, and a rank_pattern for PEFT."""
-    names = [name.removeprefix("base_model.model.") for name in penalty.adapted(model)]
+    names = [name.removeprefix("base_model.model.") for name in penalty.lora_layers(model)]
     if not names:
         return
     row = {"matrices": names, "delta_norm": penalty.delta_norms(model), "ranks": ranks_used(model)}
@@ -341,28 +338,18 @@ def record_adapters(run, folder: Path, model: nn.Module, s: Tensor | None, term:
 
 
 def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], float]:
-    """A function that takes one optimizer step on a batch, AdaLoRA's allocation included, and returns its seconds."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    taken, adaptive = iter(range(1, 1_000_000)), allocator_of(model) is not None
-    model.train()
+    """Takes one optimizer step on a batch, AdaLoRA's allocation included, and returns its seconds."""
+    taken = itertools.count(1)
 
-    def step(batch: dict) -> float:
-        start = time.perf_counter()
-        loss = model(**batch).loss
-        if term is not None:
-            loss = loss + term.alpha * penalty.penalty(model, term.coefficients, term.factors)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
-        optimizer.step()
-        if adaptive:
+    def loss(batch: dict) -> Tensor:
+        task = model(**batch).loss
+        return task if term is None else task + term.alpha * penalty.penalty(model, term.coefficients, term.factors)
+
+    def allocate() -> None:
+        if allocator_of(model) is not None:
             model.base_model.update_and_allocate(next(taken))
-        optimizer.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    return step
+    return make_stepper(model, training, loss, allocate)
 
 
 def step_cost(run, folder: Path, shared: Path) -> None:
@@ -380,15 +367,11 @@ def step_cost(run, folder: Path, shared: Path) -> None:
     calibration_seconds = time.perf_counter() - began
     terms = (penalty_term(first.run, s, first.seed), None, None)
     steppers = [stepper(model, first.run.training, term) for model, term in zip(built, terms, strict=True)]
-    rows = []
-    for place in record.batches("measuring steps", range(rounds + warm_up)):
-        seconds = [0.0] * 3
-        for which in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))[place % 4]:
-            seconds[which] = steppers[which](batches[place % len(batches)])
-        own, lora, adalora = seconds
-        row = {"pair": place - warm_up, "seconds": own, "seconds_baseline": lora}
-        rows.append(row | {"step_seconds": own, "step_seconds_baseline": adalora})
-    record.write_jsonl(folder / "step_cost.jsonl", rows[warm_up:])
+    rows = [
+        {"pair": i, "seconds": own, "seconds_baseline": lora, "step_seconds": own, "step_seconds_baseline": adalora}
+        for i, (own, lora, adalora) in enumerate(time_interleaved(steppers, itertools.cycle(batches), rounds, warm_up))
+    ]
+    record.write_jsonl(folder / "step_cost.jsonl", rows)
     passes = run.training.optimizer_steps(len(given.rows["train"])) * run.training.gradient_accumulation_steps
     counts = {"passes": len(batches), "training_passes": passes, "share_of_passes": len(batches) / passes}
     record.write_json(folder / "calibration.json", {**counts, "seconds": calibration_seconds})

@@ -45,9 +45,9 @@ Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chos
 
 IGNORE = -100
 CHUNK = {"cpu": 2**23, "cuda": 2**25}  # logits of a chunk: on a CPU 32 MiB in float32; fewer rows make slower products
-FAINT = 1e-30  # a probability whose logarithm float32 still holds to all its digits
-LEAST = 128  # tokens of a chunk all the same: with fewer, each reads the whole weight for too few products
-KEPT = 2**27  # probabilities that a trained head keeps for its own gradient; beyond, each chunk is computed again
+SMALLEST_LOG = 1e-30  # a probability whose logarithm float32 still holds to all its digits
+MIN_CHUNK = 128  # tokens of a chunk all the same: with fewer, each reads the whole weight for too few products
+MAX_KEPT = 2**27  # probabilities that a trained head keeps for its own gradient; beyond, each chunk is computed again
 
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = logits.softmax(dim=-1)
     own = p.gather(1, targets[:, None])[:, 0]
-    values, faint = own.log(), own < FAINT
+    values, faint = own.log(), own < SMALLEST_LOG
     if faint.any():  # log sum exp = max logits - log max p; max p >= 1/V is far from underflow
         x = logits[faint]
         values[faint] = x.gather(1, targets[faint, None])[:, 0] - x.amax(dim=-1) + p[faint].amax(dim=-1).log()
@@ -72,7 +72,7 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, size):
         ctx.size, ctx.trained, ctx.bias = size, any(ctx.needs_input_grad[1:3]), bias is not None
-        ctx.kept = ctx.trained and len(targets) * len(weight) <= KEPT
+        ctx.kept = ctx.trained and len(targets) * len(weight) <= MAX_KEPT
         values, found = [], []
         for x, t in zip(hidden.split(size), targets.split(size), strict=True):
             value, p = _scores(x, weight, bias, t)
@@ -106,7 +106,7 @@ class _TokenScores(torch.autograd.Function):
 
 def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """log softmax(hidden W^T + b)[target], in nats: (N,) in float32 or wider, from (N, H), (V, H), (V,) and (N,)."""
-    size = max(CHUNK[weight.device.type if weight.device.type in CHUNK else "cuda"] // len(weight), LEAST)
+    size = max(CHUNK[weight.device.type if weight.device.type in CHUNK else "cuda"] // len(weight), MIN_CHUNK)
     if torch.is_autocast_enabled(weight.device.type):
         kind = torch.get_autocast_dtype(weight.device.type)
         hidden, weight, bias = (x if x is None else x.to(kind) for x in (hidden, weight, bias))

@@ -15,13 +15,27 @@ from torch import Tensor
 
 from lib import models, record, training
 from lib.td_dpo import generated, mt_bench
-from lib.td_dpo.engine import answer_questions, load_base, log_ratio_of_samples, pad_token, pair_scores, sample
-from lib.td_dpo.trainer import PreferenceTrainer, step_cost as measure_step_cost
+from lib.td_dpo.engine import (
+    answer_questions,
+    batch_logprobs,
+    completion_head,
+    layout,
+    load_base,
+    log_ratio_of_samples,
+    on_device,
+    pad_token,
+    pair_scores,
+    reference_columns,
+    sample,
+    with_reference,
+)
+from lib.td_dpo.losses import objective
+from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import Outcome
 
 SAMPLE_BATCH = 80
 MT_BATCH = 16  # long answers: their cached keys and values fill the memory
-COST_PAIRS = 120  # interleaved pairs of steps; what the power table of the claims assumes
+COST_ROUNDS = 120, 3  # interleaved pairs of steps, as the power table of the claims assumes, after those to warm up
 
 
 @dataclass
@@ -110,7 +124,7 @@ def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lamb
         if not prompts:
             return {}
         answers = sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
-        answers = training.gathered(answers)[0]  # what all processes score must be the same to the last token
+        answers = training.all_gather(answers)[0]  # what all processes score must be the same to the last token
         ratios = log_ratio_of_samples(now, frozen, answers).tolist()
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
 
@@ -197,9 +211,26 @@ def _mean(values: list) -> float | None:
 
 
 def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of this run's loss and of DPO at the same beta, in turns; writes step_cost.jsonl."""
-    given, seed, loss = load(shared), run.seed_list[0], run.loss.model_dump()
-    losses, steps = (loss, loss | {"name": "dpo", "tau": None}), 2 if run.mode == "trial" else COST_PAIRS
-    pairs, pad = (given.rows["train"], given.reference["train"]), pad_token(given.tokenizer)
-    rows = measure_step_cost(lambda: policy(run, given.base, seed), *pairs, losses, run.training, steps, seed, pad=pad)
-    record.write_jsonl(folder / "step_cost.jsonl", rows)
+    """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved; writes step_cost.jsonl."""
+    given, seed, own = load(shared), run.seed_list[0], run.loss.model_dump()
+    rounds, warm_up = (1, 1) if run.mode == "trial" else COST_ROUNDS
+    policies = {name: policy(run, given.base, seed) for name in ("own", "dpo")}
+
+    def stepper(model, section: dict) -> Callable[[dict], float]:
+        def loss(batch: dict) -> Tensor:
+            with completion_head(model):
+                return objective(section, *batch_logprobs(model, batch), batch)[0].mean()
+
+        return training.make_stepper(model, run.training, loss)
+
+    steppers = [stepper(policies["own"], own), stepper(policies["dpo"], own | {"name": "dpo", "tau": None})]
+    collate, pad = layout(policies["own"]), pad_token(given.tokenizer)
+    rows = with_reference(given.rows["train"], given.reference["train"])
+    size = run.training.global_batch_size if run.training.token_budget else run.training.per_device_train_batch_size
+    batches = (
+        on_device({**collate(batch, pad), **reference_columns(batch)}, policies["own"].device)
+        for batch in training.seeded_batches(rows, size, seed)
+    )
+    seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
+    pairs = [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]
+    record.write_jsonl(folder / "step_cost.jsonl", pairs)

@@ -8,7 +8,6 @@ function of four (B,) tensors (losses.py), and the run is recorded and resumed a
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ from lib.td_dpo.engine import (
     completion_head,
     keep_4bit_differentiable,
     layout,
-    on_device,
     pad_token,
     reference_columns,
     row_tokens,
@@ -36,7 +34,6 @@ from lib.td_dpo.engine import (
 )
 from lib.td_dpo.losses import objective, summary
 
-WARM_UP = 3  # pairs of steps run before the clock of step_cost counts: allocation, caches, lazy initialization
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
@@ -154,7 +151,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of this optimizer step, over all processes."""
-        return sum(shared.gathered(sum(batch["pairs"] for batch in batch_samples)))
+        return sum(shared.all_gather(sum(batch["pairs"] for batch in batch_samples)))
 
     def deferred_reduction(self) -> contextlib.AbstractContextManager:
         """Around every pass of a batch but the last one, for a model whose gradients are reduced over processes."""
@@ -187,12 +184,12 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         return shared.world() * values[: inputs["pairs"]].sum() / (num_items_in_batch or len(values))
 
     def measure(self) -> dict:
-        columns = torch.cat(shared.gathered(torch.cat(self.columns).cpu()))
+        columns = torch.cat(shared.all_gather(torch.cat(self.columns).cpu()))
         self.pairs = len(columns)
         return summary(columns)
 
     def throughput(self, seconds: float) -> dict:
-        tokens = sum(shared.gathered(self.tokens))
+        tokens = sum(shared.all_gather(self.tokens))
         return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": tokens / seconds}
 
     def validate(self) -> dict:
@@ -248,62 +245,3 @@ def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> 
     world = shared.world()
     batches = token_budget_batches([row_tokens(row) for row in rows], budget * world, largest and largest * world)
     return [[rows[index] for index in batch] for batch in batches]
-
-
-# ---- what a loss costs beside DPO (claim C5) ----
-
-
-def step_cost(
-    model: Callable,
-    rows: list[dict],
-    reference: Tensor,
-    losses: tuple,
-    training,
-    steps: int,
-    seed: int,
-    *,
-    pad: int = 0,
-) -> list[dict]:
-    """Paired step times of two losses: one {"pair", "seconds", "seconds_baseline"} per batch, `steps` of them.
-
-    Each loss trains its own fresh `model()` on the same batches; which of the two goes first alternates, so that
-    neither profits from warm caches or suffers from a clock that slows down.
-    """
-    batch_size = training.global_batch_size if training.token_budget else training.per_device_train_batch_size
-    trained = model(), model()
-    steppers = [_stepper(each, loss, training) for each, loss in zip(trained, losses, strict=True)]
-    collate, rows = layout(trained[0]), with_reference(rows, reference)
-    order, indices, pairs = shared.SeededOrder(len(rows), seed), [], []
-    for pair in range(-WARM_UP, steps):
-        while len(indices) < batch_size:
-            indices += list(order)
-            order.set_epoch(order.epoch + 1)
-        batch, indices = [rows[i] for i in indices[:batch_size]], indices[batch_size:]
-        batch = on_device({**collate(batch, pad), **reference_columns(batch)}, trained[0].device)
-        seconds = [0.0, 0.0]
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[which] = steppers[which](batch)
-        if pair >= 0:
-            pairs.append({"pair": pair, "seconds": seconds[0], "seconds_baseline": seconds[1]})
-    return pairs
-
-
-def _stepper(model: torch.nn.Module, loss: dict, training) -> Callable[[dict], float]:
-    """A function that takes one optimizer step on a batch and returns its seconds."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    model.train()
-
-    def step(batch: dict) -> float:
-        start = time.perf_counter()
-        with completion_head(model):
-            values, _ = objective(loss, *batch_logprobs(model, batch), batch)
-        values.mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return step
