@@ -14,21 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib import models, record, training
-from lib.td_dpo import generated, mt_bench
-from lib.td_dpo.engine import (
-    answer_questions,
-    batch_logprobs,
-    completion_head,
-    layout,
-    load_base,
-    log_ratio_of_samples,
-    on_device,
-    pad_token,
-    pair_scores,
-    reference_columns,
-    sample,
-    with_reference,
-)
+from lib.td_dpo import engine, generated, mt_bench
 from lib.td_dpo.losses import objective
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import Outcome
@@ -103,13 +89,13 @@ def policy(run, base: str, seed: int):
     """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
     # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
     storage = run.model.torch_dtype if training.world() > 1 and run.model.quantization == "nf4" else None
-    model = load_base(run, base, quant_storage=storage)
+    model = engine.load_base(run, base, quant_storage=storage)
     return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
 
 def frozen_base(run, base: str):
     """The frozen reference: None where it is the policy with its adapters off."""
-    return None if run.model.peft else load_base(run, base)
+    return None if run.model.peft else engine.load_base(run, base)
 
 
 def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
@@ -123,9 +109,9 @@ def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lamb
         """A few sampled answers: how far the policy has moved where it speaks itself."""
         if not prompts:
             return {}
-        answers = sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
+        answers = engine.sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
         answers = training.all_gather(answers)[0]  # what all processes score must be the same to the last token
-        ratios = log_ratio_of_samples(now, frozen, answers).tolist()
+        ratios = engine.log_ratio_of_samples(now, frozen, answers).tolist()
         return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
 
     trainer = kind(PreferenceTrainer)(
@@ -148,7 +134,7 @@ def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
-    scores = pair_scores(model, rows, given.reference["test"], pad=pad_token(given.tokenizer))
+    scores = engine.pair_scores(model, rows, given.reference["test"], pad=engine.pad_token(given.tokenizer))
     predictions = [
         {"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)
     ]
@@ -160,7 +146,7 @@ def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict
     metrics |= {name: _mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
     if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
         answers = judged_answers(run, model, given.tokenizer, seed)
-        ratios = log_ratio_of_samples(model, frozen, answers).tolist()
+        ratios = engine.log_ratio_of_samples(model, frozen, answers).tolist()
         for answer, ratio in zip(answers, ratios, strict=True):
             kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
             predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
@@ -186,14 +172,14 @@ def _sampling(run) -> dict:
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
     questions = generated.questions(run.evaluation.questions)
-    answers = answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
+    answers = engine.answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
     return [{**a, "score": generated.score(a["prompt"], a["text"])} for a in answers]
 
 
 @torch.no_grad()
 def base_score(run, given: Inputs) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
-    answers = judged_answers(run, load_base(run, given.base), given.tokenizer, run.seed_list[0])
+    answers = judged_answers(run, engine.load_base(run, given.base), given.tokenizer, run.seed_list[0])
     return _mean([a["score"] for a in answers])
 
 
@@ -218,17 +204,17 @@ def step_cost(run, folder: Path, shared: Path) -> None:
 
     def stepper(model, section: dict) -> Callable[[dict], float]:
         def loss(batch: dict) -> Tensor:
-            with completion_head(model):
-                return objective(section, *batch_logprobs(model, batch), batch)[0].mean()
+            with engine.completion_head(model):
+                return objective(section, *engine.batch_logprobs(model, batch), batch)[0].mean()
 
         return training.make_stepper(model, run.training, loss)
 
     steppers = [stepper(policies["own"], own), stepper(policies["dpo"], own | {"name": "dpo", "tau": None})]
-    collate, pad = layout(policies["own"]), pad_token(given.tokenizer)
-    rows = with_reference(given.rows["train"], given.reference["train"])
+    collate, pad = engine.layout(policies["own"]), engine.pad_token(given.tokenizer)
+    rows = engine.with_reference(given.rows["train"], given.reference["train"])
     size = run.training.global_batch_size if run.training.token_budget else run.training.per_device_train_batch_size
     batches = (
-        on_device({**collate(batch, pad), **reference_columns(batch)}, policies["own"].device)
+        engine.on_device({**collate(batch, pad), **engine.reference_columns(batch)}, policies["own"].device)
         for batch in training.seeded_batches(rows, size, seed)
     )
     seconds = training.time_interleaved(steppers, batches, rounds, warm_up)

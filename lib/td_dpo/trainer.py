@@ -20,18 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
-from lib.td_dpo.engine import (
-    batch_logprobs,
-    completion_head,
-    keep_4bit_differentiable,
-    layout,
-    pad_token,
-    reference_columns,
-    row_tokens,
-    sequence_logprobs,
-    token_budget_batches,
-    with_reference,
-)
+from lib.td_dpo import engine
 from lib.td_dpo.losses import objective, summary
 
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
@@ -71,22 +60,22 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         cut = training.token_budget is not None
         device_batch = training.global_batch_size // world if cut else training.per_device_train_batch_size
         self.loss_section, self.on_evaluate = loss, on_evaluate
-        self.validation = with_reference(validation, reference["validation"]) if validation else []
+        self.validation = engine.with_reference(validation, reference["validation"]) if validation else []
         if max_batches:
             self.validation = self.validation[: max_batches * training.global_batch_size]
-        self.pad = pad_token(tokenizer)
+        self.pad = engine.pad_token(tokenizer)
         self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
         tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows]
         mark = shared.fingerprint(loss, training.numbers(), seed, steps, tokens)
-        rows = with_reference(rows, reference["train"])
+        rows = engine.with_reference(rows, reference["train"])
         self.first_rows = rows[:device_batch]
-        keep_4bit_differentiable(model)
+        engine.keep_4bit_differentiable(model)
         super().__init__(
             model,
             Dataset.from_list(rows),
-            self._collate(layout(model)),
+            self._collate(engine.layout(model)),
             _arguments(model, training, steps, device_batch, seed, folder),
             folder=folder,
             fingerprint=mark,
@@ -106,8 +95,8 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         def one_pass(rows: list[dict]) -> dict:
             mine = rows[shared.rank() :: shared.world()]
             rows = mine or rows[:1]  # a process without a row still takes part, with nothing
-            tokens = sum(map(row_tokens, rows))
-            return {**collate(rows, self.pad), **reference_columns(rows), "pairs": len(mine), "tokens": tokens}
+            tokens = sum(map(engine.row_tokens, rows))
+            return {**collate(rows, self.pad), **engine.reference_columns(rows), "pairs": len(mine), "tokens": tokens}
 
         def all_passes(rows: list[dict]) -> dict:
             passes = [one_pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
@@ -126,15 +115,15 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         """A run at laptop scale touches no network."""
 
     def fit(self) -> shared.Outcome:
-        with completion_head(self.model):
+        with engine.completion_head(self.model):
             outcome = super().fit()
         self.model.zero_grad(set_to_none=True)
         return outcome
 
     def begin(self) -> None:
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
-        table = sequence_logprobs(self.model, self.first_rows, pad=self.pad)
-        columns = reference_columns(self.first_rows, table.dtype)
+        table = engine.sequence_logprobs(self.model, self.first_rows, pad=self.pad)
+        columns = engine.reference_columns(self.first_rows, table.dtype)
         reference = torch.stack([columns["ref_chosen_logps"], columns["ref_rejected_logps"]], dim=1)
         low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
         slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
@@ -177,7 +166,7 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
             raise OutOfMemory(step, found, "a batch that fits the device", fix) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        chosen, rejected = batch_logprobs(model, inputs)
+        chosen, rejected = engine.batch_logprobs(model, inputs)
         values, columns = objective(self.loss_section, chosen, rejected, inputs)
         self.columns.append(columns[: inputs["pairs"]])
         self.tokens += inputs["tokens"]
@@ -195,8 +184,8 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
     def validate(self) -> dict:
         measured = {}
         if self.validation:
-            table = sequence_logprobs(self.model, self.validation, pad=self.pad)
-            columns = objective(self.loss_section, *table.unbind(dim=1), reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
+            table = engine.sequence_logprobs(self.model, self.validation, pad=self.pad)
+            columns = objective(self.loss_section, *table.unbind(dim=1), engine.reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
             means = summary(columns)
             measured = {f"validation_{name}": means[name] for name in VALIDATED}
         more = self.on_evaluate(self.state.global_step, self.model) if self.on_evaluate else None
@@ -243,5 +232,7 @@ def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> 
     if not budget:
         return [rows]
     world = shared.world()
-    batches = token_budget_batches([row_tokens(row) for row in rows], budget * world, largest and largest * world)
+    batches = engine.token_budget_batches(
+        [engine.row_tokens(row) for row in rows], budget * world, largest and largest * world
+    )
     return [[rows[index] for index in batch] for batch in batches]
