@@ -1,7 +1,7 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 nobody read the output to its end (|
+started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 the output was closed early (|
 head). A refuted claim is a result, not a failure.
 """
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         prog="./run_all.sh",
         description="Run the studies; without a command: all of them in full at laptop scale.",
         epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left "
-        "something, 130 interrupted, 141 nobody read the output to its end (| head).",
+        "something, 130 interrupted, 141 the output was closed early (| head).",
     )
     add = top.add_argument
     add(
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "the records; pull: judge the studies from W&B; judge: have saved answers graded; lab: JupyterLab; test",
     )
     add("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
-    add("--mode", choices=("full", "trial"), help="for plan, status and report (default full)")
+    add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
     add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")

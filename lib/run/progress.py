@@ -1,4 +1,4 @@
-"""What the command line shows: the plan, how a run comes along, the table of a finished one, the verdicts, the status, and
+"""What the command line shows: the plan, progress, the table of a finished run, the verdicts, the status, and
 who works in an outputs folder."""
 
 import contextlib
@@ -100,7 +100,7 @@ def seconds_left(state: dict | None) -> float | None:
 
 
 class Live:
-    """How a run comes along, now and then in a line: rewritten in place on a terminal, one after another elsewhere."""
+    """Progress in a line: rewritten in place on a terminal, a new one now and then elsewhere."""
 
     def __init__(self, runner):
         self.runner, self.shown = runner, set()
