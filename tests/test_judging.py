@@ -1,5 +1,6 @@
 """Grading by a loopback endpoint that answers well, badly, slowly, with errors, and dies: no grade is invented."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -36,20 +37,42 @@ def judge_server(monkeypatch):
     served.close()
 
 
-def answers(ids=(81, 104, 106, 111)):
-    return [{"question": i, "turn": t, "text": f"answer {i} turn {t}"} for i in ids for t in (1, 2)]
+KINDS = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
 
 
-def graded(data, cache, **more):
-    """(requests with their score, {key: judgement})."""
-    asked = judging.requests(mt_bench.read(data), answers(), "judge")
-    judging.grade_requests(asked, "judge", cache, **{"workers": 1, **more})
-    kept = judging.load_cache(cache)
-    return [{**row, "score": kept.get(row["key"], {}).get("score")} for row in asked], kept
+def write_answers(folder, data, about=""):
+    """The answers of a member that was trained with the MT-Bench in `data`."""
+    asked = {number: mt_bench.digest(question) for number, question in mt_bench.read(data)["questions"].items()}
+    rows = [
+        {
+            "question": i,
+            "category": kind,
+            "turn": t,
+            "text": f"{about}answer {i} turn {t}",
+            "length": 5,
+            "asked": asked[i],
+        }
+        for i, kind in KINDS.items()
+        for t in (1, 2)
+    ]
+    record.write_jsonl(folder / "answers.jsonl", rows)
 
 
-def total(kept, name):
-    return sum(judgement[name] for judgement in kept.values())
+def asked_of(data, folder, model="judge"):
+    write_answers(folder, data)
+    return judging.requests(folder, model, str(data))
+
+
+def graded(data, cache, workers=1):
+    """(requests with their score, the replies to each)."""
+    asked = asked_of(data, cache.parent)
+    judging.grade(
+        judging.list_unanswered([asked], judging.read_replies(cache)),
+        kept := judging.read_replies(cache),
+        cache,
+        workers,
+    )
+    return [{**row, "score": judging.score(kept[row["key"]])} for row in asked], kept
 
 
 @pytest.mark.parametrize(
@@ -72,11 +95,8 @@ def test_a_rating_is_one_number_from_1_to_10_or_none(reply, score):
     assert judging.rating(reply) == score
 
 
-def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_first(data):
-    asked = {
-        (r["question"], r["turn"]): r["messages"][1]["content"]
-        for r in judging.requests(mt_bench.read(data), answers(), "judge")
-    }
+def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_first(data, tmp_path):
+    asked = {(r["question"], r["turn"]): r["messages"][1]["content"] for r in asked_of(data, tmp_path)}
     assert "ref" not in asked[81, 1] + asked[81, 2]
     assert "answer 81 turn 1" in asked[81, 2]
     assert "second" not in asked[81, 1]
@@ -85,32 +105,30 @@ def test_prompts_are_guided_where_they_should_be_and_the_second_turn_shows_the_f
     assert "ref-two-106" in asked[106, 2]
 
 
-def test_grades_are_kept_for_ever_and_the_cost_is_told_before_and_counted_after(data, judge_server, tmp_path):
-    bench, cache = mt_bench.read(data), tmp_path / "j.jsonl"
-    before = judging.cost(judging.requests(bench, answers(), "judge"), {}, (1.0, 2.0))
-    assert (before["calls"], before["cached"]) == (8, 0)
-    assert before["price"] == pytest.approx((before["prompt_tokens"] + 2 * 8 * judging.REPLY_TOKENS) / 1e6)
+def test_no_reply_is_paid_twice_and_another_judge_is_asked_anew(data, judge_server, tmp_path):
+    cache = tmp_path / "j.jsonl"
     rows, kept = graded(data, cache, workers=4)
     assert [r["score"] for r in rows] == [7.0] * 8
-    assert [total(kept, name) for name in judging.COUNTED] == [8, 80, 16]
     assert {r["temperature"] for r in judge_server.seen} == {0}
+    assert judging.Judge(model="judge").add_up(sum(kept.values(), [])) == {
+        "calls": 8,
+        "prompt_tokens": 80,
+        "completion_tokens": 16,
+        "cost": None,
+    }
     graded(data, cache)
     assert len(judge_server.seen) == 8
-    others = judging.cost(judging.requests(bench, answers(), "other"), judging.load_cache(cache), (None, None))
-    assert (others["calls"], others["price"]) == (8, None)
+    assert len(judging.list_unanswered([asked_of(data, tmp_path, "other")], judging.read_replies(cache))) == 8
 
 
 @pytest.mark.parametrize("bad", ["no rating", "[[2]] and [[9]]", "[[11]]"])
-def test_an_unparsed_grade_is_asked_thrice_then_null_and_counted(data, judge_server, tmp_path, bad):
+def test_a_reply_without_a_grade_is_asked_for_thrice_and_gives_no_score(data, judge_server, tmp_path, bad):
     judge_server.script = lambda n, request: (
         200,
         completion(bad if "first 81" in request["messages"][1]["content"] else "[[4]]"),
     )
-    rows, kept = graded(data, tmp_path / "j.jsonl")
-    told = judging.summary(rows)
-    assert [r["score"] for r in rows if r["question"] == 81] == [None, None]
-    assert (told["unparsed"], told["graded"], told["mt_bench_score"]) == (2, 6, 4.0)
-    assert total(kept, "calls") == 6 + 2 * 3
+    rows, _ = graded(data, tmp_path / "j.jsonl")
+    assert [r["score"] for r in rows] == [None, None, *[4.0] * 6]
     graded(data, tmp_path / "j.jsonl")
     assert len(judge_server.seen) == 6 + 2 * 3
 
@@ -154,9 +172,9 @@ def test_a_reply_and_its_tokens_are_kept_as_they_come(data, judge_server, tmp_pa
         ),
     )
     monkeypatch.delenv("OPENAI_API_KEY")
-    asked = judging.requests(mt_bench.read(data), answers(), "org/judge")
-    judging.grade_requests(asked[:1], "org/judge", tmp_path / "j.jsonl")
-    (row,) = judging.load_cache(tmp_path / "j.jsonl").values()
+    asked = asked_of(data, tmp_path, "org/judge")
+    (row,) = judging.grade(asked[:1], judging.read_replies(tmp_path / "j.jsonl"), tmp_path / "j.jsonl")
+    assert [row] == record.read_jsonl(tmp_path / "j.jsonl")
     assert (row["reply"], row["score"], row["estimated"]) == (text, 5.0, False)
     assert (row["prompt_tokens"], row["completion_tokens"]) == (70, 9)
     (sent,) = judge_server.seen
@@ -178,11 +196,12 @@ def test_what_is_under_way_when_another_request_fails_is_kept(data, judge_server
     judge_server.script = script
     with pytest.raises(StudyError, match="HTTP 401"):
         graded(data, tmp_path / "j.jsonl", workers=2)
-    assert [row["score"] for row in judging.replies(tmp_path / "j.jsonl")] == [6.0]
+    assert [row["score"] for row in record.read_jsonl(tmp_path / "j.jsonl")] == [6.0]
     assert len(judge_server.seen) == 2
 
 
-def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_server, tmp_path):
+def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "TIMEOUT", 0.5)
     again = threading.Event()
 
     def slow_once(n, request):
@@ -192,7 +211,7 @@ def test_a_slow_judge_is_given_up_at_its_time_limit_and_asked_again(data, judge_
         return 200, completion("[[6]]")
 
     judge_server.script = slow_once
-    rows, _ = graded(data, tmp_path / "j.jsonl", timeout=0.5)
+    rows, _ = graded(data, tmp_path / "j.jsonl")
     assert len(rows) == 8
     first = judge_server.seen[0]["messages"]
     assert [request["messages"] for request in judge_server.seen].count(first) >= 2
@@ -204,9 +223,9 @@ def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeate
     monkeypatch.setattr(judging, "RETRIES", 1)  # gives up soon
     cache = tmp_path / "j.jsonl"
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 3 else (None, "")
-    with pytest.raises(MissingError, match="the same command again"):
+    with pytest.raises(judging.JudgeError, match="rerun the same command to resume"):
         graded(data, cache)
-    assert len(judging.load_cache(cache)) == 3
+    assert len(judging.read_replies(cache)) == 3
     done = [r["messages"] for r in judge_server.seen[:3]]
     with open(cache, "a") as file:
         file.write('{"key": "torn')  # the process was killed inside a line
@@ -216,7 +235,7 @@ def test_a_judge_that_dies_leaves_what_it_graded_and_no_answered_call_is_repeate
     assert len(judge_server.seen) == 5
     assert not [r for r in judge_server.seen if r["messages"] in done]
     assert sorted(r["score"] for r in rows) == [6.0] * 3 + [9.0] * 5
-    assert len(judging.load_cache(cache)) == 8
+    assert len(judging.read_replies(cache)) == 8
 
 
 def test_a_refused_key_is_no_reason_to_try_again(data, judge_server, tmp_path):
@@ -224,14 +243,6 @@ def test_a_refused_key_is_no_reason_to_try_again(data, judge_server, tmp_path):
     with pytest.raises(StudyError, match="HTTP 401"):
         graded(data, tmp_path / "j.jsonl")
     assert len(judge_server.seen) == 1
-
-
-def test_the_second_score_leaves_out_the_wrong_references():
-    rows = [
-        {"question": q, "category": "math", "turn": 1, "score": s} for q, s in ((111, 2.0), (112, 8.0), (113, None))
-    ]
-    told = judging.summary(rows)
-    assert (told["mt_bench_score"], told["mt_bench_score_corrected"], told["unparsed"]) == (5.0, 8.0, 1)
 
 
 def test_the_key_is_sent_as_a_header_and_is_nowhere_else(outputs, judge_server, capsys):
@@ -269,7 +280,7 @@ def test_what_is_missing_is_found_before_training(data, tmp_path):
         assert config.trial(run).evaluation.judge == ("mt_bench" if place == data or faulty else "none")
 
 
-def test_answers_resume_with_the_same_text_and_no_question_asked_twice(data, tmp_path, monkeypatch):
+def test_answers_resume_with_the_same_text_and_no_batch_asked_twice(data, tmp_path, monkeypatch):
     """Batches of one: the answer to a question does not depend on where the member was interrupted."""
     bench, asked, dies_after = mt_bench.read(data), [], [99]
 
@@ -323,25 +334,14 @@ def outputs(data, tmp_path, monkeypatch):
         for seed in (1, 2, 3):
             folder = place / "laptop-full" / "td_dpo" / method / "members" / f"default-s{seed}"
             settings = {"evaluation": evaluation, "method": method, "loss": {"beta": 0.05, "tau": 1.0}}
-            made = {
-                "config": settings,
-                "run_id": method,
-                "study": "td_dpo",
-                "cell": {},
-                "cell_name": "default",
-                "seed": seed,
-                "key": {"code": "c", "all": "k"},
-            }
+            spec = {"config": settings, "run_id": method, "study": "td_dpo", "cell": {}, "cell_name": "default"}
             status = "diverged" if seed == 3 else "completed"
-            record.write_json(folder / "member.json", made)
-            record.write_json(folder / "done.json", {"status": status, "run_id": method, "key": made["key"]})
+            record.write_json(folder / "member.json", {**spec, "seed": seed})
+            record.write_json(folder / "done.json", {"status": status, "run_id": method})
             record.write_json(folder / "metrics.json", {"status": status, "implicit_accuracy": 0.6})
             record.write_jsonl(folder / "predictions.jsonl", [{"kind": "pair", "pair": 0, "rho": 1.0}])
             if seed != 3:
-                record.write_jsonl(
-                    folder / "answers.jsonl",
-                    [{**row, "text": f"{method} {seed} {row['text']}", "length": 5} for row in answers()],
-                )
+                write_answers(folder, data, f"{method} {seed} ")
     return place
 
 
@@ -353,18 +353,15 @@ def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_o
     judge_server.script = lambda n, request: (200, completion(f"[[{grade_of(request):g}]]"))
     assert cli.main(["judge", "--dry-run", "--model", "m", "--price-in", "30", "--price-out", "60"]) == 0
     told = capsys.readouterr().out
-    assert "32 judge calls, 0 cached" in told
-    assert "9600 reply tokens; about 0.59 in all" in told  # 32 replies of 300 tokens are 0.576, the short prompts 0.02
+    assert "to be sent: about 32 calls" in told
+    assert "9600 reply tokens, 0.59 in all" in told  # 32 replies of 300 tokens are 0.576, the short prompts 0.02
     assert not judge_server.seen
     assert cli.main(["judge", "--model", "m", "--price", "1000000"]) == 0
     assert len(judge_server.seen) == 32
     told = capsys.readouterr().out
-    assert "32 calls, 320 prompt and 64 reply tokens, 384.00 in all" in told
+    assert told.index("to be sent") < told.index("spent: 32 calls, 320 prompt and 64 reply tokens, 384.00 in all")
     for folder in folders(outputs):
-        asked = judging.requests(
-            mt_bench.read(outputs.parent / "bench"), record.read_jsonl(folder / "answers.jsonl"), "m"
-        )
-        wanted = {(row["question"], row["turn"]): grade_of(row) for row in asked}
+        wanted = {(row["question"], row["turn"]): grade_of(row) for row in judging.requests(folder, "m")}
         rows = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] == "answer"]
         assert {(row["question"], row["turn"]): row["score"] for row in rows} == wanted
         assert rows[0]["category"] == "writing"
@@ -375,9 +372,9 @@ def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_o
         assert metrics["mt_bench_score_corrected"] == pytest.approx(
             sum(v for (q, _), v in wanted.items() if q not in (104, 111)) / 4
         )
-        assert len(record.read_jsonl(folder / "judgements.jsonl")) == 8
-    (log,) = record.read_jsonl(outputs / "laptop-full/td_dpo/comparison/judging.jsonl")
-    assert (log["spent"]["calls"], log["cost"], log["told_before"]["calls"]) == (32, 384.0, 32)
+        assert len(record.read_jsonl(folder / "judgments.jsonl")) == 8
+        spent = {"calls": 8, "prompt_tokens": 80, "completion_tokens": 16, "cost": 96.0}
+        assert record.read_json(folder / "judged.json")["spent"] == spent
     before = {p: p.read_bytes() for p in outputs.rglob("*.json*") if p.is_file()}
     assert cli.main(["judge", "--model", "m"]) == 0
     assert before == {p: p.read_bytes() for p in outputs.rglob("*.json*") if p.is_file()}
@@ -415,16 +412,16 @@ def test_what_the_command_needs_is_named_and_nothing_is_sent(outputs, judge_serv
     [
         ("https://me:pass@api.example.com/v1", "api.example.com"),
         ("http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
-        ("localhost:8000/v1", "localhost:8000"),
-        ("http://odd:port/v1", "odd"),
+        ("localhost:8000/v1", ""),
+        ("http://odd:port/v1", "odd:port"),
     ],
 )
 def test_records_name_an_endpoint_without_user_or_path(base, name, monkeypatch):
-    assert judging.host(base) == name
+    monkeypatch.setenv("OPENAI_BASE_URL", base)
+    assert judging.host() == name
     if "port" in base or "//" not in base:  # no address: said before anything is sent
-        monkeypatch.setenv("OPENAI_BASE_URL", base)
         with pytest.raises(MissingError, match="correct OPENAI_BASE_URL"):
-            judging.probe()
+            asyncio.run(judging.connect())
 
 
 def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge_server, capsys):
@@ -436,7 +433,7 @@ def test_questions_in_other_words_than_those_answered_are_refused(outputs, judge
     assert not judge_server.seen
 
 
-def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_server):
+def test_grading_that_is_killed_resumes_without_paying_twice(outputs, judge_server):
     reached, killed = threading.Event(), threading.Event()
 
     def slowly(number, request):
@@ -470,12 +467,13 @@ def test_grading_that_is_killed_goes_on_without_paying_twice(outputs, judge_serv
     assert len(list(outputs.rglob("judged.json"))) == 4
 
 
-def test_a_judge_that_dies_under_the_command_leaves_whole_members_graded(outputs, judge_server, monkeypatch, capsys):
+def test_a_judge_that_dies_under_the_command_ends_it_and_its_replies_are_kept(
+    outputs, judge_server, monkeypatch, capsys
+):
     monkeypatch.setattr(judging, "RETRIES", 1)  # gives up soon
     judge_server.script = lambda n, request: (200, completion("[[6]]")) if n <= 20 else (None, "")
     assert cli.main(["judge", "--model", "m", "--workers", "1"]) == 1
-    assert "the same command again" in capsys.readouterr().err
-    assert len(list(outputs.rglob("judged.json"))) == 2
+    assert "rerun the same command to resume" in capsys.readouterr().err
     judge_server.script = lambda n, request: (200, completion("[[6]]"))
     judge_server.seen.clear()
     assert cli.main(["judge", "--model", "m"]) == 0
@@ -489,9 +487,10 @@ def test_a_refused_answer_is_counted_and_asked_about_again_and_has_no_score(outp
         else (200, completion("[[6]]", usage=False))
     )
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 1
-    assert "1 of these refused" in capsys.readouterr().out
-    made = record.read_json(folders(outputs)[0] / "judged.json")
-    assert (made["refused"], made["unparsed"], made["graded"], made["spent"]["estimated"]) == (1, 1, 7, True)
+    assert "1 of them refused" in capsys.readouterr().out
+    judged = record.read_json(folders(outputs)[0] / "judged.json")
+    assert (judged["refused"], judged["mt_bench_unparsed"], judged["spent"]["calls"]) == (1, 1, 7)
+    assert all(row["estimated"] for row in record.read_jsonl(folders(outputs)[0] / "judgments.jsonl"))
     judge_server.seen.clear()
     judge_server.script = lambda n, request: (200, completion("[[8]]"))
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 0
@@ -518,7 +517,7 @@ def test_retry_after_is_waited_for(data, judge_server, tmp_path, status):
 
 def test_a_wait_of_hours_is_left_for_a_later_call(data, judge_server, tmp_path):
     judge_server.script = lambda n, request: (429, "{}", {"Retry-After": "7200"})
-    with pytest.raises(MissingError, match="the same command again"):
+    with pytest.raises(judging.JudgeError, match="rerun the same command"):
         graded(data, tmp_path / "j.jsonl")
     assert len(judge_server.seen) == 1
 
@@ -563,7 +562,7 @@ def test_claims_wait_for_the_grades_and_never_take_another_score(outputs, judge_
     assert (verdict.beside[-1]["estimate"], verdict.beside[-1]["decides"]) == (without.estimate, False)
 
 
-def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
+def test_scores_of_two_judges_are_not_mixed(outputs, judge_server, capsys):
     assert cli.main(["judge", "--model", "one", "--run", "dpo"]) == 0
     assert cli.main(["judge", "--model", "two", "--run", "td_dpo"]) == 0
     by, rows, verdict, loaded = analysed(outputs)
@@ -571,9 +570,11 @@ def test_scores_of_two_judges_are_not_mixed(outputs, judge_server):
     assert verdict.verdict == "not evaluated"
     assert "one: 2 members" in verdict.reason
     assert report.primary(loaded, by) == "implicit_accuracy"
+    capsys.readouterr()
     assert cli.main(["judge", "--model", "one"]) == 0
+    assert "2 graded by two, which this replaces, 2 graded; judge one" in capsys.readouterr().out
     assert analysed(outputs)[2].estimate is not None
-    assert {row["model"] for row in record.read_jsonl(folders(outputs)[-1] / "judgements.jsonl")} == {"one", "two"}
+    assert {row["model"] for row in record.read_jsonl(folders(outputs)[-1] / "judgments.jsonl")} == {"one"}
     by, rows, verdict, _ = analysed(outputs, judges=("mt_bench", "oracle"))
     assert rows.empty
     assert "different judges" in verdict.reason
@@ -630,44 +631,20 @@ def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
     assert (searched["trials"], searched["final"]["mt_bench_score"], searched["final"]["seeds"]) == (3, 5.5, 2)
 
 
-def test_a_second_judge_that_dies_half_way_leaves_no_score_under_the_firsts_name(tmp_path, monkeypatch):
-    folder, cache = tmp_path / "run" / "members" / "x-s1", tmp_path / "cache.jsonl"
-    folder.mkdir(parents=True)
-    record.write_jsonl(folder / "answers.jsonl", [{"question": 81, "turn": 1, "text": "a", "length": 1}])
-    record.write_json(folder / "metrics.json", {"status": "completed"})
-    record.write_jsonl(folder / "predictions.jsonl", [])
-
-    def grade(model, score):
-        asked = [{"question": 81, "category": "writing", "turn": 1, "messages": [], "key": model}]
-        record.append_jsonl(
-            cache,
-            {
-                "key": model,
-                "model": model,
-                "endpoint": "e",
-                "question": 81,
-                "turn": 1,
-                "score": score,
-                "calls": 1,
-                "prompt_tokens": 1,
-                "completion_tokens": 1,
-                "estimated": False,
-                "reply": "",
-            },
-        )
-        judging.finish(folder, asked, judging.load_cache(cache), cache, model, (None, None))
-
-    grade("first", 9.0)
-    assert judging.due(folder, "first") == ""
-    write = record.write_json
+def test_a_second_judge_that_dies_while_it_is_recorded_leaves_no_score_under_the_firsts_name(
+    outputs, judge_server, monkeypatch
+):
+    folder, write = folders(outputs)[0], record.write_json
+    assert cli.main(["judge", "--model", "first"]) == 0
+    assert judging.reason_to_grade(folder, "first") == ""
 
     def dies(path, value):
         if path.name == judging.JUDGED:
             raise KeyboardInterrupt
         write(path, value)
 
+    judge_server.script = lambda n, request: (200, completion("[[2]]"))
     monkeypatch.setattr(record, "write_json", dies)
-    with pytest.raises(KeyboardInterrupt):
-        grade("second", 2.0)
+    assert cli.main(["judge", "--model", "second"]) == 130
     assert record.read_json(folder / "metrics.json")["mt_bench_score"] == 2.0
-    assert judging.due(folder, "first") != "", "what is in the record is not the first judge's"
+    assert judging.reason_to_grade(folder, "first") != "", "what is in the record is not the first judge's"

@@ -1,9 +1,9 @@
 """MT-Bench answers graded by a judge at any OpenAI-compatible endpoint. Every reply is kept: nothing is paid twice.
 
-A member saves its answers when it is evaluated (mt_bench.py); `./run_all.sh judge` grades them later. For each member
-`due` says why it is to be graded, `read` what is to be asked, `grade_requests` asks, and `finish` writes the grades
-into its record: predictions.jsonl then holds a graded answer per question and turn and metrics.json the scores, as if
-they had been measured when the member was trained; judged.json says by whom, and is written last.
+A member saves its answers when it is evaluated (mt_bench.py); `./run_all.sh judge` (lib/run/judge.py) grades them later.
+For each member `reason_to_grade` says whether there is anything to do, `requests` what to ask, `grade` asks, and
+`finish` writes the grades into its record: predictions.jsonl then holds a graded answer per question and turn and
+metrics.json the scores, as if they had been measured when the member was trained; judged.json names the judge.
 
 The endpoint is OPENAI_BASE_URL (a local vLLM server will do) and its key OPENAI_API_KEY; the key is sent as a header
 and written nowhere.
@@ -12,70 +12,65 @@ and written nowhere.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import json
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import filelock
-
 from lib import record
+from lib.config import NonNegative, Section
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import mt_bench
 
-ANSWERS, JUDGED, REPLIES = "answers.jsonl", "judged.json", "judgements.jsonl"  # files of a member
+ANSWERS, JUDGED, REPLIES = "answers.jsonl", "judged.json", "judgments.jsonl"  # files of a member
 # 13 of the 30 reference answers are wrong: a second score leaves their questions out.
 WRONG_REFERENCES = frozenset({104, 105, 109, 111, 113, 114, 120, 122, 124, 125, 126, 128, 130})
 RATINGS = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 ASKED_AGAIN = 2  # further calls where a reply holds no grade
 MAX_TOKENS = 2048  # of a reply
 REPLY_TOKENS = 300  # expected of a reply, for the cost shown before anything is sent
+TIMEOUT = 120.0  # seconds without a byte, after which a request is given up and retried
 RETRIES = 7  # of a request that failed in passing, by the client: 0.5 s, 1 s, 2 s, ... apart, or as Retry-After says
-COUNTED = ("calls", "prompt_tokens", "completion_tokens")
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[judge]'"
 
+Replies = dict[str, list[dict]]  # of the judge, by the key of the request
 
-# ---- prompts and ratings
+
+# ---- what is asked, and what a reply says
 
 
-def messages(bench: dict, question: dict, answers: Sequence[str], turn: int) -> list[dict]:
-    """FastChat's single-answer grading request for `turn` (1 or 2); `answers` holds the model's answers up to it."""
+def messages(bench: dict, question: dict, answers: Sequence[str]) -> list[dict]:
+    """FastChat's single-answer grading request for the last of the model's `answers`: one for turn 1, two for turn 2."""
     guided = question["category"] in mt_bench.WITH_REFERENCE
-    name = f"single-{'math-' if guided else ''}v1{'-multi-turn' if turn == 2 else ''}"
-    if name not in bench["prompts"]:
-        raise StudyError("judge_prompts.jsonl", f"no prompt {name}", "FastChat's four single-answer prompts")
-    if turn == 1:
-        values = {"question": question["turns"][0], "answer": answers[0]}
-    else:
-        values = {f"question_{k}": text for k, text in enumerate(question["turns"], 1)}
-        values |= {f"answer_{k}": text for k, text in enumerate(answers, 1)}
-    if guided:
-        values |= {f"ref_answer_{k}": text for k, text in enumerate(bench["references"][question["id"]][:2], 1)}
-    prompt = bench["prompts"][name]
+    references = bench["references"][question["id"]] if guided else ()
+    values = {"question": question["turns"][0], "answer": answers[0]}
+    for name, texts in (("question", question["turns"]), ("answer", answers), ("ref_answer", references)):
+        values |= {f"{name}_{number}": text for number, text in enumerate(texts, 1)}
+    prompt = bench["prompts"][f"single-{'math-' * guided}v1{'-multi-turn' * (len(answers) == 2)}"]
     return [
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**values)},
     ]
 
 
-def requests(bench: dict, answers: list[dict], model: str) -> list[dict]:
-    """One grading request per answer (question, turn, text), with the key that its judgement is kept under. A second
-    turn needs the answer to the first."""
-    texts = {(row["question"], row["turn"]): row["text"] for row in answers}
-    asked = []
-    for number, turn in sorted(texts):
-        question = bench["questions"].get(number)
-        if question is None or turn not in (1, 2) or (number, 1) not in texts:
-            found = f"question {number}, turn {turn}"
-            raise StudyError("the answers", found, "questions of this MT-Bench, each with turn 1")
-        body = messages(bench, question, [texts[number, t] for t in range(1, turn + 1)], turn)
-        identity = {"question": number, "category": question["category"], "turn": turn}
-        asked.append({**identity, "messages": body, "key": record.digest([model, body])})
+def requests(folder: Path, model: str, data: str | None = None) -> list[dict]:
+    """The answers of the member in `folder`, each with the `messages` that have it graded and the `key` that replies to
+    them are kept under. `data`: MT-Bench's folder, where not the one that the member was trained with; its questions
+    must be those that were answered."""
+    place = data or record.read_json(folder / "member.json")["config"]["evaluation"]["mt_bench"]
+    bench, answers = mt_bench.read(place), record.read_jsonl(folder / ANSWERS)
+    asked, texts = [], {}
+    for row in sorted(answers, key=lambda row: (row["question"], row["turn"])):
+        question = bench["questions"].get(row["question"])
+        if question is None or row["asked"] != mt_bench.digest(question):
+            found = f"question {row['question']} was answered in other words than {place} has"
+            raise StudyError(str(folder), found, "the MT-Bench that was answered", "--data DIR with that one")
+        texts.setdefault(row["question"], []).append(row["text"])
+        body = messages(bench, question, texts[row["question"]])
+        asked.append({**row, "model": model, "messages": body, "key": record.digest([model, body])})
     return asked
 
 
@@ -83,261 +78,174 @@ def rating(reply: str) -> float | None:
     """The one rating from 1 to 10 in `reply`: [[x]], else [x]. None where there is none, one outside the scale, or two
     that differ (FastChat would take the first of these; here such a reply is not a grade)."""
     for pattern in RATINGS:
-        found = {float(number) for number in pattern.findall(reply)}
-        if found:
-            value = found.pop()
-            return value if not found and 1 <= value <= 10 else None
+        if found := {float(number) for number in pattern.findall(reply)}:
+            return found.pop() if len(found) == 1 and 1 <= min(found) <= 10 else None
     return None
 
 
-def summary(graded: Sequence[dict]) -> dict:
-    """Scores of graded answers (question, category, turn, score). A missing grade is counted and left out of the means,
-    never read as 0. `corrected` leaves out the questions whose reference is known to be wrong."""
+# ---- replies, kept whatever becomes of the runs
 
-    def mean(rows: Iterable[dict]) -> float | None:
-        present = [row["score"] for row in rows if row["score"] is not None]
-        return sum(present) / len(present) if present else None
 
-    categories = sorted({row["category"] for row in graded})
-    return {
-        "mt_bench_score": mean(graded),
-        "mt_bench_score_corrected": mean(row for row in graded if row["question"] not in WRONG_REFERENCES),
-        "unparsed": sum(row["score"] is None for row in graded),
-        "graded": sum(row["score"] is not None for row in graded),
-        "by_turn": {str(turn): mean(row for row in graded if row["turn"] == turn) for turn in (1, 2)},
-        "by_category": {name: mean(row for row in graded if row["category"] == name) for name in categories},
-    }
+def read_replies(cache: Path, folders: Iterable[Path] = ()) -> Replies:
+    """Those in a cache file, and those in members' records that it lacks: a lost cache costs nothing."""
+    kept: Replies = defaultdict(list)
+    for path in (cache, *(folder / REPLIES for folder in folders)):
+        known = set(kept)
+        for row in record.read_jsonl(path):
+            if row["key"] not in known:
+                kept[row["key"]].append(row)
+    return kept
+
+
+def score(replies: Sequence[dict]) -> float | None:
+    """The grade among the replies to one request."""
+    return next((row["score"] for row in replies if row["score"] is not None), None)
+
+
+def is_final(replies: Sequence[dict]) -> bool:
+    """Whether a request needs no further call: it has a grade, or every reply allowed came without one."""
+    return score(replies) is not None or len(replies) > ASKED_AGAIN
+
+
+def list_unanswered(asked: Iterable[list[dict]], kept: Replies) -> list[dict]:
+    """The requests of these members that are still to be sent, each once."""
+    return list({row["key"]: row for rows in asked for row in rows if not is_final(kept[row["key"]])}.values())
+
+
+def expected_reply(request: dict) -> dict:
+    """The tokens that a request will take, at four characters each."""
+    characters = sum(len(message["content"]) for message in request["messages"])
+    return {"prompt_tokens": characters // 4, "completion_tokens": REPLY_TOKENS}
+
+
+class Judge(Section):
+    """Which judge (params/judge.yaml), and what a million tokens cost there."""
+
+    model: str
+    price_in: NonNegative | None = None
+    price_out: NonNegative | None = None
+
+    def add_up(self, replies: Iterable[dict]) -> dict:
+        """Calls, tokens and cost of replies; the cost is None where a price is not known."""
+        rows = [(row["prompt_tokens"], row["completion_tokens"]) for row in replies]
+        prompt, reply = sum(row[0] for row in rows), sum(row[1] for row in rows)
+        known = self.price_in is not None and self.price_out is not None
+        cost = (prompt * self.price_in + reply * self.price_out) / 1e6 if known else None
+        return {"calls": len(rows), "prompt_tokens": prompt, "completion_tokens": reply, "cost": cost}
+
+
+def describe(sums: dict) -> str:
+    """What `add_up` returns, in words."""
+    known = sums["cost"] is not None
+    cost = f"{sums['cost']:.2f} in all" if known else "cost unknown (--price-in, --price-out per million)"
+    return f"{sums['calls']} calls, {sums['prompt_tokens']} prompt and {sums['completion_tokens']} reply tokens, {cost}"
 
 
 # ---- the endpoint
 
 
-def endpoint(environ=os.environ) -> tuple[str, str]:
-    """(address of the API, key; empty where there is none). MissingError where neither is set."""
-    base, secret = environ.get("OPENAI_BASE_URL", "").strip(), environ.get("OPENAI_API_KEY", "").strip()
+def host() -> str:
+    """The endpoint as records name it: host and port, no user, no path."""
+    return urlsplit(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com").netloc.rpartition("@")[2]
+
+
+async def connect():
+    """OpenAI's client of an endpoint that answers and takes the key; MissingError otherwise, before anything is paid
+    for."""
+    base, secret = (os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
     if not base and not secret:
         found = "neither OPENAI_BASE_URL nor OPENAI_API_KEY is set"
         fix = "export OPENAI_BASE_URL=http://localhost:8000/v1, or OPENAI_API_KEY; the answers are kept"
         raise MissingError("the judge", found, "an OpenAI-compatible endpoint", fix)
-    return (base or "https://api.openai.com/v1").rstrip("/"), secret
-
-
-def host(base: str) -> str:
-    """The endpoint as records name it: host and port, no user, no path."""
-    parts = urlsplit(base if "//" in base else f"//{base}")
-    try:
-        return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
-    except ValueError:  # no port number
-        return parts.hostname or ""
-
-
-def connect(timeout: float):
-    """OpenAI's client of the endpoint; a request is given up after `timeout` seconds without a byte, and retried."""
-    base, secret = endpoint()
     try:
         import openai
     except ImportError:
         raise MissingError("the judge", "openai is not installed", "the extra `judge`", INSTALL) from None
-    return openai.AsyncOpenAI(base_url=base, api_key=secret or "none", max_retries=RETRIES, timeout=timeout)
-
-
-def probe(seconds: float = 10.0) -> None:
-    """Raises MissingError where nothing answers at the endpoint, or it refuses the key, before anything is paid for."""
-
-    async def list_models() -> None:
-        async with connect(seconds) as client:
-            await client.with_options(max_retries=0).models.list()
-
+    key = secret or "none"
     try:
-        asyncio.run(list_models())
-    except StudyError:
-        raise
-    except Exception as error:
+        client = openai.AsyncOpenAI(base_url=base or None, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+        await client.with_options(max_retries=0, timeout=10.0).get("/models", cast_to=object)
+    except Exception as error:  # openai's own, and httpx's where the address is none
         status = getattr(error, "status_code", None)
-        if status in (401, 403):
-            found, fix = f"refuses the key (HTTP {status})", "correct OPENAI_API_KEY"
-        elif status is None:  # no connection, or no address at all
-            found, fix = f"does not answer ({type(error).__name__})", "start it, or correct OPENAI_BASE_URL"
-        else:  # a server without a list of models
-            return
-        raise MissingError("the judge", f"{host(endpoint()[0])} {found}", "an endpoint that answers", fix) from None
+        if status in (None, 401, 403):
+            found = f"{host()} " + (f"answers HTTP {status}" if status else f"does not answer ({type(error).__name__})")
+            fix = "start it, or correct OPENAI_BASE_URL and OPENAI_API_KEY"
+            raise MissingError("the judge", found, "an endpoint that takes the key", fix) from None
+    return client
 
 
-class Refused(Exception):
-    """The endpoint will not grade this one answer (a filter, a prompt that is too long)."""
+class JudgeError(StudyError):
+    """The judge fails while it grades; what it has graded is kept."""
+
+    exit_code = 1
+
+    def __init__(self, found: str, fix: str = "rerun the same command to resume: no answered call is paid again"):
+        super().__init__("the judge", found, "an endpoint that grades", fix)
 
 
-async def ask(client, model: str, body: list[dict]) -> tuple[str, dict]:
-    """(text, usage) of the judge's reply at temperature 0, as they came."""
+async def ask(client, request: dict) -> dict | None:
+    """The judge's reply at temperature 0, as it is kept: its score is None where it holds no grade, and its tokens are
+    estimated where they are not counted. None where this one answer is refused (a filter, too long a prompt)."""
     import openai
 
-    again = "the same command again: what is graded is kept and not asked again"
+    sent = {name: request[name] for name in ("model", "messages")} | {"temperature": 0, "max_tokens": MAX_TOKENS}
     for attempt in range(RETRIES + 1):
         try:
-            response = await client.chat.completions.with_raw_response.create(
-                model=model, messages=body, temperature=0, max_tokens=MAX_TOKENS
-            )
+            response = await client.chat.completions.create(**sent)
+            text, usage = response.choices[0].message.content or "", response.usage
+            counts = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+            estimated = None in counts.values()
+            if estimated:
+                counts = expected_reply(request) | {"completion_tokens": len(text) // 4}
+            about = {name: request[name] for name in ("key", "model", "question", "turn")} | {"endpoint": host()}
+            return {**about, "score": rating(text), **counts, "estimated": estimated, "reply": record.redact(text)}
         except openai.APIError as error:
             status = getattr(error, "status_code", None)
-            found = f"HTTP {status}" if status else type(error).__name__
             if status in (400, 413, 422):
-                raise Refused(found) from None
-            if status is None or status in (408, 409, 429) or status >= 500:
-                raise MissingError("the judge", found, "an endpoint that answers", again) from None
-            raise StudyError("the judge", found, "an answer", "check the model's name and the key") from None
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            reply = json.loads(response.content)
-            text, usage = reply["choices"][0]["message"]["content"] or "", reply.get("usage")
-            if isinstance(text, str):
-                return text, usage if isinstance(usage, dict) else {}
-        await asyncio.sleep(min(0.5 * 2**attempt, 8.0))  # a proxy's page, say: as the client does after a failure
-    raise MissingError("the judge", "replies that are no chat completions", "an endpoint that answers", again)
+                return None
+            found = f"HTTP {status}" if status else type(error).__name__
+            if status and status < 500 and status not in (408, 409, 429):
+                raise JudgeError(found, "check the model's name and the key") from None
+            raise JudgeError(found) from None
+        except (ValueError, LookupError, TypeError, AttributeError):  # no chat completion: a proxy's page, say
+            await asyncio.sleep(min(0.5 * 2**attempt, 8.0))  # as the client does after a failure
+    raise JudgeError("replies that are no chat completions")
 
 
-# ---- judgements, kept for ever in a file of replies
+def grade(waiting: list[dict], kept: Replies, cache: Path, workers: int = 8) -> list[dict]:
+    """Ask until each request is final in `kept`, or refused; returns the replies, each appended to `cache` as soon as it
+    is there. JudgeError when the judge stays away or refuses everything: then nothing more is asked, and what is under
+    way is waited for."""
+    record.write_jsonl(cache, record.read_jsonl(cache))  # cuts off a torn line, which the next row would continue
+    queue, replies, done, refused = deque(waiting), [], 0, 0
 
+    async def work(client) -> None:
+        nonlocal done, refused
+        try:
+            while queue:
+                request = queue.popleft()
+                own = kept[request["key"]]
+                while not is_final(own) and (reply := await ask(client, request)):
+                    record.append_jsonl(cache, reply)
+                    own.append(reply)
+                    replies.append(reply)
+                done, refused = done + 1, refused + (not is_final(own))
+                if done == refused > ASKED_AGAIN:
+                    raise JudgeError("every request is refused", "check the model's name and the endpoint's log")
+                if done % 50 == 0 or done == len(waiting):
+                    print(f"  {done} of {len(waiting)} answers graded", flush=True)
+        finally:  # after a failure the other workers end with what they are at
+            queue.clear()
 
-def replies(path: Path) -> list[dict]:
-    """The rows of a file of replies. A torn last line is cut off, so that the next one does not continue it."""
-    rows = record.read_jsonl(path)
-    if rows and not path.read_bytes().endswith(b"\n"):
-        record.write_jsonl(path, rows)
-    return rows
+    async def work_all() -> None:
+        async with await connect() as client:
+            works = [work(client) for _ in range(min(workers, len(waiting)))]
+            for failure in filter(None, await asyncio.gather(*works, return_exceptions=True)):
+                raise failure
 
-
-def add(kept: dict[str, dict], row: dict) -> None:
-    """Count a reply to its judgement in `kept`: the grade of the last reply that holds one, and what all took."""
-    before = kept.get(row["key"], {"score": None, **dict.fromkeys(COUNTED, 0)})
-    score = before["score"] if row["score"] is None else row["score"]
-    kept[row["key"]] = {**row, "score": score, **{name: before[name] + row[name] for name in COUNTED}}
-
-
-def load_cache(path: Path) -> dict[str, dict]:
-    """{key: judgement} of a file of replies."""
-    kept: dict[str, dict] = {}
-    for row in replies(path):
-        add(kept, row)
-    return kept
-
-
-def settled(kept: dict[str, dict], key: str) -> bool:
-    """Whether this answer needs no further call: it has a grade, or every reply allowed came without one."""
-    return key in kept and (kept[key]["score"] is not None or kept[key]["calls"] > ASKED_AGAIN)
-
-
-def price(prompt: int, reply: int, prices: Sequence[float | None]) -> float | None:
-    """Of so many tokens, at (prompt, reply) prices per million; None where a price is not known."""
-    of_prompt, of_reply = prices
-    return None if of_prompt is None or of_reply is None else (prompt * of_prompt + reply * of_reply) / 1e6
-
-
-def cost(asked: list[dict], kept: dict, prices: Sequence[float | None]) -> dict:
-    """What grading would take: calls, tokens (estimated, four characters each) and price."""
-    waiting = {row["key"]: row for row in asked if not settled(kept, row["key"])}
-    prompt, reply = sum(map(_prompt_tokens, waiting.values())), REPLY_TOKENS * len(waiting)
-    return {
-        "calls": len(waiting),
-        "cached": sum(row["key"] not in waiting for row in asked),
-        "prompt_tokens": prompt,
-        "reply_tokens": reply,
-        "price": price(prompt, reply, prices),
-    }
-
-
-def describe(before: dict) -> str:
-    """What `cost` found, in one line."""
-    price = "cost unknown (--price-in, --price-out per million)"
-    if before["price"] is not None:
-        price = f"about {before['price']:.2f} in all"
-    tokens = f"about {before['prompt_tokens']} prompt and {before['reply_tokens']} reply tokens"
-    return f"{before['calls']} judge calls, {before['cached']} cached; {tokens}; {price}"
-
-
-def _prompt_tokens(row: dict) -> int:
-    return sum(len(message["content"]) for message in row["messages"]) // 4
-
-
-def reply_row(row: dict, model: str, base: str, text: str, usage: dict) -> dict:
-    """A reply as it is kept; its score is None where it holds no grade. Tokens are estimated where none are counted."""
-    tokens = {name: usage.get(name) for name in COUNTED[1:]}
-    estimated = not all(isinstance(count, int) for count in tokens.values())
-    if estimated:
-        tokens = {"prompt_tokens": _prompt_tokens(row), "completion_tokens": len(text) // 4}
-    return {
-        "key": row["key"],
-        "model": model,
-        "endpoint": host(base),
-        "question": row["question"],
-        "turn": row["turn"],
-        "score": rating(text),
-        "calls": 1,
-        **tokens,
-        "estimated": estimated,
-        "reply": record.redact(text),
-    }
-
-
-def grade_requests(
-    asked: list[dict],
-    model: str,
-    cache: Path,
-    *,
-    workers: int = 8,
-    timeout: float = 120.0,
-    on_graded: Callable[[int, int], None] = lambda done, of: None,
-) -> None:
-    """Ask until each request has its judgement in the cache; a refused one has none there.
-
-    Raises MissingError when the judge stays away, StudyError when it refuses everything or another process is grading
-    into this cache; every reply until then is kept. At the first failure nothing more is asked, and what is under way
-    has `timeout` seconds to come back.
-    """
-    base, refused, answered, graded = endpoint()[0], set(), 0, 0
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = filelock.FileLock(f"{cache}.lock").acquire(timeout=2)
-    except filelock.Timeout:
-        raise StudyError(str(cache), "another process is grading into it", "one at a time", "wait for it") from None
-    with lock:
-        kept = load_cache(cache)
-        waiting = deque({row["key"]: row for row in asked if not settled(kept, row["key"])}.values())
-        count = len(waiting)
-
-        async def grade_one(client, row: dict) -> None:
-            nonlocal answered
-            try:
-                while not settled(kept, row["key"]):
-                    reply = reply_row(row, model, base, *await ask(client, model, row["messages"]))
-                    record.append_jsonl(cache, reply)  # at once: a kill costs only the calls that are under way
-                    add(kept, reply)
-                    answered += 1
-            except Refused as error:
-                refused.add(row["key"])
-                if len(refused) > ASKED_AGAIN and not answered:
-                    fix = "check the model's name and what the endpoint's log says"
-                    raise StudyError("the judge", f"{error} for every request", "an answer", fix) from None
-
-        async def work(client) -> None:
-            nonlocal graded
-            while waiting:
-                await grade_one(client, waiting.popleft())
-                graded += 1
-                on_graded(graded, count)
-
-        async def grade_all() -> None:
-            async with connect(timeout) as client:
-                tasks = [asyncio.create_task(work(client)) for _ in range(min(workers, count))]
-                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-                waiting.clear()
-                _, late = await asyncio.wait(tasks, timeout=timeout)
-                for task in late:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                for task in ended:
-                    task.result()  # raises what failed first
-
-        if count:
-            asyncio.run(grade_all())
+    if waiting:
+        asyncio.run(work_all())
+    return replies
 
 
 # ---- grades in the members' records
@@ -352,86 +260,42 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / ANSWERS).read_bytes()).hexdigest()
 
 
-def due(folder: Path, model: str) -> str:
+def reason_to_grade(folder: Path, model: str) -> str:
     """Why the member in `folder` is to be graded by `model`; the empty string where its grades are up to date."""
     judged = record.read_json(folder / JUDGED)
     if not judged:
         return "not graded"
     if judged["model"] != model:
-        return f"graded by {judged['model']}"
+        return f"graded by {judged['model']}, which this replaces"
     if judged["answers"] != _digest(folder):
-        return "its answers changed"
-    return f"{judged['refused']} answers were refused" if judged["refused"] else ""
+        return "with answers that changed since"
+    return "with answers that were refused" if judged["refused"] else ""
 
 
-def read(folders: Iterable[Path], model: str, data: str | None) -> dict[Path, list[dict]]:
-    """{member's folder: its grading requests}. `data`: MT-Bench's folder, where not the one that the member was trained
-    with. MissingError where that is not there, StudyError where its questions are not those that were answered."""
-    benches: dict[str, dict] = {}
-    asked = {}
-    for folder in folders:
-        place = data or record.read_json(folder / "member.json")["config"]["evaluation"]["mt_bench"]
-        if place not in benches:
-            benches[place] = mt_bench.read(place)
-        answers = record.read_jsonl(folder / ANSWERS)
-        for row in answers:
-            question = benches[place]["questions"].get(row["question"])
-            if question and row.get("asked") not in (None, mt_bench.digest(question)):
-                found = f"question {row['question']} was answered in other words than {place} has"
-                raise StudyError(str(folder), found, "the MT-Bench that was answered", "--data DIR with that one")
-        asked[folder] = requests(benches[place], answers, model)
-    return asked
+def _mean(graded: Iterable[dict]) -> float | None:
+    scores = [row["score"] for row in graded if row["score"] is not None]
+    return sum(scores) / len(scores) if scores else None
 
 
-def gather(folders: Iterable[Path], cache: Path) -> None:
-    """Replies that records hold, earlier attempts' too, into the cache where it lacks them: a lost cache costs
-    nothing."""
-    cached = {row["key"] for row in replies(cache)}
-    for folder in folders:
-        earlier = (folder.parent.parent / "attempts").glob(f"{folder.name}.*/{REPLIES}")
-        for path in (folder / REPLIES, *earlier):
-            rows = [row for row in record.read_jsonl(path) if row["key"] not in cached]
-            for row in rows:
-                record.append_jsonl(cache, row)
-            cached |= {row["key"] for row in rows}
-
-
-def finish(folder: Path, asked: list[dict], kept: dict[str, dict], cache: Path, model: str, prices: tuple) -> dict:
-    """Write a member's grades into its record; returns judged.json. An answer that was refused, or whose every reply
-    was without a grade, has none and is counted; no score stands in for it."""
-    texts = {(row["question"], row["turn"]): row for row in record.read_jsonl(folder / ANSWERS)}
-    wanted = {row["key"] for row in asked}
-    own = [row for row in replies(cache) if row["key"] in wanted]
-    others = [row for row in record.read_jsonl(folder / REPLIES) if row["key"] not in wanted]
-    # From here to its end the record is neither the old judge's nor the new one's.
-    (folder / JUDGED).unlink(missing_ok=True)
-    record.write_jsonl(folder / REPLIES, [*others, *own])
-    predictions = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
-    graded = []
-    for row in asked:
-        answer, score = texts[row["question"], row["turn"]], kept.get(row["key"], {}).get("score")
-        identity = {name: row[name] for name in ("question", "category", "turn")}
-        shown = {name: answer.get(name) for name in ("length", "text")}
-        graded.append({"kind": "answer", "judge": "mt_bench", **identity, "score": score, **shown})
-    record.write_jsonl(folder / "predictions.jsonl", [*predictions, *graded])
-    counts = summary(graded)
-    scores = {name: counts.pop(name) for name in ("mt_bench_score", "mt_bench_score_corrected")}
-    metrics = record.read_json(folder / "metrics.json", {})
-    record.write_json(folder / "metrics.json", {**metrics, **scores, "mt_bench_unparsed": counts["unparsed"]})
-    spent = {name: sum(kept[key][name] for key in wanted if key in kept) for name in COUNTED}
-    judged = {
-        "judge": "mt_bench",
-        "model": model,
-        "endpoints": sorted({row["endpoint"] for row in own}),
-        "answers": _digest(folder),
-        "refused": len(wanted - set(kept)),
-        **scores,
-        **counts,
-        "spent": {
-            **spent,
-            "price": price(spent["prompt_tokens"], spent["completion_tokens"], prices),
-            "estimated": any(row["estimated"] for row in own),
-        },
+def finish(folder: Path, asked: list[dict], kept: Replies, judge: Judge) -> dict:
+    """Write a member's grades into its record; returns judged.json, which is written last. An answer that was refused,
+    or whose every reply was without a grade, has none and is counted; no score stands in for it."""
+    own, graded = [reply for request in asked for reply in kept[request["key"]]], []
+    for request in asked:
+        row = {**request, "score": score(kept[request["key"]])}
+        names = ("question", "category", "turn", "score", "length", "text")
+        graded.append({"kind": "answer", "judge": "mt_bench", **{name: row[name] for name in names}})
+    scores = {
+        "mt_bench_score": _mean(graded),
+        "mt_bench_score_corrected": _mean(row for row in graded if row["question"] not in WRONG_REFERENCES),
+        "mt_bench_unparsed": sum(row["score"] is None for row in graded),
     }
-    record.write_json(folder / JUDGED, judged)
+    (folder / JUDGED).unlink(missing_ok=True)  # until the new one is there the record is neither judge's
+    record.write_jsonl(folder / REPLIES, own)
+    predictions = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
+    record.write_jsonl(folder / "predictions.jsonl", [*predictions, *graded])
+    record.write_json(folder / "metrics.json", {**record.read_json(folder / "metrics.json", {}), **scores})
+    judged = {"model": judge.model, "endpoints": sorted({row["endpoint"] for row in own}), "answers": _digest(folder)}
+    judged |= {"refused": sum(not is_final(kept[request["key"]]) for request in asked), **scores}
+    record.write_json(folder / JUDGED, judged := {**judged, "spent": judge.add_up(own)})
     return judged
