@@ -6,12 +6,14 @@ texts: it exercises a YAML end to end where the hub cannot be reached (trial); w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
     DebertaV2ForSequenceClassification,
@@ -20,9 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3ForCausalLM,
+    get_scheduler,
 )
 
-from lib import hub, record
+from lib import hub, models as base_models, record
 from lib.errors import StudyError
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
@@ -72,15 +75,12 @@ def train_bpe_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     chat_template: str | None = CHATML,
-    special_tokens: dict | None = None,
+    special_tokens: dict = QWEN_TOKENS,
     min_frequency: int = 0,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` (any text can be encoded: all bytes are in its alphabet).
-
-    `special_tokens` maps names such as eos_token to strings; a [CLS]/[SEP] pair is put round every encoded text.
-    """
-    special = dict(special_tokens or QWEN_TOKENS)
-    names = [name for value in special.values() for name in ([value] if isinstance(value, str) else value)]
+    `special_tokens` maps names such as eos_token to strings."""
+    names = [name for value in special_tokens.values() for name in ([value] if isinstance(value, str) else value)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(names) + len(alphabet):
         least = f"at least {len(names) + len(alphabet)}: {len(alphabet)} bytes and {len(names)} special tokens"
@@ -96,6 +96,30 @@ def train_bpe_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _wrapped(tokenizer, special_tokens, chat_template)
+
+
+def word_tokenizer(
+    words: Iterable[str],
+    special_tokens: dict,
+    pieces: pre_tokenizers.PreTokenizer,
+    *,
+    decoder: decoders.Decoder | None = None,
+    normalizer: normalizers.Normalizer | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the special ones and `words`, in their order; `pieces` takes a text apart."""
+    vocabulary = {word: i for i, word in enumerate([*special_tokens.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
+    tokenizer.pre_tokenizer = pieces
+    if decoder:
+        tokenizer.decoder = decoder
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    return _wrapped(tokenizer, special_tokens)
+
+
+def _wrapped(tokenizer: Tokenizer, special: dict, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """As transformers has it; where there is a [CLS] and a [SEP], they are put round every encoded text."""
     if "cls_token" in special:
         first, last = special["cls_token"], special["sep_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -145,42 +169,64 @@ def write_stand_in(
 
 
 def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
     loss: Callable[[], Tensor],
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    steps: int,
+    folder: Path,
     on_step: OnStep,
+    *,
+    steps: int,
+    learning_rate: float,
+    warm_up: int,
+    schedule: str = "linear",
+    head: Iterable[nn.Parameter] = (),
+    **adamw: Any,
 ) -> float:
-    """Take `steps` optimizer steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1; returns
-    the mean loss of the last tenth of the steps."""
-    losses = []
+    """Take `steps` steps of AdamW on `loss()`, the loss of the next batch, with gradients clipped to norm 1, and save
+    model and tokenizer in `folder`; returns the mean loss of the last tenth of the steps. `head`: parameters trained
+    along and not kept."""
+    parameters, losses = [*model.parameters(), *head], []
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, **adamw)
+    rate = get_scheduler(schedule, optimizer, warm_up, steps)
+    model.train()
     for step in record.batches("pretraining of the made model", range(1, steps + 1)):
         value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
+        rate.step()
         optimizer.zero_grad()
         losses.append(value.item())
         on_step(step, steps, losses[-1])
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
 def base_model(
-    run, folder: Path, texts: Iterable[str], make: Callable[[Path, OnStep], float]
-) -> tuple[str, float | None]:
-    """(name or folder of the run's base model, closing loss of its pretraining). Where its name is 'made',
-    `make(folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without the hub a stand-in
-    is made of `texts`."""
-    place = folder / "base"
-    if run.model.name == "made":
+    run, folder: Path, texts: Iterable[str], make: Callable[[Path, OnStep], float], needs_chat_template: bool = False
+) -> tuple[Any, dict]:
+    """(tokenizer, {base: name or folder, stand_in, pretraining_loss}) of the run's base model. Where its name is
+    'made', `make(folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without the hub a
+    stand-in is made of `texts`."""
+    base, closing = run.model.name, None
+    if base == "made":
         (folder / "history.jsonl").unlink(missing_ok=True)
 
         def on_step(step: int, steps: int, loss: float) -> None:
             record.append_jsonl(folder / "history.jsonl", {"step": step, "steps": steps, "loss": loss})
 
-        return str(place), make(place, on_step)
-    if run.mode == "trial" and hub.out_of_reach(run.model.name):
-        return str(write_stand_in(run.model.name, place, texts)), None
-    return run.model.name, None
+        base, closing = str(folder / "base"), make(folder / "base", on_step)
+    elif run.mode == "trial" and hub.out_of_reach(base):
+        base = str(write_stand_in(base, folder / "base", texts))
+    options = {"trust_remote_code": run.model.trust_remote_code, "needs_chat_template": needs_chat_template}
+    facts = {"base": base, "stand_in": base != run.model.name != "made", "pretraining_loss": closing}
+    return base_models.load_tokenizer(base, run.model.revision, **options), facts
+
+
+def write_inputs(folder: Path, tokenizer, report: dict, **files: Any) -> None:
+    """Write what all members of a run share, for models.load_inputs: each of `files` as JSON under its name."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for name, content in files.items():
+        record.write_text(folder / f"{name}.json", json.dumps(content, ensure_ascii=False))
+    record.write_json(folder / "report.json", report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lib import hub
+from lib import hub, record
 from lib.errors import MissingError, StudyError
 
 
@@ -72,6 +73,19 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def load_inputs(folder: Path, *names: str) -> SimpleNamespace:
+    """What a study's `prepare` wrote into `folder` (which may have been renamed since) for all members of a run:
+    `tokenizer`, `report` (counts and baselines for the record), `base` (the base model's name or folder), and what
+    `names` are, each from the JSON file called so."""
+    report = record.read_json(folder / "report.json")
+    return SimpleNamespace(
+        tokenizer=load_tokenizer(str(folder / "tokenizer")),
+        report=report,
+        base=str(folder / "base") if (folder / "base").is_dir() else report["base"],
+        **{name: record.read_json(folder / f"{name}.json") for name in names},
+    )
 
 
 def nf4(compute: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import hub
+from lib.data import carve
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.data import bag_of_words_baseline, carve, fingerprint, length_baseline, load_splits, prompt_key
+from lib.td_dpo.data import bag_of_words_baseline, fingerprint, length_baseline, load_splits, prompt_key
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 
@@ -276,7 +277,7 @@ BAD_ROWS = {
     "no prompt": (mix_row(0, chosen=[assistant("x")], rejected=[assistant("y")]), "no prompt"),
     "different prompts": (mix_row(0, rejected=[user("another"), assistant("x")]), "different prompts .*question 0"),
     "a prompt column that disagrees": (mix_row(0, prompt="something else"), "prompt column disagrees"),
-    "strings without a shared prompt": ({"chosen": "x", "rejected": "y"}, "share no prompt"),
+    "strings without a shared prompt": ({"chosen": "x", "rejected": "y"}, "no prompt .*expected a prompt column"),
     "transcripts that part early": (
         {"chosen": HH.format(i=0, answer="a\n\nHuman: b\n\nAssistant: c"), "rejected": HH.format(i=0, answer="d")},
         "different prompts",
@@ -568,14 +569,17 @@ def test_carved_splits_share_no_prompt_and_follow_the_seed(tmp_path):
 
 def test_a_row_more_does_not_reshuffle_the_rest():
     pairs = [{"prompt": [user(f"q{i}")], "row": i} for i in range(100)]
-    held = {pair["row"] for pair in carve(pairs, 0.1, 0, "validation")[1]}
-    more = {pair["row"] for pair in carve([*pairs, {"prompt": [user("new")], "row": 100}], 0.1, 0, "validation")[1]}
+    held = {pair["row"] for pair in carve(pairs, prompt_key, 0.1, 0, "validation")[1]}
+    more = {
+        pair["row"]
+        for pair in carve([*pairs, {"prompt": [user("new")], "row": 100}], prompt_key, 0.1, 0, "validation")[1]
+    }
     assert len(held) == 10
     assert len(held - more) <= 1
 
 
 def test_too_few_prompts_to_carve(tmp_path):
-    assert "too few different prompts" in refused(write_jsonl(tmp_path / "p.jsonl", [mix_row(0)] * 9))
+    assert "too few different rows" in refused(write_jsonl(tmp_path / "p.jsonl", [mix_row(0)] * 9))
 
 
 def test_limit_takes_the_first_of_each_split(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lib import config
 from lib.errors import MissingError, StudyError
-from lib.graff import data, member, planner as pl, schedulers, study, trainer
+from lib.graff import data, member, planner as pl, prepare, schedulers, study, trainer
 from lib.run import check
 from tests.conftest import ROOT, until
 
@@ -52,7 +52,7 @@ def member_of(kind="fixed", seed=1, changes=None, **scheduler):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graff")
-    data.prepare(member_of().run, folder)
+    prepare.prepare(member_of().run, folder)
     return folder
 
 
@@ -320,12 +320,12 @@ def test_every_other_scheduler_trains(tmp_path, shared, kind):
 
 
 def test_a_missing_warm_start_names_the_command(tmp_path):
-    with pytest.raises(MissingError, match="lib.graff.warm_start"):
+    with pytest.raises(MissingError, match="lib.graff.prepare"):
         trainer.load_warm_start(str(tmp_path / "none.safetensors"))
     run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
     found = [f for f in check.findings(run) if f.key == "training.scheduler.warm_start_ckpt"]
     assert [f.level for f in found] == ["error"]  # before anything is started
-    assert "lib.graff.warm_start" in found[0].fix
+    assert "lib.graff.prepare" in found[0].fix
 
 
 def test_a_warm_start_of_another_size_is_read_from_either_format(tmp_path):
@@ -413,18 +413,19 @@ def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
 def test_all_references_of_gsm8k_are_read():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
-    rows = [r for name in ("train", "test") for r in data.load_split(str(GSM8K), name)]
+    splits, _ = prepare.read_problems(str(GSM8K), ("test", "train"))
+    rows = [r for name in ("train", "test") for r in splits[name]]
     assert len(rows) == 8792
     assert all(data.strict(r["answer"]) == data.flexible(r["answer"].split("####")[1]) for r in rows)
-    train, dev = data.split_dev(rows[:7473], 512, 0)
+    train, dev = prepare.split_dev(rows[:7473], 512, 0)
     assert (len(train), len(dev)) == (6961, 512)
-    assert dev == data.split_dev(rows[:7473][::-1], 512, 0)[1]
+    assert dev == prepare.split_dev(rows[:7473][::-1], 512, 0)[1]
 
 
 def test_a_data_set_without_answers_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "just 5"}\n')
     with pytest.raises(StudyError, match="no '#### number'"):
-        data.load_split(str(tmp_path), "train")
+        prepare.read_problems(str(tmp_path), ("test", "train"))
 
 
 def test_left_padded_batches_write_what_single_prompts_do(shared):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import config, record, tables
-from lib.graff import data, member, report, schedulers
+from lib.graff import data, member, prepare, report, schedulers
 from lib.graff.study import implied
 from lib.run import check, members
 from tests.conftest import ROOT
@@ -76,21 +76,21 @@ def test_pretraining_on_real_text_sees_every_row_and_pads_less():
     lengths = np.random.default_rng(0).integers(20, 400, 640).tolist()
 
     def padded(real):
-        made = data.pretraining_batches(lengths, 32, np.random.default_rng(1), real)
+        made = prepare.pretraining_batches(lengths, 32, np.random.default_rng(1), real)
         found = [next(made) for _ in range(20)]
         return found, sum(32 * max(lengths[i] for i in batch) for batch in found)
 
     (bucketed, less), (_, more) = padded(True), padded(False)
     assert sorted(i for batch in bucketed for i in batch) == list(range(640))
     assert less < 0.75 * more
-    few = data.pretraining_batches([5, 6, 7], 32, np.random.default_rng(1), True)
+    few = prepare.pretraining_batches([5, 6, 7], 32, np.random.default_rng(1), True)
     assert sorted(next(few)) == sorted(next(few)) == [0, 1, 2]
 
 
 def test_answers_that_are_cut_are_counted_and_rows_without_an_answer_are_left_out(tmp_path):
     run = member_of(changes={"dataset.name": str(folder_of(tmp_path)), "dataset.max_tokens": 64}).run
     (tmp_path / "inputs").mkdir()
-    data.prepare(run, tmp_path / "inputs")
+    prepare.prepare(run, tmp_path / "inputs")
     given = data.load(tmp_path / "inputs")
     assert given.report["cut_at_max_tokens"]["train"] > 5
     assert 0 < given.report["longest_answer"] < 64
@@ -103,9 +103,9 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
     run = loaded(**{"dataset.name": str(GSM8K)})
-    problems, source = data.load_problems(run)
+    problems, origin = prepare.load_problems(run)
     assert (len(problems["train"]), len(problems["dev"]), len(problems["test"])) == (7345, 128, 1319)
-    assert source == run.dataset.name
+    assert origin == {"source": run.dataset.name, "carved_from_train": {}}
     words = [len(data.target(r["answer"]).split()) for r in problems["train"]]
     assert max(words) < run.evaluation.max_new_tokens
 

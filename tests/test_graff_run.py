@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lib.errors import StudyError
-from lib.graff import data, member, planner as pl, schedulers, trainer
+from lib.graff import data, member, planner as pl, prepare, schedulers, trainer
 from tests.test_graff import curve, member_of, shared  # noqa: F401
 
 
@@ -290,11 +290,11 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
 
 def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):
     file = tmp_path / "gsm1k.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in data.generate_problems(3, 99, 2)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in prepare.generate_problems(3, 99, 2)))
     mine = member_of("fixed", changes={"training.total_steps": 2, "dataset.gsm1k": str(file)})
     (tmp_path / "inputs").mkdir()
     (tmp_path / "m").mkdir()
-    data.prepare(mine.run, tmp_path / "inputs")
+    prepare.prepare(mine.run, tmp_path / "inputs")
     found = member.train(mine, tmp_path / "m", tmp_path / "inputs")
     assert found["gsm1k_gap"] is not None
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "m" / "predictions.jsonl").open()]

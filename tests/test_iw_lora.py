@@ -9,6 +9,7 @@ import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from lib import config, record
+from lib.data import BadRow
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
 from lib.iw_lora.study import Adapter
@@ -229,11 +230,14 @@ def test_a_trial_calibrates_on_two_batches_at_most():
 
 def test_labels_and_columns_are_checked_and_f1_is_on_entailment():
     good = {"sentence1": "a", "sentence2": "b", "label": 0}
-    assert data.check_rows([good], "rte", "x")[0] == {"text_a": "a", "text_b": "b", "label": 0}
-    with pytest.raises(StudyError, match="-1"):
-        data.check_rows([{**good, "label": -1}], "rte", "x")
-    with pytest.raises(StudyError, match="premise"):
-        data.check_rows([good], "mnli", "x")
+    assert data.to_example(good, "rte") == {"text_a": "a", "text_b": "b", "label": 0}
+    assert data.to_example({**good, "label": "not_entailment"}, "rte")["label"] == 1
+    assert data.to_example({"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}, "mnli")["label"] == 1
+    for row, fault in (({**good, "label": -1}, "unknown label"), ({**good, "sentence2": " "}, "empty sentence2")):
+        with pytest.raises(BadRow, match=fault):
+            data.to_example(row, "rte")
+    with pytest.raises(BadRow, match="missing premise"):
+        data.to_example({"text": "a", "label": 0}, "mnli")
     scored = trainer.scores([0, 0, 0, 1], [0, 1, 1, 1], "rte")
     assert scored["f1"] == pytest.approx(0.5)
     assert scored["accuracy"] == 0.5

@@ -111,7 +111,7 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
     made = tmp_path / "inputs"
     made.mkdir()
     data.prepare(run, made)
-    given = data.load(made)
+    given = trainer.load(made)
     assert given.report["task"] == task
     assert len(given.tokenizer) > 250, "its own words, not the generated task's few dozen"
     assert given.rows["train"][0]["ids"].count(given.tokenizer.unk_token_id) == 0
@@ -200,7 +200,7 @@ def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
     (folder / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": -1}) + "\n")
     (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "inputs").mkdir()
-    with pytest.raises(StudyError, match="rte/train, row 2"):
+    with pytest.raises(StudyError, match=r"rte/train.jsonl: 1 row: unknown label .*row 1: int -1"):
         data.prepare(laptop(**{"dataset.name": str(folder)}), tmp_path / "inputs")
 
 

@@ -186,9 +186,9 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
     assert "The trained parameters" in cards[-1].read_text()
     assert "A trial" in cards[-1].read_text()
     if study == "iw_lora":
-        from lib.iw_lora import data, trainer
+        from lib.iw_lora import trainer
 
-        given = data.load(members.prepare_inputs(run))
+        given = trainer.load(members.prepare_inputs(run))
         model = trainer.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until loaded
         rows, pad, size = given.rows["validation"], given.tokenizer.pad_token_id, run.evaluation.batch_size
         recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]

@@ -1,39 +1,28 @@
-"""Problems and answers: generated ones, GSM8K and GSM1k, tokens, the order of rows, greedy answers and what counts.
+"""Problems as members see them: their answers, tokens, the order of rows, greedy answers and what counts.
 
-`prepare` writes what all members of a run share, `load` reads it.
+lib/graff/prepare.py writes what all members of a run share, `load` reads it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    get_linear_schedule_with_warmup,
-)
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lib import hub, made, models, record
-from lib.errors import MissingError, StudyError
+from lib import models, record
 from lib.training import SeededOrder
 
 # ---- answers: the two filters of lm-evaluation-harness's gsm8k task
 
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+NUMBER = re.compile(r"([-+]?\s*\$?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?:\s*%|\s+[^\d\W][^\d]*)?\.?")
 ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -54,96 +43,16 @@ def flexible(text: str) -> str | None:
     return clean(next(filter(None, matches[-1]))) if matches else None
 
 
-def reference(answer: str, where: str = "answer") -> str:
-    """The number after `####`. Raises StudyError where there is none."""
-    number = strict(answer)
-    if number is None:
-        raise StudyError(where, f"no '#### number' in {answer[:60]!r}", "GSM8K's form: rationale, then '#### number'")
-    return number
+def reference(answer: str) -> str | None:
+    """The number after the last `####` (a sign, `$`, thousands commas, decimals, a unit after it); None where it is
+    not one number."""
+    match = NUMBER.fullmatch(answer.rpartition("####")[2].strip()) if "####" in answer else None
+    return clean(match.group(1)) if match else None
 
 
 def target(answer: str) -> str:
     """What the model learns to write: the rationale without calculator annotations, then '#### N'."""
     return ANNOTATION.sub("", answer).strip()
-
-
-# ---- problems
-
-NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
-THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
-HIGH = (
-    10  # operands lie below it; one-step problems start below twice that, so that every second step occurs as a first
-)
-
-
-def problem(rng, steps: int) -> dict:
-    """{"question", "answer"} in GSM8K's form: `steps` additions and subtractions, one line of rationale each."""
-    name, thing = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
-    total = int(rng.integers(2, 2 * HIGH if steps == 1 else HIGH))
-    question, worked = [f"{name} has {total} {thing}."], []
-    for _ in range(steps):
-        less = total > 2 and rng.random() < 0.5
-        n = int(rng.integers(1, min(total, HIGH) if less else HIGH))
-        verb, sign, result = ("gives away", "-", total - n) if less else ("gets", "+", total + n)
-        question.append(f"{name} {verb} {n}.")
-        worked.append(f"{total}{sign}{n}=<<{total}{sign}{n}={result}>>{result} {thing}.")
-        total = result
-    question.append(f"How many {thing} does {name} have?")
-    return {"question": " ".join(question), "answer": "\n".join([*worked, f"#### {total}"])}
-
-
-def generate_problems(count: int, seed: int, steps: int) -> list[dict]:
-    rng = np.random.default_rng([seed, steps])
-    return [problem(rng, steps) for _ in range(count)]
-
-
-def load_split(name: str, split: str, revision: str | None = None, streaming: bool = False) -> list[dict]:
-    """A split of GSM8K (or of a set in its form) from a folder of <split>.jsonl, a file, or the hub (`streaming`: row
-    by row, without the hub's file on disk; the rows are held in memory either way). Every answer has its '####'."""
-    path = Path(name)
-    if path.exists():
-        file = path / f"{split}.jsonl" if path.is_dir() else path
-        if not file.exists():
-            expected = "a folder with train.jsonl and test.jsonl"
-            raise MissingError(f"dataset.name = {name}", f"no {split}.jsonl", expected)
-        rows, name = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()], str(file)
-    else:
-        config = "main" if name == "openai/gsm8k" else None
-        rows = hub.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-        try:
-            rows = list(rows)
-        except Exception as error:  # of a stream, which is fetched here
-            raise hub.explain(error, name, kind="dataset", revision=revision) from error
-    for number, row in enumerate(rows, 1):
-        reference(row["answer"], f"{name}, row {number}")
-    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
-
-
-def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, dev): the `size` rows whose seeded hash is lowest are dev, whatever the order of the file."""
-    hashes = [hashlib.sha256(f"{seed} {row['question']}".encode()).hexdigest() for row in rows]
-    lowest = sorted(range(len(rows)), key=lambda i: hashes[i])[:size]
-    dev = set(lowest)
-    return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]
-
-
-STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
-
-
-def load_problems(run) -> tuple[dict[str, list[dict]], str]:
-    """({train, dev, test, gsm1k}, where they are from)."""
-    dataset = run.dataset
-    source = dataset.name
-    if run.mode == "trial" and hub.out_of_reach(source):
-        source = f"generated, standing in for {source}"
-    if source.startswith("generated"):
-        rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
-        test = generate_problems(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
-    else:
-        rows, test = (load_split(source, name, dataset.revision, dataset.streaming) for name in ("train", "test"))
-    train, dev = split_dev(rows, dataset.dev_size, dataset.split_seed)
-    gsm1k = load_split(dataset.gsm1k, "test") if dataset.gsm1k and run.mode == "full" else []
-    return {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}, source
 
 
 # ---- tokens and their order
@@ -313,128 +222,18 @@ def mean_loss(losses: list[tuple[float, int]]) -> float:
     return sum(total for total, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
-# ---- the base model that is made here: a tiny Qwen3, pretrained on generated one-step problems
-
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-ONE_STEP = 8000  # problems that pretraining draws from
-BPE_VOCABULARY = 2048  # tokens for text that is not generated
+# ---- what all members share
 
 
-def text_of(row: dict) -> str:
-    return prompt(row["question"]) + " " + target(row["answer"])
+def load(folder: Path) -> SimpleNamespace:
+    """What prepare.prepare wrote into `folder`: besides models.load_inputs' own, `problems` by split, {"question",
+    "answer"}; `rows` of train and dev, {"ids", "prompt"}; `frequent` (V',) token ids."""
+    given = models.load_inputs(Path(folder), "problems", "rows", "frequent")
+    given.frequent = torch.tensor(given.frequent)
+    return given
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words with the space before them, whole numbers to 199, signs: decoding gives the text back."""
-    split = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\d+|\s|#+|[^\w\s#]"), "isolated")
-    texts = [text_of(row) for row in generate_problems(2000, 0, 2)]
-    words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)} | {str(i) for i in range(200)}
-    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL.values(), *sorted(words)])}
-    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
-
-
-def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
-    """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
-    while not real:
-        yield rng.integers(len(lengths), size=size).tolist()
-    while True:
-        rows = bucket_by_length(rng.permutation(len(lengths)).tolist(), lengths, size, rng)
-        for start in range(0, max(1, len(rows) - size + 1), size):
-            yield rows[start : start + size]
-
-
-def pretrain(recipe: dict, folder: Path, train: list[dict] | None, on_step: made.OnStep) -> float:
-    """Tokenizer and model in `folder`, pretrained on one-step problems (or on `train`); returns the closing loss."""
-    rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
-    if train is None:
-        tokenizer = word_tokenizer()
-    else:
-        tokenizer = made.train_bpe_tokenizer([text_of(row) for row in rows], BPE_VOCABULARY, None)
-    encoded = [encode(tokenizer, row, 512) for row in rows]
-    rng, size = np.random.default_rng(recipe["seed"]), recipe["pretrain_batch_size"]
-    batches = pretraining_batches([len(row["ids"]) for row in encoded], size, rng, train is not None)
-    hidden = recipe["hidden_size"]
-    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
-    shape |= {"num_hidden_layers": recipe["layers"], "max_position_embeddings": 2048, "tie_word_embeddings": True}
-    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-
-    def loss() -> Tensor:
-        return model(**collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)).loss
-
-    closing = made.pretrain(loss, parameters, optimizer, schedule, steps, on_step)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return closing
-
-
-# ---- what all members share, on disk
-
-FREQUENT = 4096  # vocabulary rows that the entropy is over
-
-
-@dataclass
-class Inputs:
-    """`problems` by split: {"question", "answer"}; `rows` of train and dev: {"ids", "prompt"}; `frequent` (V',) token
-    ids; `base`: name or folder of the base model."""
-
-    tokenizer: Any
-    problems: dict[str, list[dict]]
-    rows: dict[str, list[dict]]
-    frequent: Tensor
-    report: dict
-    base: str
-
-
-def prepare(run, folder: Path) -> None:
-    """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
-    problems, source = load_problems(run)
-    texts = (row["question"] + " " + row["answer"] for row in problems["train"])
-    real = None if source.startswith("generated") else problems["train"]
-
-    def make(place: Path, on_step: made.OnStep) -> float:
-        return pretrain(run.model.recipe.model_dump(), place, real, on_step)
-
-    base, closing = made.base_model(run, folder, texts, make)
-    tokenizer = models.load_tokenizer(base, run.model.revision, trust_remote_code=run.model.trust_remote_code)
-    longest, rows, cut = run.dataset.max_tokens, {}, {}
-    for name in ("train", "dev"):
-        rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]
-        cut[name] = sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows[name])
-    # a row that is cut inside its prompt has nothing to learn from
-    rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
-    counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
-    tokenizer.save_pretrained(folder / "tokenizer")
-    record.write_text(folder / "rows.json", json.dumps(rows))
-    record.write_text(folder / "problems.json", json.dumps(problems, ensure_ascii=False))
-    record.write_json(folder / "frequent.json", sorted(token for token, _ in counts.most_common(FREQUENT)))
-    report = {
-        "base": base,
-        "stand_in": base != run.model.name != "made",
-        "source": source,
-        "pretraining_loss": closing,
-        "examples": {name: len(split) for name, split in problems.items()},
-        "cut_at_max_tokens": cut,
-        "longest_answer": max((len(row["ids"]) - row["prompt"] for row in rows["train"]), default=0),
-    }
-    record.write_json(folder / "report.json", report)
-
-
-def load(folder: Path) -> Inputs:
-    """The inputs that `prepare` made in `folder` (which may have been renamed since)."""
-    folder = Path(folder)
-    report = record.read_json(folder / "report.json")
-    base = str(folder / "base") if (folder / "base").is_dir() else report["base"]
-    problems, rows, frequent = (record.read_json(folder / f"{name}.json") for name in ("problems", "rows", "frequent"))
-    tokenizer = models.load_tokenizer(str(folder / "tokenizer"))
-    return Inputs(tokenizer, problems, rows, torch.tensor(frequent), report, base)
-
-
-def load_model(run, given: Inputs, seed: int):
+def load_model(run, given: SimpleNamespace, seed: int):
     """The base model with LoRA in float32, A drawn from `seed`."""
     base = models.load_causal_lm(
         given.base,

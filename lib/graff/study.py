@@ -212,7 +212,7 @@ ALIASES = {
 }
 PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
 MADE_BY = {  # a missing file: the command that makes it
-    "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.warm_start FILE.safetensors makes one, then "
+    "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.prepare FILE.safetensors makes one, then "
     "--set training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
     "--set training.scheduler.cold=true for an untrained planner"
 }
@@ -348,10 +348,10 @@ def _check_scheduler(run: Run) -> Iterator[Finding]:
 
 def prepare(run: Run, folder: Path) -> None:
     """What all members of the run share, into `folder`: problems, base model, tokens, and the planner's warm start."""
-    from lib.graff import data, warm_start
+    from lib.graff import prepare as made_before
 
-    data.prepare(run, folder)
-    warm_start.make(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
+    made_before.prepare(run, folder)
+    made_before.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
 
 
 def train(member, folder: Path, shared: Path) -> dict:

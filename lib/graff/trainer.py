@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -278,7 +279,7 @@ def load_warm_start(path: str) -> dict:
     """The planner's tensors. Raises MissingError with the command that makes the file."""
     file = Path(path)
     if not file.exists():
-        command = f".venv/bin/python -m lib.graff.warm_start {path}"
+        command = f".venv/bin/python -m lib.graff.prepare {path}"
         raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a warm start", command)
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
@@ -331,7 +332,9 @@ class BudgetTrainer(training.StudyTrainer):
     SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
     SAVED += ("regret", "credit", "final")
 
-    def __init__(self, run, seed: int, folder: Path, given: data.Inputs, model, scheduler, optimizer, probes: Probes):
+    def __init__(
+        self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler, optimizer, probes: Probes
+    ):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, probes
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]

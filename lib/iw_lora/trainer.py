@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 
 from lib import config, models, record
 from lib.errors import StudyError
-from lib.iw_lora import data, penalty
+from lib.iw_lora import penalty
 from lib.training import StudyTrainer, arguments, fingerprint, make_stepper, seeded_batches, time_interleaved
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
@@ -116,7 +117,9 @@ class ImportanceTrainer(StudyTrainer):
 
     loss_is_scaled_for_ga = False  # DeBERTa accepts num_items_in_batch and ignores it
 
-    def __init__(self, run, given: data.Inputs, model: nn.Module, seed: int, folder: Path, term: Term | None = None):
+    def __init__(
+        self, run, given: SimpleNamespace, model: nn.Module, seed: int, folder: Path, term: Term | None = None
+    ):
         self.run, self.given, self.term, self.parts = run, given, term, []
         training, rows, pad = run.training, given.rows["train"], given.tokenizer.pad_token_id
         steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
@@ -197,16 +200,34 @@ class ImportanceTrainer(StudyTrainer):
             allocator_of(self.model).__dict__.update(state)
 
 
-def build(run, given: data.Inputs, seed: int, steps: int) -> nn.Module:
+def load(folder: Path) -> SimpleNamespace:
+    """What all members share, which data.prepare wrote into `folder`: besides models.load_inputs' own, `rows` by split,
+    {"ids": token ids, "label": int}, and `texts`, the same rows as text."""
+    return models.load_inputs(Path(folder), "rows", "texts")
+
+
+def load_base(run, given: SimpleNamespace) -> nn.Module:
+    """The classifier on the base model in the configured dtype; its new head is drawn from torch's generator."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        given.base,
+        num_labels=len(given.report["labels"]),
+        dtype=getattr(torch, run.model.torch_dtype),
+        ignore_mismatched_sizes=True,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+
+def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
     """Base model, new head and adapters; the same seed gives methods the same head and the same A."""
     set_seed(seed)
-    return add_adapters(data.load_base(run, given).to(models.device()), run.model.adapter, steps)
+    return add_adapters(load_base(run, given).to(models.device()), run.model.adapter, steps)
 
 
 # ---- calibration
 
 
-def calibration_batches(run, given: data.Inputs, seed: int) -> list[dict]:
+def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
     batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
     chosen = itertools.islice(batches, run.loss.sensitivity_warmup_steps)
@@ -281,7 +302,7 @@ def scores(labels: list[int], predicted: list[int], task: str) -> dict:
 
 def train(member, folder: Path, shared: Path) -> dict:
     """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
-    run, seed, given = member.run, member.seed, data.load(shared)
+    run, seed, given = member.run, member.seed, load(shared)
     model = build(run, given, seed, run.training.optimizer_steps(len(given.rows["train"])))
     if run.model.adapter.init == "eva":
         initialize_eva(model, calibration_batches(run, given, seed))
@@ -355,7 +376,7 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
 def step_cost(run, folder: Path, shared: Path) -> None:
     """Step times of IW-LoRA, LoRA and AdaLoRA, in turns on the same batches in one process; writes step_cost.jsonl and
     calibration.json. A step is what repeats: calibration is done once and counted apart, in passes and in seconds."""
-    given, first = data.load(shared), config.members(run)[0]
+    given, first = load(shared), config.members(run)[0]
     rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_ROUNDS, COST_WARM_UP)
     plain, rank = config.apply(first.run, {"loss.penalty": "none"}), run.model.adapter.rank
     schedule = {"type": "adalora", "init_r": rank * 3 // 2, "target_r": rank, "tinit": 0, "tfinal": 1}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -24,31 +22,12 @@ MT_BATCH = 16  # long answers: their cached keys and values fill the memory
 COST_ROUNDS = 120, 3  # interleaved pairs of steps, as the power table of the claims assumes, after those to warm up
 
 
-@dataclass
-class Inputs:
-    """What all members of a grid share. `rows` and `reference` by split; `pairs` the text of every pair; `report`
-    counts and baselines for the record; `base` the base model's name or folder."""
-
-    tokenizer: Any
-    rows: dict[str, list[dict]]
-    reference: dict[str, Tensor]
-    pairs: dict[str, list[dict]]
-    report: dict
-    base: str
-
-
-def load(folder: Path) -> Inputs:
-    """The inputs that data.prepare made in `folder` (which may have been renamed since)."""
-    folder = Path(folder)
-    report = record.read_json(folder / "report.json")
-    return Inputs(
-        models.load_tokenizer(str(folder / "tokenizer"), needs_chat_template=True),
-        json.loads((folder / "rows.json").read_text()),
-        load_file(folder / "reference.safetensors"),
-        json.loads((folder / "pairs.json").read_text(encoding="utf-8")),
-        report,
-        str(folder / "base") if (folder / "base").is_dir() else report["base"],
-    )
+def load(folder: Path) -> SimpleNamespace:
+    """What all members of a grid share, which data.prepare wrote into `folder`: besides models.load_inputs' own, `rows`
+    (token ids), `pairs` (texts) and `reference` (log-probabilities), each by split."""
+    given = models.load_inputs(Path(folder), "rows", "pairs")
+    given.reference = load_file(Path(folder) / "reference.safetensors")
+    return given
 
 
 def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) -> dict:
@@ -98,7 +77,7 @@ def frozen_base(run, base: str):
     return None if run.model.peft else engine.load_base(run, base)
 
 
-def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
+def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
     """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer's class into another
     (for a sharded model: lib/run/sharding.py)."""
     run = member.run
@@ -130,7 +109,7 @@ def fit(member, folder: Path, given: Inputs, kind: Callable[[type], type] = lamb
     return trainer.fit(), model, frozen
 
 
-def evaluate(run, model, frozen, given: Inputs, seed: int, folder: Path) -> dict:
+def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path) -> dict:
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
@@ -177,7 +156,7 @@ def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
 
 
 @torch.no_grad()
-def base_score(run, given: Inputs) -> float:
+def base_score(run, given: SimpleNamespace) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
     answers = judged_answers(run, engine.load_base(run, given.base), given.tokenizer, run.seed_list[0])
     return _mean([a["score"] for a in answers])

@@ -1,0 +1,252 @@
+"""What is made before members train, once for all of them: problems (generated ones, GSM8K and GSM1k), the base model,
+and the planner's warm start, which is also made by one command:
+
+    .venv/bin/python -m lib.graff.prepare FILE.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, decoders, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from lib import config, data, hub, made
+from lib.data import BadRow, require_text, shown
+from lib.graff import member
+from lib.graff.data import bucket_by_length, collate, encode, prompt, reference, target
+
+# ---- problems
+
+NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
+THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
+HIGH = (
+    10  # operands lie below it; one-step problems start below twice that, so that every second step occurs as a first
+)
+
+
+def problem(rng, steps: int) -> dict:
+    """{"question", "answer"} in GSM8K's form: `steps` additions and subtractions, one line of rationale each."""
+    name, thing = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
+    total = int(rng.integers(2, 2 * HIGH if steps == 1 else HIGH))
+    question, worked = [f"{name} has {total} {thing}."], []
+    for _ in range(steps):
+        less = total > 2 and rng.random() < 0.5
+        n = int(rng.integers(1, min(total, HIGH) if less else HIGH))
+        verb, sign, result = ("gives away", "-", total - n) if less else ("gets", "+", total + n)
+        question.append(f"{name} {verb} {n}.")
+        worked.append(f"{total}{sign}{n}=<<{total}{sign}{n}={result}>>{result} {thing}.")
+        total = result
+    question.append(f"How many {thing} does {name} have?")
+    return {"question": " ".join(question), "answer": "\n".join([*worked, f"#### {total}"])}
+
+
+def generate_problems(count: int, seed: int, steps: int) -> list[dict]:
+    rng = np.random.default_rng([seed, steps])
+    return [problem(rng, steps) for _ in range(count)]
+
+
+def to_problem(row: dict) -> dict:
+    """A row of GSM8K's form; raises BadRow. An answer that is a number alone (GSM1k's) is one."""
+    if type(row.get("answer")) is int:
+        row = {**row, "answer": f"#### {row['answer']}"}
+    made_of = {column: require_text(row, column) for column in ("question", "answer")}
+    if reference(made_of["answer"]) is None:
+        raise BadRow("no '#### number' that ends answer", shown(made_of["answer"][-60:]))
+    return made_of
+
+
+def read_problems(name: str, wanted: tuple[str, ...], revision: str | None = None, **options) -> tuple[dict, dict]:
+    """(problems of the `wanted` splits, {split carved from train: fraction}) of GSM8K or a set in its form."""
+    config = "main" if name == "openai/gsm8k" or hub.local_path(name) else None
+    sources = data.read(name, revision, config, **options)
+    sources = {split: rows for split, rows in sources.items() if split in wanted or len(sources) == 1}
+    expected = "question and answer, which is GSM8K's: rationale, then '#### number'"
+    splits, _ = data.convert(sources, lambda row, _: to_problem(row), expected)
+    if wanted == ("test",):
+        return {"test": next(iter(splits.values()))}, {}
+    return data.complete(splits, wanted, lambda row: row["question"], f"dataset.name = {name}")
+
+
+def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(train, dev): the `size` rows whose seeded hash is lowest are dev, whatever the order of the file."""
+    hashes = [hashlib.sha256(f"{seed} {row['question']}".encode()).hexdigest() for row in rows]
+    lowest = sorted(range(len(rows)), key=lambda i: hashes[i])[:size]
+    dev = set(lowest)
+    return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]
+
+
+STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
+
+
+def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
+    """({train, dev, test, gsm1k}, {source, carved_from_train})."""
+    dataset, (name, source), carved = run.dataset, data.source_of(run), {}
+    if name == "generated":
+        rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
+        test = generate_problems(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
+    else:
+        options = {"streaming": True} if dataset.streaming else {}
+        splits, carved = read_problems(name, ("test", "train"), dataset.revision, **options)
+        rows, test = splits["train"], splits["test"]
+    train, dev = split_dev(rows, dataset.dev_size, dataset.split_seed)
+    gsm1k = read_problems(dataset.gsm1k, ("test",))[0]["test"] if dataset.gsm1k and run.mode == "full" else []
+    problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
+    return problems, {"source": source, "carved_from_train": carved}
+
+
+# ---- the base model that is made here: a tiny Qwen3, pretrained on generated one-step problems
+
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+ONE_STEP = 8000  # problems that pretraining draws from
+BPE_VOCABULARY = 2048  # tokens for text that is not generated
+
+
+def text_of(row: dict) -> str:
+    return prompt(row["question"]) + " " + target(row["answer"])
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with the space before them, whole numbers to 199, signs: decoding gives the text back."""
+    pieces = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\d+|\s|#+|[^\w\s#]"), "isolated")
+    texts = [text_of(row) for row in generate_problems(2000, 0, 2)]
+    words = {piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)} | {str(i) for i in range(200)}
+    return made.word_tokenizer(sorted(words), SPECIAL, pieces, decoder=decoders.Fuse())
+
+
+def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
+    """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
+    while not real:
+        yield rng.integers(len(lengths), size=size).tolist()
+    while True:
+        rows = bucket_by_length(rng.permutation(len(lengths)).tolist(), lengths, size, rng)
+        for start in range(0, max(1, len(rows) - size + 1), size):
+            yield rows[start : start + size]
+
+
+def pretrain(recipe: dict, folder: Path, train: list[dict] | None, on_step: made.OnStep) -> float:
+    """Tokenizer and model in `folder`, pretrained on one-step problems (or on `train`); returns the closing loss."""
+    rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
+    if train is None:
+        tokenizer = word_tokenizer()
+    else:
+        tokenizer = made.train_bpe_tokenizer([text_of(row) for row in rows], BPE_VOCABULARY, None)
+    encoded = [encode(tokenizer, row, 512) for row in rows]
+    rng, size = np.random.default_rng(recipe["seed"]), recipe["pretrain_batch_size"]
+    batches = pretraining_batches([len(row["ids"]) for row in encoded], size, rng, train is not None)
+    hidden = recipe["hidden_size"]
+    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
+    shape |= {"num_hidden_layers": recipe["layers"], "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape)
+
+    def loss() -> Tensor:
+        return model(**collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)).loss
+
+    schedule = {"steps": steps, "learning_rate": recipe["pretrain_learning_rate"], "warm_up": max(1, steps // 20)}
+    return made.pretrain(model, tokenizer, loss, folder, on_step, **schedule)
+
+
+# ---- what all members share, on disk
+
+FREQUENT = 4096  # vocabulary rows that the entropy is over
+
+
+def prepare(run, folder: Path) -> None:
+    """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
+    problems, origin = load_problems(run)
+    texts = (row["question"] + " " + row["answer"] for row in problems["train"])
+    real = None if origin["source"].startswith("generated") else problems["train"]
+
+    def make(place: Path, on_step: made.OnStep) -> float:
+        return pretrain(run.model.recipe.model_dump(), place, real, on_step)
+
+    tokenizer, facts = made.base_model(run, folder, texts, make)
+    longest, rows, cut = run.dataset.max_tokens, {}, {}
+    for name in ("train", "dev"):
+        rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]
+        cut[name] = sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows[name])
+    # a row that is cut inside its prompt has nothing to learn from
+    rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
+    counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
+    report = {
+        **facts,
+        **origin,
+        "examples": {name: len(split) for name, split in problems.items()},
+        "cut_at_max_tokens": cut,
+        "longest_answer": max((len(row["ids"]) - row["prompt"] for row in rows["train"]), default=0),
+    }
+    frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
+    made.write_inputs(folder, tokenizer, report, rows=rows, problems=problems, frequent=frequent)
+
+
+# ---- the planner's warm start: 300 steps as three episodes with different budgets on a small made model
+# Encoder and decoder both learn here; online W alone does. The file's tensors do not depend on the number of blocks.
+
+# An episode each; half the batch is half the time on the virtual clock, so half the budget.
+STEPS, BATCHES = 100, (4, 8, 16)
+BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
+EPISODE_MODELS = {"laptop": (64, 2), "paper": (384, 8)}
+
+
+def episode_of(scale: str, steps: int, batch: int, place: Path):
+    """The run of one episode."""
+    hidden, layers = EPISODE_MODELS[scale]
+    raw = {
+        "run_id": "warm_start",
+        "model": {
+            "name": "made",
+            "lora": {"r": 8},
+            "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300},
+        },
+        "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
+        "training": {
+            "budget_minutes": BUDGET_MINUTES * batch,
+            "clock": "virtual",
+            "global_batch_size": batch,
+            "micro_batch_size": batch,
+            "total_steps": steps,
+            "optimizer": {"lr_init": 3e-3, "betas": [0.9, 0.98]},
+            "scheduler": {"type": "graff", "cold": True, "outer_lr": 3e-3},
+        },
+        "evaluation": {"max_new_tokens": 4, "dev_subset": 4},
+    }
+    return config.restore(raw, study="graff", scale=scale, mode="full", results_dir=place)
+
+
+def warm_start(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
+    """Train the planner over the episodes, each on a fresh copy of the model; writes `out`; returns each one's
+    metrics."""
+    metrics, planner = [], {}
+    torch.manual_seed(7)
+    with tempfile.TemporaryDirectory() as scratch:
+        shared = Path(scratch) / "inputs"
+        shared.mkdir()
+        for number, batch in enumerate(BATCHES):
+            run = episode_of(scale, 2 if trial else STEPS, batch, Path(scratch))
+            if number == 0:
+                if trial:
+                    run = config.apply(run, {"model.recipe.pretrain_steps": 2})
+                prepare(run, shared)
+            folder = Path(scratch) / f"episode-{number}"
+            folder.mkdir()
+            episode = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)
+            metrics.append(member.train(episode, folder, shared, planner))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in planner.items()}, out)
+    return metrics
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    for row in warm_start(file, *sys.argv[2:3]):
+        print({key: row.get(key) for key in ("status", "steps", "used", "budget", "dev_loss")})
+    print(f"saved {file}, {file.stat().st_size} bytes")
