@@ -217,9 +217,12 @@ COUNTS += ("identical_after_truncation",)
 
 
 def _one_eos(ids: list[int], eos: int) -> list[int]:
-    """Cut after the answer's end token, the last one: text may spell others, ChatML templates write a line break after
-    it. Add it if the template does not."""
-    return ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
+    """Cut after the answer's end token, the last one: text may spell others, and ChatML templates write a line break
+    after it. Add it if the template does not."""
+    ids = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
+    while ids[-2:] == [eos, eos]:
+        ids = ids[:-1]
+    return ids
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
