@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,8 @@ SPLIT_OF = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
 LONGEST_ROW = 1_000_000  # bytes
+Splits = dict[str, list[dict]]
+Key = Callable[[dict], str]  # rows of the same key belong in the same split
 
 
 class BadRow(Exception):
@@ -192,8 +193,7 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
         expected = "an existing path, a hub id, or 'generated'"
         raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # they flood a log
+    datasets.disable_progress_bars()  # they flood a log
     options |= {"revision": revision} | ({"config": config} if config else {})
     tables = datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, **options)
     tables = tables if isinstance(tables, dict) else {"train": tables}
@@ -219,10 +219,10 @@ def source_of(run) -> tuple[str, str]:
 
 def convert(
     sources: dict[str, list[Row]], parse: Callable[[dict, int], dict], expected: str, drop: bool | None = None
-) -> tuple[dict[str, list[dict]], dict]:
+) -> tuple[Splits, dict]:
     """({split: what `parse(row, its place in the split)` makes of every row}, report of what was left out). Without
     `drop`, all faults of all files are one StudyError; None: the study has no key that drops rows."""
-    splits: dict[str, list[dict]] = {split: [] for split in sources}  # present even where every row is bad
+    splits: Splits = {split: [] for split in sources}  # present even where every row is bad
     faults: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)  # (file, kind) -> [(row, detail)]
     for split, rows in sources.items():
         for place, row in enumerate(rows):
@@ -275,9 +275,7 @@ def _described(kind: str, bad: list[tuple[int, str]]) -> str:
 # ---- splits
 
 
-def carve(
-    rows: list[dict], key: Callable[[dict], str], fraction: float, seed: int, salt: str
-) -> tuple[list[dict], list[dict]]:
+def carve(rows: list[dict], key: Key, fraction: float, seed: int, salt: str) -> tuple[list[dict], list[dict]]:
     """(kept, held out): a seeded `fraction` of the rows, all rows of one key together, both in source order."""
     groups = Counter(map(key, rows))
     target = max(1, round(fraction * len(rows)))
@@ -289,13 +287,8 @@ def carve(
 
 
 def complete(
-    splits: dict[str, list[dict]],
-    wanted: Sequence[str],
-    key: Callable[[dict], str],
-    where: str,
-    seed: int = 0,
-    fraction: float = 0.1,
-) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    splits: Splits, wanted: Sequence[str], key: Key, where: str, seed: int = 0, fraction: float = 0.1
+) -> tuple[Splits, dict[str, float]]:
     """(the `wanted` splits, of which train is one, {split carved from train: fraction}). A source with one split gives
     its rows to train, from which what is missing is carved by `key`, so that no key is in two splits."""
     splits, carved = dict(splits), {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
     DebertaV2ForSequenceClassification,
@@ -100,21 +100,14 @@ def train_bpe_tokenizer(
 
 
 def word_tokenizer(
-    words: Iterable[str],
-    special_tokens: dict,
-    pieces: pre_tokenizers.PreTokenizer,
-    *,
-    decoder: decoders.Decoder | None = None,
-    normalizer: normalizers.Normalizer | None = None,
+    words: Iterable[str], special_tokens: dict, pre_tokenizer: pre_tokenizers.PreTokenizer, **parts: Any
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the special ones and `words`, in their order; `pieces` takes a text apart."""
+    """A tokenizer whose tokens are the special ones and `words`, in their order; `pre_tokenizer` takes a text apart.
+    `parts`: its normalizer, its decoder."""
     vocabulary = {word: i for i, word in enumerate([*special_tokens.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
-    tokenizer.pre_tokenizer = pieces
-    if decoder:
-        tokenizer.decoder = decoder
-    if normalizer:
-        tokenizer.normalizer = normalizer
+    for name, part in (parts | {"pre_tokenizer": pre_tokenizer}).items():
+        setattr(tokenizer, name, part)
     return _wrapped(tokenizer, special_tokens)
 
 
