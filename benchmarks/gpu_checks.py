@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/gpu_checks.py --small    a tiny shape on the CPU
 
 TD-DPO steps of a Llama of the 7B shape with random weights (LoRA r 64, gradient checkpointing, bf16 compute), with an
-NF4 and a bf16 base: pairs a second, peak memory beside lib/run/preflight.py's estimate. With two GPUs or more the
-same sharded over two (FSDP2), with its losses beside the unsharded ones. `--grid` adds the laptop study on the GPU.
+NF4 and a bf16 base: pairs a second, peak memory. With two GPUs or more the same sharded over two (FSDP2), with its
+losses beside the unsharded ones. `--grid` adds the laptop study on the GPU.
 Pairs are random tokens; lengths are log-normal (medians 250 for prompts and 300 for answers, sigma 0.8, cut at 2,048 a
 pair's side): assumed to be like chat data, not measured. Throughput against TRL is benchmarks/preference_step.py's.
 """
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import random_llama
 from lib import models, record, training
 from lib.errors import OutOfMemory
-from lib.run import preflight, sharding
+from lib.run import sharding
 from lib.td_dpo.engine import row_tokens, sequence_logprobs
 from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
@@ -108,19 +107,6 @@ def measure(argument: dict) -> dict:
     }
 
 
-def estimate(argument: dict, processes: int) -> float:
-    """GB that lib/run/preflight.py expects of full-length batches: an upper bound of what these lengths take."""
-    run = SimpleNamespace(
-        model=SimpleNamespace(
-            torch_dtype="bfloat16", quantization=argument["quantization"], peft=SimpleNamespace(lora_r=argument["rank"])
-        ),
-        training=SimpleNamespace(**argument["training"]),
-        compute=SimpleNamespace(devices=processes),
-        dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_length=argument["longest"])),
-    )
-    return preflight.training_bytes(run, preflight.shape(argument["shape"])) / 1e9
-
-
 def checks(small: bool, steps: int) -> list[dict]:
     """One row per check; a row that could not be had says why."""
     batch = 2 if small else 4
@@ -141,9 +127,7 @@ def checks(small: bool, steps: int) -> list[dict]:
             found = {"left_out": str(error).splitlines()[0]}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows.append(
-            {"check": name, **found, "estimate_gb": estimate(now, processes), "seconds": time.monotonic() - started}
-        )
+        rows.append({"check": name, **found, "seconds": time.monotonic() - started})
     one, two = rows[0], rows[2]
     if "losses" in one and "losses" in two:
         two["largest_difference_of_loss"] = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))

@@ -1,25 +1,35 @@
 """The Hugging Face hub: whether it can be reached, working without it, and its errors in words a person can act on.
 
-Imports neither huggingface_hub nor torch before they are needed, so the command line can use it at once.
+Imports neither huggingface_hub nor torch before they are needed: the client reads most of its environment once, as it
+is imported, and the command line has settings of its own to make first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import threading
-import urllib.error
-import urllib.request
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 from lib.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 3.0  # that the hub is waited for
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
-UNREACHABLE |= {"gaierror"}  # no name resolution
+UNREACHABLE = {
+    "LocalEntryNotFoundError",
+    "ConnectionError",
+    "ConnectError",
+    "TransportError",
+    "TimeoutError",
+    "gaierror",
+}
 
 
 def go_offline() -> None:
@@ -39,34 +49,51 @@ def keep_downloads_here() -> None:
         os.environ.setdefault("HF_DATASETS_CACHE", str(cache / "datasets"))
 
 
+# ---- can it be reached
+
+
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE is set."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}
 
 
-@lru_cache(maxsize=8)
-def _answers(endpoint: str, seconds: float) -> bool:
-    answers: list[bool] = []
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
-    def ask() -> None:
+
+def ask(question: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """What `question()` returns or raises, as a value; a TimeoutError after `seconds`. In a thread: the client's own
+    time-outs do not cover name resolution, which can take 20 s without a network."""
+    answer: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
+
+    def work() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-            answers.append(True)
-        except urllib.error.HTTPError as error:  # a proxy that refuses (407, 502, ...) is not the hub answering
-            answers.append(error.code < 500 and error.code not in {403, 407})
-        except (OSError, ValueError):
-            answers.append(False)
+            answer[0] = question()
+        except Exception as error:
+            answer[0] = error
 
-    # In a thread: urlopen's timeout does not cover name resolution, which can take 20 s without a network.
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(answers and answers[0])
+    return answer[0]
 
 
-def reachable(seconds: float = 3.0) -> bool:
+def status(answer: Any) -> int | None:
+    """The HTTP status of a response, or of the one that raised an error; None where none came."""
+    return getattr(getattr(answer, "response", answer), "status_code", None)
+
+
+@lru_cache(maxsize=8)
+def _answers(endpoint: str, seconds: float) -> bool:
+    from huggingface_hub.utils import get_session
+
+    code = status(ask(lambda: get_session().head(endpoint, timeout=seconds), seconds))
+    return code is not None and code < 500 and code not in (403, 407)  # these are what a proxy says
+
+
+def reachable(seconds: float = SECONDS) -> bool:
     """Whether the hub answers within `seconds`: asked once per process, and not at all where HF_HUB_OFFLINE is set."""
-    return not is_offline() and _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), seconds)
+    return not is_offline() and _answers(endpoint(), seconds)
 
 
 def out_of_reach(name: str) -> bool:
@@ -79,6 +106,9 @@ def prepare() -> None:
     """Go offline where the hub cannot be reached: its client would retry for 23 s before it uses the cache."""
     if not reachable():
         go_offline()
+
+
+# ---- load
 
 
 def local_path(name: str) -> Path | None:
@@ -97,45 +127,40 @@ def load_dataset(name: str, config: str | None = None, *, revision: str | None =
     try:
         return load(name, config, revision=revision, **options)
     except Exception as error:  # its loaders raise anything from OSError to pyarrow's own
-        missing = explain(error, name, kind="dataset", revision=revision)
-        if not is_offline():
-            raise missing from error
-        try:
+        failed = error
+    with contextlib.suppress(Exception):
+        if is_offline():
             folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
             return load(folder, config, **options)
-        except Exception:
-            raise missing from error
+    raise explain(failed, name, kind="dataset", revision=revision) from failed
 
 
-def _class_names(error: BaseException | None) -> set[str]:
-    """Class names of an exception, of its bases, and of everything it was raised from."""
-    names: set[str] = set()
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        names |= {cls.__name__ for cls in type(error).__mro__}
-        error = error.__cause__ or error.__context__
-    return names
+# ---- errors in words
+
+
+def license_fix(name: str, kind: str) -> str:
+    page = f"{endpoint()}/{'datasets/' * (kind == 'dataset')}{name}"
+    return f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
 
 
 def explain(error: BaseException, name: str, *, kind: str, revision: str | None = None) -> MissingError:
     """The MissingError for a failed load of hub id `name`; `kind` is 'model' or 'dataset'."""
-    classes, text, key = _class_names(error), str(error), f"{kind}.name"
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    text, code, key = str(error), status(error), f"{kind}.name"
+    raised = (error, error.__cause__, error.__context__)  # libraries wrap what the hub's client raises
+    classes = {cls.__name__ for one in raised for cls in type(one).__mro__}
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
     fix = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
     found, expected = f"could not be loaded: {type(error).__name__}: {text[:300]}", f"a {kind} that loads"
-    if "GatedRepoError" in classes or "gated" in text.lower():
+    if "GatedRepoError" in classes or code == 403 or "gated" in text.lower():
         found, expected = f"this {kind} is gated and access was refused", "an account that accepted its license"
-        fix = f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
+        fix = license_fix(name, kind)
     elif "RevisionNotFoundError" in classes:
-        found, expected = "the hub has no such revision", f"a commit, branch or tag of {page}"
+        found, expected = "the hub has no such revision", "a commit, branch or tag of it"
         fix = "correct or remove the revision"
-    elif classes & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+    elif classes & {"RepositoryNotFoundError", "DatasetNotFoundError"} or code in (401, 404):
         found = f"the hub has no such {kind} (or it is private), and there is no such local path"
         expected, fix = "a hub id or an existing path", f"correct {key}, or .venv/bin/hf auth login for a private one"
     elif classes & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
-        why = "HF_HUB_OFFLINE is set" if is_offline() else "the hub is out of reach"
-        found = f"{why}, it is not in the local cache, and there is no such local path"
-        expected = f"a cached {kind}, a local directory, or a network"
+        reach = f"{urlparse(endpoint()).netloc} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
+        found, expected = f"not in the cache, {reach}, and there is no such local path", f"a local {kind}, or a network"
     return MissingError(f"{key} = {name}" + (f" at revision {revision}" if revision else ""), found, expected, fix)

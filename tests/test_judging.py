@@ -13,7 +13,7 @@ import pytest
 
 from lib import claims, config, record, tables
 from lib.errors import MissingError, StudyError
-from lib.run import cli, judge, plan, preflight, runs
+from lib.run import cli, judge, plan, runs
 from lib.td_dpo import engine, judge as judging, mt_bench, report
 from tests.conftest import PATIENCE, ROOT, until
 from tests.judge_endpoint import Endpoint, completion, grade_of, write_bench
@@ -267,14 +267,13 @@ def test_the_key_is_sent_as_a_header_and_is_nowhere_else(outputs, judge_server, 
 def test_what_is_missing_is_found_before_training(data, tmp_path):
     shipped = config.load_run(config.ROOT / "params/td_dpo/paper/dpo.yaml", study="td_dpo", scale="paper", mode="full")
     module = config.study_module("td_dpo")
-    machine = preflight.Machine(environ={}, gpus=lambda e: [], hub=lambda u, t: (200, ""), read=lambda u, t: None)
     (tmp_path / "odd/reference_answer").mkdir(parents=True)
     for name in mt_bench.FILES:
         (tmp_path / "odd" / name).write_text("")
     for place, faulty, missing in ((data, 0, 0), (tmp_path / "none", 0, 1), (tmp_path / "odd", 1, 0), (None, 1, 0)):
         run = config.apply(shipped, {"evaluation.mt_bench": place and str(place)})
         assert sum(f.key == "evaluation.mt_bench" for f in module.check(run)) == faulty
-        found = [f for f in preflight.find_missing([run], machine) if f.key == "evaluation.mt_bench"]
+        found = [f for f in module.needs(run) if f.key == "evaluation.mt_bench"]
         assert len(found) == missing
         assert not found or "git clone" in found[0].fix
         assert config.trial(run).evaluation.judge == ("mt_bench" if place == data or faulty else "none")

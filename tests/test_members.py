@@ -306,7 +306,7 @@ def test_intervals_of_log_lines_and_saves_train_nothing_again(tiny, undisturbed,
     [(["H100"], 1, "H100"), (["H100", "A100", "H100"], 1, "A100,H100"), (["H100"], 0, "cpu"), ([], 1, "cpu")],
 )
 def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, kind):
-    monkeypatch.setattr(keys, "visible_gpus", lambda environ: [types.SimpleNamespace(name=name) for name in visible])
+    monkeypatch.setattr(keys, "visible_gpus", lambda: [types.SimpleNamespace(name=name) for name in visible])
     keys.device_kind.cache_clear()
     try:
         (member,) = config.members(tiny(seed_list=[1], compute={"gpus": gpus}))

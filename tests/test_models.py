@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.random_llama import LLAMA2_7B, random_llama
+from benchmarks.random_llama import random_llama
 from lib import hub, models
 from lib.errors import MissingError, StudyError
 from lib.made import FAMILIES, stand_in, train_bpe_tokenizer, write_stand_in
-from lib.run import preflight
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -326,13 +325,10 @@ SMALL = {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_h
          "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 
 
-def test_a_random_model_is_quantized_as_a_loaded_one_and_counts_as_the_estimate_says(tmp_path):
+def test_a_random_model_is_quantized_as_a_loaded_one(tmp_path):
     pytest.importorskip("bitsandbytes")
     wide = random_llama(SMALL, quantization="none", device="cpu", gradient_checkpointing=False)
     wide.save_pretrained(tmp_path)
-    shape = preflight.shape(json.loads((tmp_path / "config.json").read_text()))
-    norms = sum(p.numel() for name, p in wide.named_parameters() if "norm" in name)
-    assert shape.weights + shape.embeddings == sum(p.numel() for p in wide.parameters()) - norms
     loaded = models.load_causal_lm(str(tmp_path), torch_dtype="bfloat16", quantization="nf4", device="cpu")
     made = random_llama(SMALL, device="cpu", gradient_checkpointing=False)
     for name, module in loaded.named_modules():
@@ -346,14 +342,6 @@ def test_a_random_model_is_quantized_as_a_loaded_one_and_counts_as_the_estimate_
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(made(input_ids=ids).logits, loaded(input_ids=ids).logits)
-    adapted = models.add_lora(made, LORA, seed=0)
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == preflight.adapter_weights(
-        shape, LORA["lora_r"]
-    )
-
-
-def test_the_random_models_default_is_the_papers_shape():
-    assert preflight.adapter_weights(preflight.shape(LLAMA2_7B | {"tie_word_embeddings": False}), 64) == 159_907_840
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from pathlib import Path
 from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import keys, plan, preflight, progress, reach, storage, watch
+from lib.run import cluster, keys, plan, preflight, progress, reach, storage, watch
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
@@ -343,10 +343,15 @@ def find_obstacles(options, found: list[Loaded]) -> tuple[dict[str, list[Finding
             said[name].append(Finding("error", f"notebooks/{run.study}", "this study has no notebooks yet"))
     code = 2 if any(map(has_error, said.values())) else 0
     if options.mode == "full":
-        machine = preflight.cluster_machine(options.cluster) if options.cluster else preflight.Machine()
-        said["this machine"] = preflight.find_missing(runs_of(found), machine)
+        gpus = cluster_gpus(options.cluster) if options.cluster else None
+        said["this machine"] = preflight.find_missing(runs_of(found), gpus)
         code = code or 3 * has_error(said["this machine"])
     return said, code
+
+
+def cluster_gpus(address: str) -> list[preflight.Gpu]:
+    """The GPUs of a Ray cluster, of which only number and kind are known here."""
+    return [preflight.Gpu("", kind, float("inf"), (99, 0)) for kind in cluster.gpus(address)]
 
 
 def check_before_full(

@@ -73,11 +73,8 @@ def device_kind(gpus: int = 1) -> str:
     On a cluster the kinds of its GPUs."""
     if gpus and os.environ.get("STUDY_DEVICES"):
         return os.environ["STUDY_DEVICES"]
-    try:
-        names = [gpu.name for gpu in visible_gpus(os.environ)] if gpus else []
-    except Exception:  # no driver, no library, no permission: whatever NVML says, there is no GPU to use
-        names = []
-    return ",".join(sorted(set(names))) or f"cpu-{platform.machine()}"
+    names = {gpu.name for gpu in visible_gpus()} if gpus else ()
+    return ",".join(sorted(names)) or f"cpu-{platform.machine()}"
 
 
 @functools.cache

@@ -53,16 +53,9 @@ class PoolLost(RuntimeError):
 def gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] without a driver, or where a cluster's
     count."""
-    if os.environ.get("STUDY_CLUSTER"):
-        return []
-    with contextlib.suppress(Exception):  # NVML raises its own errors where there is no driver
-        import pynvml
+    from lib.run.preflight import visible_gpus
 
-        pynvml.nvmlInit()
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        every = [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return every if named is None else [device for device in named.split(",") if device]
-    return []
+    return [] if os.environ.get("STUDY_CLUSTER") else [gpu.device for gpu in visible_gpus()]
 
 
 @functools.cache
