@@ -1,5 +1,5 @@
-"""`compose`: the shipped YAMLs are what the shipped designs write; comments survive; what is wrong is refused before
-anything is written; and CONTRIBUTING.md's walk-through of adding a method works as it is printed there."""
+"""`compose`: the shipped YAMLs are what the shipped designs write; what is wrong is refused before anything is written;
+and CONTRIBUTING.md's walk-through of adding a method works as it is printed there."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import config, record
+from lib import config
 from lib.errors import StudyError
 from lib.run import cli, compose as command
 from lib.td_dpo import report
@@ -23,12 +23,23 @@ from tests.conftest import ROOT
 DESIGNS = sorted((ROOT / "params").glob("*/design.yaml"))
 
 
+def rendered(design: Path) -> dict[str, str]:
+    return {file.relative_to(design.parent).as_posix(): text for file, text in command.compose(design)[1].items()}
+
+
+def written(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.yaml") if p.name != "design.yaml"}
+
+
+def compose(*arguments) -> int:
+    return command.main([str(a) for a in arguments])
+
+
 @pytest.mark.parametrize("design", DESIGNS, ids=lambda path: path.parent.name)
 def test_a_shipped_design_writes_the_shipped_files_byte_for_byte(design):
-    folder = design.parent
-    there = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.yaml") if p != design}
+    there = written(design.parent)
     assert {d.parent.name for d in DESIGNS} == set(config.studies())
-    assert command.render(design) == there
+    assert rendered(design) == there
     assert 2 * design.read_text().count("\n") < sum(text.count("\n") for text in there.values())
 
 
@@ -39,7 +50,6 @@ def test_a_shipped_design_writes_the_shipped_files_byte_for_byte(design):
 def design(tmp_path):
     """The path of a small design and its text, to be changed: design.change(old, new)."""
     base = (ROOT / "params/td_dpo/laptop/td_dpo.yaml").read_text()
-    base = base[base.index("model:") :].replace("  limit: null", "\n  # how much of it\n  limit: null")
     text = textwrap.dedent("""\
         study: td_dpo
         methods:
@@ -52,12 +62,9 @@ def design(tmp_path):
               as published.
             set:
               loss.name: dpo
-              training.learning_rate: 4e-4   # its own
+              training.learning_rate: 4e-4
               optuna.n_trials: 0
-              grid:
-                - product: {beta: [0.01, 0.05]}   # two of them
-                  # and one seed
-                  seeds: [42]
+              grid: [{product: {beta: [0.01, 0.05]}, seeds: [42]}]
             drop: [loss.tau, optuna.search_space.tau]
           ipo:
             like: dpo
@@ -66,29 +73,35 @@ def design(tmp_path):
               small: {set: {training.max_steps: 60}}
         scales:
           laptop:
-            models: {made: }
-            datasets:
-              generated: {label: made up}
-              small:
-                set:
-                  dataset.train_pairs: 320   # a half
-                add: {model.recipe.vocab_size_of_nothing: 1}
-                drop: [training.logging_steps]
+            name: <method>-<dataset>
+            factors:
+              dataset:
+                generated: {}
+                small: {set: {dataset.train_pairs: 320}, drop: [training.logging_steps]}
+            notes:
+              optuna.n_trials: of the base alone
+              evaluation.questions: two turns each
             base:
-        """).replace("        add: {model.recipe.vocab_size_of_nothing: 1}\n", "")
-    text += textwrap.indent(base, "      ") + textwrap.dedent("""
+        """)
+    text += textwrap.indent(base[base.index("model:") :], "      ") + textwrap.dedent("""
         claims:
           about: What is claimed.
-          keys: [beta, tau]   # as in the study
+          notes: {keys: as in the study}
+          keys: [beta, tau]
           choose_on: validation_implicit_accuracy
           claims:
-            - each: {generated: C1, small: C2}
-              sentence: On <dataset> it matches DPO.
+            - &first
+              id: C1
+              sentence: On generated data it matches DPO.
               estimand: mean score of TD-DPO less that of DPO
               test: superiority
-              treatment: {run_id: "proposed-made-<dataset>"}
-              baseline: {run_id: "comparative-1-made-<dataset>", beta: 0.05}
-              margin: 0.3   # points
+              treatment: {run_id: td_dpo-generated}
+              baseline: {run_id: dpo-generated, beta: 0.05}
+              margin: 0.3
+            - <<: *first
+              id: C2
+              treatment: {run_id: td_dpo-small}
+              baseline: {run_id: dpo-small, beta: 0.05}
         """)
     path = tmp_path / "study" / "design.yaml"
     path.parent.mkdir()
@@ -102,83 +115,56 @@ def design(tmp_path):
     return change
 
 
-def compose(*arguments) -> int:
-    return command.main([str(a) for a in arguments])
-
-
-def written(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.yaml") if p.name != "design.yaml"}
-
-
-def test_runs_are_named_commented_and_complete(design, capsys):
+def test_runs_are_complete_and_say_where_they_come_from(design, capsys):
     assert compose(design.path) == 0
-    made = written(design.folder)
-    roles, data = ("comparative-1", "comparative-2", "proposed"), ("generated", "small")
-    assert sorted(made) == ["claims.yaml", *(f"laptop/{role}-made-{name}.yaml" for role in roles for name in data)]
-    lines = made["laptop/comparative-1-made-small.yaml"].splitlines()
+    files = written(design.folder)
+    names = [f"{method}-{data}" for method in ("dpo", "ipo", "td_dpo") for data in ("generated", "small")]
+    assert sorted(files) == ["claims.yaml", *(f"laptop/{name}.yaml" for name in names)]
+    lines = files["laptop/dpo-small.yaml"].splitlines()
     assert lines[:2] == ["# The baseline,", "# as published."]
-    assert lines[2] == "# Written by ./run_all.sh compose from ../design.yaml: change it there."
-    assert lines[3:7] == ["run_id: comparative-1-made-small", "method: dpo", "role: comparative", ""]
-    for line in (
-        "  learning_rate: 4e-4   # its own",
-        "  train_pairs: 320   # a half",
-        "  # how much of it",
-        "  name: dpo",
-        "  - product: {beta: [0.01, 0.05]}   # two of them",
-        "    # and one seed",
-        "    seeds: [42]",
-    ):
-        assert line in lines, line
-    assert any(line.startswith("  n_trials: 0   # the same for dpo, ") for line in lines), "with the base's comment"
-    assert not any(line.strip().startswith(("tau:", "logging_steps:")) for line in lines), (
-        "what method and data set drop"
-    )
-    steps = {
-        name: config.load_run(design.folder / name, study="td_dpo", scale="laptop", mode="full").training.max_steps
-        for name in made
-        if "/" in name
+    assert lines[2].startswith("# Written by ./run_all.sh compose from ../design.yaml, ")
+    assert lines[3:8] == ["run_id: dpo-small", "method: dpo", "role: comparative", "", "model:"]
+    runs = {
+        name: config.load_run(design.folder / f"laptop/{name}.yaml", study="td_dpo", scale="laptop", mode="full")
+        for name in names
     }
-    assert steps["laptop/comparative-2-made-small.yaml"] == 60, "where method and data set meet"
-    assert set(steps.values()) == {60, 120}
-    claims = made["claims.yaml"]
+    assert {name: run.training.max_steps for name, run in runs.items() if name != "ipo-small"} == dict.fromkeys(
+        (name for name in names if name != "ipo-small"), 120
+    )
+    ipo = runs["ipo-small"]
+    assert (ipo.training.max_steps, ipo.training.learning_rate, ipo.dataset.train_pairs) == (60, 4e-4, 320)
+    assert (ipo.role, ipo.loss.name, list(ipo.optuna.search_space)) == ("comparative", "ipo", ["beta", "learning_rate"])
+    assert "logging_steps:" not in files["laptop/ipo-small.yaml"]
+    assert "  questions: 320   # two turns each\n" in files["laptop/dpo-small.yaml"]
+    assert "  n_trials: 0\n" in files["laptop/dpo-small.yaml"], "the note is about another value"
+    assert "  n_trials: 16   # of the base alone\n" in files["laptop/td_dpo-small.yaml"]
+    claims = files["claims.yaml"]
     assert claims.startswith("# What is claimed.\n# Written by")
-    assert "names: {td_dpo: TD-DPO, dpo: DPO}\nkeys: [beta, tau]   # as in the study\n" in claims
-    assert [c["id"] + c["sentence"] for c in yaml.safe_load(claims)["claims"]] == [
-        "C1On generated it matches DPO.",
-        "C2On small it matches DPO.",
-    ]
-    assert claims.count("margin: 0.3   # points") == 2
-    assert capsys.readouterr().out.endswith("written: 7\n")
-
+    assert "names:\n  td_dpo: TD-DPO\n  dpo: DPO\nkeys: [beta, tau]   # as in the study\n" in claims
+    assert [claim["margin"] for claim in yaml.safe_load(claims)["claims"]] == [0.3, 0.3]
+    assert capsys.readouterr().out.endswith("7 files written\n")
     before = {p: p.stat().st_mtime_ns for p in design.folder.rglob("*.yaml")}
     assert compose(design.path) == 0
-    assert "nothing to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in design.folder.rglob("*.yaml")} == before
 
 
-def test_like_takes_over_what_the_method_does_not_write_itself(design):
-    design(
-        "        scales:\n".strip(" "),
-        textwrap.indent(
-            textwrap.dedent("""\
-        hinge:
-          like: ipo
-          set: {loss.name: hinge, training.max_steps: 30}
-    """),
-            "  ",
-        )
-        + "scales:\n",
-    )
-    made = {name: yaml.safe_load(text) for name, text in command.render(design.path).items() if "comparative-3" in name}
-    assert {run["training"]["max_steps"] for run in made.values()} == {30}, "also where ipo has a `when` for it"
-    assert {run["training"]["learning_rate"] for run in made.values()} == {"4e-4"}, "dpo's, by way of ipo"
-    assert {run["role"] for run in made.values()} == {"comparative"}
+def test_only_rules_out_what_has_none_of_these(design):
+    design("    like: dpo\n", "    like: dpo\n    only: [paper, small]\n")
+    assert [name for name in rendered(design.path) if "ipo" in name] == ["laptop/ipo-small.yaml"]
 
 
-def test_a_name_that_yaml_would_read_as_a_number_is_quoted(design):
-    design("  ipo:\n", '  "30":\n')
-    made = command.render(design.path)["laptop/comparative-2-made-small.yaml"]
-    assert 'run_id: comparative-2-made-small\nmethod: "30"\n' in made
+CONTENT = {
+    "numbers": {"small": 5e-7, "text": "5e-7", "large": 1e22, "whole": 3, "none": None, "flag": "off", "yes": True},
+    "names": {"30": "1", "a b": "# no comment", "long": "word: " * 40, "lines": "one\ntwo\n", "umlaut": "ü"},
+    "empty": {"list": [], "mapping": {}},
+    "several": ["one", 2, {"a": {"b": []}}, ["words " * 20]],
+    "deep": {"list": [0.5] * 40},
+    "grid": [{"product": {"beta": [0.01, 0.5], "tau": [1.0] * 30}}, {"cells": [{"beta": 1e-5}], "seeds": [1, 2]}],
+}
+
+
+def test_what_is_written_reads_back_as_it_was():
+    assert yaml.safe_load(command._yaml(CONTENT, {"numbers.small": "a note", "grid": "another"})) == CONTENT
 
 
 REFUSED = {
@@ -187,108 +173,80 @@ REFUSED = {
         ["methods.dpo", "lable", "unknown key", "did you mean methods.dpo.label"],
     ),
     "a key that no scale has": (
-        "    models: {made: }", "    modles: {made: }",
-        ["scales.laptop", "modles", "did you mean scales.laptop.models"],
+        "    factors:\n", "    factor:\n",
+        ["scales.laptop", "factor", "did you mean scales.laptop.factors"],
     ),
-    "a key that the base has not": (
+    "a key that is set and that no study has": (
         "training.learning_rate: 4e-4", "training.learning_rat: 4e-4",
-        ["methods.dpo.set.training.learning_rat", "has no such key", "did you mean training.learning_rate"],
+        ["dpo-generated.yaml", "training.learning_rat", "unknown key", "did you mean training.learning_rate"],
     ),
-    "a key that is dropped twice over": (
+    "a section that is set and that no study has": (
+        "training.learning_rate: 4e-4", "trainig.learning_rate: 4e-4",
+        ["dpo-generated.yaml", "trainig", "did you mean training"],
+    ),
+    "a key that is dropped and not there": (
         "drop: [training.logging_steps]", "drop: [training.loging_steps]",
-        ["datasets.small.drop", "did you mean training.logging_steps"],
-    ),
-    "an added key that is there": (
-        "    set: {loss.name: ipo}", "    add: {training.max_steps: 5}",
-        ["methods.ipo.add.training.max_steps", "has this key", "under set:"],
-    ),
-    "a key that the study does not know": (
-        "    set: {loss.name: ipo}", "    add: {training.momentum: 5}",
-        ["comparative-2-made-generated.yaml", "training.momentum", "unknown key"],
+        ["dpo-small", "drop: training.loging_steps", "did you mean logging_steps"],
     ),
     "a value out of its range": (
         "training.max_steps: 60", "training.max_steps: -60",
-        ["comparative-2-made-small.yaml", "max_steps"],
+        ["ipo-small.yaml", "max_steps"],
     ),
     "a loss that nobody has": (
         "set: {loss.name: ipo}", "set: {loss.name: ipoo}",
-        ["comparative-2-made", "loss.name", "ipoo"],
+        ["ipo-generated.yaml", "loss.name", "ipoo"],
     ),
     "two runs of one name": (
-        "    models: {made: }", "    models: {made: }\n    name: <method>",
-        ["td_dpo is the name of td_dpo x made x generated and of td_dpo x made x small"],
+        "name: <method>-<dataset>", "name: <method>",
+        ["scales.laptop", "two runs named td_dpo", "name: <method>_<dataset>"],
     ),
     "a part of a name that is not there": (
-        "    models: {made: }", "    models: {made: }\n    name: <method>-<datset>",
-        ["<datset>", "did you mean dataset"],
+        "name: <method>-<dataset>", "name: <method>-<dataset>-<datset>",
+        ["run_id", "<datset>", "a file name"],
     ),
     "a name that is no file name": (
-        "    models: {made: }", "    models: {made: }\n    name: ../<method>-<dataset>",
-        ["run_id", "../"],
+        "name: <method>-<dataset>", "name: ../<method>-<dataset>",
+        ["scales.laptop.name", "../"],
     ),
     "like nothing": (
         "like: dpo", "like: dppo",
-        ["methods.ipo.like", "did you mean dpo"],
+        ["ipo.like", "did you mean dpo"],
     ),
     "like itself": (
         "like: dpo", "like: ipo",
-        ["methods.ipo.like", "one of td_dpo, dpo\n"],
+        ["ipo.like", "one of td_dpo, dpo\n"],
     ),
     "like in a circle": (
         "  dpo:\n    role", "  dpo:\n    like: ipo\n    role",
-        ["methods.ipo.like", "one of td_dpo"],
+        ["dpo.like", "one of td_dpo"],
     ),
     "a method without a role": (
         "role: proposed, ", "",
-        ["role: ''", "'proposed', 'comparative'"],
+        ["role: None", "'proposed', 'comparative'"],
     ),
     "when nothing": (
-        "      small: {set", "      smal: {set",
-        ["ipo.when", "'smal'", "did you mean small"],
+        "      small: {set: {training", "      smal: {set: {training",
+        ["ipo: only, when", "'smal'", "did you mean small"],
     ),
     "only a method of no name": (
         "set: {loss.name: ipo}", "set: {loss.name: ipo}\n    only: [papre]",
-        ["ipo.only", "did you mean paper"],
+        ["ipo: only, when", "did you mean paper"],
     ),
-    "nothing left": (
+    "a run that a claim is about is ruled out": (
         "td_dpo: {role: proposed,", "td_dpo: {only: [paper], role: proposed,",
         ["C1.treatment", "no run at laptop scale"],
     ),
-    "two that set one key": (
-        "dataset.train_pairs: 320", "training.learning_rate: 1e-3",
-        ["set by methods.dpo.set", "when:"],
-    ),
-    "a level named like another": (
-        "models: {made: }", "models: {dpo: }",
-        ["dpo", "a model and a method"],
-    ),
-    "what compose writes": (
-        "      model:\n", "      run_id: x\n      model:\n",
-        ["'run_id' is written twice"],
-    ),
     "a claim that is a word": (
-        "    - each:", "    - C0\n    - each:",
+        "    - &first", "    - C0\n    - &first",
         ["claims.0", "'C0'"],
     ),
     "a claim's metric": (
         "margin: 0.3", "metric: scores\n      margin: 0.3",
         ["C1.metric", "scores is in no table"],
     ),
-    "a claim about a run that is not there": (
-        "comparative-1-made-<dataset>", "comparative-9-made-<dataset>",
-        ["C1.baseline", "no run"],
-    ),
     "a claim's key": (
         "      margin: 0.3", "      margn: 0.3",
         ["claims.0.margn", "did you mean claims.0.margin"],
-    ),
-    "a claim for what is no level": (
-        "small: C2}", "smal: C2}",
-        ["claims.each", "did you mean small"],
-    ),
-    "a claim about another kind": (
-        "On <dataset> it", "On <model> it",
-        ["<model>", "<dataset>"],
     ),
     "a study of no name": (
         "study: td_dpo", "study: tddpo",
@@ -306,126 +264,58 @@ def test_a_wrong_design_is_refused_before_anything_is_written(design, old, new, 
     design(old, new)
     with pytest.raises(StudyError) as refused:
         compose(design.path)
-    told = str(refused.value)
+    said = str(refused.value)
     for word in words:
-        assert word in told, told
-    assert "expected:" in told
+        assert word in said, said
+    assert "expected:" in said
     assert written(design.folder) == {}
 
 
 def test_a_file_that_differs_is_kept_without_force(design, capsys):
     compose(design.path)
-    by_hand, other = (
-        design.folder / "laptop/proposed-made-small.yaml",
-        design.folder / "laptop/proposed-made-generated.yaml",
-    )
-    by_hand.write_text(by_hand.read_text().replace("epochs: null", "epochs: 1").replace("seed: 0\n", "seed: 1\n", 1))
-    other.write_text(other.read_text().replace("# The proposed one.", "# Mine."))
+    by_hand = design.folder / "laptop/td_dpo-small.yaml"
+    by_hand.write_text(by_hand.read_text().replace("epochs: null", "epochs: 1"))
     design("The baseline,", "A baseline,")
     before = written(design.folder)
     capsys.readouterr()
     assert cli.main(["compose", str(design.path)]) == 2
-    told = capsys.readouterr().err
-    assert "proposed-made-small.yaml: - split_seed: 1 | + split_seed: 0 | - epochs: 1 | + epochs: null" in told
-    assert "proposed-made-generated.yaml: - # Mine. | + # The proposed one." in told
-    assert "comparative-1-made-small.yaml: - # The baseline, | + # A baseline," in told
-    assert "--force" in told
+    said = capsys.readouterr().err
+    assert all(f"laptop/{name}.yaml" in said for name in ("td_dpo-small", "dpo-small", "dpo-generated"))
+    assert "--force" in said
     assert written(design.folder) == before
 
     assert compose(design.path, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "-  epochs: 1\n+  epochs: null\n" in shown
-    assert "-# Mine.\n+# The proposed one.\n" in shown
+    assert "-# The baseline,\n+# A baseline,\n" in shown
     assert written(design.folder) == before
 
-    stranger = design.folder / "laptop" / "mine.yaml"
-    stranger.write_text("run_id: mine\n")
     assert compose(design.path, "--force") == 0
-    told = capsys.readouterr().out
-    assert "4 differ, 3 as they are" in told
-    assert f"left alone: {stranger}" in told
-    stranger.unlink()
-    assert written(design.folder) == command.render(design.path)
+    assert "3 files written" in capsys.readouterr().out
+    assert written(design.folder) == rendered(design.path)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["new files", "overwritten files"])
-def test_all_files_or_none(design, there, monkeypatch):
-    if there:
-        compose(design.path)
-        design("about: What is claimed.", "about: Claimed.")
-        design("validation_pairs: 400", "validation_pairs: 300")
-    before, write, done = written(design.folder), record.write_text, []
-
-    def full_disk(path, text):
-        if len(done) == 6:
-            raise OSError(28, "No space left on device", str(path))
-        done.append(path)
-        write(path, text)
-
-    monkeypatch.setattr(record, "write_text", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        compose(design.path, "--force")
-    assert len(done) == 6, "all but the last were written"
-    assert written(design.folder) == before
-    assert (design.folder / "laptop").exists() is there
-
-
-def test_into_a_folder_of_its_own_which_plan_and_check_take(design, tmp_path, capsys):
-    out = tmp_path / "own"
-    assert compose(design.path, "--out", out) == 0
-    assert written(out) == command.render(design.path)
-    assert written(design.folder) == {}
-    with pytest.raises(StudyError, match="share a folder"):
-        compose(design.path, design.path, "--out", out)
-    assert cli.main(["plan", "--params", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "td_dpo/comparative-2-made-small" in told
-    assert "error" not in told
-
-
-def test_check_tells_where_a_yaml_is_not_what_its_design_writes(design, capsys):
+def test_plan_and_check_take_what_is_written_and_check_names_what_differs(design, capsys):
     compose(design.path)
-    folder = design.folder / "laptop"
-    (folder / "proposed-made-small.yaml").unlink()
-    changed = folder / "proposed-made-generated.yaml"
-    changed.write_text(changed.read_text().replace("max_steps: 120", "max_steps: 110"))
-    shutil.copy(ROOT / "params/td_dpo/laptop/discopop.yaml", folder)
     capsys.readouterr()
+    assert cli.main(["plan", "--params", str(design.folder)]) == 0
+    planned = capsys.readouterr().out
+    assert "td_dpo/ipo-small" in planned
+    assert "error" not in planned
+    (design.folder / "laptop/td_dpo-small.yaml").unlink()
+    changed = design.folder / "laptop/td_dpo-generated.yaml"
+    changed.write_text(changed.read_text().replace("max_steps: 120", "max_steps: 110"))
     assert cli.main(["check", "--static", "--json", "--params", str(design.folder)]) == 0
-    told = {Path(f["file"]).name: f for f in json.loads(capsys.readouterr().out)["findings"]}
-    assert {f["severity"] for f in told.values()} == {"warning"}
-    assert "- max_steps: 110 | + max_steps: 120" in told["proposed-made-generated.yaml"]["what"]
-    assert "compose" in told["proposed-made-generated.yaml"]["fix"]
-    assert "is not there" in told["proposed-made-small.yaml"]["what"]
-    assert "not in the design" in told["discopop.yaml"]["what"]
-    assert told["claims.yaml"]["place"] == "C4", "a claim about betas that these runs do not train"
+    rows = {Path(row["file"]).name: row for row in json.loads(capsys.readouterr().out)["findings"]}
+    assert {row["severity"] for row in rows.values()} == {"warning"}
+    assert "differs" in rows["td_dpo-generated.yaml"]["what"]
+    assert "compose" in rows["td_dpo-generated.yaml"]["fix"]
+    assert "is missing" in rows["td_dpo-small.yaml"]["what"]
 
-    design("loss.name: ipo", "loss.nam: ipo")
+    design("loss.tau", "loss.tua")
     (fault,) = command.findings([(changed, None, [])])
-    assert (fault.level, Path(fault.file).name, fault.key) == ("error", "design.yaml", "methods.ipo.set.loss.nam")
-
-
-# ---- comments
-
-
-def test_comments_and_blank_lines_belong_to_the_key_that_follows(design):
-    """Where a key goes, its own comment and the lines above it go; those of its neighbours stay."""
-    design("              training.learning_rate: 4e-4   # its own\n".lstrip(" "), "training.learning_rate: 4e-4 #\n")
-    design("training.max_steps: 60", "training.max_steps: 60, dataset.preprocessing.max_length: 64")
-    design(
-        "drop: [training.logging_steps]", "drop: [training.logging_steps, dataset.split_seed, dataset.limit, loss.beta]"
-    )
-    base = command.render(design.path)["laptop/proposed-made-generated.yaml"]
-    made = command.render(design.path)["laptop/comparative-2-made-small.yaml"]
-    assert "  learning_rate: 4e-4\n" in made, "an empty comment takes the base's away"
-    assert "  max_steps: 60\n" in made
-    assert "  preprocessing: {max_length: 64, max_prompt_length: null}\n" in made, "inside braces"
-    assert "# how much of it" in base
-    assert "# how much of it" not in made, "with the key that it was above"
-    between = "eval_steps: 40   # the best checkpoint"
-    assert between in base
-    assert between in made
-    assert made.count("\n\n") == base.count("\n\n") - 1, "limit's own; those between sections stay"
+    assert (fault.level, Path(fault.file).name) == ("error", "design.yaml")
+    assert "loss.tua" in str(fault)
 
 
 # ---- the walk-through of CONTRIBUTING.md
@@ -469,7 +359,8 @@ def test_adding_a_method_as_contributing_says(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     composed, planned, checked = done.stdout.split("----\n")
-    assert "4 new, 0 differ, 11 as they are" in composed
+    paths = [f"params/td_dpo/{scale}/{name}.yaml" for scale in ("laptop", "paper") for name in ("ipo", own)]
+    assert composed == "".join(f"written: {path}\n" for path in paths) + "4 files written\n"
     assert "td_dpo/ipo " in planned
     assert json.loads(checked)["findings"] == []
 
