@@ -2,18 +2,17 @@
 
 import json
 
-import matplotlib
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from lib import config, record, tables
+from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import data, penalty, report, trainer
+from lib.iw_lora import data, penalty, trainer
 from lib.iw_lora.study import Adapter
 from lib.run import check
 from tests.conftest import ROOT
+from tests.notebook import analyze, write_member
 from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, trainables
 
 LAPTOP = ROOT / "params" / "iw_lora" / "laptop" / "iw_lora.yaml"
@@ -146,51 +145,46 @@ def test_calibration_is_under_two_percent_of_a_paper_scale_run(task):
     assert run.loss.sensitivity_warmup_steps < 0.02 * config.steps(run) * run.training.gradient_accumulation_steps
 
 
-MATRICES = pd.DataFrame(
-    [
-        {
-            "run_id": run,
-            "method": run,
-            "cell": "default",
-            "seed": seed,
-            "label_of_run": run,
-            "matrix": f"{layer}.attention.self.{name}_proj",
-            "s": 0.1,
-            "w": 0.1 + 0.05 * layer + 0.02 * place,
-            "coefficient": 0.9 - 0.05 * layer if run != "lora" else None,
-            "delta_norm": 1.0 + layer + place,
-            "rank": 4 + 3 * layer + place if run == "adalora" else None,
-        }
-        for run in ("iw_lora", "lora", "adalora")
-        for seed in (1, 2)
-        for layer in (0, 1)
-        for place, name in enumerate(("query", "value"))
+def test_the_figures_say_their_numbers(tmp_path):
+    names = [
+        f"deberta.encoder.layer.{layer}.attention.self.{name}_proj" for layer in (0, 1) for name in ("query", "value")
     ]
-)
+    planned = [
+        config.load_run(LAPTOP.with_name(f"{name}.yaml"), study="iw_lora", scale="laptop", mode="trial")
+        for name in ("iw_lora", "lora", "adalora")
+    ]
+    for run in planned:
+        for seed, member in zip((1, 2), config.members(run), strict=False):
+            values = {"matrices": names, "delta_norm": [1.0, 2.0, 2.0, 3.0], "ranks": {}}
+            if run.run_id == "iw_lora":
+                values |= {"s": [1, 2, 3, 4], "w": [0.1, 0.12, 0.15, 0.17], "coefficient": [0.9, 0.9, 0.85, 0.85]}
+                values["rank_pattern"] = dict.fromkeys(names, 8)
+            if run.run_id == "adalora":
+                values["ranks"] = {
+                    f"base_model.model.{name}": rank for name, rank in zip(names, (4, 5, 7, 8), strict=True)
+                }
+            rows = [{"kind": "example", "example": i, "label": i // 2, "prediction": min(i, 1)} for i in range(4)]
+            rows = [{**row, "correct": int(row["label"] == row["prediction"])} for row in rows]
+            steps = [{"step": 1, "task_loss": 1.0}, {"step": 2, "task_loss": 0.5}]
+            metrics = {"validation_accuracy": 0.7 + seed / 100, "tuning_accuracy": 0.7}
+            write_member(tmp_path, member, metrics, rows=rows, history=steps, adapters=values)
+    times = {"seconds": 3.0, "seconds_baseline": 2.0, "step_seconds": 2.0, "step_seconds_baseline": 4.0}
+    record.write_jsonl(tmp_path / "iw_lora" / "step_cost.jsonl", [times, times])
+    alt = analyze(tmp_path, planned)
+    assert "query of layer 0 0.4; query of layer 1 0.6" in alt["sensitivities"]
+    assert "iw_lora 0.971 to 1.03" in alt["coefficients"]
+    assert "lora 1 to 3, mean 2" in alt["update_norms"]
+    assert "rank correlation 1 over 4 matrices" in alt["rank_against_sensitivity"]
+    assert "right 0.5" in alt["confusions"]
+    assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in alt["times"]
+    assert {"seeds", "learning_curves"} <= set(alt)
+    assert len(record.read_json(tmp_path / "comparison" / "sensitivities.json")) == 2
 
 
-def test_the_studys_figures_say_their_numbers(tmp_path):
-    matplotlib.use("Agg")
-    told = report.sensitivity_map(MATRICES)
-    assert "query of layer 0 0.4" in told.alt
-    assert "value of layer 1 0.68" in told.alt
-    assert "max/min 1.06" in report.coefficient_spread(MATRICES[MATRICES["run_id"] == "iw_lora"]).alt
-    assert "iw_lora 1 to 3, mean 2" in report.update_norms(MATRICES).alt
-    assert "rank correlation 1 over 4 matrices" in report.rank_against_sensitivity(MATRICES).alt
-    examples = pd.DataFrame({"label_of_run": "lora", "label": [0, 0, 1, 1], "prediction": [0, 1, 1, 1]})
-    assert "entailment right 0.5, other right 1" in report.confusions(examples, ["entailment", "other"]).alt
-    costs = pd.DataFrame(
-        {
-            "seconds": [2.0, 2.0],
-            "seconds_baseline": [1.0, 2.0],
-            "step_seconds": [2.0, 2.0],
-            "step_seconds_baseline": [4.0, 4.0],
-        }
-    )
-    assert "over LoRA median 1.5 of 2 rounds; over AdaLoRA median 0.5" in report.times(costs).alt
-    for name in ("sensitivity_map", "coefficient_spread", "update_norms", "rank_against_sensitivity"):
-        assert getattr(report, name)(MATRICES.iloc[:0]).alt
-    assert report.confusions(examples.iloc[:0], ["a", "b"]).alt
+def test_the_analysis_of_nothing_runs_to_its_end(tmp_path):
+    planned = config.load_run(LAPTOP, study="iw_lora", scale="laptop", mode="trial")
+    assert analyze(tmp_path, [planned]) == {}
+    assert (tmp_path / "comparison" / "done.json").exists()
 
 
 def test_a_bad_label_in_a_folder_names_file_and_row(tmp_path):
@@ -209,18 +203,3 @@ def test_a_text_of_unknown_words_does_not_stop_pretraining():
     corrupted, replaced = data.replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
     assert torch.equal(corrupted[1], ids[1])
     assert not replaced[1].any()
-
-
-def test_the_analysis_of_nothing_says_so():
-    """No run finished: every table and figure of the analysis is there, and empty."""
-    empty = tables.Records(*(pd.DataFrame() for _ in range(5)))
-    assert report.example_scores(empty).empty
-    assert "alpha" in report.all_members(empty)
-    assert report.seed_noise(empty, (0.1,)).empty
-    assert report.accuracies(empty).empty
-    matrices = report.adapters(empty)
-    assert report.sensitivity_map(matrices).alt
-    best = report.at_chosen(matrices, ROOT / "nowhere")
-    assert report.update_norms(best).alt
-    assert report.confusions(report.at_chosen(empty.pairs, ROOT / "nowhere"), ["a"]).alt
-    assert report.calibrations(ROOT / "nowhere").empty
