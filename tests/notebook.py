@@ -22,10 +22,10 @@ def write_member(results, member, metrics, *, rows=(), history=(), **files):
 
 
 def analyze(results, planned):
-    """{name: the text of its figure} of an analysis of `planned` runs from the records in `results`, as a trial: no
-    simulated power and no verdicts, but every table and figure."""
+    """({figure: its alternative text}, the notebook's names) of an analysis of `planned` runs from the records in
+    `results`, as a trial: no simulated power and no verdicts, but every table and figure."""
     study = planned[0].study
-    listed = [{**config.dump(run), "study": study, "scale": run.scale, "mode": "trial"} for run in planned]
+    listed = [{**config.dump(run), "study": study, "scale": run.scale, "mode": run.mode} for run in planned]
     record.write_json(results / "comparison" / "runs.json", listed)
     names = {"__name__": "notebook"}
     for cell in json.loads((ROOT / "notebooks" / study / "analysis.ipynb").read_text())["cells"]:
@@ -34,4 +34,4 @@ def analyze(results, planned):
             if "parameters" in cell["metadata"].get("tags", ()):
                 names |= {"scale": planned[0].scale, "mode": "trial", "results_dir": str(results)}
     texts = (results / "comparison" / "figures").glob("*.alt.txt")
-    return {path.name.removesuffix(".alt.txt").removeprefix("comparison_"): path.read_text() for path in texts}
+    return {path.name.removesuffix(".alt.txt").removeprefix("comparison_"): path.read_text() for path in texts}, names

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import config, tables
-from lib.graff import data, report
+from lib import config, record
+from lib.graff import data
 from tests.conftest import ROOT
+from tests.notebook import analyze, write_member
 
 
 def test_every_epoch_is_a_permutation_with_rows_of_like_length_together():
@@ -40,31 +41,6 @@ def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shu
     )
 
 
-def evaluations(run_id: str, budget: float) -> list[dict]:
-    return [
-        {
-            "run_id": run_id,
-            "method": "graff",
-            "cell": "c",
-            "seed": seed,
-            "used": share * budget,
-            "joules": None,
-            "exact_match_subset": share + seed / 100,
-            "dev_loss": 1 - share,
-        }
-        for seed in (1, 2)
-        for share in (0.0, 0.25, 0.49, 0.51, 1.0)
-    ]
-
-
-def test_the_point_at_half_a_long_budget_is_labelled_anytime_and_is_not_the_short_run():
-    rows = pd.DataFrame(evaluations("graff_30", 1800) + evaluations("graff_60", 3600))
-    found = report.anytime(rows, {"graff_30": 1800, "graff_60": 3600}).set_index("run_id")
-    assert found.loc["graff_60", "label"] == "anytime: 30 of 60 minutes"
-    assert found.loc["graff_30", "label"] == "anytime: 15 of 30 minutes"
-    assert found.loc["graff_60", "exact_match_subset"] == pytest.approx(0.49 + 0.015)  # never what came later
-
-
 def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():
     found = sorted((ROOT / "params" / "graff" / "paper").glob("*_60.yaml"))
     assert found
@@ -73,65 +49,85 @@ def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():
         assert (run.training.budget_minutes, run.role) == (60, "control"), path.name
 
 
-def records(pairs: list[dict]) -> tables.Records:
-    empty = pd.DataFrame()
-    return tables.Records(empty, empty, empty, pd.DataFrame(pairs), empty)
+# ---- the analysis on made records
 
 
-def test_the_gap_to_gsm1k_has_an_interval_over_models_and_problems():
-    rng = np.random.default_rng(0)
-    pairs = [
-        {
-            "run_id": "graff",
-            "cell": "c",
-            "seed": seed,
-            "kind": kind,
-            "example": f"{kind}-{i}",
-            "exact_match": float(rng.random() < chance),
-        }
-        for seed in (1, 2, 3)
-        for kind, chance, n in (("example", 0.6, 400), ("gsm1k", 0.4, 300))
-        for i in range(n)
-    ]
-    found = report.gsm1k(records(pairs)).iloc[0]
-    assert found["low"] < 0.2 < found["high"]
-    assert found["low"] > 0.05
-    assert (found["models"], found["problems"]) == (3, 300)
-    assert report.gsm1k(records([p for p in pairs if p["kind"] == "example"])).empty
+def planned_runs(*names):
+    folder = ROOT / "params" / "graff" / "laptop"
+    return [config.load_run(folder / f"{n}.yaml", study="graff", scale="laptop", mode="full") for n in names]
 
 
-def test_exact_match_has_a_panel_a_run_with_its_area():
-    rows = pd.DataFrame(evaluations("graff", 60) + evaluations("fixed", 60))
-    drawn = report.exact_match(rows, 60)
-    assert [axes.get_title(loc="left") for axes in drawn.canvas.axes[:2]] == [
-        "graff: 0.515",
-        "fixed: 0.515",
-    ]  # of x + 0.015
-    assert [len(axes.lines) for axes in drawn.canvas.axes[:2]] == [2, 1]  # the fixed rate behind the others
-    assert len(drawn.canvas.axes[0].collections) == 1
+def write_run(results, run, ends, extra=(), loss=lambda member: 1.0):
+    """Members whose exact match rises evenly to `ends`, of 20 dev and 40 test problems, at a joule a second."""
+    budget = 60 * run.training.budget_minutes
+    for member in config.members(run):
+        history = []
+        for share in (0.0, 0.25, 0.49, 0.51, 1.0):
+            hits = [int(i < 20 * ends * share) for i in range(20)]
+            match = {"exact_match_subset": ends * share, "dev_loss": 1 - share / 2, "hits": hits}
+            history.append({"step": 0, "used": share * budget, "joules": share * budget, **match})
+            blocks = {"log_m": [-0.1, 0.1], "a": 0.5, "gain": 1.0, "lambda": 2.0}
+            history.append({"step": 1, "used": share * budget, "fraction": share, "eta": 0.001 + share, **blocks})
+        rows = [
+            {"kind": "example", "example": i, "exact_match": i < 40 * ends, "test_loss": 2 - ends} for i in range(40)
+        ]
+        metrics = {"exact_match": ends, "dev_loss": loss(member), "test_loss": 2 - ends, "energy": budget}
+        write_member(results, member, metrics | {"energy_source": "nvml"}, rows=[*rows, *extra], history=history)
 
 
-def test_loss_is_drawn_from_the_base_models_on_and_no_exact_match_lies_below_zero():
-    rows = pd.DataFrame(evaluations("graff", 60) + evaluations("fixed", 60))
-    drawn = report.loss(rows, 60)
-    assert [line.get_ydata()[0] for line in drawn.canvas.axes[0].lines] == [1.0, 1.0]
-    assert "graff from 1 to 0" in drawn.alt
-    none = report.exact_match(rows.assign(exact_match_subset=0.0), 60)
-    assert none.canvas.axes[0].get_ylim()[0] == 0
+def test_the_figures_and_tables_say_their_numbers(tmp_path):
+    planned = planned_runs("graff", "fixed", "graff_cold")
+    extra = [{"kind": "gsm1k", "example": i, "exact_match": i < 6} for i in range(30)]
+    for run, ends in zip(planned, (0.8, 0.4, 0.6), strict=True):
+        write_run(tmp_path, run, ends, extra, loss=lambda m: 0.5 if "0.0003" in m.cell_name else 1.0)
+    alt, names = analyze(tmp_path, planned)
+    assert set(alt) == {"rates", "rates_low", "exact_match", "dev_loss", "multipliers", "energy"}
+    assert "graff ends at 0.8 with area 0.4" in alt["exact_match"]
+    assert "graff from 1 to 0.5" in alt["dev_loss"]
+    assert "Level: 0.2." in alt["energy"]  # half of what the fixed rate ends at
+    assert "graff_cold" not in "".join(alt.values())  # an ablation has a table, and no place in the figures
+    half = names["anytime"].loc["graff"]
+    assert half["label"] == "anytime: 1.5 of 3 minutes"
+    assert half["exact_match_subset"] == pytest.approx(0.49 * 0.8)  # never what came later
+    assert set(names["best"].loc[names["best"]["run_id"] != "graff_cold", "learning_rate"]) == {0.0003}
+    gap = pd.DataFrame(names["gaps"]).set_index("run").loc["graff"]
+    assert (gap["gap"], gap["problems"]) == (pytest.approx(0.8 - 0.2), 30)
+    assert gap["low"] < 0.6 < gap["high"]
+    table = names["differences"](names["pairs"], "test_loss").set_index("run")
+    assert list(table.index) == ["graff_cold"]
+    assert table.loc["graff_cold", ["difference", "seeds"]].tolist() == [pytest.approx(0.2), 3]
 
 
-def test_energy_is_drawn_over_joules():
-    rows = pd.DataFrame(evaluations("graff", 60)).assign(joules=lambda f: 2000 * f["used"] / 60)
-    drawn = report.energy(rows, 0.9)
-    assert drawn.canvas.axes[0].lines[0].get_xdata()[-1] == pytest.approx(2.0)
-    assert "graff ends at" in drawn.alt
+def test_a_diverged_run_counts_as_it_does_in_the_claims_and_has_no_loss(tmp_path):
+    (run,) = planned_runs("fixed")
+    write_run(tmp_path, run, 0.4)
+    member = config.members(run)[0]
+    record.write_json(
+        tmp_path / run.run_id / "members" / member.id / "done.json", {"run_id": run.run_id, "status": "diverged"}
+    )
+    _, names = analyze(tmp_path, [run])
+    row = names["grid"].set_index("cell").loc[member.cell_name]
+    assert row["diverged"] == 1
+    assert row["exact_match"] == pytest.approx(0.8 / 3)
+    assert np.isnan(row["dev_loss"])
+    assert member.cell_name not in set(names["best"]["cell"])
 
 
-def test_where_nothing_has_finished_the_tables_are_empty_and_keep_their_columns():
-    none = records([])
-    steps, rows = report.steps(none), report.evaluations(none)
-    assert steps.empty
-    assert {"run_id", "cell", "eta", "log_m"} <= set(steps)
-    assert {"run_id", "cell", "used", "exact_match_subset"} <= set(rows)
-    assert list(report.gsm1k(none)) == ["run_id", "cell", "gap", "low", "high", "models", "problems"]
-    assert report.anytime(rows, {}).empty
+def test_a_method_of_ones_own_comes_into_the_figures_by_its_role_and_other_budgets_have_their_own(tmp_path):
+    graff, fixed = planned_runs("graff", "fixed")
+    own = fixed.model_copy(update={"run_id": "mine", "method": "fixed_mine"})
+    longer = fixed.model_copy(update={"run_id": "fixed_60", "role": "control"})
+    longer = longer.model_copy(update={"training": longer.training.model_copy(update={"budget_minutes": 60})})
+    for run in (graff, fixed, own, longer):
+        write_run(tmp_path, run, 0.4)
+    alt, names = analyze(tmp_path, [graff, fixed, own, longer])
+    assert set(names["main"]) == {"graff", "fixed", "mine", "fixed_60"}
+    assert {"exact_match_made_3", "exact_match_made_60"} <= set(alt)
+    assert "mine" in alt["exact_match_made_3"]
+    assert "fixed_60" not in alt["exact_match_made_3"]
+    assert set(names["compared"]) == {"graff", "fixed", "mine"}
+
+
+def test_the_analysis_of_nothing_runs_to_its_end(tmp_path):
+    assert analyze(tmp_path, planned_runs("graff"))[0] == {}
+    assert (tmp_path / "comparison" / "done.json").exists()

@@ -170,7 +170,7 @@ def test_the_figures_say_their_numbers(tmp_path):
             write_member(tmp_path, member, metrics, rows=rows, history=steps, adapters=values)
     times = {"seconds": 3.0, "seconds_baseline": 2.0, "step_seconds": 2.0, "step_seconds_baseline": 4.0}
     record.write_jsonl(tmp_path / "iw_lora" / "step_cost.jsonl", [times, times])
-    alt = analyze(tmp_path, planned)
+    alt, _ = analyze(tmp_path, planned)
     assert "query of layer 0 0.4; query of layer 1 0.6" in alt["sensitivities"]
     assert "iw_lora 0.971 to 1.03" in alt["coefficients"]
     assert "lora 1 to 3, mean 2" in alt["update_norms"]
@@ -183,7 +183,7 @@ def test_the_figures_say_their_numbers(tmp_path):
 
 def test_the_analysis_of_nothing_runs_to_its_end(tmp_path):
     planned = config.load_run(LAPTOP, study="iw_lora", scale="laptop", mode="trial")
-    assert analyze(tmp_path, [planned]) == {}
+    assert analyze(tmp_path, [planned])[0] == {}
     assert (tmp_path / "comparison" / "done.json").exists()
 
 
