@@ -150,7 +150,7 @@ def test_the_figures_say_their_numbers(tmp_path):
         f"deberta.encoder.layer.{layer}.attention.self.{name}_proj" for layer in (0, 1) for name in ("query", "value")
     ]
     planned = [
-        config.load_run(LAPTOP.with_name(f"{name}.yaml"), study="iw_lora", scale="laptop", mode="trial")
+        config.load_run(LAPTOP.with_name(f"{name}.yaml"), study="iw_lora", scale="laptop", mode="full")
         for name in ("iw_lora", "lora", "adalora")
     ]
     for run in planned:
