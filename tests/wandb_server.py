@@ -42,6 +42,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.runs: dict[str, dict] = {}
         self.requests: list[tuple[str, str]] = []  # (operation or path, run)
+        self.bodies: list[bytes] = []  # all that was sent
         self.fault, self.delay, self.fault_from = None, 0.0, 0
         self.answers: dict[str, bytes] = {}  # operation -> what to reply to it, whatever it asked
         self.guard = threading.RLock()
@@ -81,7 +82,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.bodies.append(content)
+        return content
 
     def reply(self, content: bytes, status: int = 200, kind: str = "application/json") -> None:
         self.send_response(status)

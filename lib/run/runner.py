@@ -164,7 +164,7 @@ class Runner:
             nonce = os.urandom(8).hex()
             self.write_status(step, "running", started)
             if step.kind != "analysis":
-                self.mirrors.begin(step.folder, config.wandb_mode(step.run))
+                self.mirrors.follow(step.folder, config.wandb_mode(step.run))
             try:
                 notebook = execute_notebook(step, nonce)
                 check_success(step, notebook, nonce)
@@ -176,7 +176,7 @@ class Runner:
             pages.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
-                self.mirrors.end(step.folder, config.wandb_mode(step.run))
+                self.mirrors.follow(step.folder, config.wandb_mode(step.run))
             else:
                 model_card.write_all(step.folder.parent)
             return

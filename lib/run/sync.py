@@ -2,34 +2,40 @@
 holds."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from lib import config
 from lib.run import plan, progress, runner, wandb
 
 
 def sync(roots: list[Path], options) -> int:
     """Send what W&B lacks of the records in these folders (outputs/<scale>-full…). Exit code: 0 W&B is up to date, 1 it
     is not yet, 3 it cannot be reached or there is no key."""
-    roots = [root for root in roots if wandb.FROM not in root.name]
-    found = [
+    folders = [
         folder
         for root in roots
-        for folder in sorted(p.parent for p in root.glob("*/*/members"))
+        for folder in sorted({done.parents[2] for done in root.glob("*/*/members/*/done.json")})
         if plan.matches(options, folder.name)
         and (not options.study or folder.parent.name in options.study)
-        and any(folder.glob("members/*/done.json"))
+        and (config.load_yaml(folder / "config.yaml").get("wandb") or {}).get("mode") != "disabled"
+        and wandb.FROM not in root.name
     ]
-    if not found:
-        print("nothing to bring up to date: no finished member in", ", ".join(map(str, roots)) or "outputs/")
+    if not folders:
+        where = ", ".join(map(str, roots)) or "outputs/"
+        print(f"nothing to send: no finished member in {where}, or wandb.mode: disabled in its YAML")
         return 0
     named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
     with contextlib.ExitStack() as locks:
-        for root in dict.fromkeys(folder.parents[1] for folder in found):
+        for root in dict.fromkeys(folder.parents[1] for folder in folders):
             locks.enter_context(progress.lock(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
-        return subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, "--", *map(str, found)])
+        code = subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, *map(str, folders)])
+    if code == -signal.SIGALRM:
+        print(f"W&B kept one call waiting for {wandb.STALL_SECONDS} s; fix: try again later", file=sys.stderr)
+    return code if code in (0, 3) else 1
 
 
 def pull(runs: list, outputs: Path, made_in: str, options) -> int:
@@ -38,9 +44,9 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
     root, steps = outputs / f"{made_in},{wandb.FROM}", []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        entity, project = options.entity or mine[0].wandb.entity, options.project or mine[0].wandb.project
-        ids, project = [run.run_id for run in mine], project or wandb.PROJECT
-        results = wandb.fetch(root, f"{made_in}/{study}", run_ids=ids, entity=entity, project=project)
+        address = {"entity": options.entity or mine[0].wandb.entity}
+        address["project"] = options.project or mine[0].wandb.project or wandb.PROJECT
+        results = wandb.fetch(root, f"{made_in}/{study}", run_ids=[run.run_id for run in mine], **address)
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with progress.lock(root):
         ok = runner.Runner(steps, 1).run()
