@@ -67,7 +67,7 @@ def test_cells_first_each_once_and_the_number_of_trials_is_kept(tiny, tmp_path, 
     study = search(run, tmp_path / "sweep")
     table = sweep.table(study)
     assert len(table) == 6
-    assert [t.params for t in sweep.searched(study)][:2] == [
+    assert [t.params for t in sweep.completed_trials(study)][:2] == [
         {"beta": 0.05, "learning_rate": 1e-3},
         {"beta": 0.5, "learning_rate": 1e-3},
     ]
@@ -85,12 +85,11 @@ def test_trials_of_other_settings_do_not_count(tiny, tmp_path, fake_training):
     training = {**TINY["training"], "weight_decay": 0.3}
     changed = tiny(training=training, grid=GRID, seed_list=[1], optuna={"n_trials": 6, "search_space": SPACE})
     before = len(fake_training)
-    assert len(sweep.searched(search(changed, folder))) == 6
+    assert len(sweep.completed_trials(search(changed, folder))) == 6
     assert len(fake_training) >= before
     assert sweep.open_study(changed, folder).study_name != sweep.open_study(searchable(tiny), folder).study_name
-    assert sweep.fingerprint(searchable(tiny)) == sweep.fingerprint(searchable(tiny, trials=9)), (
-        "a longer search goes on"
-    )
+    longer = sweep.open_study(searchable(tiny, trials=9), folder)
+    assert longer.study_name == sweep.open_study(searchable(tiny), folder).study_name, "a longer search goes on"
 
 
 def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_path, fake_training):
@@ -98,7 +97,7 @@ def test_a_finished_search_is_not_done_again_and_a_longer_one_goes_on(tiny, tmp_
     before = list(fake_training)
     search(searchable(tiny), tmp_path / "sweep")
     assert fake_training == before
-    assert len(sweep.searched(search(searchable(tiny, trials=8), tmp_path / "sweep"))) == 8
+    assert len(sweep.completed_trials(search(searchable(tiny, trials=8), tmp_path / "sweep"))) == 8
 
 
 def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
@@ -115,7 +114,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
     monkeypatch.setattr(members, "watch", dies)
     with pytest.raises(SystemExit):
         search(run, tmp_path / "killed")
-    finished = {str(t.params) for t in sweep.searched(sweep.open_study(run, tmp_path / "killed"))}
+    finished = {str(t.params) for t in sweep.completed_trials(sweep.open_study(run, tmp_path / "killed"))}
     running = [
         t.params
         for t in sweep.open_study(run, tmp_path / "killed").trials
@@ -124,7 +123,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
     assert running
     monkeypatch.setattr(members, "watch", lambda job: None)
     study = search(run, tmp_path / "killed")
-    done = [str(t.params) for t in sweep.searched(study)]
+    done = [str(t.params) for t in sweep.completed_trials(study)]
     assert len(done) == len(set(done)) == 6
     assert finished <= set(done)
     assert {str(p) for p in running} <= set(done), "what was running is done after all"
@@ -132,7 +131,7 @@ def test_a_killed_search_loses_its_running_trials_and_repeats_no_finished_one(
 
 
 def test_the_same_seed_searches_the_same_points(tiny, tmp_path, fake_training):
-    points = [[t.params for t in sweep.searched(search(searchable(tiny), tmp_path / name))] for name in "ab"]
+    points = [[t.params for t in sweep.completed_trials(search(searchable(tiny), tmp_path / name))] for name in "ab"]
     assert points[0] == points[1]
 
 
@@ -163,26 +162,26 @@ def test_a_real_trial_reads_the_cached_cell_and_trains_the_rest(tiny, pool_socke
     stamps = {m: (f / "done.json").stat().st_mtime_ns for m, f in job.folders.items()}
     study = search(run, tmp_path / "results" / "tiny" / "sweep")
     assert {m: (f / "done.json").stat().st_mtime_ns for m, f in job.folders.items()} == stamps
-    values = {t.number: t.value for t in sweep.searched(study)}
+    values = {t.number: t.value for t in sweep.completed_trials(study)}
     (cell,) = [record.read_json(f / "metrics.json") for m, f in job.folders.items() if m == "beta0.05-s1"]
     assert values[0] == cell["validation_implicit_accuracy"]
     (trial,) = (tmp_path / "results" / "tiny" / "sweep" / "trials").iterdir()
     assert "oracle_score" not in record.read_json(trial / "metrics.json"), "a trial is judged on validation pairs alone"
 
 
-# ------------------------------------------------------------------------------------------- a data base shared by
-# machines
+# ---- a database shared by machines
 
 
 def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fake_training, monkeypatch):
-    """sqlite stands in for the data base. What another machine trains is neither repeated nor taken from it, until a
+    """sqlite stands in for the database. What another machine trains is neither repeated nor taken from it, until a
     day has passed; what a dead process of this machine left is queued again."""
     run = searchable(tiny, storage=f"sqlite:///{tmp_path}/trials.db")
     study = sweep.open_study(run, tmp_path / "sweep")
     assert study.study_name.startswith(f"{tmp_path.name}/td_dpo/tiny@"), (
-        "unique in a data base that holds other searches"
+        "unique in a database that holds other searches"
     )
-    sweep.enqueue_cells(study, run)
+    for point in sweep.cells(run):
+        study.enqueue_trial(point)
     with monkeypatch.context() as away:
         away.setattr(sweep.platform, "node", lambda: "another-machine")
         theirs = sweep.ask(study, sweep.distributions(run), True)  # the first cell, and it goes on training there
@@ -206,7 +205,7 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
         sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep})
     )  # threads of other tests sleep too
     found = search(run, tmp_path / "sweep")
-    done = sweep.searched(found)
+    done = sweep.completed_trials(found)
     assert len(done) == 6
     assert waited == [sweep.POLL], "the last trial was another machine's"
     trained = [{"beta": m.run.loss.beta, "learning_rate": m.run.training.learning_rate} for m in fake_training]
@@ -217,23 +216,24 @@ def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fa
     with monkeypatch.context() as away:
         away.setattr(sweep.platform, "node", lambda: "another-machine")
         left = sweep.ask(study, sweep.distributions(run), True)
-    assert sweep.heal(study) == 1
+    sweep.requeue_stale(study)
     assert study.trials[left.number].state == optuna.trial.TrialState.FAIL
 
 
-@pytest.mark.parametrize(("url", "environment", "told"), [
+@pytest.mark.parametrize(("url", "environment", "said"), [
     ("postgresql://me:hunter22@db/x", {}, "a password written in the YAML"),
     ("postgresql://me:${env.DB_PASSWORD}tail@db/x", {"DB_PASSWORD": "s3cr3t-value"}, "a password written in the YAML"),
     ("postgresql://me:${env.DB_PASSWORD}@db/x", {}, "DB_PASSWORD is not set"),
-    ("postgresql://me:${env.HOME}@db/x", {}, "a variable whose name says that it is secret"),
-    ("mysql://db/x", {}, "a URL of postgresql"),
-    ("outputs/trials.db", {}, "a URL of postgresql"),
+    ("postgresql://me@db/x?password=hunter22", {}, "a password written in the YAML"),
+    ("postgresql://me:${env.HOME}@db/x", {}, "HOME, which is not a secret's name"),
+    ("mysql://db/x", {}, "a URL of 'mysql'"),
+    ("outputs/trials.db", {}, "no URL"),
 ])  # fmt: skip
-def test_a_storage_that_will_not_do_is_said_in_one_line_without_its_secret(tiny, monkeypatch, url, environment, told):
+def test_a_storage_that_will_not_do_is_said_in_one_line_without_its_secret(tiny, monkeypatch, url, environment, said):
     monkeypatch.delenv("DB_PASSWORD", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StudyError, match=told.replace("$", "[$]")) as caught:
+    with pytest.raises(StudyError, match=said.replace("$", "[$]")) as caught:
         storage.url_of(searchable(tiny, storage=url))
     assert "hunter22" not in str(caught.value)
     assert "s3cr3t" not in str(caught.value)
@@ -300,15 +300,15 @@ def postgresql(tmp_path_factory):
 def test_a_real_postgresql_server(tiny, tmp_path, fake_training, monkeypatch, postgresql):
     monkeypatch.setenv("DB_PASSWORD", "p@ss/word:1")
     run = searchable(tiny, storage=postgresql)
-    assert len(sweep.searched(search(run, tmp_path / "one"))) == 6
+    assert len(sweep.completed_trials(search(run, tmp_path / "one"))) == 6
     again = search(searchable(tiny, trials=8, storage=postgresql), tmp_path / "two")
-    assert len(sweep.searched(again)) == 8, "what one machine found is there for the next"
+    assert len(sweep.completed_trials(again)) == 8, "what one machine found is there for the next"
     monkeypatch.setenv("DB_PASSWORD", "wrong-password")
     with pytest.raises(MissingError, match="password authentication failed"):
         sweep.open_study(run, tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- the run's summary
+# ---- the run's summary
 
 
 def test_the_cell_is_chosen_on_validation_among_those_with_the_most_seeds(tiny):

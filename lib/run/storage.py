@@ -1,7 +1,7 @@
-"""Where a search's trials are kept: a journal file of the run's own, or a data base that several machines share.
+"""Where a search's trials are kept: a journal file of the run's own, or a database that several machines share.
 
-`optuna.storage` in a YAML is an SQLAlchemy URL; what is secret in it is named, never written: `${env.DB_PASSWORD}`.
-Only the reference reaches records, logs and pages. Light: optuna and SQLAlchemy are imported where a study is opened.
+`optuna.storage` in a YAML is an SQLAlchemy URL. Its password is named, never written: `${env.DB_PASSWORD}`; only the
+reference reaches records, logs and pages. Optuna and SQLAlchemy are imported where they are needed.
 """
 
 from __future__ import annotations
@@ -10,74 +10,65 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from urllib.parse import quote
 
 from lib import record
 from lib.errors import MissingError, StudyError
 
-REFERENCE = re.compile(r"\$\{env\.([A-Za-z_]\w*)\}")
-DRIVERS = {"postgresql": "psycopg", "postgresql+psycopg": "psycopg", "sqlite": "sqlite3"}  # scheme -> module
-FIX = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
 KEY = "optuna.storage"
+EXAMPLE = "storage: postgresql://user:${env.DB_PASSWORD}@host:5432/database"
 
 
-def check_url(text: str) -> tuple[str, str]:
-    """Scheme and rest of a URL as the YAML has it. Raises StudyError, without the URL, for one that holds a secret."""
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme not in DRIVERS:
-        found = f"a URL of {scheme!r}" if separator else "no URL"
-        raise StudyError(KEY, found, f"a URL of {', '.join(DRIVERS)}", FIX)
-    account = rest.rpartition("@")[0] if "@" in rest.split("/", 1)[0] else ""
-    if REFERENCE.sub("", account.partition(":")[2]):
-        raise StudyError(KEY, "a password written in the YAML", "a reference to an environment variable", FIX)
-    for name in REFERENCE.findall(text):
-        if not record.is_secret(name):  # else its value would not be taken out of logs and pages
-            expected = "a variable whose name says that it is secret, such as DB_PASSWORD"
-            raise StudyError(KEY, f"${{env.{name}}}", expected, FIX)
-    return scheme, rest
+def check_url(text: str):
+    """(SQLAlchemy's URL, the variable that its password is in or None) of a URL as the YAML has it. StudyError, without
+    the URL, for a password that is written out."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    expected = "a URL of postgresql or sqlite, its password in a variable with a secret's name, such as DB_PASSWORD"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise StudyError(KEY, "no URL", expected, EXAMPLE) from None
+    if url.drivername not in ("postgresql", "postgresql+psycopg", "sqlite"):
+        raise StudyError(KEY, f"a URL of {url.drivername!r}", expected, EXAMPLE)
+    reference = re.fullmatch(r"\$\{env\.([A-Za-z_]\w*)\}", url.password or "")
+    if url.password and not reference or "password" in url.query:
+        raise StudyError(KEY, "a password written in the YAML", expected, EXAMPLE)
+    if reference and not record.is_secret(reference[1]):  # else its value would not be taken out of logs and pages
+        raise StudyError(KEY, f"{reference[1]}, which is not a secret's name", expected, EXAMPLE)
+    return url, reference and reference[1]
 
 
 def url_of(run) -> str | None:
-    """The run's data base URL with its secrets in place (never show it); None for a journal file.
-
-    Raises StudyError for a secret that is written out, MissingError for a variable or a driver that is not there.
-    """
-    text = run.optuna.storage
-    if text is None:
+    """The URL of the run's database with its password in place (never show it); None for a journal file. MissingError
+    for a variable or a driver that is not there."""
+    if run.optuna.storage is None:
         return None
-    scheme, rest = check_url(text)
-    for name in REFERENCE.findall(text):
-        if not os.environ.get(name):
-            raise MissingError(KEY, f"{name} is not set", "the variable that the URL names", f"export {name}=…")
-    if importlib.util.find_spec(driver := DRIVERS[scheme]) is None:
-        install = ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'"
-        raise MissingError(KEY, f"{driver} is not installed", f"the driver of {scheme}", install)
-    scheme = "postgresql+psycopg" if scheme == "postgresql" else scheme
-    return f"{scheme}://" + REFERENCE.sub(lambda found: quote(os.environ[found[1]], safe=""), rest)
-
-
-def study_name(run) -> str:
-    """The study's name: in a shared data base, unique among scales, studies and variations."""
-    return run.run_id if run.optuna.storage is None else f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"
+    url, name = check_url(run.optuna.storage)
+    if name and not os.environ.get(name):
+        raise MissingError(KEY, f"{name} is not set", "the variable that the URL names", f"export {name}=…")
+    if url.drivername != "sqlite":
+        if importlib.util.find_spec("psycopg") is None:
+            install = ".venv/bin/pip install -c constraints.txt -e '.[postgresql]'"
+            raise MissingError(KEY, "psycopg is not installed", "the driver of postgresql", install)
+        url = url.set(drivername="postgresql+psycopg")
+    return url.set(password=os.environ[name] if name else None).render_as_string(hide_password=False)
 
 
 def open_storage(run, folder: Path):
-    """Optuna's storage for the run. Raises MissingError, in one line without secrets, where the data base does not
-    answer."""
+    """Optuna's storage for the run. MissingError, in one line without secrets, where the database does not answer."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
     url = url_of(run)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    from sqlalchemy.exc import SQLAlchemyError
-
-    options = {"connect_timeout": 10, "client_encoding": "utf8"} if url.startswith("postgresql") else {"timeout": 60}
+    options = {"timeout": 60} if url.startswith("sqlite") else {"connect_timeout": 10, "client_encoding": "utf8"}
     try:
         return RDBStorage(url, engine_kwargs={"connect_args": options, "pool_pre_ping": True})
     except SQLAlchemyError as error:
         reason = record.redact(str(getattr(error, "orig", None) or error)).strip().splitlines()[0]
-        fix = "start it, or correct the URL, user or password"
-        found = f"{run.optuna.storage}: {reason[:160]}"
-        raise MissingError(KEY, found, "a data base that answers", fix) from None
+        found, fix = f"{run.optuna.storage}: {reason[:160]}", "start it, or correct the URL, user or password"
+        raise MissingError(KEY, found, "a database that answers", fix) from None
