@@ -117,10 +117,9 @@ def save(drawing: Drawing, folder: str | Path, name: str) -> Drawing:
 
 
 def embed(png: bytes, alt: str, links: Sequence[Mapping] = ()) -> str:
-    """A figure as HTML that needs no other file; over each point of a member lies a link. Places are written as classes
-    in thousandths (`x123 y456`), which lib/run/pages.py turns into positions: it lets no style of a notebook in."""
+    """A figure as HTML that needs no other file; over each point of a member lies a link."""
     points = "".join(
-        f'<a class="point x{round(1000 * link["left"])} y{round(1000 * link["top"])}" href="{html.escape(link["href"])}" '
+        f'<a class="point" style="left:{link["left"]:.1%};top:{link["top"]:.1%}" href="{html.escape(link["href"])}" '
         f'title="{html.escape(link["words"])}">{html.escape(link["words"])}</a>'
         for link in links
     )

@@ -8,25 +8,21 @@ same card.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import yaml
-
-from lib import record
 from lib.config import is_hub_id
+from lib.record import escape_controls, read_json, redact, write_text
 
 NAME = "README.md"
-SECTIONS = ("model", "dataset", "training", "loss", "evaluation")
 
 
 def write(folder: Path) -> list[Path]:
     """Write the cards of the member in `folder`; the paths of those written."""
-    spec, metrics = record.read_json(folder / "member.json"), record.read_json(folder / "metrics.json")
+    spec, metrics = read_json(folder / "member.json"), read_json(folder / "metrics.json")
     written = []
     for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*")) if spec and metrics else ():
-        if marker := record.read_json(checkpoint / "complete.json"):
-            record.write_text(checkpoint / NAME, record.redact(card(checkpoint, marker["step"], folder, spec, metrics)))
+        if marker := read_json(checkpoint / "complete.json"):
+            write_text(checkpoint / NAME, redact(card(checkpoint, marker["step"], folder, spec, metrics)))
             written.append(checkpoint / NAME)
     return written
 
@@ -40,68 +36,37 @@ def write_all(results: Path) -> None:
 def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -> str:
     """The card as Markdown with the hub's front matter."""
     import jinja2
+    from huggingface_hub import ModelCardData
 
-    settings, adapter = spec["config"], record.read_json(checkpoint / "adapter_config.json")
-    model, data, key = settings["model"], settings["dataset"], spec.get("key") or {}
-    front = {
-        **({"base_model": model["name"]} if is_hub_id(model["name"]) else {}),
-        **({"datasets": [data["name"]]} if is_hub_id(data["name"]) else {}),
-        "library_name": "peft" if adapter else "transformers",
-        "tags": [spec["study"], settings["method"], f"{spec['scale']}-scale"],
-    }
-    if adapter:
-        kind, what = "adapters", f"The {adapter['peft_type']} adapters"
-    elif (checkpoint / "config.json").exists():
-        kind, what = "model", "All weights"
-    else:
-        kind, what = "parameters", "The trained parameters"
-    base = (adapter or {}).get("base_model_name_or_path") or model["name"]
-    lost = [str(metrics[k]) for k in ("dropped_pairs", "truncated_pairs") if k in metrics]
-    pinned = {k: v for k, v in key.items() if not str(v).endswith("@unpinned")}
-    about_data = {
-        "name": data["name"],
-        "revision": data.get("revision"),
-        "fingerprint": pinned.get("data"),
-        "pairs trained on": metrics.get("pairs"),
-        "dropped, truncated": ", ".join(lost) or None,
-        "base model's fingerprint": pinned.get("model"),
-    }
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
-        (Path(__file__).parent / "assets" / "card.md.j2").read_text(encoding="utf-8")
+    settings, adapter = spec["config"], read_json(checkpoint / "adapter_config.json", {})
+    model, data = settings["model"]["name"], settings["dataset"]["name"]
+    front = ModelCardData(
+        base_model=model if is_hub_id(model) else None,
+        datasets=[data] if is_hub_id(data) else None,
+        library_name="peft" if adapter else "transformers",
+        tags=[spec["study"], settings["method"], f"{spec['scale']}-scale"],
     )
-    return template.render(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+    base = adapter.get("base_model_name_or_path") or model
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md.j2").render(
+        front=front,
         spec=spec,
         settings=settings,
         metrics=metrics,
         step=step,
-        what=what,
-        kind=kind,
+        adapter=adapter,
+        whole=(checkpoint / "config.json").exists(),
         here=checkpoint.name,
         base=base,
-        revision=model.get("revision") if is_hub_id(base) else None,
-        data=_table(about_data.items()),
-        configuration=_table(_flat({name: settings.get(name) for name in SECTIONS})),
-        numbers=_table((k, v) for k, v in metrics.items() if not k.endswith("seconds")),
-        judge=(record.read_json(folder / "judged.json") or {}).get("model"),
-        claims=record.read_json(folder.parents[2] / "comparison" / "claims.json") or [],
+        revision=settings["model"].get("revision") if is_hub_id(base) else None,
+        judge=read_json(folder / "judged.json", {}).get("model"),
+        claims=read_json(folder.parents[2] / "comparison" / "claims.json", []),
     )
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _table(rows: Iterable[tuple[str, object]]) -> str:
-    """Two columns of Markdown; what is null is left out."""
-    lines = ["| | |", "|---|---|"]
-    for name, value in rows:
-        if value is not None:
-            text = record.escape_controls(f"{value:.6g}" if isinstance(value, float) else str(value))
-            text = text.replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| {name} | {text} |")
-    return "\n".join(lines)
+def _cell(value: object) -> str:
+    """A value as it may stand in a cell of a Markdown table."""
+    text = escape_controls(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -173,7 +173,7 @@ class Runner:
                     raise
                 continue
             os.replace(partial(step), step.output)
-            pages.notebook_html(step.output, step.output.with_suffix(".html"), command=f"{command(step)} --force")
+            pages.notebook_html(step.output, step.output.with_suffix(".html"))
             self.write_status(step, "succeeded", started)
             if step.kind != "analysis":
                 self.mirrors.follow(step.folder, config.wandb_mode(step.run))
