@@ -257,12 +257,10 @@ def execute(options, runs: list, whole: list) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
     with progress.lock(root):
-        runner.free_space(root)
         runner.remove_leftovers(root)
         studies = {run.study for run in runs}
         write_run_lists([run for run in whole if run.study in studies])
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
-        runner.stay_inside(root, steps)
         slots, to_do = slots_of(options), [step for step in steps if step.reason]
         long = progress.format_forecast(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
         print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")

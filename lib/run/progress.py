@@ -2,12 +2,13 @@
 who works in an outputs folder."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
@@ -214,44 +215,27 @@ def status(root: Path, studies: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def lock(root: Path):
-    """One runner at a time in an outputs folder; the second learns who has it. The lock is the system's: it dies with its
-    holder, however that one dies."""
+    """One runner at a time in an outputs folder. The lock is the system's: it dies with its holder, however that one
+    dies."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = open(root / ".lock", "a+")  # noqa: SIM115 (held for the whole run)
+        held = FileLock(root / ".lock").acquire(timeout=2)  # `status` tests it by holding it for a moment
+    except Timeout:
+        fix = "wait for it, or look at ./run_all.sh status"
+        raise StudyError(str(root), "another runner works here", "one runner at a time", fix) from None
     except OSError as error:
         found = f"cannot write there ({error.strerror})"
         raise MissingError(str(root), found, "a folder this user can write to", f"chmod -R u+w {root}") from None
-    with file:
-        if not _taken(file, root):
-            file.seek(0)
-            found = f"another runner works here (process {file.read().strip() or 'unknown'})"
-            raise StudyError(str(root), found, "one runner at a time", "wait for it, or look at ./run_all.sh status")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with held:
         yield
-
-
-def _taken(file, root: Path) -> bool:
-    """Take the lock; again and again while it is only shared, for `status` tests it by holding it so for a moment."""
-    for _ in range(200):
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        if is_running(root):
-            return False
-        time.sleep(0.05)
-    return False
 
 
 def is_running(root: Path) -> bool:
     """Whether a runner works in this outputs folder, and so holds its lock."""
     try:
-        with open(root / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with FileLock(root / ".lock").acquire(timeout=0):
             return False
-    except BlockingIOError:
+    except Timeout:
         return True
     except OSError:
         return False

@@ -8,7 +8,6 @@ every code cell has an execution count, and the record's sentinel carries this a
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, record
-from lib.errors import MissingError, StudyError
+from lib.errors import StudyError
 from lib.run import members, model_card, pages, plan, pool, progress, wandb
 
 POLL = 0.3
@@ -298,23 +297,8 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
             raise StudyError(step.title, f"member {member.id}: {reason}", "every member's record matching this run")
 
 
-def stay_inside(root: Path, steps: list[plan.Step]) -> None:
-    """Refuse links below `root` that lead out of it: nothing is written where nobody asked for it. `root` may be a
-    link."""
-    for folder in dict.fromkeys(f for step in steps for f in (step.folder.parent, step.folder)):
-        for path in (folder, *folder.glob("*"), *folder.glob("members/*"), *folder.glob("members/*/checkpoints")):
-            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-                found = f"a link to {os.readlink(path)}, outside of the results"
-                raise StudyError(str(path), found, "a folder in it", f"remove the link: rm '{path}'")
-
-
 def remove_leftovers(root: Path) -> None:
     """Temporary files of a killed writer, and progress of runs that are no longer running."""
     record.remove_temporary(root)
     for path in root.rglob("progress.json"):
         path.unlink(missing_ok=True)
-
-
-def free_space(root: Path, needed: int = 200 << 20) -> None:
-    if (free := shutil.disk_usage(root).free) < needed:
-        raise MissingError(str(root), f"{free >> 20} MiB free", f"at least {needed >> 20} MiB", "free some disk space")
