@@ -197,11 +197,11 @@ def pretrain(
 
 
 def base_model(
-    run, folder: Path, texts: Iterable[str], make: Callable[[Path, OnStep], float], needs_chat_template: bool = False
+    run, folder: Path, texts: Iterable[str], make: Callable[[dict, Path, OnStep], float], **options: Any
 ) -> tuple[Any, dict]:
     """(tokenizer, {base: name or folder, stand_in, pretraining_loss}) of the run's base model. Where its name is
-    'made', `make(folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without the hub a
-    stand-in is made of `texts`."""
+    'made', `make(its recipe, folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without
+    the hub a stand-in is made of `texts`. `options` are the tokenizer's."""
     base, closing = run.model.name, None
     if base == "made":
         (folder / "history.jsonl").unlink(missing_ok=True)
@@ -209,11 +209,11 @@ def base_model(
         def on_step(step: int, steps: int, loss: float) -> None:
             record.append_jsonl(folder / "history.jsonl", {"step": step, "steps": steps, "loss": loss})
 
-        base, closing = str(folder / "base"), make(folder / "base", on_step)
+        base, closing = str(folder / "base"), make(run.model.recipe.model_dump(), folder / "base", on_step)
     elif run.mode == "trial" and hub.out_of_reach(base):
         base = str(write_stand_in(base, folder / "base", texts))
-    options = {"trust_remote_code": run.model.trust_remote_code, "needs_chat_template": needs_chat_template}
     facts = {"base": base, "stand_in": base != run.model.name != "made", "pretraining_loss": closing}
+    options["trust_remote_code"] = run.model.trust_remote_code
     return base_models.load_tokenizer(base, run.model.revision, **options), facts
 
 

@@ -151,6 +151,12 @@ def load_causal_lm(
     return model.eval()
 
 
+def load_base(run, base: str, **options: Any) -> PreTrainedModel:
+    """The base model of a run as its `model` section wants it (dtype, quantization), on the device."""
+    keys = ("revision", "torch_dtype", "quantization", "trust_remote_code")
+    return load_causal_lm(base, **{key: getattr(run.model, key) for key in keys if hasattr(run.model, key)}, **options)
+
+
 def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = "CAUSAL_LM") -> nn.Module:
     """Float32 LoRA adapters per a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules), drawn from `seed`.
 

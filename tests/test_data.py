@@ -1,20 +1,24 @@
-"""The one loader for preference pairs: layouts, malformed rows by number, splits, fingerprint; and the baselines."""
+"""The one reader of all studies: forms of files, folders and splits; and what each study makes of rows: preference
+pairs (layouts, faults by file and row, splits, baselines), GSM8K's problems, GLUE's examples."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import hub
-from lib.data import carve
+from lib import data, hub
 from lib.errors import MissingError, StudyError
+from lib.graff import data as graff_data, prepare
+from lib.iw_lora import data as iw_data
 from lib.td_dpo import generated
-from lib.td_dpo.data import bag_of_words_baseline, fingerprint, length_baseline, load_splits, prompt_key
+from lib.td_dpo.data import bag_of_words_baseline, length_baseline, load_splits, prompt_key
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 
@@ -85,6 +89,13 @@ LAYOUTS = {
         "chosen": HH.format(i=i, answer=f"a good answer {i}"),
         "rejected": HH.format(i=i, answer=f"a bad one {i}"),
     },
+    "transcripts without blank lines, the prompt in a column and again in the answers": lambda i: {
+        "prompt": f"Human: question {i}\n\nAssistant:",
+        "chosen": f"Human: question {i}\n\nAssistant: a good answer {i}",
+        "rejected": f"Human: question {i}\n\nAssistant: a bad one {i}",
+    },
+    "messages as Python prints them": lambda i: {k: str(v) for k, v in mix_row(i).items()},
+    "messages as indented JSON": lambda i: {k: json.dumps(v, indent=2) for k, v in mix_row(i).items()},
     "letters": lambda i: {
         "prompt": f"question {i}",
         "completion_a": f"a good answer {i}",
@@ -124,8 +135,6 @@ def test_every_layout_in_every_format_gives_the_same_pairs(tmp_path, layout, suf
     elif suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        import csv
-
         with path.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, rows[0])
             writer.writeheader()
@@ -143,6 +152,84 @@ def test_every_layout_in_every_format_gives_the_same_pairs(tmp_path, layout, suf
         == {split: len(splits[split]) for split in ("train", "validation", "test")}
         == {"train": 16, "validation": 2, "test": 2}
     )
+
+
+def saved_as(form: str, rows: list[dict], folder: Path) -> Path:
+    """`rows` of texts in a form that `datasets`, pandas or a person writes."""
+    import datasets
+    import pandas as pd
+
+    path, frame, table = folder / f"pairs{form}", pd.DataFrame(rows), datasets.Dataset.from_list(rows)
+    if form.startswith(".jsonl"):
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    elif form.startswith(".csv"):
+        frame.to_csv(path, index=False, sep=";" if form == ".csv" else ",")
+    elif form == ".tsv":
+        frame.to_csv(path, index=False, sep="\t")
+    elif form == ".arrow":
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.data.table.schema) as stream:
+            stream.write_table(table.data.table)
+    elif form == "of a Dataset":
+        table.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": table}).save_to_disk(path)
+    return path
+
+
+FORMS = [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".csv", ".csv.gz", ".tsv", ".arrow"]
+FORMS += ["of a Dataset", "of a DatasetDict"]  # folders that save_to_disk writes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_texts_that_were_written(tmp_path, form):
+    odd = ['say "no"', "a\nb, c; d", "line\u2028 and \u0085", "None", "NA", "2020-01-01", "'t", "ä\U0001f600"]
+    rows = [{"prompt": text, "chosen": f"{text} yes", "rejected": "no"} for text in odd]
+    read = data.read(str(saved_as(form, rows, tmp_path)))
+    assert [row.value for row in read["train"]] == rows
+    assert [row.number for row in read["train"]] == list(range(len(odd)))
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "expected"),
+    [
+        (["train.jsonl", "dev.jsonl", "test.jsonl"], None, {"train", "validation", "test"}),
+        (["train.jsonl.gz", "eval.jsonl", "README.md"], None, {"train", "validation"}),
+        ([f"data/{part}-00000-of-00001.jsonl" for part in ("train_prefs", "test_prefs", "train_sft")], None,
+         {"train", "test", "train_sft"}),
+        (["main/train-00000-of-00002.jsonl", "main/train-00001-of-00002.jsonl", "socratic/train-00000-of-00001.jsonl"],
+         "main", {"train"}),
+        (["MNLI/train.jsonl", "MNLI/dev_matched.jsonl", "MNLI/dev_mismatched.jsonl", "SST-2/train.jsonl"],
+         "mnli", {"train", "validation_matched", "validation_mismatched"}),
+        (["SST-2/train.jsonl", "SST-2/dev.jsonl"], "sst2", {"train", "validation"}),
+        (["anything.jsonl"], None, {"train"}),
+    ],
+)  # fmt: skip
+def test_a_folders_files_are_its_splits(tmp_path, files, config, expected):
+    import gzip
+
+    for name in files:
+        path = write_jsonl(tmp_path / name, [{"file": name}])
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    read = data.read(str(tmp_path), config=config)
+    assert set(read) == expected
+    rows = len(files) if config == "main" else 1  # its two shards
+    assert [row.value["file"] for row in read["train"]] == files[:rows][:2]
+
+
+def test_glues_own_files_may_hold_quotation_marks(tmp_path):
+    sentences = ['"A" he said', 'ends with "b"', '"']
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\n" + "".join(f"{sentence}\t1\n" for sentence in sentences))
+    assert [row.value["sentence"] for row in data.read(str(path))["train"]] == sentences
+
+
+def test_a_second_reading_sees_a_changed_file_and_leaves_nothing_behind(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"x": 1}])
+    assert data.read(str(path))["train"][0].value == {"x": 1}
+    write_jsonl(path, [{"x": 2}])
+    assert data.read(str(path))["train"][0].value == {"x": 2}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_longer_conversations_keep_system_and_earlier_turns(tmp_path):
@@ -254,14 +341,17 @@ BAD_ROWS = {
     "column absent in one row": ({"chosen": mix_row(0)["chosen"]}, "missing rejected"),
     "a number": (mix_row(0, chosen=7), "wrong type in chosen or rejected .*int 7"),
     "one text, one list": (mix_row(0, chosen="text"), "wrong type in chosen or rejected"),
-    "messages without a role": (mix_row(0, chosen=[{"from": "human", "value": "x"}]), "wrong type in chosen .*'from'"),
+    "messages without a role": (
+        mix_row(0, chosen=[{"from": "human", "value": "x"}]),
+        "wrong message in chosen .*'from'",
+    ),
     "content that is not text": (
         mix_row(0, chosen=[user("question 0"), assistant(None)]),
-        "wrong type in chosen.content .*NoneType None",
+        "wrong message in chosen .*'content': None",
     ),
     "unknown role": (
         mix_row(0, chosen=[{"role": "robot", "content": "x"}, assistant("y")]),
-        "unknown role in chosen .*'robot'",
+        "wrong message in chosen .*'robot'",
     ),
     "a prompt that ends with the assistant": (
         {**PROMPTED, "prompt": [user("q"), assistant("a")]},
@@ -569,10 +659,10 @@ def test_carved_splits_share_no_prompt_and_follow_the_seed(tmp_path):
 
 def test_a_row_more_does_not_reshuffle_the_rest():
     pairs = [{"prompt": [user(f"q{i}")], "row": i} for i in range(100)]
-    held = {pair["row"] for pair in carve(pairs, prompt_key, 0.1, 0, "validation")[1]}
+    held = {pair["row"] for pair in data.carve(pairs, prompt_key, 0.1, 0, "validation")[1]}
     more = {
         pair["row"]
-        for pair in carve([*pairs, {"prompt": [user("new")], "row": 100}], prompt_key, 0.1, 0, "validation")[1]
+        for pair in data.carve([*pairs, {"prompt": [user("new")], "row": 100}], prompt_key, 0.1, 0, "validation")[1]
     }
     assert len(held) == 10
     assert len(held - more) <= 1
@@ -602,15 +692,67 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path):
     first = load(write_jsonl(tmp_path / "a.jsonl", rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     second = load(tmp_path / "b.parquet")
-    assert first[1]["fingerprint"] == second[1]["fingerprint"] == fingerprint(first[0])
-    first[0]["train"][0]["chosen"][0]["content"] += "."
-    assert fingerprint(first[0]) != second[1]["fingerprint"]
+    assert first[1]["fingerprint"] == second[1]["fingerprint"]
+    rows[3]["chosen"][1]["content"] += "."
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows))[1]["fingerprint"] != second[1]["fingerprint"]
 
 
 def test_relative_paths_work_from_any_directory(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "here" / "p.jsonl", [mix_row(i) for i in range(20)])
     monkeypatch.setattr(hub, "ROOT", tmp_path)
     assert sum(load(Path("here/p.jsonl"))[1]["rows"].values()) == 20
+
+
+# ---- the other studies ----
+
+
+def test_one_file_of_problems_is_carved_and_shares_no_question(tmp_path):
+    rows = [{"question": f"q{i // 2}", "answer": f"so\n#### {i}"} for i in range(60)]
+    splits, carved = prepare.read_problems(str(write_jsonl(tmp_path / "one.jsonl", rows)), ("test", "train"))
+    assert {name: len(part) for name, part in splits.items()} == {"test": 6, "train": 54}
+    assert carved == {"test": 0.1}
+    assert not {row["question"] for row in splits["test"]} & {row["question"] for row in splits["train"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [("We take #### 3 boxes\n#### 12", "12"), ("#### $1,000", "1000"), ("#### 5 apples.", "5"), ("#### -7.50", "-7.50"),
+     ("#### 1,234,567", "1234567"), ("####12%", "12"), ("#### 1/2", None), ("#### 3:30", None), ("#### 1e3", None),
+     ("#### ", None), ("5", None), ("#### 1,00", None), ("#### 2 of 3", None)],
+)  # fmt: skip
+def test_the_reference_is_the_one_number_after_the_last_mark(answer, number):
+    assert graff_data.reference(answer) == number
+
+
+def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_path):
+    good = {"question": "q", "answer": 4}
+    rows = [good, {"question": "q"}, {"question": None, "answer": "#### 1"}, {"question": "q", "answer": "#### 1/2"}]
+    with pytest.raises(StudyError) as caught:
+        prepare.read_problems(str(write_jsonl(tmp_path / "a.jsonl", rows)), ("test", "train"))
+    for fault in ("missing answer .row 1: columns: question", "missing question .row 2", "no '#### number' .*row 3"):
+        assert re.search(fault, str(caught.value)), str(caught.value)
+    assert "on_bad_row" not in str(caught.value), "the study has no such key"
+    gsm1k = prepare.read_problems(str(write_jsonl(tmp_path / "b.jsonl", [good])), ("test",))[0]["test"]
+    assert gsm1k == [{"question": "q", "answer": "#### 4"}]
+
+
+def glue(path: Path, **options) -> SimpleNamespace:
+    plain = {"revision": None, "subset": "rte", "splits": [("train", "train"), ("validation", "validation")]}
+    return SimpleNamespace(name=str(path), **(plain | options))
+
+
+def test_examples_are_carved_from_one_file_and_never_over_a_validation_file(tmp_path):
+    rows = [{"sentence1": f"a{i}", "sentence2": "b", "label": ("entailment", 1, "1")[i % 3]} for i in range(40)]
+    splits, carved = iw_data.read_task(glue(write_jsonl(tmp_path / "train.jsonl", rows)), "rte")
+    assert (len(splits["train"]), len(splits["validation"]), carved) == (36, 4, {"validation": 0.1})
+    assert not {row["text_a"] for row in splits["train"]} & {row["text_a"] for row in splits["validation"]}
+    same, carved = iw_data.read_task(glue(tmp_path, splits=[("train", "train"), ("validation", "train")]), "rte")
+    assert (same, carved) == (splits, {"validation": 0.1}), "rows named for both splits are carved"
+    write_jsonl(tmp_path / "dev.jsonl", rows[:3])
+    splits, carved = iw_data.read_task(glue(tmp_path), "rte")
+    assert (len(splits["train"]), len(splits["validation"]), carved) == (40, 3, {})
+    with pytest.raises(StudyError, match="no split validation_mismatched"):
+        iw_data.read_task(glue(tmp_path, splits=[("train", "train"), ("validation", "validation_mismatched")]), "rte")
 
 
 # ---- baselines ----

@@ -235,12 +235,6 @@ def load(folder: Path) -> SimpleNamespace:
 
 def load_model(run, given: SimpleNamespace, seed: int):
     """The base model with LoRA in float32, A drawn from `seed`."""
-    base = models.load_causal_lm(
-        given.base,
-        revision=run.model.revision,
-        torch_dtype=run.model.torch_dtype,
-        trust_remote_code=run.model.trust_remote_code,
-        gradient_checkpointing=run.training.gradient_checkpointing,
-    )
+    base = models.load_base(run, given.base, gradient_checkpointing=run.training.gradient_checkpointing)
     section = {f"lora_{name}": getattr(run.model.lora, name) for name in ("r", "alpha", "dropout")}
     return models.add_lora(base, {**section, "target_modules": run.model.lora.target_modules}, seed)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
             yield rows[start : start + size]
 
 
-def pretrain(recipe: dict, folder: Path, train: list[dict] | None, on_step: made.OnStep) -> float:
+def pretrain(train: list[dict] | None, recipe: dict, folder: Path, on_step: made.OnStep) -> float:
     """Tokenizer and model in `folder`, pretrained on one-step problems (or on `train`); returns the closing loss."""
     rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
     if train is None:
@@ -165,11 +166,7 @@ def prepare(run, folder: Path) -> None:
     problems, origin = load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if origin["source"].startswith("generated") else problems["train"]
-
-    def make(place: Path, on_step: made.OnStep) -> float:
-        return pretrain(run.model.recipe.model_dump(), place, real, on_step)
-
-    tokenizer, facts = made.base_model(run, folder, texts, make)
+    tokenizer, facts = made.base_model(run, folder, texts, partial(pretrain, real))
     longest, rows, cut = run.dataset.max_tokens, {}, {}
     for name in ("train", "dev"):
         rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,10 +181,13 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
 
 
 def make_base(
-    pairs: list[tuple[str, str]], recipe: dict, folder: Path, on_step: made.OnStep = lambda *_: None
+    pairs: list[tuple[str, str]] | None, recipe: dict, folder: Path, on_step: made.OnStep = lambda *_: None
 ) -> float:
-    """Tokenizer and pretrained encoder saved in `folder`; returns the closing loss in nats per token."""
-    tokenizer = word_tokenizer([text for pair in pairs for text in pair], recipe["vocab_size"])
+    """Tokenizer and encoder in `folder`, pretrained on `pairs` (None: generated ones); returns the closing loss in nats
+    per token."""
+    words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]  # real text has more
+    pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
+    tokenizer = word_tokenizer([text for pair in pairs for text in pair], words)
     first, second = (list(side) for side in zip(*pairs, strict=True))
     ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)["input_ids"]
     marks = torch.tensor(tokenizer.all_special_ids)
@@ -223,14 +227,7 @@ def prepare(run, folder: Path) -> None:
     task, (name, source) = task_of(run.dataset), data.source_of(run)
     splits, carved = load_splits(run.dataset, task if name == source else name)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
-
-    def make(place: Path, on_step: made.OnStep) -> float:
-        recipe = run.model.recipe.model_dump()
-        if task == "generated":
-            return make_base(generate_corpus(PRETRAINING_PAIRS, recipe["seed"]), recipe, place, on_step)
-        recipe["vocab_size"] = max(recipe["vocab_size"], OTHER_VOCABULARY)  # real text has more words
-        return make_base(pairs, recipe, place, on_step)
-
+    make = partial(make_base, None if task == "generated" else pairs)
     tokenizer, facts = made.base_model(run, folder, [text for pair in pairs for text in pair], make)
     labels = [row["label"] for row in splits["validation"]]
     report = {

@@ -208,20 +208,14 @@ def load(folder: Path) -> SimpleNamespace:
 
 def load_base(run, given: SimpleNamespace) -> nn.Module:
     """The classifier on the base model in the configured dtype; its new head is drawn from torch's generator."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        given.base,
-        num_labels=len(given.report["labels"]),
-        dtype=getattr(torch, run.model.torch_dtype),
-        ignore_mismatched_sizes=True,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
+    head = {"num_labels": len(given.report["labels"]), "ignore_mismatched_sizes": True, "use_safetensors": None}
+    return models.load_base(run, given.base, auto_class=AutoModelForSequenceClassification, **head)
 
 
 def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
     """Base model, new head and adapters; the same seed gives methods the same head and the same A."""
     set_seed(seed)
-    return add_adapters(load_base(run, given).to(models.device()), run.model.adapter, steps)
+    return add_adapters(load_base(run, given), run.model.adapter, steps)
 
 
 # ---- calibration

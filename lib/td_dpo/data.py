@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lib import data, made
+from lib import data, made, models, record
 from lib.data import BadRow, require, shown
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import Row, conversation_ids, load_base, pad_token, sequence_logprobs, token_budget_batches
+from lib.td_dpo.engine import Row, conversation_ids, pad_token, sequence_logprobs, token_budget_batches
 
 SPLITS = ("train", "validation", "test")
 
@@ -73,12 +73,10 @@ def conversation(value: Any, column: str, role: str, transcript: str) -> list[di
     if not isinstance(value, list):
         raise BadRow(f"wrong type in {column} (expected text or messages)", shown(value))
     for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadRow(f"wrong type in {column} (expected messages with role and content)", shown(message))
-        if message["role"] not in ROLES:
-            raise BadRow(f"unknown role in {column} (expected {', '.join(ROLES)})", shown(message["role"]))
-        if not isinstance(message["content"], str):
-            raise BadRow(f"wrong type in {column}.content (expected text)", shown(message["content"]))
+        keys = message if isinstance(message, dict) else {}
+        if keys.get("role") not in ROLES or not isinstance(keys.get("content"), str):
+            kind = f"wrong message in {column} (expected text as content and a role: {', '.join(ROLES)})"
+            raise BadRow(kind, shown(message))
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -165,16 +163,6 @@ def prompt_key(pair: dict) -> str:
     return json.dumps(pair["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-def fingerprint(splits: dict[str, list[dict]]) -> str:
-    """sha256 of the content (splits, prompts, answers, order); where it was read from does not matter."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for pair in splits.get(split, []):
-            whole = [split, pair["prompt"], pair["chosen"], pair["rejected"]]
-            digest.update(json.dumps(whole, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
 def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
     carved from train by prompt, so that no prompt is in both.
@@ -205,7 +193,7 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
         "split_seed": seed if carved else None,
         "dropped": dropped,
         "test_pairs_with_a_train_prompt": sum(prompt_key(pair) in seen for pair in splits["test"]),
-        "fingerprint": fingerprint(splits),
+        "fingerprint": record.digest(splits),  # of what was read, wherever it was
     }
     return splits, report
 
@@ -418,16 +406,13 @@ def prepare(run, folder: Path) -> None:
     """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
     line."""
     splits, report = pairs_of(run)
-
-    def make(place: Path, on_step: made.OnStep) -> float:
-        return make_base(splits["train"], run.model.recipe.model_dump(), place, on_step)
-
-    tokenizer, facts = made.base_model(run, folder, texts_of(splits["train"]), make, needs_chat_template=True)
+    texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
+    tokenizer, facts = made.base_model(run, folder, texts, make, needs_chat_template=True)
     limits = run.dataset.preprocessing
     rows, counts = {}, {}
     for split in SPLITS:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
-    model = load_base(run, facts["base"])
+    model = models.load_base(run, facts["base"])
     reference = {split: sequence_logprobs(model, rows[split], pad=pad_token(tokenizer)) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib import models, record
+from lib import record
 from lib.errors import StudyError
 
 Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chosen_ids", "rejected_ids": list[int]}
@@ -338,12 +338,6 @@ def sample_logprobs(model: torch.nn.Module, samples: list[dict], **options) -> T
 
 
 # ---- policy against reference ----
-
-
-def load_base(run, base: str, **options) -> PreTrainedModel:
-    """The base model as the run trains it (quantization, dtype, device)."""
-    keys = ("revision", "torch_dtype", "quantization", "trust_remote_code")
-    return models.load_causal_lm(base, **{key: getattr(run.model, key) for key in keys}, **options)
 
 
 def log_ratio_of_samples(

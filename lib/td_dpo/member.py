@@ -68,13 +68,13 @@ def policy(run, base: str, seed: int):
     """The model that is trained: all parameters, or the adapters that the run's `peft` section describes."""
     # FSDP shards floating types only: 4-bit weights are then stored in that of the computation.
     storage = run.model.torch_dtype if training.world() > 1 and run.model.quantization == "nf4" else None
-    model = engine.load_base(run, base, quant_storage=storage)
+    model = models.load_base(run, base, quant_storage=storage)
     return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
 
 def frozen_base(run, base: str):
     """The frozen reference: None where it is the policy with its adapters off."""
-    return None if run.model.peft else engine.load_base(run, base)
+    return None if run.model.peft else models.load_base(run, base)
 
 
 def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
@@ -158,7 +158,7 @@ def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
 @torch.no_grad()
 def base_score(run, given: SimpleNamespace) -> float:
     """The untrained reference's own oracle score, for the notebook: what every method started from."""
-    answers = judged_answers(run, engine.load_base(run, given.base), given.tokenizer, run.seed_list[0])
+    answers = judged_answers(run, models.load_base(run, given.base), given.tokenizer, run.seed_list[0])
     return _mean([a["score"] for a in answers])
 
 
