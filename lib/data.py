@@ -31,6 +31,7 @@ SPLIT_OF = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
 LONGEST_ROW = 1_000_000  # bytes
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # made once: that of every row takes longer
 Splits = dict[str, list[dict]]
 Key = Callable[[dict], str]  # rows of the same key belong in the same split
 
@@ -256,7 +257,7 @@ def _checked(value: Any) -> dict:
     if not isinstance(value, dict):
         raise BadRow("a row that is not an object with named columns", shown(value))
     try:
-        size = len(json.dumps(value, ensure_ascii=False, default=str).encode())
+        size = len(_as_json(value).encode())
     except UnicodeEncodeError:
         raise BadRow("text that is not valid Unicode (a lone surrogate)") from None
     if size > LONGEST_ROW:

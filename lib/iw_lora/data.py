@@ -28,7 +28,7 @@ LABELS = {
     "rte": ("entailment", "not_entailment"),
     "generated": ("entailment", "not_entailment"),
 }
-ALSO = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}  # as GLUE's own files have them
+ALSO = {"premise": "sentence1", "hypothesis": "sentence2"}  # as GLUE's own files have them
 
 # ---- generated entailment, which bags of words cannot solve
 # A premise states a fact, the hypothesis restates it in the active or the passive voice: rightly (entailment), or with
@@ -85,12 +85,16 @@ def task_of(dataset) -> str:
 
 def to_example(row: dict, task: str) -> dict:
     """A row of GLUE as ours; raises BadRow. A label is its number or its name (the test split's -1 is none)."""
-    row = {column: row[ALSO[column]] for column in ALSO if ALSO[column] in row} | row
-    first, second = (*(require_text(row, column) for column in COLUMNS[task]), "")[:2]
-    labels = {key: i for i, name in enumerate(LABELS[task]) for key in (str(i), name)}
-    if (label := labels.get(str(row.get("label")))) is None:
-        expected = ", ".join(f"{i} {name}" for i, name in enumerate(LABELS[task]))
-        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", shown(row.get("label")))
+    columns, names = [column if column in row else ALSO.get(column, column) for column in COLUMNS[task]], LABELS[task]
+    first, second = (*(require_text(row, column) for column in columns), "")[:2]
+    label = row.get("label", row.get("gold_label"))
+    if str(label) in names:
+        label = names.index(label)
+    elif str(label) in map(str, range(len(names))):
+        label = int(label)
+    else:
+        expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", shown(label))
     return {"text_a": first, "text_b": second, "label": label}
 
 
