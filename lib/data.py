@@ -234,10 +234,8 @@ def convert(
     if faults and not drop:
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
         found = "; ".join(f"{_described(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
-        fix = "correct these rows"
-        if drop is not None:
-            fix += ", or leave them out and have them counted: --set dataset.on_bad_row=drop"
-        raise StudyError(where, found, f"{expected}; rows are counted from 0", fix)
+        leave = "" if drop is None else ", or leave them out and have them counted: --set dataset.on_bad_row=drop"
+        raise StudyError(where, found, f"{expected}; rows are counted from 0", f"correct these rows{leave}")
     dropped = [
         {"file": file, "reason": kind, "count": len(bad), "rows": [row for row, _ in bad]}
         for (file, kind), bad in faults.items()

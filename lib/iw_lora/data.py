@@ -85,16 +85,13 @@ def task_of(dataset) -> str:
 
 def to_example(row: dict, task: str) -> dict:
     """A row of GLUE as ours; raises BadRow. A label is its number or its name (the test split's -1 is none)."""
-    columns, names = [column if column in row else ALSO.get(column, column) for column in COLUMNS[task]], LABELS[task]
+    columns, names = [ALSO[own] if ALSO.get(own) in row else own for own in COLUMNS[task]], LABELS[task]
     first, second = (*(require_text(row, column) for column in columns), "")[:2]
-    label = row.get("label", row.get("gold_label"))
-    if str(label) in names:
-        label = names.index(label)
-    elif str(label) in map(str, range(len(names))):
-        label = int(label)
-    else:
+    given = row.get("label", row.get("gold_label"))
+    label = next((i for i, name in enumerate(names) if str(given) in (name, str(i))), None)
+    if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", shown(label))
+        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", shown(given))
     return {"text_a": first, "text_b": second, "label": label}
 
 

@@ -206,16 +206,12 @@ def load(folder: Path) -> SimpleNamespace:
     return models.load_inputs(Path(folder), "rows", "texts")
 
 
-def load_base(run, given: SimpleNamespace) -> nn.Module:
-    """The classifier on the base model in the configured dtype; its new head is drawn from torch's generator."""
-    head = {"num_labels": len(given.report["labels"]), "ignore_mismatched_sizes": True, "use_safetensors": None}
-    return models.load_base(run, given.base, auto_class=AutoModelForSequenceClassification, **head)
-
-
 def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
     """Base model, new head and adapters; the same seed gives methods the same head and the same A."""
     set_seed(seed)
-    return add_adapters(load_base(run, given), run.model.adapter, steps)
+    head = {"num_labels": len(given.report["labels"]), "ignore_mismatched_sizes": True, "use_safetensors": None}
+    model = models.load_base(run, given.base, auto_class=AutoModelForSequenceClassification, **head)
+    return add_adapters(model, run.model.adapter, steps)
 
 
 # ---- calibration
