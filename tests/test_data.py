@@ -584,10 +584,10 @@ def test_files_that_were_downloaded_beforehand_are_read_where_the_hub_is_out_of_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     revision = "f8869fc91bde5c71a104667292addcbbfd15985d"
-    data = tmp_path / "datasets--argilla--dpo-mix-7k" / "snapshots" / revision / "data"
-    data.mkdir(parents=True)
+    snapshot = tmp_path / "datasets--argilla--dpo-mix-7k" / "snapshots" / revision / "data"
+    snapshot.mkdir(parents=True)
     for split, rows in (("train", range(20)), ("test", range(30, 33))):
-        pd.DataFrame([mix_row(i) for i in rows]).to_parquet(data / f"{split}-00000-of-00001.parquet")
+        pd.DataFrame([mix_row(i) for i in rows]).to_parquet(snapshot / f"{split}-00000-of-00001.parquet")
     splits, report = load_splits({"name": "argilla/dpo-mix-7k", "revision": revision})
     assert report["rows"] == {"train": 18, "validation": 2, "test": 3}
     assert everything({"x": splits["train"] + splits["validation"]})[3] == EXPECTED
