@@ -5,22 +5,15 @@ What is validated is always what a member would train: the values of a grid cell
 the whole is validated. A value that only the cells supply (`${opt.name}`) holds the first cell's in a run itself, and
 `Run.searched` says which keys those are.
 
-A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), ALIASES (short name -> dotted key),
-METRICS (name -> direction), PRIMARY_METRIC, SECOND_METRIC (where the primary one is not measured yet),
-VALIDATION_METRIC, CLAIM_METRICS (columns that its analysis gives to claims.evaluate), DIVERGED (metric -> what a
-diverged run counts as), UNREAD (keys and metrics that a trial may leave alone), MEMBER_KEYS (what members of one
-preparation may differ in), PATHS (keys that may name a local file), recognizes(raw), normalize(raw) (what published
-files write elsewhere), steps(run), trial_changes(run), check(run), prepare and train; and, where it has them,
-BY_NAME (tables of which a member uses the entry that a key names), NOT_NUMBERS (keys that no number depends on), MADE_BY
-(file -> the command that makes it), fit, primary_metric(run), search_changes(run) (what a trial of the search leaves
-out), needs(run) (what only it needs on the machine before a full run) and implied(run, values) (what --set brings along
-where it does not say otherwise).
+A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), METRICS (name -> "maximize" or
+"minimize", the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What it may give
+besides, with what holds otherwise, is in DEFAULTS; further its SECOND_METRIC (where the primary one is not measured
+yet), CLAIM_METRICS (columns that its analysis gives to claims.evaluate), primary_metric(run) and fit (a sharded
+training). Published files that write something elsewhere are read by validators of the sections themselves.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import copy
 import difflib
 import functools
@@ -28,17 +21,20 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from lib.errors import StudyError
 
@@ -46,12 +42,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TUNABLE = ("model", "dataset", "training", "loss", "evaluation")  # sections that grid cells and searches may set
 CONTEXT = ("study", "scale", "mode", "results_dir", "source", "overrides", "searched")  # not written in a run's YAML
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
-# YAML 1.1 reads 1e-5 (no dot) as a string; so do the shells that --set values come through.
+# As strings come from a shell, or out of a file that YAML 1.1 wrote (where 1e-5, without a dot, is a string).
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
 MAX_BYTES = 1_000_000  # of a YAML file
-MAX_ALIASES = 20
-NOTEBOOK_OWN = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
+MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
+ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
 
@@ -82,19 +78,17 @@ def fault(found: str, expected: str, fix: str = "", key: str = "") -> PydanticCu
 
 
 def plain(value: Any) -> Any:
-    """A value of a search space, a grid or --set as plain data, numeric strings turned into numbers at any depth."""
-    if isinstance(value, str):
-        if not NUMBER.fullmatch(value):
-            return value
-        return int(value) if re.fullmatch(r"[-+]?\d+", value) and len(value) < 20 else plain(float(value))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise fault(str(value), "a finite number")
-    if value is None or isinstance(value, bool | int | float):
-        return value
+    """A value of a search space or a grid as plain data, numeric strings turned into numbers at any depth."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = int(value) if re.fullmatch(r"[-+]?\d{1,19}", value) else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise fault(str(value), "a finite number")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     raise fault(type(value).__name__, "a number, a string, true/false, null, or a list or mapping of them")
 
 
@@ -105,11 +99,17 @@ def not_bool(value: Any) -> Any:
     return value
 
 
+def renamed(names: Mapping[Any, str]) -> BeforeValidator:
+    """For a field whose published values have other names here."""
+    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str | None) else value)
+
+
 Value = Annotated[Any, BeforeValidator(plain)]
 Number = Annotated[float, BeforeValidator(not_bool)]
 Whole = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(not_bool), Field(ge=0, lt=2**32)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)]
@@ -118,7 +118,7 @@ Name = Annotated[str, Field(min_length=1)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")]  # a folder name: no separator, no ..
 
 
-# ---- sections of a run YAML
+# ---- sections of a run YAML. A field with `exclude` is one that published files have: read and checked, not kept.
 
 
 class Section(BaseModel):
@@ -139,21 +139,17 @@ class Distribution(Section):
 
     @model_validator(mode="after")
     def _complete(self):
-        low, high, step = numbers = self.low, self.high, self.step
-        text = f"low {low}, high {high}, step {step}"
+        numbers = (self.low, self.high, self.step)
+        found = f"choices {self.choices}, low {self.low}, high {self.high}, step {self.step}"
         if self.type == "categorical":
-            if not self.choices:
-                raise fault("no choices", "a list of at least one value", "choices: [...]", "choices")
-            if numbers != (None, None, None):
-                raise fault("low, high or step", "choices alone", "remove them, or use uniform or int", "type")
-        elif self.choices is not None:
-            raise fault("choices", "low and high", "remove them, or use type: categorical", "choices")
-        elif low is None or high is None or not low < high:
-            raise fault(text, "low below high", "", "low")
-        elif self.type == "loguniform" and (low <= 0 or step is not None):
-            raise fault(text, "low above 0 and no step", "", "low")
-        elif self.type == "int" and any(x is not None and x != int(x) for x in numbers):
-            raise fault(text, "whole numbers", "type: uniform", "low")
+            if not self.choices or numbers != (None, None, None):
+                raise fault(found, "choices alone, at least one", "choices: [...], or another type", "choices")
+        elif self.choices is not None or self.low is None or self.high is None or not self.low < self.high:
+            raise fault(found, "low and a higher high, no choices", "low: ..., high: ..., or type: categorical", "low")
+        elif self.type == "loguniform" and (self.low <= 0 or self.step is not None):
+            raise fault(found, "low above 0 and no step", "type: uniform", "low")
+        elif self.type == "int" and any(number % 1 for number in numbers if number):
+            raise fault(found, "whole numbers", "type: uniform", "low")
         return self
 
 
@@ -163,7 +159,7 @@ class Optuna(Section):
     objective_metric: Name
     seed: Seed = 0
     search_space: dict[str, Distribution] = {}
-    storage: str | None = None  # null: a journal file; a data base URL where several machines search together
+    storage: str | None = None  # null: a journal file; a database URL where several machines search together
 
 
 class Compute(Section):
@@ -187,7 +183,6 @@ class Wandb(Section):
     entity: str | None = None
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
-    report_to: None = None  # written by records of before, when other trackers could be named
 
 
 class Block(Section):
@@ -195,7 +190,7 @@ class Block(Section):
 
     cells: list[Annotated[dict[str, Value], Field(min_length=1)]] | None = None
     product: dict[str, Annotated[list[Value], Field(min_length=1)]] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    seeds: Seeds | None = None
 
     @model_validator(mode="after")
     def _one_kind(self):
@@ -218,7 +213,7 @@ class Run(Section):
     compute: Compute = Compute()
     evaluation: Any
     optuna: Optuna
-    seed_list: Annotated[list[Seed], Field(min_length=1)]
+    seed_list: Seeds
     grid: list[Block] | None = None
     wandb: Wandb | None = None
     study: str
@@ -229,6 +224,22 @@ class Run(Section):
     overrides: dict[str, str] = {}  # what --set gave, as written; already in the values
     searched: dict[str, str] = {}  # {dotted key: name in the search space} of values written as ${opt.name}
 
+    @classmethod
+    def usual(cls, raw: dict) -> tuple[Any, str]:
+        """(method, role) of a YAML that does not write them."""
+        return None, "comparative"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_and_role(cls, raw: dict):
+        """Published files write the role under `method`, as `proposed` or `comparative-1`."""
+        written, (method, role) = raw.get("method"), cls.usual(raw)
+        first = written.split("-")[0] if isinstance(written, str) else None
+        if first in typing.get_args(Run.model_fields["role"].annotation):
+            written, role = None, first
+        method = method if written is None else written
+        return {"role": role, **raw} | ({} if method is None else {"method": method})
+
     @model_validator(mode="after")
     def _distinct(self):
         if len(set(self.seed_list)) < len(self.seed_list):
@@ -237,15 +248,18 @@ class Run(Section):
 
 
 @functools.cache  # asked for every key of every grid cell
-def keys(run_type: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
-    """Every dotted key of a run's YAML, sections included."""
+def keys(run_type: type[BaseModel], prefix: str = "", inside: bool = False) -> tuple[str, ...]:
+    """Every dotted key of a run's YAML, sections included; `inside`: also those of sections in lists and mappings, with
+    * for the place in it."""
     names = []
     for name, field in run_type.model_fields.items():
-        if not prefix and name in CONTEXT:
+        if field.exclude or (not prefix and name in CONTEXT):
             continue
         names.append(prefix + name)
-        inner = section_type(field.annotation)
-        names += keys(inner, f"{prefix}{name}.") if inner else ()
+        if inner := section_type(field.annotation):
+            names += keys(inner, f"{prefix}{name}.", inside)
+        elif inside and (inner := section_type(field.annotation, inside)):
+            names += keys(inner, f"{prefix}{name}.*.", inside)
     return tuple(names)
 
 
@@ -257,55 +271,38 @@ def section_type(annotation: Any, inside: bool = False) -> type[BaseModel] | Non
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def split_role(method: Any) -> tuple[str | None, Any]:
-    """(role, method): published files write the role under `method`, as `proposed` or `comparative-1`."""
-    role = method.split("-")[0] if isinstance(method, str) else None
-    return (role, None) if role in ("proposed", "comparative", "ablation", "control") else (None, method)
-
-
 # ---- faults in words
 
 
 def did_you_mean(key: str, known: list[str] | tuple[str, ...], otherwise: str = "remove it") -> str:
-    """A sentence naming the nearest known key: a slip of the pen in the same section, or the section it belongs to."""
+    """A sentence naming the known key whose last part is nearest; in the same section it may be less near."""
     section, _, leaf = key.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    if near := difflib.get_close_matches(leaf, siblings, 1, 0.6):
-        return f"did you mean {section + '.' if section else ''}{near[0]}?"
-    elsewhere = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, 1, 0.7)
-    if not elsewhere:
-        leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
-        elsewhere = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, 0.75)]
-    return f"did you mean {elsewhere[0]}?" if elsewhere else otherwise
 
+    def likeness(other: str) -> float:
+        home, _, name = other.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.15 * fnmatch(section, home)
 
-def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
-    """The keys of the section that an error's location leads to, through lists and mappings too."""
-    for part in location:
-        if part in model.model_fields:
-            model = section_type(model.model_fields[part].annotation, inside=True) or model
-    return list(model.model_fields)
+    nearest = max(known, key=likeness, default="")
+    home, dot, name = nearest.rpartition(".")
+    near = f"did you mean {section if fnmatch(section, home) else home}{dot}{name}?"
+    return near if nearest and likeness(nearest) >= 0.75 else otherwise
 
 
 def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
     """(key, found, expected, fix) of one pydantic error. The value of an unknown key is never shown: it may be
     secret."""
-    context, found = error.get("ctx", {}), repr(error["input"])
-    parts = [str(part) for part in error["loc"]] + ([context["key"]] if context.get("key") else [])
-    key = ".".join(parts) or "(top level)"
+    context, value = error.get("ctx", {}), error["input"]
+    key = ".".join([*map(str, error["loc"]), *filter(None, [context.get("key")])]) or "(top level)"
     if error["type"] == "extra_forbidden":
-        siblings = [".".join([*parts[:-1], name]) for name in _fields_at(model, error["loc"][:-1])]
-        return key, "unknown key", "a key of this section", did_you_mean(key, (*keys(model), *siblings))
+        return key, "unknown key", "a key of this section", did_you_mean(key, keys(model, inside=True))
     if error["type"] == "missing":
         return key, "missing", "this key", f"write {key}: ... (params/ has complete examples)"
     if error["type"] == "study":
         return key, context["found"], context["expected"], context["fix"]
-    if isinstance(error["input"], str) and MARKER.fullmatch(error["input"]) and parts[0] in TUNABLE:
-        return key, *_not_supplied(error["input"], key)
-    if error["loc"] == ("run_id",):
-        return key, found[:80], "a file name of letters, digits and . _ + -", "rename the run"
-    expected = "true or false" if error["type"] == "bool_type" else re.sub(r"^Input should be ", "", error["msg"])
-    return key, found if len(found) <= 80 else found[:77] + "...", expected, ""
+    if isinstance(value, str) and MARKER.fullmatch(value) and error["loc"][0] in TUNABLE:
+        return key, *_not_supplied(value, key)
+    found = repr(value)
+    return key, found if len(found) <= 80 else found[:77] + "...", error["msg"].removeprefix("Input should be "), ""
 
 
 def _not_supplied(marker: str, key: str) -> tuple[str, str, str]:
@@ -330,74 +327,41 @@ def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> 
 # ---- reading a YAML file that somebody else wrote
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML keeps the last one silently), keys that are not names, and
-    more aliases than anybody writes: nested, a few dozen stand for billions of values."""
-
-    aliases = 0
-
-    def compose_node(self, parent, index):
-        self.aliases += self.check_event(yaml.AliasEvent)
-        if self.aliases > MAX_ALIASES:
-            problem = f"more than {MAX_ALIASES} aliases; write the values out"
-            raise yaml.constructor.ConstructorError(None, None, problem, self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key.value, str) else "(a list or mapping)"
-            kind = key.tag.rsplit(":", 1)[-1]
-            if kind not in ("merge", "str"):
-                problem = f"the key {name!r} is read as {kind}, not as a name; write it in quotes"
-            elif kind == "str" and name in seen:
-                problem = f"the key {name!r} is written twice"
-            else:
-                seen.add(name)
-                continue
-            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def parse_yaml(text: str, where: str) -> Any:
-    """One YAML document as plain Python data; StudyError with line and column where it is not one."""
+    """One document of YAML 1.2 as plain Python data; StudyError with line and column where it is not one, writes a key
+    twice, or has more aliases than anybody writes."""
+    reader, many = YAML(typ="safe", pure=True), text.count("*") > MAX_ALIASES
     try:
-        content = yaml.load(text, _Loader)  # a SafeLoader
-        json.dumps(content, default=str)  # Circular reference: an alias that contains itself
+        if many and (aliases := sum(isinstance(event, AliasEvent) for event in reader.parse(text))) > MAX_ALIASES:
+            raise ValueError(f"{aliases} aliases, of which {MAX_ALIASES} are allowed; write the values out")
+        content = reader.load(text)
+        json.dumps(content, default=str, skipkeys=True)  # Circular reference: an alias that contains itself
         return content
-    except RecursionError:
-        raise StudyError(where, "mappings or lists nested too deeply", "a few levels", "flatten the file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of thousands of digits, an impossible date
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, a date
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        found = getattr(error, "problem", None) or str(error)
-        found = found.replace("Circular reference", "an alias that contains itself")
+        found = (getattr(error, "problem", None) or str(error)).split(" with value")[0]  # which may be secret
         fix = "correct the line; tags such as !!python are not read"
-        raise StudyError(place, found, "one plain YAML document", fix) from None
+        raise StudyError(place, found, "one plain YAML document, not nested too deeply", fix) from None
 
 
 def load_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file. Refused: > 1 MB, not UTF-8, empty, not a mapping, duplicate keys, alias bombs."""
-
-    def refuse(found: str, expected: str, fix: str) -> typing.NoReturn:
-        raise StudyError(str(path), found, expected, fix) from None
-
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
+        if (size := os.stat(path).st_size) > MAX_BYTES:
+            fix = "data belongs in files that dataset.name points to"
+            raise StudyError(str(path), f"{size:,} bytes", f"a run YAML of at most {MAX_BYTES:,}", fix)
+        content = parse_yaml(Path(path).read_bytes().decode("utf-8-sig"), str(path))
     except OSError as error:
-        refuse(error.strerror or str(error), "a readable YAML file", "check the path and its permissions")
+        fix = "check the path and its permissions"
+        raise StudyError(str(path), error.strerror or str(error), "a readable YAML file", fix) from None
     except UnicodeDecodeError as error:
         fix = f"iconv -t UTF-8 {path} > new.yaml, or save it as UTF-8 in the editor"
-        refuse(f"byte {error.start} is not UTF-8", "a UTF-8 text file", fix)
-    if len(data) > MAX_BYTES:
-        fix = "data belongs in files that dataset.name points to"
-        refuse(f"more than {MAX_BYTES:,} bytes", "a run YAML of a few kilobytes", fix)
-    content = parse_yaml(text, str(path))
+        raise StudyError(str(path), f"byte {error.start} is not UTF-8", "a UTF-8 text file", fix) from None
     if not isinstance(content, dict):
         found = "an empty file" if content is None else f"a {type(content).__name__} at the top level"
-        refuse(found, "a mapping of run_id, method, model, ...", "copy a YAML of params/ and edit it")
+        fix = "copy a YAML of params/ and edit it"
+        raise StudyError(str(path), found, "a mapping of run_id, method, model, ...", fix)
     return content
 
 
@@ -412,6 +376,24 @@ def validate(section: type[S], path: str | Path) -> S:
 
 # ---- studies, and their keys by name
 
+DEFAULTS: dict[str, Any] = {  # of what a study's module may define
+    "ALIASES": {},  # short name -> dotted key, in the order of a cell's name
+    "DIVERGED": {},  # metric -> what a diverged member counts as
+    "UNREAD": (),  # keys and metrics that a trial may leave alone
+    "MEMBER_KEYS": (),  # what members of one preparation may differ in
+    "NOT_NUMBERS": (),  # keys that no number depends on
+    "PATHS": ("model.name", "dataset.name"),  # keys that may name a local file
+    "MADE_BY": {},  # such a key -> the command that makes its file
+    "BY_NAME": {},  # table -> the key that picks the one entry of it that a member uses
+    "recognizes": lambda raw: False,  # whether a YAML outside params/<study>/ belongs to it
+    "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
+    "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
+    "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
+    "implied": lambda run, values: {},  # what --set brings along where it does not say otherwise
+    "check": lambda run: (),  # Findings about one member's run
+    "needs": lambda run: (),  # Findings: what only it needs on the machine before a full run
+}
+
 
 def studies() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "lib").glob("*/study.py"))
@@ -419,11 +401,19 @@ def studies() -> list[str]:
 
 @functools.cache  # asked for every member: the folder would be listed each time
 def study_module(study: str) -> types.ModuleType:
-    """What lib/<study>/study.py says of its runs."""
+    """lib/<study>/study.py, with the DEFAULTS of what it does not define."""
     if study not in studies():
         near = did_you_mean(str(study), studies(), "")
         raise StudyError("study", repr(study), "one of " + ", ".join(studies()), near)
-    return importlib.import_module(f"lib.{study}.study")
+    module = importlib.import_module(f"lib.{study}.study")
+    reported = next(iter(module.METRICS))
+    chosen = getattr(module, "VALIDATION_METRIC", reported)  # chooses checkpoints, cells and the sweep's best
+    metrics = {"PRIMARY_METRIC": {"laptop": reported, "paper": reported}, "CLAIM_METRICS": tuple(module.METRICS)}
+    metrics |= {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen}
+    metrics["primary_metric"] = lambda run: module.PRIMARY_METRIC[run.scale]
+    for name, value in {**DEFAULTS, **metrics}.items():
+        vars(module).setdefault(name, value)
+    return module
 
 
 def recognize(raw: dict, where: str) -> str:
@@ -443,8 +433,7 @@ def resolve(study: str, key: str, where: str = "key") -> str:
     if dotted in known or dotted.startswith("optuna.search_space."):
         return dotted
     expected = f"a dotted key of {study}'s YAML or one of " + ", ".join(sorted(module.ALIASES))
-    near = did_you_mean(key, [*known, *module.ALIASES], "")
-    raise StudyError(f"{where} {key}", "no such configuration key", expected, near)
+    raise StudyError(f"{where} {key}", "no such key", expected, did_you_mean(key, [*known, *module.ALIASES], ""))
 
 
 def is_local(name: str | None) -> bool:
@@ -459,15 +448,11 @@ def _absolute(value: Any) -> Any:
     """Paths are kept absolute, so that a notebook's working directory does not matter; hub ids stay as they are."""
     if not isinstance(value, str) or value.startswith("${"):
         return value
-    written_as_path = value.startswith(("/", "./", "../", "~")) or Path(value).suffix in FILE_SUFFIXES
-    if not written_as_path and not ("/" in value and Path(value).exists()):
-        return value
     path = Path(value).expanduser()
-    found = next((p for p in (Path.cwd() / path, ROOT / path) if p.exists()), Path.cwd() / path)
-    try:
-        return str(found.resolve())
-    except (OSError, RuntimeError):  # a link that leads to itself: the checks say so
-        return str(found.absolute())
+    written_as_path = value.startswith(("/", "./", "../", "~")) or path.suffix in FILE_SUFFIXES
+    if not written_as_path and not ("/" in value and path.exists()):
+        return value
+    return os.path.realpath(next((p for p in (Path.cwd() / path, ROOT / path) if p.exists()), path))
 
 
 def get(raw: Any, dotted: str) -> Any:
@@ -490,50 +475,35 @@ def put(raw: dict, dotted: str, value: Any) -> None:
 
 
 def build(study: str, raw: Mapping[str, Any], where: str, **context: Any) -> Run:
-    """Plain data, in our names or the published ones, as the study's typed run."""
-    module = study_module(study)
+    """Plain data, in our names or the published ones, as the study's typed run. `context`: fields of CONTEXT."""
+    module, raw = study_module(study), copy.deepcopy(dict(raw))
+    tunable = {key: get(raw, key) for key in keys(module.Run) if key.split(".")[0] in TUNABLE}
+    markers = {key: MARKER.fullmatch(value) for key, value in tunable.items() if isinstance(value, str)}
+    searched = {key: marker[1] for key, marker in markers.items() if marker}
+    filled = {key: value for key, value in _first_values(raw, module.ALIASES).items() if key in searched}
+    for key, value in [*filled.items(), *((key, _absolute(get(raw, key))) for key in module.PATHS)]:
+        if value is not None:
+            put(raw, key, value)
+    folder = context.get("results_dir") or default_results(study, context["scale"], context["mode"])
+    context |= {"study": study, "searched": searched, "results_dir": ROOT / Path(folder).expanduser()}
     try:
-        raw = module.normalize(copy.deepcopy(dict(raw)))
-    except StudyError as error:  # normalize names the key; the file is known here
-        raise StudyError(f"{where}: {error.where}", error.found, error.expected, error.fix) from None
-    marked = dict(_markers(raw, ""))
-    searched = {key: marked[key] for key in keys(module.Run) if key in marked}
-    choices, cell = _first(study, raw)
-    filled = {key: value for key, value in {**choices, **cell}.items() if key in searched}
-    for key, value in filled.items():
-        put(raw, key, value)
-    for key in module.PATHS:
-        if get(raw, key) is not None:
-            put(raw, key, _absolute(get(raw, key)))
-    try:
-        return module.Run.model_validate({**raw, **context, "study": study, "searched": searched})
+        return module.Run.model_validate({**raw, **context})
     except ValidationError as error:
         of_cell = any(".".join(map(str, item["loc"])) in filled for item in error.errors())
         raise_faults(error, f"{where}: the grid's first cell" if of_cell else where, module.Run)
 
 
-def _markers(raw: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, name) of every value of the sections to be searched that is written as ${opt.name}."""
-    if isinstance(raw, dict):
-        for key in raw if prefix else [key for key in TUNABLE if isinstance(raw.get(key), dict)]:
-            yield from _markers(raw[key], f"{prefix}.{key}" if prefix else key)
-    elif isinstance(raw, str) and (found := MARKER.fullmatch(raw)):
-        yield prefix, found[1]
-
-
-def _first(study: str, raw: dict) -> tuple[dict, dict]:
-    """The first choice (of a range the low end) of each searched key, and the first cell of the grid, by dotted keys;
-    of data that is not validated yet: what is malformed in it is left to the validation."""
-    aliases = study_module(study).ALIASES
+def _first_values(raw: dict, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """{dotted key: value} of the first cell, and of the searched keys that it leaves: the first choice, or the low end.
+    Of data that is not validated yet: what is malformed in it is left to the validation."""
     try:
         space, block = get(raw, "optuna.search_space") or {}, (raw.get("grid") or [{}])[0]
-        choices = {key: (entry.get("choices") or [entry.get("low")])[0] for key, entry in space.items()}
-        cell = (block.get("cells") or [{}])[0] or {
-            key: values[0] for key, values in (block.get("product") or {}).items()
-        }
-        return tuple({aliases.get(key, key): plain(value) for key, value in part.items()} for part in (choices, cell))
+        values = {key: (entry.get("choices") or [entry.get("low")])[0] for key, entry in space.items()}
+        values |= {key: options[0] for key, options in (block.get("product") or {}).items()}
+        values |= (block.get("cells") or [{}])[0]
     except (AttributeError, LookupError, TypeError, ValueError):
-        return {}, {}
+        return {}
+    return {aliases.get(key, key): value for key, value in values.items()}
 
 
 def dump(run: Run) -> dict:
@@ -548,18 +518,13 @@ def apply(run: Run, values: Mapping[str, Any], where: str = "") -> Run:
     """The run with other values, validated again. Keys are dotted or the study's short names."""
     raw, where = dump(run), where or run.run_id
     for key, value in values.items():
-        put(raw, resolve(run.study, key, where), plain(value))
+        put(raw, resolve(run.study, key, where), value)
     context = {key: getattr(run, key) for key in CONTEXT if key not in ("study", "searched")}
     return build(run.study, raw, where, **context)
 
 
 def default_results(study: str, scale: str, mode: str) -> Path:
     return ROOT / "outputs" / f"{scale}-{mode}" / study
-
-
-def _context(study: str, scale: str, mode: str, results_dir: str | Path | None, source: Path | None) -> dict:
-    folder = Path(results_dir).expanduser() if results_dir else default_results(study, scale, mode)
-    return {"scale": scale, "mode": mode, "results_dir": ROOT / folder, "source": source}
 
 
 def _with_wandb(raw: dict) -> dict:
@@ -570,14 +535,11 @@ def _with_wandb(raw: dict) -> dict:
     return {**raw, "wandb": validate(Wandb, path).model_dump()}
 
 
+Overrides = Mapping[str, str] | None
+
+
 def load_run(
-    path: str | Path,
-    *,
-    study: str | None = None,
-    scale: str,
-    mode: str,
-    overrides: Mapping[str, str] | None = None,
-    results_dir: str | Path | None = None,
+    path: str | Path, *, study: str = "", scale: str, mode: str, overrides: Overrides = None, results_dir: Any = None
 ) -> Run:
     """The run in a YAML file, `--set` overrides applied; in trial mode already in its trial form."""
     path = Path(path).absolute()
@@ -586,34 +548,32 @@ def load_run(
         if key in raw:
             fix = f"remove it; use --{key}" if key in ("study", "scale") else "remove it"
             raise StudyError(f"{path}: {key}", "a matter of the command line, not of a YAML", "no such key", fix)
-    if study is None:
+    if not study:
         folder = path.parent.parent.name
         study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognize(raw, str(path))
-    run = build(study, _with_wandb(raw), str(path), **_context(study, scale, mode, results_dir, path))
+    context = {"scale": scale, "mode": mode, "results_dir": results_dir, "source": path}
+    run = build(study, _with_wandb(raw), str(path), **context)
     run = _override(run, overrides, str(path)) if overrides else run
     return trial(run) if mode == "trial" else run
 
 
 def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
     """With the values of --set, and what the study says that they bring along."""
-    module, values = study_module(run.study), {}
+    values = {}
     for key, text in overrides.items():
         if key.split(".")[0] in ("run_id", *CONTEXT):
             fix = "copy the YAML under another run_id" if key == "run_id" else f"use --{key}"
             raise StudyError(f"--set {key}", "not a setting of a run", "a key of the YAML or a short name", fix)
         dotted = resolve(run.study, key, "--set")
         values[dotted] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
-    implied = module.implied(run, values) if hasattr(module, "implied") else {}
     written = " ".join(f"--set {key}={text}" for key, text in overrides.items())
-    run = apply(run, {**implied, **values}, where=f"{where} with {written}")
+    run = apply(run, study_module(run.study).implied(run, values) | values, where=f"{where} with {written}")
     return run.model_copy(update={"overrides": {key: str(text) for key, text in overrides.items()}})
 
 
-def restore(
-    values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: str | Path | None = None
-) -> Run:
+def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: Any = None) -> Run:
     """The run that `dump` wrote out, as it is: nothing is shrunk or filled in."""
-    return build(study, values, str(values.get("run_id", "run")), **_context(study, scale, mode, results_dir, None))
+    return build(study, values, str(values.get("run_id", "run")), scale=scale, mode=mode, results_dir=results_dir)
 
 
 def parameters(run: Run) -> dict:
@@ -627,42 +587,26 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
     Unknown parameters are refused. In JupyterLab, where this cell may run again after later ones, only names that the
     parameters cells assigned are looked at; under the runner (which passes a nonce) every name of plain data is.
     """
-    where = "notebook parameters"
-    written = None if namespace.get("nonce") else _assigned_with_run_id(namespace.get("In"))
-    given = {
-        key: value
-        for key, value in namespace.items()
-        if not key.startswith("_") and key not in {*NOTEBOOK_OWN, "nonce"} and isinstance(value, PLAIN)
-        if not written or key in written
-    }
+    where, cells = "notebook parameters", () if namespace.get("nonce") else namespace.get("In", ())
+    assigned = [names for cell in cells if "run_id" in (names := ASSIGNED.findall(cell))]
+    written = set(itertools.chain(*assigned)) or namespace.keys() - {"In", "Out", "nonce"}
+    given = {key: namespace[key] for key in written if isinstance(namespace[key], PLAIN) and not key.startswith("_")}
     study = given.pop("study", None) or recognize(given, where)
     module = study_module(study)
     known = [key for key in module.Run.model_fields if key not in ("source", "overrides", "searched", "study")]
-    for key in given:
-        if key not in known:
-            near = did_you_mean(module.ALIASES.get(key, key), [*known, *keys(module.Run)])
-            raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
-    for key in known:
-        if not isinstance(namespace.get(key), PLAIN):
-            found = f"holds a {type(namespace[key]).__name__}"
-            fix = "run the parameters cell again; give the other object another name"
-            raise StudyError(f"{where}: {key}", found, "the parameter of that name", fix)
-    mode, scale = given.pop("mode", "full"), given.pop("scale", "laptop")
-    context = _context(study, scale, mode, given.pop("results_dir", None), None)
+    for key in sorted(given.keys() - set(known)):
+        near = did_you_mean(module.ALIASES.get(key, key), [*known, *keys(module.Run)])
+        raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
+    for key in set(known) & namespace.keys() - given.keys():
+        found, fix = (
+            f"holds a {type(namespace[key]).__name__}",
+            "run the parameters cell again; rename the other object",
+        )
+        raise StudyError(f"{where}: {key}", found, "the parameter of that name", fix)
+    context = {"mode": "full", "scale": "laptop", "results_dir": None}
+    context |= {key: given.pop(key) for key in context.keys() & given.keys()}
     run = build(study, _with_wandb(given), where, **context)
-    return trial(run) if mode == "trial" else run
-
-
-def _assigned_with_run_id(cells: Any) -> set[str]:
-    """Names assigned by the cells that assign `run_id`, which are the parameters cells."""
-    assigned: set[str] = set()
-    for source in cells if isinstance(cells, list) else ():
-        with contextlib.suppress(SyntaxError):  # magics
-            statements = [s for s in ast.parse(source).body if isinstance(s, ast.Assign | ast.AnnAssign)]
-            nodes = [node for statement in statements for node in ast.walk(statement)]
-            names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-            assigned |= names if "run_id" in names else set()
-    return assigned
+    return trial(run) if run.mode == "trial" else run
 
 
 # ---- members: the grid's cells times its seeds; and a run's trial form, which has one
@@ -686,11 +630,6 @@ class Member:
         return self.run.run_id
 
 
-def search_space(run: Run) -> dict[str, Distribution]:
-    """The search space by dotted keys."""
-    return {resolve(run.study, key, "optuna.search_space"): entry for key, entry in run.optuna.search_space.items()}
-
-
 def _format(value: Any) -> str:
     """%g where that is the value exactly, so that two cells never share a name; safe in a file name."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -707,19 +646,21 @@ def cell_name(study: str, cell: Mapping[str, Any]) -> str:
     return "-".join(names.get(key, key.rpartition(".")[2]) + _format(cell[key]) for key in ranked) or "default"
 
 
-def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
-    """(cells, seeds) of each block. Without a grid, the categorical choices of the searched keys are the grid."""
-    if not run.grid:
-        space = search_space(run)
-        for key, name in run.searched.items():
-            if key not in space or space[key].type != "categorical":
-                raise StudyError(f"{run.source or run.run_id}: {key}", *_not_supplied(f"${{opt.{name}}}", key))
-        return [(_product({key: space[key].choices for key in run.searched}), run.seed_list)]
-    return [(block.cells or _product(block.product), block.seeds or run.seed_list) for block in run.grid]
-
-
 def _product(lists: Mapping[str, list]) -> list[dict]:
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _blocks(run: Run, low_ends: bool = False) -> list[tuple[list[dict], list[int]]]:
+    """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid; where there are none
+    it is refused, or `low_ends` of the ranges are taken."""
+    if run.grid:
+        return [(block.cells or _product(block.product), block.seeds or run.seed_list) for block in run.grid]
+    space = {resolve(run.study, key, "optuna.search_space"): entry for key, entry in run.optuna.search_space.items()}
+    choices = {key: space[key].choices or [space[key].low] * low_ends for key in run.searched if key in space}
+    for key, name in run.searched.items():
+        if not choices.get(key):
+            raise StudyError(f"{run.source or run.run_id}: {key}", *_not_supplied(f"${{opt.{name}}}", key))
+    return [(_product(choices), run.seed_list)]
 
 
 def _resolved(run: Run, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -745,27 +686,23 @@ def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
 
 def members(run: Run, all_seeds: bool = False) -> list[Member]:
     """Union of the grid's blocks in the order written, each cell with its block's seeds (or with every seed)."""
-    cells: dict[str, tuple[dict, list[int]]] = {}
-    for block, seeds in _blocks(run):
-        for written in block:
-            cell = _resolved(run, written)
-            name = cell_name(run.study, cell)
-            known, have = cells.setdefault(name, (cell, []))
-            if known != cell:
-                out = f"two cells named {name}: {known} and {cell}"
-                raise StudyError(f"{run.run_id}: grid", out, "cells that differ in their names", "drop one of them")
-            have += [s for s in dict.fromkeys([*seeds, *(run.seed_list if all_seeds else ())]) if s not in have]
-    out = []
-    for cell, seeds in cells.values():
-        first = member(run, cell, seeds[0])
-        out += [replace(first, seed=seed) for seed in (sorted(seeds) if all_seeds else seeds)]
-    return out
+    of_cell: dict[str, Member] = {}
+    seeds: dict[str, list[int]] = {}
+    for cells, own in _blocks(run):
+        for cell in cells:
+            new = member(run, cell, own[0])
+            known = of_cell.setdefault(new.cell_name, new)
+            if known.cell != new.cell:
+                found = f"two cells named {new.cell_name}: {known.cell} and {new.cell}"
+                raise StudyError(f"{run.run_id}: grid", found, "cells that differ in their names", "drop one of them")
+            seeds[new.cell_name] = [*seeds.get(new.cell_name, ()), *own, *(run.seed_list if all_seeds else ())]
+    order = sorted if all_seeds else list
+    return [replace(one, seed=seed) for name, one in of_cell.items() for seed in order(dict.fromkeys(seeds[name]))]
 
 
 def first_cell(run: Run) -> dict[str, Any]:
     """The values of the first member's cell (of a continuous search: the low end)."""
-    choices, cell = _first(run.study, dump(run))
-    return {key: choices[key] for key in run.searched if key in choices} | _resolved(run, cell)
+    return _resolved(run, _blocks(run, low_ends=True)[0][0][0])
 
 
 def at_most(run: Run, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -779,7 +716,7 @@ def trial(run: Run) -> Run:
 
     Applying it again changes nothing. A value that only a continuous search would supply takes its low end.
     """
-    first, seed = first_cell(run), ((run.grid[0].seeds if run.grid else None) or run.seed_list)[0]
+    first, seed = first_cell(run), _blocks(run, low_ends=True)[0][1][0]
     changes = {
         **study_module(run.study).trial_changes(apply(run, first)),
         "compute.strategy": "none",

@@ -59,18 +59,15 @@ def refused(function, *args, **given) -> str:
         ("# nothing\n", "empty"),
         ("- a\n- b\n", "a list"),
         ("just words", "a str"),
-        ("a: 1\na: 2\n", "written twice"),
-        ("a: {b: 1, b: 2}", "written twice"),
+        ("a: sesame\na: 2\n", 'run.yaml:2:1: found duplicate key "a"\n'),  # its values may be secret
+        ("a: {b: 1, b: 2}", "duplicate key"),
         ("a: [1, 2", "expected"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
-        ("1: x", "not as a name"),
-        ("on: x", "not as a name"),
-        ("? [a]\n: x", "not as a name"),
         ("a: 1\n---\nb: 2\n", "but found another document"),
         ("a: " + "9" * 6000, "integer string conversion"),
-        ("[" * 3000 + "]" * 3000, "too deeply"),
+        ("[" * 3000 + "]" * 3000, "recursion depth"),
         ("a: \x00", "special characters"),
-        ("a: &a [*a]", "alias that contains itself"),
+        ("a: &a [*a]", "Circular reference"),
         ("a: *nowhere", "undefined alias"),
         ("a: 2024-13-45", "month"),
     ],
@@ -85,12 +82,12 @@ def test_alias_bomb_is_refused_and_ordinary_aliases_are_not(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
     ]
-    assert "more than 20 aliases" in refused(config.load_yaml, write("\n".join(lines)))
+    assert "99 aliases, of which 20 are allowed" in refused(config.load_yaml, write("\n".join(lines)))
     assert config.load_yaml(write("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}"))["d"] == {"b": 1, "e": 2}
 
 
 def test_size_encoding_and_absence(write, tmp_path):
-    assert "more than 1,000,000 bytes" in refused(config.load_yaml, write("a: " + "x" * 1_000_001))
+    assert "1,000,004 bytes" in refused(config.load_yaml, write("a: " + "x" * 1_000_001))
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     assert "not UTF-8" in refused(config.load_yaml, tmp_path / "latin.yaml")
     assert "No such file" in refused(config.load_yaml, tmp_path / "absent.yaml")
@@ -122,8 +119,8 @@ def test_numeric_strings_become_numbers_at_any_depth(write, raw):
 
 
 def test_unquoted_exponent_in_a_file(write, raw):
-    text = yaml.safe_dump(raw).replace("learning_rate: 5e-4", "learning_rate: 1e-5")
-    assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # why the coercion exists
+    text = yaml.safe_dump(raw).replace("learning_rate: 0.0005", "learning_rate: 1e-5")
+    assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # as YAML 1.1 has it
     assert load(write(text)).training.learning_rate == 1e-5
 
 
@@ -136,6 +133,8 @@ def test_unquoted_exponent_in_a_file(write, raw):
         ({"model": {"lora_r": 8}}, "model.lora_r", "did you mean model.peft.lora_r?"),
         ({"optuna": {"search_space": {"beta": {"tipe": "int"}}}}, "optuna.search_space.beta.tipe", ""),
         ({"wandb": {"api_key": "sesame"}}, "wandb.api_key", ""),
+        ({1: "sesame"}, "1", "Keys should be strings"),
+        ({("a",): "sesame"}, "('a',)", "Keys should be strings"),
     ],
 )
 def test_unknown_keys_name_file_and_key_and_suggest(write, raw, change, key, hint):
@@ -509,7 +508,7 @@ def test_overrides_take_dotted_names_and_aliases(write, raw):
     ("key", "value", "said"),
     [
         ("betta", "1", "did you mean beta?"),
-        ("training.lr", "1", "no such configuration key"),
+        ("training.lr", "1", "no such key"),
         ("beta", "[", "--set beta"),
         ("beta", "high", "loss.beta"),
         ("run_id", "x", "another run_id"),
@@ -773,7 +772,8 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
         ("training", "evaluation_strategy", "epoch"),
         ("training", "save_strategy", "no"),
         ("training", "save_total_limit", 5),
-        ("training", "report_to", 7),
+        ("training", "report_to", "none"),
+        ("training", "evaluation_strategy", "no"),
     ],
 )
 def test_published_keys_are_honoured_or_refused(write, raw, section, key, value):
@@ -781,16 +781,15 @@ def test_published_keys_are_honoured_or_refused(write, raw, section, key, value)
     assert f"{section}.{key}" in refused(load, write(raw))
 
 
-def test_published_strategies_become_intervals(write, raw):
-    raw["training"] |= {
-        "evaluation_strategy": "no",
-        "save_strategy": "best",
-        "save_total_limit": 1,
-        "report_to": "none",
-    }
+def test_published_strategies_are_read_and_not_kept(write, raw):
+    raw["training"] |= {"evaluation_strategy": "steps", "save_strategy": "best", "save_total_limit": 1}
     run = load(write(raw))
-    assert run.training.eval_steps is None
-    assert config.wandb_mode(run) == "disabled"
+    assert config.dump(run)["training"].keys() == config.dump(load(write(config.dump(run))))["training"].keys()
+    assert "save_strategy" not in config.dump(run)["training"]
+    assert "did you mean" in refused(config.resolve, "td_dpo", "training.eval_strategy")
+    assert "no such key" in refused(config.apply, run, {"training.save_total_limit": 2})
+    raw["training"]["eval_steps"] = None
+    assert "an interval, as its strategy is steps" in refused(load, write(raw))
 
 
 def test_folders(tmp_path, raw):
@@ -814,7 +813,7 @@ def test_from_notebook_works_from_any_directory(raw, tmp_path, monkeypatch):
     space = {
         "In": [],
         "Out": {},
-        "exit": None,
+        "exit": exit,
         "_": 1,
         "config": config,
         "os": os,

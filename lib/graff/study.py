@@ -14,28 +14,19 @@ from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, 
 
 # ---- sections of the YAML
 
-READS = {  # scheduler: the keys it reads, with their defaults; it refuses the others
-    "graff": {
-        "outer_lr": 1e-3,
-        "stability_guard": None,
-        "guard": "adam",
-        "warm_start_ckpt": None,
-        "cold": False,
-        "norm": "cos",
-        "regret": "area",
-        "graph": True,
-        "budget_feature": True,
-        "frozen": False,
-        "token_weights": True,
-    },
-    "hypergradient": {"outer_lr": 1e-3, "norm": "cos"},
-    "reactor": {"controller_lr": 1e-4, "baseline_decay": 0.9, "entropy_bonus": 0.01},
-    "fixed": {},
-    "cosine": {},
-    "salelr_reconstructed": {},
-    "bats_reconstructed": {},
-    "schedulefree": {},
-    "prodigy": {},
+READS = {  # scheduler: the keys that it reads; of another scheduler's they are null
+    "graff": (
+        *("outer_lr", "stability_guard", "guard", "warm_start_ckpt", "cold", "norm", "regret"),
+        *("graph", "budget_feature", "frozen", "token_weights"),
+    ),
+    "hypergradient": ("outer_lr", "norm"),
+    "reactor": ("controller_lr", "baseline_decay", "entropy_bonus"),
+    "fixed": (),
+    "cosine": (),
+    "salelr_reconstructed": (),
+    "bats_reconstructed": (),
+    "schedulefree": (),
+    "prodigy": (),
 }
 
 
@@ -94,39 +85,37 @@ class Optimizer(Section):
 
 
 class Scheduler(Section):
+    """The defaults are those of a scheduler that READS the key."""
+
     type: Name
-    outer_lr: Positive | None = None
+    outer_lr: Positive | None = 1e-3
     stability_guard: Positive | None = None
-    guard: Literal["adam", "literal", "off"] | None = None
+    guard: Literal["adam", "literal", "off"] | None = "adam"
     warm_start_ckpt: Name | None = None
-    cold: Flag | None = None
-    graph: Flag | None = None  # false: self-loops only
-    budget_feature: Flag | None = None
-    frozen: Flag | None = None  # no outer step
-    token_weights: Flag | None = None
-    norm: Literal["cos", "raw"] | None = None
-    regret: Literal["area", "literal"] | None = None
-    controller_lr: Positive | None = None
-    baseline_decay: Fraction | None = None
-    entropy_bonus: config.NonNegative | None = None
+    cold: Flag | None = False
+    graph: Flag | None = True  # false: self-loops only
+    budget_feature: Flag | None = True
+    frozen: Flag | None = False  # no outer step
+    token_weights: Flag | None = True
+    norm: Literal["cos", "raw"] | None = "cos"
+    regret: Literal["area", "literal"] | None = "area"
+    controller_lr: Positive | None = 1e-4
+    baseline_decay: Fraction | None = 0.9
+    entropy_bonus: config.NonNegative | None = 0.01
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, raw):
-        if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
+    def _own_keys(cls, raw: Any):
+        kind = raw.get("type") if isinstance(raw, dict) else None
+        if not isinstance(kind, str):
             return raw
-        try:
-            own = READS[raw["type"]]
-        except KeyError:
-            raise fault(repr(raw["type"]), "one of " + ", ".join(READS), "", "type") from None
-        return {**raw, **{key: value for key, value in own.items() if raw.get(key) is None}}
-
-    @model_validator(mode="after")
-    def _read(self):
-        for key, value in self:
-            if key != "type" and value is not None and key not in READS[self.type]:
-                raise fault(str(value), f"no such key: {self.type} does not read it", "remove it", key)
-        return self
+        if kind not in READS:
+            raise fault(repr(kind), "one of " + ", ".join(READS), "", "type")
+        given = {key: value for key, value in raw.items() if value is not None}
+        others = dict.fromkeys(key for key in cls.model_fields if key not in ("type", *READS[kind]))
+        for key in others.keys() & given.keys():
+            raise fault(str(given[key]), f"no such key: {kind} does not read it", "remove it", key)
+        return others | given
 
 
 class Training(Section):
@@ -171,14 +160,19 @@ class Run(config.Run):
     dataset: Dataset
     training: Training
     loss: Loss = Loss()
-    compute: config.Compute = config.Compute()
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
+    seed_list: config.Seeds = [42]  # the published files name no seed
+
+    @classmethod
+    def usual(cls, raw: dict) -> tuple[Any, str]:
+        kind = config.get(raw, "training.scheduler.type")
+        return kind, "proposed" if kind == "graff" else "comparative"
 
 
 # ---- names: what the runner, the analysis and `check` know of the study
 
-BY_NAME = {"SCHEDULERS": "training.scheduler.type", "READS": "training.scheduler.type"}
+BY_NAME = {"SCHEDULERS": "training.scheduler.type"}
 PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
@@ -222,19 +216,6 @@ GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 def recognizes(raw: dict) -> bool:
     training = raw.get("training")
     return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
-
-
-def normalize(raw: dict) -> dict:
-    """Published names -> ours: the seed, and the role under `method` (the method is the scheduler's type)."""
-    training = raw.get("training")
-    scheduler = training.get("scheduler") if isinstance(training, dict) else None
-    kind = scheduler.get("type") if isinstance(scheduler, dict) else None
-    role, method = config.split_role(raw.get("method"))
-    if kind is not None or method is not None:
-        raw["method"] = kind if method is None else method
-    raw.setdefault("role", role or ("proposed" if kind == "graff" else "comparative"))
-    raw.setdefault("seed_list", [42])  # the published files name no seed
-    return raw
 
 
 def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:

@@ -189,9 +189,30 @@ class Run(config.Run):
     dataset: Dataset
     training: Training
     loss: Loss = Loss()
-    compute: config.Compute = config.Compute()
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, raw: dict):
+        """The penalty under `model` becomes the loss, the seed under `training` the seeds."""
+        model, training, own = (raw.get(key) for key in ("model", "training", "loss"))
+        if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
+            model = dict(model)
+            published = {"enabled": True, **model.pop("importance_weighted_regularisation")}
+            penalty = "importance" if published.pop("enabled") else "none"
+            raw = {**raw, "model": model, "loss": {"penalty": penalty, **published, **(own or {})}}
+        if isinstance(training, dict) and "seed" in training and "seed_list" not in raw:
+            training = dict(training)
+            raw = {**raw, "seed_list": [training.pop("seed")], "training": training}
+        return raw
+
+    @classmethod
+    def usual(cls, raw: dict) -> tuple[Any, str]:
+        kind, penalty = (config.get(raw, key) for key in ("model.adapter.type", "loss.penalty"))
+        method = "full" if kind == "none" else "iw_lora" if penalty not in (None, "none") else kind or "lora"
+        role = {"importance": "proposed", "none": "comparative", "None": "comparative"}.get(str(penalty), "control")
+        return method, role
 
 
 # ---- names: what the runner, the analysis and `check` know of the study
@@ -233,28 +254,6 @@ GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train spli
 def recognizes(raw: dict) -> bool:
     model = raw.get("model")
     return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
-
-
-def normalize(raw: dict) -> dict:
-    """Published names -> ours: the penalty under `model` becomes the loss, the role under `method` the role. Where the
-    YAML says no `method` or `role`, the adapter and the penalty do."""
-    model = raw.get("model")
-    if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
-        published = dict(model["importance_weighted_regularisation"])
-        enabled = published.pop("enabled", True)
-        raw["model"] = {key: value for key, value in model.items() if key != "importance_weighted_regularisation"}
-        own = raw.get("loss") if isinstance(raw.get("loss"), dict) else {}
-        raw["loss"] = {"penalty": "importance" if enabled else "none", **published, **own}
-    if isinstance(raw.get("training"), dict) and "seed" in raw["training"] and "seed_list" not in raw:
-        raw["seed_list"] = [raw["training"].pop("seed")]
-    kind, penalty = (config.get(raw, key) for key in ("model.adapter.type", "loss.penalty"))
-    kind, penalty = kind or "lora", penalty or "none"
-    own = "full" if kind == "none" else kind if penalty == "none" else "iw_lora"
-    role, method = config.split_role(raw.get("method"))
-    raw["method"] = own if method is None else method
-    usual = {"importance": "proposed", "none": "comparative"}.get(str(penalty), "control")
-    raw.setdefault("role", role or usual)
-    return raw
 
 
 def train_rows(run: Run) -> int | None:

@@ -10,26 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, AliasPath, BeforeValidator, Field, model_validator
 
 from lib import config
-from lib.config import (
-    Compute,
-    Count,
-    Finding,
-    Flag,
-    Fraction,
-    Name,
-    NonNegative,
-    Optuna,
-    Positive,
-    Run as BaseRun,
-    Section,
-    Seed,
-    Whole,
-    fault,
-    split_role,
-)
+from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Positive, Section, Seed, Whole, fault, renamed
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import mt_bench
 
@@ -39,7 +23,9 @@ OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 # TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.
 TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
+PUBLISHED_LOSSES = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo"}
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
+VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
 GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
 
 
@@ -74,25 +60,29 @@ class Model(Section):
     name: Name
     revision: str | None = None
     recipe: Recipe | None = None
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Annotated[Literal["none", "nf4"], renamed({"qlora-4bit": "nf4", None: "none"})] = "none"
+    load_in_4bit: Flag | None = Field(None, exclude=True)
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     peft: Peft | None = None
     trust_remote_code: Flag = False
 
     @model_validator(mode="before")
     @classmethod
-    def _made_has_a_recipe(cls, raw: Any):
-        if isinstance(raw, dict) and raw.get("name") == "made" and raw.get("recipe") is None:
-            return {**raw, "recipe": {}}
-        return raw
+    def _implied(cls, raw: Any):
+        if not isinstance(raw, dict):
+            return raw
+        recipe = {"recipe": {}} if raw.get("name") == "made" and raw.get("recipe") is None else {}
+        return {"quantization": "nf4" if raw.get("load_in_4bit") else "none", **raw, **recipe}
 
     @model_validator(mode="after")
     def _quantized_needs_adapters(self):
-        if self.quantization == "nf4" and self.name == "made":
-            raise fault(
-                "nf4 on the made model", "a model of the hub or a local one", "quantization: none", "quantization"
-            )
-        if self.quantization == "nf4" and self.peft is None:
+        nf4 = self.quantization == "nf4"
+        if self.load_in_4bit not in (None, nf4):
+            raise fault(str(self.load_in_4bit), f"agreement with quantization: {self.quantization}", "", "load_in_4bit")
+        if nf4 and self.name == "made":
+            expected = "a model of the hub or a local one"
+            raise fault("nf4 on the made model", expected, "quantization: none", "quantization")
+        if nf4 and self.peft is None:
             expected = "LoRA on a 4-bit base: its weights cannot be trained"
             raise fault("nf4 without adapters", expected, "peft: {lora_r: 64}, or quantization: none", "quantization")
         return self
@@ -116,7 +106,10 @@ class Dataset(Section):
     train_pairs: Count | None = None
     validation_pairs: Count | None = None
     test_pairs: Count | None = None
-    validation_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(
+        0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
+    )
+    split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     split_seed: Seed = 0
     preprocessing: Preprocessing = Preprocessing()
     limit: Count | None = None
@@ -128,6 +121,12 @@ class Dataset(Section):
         if isinstance(raw, dict) and raw.get("name") == "generated":
             return raw | {key: size for key, size in GENERATED_PAIRS.items() if raw.get(key) is None}
         return raw
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.split and abs(sum(self.split.values()) - 1) > 1e-9:
+            raise fault(str(self.split), "train and val fractions that sum to 1", "validation_fraction: 0.1", "split")
+        return self
 
 
 class Training(Section):
@@ -149,6 +148,11 @@ class Training(Section):
     max_grad_norm: Positive = 1.0
     eval_steps: Count | None = None  # null: at the end only
     save_steps: Count | None = None  # null: when validation is best and at the end
+    evaluation_strategy: Literal["steps"] | None = Field(None, exclude=True)
+    save_strategy: Literal["best", "steps"] | None = Field(None, exclude=True)
+    save_total_limit: Literal[1, 2] | None = Field(None, exclude=True)
+    report_to: Literal["wandb"] | None = Field(None, exclude=True)
+    seed_list: config.Seeds | None = Field(None, exclude=True)
     gradient_checkpointing: Flag = False
     bf16: Flag = False
     fp16: Flag = False
@@ -161,6 +165,9 @@ class Training(Section):
         if self.warmup_ratio and self.warmup_steps:
             found = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
             raise fault(found, "one of them", "remove warmup_steps", "warmup_steps")
+        for kind, strategy in (("eval", self.evaluation_strategy), ("save", self.save_strategy)):
+            if strategy == "steps" and getattr(self, f"{kind}_steps") is None:
+                raise fault("missing", "an interval, as its strategy is steps", f"{kind}_steps: 15", f"{kind}_steps")
         if self.fp16:
             expected = "false: weights are float32 or bfloat16 here, whose range log-probabilities need"
             raise fault("true", expected, "bf16: true with torch_dtype: bfloat16", "fp16")
@@ -185,7 +192,8 @@ class Training(Section):
 
 
 class Loss(Section):
-    name: Literal[OWN_LOSSES + TRL_LOSSES]  # pyright: ignore[reportInvalidTypeForm]
+    name: Annotated[Literal[OWN_LOSSES + TRL_LOSSES], renamed(PUBLISHED_LOSSES)]  # pyright: ignore[reportInvalidTypeForm]
+    kl_reference_model: Literal[True] = Field(True, exclude=True)  # every loss reads a frozen reference
     beta: NonNegative = 0.1
     tau: Positive | None = None
     average_log_probs: Flag = False
@@ -213,18 +221,35 @@ class Evaluation(Section):
     mt_bench: Name | None = None  # folder of MT-Bench's files: its questions are answered and saved, and graded later
 
 
-class Search(Optuna):
-    objective_metric: Name = "validation_implicit_accuracy"
+class Search(config.Optuna):
+    objective_metric: Annotated[
+        Name, renamed(dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALIDATION_METRIC))
+    ] = VALIDATION_METRIC
 
 
-class Run(BaseRun):
+class Run(config.Run):
+    method: Annotated[
+        Name, BeforeValidator(lambda name: name.lower().replace("-", "_") if isinstance(name, str) else name)
+    ]
     model: Model
     dataset: Dataset
     training: Training
     loss: Loss
-    compute: Compute = Compute()
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
+    seed_list: config.Seeds = Field(validation_alias=AliasChoices("seed_list", AliasPath("training", "seed_list")))
+
+    @classmethod
+    def usual(cls, raw: dict) -> tuple[Any, str]:
+        loss = str(config.get(raw, "loss.name"))
+        loss = PUBLISHED_LOSSES.get(loss, loss)
+        return loss, {"td_dpo": "proposed", "td_dpo_anchored": "ablation"}.get(loss, "comparative")
+
+    @model_validator(mode="after")
+    def _seeds_agree(self):
+        if self.training.seed_list not in (None, self.seed_list):
+            raise fault(str(self.training.seed_list), f"seed_list: {self.seed_list}", "remove it", "training.seed_list")
+        return self
 
 
 # ---- names
@@ -232,7 +257,6 @@ class Run(BaseRun):
 BY_NAME = {"LOSSES": "loss.name"}
 PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
 JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
-VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
@@ -269,82 +293,6 @@ KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before th
 
 def recognizes(raw: dict) -> bool:
     return isinstance(raw.get("loss"), dict) and "name" in raw["loss"]
-
-
-def normalize(raw: dict) -> dict:
-    """Published names -> ours. Every published key is carried over, or refused with the reason."""
-    sections = {
-        key: dict(raw[key]) for key in ("model", "dataset", "training", "loss") if isinstance(raw.get(key), dict)
-    }
-    raw |= sections
-    model, dataset, training, loss = (sections.get(key, {}) for key in ("model", "dataset", "training", "loss"))
-    if isinstance(loss.get("name"), str):
-        loss["name"] = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo"}.get(loss["name"], loss["name"])
-    if loss.pop("kl_reference_model", True) is not True:
-        raise StudyError(
-            "loss.kl_reference_model", "not true", "true: every loss reads a frozen reference", "remove it"
-        )
-    if model.get("quantization", "none") in (None, "qlora-4bit"):
-        model["quantization"] = "nf4" if model["quantization"] else "none"
-    if (four_bit := model.pop("load_in_4bit", None)) is not None:
-        stated = model.setdefault("quantization", "nf4" if four_bit else "none")
-        _agrees("model.load_in_4bit", four_bit, stated == "nf4", f"quantization: {stated}")
-    if isinstance(dataset.get("split"), dict):
-        split = dict(dataset.pop("split"))
-        part, train = split.pop("val", split.pop("validation", None)), split.pop("train", None)
-        if split or not isinstance(part, float) or not isinstance(train, float) or abs(part + train - 1) > 1e-9:
-            found, expected = {"train": train, "val": part, **split}, "train and val fractions that sum to 1"
-            raise StudyError("dataset.split", str(found), expected, "validation_fraction: 0.1")
-        dataset["validation_fraction"] = part
-    _intervals(raw, training)
-    if "seed_list" in training:
-        seeds = training.pop("seed_list")
-        stated = raw.setdefault("seed_list", seeds)
-        _agrees("training.seed_list", seeds, stated, f"seed_list: {stated}")
-    optuna = raw.get("optuna")
-    if isinstance(optuna, dict) and optuna.get("objective_metric") in ("val_pairwise_accuracy", "pairwise_accuracy"):
-        raw["optuna"] = {**optuna, "objective_metric": VALIDATION_METRIC}
-    return _roles(raw, loss.get("name"))
-
-
-def _agrees(key: str, value: Any, stated: Any, other: str) -> None:
-    """Refuses a published key that contradicts our own."""
-    if value != stated:
-        raise StudyError(key, str(value), f"agreement with {other}", "remove it")
-
-
-def _intervals(raw: dict, training: dict) -> None:
-    """Strategies become the intervals that they name; what is never done otherwise is refused."""
-    evaluation, saving = training.pop("evaluation_strategy", None), training.pop("save_strategy", None)
-    limit, reported = training.pop("save_total_limit", 1), training.pop("report_to", "wandb")
-    if evaluation == "no":
-        training["eval_steps"] = None
-    for kind, strategy, fix in (("eval", evaluation, "eval_steps: 15"), ("save", saving, "save_strategy: best")):
-        if strategy == "steps" and training.get(f"{kind}_steps") is None:
-            raise StudyError(f"training.{kind}_steps", "missing", "an interval, as its strategy is steps", fix)
-    kept = "the best and the last checkpoint are always kept"
-    for key, value, allowed, expected, fix in (
-        ("evaluation_strategy", evaluation, (None, "steps", "no"), "steps or no", "eval_steps: the steps of one epoch"),
-        ("save_strategy", saving, (None, "best", "steps"), f"best or steps: {kept}", "remove it"),
-        ("save_total_limit", limit, (1, 2), f"1 or 2: {kept}", "remove it"),
-        ("report_to", reported, ("none", "wandb", ["wandb"]), "wandb or none: no other tracker", "report_to: wandb"),
-    ):
-        if value not in allowed:
-            raise StudyError(f"training.{key}", str(value), expected, fix)
-    if reported == "none":
-        raw["wandb"] = {**(raw["wandb"] if isinstance(raw.get("wandb"), dict) else {}), "mode": "disabled"}
-
-
-def _roles(raw: dict, loss: Any) -> dict:
-    """Published files write the role, or the method in capitals, under `method`."""
-    role, method = split_role(raw.get("method"))
-    loss = loss if isinstance(loss, str) else None
-    method = method.lower().replace("-", "_") if isinstance(method, str) else loss if method is None else method
-    if method is not None:
-        raw["method"] = method
-    by_loss = {"td_dpo": "proposed", "td_dpo_anchored": "ablation"}
-    raw.setdefault("role", role or by_loss.get(loss, "comparative"))
-    return raw
 
 
 def train_pairs(run: Run) -> int | None:
