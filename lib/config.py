@@ -25,16 +25,16 @@ import os
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
-from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.events import AliasEvent
 
 from lib.errors import StudyError
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TUNABLE = ("model", "dataset", "training", "loss", "evaluation")  # sections that grid cells and searches may set
 CONTEXT = ("study", "scale", "mode", "results_dir", "source", "overrides", "searched")  # not written in a run's YAML
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
-# As strings come from a shell, or out of a file that YAML 1.1 wrote (where 1e-5, without a dot, is a string).
+# YAML 1.1 reads 1e-5 (no dot) as a string.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
 MAX_BYTES = 1_000_000  # of a YAML file
@@ -301,8 +301,10 @@ def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
         return key, context["found"], context["expected"], context["fix"]
     if isinstance(value, str) and MARKER.fullmatch(value) and error["loc"][0] in TUNABLE:
         return key, *_not_supplied(value, key)
-    found = repr(value)
-    return key, found if len(found) <= 80 else found[:77] + "...", error["msg"].removeprefix("Input should be "), ""
+    found = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    if error["loc"] == ("run_id",):
+        return key, found, "a file name of letters, digits and . _ + -", "rename the run"
+    return key, found, error["msg"].removeprefix("Input should be "), ""
 
 
 def _not_supplied(marker: str, key: str) -> tuple[str, str, str]:
@@ -327,21 +329,34 @@ def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> 
 # ---- reading a YAML file that somebody else wrote
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if key.tag.endswith(":str")]
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+            problem = f"written twice: {', '.join(twice)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, where: str) -> Any:
-    """One document of YAML 1.2 as plain Python data; StudyError with line and column where it is not one, writes a key
-    twice, or has more aliases than anybody writes."""
-    reader, many = YAML(typ="safe", pure=True), text.count("*") > MAX_ALIASES
+    """One YAML document as plain Python data; StudyError with line and column where it is not one, writes a key twice,
+    or has more aliases than anybody writes."""
+    many = text.count("*") > MAX_ALIASES
     try:
-        if many and (aliases := sum(isinstance(event, AliasEvent) for event in reader.parse(text))) > MAX_ALIASES:
+        if many and (aliases := sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))) > MAX_ALIASES:
             raise ValueError(f"{aliases} aliases, of which {MAX_ALIASES} are allowed; write the values out")
-        content = reader.load(text)
+        content = yaml.load(text, _Loader)  # a SafeLoader
         json.dumps(content, default=str, skipkeys=True)  # Circular reference: an alias that contains itself
         return content
-    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, a date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        found = (getattr(error, "problem", None) or str(error)).split(" with value")[0]  # which may be secret
-        fix = "correct the line; tags such as !!python are not read"
+        found, fix = (
+            getattr(error, "problem", None) or str(error),
+            "correct the line; tags such as !!python are not read",
+        )
         raise StudyError(place, found, "one plain YAML document, not nested too deeply", fix) from None
 
 

@@ -59,8 +59,9 @@ def refused(function, *args, **given) -> str:
         ("# nothing\n", "empty"),
         ("- a\n- b\n", "a list"),
         ("just words", "a str"),
-        ("a: sesame\na: 2\n", 'run.yaml:2:1: found duplicate key "a"\n'),  # its values may be secret
-        ("a: {b: 1, b: 2}", "duplicate key"),
+        ("a: 1\na: 2\n", "written twice: a"),
+        ("a: {b: 1, b: 2}", "written twice: b"),
+        ("? [a]\n: x", "unhashable key"),
         ("a: [1, 2", "expected"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: 1\n---\nb: 2\n", "but found another document"),
@@ -119,8 +120,8 @@ def test_numeric_strings_become_numbers_at_any_depth(write, raw):
 
 
 def test_unquoted_exponent_in_a_file(write, raw):
-    text = yaml.safe_dump(raw).replace("learning_rate: 0.0005", "learning_rate: 1e-5")
-    assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # as YAML 1.1 has it
+    text = yaml.safe_dump(raw).replace("learning_rate: 5e-4", "learning_rate: 1e-5")
+    assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # why the coercion exists
     assert load(write(text)).training.learning_rate == 1e-5
 
 
@@ -133,8 +134,7 @@ def test_unquoted_exponent_in_a_file(write, raw):
         ({"model": {"lora_r": 8}}, "model.lora_r", "did you mean model.peft.lora_r?"),
         ({"optuna": {"search_space": {"beta": {"tipe": "int"}}}}, "optuna.search_space.beta.tipe", ""),
         ({"wandb": {"api_key": "sesame"}}, "wandb.api_key", ""),
-        ({1: "sesame"}, "1", "Keys should be strings"),
-        ({("a",): "sesame"}, "('a',)", "Keys should be strings"),
+        ({True: "sesame"}, "True", "Keys should be strings"),
     ],
 )
 def test_unknown_keys_name_file_and_key_and_suggest(write, raw, change, key, hint):

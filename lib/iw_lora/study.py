@@ -201,7 +201,11 @@ class Run(config.Run):
             model = dict(model)
             published = {"enabled": True, **model.pop("importance_weighted_regularisation")}
             penalty = "importance" if published.pop("enabled") else "none"
-            raw = {**raw, "model": model, "loss": {"penalty": penalty, **published, **(own or {})}}
+            raw = {
+                **raw,
+                "model": model,
+                "loss": {"penalty": penalty, **published, **(own if isinstance(own, dict) else {})},
+            }
         if isinstance(training, dict) and "seed" in training and "seed_list" not in raw:
             training = dict(training)
             raw = {**raw, "seed_list": [training.pop("seed")], "training": training}
