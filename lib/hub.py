@@ -162,5 +162,5 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
         expected, fix = "a hub id or an existing path", f"correct {key}, or .venv/bin/hf auth login for a private one"
     elif classes & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
         reach = f"{urlparse(endpoint()).netloc} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
-        found, expected = f"not in the cache, {reach}, and there is no such local path", f"a local {kind}, or a network"
+        found, expected = f"no local path, not in the cache, and {reach}", f"a local {kind}, or a network"
     return MissingError(f"{key} = {name}" + (f" at revision {revision}" if revision else ""), found, expected, fix)

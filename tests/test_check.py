@@ -56,18 +56,18 @@ def check(root: Path, *arguments: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
-def named(told: dict, *words: str) -> bool:
+def named(answer: dict, *words: str) -> bool:
     """Whether one finding holds all of these words."""
-    return any(all(word in json.dumps(f, ensure_ascii=False) for word in words) for f in told["findings"])
+    return any(all(word in json.dumps(f, ensure_ascii=False) for word in words) for f in answer["findings"])
 
 
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_the_shipped_studies_give_no_static_error(scale, capsys):
     code = cli.main(["check", "--json", "--static", "--scale", scale])
-    told = json.loads(capsys.readouterr().out)
-    assert (code, told["is_code_ready"], told["code_issue"]) == (0, True, "")
-    assert [f for f in told["findings"] if f["severity"] == "error"] == []
-    assert told["cost"]["wall_clock"]
+    answer = json.loads(capsys.readouterr().out)
+    assert (code, answer["is_code_ready"], answer["code_issue"]) == (0, True, "")
+    assert [f for f in answer["findings"] if f["severity"] == "error"] == []
+    assert answer["cost"]["wall_clock"]
 
 
 def test_static_faults_are_each_named(copy):
@@ -84,18 +84,18 @@ def test_static_faults_are_each_named(copy):
     notebook.write_text(json.dumps(whole))
     (copy.root / "notebooks/td_dpo/analysis.ipynb").write_text('{"cells": [')
 
-    code, told = check(copy.root, "--study", "td_dpo")
+    code, answer = check(copy.root, "--study", "td_dpo")
     assert code == 2
-    assert not told["is_code_ready"]
-    assert told["code_issue"]
-    assert named(told, "dpo.yaml", "optuna.direction", "would minimize validation_implicit_accuracy")
-    assert named(told, "discopop.yaml", "training.global_batch_size", "15 is not a multiple of 16")
-    assert named(told, "td_dpo_anchored.yaml", "warm-up of 119 covers most of a run")
-    assert named(told, "claims.yaml", "C5.metric", "minutes is in no table")
-    assert named(told, "claims.yaml", "C1.baseline", "no run at laptop scale trains")
-    assert named(told, "train.ipynb", "holds outputs")
-    assert named(told, "train.ipynb", "does not parse")
-    assert named(told, "analysis.ipynb", "not a notebook")
+    assert not answer["is_code_ready"]
+    assert answer["code_issue"]
+    assert named(answer, "dpo.yaml", "optuna.direction", "would minimize validation_implicit_accuracy")
+    assert named(answer, "discopop.yaml", "training.global_batch_size", "15 is not a multiple of 16")
+    assert named(answer, "td_dpo_anchored.yaml", "warm-up of 119 covers most of a run")
+    assert named(answer, "claims.yaml", "C5.metric", "minutes is in no table")
+    assert named(answer, "claims.yaml", "C1.baseline", "no run at laptop scale trains")
+    assert named(answer, "train.ipynb", "holds outputs")
+    assert named(answer, "train.ipynb", "does not parse")
+    assert named(answer, "analysis.ipynb", "not a notebook")
 
 
 def test_what_only_a_trial_shows_is_named(copy):
@@ -120,30 +120,30 @@ def test_what_only_a_trial_shows_is_named(copy):
     )
     copy("lib/iw_lora/trainer.py", 'inputs["labels"])', 'inputs["labels" if self.term else "label_ids"])')
 
-    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_lora", "--run", "lora")
+    code, answer = check(copy.root, "--study", "iw_lora", "--run", "iw_lora", "--run", "lora")
     assert code == 2
-    assert named(told, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
-    assert named(told, "calibration", "batches in a trial, at most 2")
-    assert named(told, "lib/iw_lora/best.json", "outside its results_dir")
-    assert named(told, "predictions.jsonl: label", "empty in all")
-    assert named(told, "tuning_accuracy", "logged by none of the members")
-    assert named(told, "192.0.2.1", "touches no network")
-    assert named(told, "notebooks of iw_lora/lora", "the trial failed", "KeyError", "label_ids")
-    assert not named(told, "notebooks of iw_lora/iw_lora")
+    assert named(answer, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
+    assert named(answer, "calibration", "more than 2 batches in a trial")
+    assert named(answer, "lib/iw_lora/best.json", "outside its results_dir")
+    assert named(answer, "predictions.jsonl: label", "empty in all")
+    assert named(answer, "tuning_accuracy", "logged by none of the members")
+    assert named(answer, "192.0.2.1", "touches no network")
+    assert named(answer, "notebooks of iw_lora/lora", "the trial failed", "KeyError", "label_ids")
+    assert not named(answer, "notebooks of iw_lora/iw_lora")
 
 
 @pytest.mark.slow  # .ci/run asks the same of all studies
 def test_a_clean_study_gives_no_finding_and_is_not_tried_twice(copy):
-    code, told = check(copy.root, "--study", "iw_lora", "--run", "iw_uniform")
-    assert (code, told["findings"]) == (0, [])
+    code, answer = check(copy.root, "--study", "iw_lora", "--run", "iw_uniform")
+    assert (code, answer["findings"]) == (0, [])
     assert list((copy.root / "outputs").glob("*/.check.json")), "what `full` looks for before it tries again"
 
 
 def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
     options = parser().parse_args(["check", "--jobs", "3", "--study", "graff", "--set", "x=1"])
-    told = checks.trial_arguments(options, ["fixed", "b"])
-    assert told == ["--study", "graff", "--run", "fixed", "--run", "b", "--jobs", "3", "--set", "x=1"]
-    again = parser().parse_args(["trial", *told])
+    answer = checks.trial_arguments(options, ["fixed", "b"])
+    assert answer == ["--study", "graff", "--run", "fixed", "--run", "b", "--jobs", "3", "--set", "x=1"]
+    again = parser().parse_args(["trial", *answer])
     assert (again.jobs, again.run, again.sets) == (3, ["fixed", "b"], ["x=1"])
     assert "--jobs" not in checks.trial_arguments(parser().parse_args(["check"]), [])
 
@@ -153,7 +153,7 @@ def test_one_run_of_each_method_is_tried_and_the_output_says_for_which():
     tried = checks.choose_tried(checks.runs_of(found))
     assert len(tried) == len({run.method for run in checks.runs_of(found)})
     assert sum(map(len, tried.values())) == len(found)
-    assert " (for " in checks.describe_tried(found)
+    assert " (for " in checks.describe(tried)
 
 
 @pytest.mark.parametrize("status", [None, "failed", "succeeded"])
@@ -164,25 +164,25 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
 
     def tried(command, *, env, **_):
         if status:
-            told = {
+            answer = {
                 "run_id": "dpo",
                 "study": "td_dpo",
                 "status": status,
                 "error": {"cell": 3, "exception": "KeyError: 'x'"},
             }
-            record.write_json(Path(env["STUDY_OUTPUTS"]) / "laptop-trial,a=1/td_dpo/dpo/status.json", told)
+            record.write_json(Path(env["STUDY_OUTPUTS"]) / "laptop-trial,a=1/td_dpo/dpo/status.json", answer)
         return subprocess.CompletedProcess(command, int(status != "succeeded"), "", "no such thing")
 
     monkeypatch.setattr(checks.subprocess, "run", tried)
-    told = [
+    answer = [
         str(finding) for finding in checks.trial_findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])
     ]
     if status == "succeeded":
-        assert any("training.learning_rate" in line for line in told)
-        assert any("no phase counts" in line for line in told)
+        assert any("training.learning_rate" in line for line in answer)
+        assert any("no phase counts" in line for line in answer)
     else:
-        assert len(told) == 1
-        assert ("no such thing" if status is None else "KeyError: 'x'") in told[0]
+        assert len(answer) == 1
+        assert ("no such thing" if status is None else "KeyError: 'x'") in answer[0]
 
 
 def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(monkeypatch, tmp_path):
@@ -204,8 +204,8 @@ def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(mo
 
     real = subprocess.run
     monkeypatch.setattr(checks.subprocess, "run", tried)
-    told = [
+    answer = [
         finding.file for finding in checks.trial_findings([], "laptop", []) if "outside its results_dir" in finding.what
     ]
     assert seen["HF_HUB_CACHE"] == str(tmp_path / "hub")
-    assert told == [str(tmp_path / "stray")]
+    assert answer == [str(tmp_path / "stray")]

@@ -45,11 +45,11 @@ def test_the_clusters_gpus_are_the_slots_and_what_preflight_asks_for(monkeypatch
     assert cluster.gpus("a:1") == ["GPU", "H100", "H100"]
     assert cluster.slots("a:1") == 3
     run = config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
-    found = {f.key for f in preflight.find_missing([run], check.cluster_gpus("a:1"))}
-    assert not {"compute.gpus", "compute.min_gpu_memory_gb", "model.torch_dtype"} & found
+    found = {f.key for f in preflight.find_missing([run], check.gpus_of("a:1"))}
+    assert not {"compute.gpus", "model.torch_dtype"} & found
     monkeypatch.setattr(cluster, "_nodes", lambda address: nodes[2:])
     assert cluster.slots("a:1") == 4, "without GPUs: a member per core"
-    assert "compute.gpus" in {f.key for f in preflight.find_missing([run], check.cluster_gpus("a:1"))}
+    assert "compute.gpus" in {f.key for f in preflight.find_missing([run], check.gpus_of("a:1"))}
 
 
 def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):

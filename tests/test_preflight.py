@@ -61,19 +61,19 @@ def machine(monkeypatch, tmp_path):
 
 def findings(run):
     """{key: the last finding about it}; whatever is missing, no secret is told and each has a fix."""
-    found = preflight.find_missing([run])
+    found = preflight.find_missing([run], preflight.visible_gpus())
     assert "secret" not in "\n".join(map(str, found))
     assert all(finding.fix and "\n" not in str(finding) for finding in found)
     return {finding.key: finding for finding in found}
 
 
 def test_nothing_is_missing_where_everything_is_there(run, machine):
-    assert preflight.find_missing([run]) == []
+    assert preflight.find_missing([run], preflight.visible_gpus()) == []
 
 
 def test_a_trial_and_the_laptop_need_nothing(run, machine):
     machine(gpus=(), hub_answer=None, drop=TOKENS)
-    assert preflight.find_missing([config.trial(run)]) == []
+    assert preflight.find_missing([config.trial(run)], []) == []
     assert (
         findings(config.load_run(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml", scale="laptop", mode="full")) == {}
     )
@@ -85,7 +85,7 @@ def test_of_a_bare_machine_everything_is_said_at_once(run, machine):
     errors = {"compute.gpus", "model.name", "dataset.name", "wandb.mode", "results_dir"}
     assert {key for key, finding in found.items() if finding.level == "error"} == errors
     assert found.keys() - errors == {"evaluation.judge"}
-    models = [f for f in preflight.find_missing([run]) if f.key == "model.name"]
+    models = [f for f in preflight.find_missing([run], preflight.visible_gpus()) if f.key == "model.name"]
     assert [("gated" in f.what, "out of reach" in f.what) for f in models] == [(True, False), (False, True)]
     assert LLAMA_PAGE in models[0].fix
     assert "wandb.mode=offline" in found["wandb.mode"].fix
@@ -95,7 +95,7 @@ def test_of_a_bare_machine_everything_is_said_at_once(run, machine):
     ("gpus", "key"),
     [
         ((), "compute.gpus"),
-        ((Gpu("0", "T4", 15.6, (7, 5)),), "compute.min_gpu_memory_gb"),
+        ((Gpu("0", "T4", 15.6, (7, 5)),), "compute.gpus"),
         ((Gpu("0", "V100", 45, (7, 0)),), "model.torch_dtype"),
         ((Gpu("0", "NVIDIA A100-PCIE-40GB", 39.5, (8, 0)),), None),
         ((A100, A100), None),
@@ -112,9 +112,11 @@ def test_gpus(run, machine, gpus, key):
 def test_several_gpus_for_one_member(run, machine):
     spread = config.apply(run, {"compute.gpus": 4, "compute.strategy": "fsdp"})
     machine(gpus=(A100,) * 3)
-    assert "4 GPUs" in findings(spread)["compute.min_gpu_memory_gb"].what
+    assert "needs 4 with" in findings(spread)["compute.gpus"].what
     machine(gpus=(A100,) * 4)
     assert findings(spread) == {}
+    assert "--jobs 3 gives it fewer" in str(preflight.find_missing([spread], [A100] * 4, 3))
+    assert preflight.find_missing([spread], [A100] * 4, 4) == []
 
 
 def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine, monkeypatch):
@@ -127,9 +129,9 @@ def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine, m
     mixed = findings(run)["compute.gpu_type"]
     assert mixed.level == "error"
     assert "NVIDIA T4-like, NVIDIA A100" in mixed.what
-    assert mixed.fix.endswith("CUDA_VISIBLE_DEVICES=7")
+    assert mixed.fix.startswith("CUDA_VISIBLE_DEVICES=7 ")
     wanted = config.apply(run, {"compute.gpu_type": "a100-80gb"})
-    assert findings(wanted)["compute.gpu_type"].fix.endswith("CUDA_VISIBLE_DEVICES=GPU-ab,3")
+    assert findings(wanted)["compute.gpu_type"].fix.startswith("CUDA_VISIBLE_DEVICES=GPU-ab,3 ")
     assert findings(config.apply(run, {"compute.gpus": 0})) == {}, "it trains on the CPU"
     monkeypatch.setenv("STUDY_CLUSTER", "a:1")
     assert "--num-gpus=0" in findings(wanted)["compute.gpu_type"].fix
@@ -201,7 +203,7 @@ def test_each_model_is_asked_for_once(run, machine, monkeypatch):
         HfApi, "auth_check", lambda self, name, repo_type: asked.append((self.endpoint, name, repo_type))
     )
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
-    preflight.find_missing([run, run.model_copy(update={"run_id": "other"})])
+    preflight.find_missing([run, run.model_copy(update={"run_id": "other"})], [A100])
     names = (("meta-llama/Llama-2-7b-chat-hf", "model"), ("argilla/dpo-mix-7k", "dataset"))
     assert asked == [("https://mirror.example", *name) for name in names]
 
@@ -290,10 +292,10 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
 
 
 @pytest.mark.parametrize(("taken", "settings", "key", "what", "fix"), [
-    ({"gpus": ()}, {}, "compute.gpus", "1 GPU with at least 40 GB needed for each member, here: none", "--scale laptop"),
-    ({"gpus": (), "CUDA_VISIBLE_DEVICES": ""}, {}, "compute.gpus", "CUDA_VISIBLE_DEVICES hides some", "--scale laptop"),
-    ({"gpus": (T4,)}, {}, "compute.min_gpu_memory_gb", "here: T4 (16 GB)", "compute.min_gpu_memory_gb"),
-    ({"gpus": (Gpu("0", "V100", 45, (7, 0)),)}, {}, "model.torch_dtype", "compute capability 7.0", "Ampere GPU or newer"),
+    ({"gpus": ()}, {}, "compute.gpus", "needs 1 with at least 40 GB, here: none", "--scale laptop"),
+    ({"gpus": (), "CUDA_VISIBLE_DEVICES": ""}, {}, "compute.gpus", "none (CUDA_VISIBLE_DEVICES=)", "--scale laptop"),
+    ({"gpus": (T4,)}, {}, "compute.gpus", "here: T4 (16 GB)", "compute.min_gpu_memory_gb"),
+    ({"gpus": (Gpu("0", "V100", 45, (7, 0)),)}, {}, "model.torch_dtype", "8.0; here: 7.0", "Ampere GPU or newer"),
     ({"drop": ("HF_TOKEN",), "hub_answer": GATED}, {}, "model.name", "is gated", "hf auth login"),
     ({"hub_answer": GATED}, {}, "model.name", "access was refused", LLAMA_PAGE),
     ({"hub_answer": answer(RepositoryNotFoundError, 404)}, {}, "model.name", "no such model", "correct model.name"),

@@ -116,7 +116,7 @@ def dispatch(options) -> int:
 
         if options.command == "sync":
             return sync.sync(roots_of(options), options)
-        runs = [run for run in readable(select_runs(options)) if check.has_notebooks(run)]
+        runs = readable(select_runs(options))
         return sync.pull(runs, OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
         from lib.run import judge
@@ -221,22 +221,21 @@ def run(options) -> int:
     found = select_runs(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
     whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else found
-    check.require_slots(options, found)
+    obstacles = check.find_obstacles(options, found, whole, root_of(options))
     if options.command == "check":
         from lib.run import compose
 
-        return check.command(found, whole, options, root_of(options), slots_of(options), list(compose.findings(found)))
-    obstacles, code = check.find_obstacles(options, found)
-    if options.mode == "full" and options.command != "plan":
-        code = code or check.check_before_full(options, found, whole, root_of(options), obstacles)
+        obstacles += compose.findings(found)
+        check.report(obstacles, options, found, slots_of(options))
+        return check.exit_code(obstacles)
+    code = check.exit_code(obstacles)
     if options.command == "plan":
         fit = [entry for entry in found if all(finding.level != "error" for finding in entry[2])]
-        fit = [run for run in readable(fit) if check.has_notebooks(run)]
-        steps = plan.steps(fit, options.scale, options.mode, force=options.force) if fit else []
+        steps = plan.steps(readable(fit), options.scale, options.mode, force=options.force)
         progress.print_plan(steps, slots_of(options), options.price)
-        progress.print_findings(obstacles)
+        check.print_findings(obstacles)
         return code if code == 2 else 0
-    progress.print_findings(obstacles, sys.stderr if code else sys.stdout)
+    check.print_findings(obstacles, sys.stderr if code else sys.stdout)
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code

@@ -32,14 +32,14 @@ def refused(found: StudyError, key: str, file: str = "") -> Finding:
     return error(key, f"{found.found}; expected {found.expected}", found.fix, file)
 
 
-def find_missing(runs: list[Run], gpus: list[Gpu] | None = None) -> list[Finding]:
-    """What keeps these runs from being done here in full; each finding once. `gpus`: a cluster's, where it is they that
-    train. A trial needs nothing (it uses stand-ins)."""
-    runs, gpus = [run for run in runs if run.mode != "trial"], visible_gpus() if gpus is None else gpus
+def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> list[Finding]:
+    """What keeps these runs from being done in full on this machine and these GPUs, with so many members at a time (each
+    on its own GPUs); each finding once. A trial needs nothing (it uses stand-ins)."""
+    runs = [run for run in runs if run.mode != "trial"]
     findings = list(_hub(runs))
     for run in runs:
         own = getattr(study_module(run.study), "needs", lambda run: [])
-        findings += [*_gpus(run, gpus), *_storage(run), *_wandb(run), *own(run), *_disk(run)]
+        findings += [*_gpus(run, gpus, jobs), *_storage(run), *_wandb(run), *own(run), *_disk(run)]
     return list(dict.fromkeys(findings))
 
 
@@ -74,35 +74,37 @@ def visible_gpus() -> list[Gpu]:
     return gpus
 
 
-def _gpus(run: Run, gpus: list[Gpu]) -> Iterator[Finding]:
+def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     wanted, floor = run.compute.gpus, run.compute.min_gpu_memory_gb or 0
     if not wanted:
         return
     # 2 % of tolerance: a card sold as 80 GB reports 79 to 85.
     if sum(gpu.memory_gb >= 0.98 * floor for gpu in gpus) < wanted:
-        there = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in gpus) or "none"
-        there += "; CUDA_VISIBLE_DEVICES hides some" * (not gpus and "CUDA_VISIBLE_DEVICES" in os.environ)
-        needed = f"{wanted} GPU{'s' * (wanted > 1)}{f' with at least {floor:g} GB' * bool(floor)}"
+        here = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in gpus) or "none"
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        here += "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
+        what = f"each member needs {wanted}{f' with at least {floor:g} GB' * bool(floor)}, here: {here}"
         fix = "run it on a machine that has them (./run_all.sh full --scale laptop needs none)"
         fix += ", or lower the batch and then compute.min_gpu_memory_gb" * bool(gpus)
-        key = "compute.min_gpu_memory_gb" if gpus else "compute.gpus"
-        yield error(key, f"{needed} needed for each member, here: {there}", fix)
+        yield error("compute.gpus", what, fix)
         return
-    kinds, stated = list(dict.fromkeys(gpu.name for gpu in gpus)), (run.compute.gpu_type or "").split("-")[0].lower()
-    kind = next((name for name in kinds if stated and stated in name.lower()), kinds[0])
-    if len(kinds) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
-        what = f"GPUs of different kinds ({', '.join(kinds)}): a member would train on any of them, and sums round differently"
-        fix = f"show the runs one kind: CUDA_VISIBLE_DEVICES={','.join(gpu.device for gpu in gpus if gpu.name == kind)}"
+    if jobs and jobs < run.compute.devices:
+        yield error("compute.gpus", f"each member needs {wanted}, --jobs {jobs} gives it fewer", "leave --jobs out")
+    stated, names = (run.compute.gpu_type or "").split("-")[0].lower(), dict.fromkeys(gpu.name for gpu in gpus)
+    name = next((name for name in names if stated and stated in name.lower()), gpus[0].name)
+    if len(names) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
+        what = f"{', '.join(names)}: a member would train on any of these, and sums round differently"
+        fix = f"CUDA_VISIBLE_DEVICES={','.join(gpu.device for gpu in gpus if gpu.name == name)} shows the runs one kind"
         if os.environ.get("STUDY_CLUSTER"):
-            fix = f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {kind}"
+            fix = f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {name}"
         yield error("compute.gpu_type", what, fix)
-        return
-    if getattr(run.model, "torch_dtype", None) == "bfloat16" and (oldest := min(g.capability for g in gpus)) < (8, 0):
-        what = f"bfloat16, which {kind} (compute capability {'.'.join(map(str, oldest))}) does not have"
-        yield error("model.torch_dtype", what, "an Ampere GPU or newer, or float32")
-    if stated not in kind.lower():
-        what = f"{kind} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
+    elif stated not in name.lower():
+        what = f"{name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
         yield warning("compute.gpu_type", what, "compute.gpu_type: null says that any will do")
+    oldest = min(gpu.capability for gpu in gpus)
+    if oldest < (8, 0) and getattr(run.model, "torch_dtype", None) == "bfloat16":
+        what = f"bfloat16, which needs compute capability 8.0; here: {'.'.join(map(str, oldest))}"
+        yield error("model.torch_dtype", what, "an Ampere GPU or newer, or float32")
 
 
 # ---- the hub
@@ -158,13 +160,10 @@ def wandb_host(environ: Mapping[str, str]) -> str:
 
 def wandb_key(environ: Mapping[str, str]) -> bool:
     """Whether the W&B client will find a key for its server; the key itself is not looked at."""
-    if environ.get("WANDB_API_KEY", "").strip():
-        return True
-    try:
-        path = environ.get("NETRC") or Path(environ.get("HOME") or Path.home(), ".netrc")
-        return bool(netrc.netrc(path).authenticators(wandb_host(environ)))
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return False
+    path = environ.get("NETRC") or Path(environ.get("HOME") or Path.home(), ".netrc")
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return bool(environ.get("WANDB_API_KEY", "").strip() or netrc.netrc(path).authenticators(wandb_host(environ)))
+    return False
 
 
 def _wandb(run: Run) -> Iterator[Finding]:
@@ -185,10 +184,10 @@ def _storage(run: Run) -> Iterator[Finding]:
 def _disk(run: Run) -> Iterator[Finding]:
     """Room where downloads and where records and checkpoints go."""
     for path in (cache(), Path(run.results_dir)):
-        place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
         free, needed = shutil.disk_usage(place).free / 1e9, NEEDED_GB[run.scale]
         if free < needed:
-            what = f"{free:.1f} GB free at {place}, about {needed:g} GB needed for downloads, records and checkpoints"
+            what = f"{free:.1f} GB free at {place}, about {needed:g} GB needed"
             yield error(
                 "results_dir", what, "free space there, or STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk"
             )

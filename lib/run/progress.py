@@ -29,17 +29,6 @@ def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
 # ---- before a run
 
 
-def print_findings(found: dict[str, list], out=sys.stdout) -> None:
-    """What keeps each YAML (or all of them, on this machine) from running, and what is odd about it."""
-    for name, mine in found.items():
-        if mine:
-            errors = sum(f.level == "error" for f in mine)
-            state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
-            print(f"\n{record.escape_controls(name)}{state}", file=out)
-        for finding in sorted(mine, key=lambda f: f.level):
-            print("  " + record.escape_controls(str(finding)).replace("\n", "\n  "), file=out)
-
-
 def print_plan(steps: list[plan.Step], slots: int, price: float | None = None) -> None:
     """The plan, a line per notebook, and what it will take in all."""
     print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")

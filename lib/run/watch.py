@@ -19,7 +19,7 @@ from typing import Any
 from lib import config, record
 
 UNSEEN = {config.__file__, str(Path(__file__).with_name("check.py"))}
-_seen: set[str] = set()
+_seen: set[tuple] = set()
 _owners: dict[int, tuple[Any, str, str]] = {}  # id of a section -> (itself, to keep the id; run_id; dotted prefix)
 
 
@@ -33,9 +33,14 @@ def environment(folder: Path, allowed: list[str]) -> dict[str, str]:
     }
 
 
-def evidence(folder: Path) -> list[dict]:
-    """What all processes wrote."""
-    return [row for path in sorted(folder.glob("*.jsonl")) for row in record.read_jsonl(path)]
+def evidence(folder: Path) -> dict[str, list[tuple]]:
+    """What all processes did, each once: {read: (run_id, key), batch: (phase, number), write: (path,), connect:
+    (address,)}."""
+    seen: dict[str, set[tuple]] = {kind: set() for kind in ("read", "batch", "write", "connect")}
+    for path in folder.glob("*.jsonl"):
+        for kind, *facts in record.read_jsonl(path):
+            seen[kind].add(tuple(facts))
+    return {kind: sorted(facts) for kind, facts in seen.items()}
 
 
 def install() -> None:
@@ -58,7 +63,7 @@ def install() -> None:
         return run
 
     config.Section.__getattribute__, config.Section.model_dump, config.build = get, dump, built
-    record.count = lambda phase, number: _write("batch", phase=phase, number=number)
+    record.count = lambda phase, number: _write("batch", phase, number)
     sys.addaudithook(_audit)
 
 
@@ -71,20 +76,20 @@ def _own(section: Any, run_id: str, prefix: str) -> None:
             _own(value, run_id, f"{prefix}{name}.")
 
 
-def _write(kind: str, **facts: Any) -> None:
+def _write(*facts: str | int) -> None:
     """One line in this process's file, once."""
-    line = json.dumps({"kind": kind, **facts}, sort_keys=True)
-    if line not in _seen:
-        _seen.add(line)
-        path = os.path.join(os.environ["STUDY_WATCH"], f"{os.getpid()}.jsonl")
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(handle, (line + "\n").encode())
+    if facts not in _seen:
+        _seen.add(facts)
+        handle = os.open(
+            Path(os.environ["STUDY_WATCH"], f"{os.getpid()}.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        )
+        os.write(handle, (json.dumps(facts) + "\n").encode())
         os.close(handle)
 
 
 def _read(run_id: str, prefix: str, key: str) -> None:
     if not _asked_by_config():
-        _write("read", run_id=run_id, key=prefix + key)
+        _write("read", run_id, prefix + key)
 
 
 def _asked_by_config() -> bool:
@@ -96,7 +101,7 @@ def _asked_by_config() -> bool:
 
 
 class Watched(dict):
-    """A section as a dictionary that tells which of its keys are asked for; copies of it tell too."""
+    """A section as a dictionary that notes which of its keys are asked for."""
 
     def __init__(self, values: dict, run_id: str, prefix: str):
         super().__init__({k: Watched(v, run_id, f"{prefix}{k}.") if type(v) is dict else v for k, v in values.items()})
@@ -110,13 +115,6 @@ class Watched(dict):
         _read(*self._who, key)
         return super().get(key, default)
 
-    def pop(self, key, *default):
-        _read(*self._who, key)
-        return super().pop(key, *default)
-
-    def copy(self):
-        return Watched(self, *self._who)
-
     def __or__(self, other):
         return Watched({**dict(self.items()), **other}, *self._who)
 
@@ -128,10 +126,10 @@ def _audit(event: str, arguments: tuple) -> None:
         elif event in ("os.rename", "os.link", "os.symlink"):
             _write_path(arguments[1])
         elif event == "socket.connect" and isinstance(arguments[1], tuple):
-            _write("connect", address=str(arguments[1][0]))
+            _write("connect", str(arguments[1][0]))
 
 
 def _write_path(path: str | os.PathLike) -> None:
     whole = os.path.abspath(os.fspath(path))
     if not whole.startswith(tuple(os.environ["STUDY_WATCH_ALLOWED"].split(os.pathsep))):
-        _write("write", path=whole)
+        _write("write", whole)
