@@ -190,8 +190,8 @@ def _between_files(runs: list[tuple[Path, Run]]) -> Mapping[Path, list[Finding]]
     for path, run in sorted(runs, key=lambda item: item[1].run_id):
         with contextlib.suppress(StudyError):  # a wrong grid or wrong claims are findings of their own
             own = {(run.study, run.method, member.cell_name, member.seed) for member in config.members(run)}
-            claims = config.ROOT / "params" / run.study / "claims.yaml"
-            named = not claims.exists() or "run_id" in config.load_yaml(claims).get("keys", ())
+            published = config.ROOT / "params" / run.study / "claims.yaml"
+            named = not published.exists() or "run_id" in config.load_yaml(published).get("keys", ())
             if (shared := sorted(own & cells.keys())) and not named:
                 _, method, cell, seed = shared[0]
                 what = f"{method} trains {cell} with seed {seed} as {cells[shared[0]]} does: no claim about it can be evaluated"
