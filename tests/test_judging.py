@@ -486,7 +486,7 @@ def test_a_refused_answer_is_counted_and_asked_about_again_and_has_no_score(outp
         else (200, completion("[[6]]", usage=False))
     )
     assert cli.main(["judge", "--model", "m", "--run", "dpo"]) == 1
-    assert "1 of them refused" in capsys.readouterr().out
+    assert "of them refused: 1" in capsys.readouterr().out
     judged = record.read_json(folders(outputs)[0] / "judged.json")
     assert (judged["refused"], judged["mt_bench_unparsed"], judged["spent"]["calls"]) == (1, 1, 7)
     assert all(row["estimated"] for row in record.read_jsonl(folders(outputs)[0] / "judgments.jsonl"))

@@ -91,7 +91,7 @@ def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
         told = run(tmp_path, "judge", OPENAI_BASE_URL=judge.url, NO_PROXY="127.0.0.1")
     finally:
         judge.close()
-    assert told.index("to be sent") < told.index("members graded")
+    assert told.index("to be sent") < told.index("members graded:")
     means = {}
     for folder in sorted(results.glob("*/members/*/")):
         asked = judging.requests(folder, "gpt-4")

@@ -39,9 +39,9 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         reasons = {folder: reason for folder in saved if (reason := mt_judge.reason_to_grade(folder, given.model))}
         states = Counter(reasons.values()) + Counter({"graded": len(saved) - len(reasons)})
         listed = ", ".join(f"{count} {state}" for state, count in states.items())
-        print(f"{len(saved)} members with MT-Bench answers{listed and ': '}{listed}; judge {given.model}")
+        print(f"members with MT-Bench answers: {listed or 'none'}; judge {given.model}")
         if unsaved := len(folders) - len(saved):
-            print(f"{unsaved} members saved no answers: train them again with evaluation.mt_bench")
+            print(f"members without saved answers: {unsaved}; train them again with evaluation.mt_bench")
         asked = {folder: mt_judge.requests(folder, given.model, options.data) for folder in reasons}
         kept = mt_judge.read_replies(cache, saved)
         waiting = mt_judge.list_unanswered(asked.values(), kept)
@@ -53,7 +53,7 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         judged = [mt_judge.finish(folder, requests, kept, given) for folder, requests in asked.items()]
         print(f"spent: {mt_judge.describe(spent)}")
         refused, unparsed = (sum(one[name] for one in judged) for name in ("refused", "mt_bench_unparsed"))
-        print(f"{len(judged)} members graded; {unparsed} answers have no grade, {refused} of them refused", flush=True)
+        print(f"members graded: {len(judged)}; answers without a grade: {unparsed}, of them refused: {refused}")
         for results in sorted({folder.parents[2] for folder in reasons}):
             refresh(results, options)
     print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
