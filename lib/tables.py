@@ -91,29 +91,16 @@ class Table:
     caption: str
 
     def _repr_html_(self) -> str:
-        """Every value escaped, `scope` on the headers, numbers to the right; a missing value is a dash."""
-        numeric = [pd.api.types.is_numeric_dtype(self.frame.iloc[:, i]) for i in range(self.frame.shape[1])]
-        kinds = [' class="number"' if each else "" for each in numeric]
-        names = zip(map(str, self.frame), kinds, strict=True)
-        head = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in names)
-        body = ""
-        for values in self.frame.itertuples(index=False, name=None):
-            first, *rest = (html.escape(_text(value)) for value in values)
-            cells = "".join(f"<td{kind}>{value}</td>" for value, kind in zip(rest, kinds[1:], strict=True))
-            body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-        caption = html.escape(self.caption)
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-    def __repr__(self) -> str:
-        return f"{self.caption}\n{self.frame.to_string(index=False)}"
+        named = self.frame.set_index(self.frame.columns[0]).rename_axis(index=None, columns=self.frame.columns[0])
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None):
+            page = named.map(_text).to_html(border=0)  # every value escaped
+        return page.replace("<thead>", f"<caption>{html.escape(self.caption)}</caption>\n<thead>", 1)
 
 
 def _text(value: object) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and not np.isfinite(value)):
-        return "–"
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    return number(value, 4) if isinstance(value, float | np.floating) else str(value)
+    if value is None or isinstance(value, float):
+        return number(value, 4).replace("none", "–")
+    return str(value)
 
 
 def metrics_table(
@@ -132,19 +119,19 @@ def metrics_table(
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
     own = {i: members[(members["run_id"] == i) & (members["cell"] == cell)] for i, cell in chosen.items()}
-    lost = {i: int(outcomes(rows, "")["diverged"].sum()) for i, rows in own.items()}
+    lost = [(rows["status"] == "diverged").sum() for rows in own.values()]
     table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})
-    table["seeds"] = [f"{len(rows)}{f', {lost[i]} diverged' if lost[i] else ''}" for i, rows in own.items()]
+    table["seeds"] = [f"{len(r)}, {n} diverged" if n else f"{len(r)}" for r, n in zip(own.values(), lost, strict=True)]
     for metric, aim in metrics.items():
         name, worst = metric.replace("_", " "), (diverged_values or {}).get(metric)
-        values = {i: outcomes(rows, metric, worst)["value"] for i, rows in own.items()}
-        means = {i: each.mean() for i, each in values.items()}
-        spreads = [f" ± {number(each.std(), 2)}" if each.count() > 1 else "" for each in values.values()]
-        table[name] = [_text(mean) + more for mean, more in zip(means.values(), spreads, strict=True)]
+        seeds = {i: outcomes(rows, metric, worst)["value"] for i, rows in own.items()}
+        means = pd.Series({i: values.mean() for i, values in seeds.items()}, dtype=float)
+        spreads = [f" ± {number(values.std(), 2)}" if values.count() > 1 else "" for values in seeds.values()]
+        table[name] = [_text(mean) + spread for mean, spread in zip(means, spreads, strict=True)]
         for baseline in baselines:
-            base, sign = means.get(baseline, np.nan), 1 if aim == "maximize" else -1
-            gains = [100 * sign * (mean - base) / abs(base) if base else np.nan for mean in means.values()]
-            texts = [f"{g:+.1f} %".replace("-", "−") if np.isfinite(g) else "–" for g in gains]
+            base = means.get(baseline, np.nan)
+            gains = (100 if aim == "maximize" else -100) * (means - base) / abs(base)
+            texts = [f"{gain:+.1f} %".replace("-", "−") if np.isfinite(gain) else "–" for gain in gains]
             table[f"{name} vs {baseline}"] = np.where(table["run"] == baseline, "–", texts)
     return Table(table, caption)
 
