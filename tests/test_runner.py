@@ -316,30 +316,16 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("command", ["full", "plan", "check"])
-def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_path, capsys, monkeypatch, command):
+def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
-    asked = [
-        command,
-        "--scale",
-        "paper",
-        "--study",
-        "td_dpo",
-        "--run",
-        "dpo",
-        "--set",
-        "compute.gpus=4",
-        "--set",
-        "compute.strategy=fsdp",
-        "--jobs",
-    ]
-    assert cli.main([*asked, "1"]) == 2
-    told = capsys.readouterr().err
-    assert "--jobs 1: dpo trains one member on 4 GPUs" in told
-    assert "--jobs 4 or more" in told
-    if command == "plan":
-        assert cli.main([*asked, "4"]) == 0
-        assert cli.main([*asked[:7], "--jobs", "1"]) == 0, "one GPU for each member: one at a time"
+    asked = ["--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--jobs", "1"]
+    spread = ["--set", "compute.gpus=4", "--set", "compute.strategy=fsdp"]
+    assert cli.main(["full", *asked, *spread]) == 3
+    assert "--jobs: 1: a member of dpo trains on 4 GPUs" in capsys.readouterr().err
+    assert cli.main(["plan", *asked, *spread]) == 0
+    assert "--jobs 4, or leave --jobs out" in capsys.readouterr().out
+    assert cli.main(["plan", *asked]) == 0, "one GPU for each member: one at a time"
+    assert "--jobs" not in capsys.readouterr().out
     assert not (tmp_path / "outputs").exists()
 
 

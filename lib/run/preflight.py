@@ -78,18 +78,19 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     wanted, floor = run.compute.gpus, run.compute.min_gpu_memory_gb or 0
     if not wanted:
         return
+    if jobs and jobs < run.compute.devices:
+        what = f"{jobs}: a member of {run.run_id} trains on {run.compute.devices} GPUs, one for each job"
+        yield error("--jobs", what, f"--jobs {run.compute.devices}, or leave --jobs out")
     # 2 % of tolerance: a card sold as 80 GB reports 79 to 85.
     if sum(gpu.memory_gb >= 0.98 * floor for gpu in gpus) < wanted:
         here = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in gpus) or "none"
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         here += "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
-        what = f"each member needs {wanted}{f' with at least {floor:g} GB' * bool(floor)}, here: {here}"
+        what = f"each member needs {wanted} GPU{'s' * (wanted > 1)}{f' with at least {floor:g} GB' * bool(floor)}, here: {here}"
         fix = "run it on a machine that has them (./run_all.sh full --scale laptop needs none)"
         fix += ", or lower the batch and then compute.min_gpu_memory_gb" * bool(gpus)
         yield error("compute.gpus", what, fix)
         return
-    if jobs and jobs < run.compute.devices:
-        yield error("compute.gpus", f"each member needs {wanted}, --jobs {jobs} gives it fewer", "leave --jobs out")
     stated, names = (run.compute.gpu_type or "").split("-")[0].lower(), dict.fromkeys(gpu.name for gpu in gpus)
     name = next((name for name in names if stated and stated in name.lower()), gpus[0].name)
     if len(names) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
