@@ -30,6 +30,7 @@ from lib.errors import StudyError
 SPLIT_OF = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 LONGEST_ROW = 1_000_000  # bytes
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # made once: that of every row takes longer
 Splits = dict[str, list[dict]]
@@ -129,7 +130,8 @@ READERS: dict[str, Callable[[bytes], list]] = {
 
 def form_of(path: Path) -> str:
     """The suffix that says how a file is read: .jsonl of 'train.jsonl.gz'; '' where there is none."""
-    return next((suffix for suffix in reversed(path.suffixes) if suffix in READERS), "")
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    return suffix if suffix in READERS else ""
 
 
 def read_file(path: Path) -> list[Row]:

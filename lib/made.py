@@ -88,13 +88,8 @@ def train_bpe_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=names,
-        initial_alphabet=alphabet,
-        min_frequency=min_frequency,
-        show_progress=False,
-    )
+    options = {"initial_alphabet": alphabet, "min_frequency": min_frequency, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, **options)
     tokenizer.train_from_iterator(texts, trainer)
     return _wrapped(tokenizer, special_tokens, chat_template)
 

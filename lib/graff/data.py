@@ -168,14 +168,11 @@ def generate_answers(model, tokenizer, questions: list[str], longest: int, batch
     device = next(model.parameters()).device
     for start in record.batches("evaluation", range(0, len(order), batch)):
         mine = order[start : start + batch]
-        width = max(len(ids[i]) for i in mine)
-        left = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in mine], device=device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in mine], device=device)
+        left = tokenizer.pad({"input_ids": [ids[i] for i in mine]}, padding_side="left", return_tensors="pt").to(device)
+        width = left["input_ids"].shape[1]
         stop = StoppingCriteriaList([Looping(width)])
-        out = model.generate(input_ids=left, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)[
-            :, width:
-        ]
-        units += left.numel() + out.numel()
+        out = model.generate(**left, generation_config=greedy, stopping_criteria=stop)[:, width:]
+        units += left["input_ids"].numel() + out.numel()
         for i, written in zip(mine, out.tolist(), strict=True):
             written = written[: written.index(end)] if end in written else written
             text = tokenizer.decode(written, skip_special_tokens=True)

@@ -30,9 +30,8 @@ from lib.graff.data import bucket_by_length, collate, encode, prompt, reference,
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
-HIGH = (
-    10  # operands lie below it; one-step problems start below twice that, so that every second step occurs as a first
-)
+# Operands lie below it; one-step problems start below twice that, so that every second step occurs as a first.
+HIGH = 10
 
 
 def problem(rng, steps: int) -> dict:
@@ -197,23 +196,16 @@ EPISODE_MODELS = {"laptop": (64, 2), "paper": (384, 8)}
 def episode_of(scale: str, steps: int, batch: int, place: Path):
     """The run of one episode."""
     hidden, layers = EPISODE_MODELS[scale]
+    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}
+    training = {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "total_steps": steps}
+    training |= {"global_batch_size": batch, "micro_batch_size": batch}
+    training["optimizer"] = {"lr_init": 3e-3, "betas": [0.9, 0.98]}
+    training["scheduler"] = {"type": "graff", "cold": True, "outer_lr": 3e-3}
     raw = {
         "run_id": "warm_start",
-        "model": {
-            "name": "made",
-            "lora": {"r": 8},
-            "recipe": {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300},
-        },
+        "model": {"name": "made", "lora": {"r": 8}, "recipe": recipe},
         "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
-        "training": {
-            "budget_minutes": BUDGET_MINUTES * batch,
-            "clock": "virtual",
-            "global_batch_size": batch,
-            "micro_batch_size": batch,
-            "total_steps": steps,
-            "optimizer": {"lr_init": 3e-3, "betas": [0.9, 0.98]},
-            "scheduler": {"type": "graff", "cold": True, "outer_lr": 3e-3},
-        },
+        "training": training,
         "evaluation": {"max_new_tokens": 4, "dev_subset": 4},
     }
     return config.restore(raw, study="graff", scale=scale, mode="full", results_dir=place)

@@ -76,7 +76,8 @@ def generate_corpus(count: int, seed: int) -> list[tuple[str, str]]:
 
 def task_of(dataset) -> str:
     """mnli, sst2, rte or generated; a local folder of the task's name needs no `subset`."""
-    task = dataset.subset or re.sub(r"\W", "", Path(dataset.name).name).lower()
+    task = re.sub(r"\W", "", Path(dataset.name).name).lower()  # 'SST-2' is sst2
+    task = task if task == "generated" else dataset.subset or task
     if task not in LABELS:
         found = f"none, and {dataset.name} does not tell the task"
         raise StudyError("dataset.subset", found, "mnli, sst2 or rte", "--set dataset.subset=rte")

@@ -103,23 +103,21 @@ def split_conversations(sides: dict[str, list[dict]], prompt: list[dict]) -> tup
     return lead or prompt, chosen["content"], rejected["content"]
 
 
-def choice_key(value: Any) -> str:
+def choice_key(row: dict) -> str:
     """'a', 'b', '0', '1' or '2' for the ways to write a choice; anything else for what is none."""
-    return str(value).strip().lower().removeprefix("completion_").removesuffix(".0")
+    return str(row.get("choice")).strip().lower().removeprefix("completion_").removesuffix(".0")
 
 
-def to_pair(row: dict, place: int, first_choice: int = 0) -> dict:
-    """The checked pair of a source's row at `place`; raises BadRow. `first_choice`: the number that means
-    completion_a."""
+def to_pair(row: dict, place: int, choices: Mapping[str, int]) -> dict:
+    """The checked pair of a source's row at `place`; raises BadRow. `choices`: see choices_of."""
     asked = next((name for name in ("prompt", "instruction") if row.get(name) is not None), None)
-    choices = "completion_a" in row or "completion_b" in row
-    needed = ["completion_a", "completion_b", "choice", asked or "prompt"] if choices else ["chosen", "rejected"]
-    chosen, rejected, *choice = (decode(require(row, name), name) for name in needed)
-    if choices:
-        order = {"a": 0, "b": 1, str(first_choice): 0, str(first_choice + 1): 1}
-        if (second := order.get(choice_key(choice[0]))) is None:
+    chose = "completion_a" in row or "completion_b" in row
+    needed = ["completion_a", "completion_b", "choice", asked or "prompt"] if chose else ["chosen", "rejected"]
+    chosen, rejected, *_ = (decode(require(row, name), name) for name in needed)
+    if chose:
+        if (second := choices.get(choice_key(row))) is None:
             kind = "choice that names neither completion (expected a or b, completion_a or completion_b, 0/1, or 1/2)"
-            raise BadRow(kind, shown(choice[0]))
+            raise BadRow(kind, shown(row["choice"]))
         chosen, rejected = (rejected, chosen) if second else (chosen, rejected)
     if type(chosen) is not type(rejected):
         kind = "wrong type in chosen or rejected (expected both text, or both message lists)"
@@ -144,15 +142,15 @@ def to_pair(row: dict, place: int, first_choice: int = 0) -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": place}
 
 
-def first_choice(sources: dict[str, list[data.Row]], where: str) -> int:
-    """The number that means completion_a in all files: 0 where choices are 0/1, 1 where they are 1/2; ambiguity is an
-    error."""
+def choices_of(sources: dict[str, list[data.Row]], where: str) -> dict[str, int]:
+    """{way to write a choice: 0 where it means completion_a, 1 where completion_b}. In all files, numbers are 0/1 or
+    1/2; ambiguity is an error."""
     rows = [row.value for rows in sources.values() for row in rows if isinstance(row.value, dict)]
-    numbers = {choice_key(row.get("choice")) for row in rows} & {"0", "1", "2"}
+    numbers = {choice_key(row) for row in rows} & {"0", "1", "2"}
     if {"0", "2"} <= numbers or numbers == {"1"}:
         found = f"the rows' numbers in column choice are {', '.join(sorted(numbers))}: 1 could be either completion"
         raise StudyError(where, found, "0 and 1, or 1 and 2, or a and b", "write a and b in column choice")
-    return int("2" in numbers)
+    return {"a": 0, "b": 1} | ({"1": 0, "2": 1} if "2" in numbers else {"0": 0, "1": 1})
 
 
 # ---- splits ----
@@ -179,8 +177,8 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
         sources = data.read(name, section.get("revision"))
         sources = {split: rows for split, rows in sources.items() if split in SPLITS or len(sources) == 1}
         files = {split: list(dict.fromkeys(row.file for row in rows)) for split, rows in sources.items()}
-        first, drop = first_choice(sources, where), section.get("on_bad_row") == "drop"
-        splits, dropped = data.convert(sources, lambda row, place: to_pair(row, place, first), LAYOUTS, drop)
+        choices, drop = choices_of(sources, where), section.get("on_bad_row") == "drop"
+        splits, dropped = data.convert(sources, partial(to_pair, choices=choices), LAYOUTS, drop)
         splits, carved = data.complete(splits, ("test", "validation", "train"), prompt_key, where, seed, fraction)
     splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
     seen = {prompt_key(pair) for pair in splits["train"]}
