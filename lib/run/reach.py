@@ -1,68 +1,48 @@
 """What code of `lib` a study's functions can execute: followed from definition to definition by name.
 
-A check or a figure in the same module does not count, the texts of exceptions do not, annotations do not. Of a table
-that the study declares in BY_NAME ({table: key of the run YAML that picks the entry}) only the entry counts that the
-run picks, as long as it is only used as `TABLE[...]` and `in TABLE`. Whatever is not certain counts as a whole module.
+A check or a figure in the same module does not count; neither do docstrings, the texts of exceptions, and annotations.
+Of a table that the study declares in BY_NAME ({table: key of the run YAML that picks the entry}) only the entry counts
+that the run picks, as long as it is only used as `TABLE[...]` and `in TABLE`. Whatever is not certain counts as a whole
+module.
 """
 
 import ast
 import functools
 import hashlib
-import importlib
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from lib import config
+
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 ABSENT = ast.Constant(None)
-Place = tuple[str, str, str]  # module, name in it ("" for all of it), "item" where it is used as a table
+Place = tuple[str, str, bool]  # module, name in it ("" for all of it), whether it is only used as a table
 
 
-@functools.cache  # until a file changes: `_stamp`
-def module_file(name: str) -> Path | None:
-    base = ROOT.joinpath(*name.split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists()), None)
+class Bare(ast.NodeTransformer):
+    """Takes away what changes no number: docstrings, what an exception says, and what functions are annotated with."""
 
-
-def imports(tree: ast.AST) -> dict[str, set[tuple[str, str]]]:
-    """{local name: {(module, name in it)}} of all imports from `lib` in a tree; the name is "" for a module itself."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "lib":
-                    found.setdefault(alias.asname or "lib", set()).add((alias.name, ""))
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                target = (inner, "") if module_file(inner) else (node.module, alias.name)
-                found.setdefault(alias.asname or alias.name, set()).add(target)
-    return found
-
-
-class _WithoutTexts(ast.NodeTransformer):
-    """Takes away what changes no number: docstrings, and the texts of exceptions."""
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        first = node.body[0] if isinstance(node, DOCUMENTED) and node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            node.body = node.body[1:]  # pyright: ignore[reportAttributeAccessIssue]
-        return super().generic_visit(node)
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        for part in ast.walk(node):
-            if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                part.value = ""
-        return node
+        return ast.Raise(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        return ast.arg(node.arg)
 
 
 class Source:
     """A module taken apart: its imports from `lib`, its top-level definitions, and what else its import executes."""
 
-    def __init__(self, text: str):
-        tree = _WithoutTexts().visit(ast.parse(text))
-        self.imports, self.definitions, self.effects = imports(tree), {}, []
-        self.known = {}  # {nodes: (hash, names)}: asked for every member
+    def __init__(self, text: str, modules: Iterable[str]):
+        tree = Bare().visit(ast.parse(text))
+        self.imports, self.definitions, self.effects = imports(tree, modules), {}, []
+        self.known = {}  # what `Lib.look` says of its pieces: asked for every member
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 self.definitions.setdefault(node.name, []).append(node)
@@ -75,209 +55,161 @@ class Source:
                 self.effects.append(node)
 
 
-@functools.cache
-def source_of(module: str) -> Source | None:
-    path = module_file(module)
-    return None if path is None else Source(path.read_text(encoding="utf-8"))
+def imports(tree: ast.AST, modules: Iterable[str]) -> dict[str, set[Place]]:
+    """{local name: places} of all imports from `lib` in a tree, those in functions too."""
+    places = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                places.setdefault(alias.asname or "lib", set()).add((alias.name, "", False))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                place = (inner, "", False) if inner in modules else (node.module, alias.name, False)
+                places.setdefault(alias.asname or alias.name, set()).add(place)
+    return {name: mine for name, found in places.items() if (mine := {p for p in found if p[0].split(".")[0] == "lib"})}
 
 
-def _stamp() -> tuple:
-    """What tells one state of `lib` from another; what was read of an earlier one is forgotten."""
-    folders = [ROOT / "lib", *(entry for entry in os.scandir(ROOT / "lib") if entry.is_dir())]
-    files = (entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py"))
-    stamp = (str(ROOT), *((entry.path, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files))
-    if _stamps[-1:] != [stamp]:
-        _stamps[:] = [stamp]
-        for known in (module_file, source_of, _is_section):
-            known.cache_clear()
-    return stamp
+class Lib:
+    """The modules of `lib` as their files are at this moment."""
+
+    def __init__(self, files: Iterable[tuple[Path, int, int]]):
+        parts = {file: file.relative_to(ROOT).with_suffix("").parts for file, _, _ in files}
+        self.files = {".".join(names).removesuffix(".__init__"): file for file, names in parts.items()}
+        self.source, self.is_section = functools.cache(self.read), functools.cache(self.is_section)
+
+    def read(self, module: str) -> Source:
+        return Source(self.files[module].read_text(encoding="utf-8"), self.files)
+
+    def look(self, module: str, label: str, nodes: list[ast.AST], study: str) -> tuple[str, set[Place]]:
+        """(hash, the places named) of a piece of a module's code."""
+        known = self.source(module).known
+        if (label, study) not in known:
+            known[label, study] = hash_of(nodes), self.named(module, nodes, study)
+        return known[label, study]
+
+    def named(self, module: str, nodes: list[ast.AST], study: str = "") -> set[Place]:
+        """The places that code names. A module that is used as a value, or named in a string, counts as a whole; where
+        `study_module` is called, every attribute may be one of the module `study`."""
+        source, parts = self.source(module), [part for node in nodes for part in ast.walk(node)]
+        tables = {id(part.value) for part in parts if isinstance(part, ast.Subscript)}
+        for part in parts:
+            if isinstance(part, ast.Compare):
+                pairs = zip(part.ops, part.comparators, strict=True)
+                tables |= {id(value) for operator, value in pairs if isinstance(operator, ast.In | ast.NotIn)}
+        asks = any(isinstance(part, ast.Name) and part.id == "study_module" for part in parts)
+        of_study = self.source(study).definitions if asks else ()
+        places, passed = set(), set()  # `passed`: parts of what has been looked at; ast.walk goes from whole to part
+        for part in parts:
+            is_table, known = id(part) in tables, set()
+            if id(part) in passed:
+                continue
+            if isinstance(part, ast.AnnAssign):
+                passed |= set(map(id, ast.walk(part.annotation)))
+            elif isinstance(part, ast.Name):
+                known = source.imports.get(part.id, set())
+                known = known | {(module, part.id, False)} if part.id in source.definitions else known
+            elif isinstance(part, ast.Attribute):
+                whole = source.imports.get(part.value.id, ()) if isinstance(part.value, ast.Name) else ()
+                known = {(other, part.attr, False) for other, name, _ in whole if not name}
+                passed |= {id(part.value)} if known else set()
+                known = known | {(study, part.attr, False)} if part.attr in of_study else known
+            elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+                known = {(name, "", False) for name in [part.value.split(":")[0]] if name in self.files}
+            places |= {(other, name, is_table) for other, name, _ in known}
+        return places
+
+    def is_section(self, module: str, name: str) -> bool:
+        """Whether a class holds values of a run YAML (a pydantic model)."""
+        nodes = self.source(module).definitions.get(name, ()) if module in self.files else ()
+        bases = [base for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases]
+        places = self.named(module, bases) - {(module, name, False)}
+        return "'BaseModel'" in "".join(map(ast.dump, bases)) or any(self.is_section(*place[:2]) for place in places)
+
+    def section(self, module: str, node: ast.ClassDef) -> tuple[list[ast.AST], list[Place]]:
+        """Of a section: its methods, but for those that check (its values are in the key), and the sections it holds or
+        comes from."""
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        kept = [n for n in methods if not any("validator" in ast.dump(d) for d in n.decorator_list)]
+        places = self.named(module, [*node.bases, *(n.annotation for n in node.body if isinstance(n, ast.AnnAssign))])
+        return kept, [(other, name, False) for other, name, _ in places if self.is_section(other, name)]
 
 
-_stamps: list[tuple] = []
+def current() -> Lib:
+    files = {path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))}
+    return _read(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files.items()))
 
 
-def _hash(nodes: list[ast.AST]) -> str:
+_read = functools.lru_cache(maxsize=1)(Lib)  # until a file changes
+
+
+def hash_of(nodes: Iterable[ast.AST]) -> str:
     return hashlib.sha256("".join(map(ast.dump, nodes)).encode()).hexdigest()[:8]
 
 
 def modules(*names: str) -> dict[str, str]:
     """{module: hash of its code} for these and every module of `lib` that they import, directly or not."""
-    _stamp()
-    found, queue = {}, list(names)
-    while queue:
-        name = queue.pop()
-        if name not in found and (source := source_of(name)):
-            definitions = [node for nodes in source.definitions.values() for node in nodes]
-            found[name] = _hash(definitions + source.effects)
-            queue += {module for targets in source.imports.values() for module, _ in targets}
-    return dict(sorted(found.items()))
+    lib, hashes, todo = current(), {}, list(names)
+    while todo:
+        name = todo.pop()
+        if name not in hashes and name in lib.files:
+            source = lib.source(name)
+            hashes[name] = hash_of([node for nodes in source.definitions.values() for node in nodes] + source.effects)
+            todo += [module for places in source.imports.values() for module, _, _ in places]
+    return dict(sorted(hashes.items()))
 
 
 def imported_by(code: str) -> dict[str, str]:
     """`modules` of what a piece of code imports."""
-    return modules(*{module for targets in imports(ast.parse(code)).values() for module, _ in targets})
+    places = imports(ast.parse(code), current().files).values()
+    return modules(*{module for each in places for module, _, _ in each})
 
 
-class _Names(ast.NodeVisitor):
-    """The places that a piece of code names. A module that is used as a value, or named in a string, counts as a
-    whole."""
-
-    def __init__(self, module: str, study: list[str]):
-        """`study`: modules known by name at run time (study_module), whose attributes count by their name alone."""
-        self.module, self.source, self.study = module, source_of(module), study
-        self.found: set[Place] = set()
-
-    def visit_Name(self, node: ast.Name, how: str = "") -> None:
-        if node.id in self.source.definitions:
-            self.found.add((self.module, node.id, how))
-        self.found |= {(*target, how) for target in self.source.imports.get(node.id, ())}
-
-    def visit_Attribute(self, node: ast.Attribute, how: str = "") -> None:
-        local = node.value.id if isinstance(node.value, ast.Name) else ""
-        named = {module for module, name in self.source.imports.get(local, ()) if not name}
-        self.found |= {(module, node.attr, how) for module in named}
-        self.found |= {(module, node.attr, how) for module in self.study if node.attr in source_of(module).definitions}
-        if not named:
-            self.visit(node.value)
-
-    def visit_table(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Name):
-            self.visit_Name(node, "item")
-        elif isinstance(node, ast.Attribute):
-            self.visit_Attribute(node, "item")
-        else:
-            self.visit(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.visit_table(node.value)
-        self.visit(node.slice)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        self.visit(node.left)
-        for operator, value in zip(node.ops, node.comparators, strict=True):
-            if isinstance(operator, ast.In | ast.NotIn):
-                self.visit_table(value)
-            else:
-                self.visit(value)
-
-    def visit_Raise(self, node: ast.Raise) -> None:
-        """Only which exception: what its text is made of changes no number."""
-        if node.exc is not None:
-            self.visit(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        name = node.value.split(":")[0] if isinstance(node.value, str) else ""
-        if name.startswith("lib.") and module_file(name):
-            self.found.add((name, "", ""))
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for part in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
-            self.visit(part)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value:
-            self.visit(node.value)
-
-
-def _looked_at(module: str, nodes: list[ast.AST], study: list[str]) -> tuple[str, set[Place]]:
-    """(hash, the places named) of a piece of a module's code."""
-    known, which = source_of(module).known, tuple(map(id, nodes))
-    if which not in known:
-        asks = any(isinstance(n, ast.Name) and n.id == "study_module" for node in nodes for n in ast.walk(node))
-        visitor = _Names(module, study if asks else [])
-        for node in nodes:
-            visitor.visit(node)
-        known[which] = _hash(nodes), visitor.found
-    return known[which]
-
-
-def _classes(module: str, nodes: list[ast.AST]) -> set[tuple[str, str]]:
-    """(module, name) of everything that bases and annotations name."""
-    imported, found = source_of(module).imports, set()
-    for node in (part for each in nodes for part in ast.walk(each)):
-        if isinstance(node, ast.Name):
-            found |= imported.get(node.id) or {(module, node.id)}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found |= {(home, node.attr) for home, name in imported.get(node.value.id, ()) if not name}
-    return found
-
-
-@functools.cache
-def _is_section(module: str, name: str) -> bool:
-    """Whether a class holds values of a run YAML (a pydantic model)."""
-    definitions = source_of(module).definitions.get(name, ()) if source_of(module) else ()
-    bases = [base for node in definitions if isinstance(node, ast.ClassDef) for base in node.bases]
-    places = _classes(module, bases) - {(module, name)}
-    return any(place[1] == "BaseModel" or _is_section(*place) for place in places)
-
-
-def _section(module: str, node: ast.ClassDef) -> tuple[list[ast.AST], set[Place]]:
-    """Of a section: its methods, but for those that check (its values are in the key), and the sections it holds or
-    comes from."""
-    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-    kept = [n for n in methods if not any("validator" in ast.dump(d) for d in n.decorator_list)]
-    fields = [n.annotation for n in node.body if isinstance(n, ast.AnnAssign)]
-    return kept, {(*place, "") for place in _classes(module, [*node.bases, *fields]) if _is_section(*place)}
-
-
-def _entry(node: ast.AST, key) -> ast.AST | None:
+def entry(node: ast.AST, key) -> ast.AST | None:
     """What a table (a dictionary, or a tuple or set of names, written out) says of this key; None where that is not
     certain."""
     table = getattr(node, "value", None)
-    names = table.keys if isinstance(table, ast.Dict) else getattr(table, "elts", None)
-    if key is None or names is None or not all(isinstance(name, ast.Constant) for name in names):
-        return None
-    index = next((i for i, name in enumerate(names) if name.value == key), None)  # pyright: ignore[reportAttributeAccessIssue]
-    if index is None:
-        return ABSENT
-    return table.values[index] if isinstance(table, ast.Dict) else names[index]
-
-
-def homes(study: str) -> list[str]:
-    """The modules in which a study's own `prepare`, `train` and `Run` may stand."""
-    return [m for part in ("study", "config", "member", "inputs") if source_of(m := f"lib.{study}.{part}")]
+    names = table.keys if isinstance(table, ast.Dict) else getattr(table, "elts", [])
+    values = table.values if isinstance(table, ast.Dict) else names
+    written = {n.value: value for n, value in zip(names, values, strict=True) if isinstance(n, ast.Constant)}
+    return written.get(key, ABSENT) if written and len(written) == len(names) and key is not None else None
 
 
 def reach(study: str, *functions: str, values: dict | None = None, more: tuple = ()) -> dict[str, dict[str, str]]:
     """{module: {definition: hash}} of all that these functions of a study can execute, given `values` ({dotted key:
     value}) of a run; `more`: modules that count besides. Nothing of `lib.run` counts but what is named there."""
-    stamp, values = _stamp(), values or {}
-    tables = getattr(importlib.import_module(homes(study)[0]), "BY_NAME", {})
-    return _reach(study, functions, tuple((table, values.get(key)) for table, key in tables.items()), more, stamp)
+    tables = config.study_module(study).BY_NAME.items()
+    entries = tuple((table, (values or {}).get(key)) for table, key in tables)
+    return _reach(current(), f"lib.{study}.study", functions, entries, more)
 
 
 @functools.lru_cache(maxsize=256)
-def _reach(study: str, functions: tuple, entries: tuple, more: tuple, stamp: tuple) -> dict[str, dict[str, str]]:
-    own, picked = homes(study), dict(entries)
-    todo = [(m, name, "") for name in (*functions, "Run") for m in own if name in source_of(m).definitions]
-    todo += [(*place, "") for m in own for place in source_of(m).imports.get("Run", ())]
-    todo += [(module, "", "") for module in more]
-    seen, found = set(), {}
+def _reach(lib: Lib, study: str, functions: tuple, entries: tuple, more: tuple) -> dict[str, dict[str, str]]:
+    picked, seen, found = dict(entries), set(), {}
+    todo = [(study, name, False) for name in (*functions, "Run")] + [(module, "", False) for module in more]
     while todo:
-        place = module, name, how = todo.pop()
-        source = source_of(module)
-        if place in seen or source is None or (module.startswith("lib.run") and module not in more):
+        place = module, name, is_table = todo.pop()
+        if place in seen or module not in lib.files or (module.startswith("lib.run") and module not in more):
             continue
         seen.add(place)
-        if module not in found:
-            code, named = _looked_at(module, source.effects, own)
-            found[module] = {"(import)": code} if source.effects else {}
-            todo += named
+        source = lib.source(module)
+        label, parts = name, source.definitions.get(name, [])
         if not name:
-            todo += [(module, each, "") for each in source.definitions]
-        elif name not in source.definitions:
-            todo += [(*target, how) for target in source.imports.get(name, ())] or [(module, "", "")]
-        for node in source.definitions.get(name, ()):
-            parts, label = [node], name
-            if isinstance(node, ast.ClassDef) and _is_section(module, name):
-                parts, further = _section(module, node)
-                todo += further
-            elif how and name in picked and (entry := _entry(node, picked[name])):
-                parts, label = [entry], f"{name}[{picked[name]}]"
-            code, named = _looked_at(module, parts, own)
-            todo += named
-            if parts:
-                found[module][label] = code
+            todo += [(module, each, False) for each in source.definitions]
+        elif not parts:
+            places = source.imports.get(name) or {(module, "", False)}
+            todo += [(other, inner, is_table) for other, inner, _ in places]
+        elif len(parts) == 1 and isinstance(parts[0], ast.ClassDef) and lib.is_section(module, name):
+            parts, held = lib.section(module, parts[0])
+            todo += held
+        elif len(parts) == 1 and is_table and name in picked and (only := entry(parts[0], picked[name])):
+            label, parts = f"{name}[{picked[name]}]", [only]
+        pieces = {label: parts} if module in found else {"(import)": source.effects, label: parts}
+        found.setdefault(module, {})
+        for label, nodes in pieces.items():
+            if nodes:
+                found[module][label], places = lib.look(module, label, nodes, study)
+                todo += places
     return {module: dict(sorted(names.items())) for module, names in sorted(found.items()) if names}
 
 
