@@ -40,6 +40,7 @@ BEST = "best"  # in a cell: the value that is chosen on the study's validation m
 MISSING = "missing: "  # how the reason of a claim begins whose scores are not all there
 UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
 FINISHED = ("completed", "diverged")
+SIDES = ("treatment", "baseline")
 
 # ---- what claims.yaml holds
 #
@@ -61,8 +62,8 @@ class Fixed(Section):
     values: dict[float, float]
 
 
-class Beside(Section):
-    """A comparison reported beside the claim and deciding nothing; what is left out is as in the claim."""
+class SideComparison(Section):
+    """A comparison reported with the claim that decides nothing; what is left out is as in the claim."""
 
     name: str
     treatment: Cell | None = None
@@ -129,7 +130,7 @@ class Claim(Section):
     not_evaluated: str = ""
     note: str = ""
     scales: tuple[str, ...] = ("laptop", "paper")
-    beside: tuple[Beside, ...] = ()
+    beside: tuple[SideComparison, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Claim:
@@ -260,41 +261,49 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 
 
+class Missing(ValueError):
+    """What is missing of the runs or the scores that a comparison needs."""
+
+    def __str__(self) -> str:
+        return f"{MISSING}{self.args[0]}"
+
+
 def pair_up(
-    study: Claims,
-    rows: pd.DataFrame,
-    members: pd.DataFrame,
-    cells: list[Cell],
-    metric: str,
-    *,
-    all_seeds: bool = True,
-) -> Paired | list[str]:
-    """The scores of `cells` as one array, or the list of what is missing.
+    study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], metric: str, *, all_seeds: bool = True
+) -> Paired:
+    """The scores of `cells` as one array: diverged runs with the worst score, questions with a gap left out of every
+    run. Raises Missing.
 
     `all_seeds`: every seed that any of the cells has must be there in all of them; otherwise the seeds they share are
     taken.
     """
-    tables, states, ready, gaps = [], [], [], []
-    for cell in cells:
-        runs, table = select(members, cell), _scores(rows, cell, metric)
+    tables, states, ready, gaps = [_scores(rows, cell, metric) for cell in cells], [], [], []
+    for cell, table in zip(cells, tables, strict=True):
+        runs = select(members, cell)
         gaps += _duplicates(study, cell, runs)
         state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
-        scored = {seed for seed in state if state[seed] == "completed" and seed in table.index}
-        tables.append(table)
+        usable = {"completed": set(table.index), "diverged": set(state)}
         states.append(state)
-        ready.append(scored | {seed for seed in state if state[seed] == "diverged"})
-    wanted = set().union(*states) if all_seeds else set.intersection(*ready)
+        ready.append({seed for seed, status in state.items() if seed in usable.get(status, ())})
+    wanted = sorted(set().union(*states) if all_seeds else set.intersection(*ready))
     for cell, state, there in zip(cells, states, ready, strict=True):
         name = study.label(cell)
-        if there:
-            gaps += [f"{name}, seed {seed}: {_gap(state.get(seed))}" for seed in sorted(wanted - there)]
-        else:
-            gaps.append(f"{name}: {_gap(next(iter(state.values()), None))}")
+        gaps += [f"{name}, seed {seed}: {_gap(state.get(seed))}" for seed in wanted if there and seed not in there]
+        gaps += [] if there else [f"{name}: {_gap(next(iter(state.values()), None))}"]
     if gaps:
-        return gaps
+        raise Missing("; ".join(gaps))
     if not wanted:
-        return ["seeds that " + " and ".join(study.label(cell) for cell in cells) + " share"]
-    return _stack(study, tables, states, sorted(wanted), metric)
+        raise Missing("seeds that " + " and ".join(study.label(cell) for cell in cells) + " share")
+    diverged = [[seed for seed in wanted if state[seed] == "diverged"] for state in states]
+    scored = [table.loc[[s for s in wanted if s not in lost]] for table, lost in zip(tables, diverged, strict=True)]
+    # where every run diverged, one question stands for all
+    every = pd.concat([table for table in scored if len(table)] or [pd.DataFrame({0: []})])
+    complete = every.columns[every.notna().all()]
+    if complete.empty:
+        raise Missing(f"questions with a {metric} in every run")
+    worst = study.diverged.get(metric, 0.0)
+    filled = [table.reindex(index=wanted, columns=complete).astype(float).fillna(worst) for table in scored]
+    return Paired(np.stack(filled), wanted, diverged, every.shape[1] - len(complete))
 
 
 def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
@@ -309,38 +318,15 @@ def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
 
 def _duplicates(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
     """What to say where several members of one seed match `cell`: their mean would be nobody's score."""
-    twice = runs[runs["seed"].duplicated(keep=False)] if len(runs) else runs
-    if twice.empty:
-        return []
-    seed = twice["seed"].iloc[0]
-    twice = twice[twice["seed"] == seed]
-    names = f" ({', '.join(sorted(set(twice['run_id'])))})" if "run_id" in twice else ""
-    return [f"{study.label(cell)}, seed {seed:g}: one member, of the {len(twice)}{names} that answer to it"]
+    for seed, same in runs.groupby("seed", sort=False) if len(runs) else ():
+        if len(same) > 1:
+            names = f" ({', '.join(sorted(set(same['run_id'])))})" if "run_id" in same else ""
+            return [f"{study.label(cell)}, seed {seed:g}: one member, of the {len(same)}{names} that answer to it"]
+    return []
 
 
 def _gap(status: str | None) -> str:
     return "no run" if status in (None, "missing") else "no scores" if status in FINISHED else status
-
-
-def _stack(
-    study: Claims, tables: list[pd.DataFrame], states: list[dict], seeds: list[int], metric: str
-) -> Paired | list[str]:
-    """Fill the array: diverged runs with the worst score, questions with a gap left out of every run."""
-    diverged = [[seed for seed in seeds if state[seed] == "diverged"] for state in states]
-    scored = [[seed for seed in seeds if state[seed] != "diverged"] for state in states]
-    kept = [table.loc[own] for table, own in zip(tables, scored, strict=True) if own]
-    complete, dropped = pd.Index([0]), 0  # where every run diverged, one question stands for all
-    if kept:
-        every = pd.concat(kept, axis=0)
-        complete = every.columns[every.notna().all()]
-        dropped = every.shape[1] - len(complete)
-        if complete.empty:
-            return [f"questions with a {metric} in every run"]
-    values = np.full((len(tables), len(seeds), len(complete)), study.diverged.get(metric, 0.0))
-    for i, own in enumerate(scored):
-        for seed in own:
-            values[i, seeds.index(seed)] = tables[i].loc[seed, complete].to_numpy(dtype=float)
-    return Paired(values, seeds, diverged, int(dropped))
 
 
 # ---- one comparison measured: the fields of a verdict, as a dict
@@ -368,14 +354,24 @@ def _rng(claim: Claim, part: str = "") -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{claim.id} {part}".encode()))
 
 
-def _conclusion(claim: Claim, decision: st.Decision) -> str:
-    if decision.primary == st.INCONCLUSIVE:
-        return "this leaves the claim open."
-    text = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
-    if decision.code == decision.primary:
-        return f"{text}."
-    companion = "stretches of pairs" if claim.test == "cost_ratio" else "seeds"
-    return f"{text}, but the t test over {companion} does not bear it out."
+def _measured(claim: Claim, decision: st.Decision, text: str, estimate, interval95, level=0.95, **more) -> dict:
+    """What every comparison has: its verdict, why, the estimate with its 95 % interval, and both p."""
+    conclusion = "this leaves the claim open."
+    if decision.primary != st.INCONCLUSIVE:
+        conclusion = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
+        companion = "stretches of pairs" if claim.test == "cost_ratio" else "seeds"
+        agrees = decision.code == decision.primary
+        conclusion += "." if agrees else f", but the t test over {companion} does not bear it out."
+    return {
+        "verdict": WORD[int(decision.code)],
+        "reason": f"{text}; {conclusion}",
+        "estimate": float(estimate),
+        "interval95": tuple(map(float, interval95)),
+        **more,
+        "level": level,
+        "p": float(decision.p),
+        "p_companion": float(decision.p_companion),
+    }
 
 
 def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
@@ -383,17 +379,16 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     primary = st.crossed_bootstrap(difference, draws=DRAWS, rng=_rng(claim, part))
     companion = st.seed_mean(difference.mean(-1))
     decision = st.decide_mean(claim.test, primary, companion, claim.margin)
-    estimate = float(primary.value)
-    low95, high95 = map(float, st.interval(primary, 0.95))
-    low90, high90 = map(float, st.interval(primary, 0.90))
-    digits = 2 if max(claim.margin, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
-    reason = (
-        f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]} "
-        f"(95 % interval {low95:+.{digits}f} to {high95:+.{digits}f}, 90 % {low90:+.{digits}f} to "
-        f"{high90:+.{digits}f}); {_conclusion(claim, decision)}"
+    ends = {level: tuple(map(float, st.interval(primary, level))) for level in (0.95, 0.90)}
+    size = abs(float(primary.value))
+    digits = 2 if max(claim.margin, size) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
+    spans = {level: " to ".join(f"{end:+.{digits}f}" for end in both) for level, both in ends.items()}
+    text = (
+        f"{names[0]} scored {size:.{digits}f} {'above' if primary.value >= 0 else 'below'} {names[1]} "
+        f"(95 % interval {spans[0.95]}, 90 % {spans[0.90]})"
     )
     level = 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95
-    return _measured(decision, reason, estimate, low95, high95, level, interval90=(low90, high90)) | {
+    return _measured(claim, decision, text, primary.value, ends[0.95], level, interval90=ends[0.90]) | {
         "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
         "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
         "probability_of_improvement": st.probability_of_improvement(treatment[0], baseline[0])
@@ -402,63 +397,39 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
     }
 
 
-def _measured(decision: st.Decision, reason: str, estimate: float, low: float, high: float, level=0.95, **more) -> dict:
-    """What every comparison has: its verdict, why, the estimate with its 95 % interval, and both p."""
-    return {
-        "verdict": WORD[int(decision.code)],
-        "reason": reason,
-        "estimate": estimate,
-        "interval95": (low, high),
-        **more,
-        "level": level,
-        "p": float(decision.p),
-        "p_companion": float(decision.p_companion),
-    }
-
-
 def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
     result = st.variance_ratio(treatment, baseline, draws=DRAWS, rng=_rng(claim, part))
+    (key,), (ratio, low, high) = claim.across, map(float, result[:3])
+    span = f"95 % interval {low:.2f} to {high:.2f}"
+    text = f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]} ({span})"
     decision = st.decide_variance(result, claim.margin)
-    ratio, low, high = float(result.ratio), float(result.low), float(result.high)
-    (key,) = claim.across
-    word = WORD[int(decision.code)]
-    reason = (
-        f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]} (95 % interval "
-        f"{low:.2f} to {high:.2f}); {_conclusion(claim, decision)}"
-    )
+    measured = _measured(claim, decision, text, ratio, (low, high))
     if not np.isfinite(ratio):
-        word, reason = "inconclusive", f"across {key} the scores of {names[1]} vary no more than noise does"
+        measured["verdict"] = "inconclusive"
+        measured["reason"] = f"across {key} the scores of {names[1]} vary no more than noise does"
     means, means_baseline = treatment.mean((1, 2)), baseline.mean((1, 2))
     for what, a, b in (("mean", means.mean(), means_baseline.mean()), ("best", means.max(), means_baseline.max())):
         if claim.guard is not None and a < b - claim.guard:
-            word = "vacuous"
-            reason = (
-                f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that "
-                f"vary less (ratio of variances {ratio:.2f}, 95 % interval {low:.2f} to {high:.2f}) because they "
-                "are worse show nothing"
+            measured["verdict"] = "vacuous"
+            measured["reason"] = (
+                f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that vary "
+                f"less (ratio of variances {ratio:.2f}, {span}) because they are worse show nothing"
             )
     own, own_baseline = result.per_seed
-    own_ratio = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
-    return _measured(decision, reason, ratio, low, high) | {
-        "verdict": word,
-        "per_seed": dict(zip(seeds, own_ratio, strict=True)),
-        "probability_of_improvement": st.probability_of_improvement(-own[:, None], -own_baseline[:, None]),
-    }
+    ratios = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
+    better = st.probability_of_improvement(-own[:, None], -own_baseline[:, None])
+    return measured | {"per_seed": dict(zip(seeds, ratios, strict=True)), "probability_of_improvement": better}
 
 
 def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
     """Ratio of costs from pairs `metric`, `metric`_baseline, in the order in which they were measured."""
     cost, baseline = (pairs[name].to_numpy(dtype=float) for name in (claim.metric, f"{claim.metric}_baseline"))
     result = st.time_ratio(cost, baseline, draws=COST_DRAWS, rng=_rng(claim))
+    span = f"95 % interval {result.low:.3f} to {result.high:.3f}, {len(pairs)} pairs"
+    text = f"{names[0]} takes {result.ratio:.3f} times the {claim.metric} of {names[1]} ({span})"
     decision = st.decide_cost(result, claim.margin)
-    ratio, low, high = float(result.ratio), float(result.low), float(result.high)
-    ratios = pairs[claim.metric] / pairs[f"{claim.metric}_baseline"]
-    per_seed = ratios.groupby(pairs["seed"]).median() if "seed" in pairs else {}
-    reason = (
-        f"{names[0]} takes {ratio:.3f} times the {claim.metric} of {names[1]} (95 % interval {low:.3f} to "
-        f"{high:.3f}, {len(pairs)} pairs); {_conclusion(claim, decision)}"
-    )
-    return _measured(decision, reason, ratio, low, high) | {
+    per_seed = pd.Series(cost / baseline).groupby(pairs["seed"].to_numpy()).median() if "seed" in pairs else {}
+    return _measured(claim, decision, text, result.ratio, (result.low, result.high)) | {
         "per_seed": {int(seed): float(value) for seed, value in per_seed.items()},
         "probability_of_improvement": float((cost < baseline).mean() + 0.5 * (cost == baseline).mean()),
         "n_seeds": len(per_seed),
@@ -521,22 +492,14 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
     def span(bounds: tuple | None) -> str:
         return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
 
-    return pd.DataFrame(
-        {
-            "claim": v.id,
-            "verdict": v.verdict,
-            "estimate": v.estimate,
-            "95 % interval": span(v.interval95),
-            "p": v.p,
-            "Holm p": v.holm_p,
-            "P(improvement)": v.probability_of_improvement,
-            "per seed": ", ".join(f"{value:.3g}" for value in v.per_seed.values() if value is not None),
-            "seeds": v.n_seeds,
-            "scale": v.scale,
-            "why": v.reason,
-        }
-        for v in verdicts
+    columns = "id verdict estimate interval95 p holm_p probability_of_improvement per_seed n_seeds scale reason"
+    rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=columns.split())
+    rows["interval95"] = rows["interval95"].map(span)
+    rows["per_seed"] = rows["per_seed"].map(
+        lambda seeds: ", ".join(f"{x:.3g}" for x in seeds.values() if x is not None)
     )
+    names = ["claim", "verdict", "estimate", "95 % interval", "p", "Holm p", "P(improvement)", "per seed", "seeds"]
+    return rows.set_axis([*names, "scale", "why"], axis=1)
 
 
 def sentence(verdict: Verdict) -> str:
@@ -547,16 +510,15 @@ def sentence(verdict: Verdict) -> str:
 
 def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     """Which runs each claim's cells have: one row per claim and cell, with the seeds of every status."""
-    statuses, out = ("completed", "diverged", "failed", "out_of_memory", "lost", "missing"), []
-    for claim in study.claims:
-        for side in ("treatment", "baseline"):
-            for cell in study.levels(claim, side):
-                # where a key is `best`, any of its runs may be it
-                runs = select(members, {key: value for key, value in cell.items() if value != BEST})
-                seeds = {s: runs["seed"][runs["status"] == s].astype(int) if len(runs) else [] for s in statuses}
-                row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}
-                row["finished"] = sum(len(seeds[status]) for status in FINISHED)
-                out.append(row | {status: ", ".join(map(str, sorted(set(seeds[status])))) for status in statuses})
+    statuses, out = (*FINISHED, "failed", "out_of_memory", "lost", "missing"), []
+    sides = [(claim, side, cell) for claim in study.claims for side in SIDES for cell in study.levels(claim, side)]
+    for claim, side, cell in sides:
+        # where a key is `best`, any of its runs may be it
+        runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+        seeds = {s: runs["seed"][runs["status"] == s].astype(int) if len(runs) else [] for s in statuses}
+        row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}
+        row["finished"] = sum(len(seeds[status]) for status in FINISHED)
+        out.append(row | {status: ", ".join(map(str, sorted(set(seeds[status])))) for status in statuses})
     return pd.DataFrame(out)
 
 
@@ -625,10 +587,11 @@ def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str
         verdict.reason = f"this claim is about {' and '.join(claim.scales)} scale"
     elif claim.metric in absent:
         verdict.reason = absent[claim.metric]
-    elif claim.test == "cost_ratio":
-        _judge_cost(study, claim, data, verdict)
     else:
-        _judge_scores(study, claim, data, verdict)
+        try:
+            (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
+        except Missing as missing:
+            verdict.reason = str(missing)
     return verdict
 
 
@@ -641,15 +604,13 @@ class Comparison(NamedTuple):
     pairs: Paired
 
 
-def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Comparison | str:
-    """The claim's two sides, or what is missing of them."""
+def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Comparison:
+    """The claim's two sides; raises Missing."""
     treatment, baseline = study.levels(claim, "treatment"), study.levels(claim, "baseline")
     cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
     if None in cells:
-        return f"{MISSING}{'a run' if all_seeds else 'runs'} with {study.choose_on}"
+        raise Missing(f"{'a run' if all_seeds else 'runs'} with {study.choose_on}")
     pairs = pair_up(study, data.scores(claim.metric), data.members, cells, claim.metric, all_seeds=all_seeds)
-    if not isinstance(pairs, Paired):
-        return MISSING + "; ".join(pairs)
     n = len(treatment)
     name = study.label(cells[0] if n == 1 else claim.treatment)
     other = claim.baseline_name or study.label(cells[n] if len(baseline) == 1 else claim.baseline or {})
@@ -657,18 +618,16 @@ def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Com
 
 
 def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
-    found = _compare(study, claim, data, all_seeds=True)
-    if isinstance(found, str):
-        verdict.reason = found
-        return
-    cells, n, names, pairs = found
+    comparison = _compare(study, claim, data, all_seeds=True)
+    _, n, names, pairs = comparison
     if len(pairs.seeds) < 2:
         verdict.reason = "one seed tells nothing about seeds: at least 2 are needed"
         return
     vars(verdict).update(measure(claim, pairs, n, names))
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
-    lost = sorted({seed for seeds in pairs.diverged[:n] for seed in seeds})
-    lost_baseline = sorted({seed for seeds in pairs.diverged[n:] for seed in seeds})
+    lost, lost_baseline = (
+        sorted({seed for seeds in part for seed in seeds}) for part in (pairs.diverged[:n], pairs.diverged[n:])
+    )
     every = [len(seeds) == len(pairs.seeds) for seeds in pairs.diverged]
     if lost:
         forbidden = claim.no_divergence and verdict.verdict == "supported"
@@ -679,37 +638,32 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
     elif claim.baseline:  # a figure of its own (absolute) is missed by a model that learned nothing
         try:
-            vars(verdict).update(_vacuous_at_chance(study, data, found, verdict.reason))
-        except Unknown as missing:
-            verdict.note = f"{verdict.note} Whether its runs are above chance is not known ({missing}).".strip()
+            vars(verdict).update(_vacuous_at_chance(study, data, comparison, verdict.reason))
+        except Missing as missing:
+            verdict.note += f" Whether its runs are above chance is not known ({missing.args[0]})."
     if claim.premise:
-        verdict.premise = _premise(names[1], len(lost_baseline), len(pairs.seeds), float(pairs.values[n:].mean()))
+        count, mean = f"of {len(pairs.seeds)} runs", float(pairs.values[n:].mean())
+        text = f"{names[1]} did not diverge in any {count} (mean score {mean:.2f}): there was no divergence to avoid."
+        text = f"{names[1]} diverged in {len(lost_baseline)} {count}." if lost_baseline else text
+        verdict.premise = {"holds": bool(lost_baseline), "text": text}
     if pairs.dropped:
-        verdict.note = f"{verdict.note} {pairs.dropped} question(s) without a score in some run were left out.".strip()
-    verdict.beside = [_compare_beside(study, claim, other, data) for other in claim.beside]
+        verdict.note += f" {pairs.dropped} question(s) without a score in some run were left out."
+    verdict.note = verdict.note.strip()
+    verdict.beside = [_compare_sides(study, claim, other, data) for other in claim.beside]
     if lost or lost_baseline:
-        verdict.sensitivity = _compare_completed(claim, found)
+        verdict.sensitivity = _compare_completed(claim, comparison)
 
 
-def _premise(name: str, diverged: int, runs: int, mean: float) -> dict:
-    if diverged:
-        return {"holds": True, "text": f"{name} diverged in {diverged} of {runs} runs."}
-    text = f"{name} did not diverge in any of {runs} runs (mean score {mean:.2f}): there was no divergence to avoid."
-    return {"holds": False, "text": text}
-
-
-def _compare_beside(study: Claims, claim: Claim, other: Beside, data: Data) -> dict:
+def _compare_sides(study: Claims, claim: Claim, other: SideComparison, data: Data) -> dict:
     """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
-    sides = {side: cell for side in ("treatment", "baseline") if (cell := getattr(other, side))}
+    sides = {side: cell for side in SIDES if (cell := getattr(other, side))}
     asked = claim.model_copy(update=sides | ({"baseline_name": ""} if other.baseline else {}))
     out = {"name": other.name, "decides": False}
     try:
-        found = _compare(study, asked, data, all_seeds=False)
-    except ValueError as error:  # it contradicts what is fixed in advance
-        found = str(error)
-    if isinstance(found, str):
-        return {**out, "reason": found}
-    _, n, names, pairs = found
+        comparison = _compare(study, asked, data, all_seeds=False)
+    except ValueError as error:  # scores are missing, or it contradicts what is fixed in advance
+        return {**out, "reason": str(error)}
+    _, n, names, pairs = comparison
     out |= {"treatment": names[0], "baseline": names[1], "n_seeds": len(pairs.seeds)}
     if len(pairs.seeds) < 2 and claim.test == "variance_ratio":
         return {**out, "reason": "one seed tells nothing about noise"}
@@ -718,21 +672,20 @@ def _compare_beside(study: Claims, claim: Claim, other: Beside, data: Data) -> d
         reason = f"{difference:+.2f} in the one seed that both have; no interval"
         return {**out, "estimate": difference, "reason": reason}
     measured = measure(claim, pairs, n, names, other.name)
-    with contextlib.suppress(Unknown):  # the claim's own note says so
-        measured |= _vacuous_at_chance(study, data, found, measured["reason"])
+    with contextlib.suppress(Missing):  # the claim's own note says so
+        measured |= _vacuous_at_chance(study, data, comparison, measured["reason"])
     return out | _hide_verdict(measured)
 
 
-def _compare_completed(claim: Claim, found: Comparison) -> dict:
+def _compare_completed(claim: Claim, comparison: Comparison) -> dict:
     """The same comparison on the seeds in which no run diverged."""
-    pairs = found.pairs
-    lost = {seed for seeds in pairs.diverged for seed in seeds}
-    keep = [i for i, seed in enumerate(pairs.seeds) if seed not in lost]
+    pairs = comparison.pairs
+    keep = [i for i, seed in enumerate(pairs.seeds) if not any(seed in seeds for seeds in pairs.diverged)]
     out = {"on": "completed runs only", "n_seeds": len(keep)}
     if len(keep) < 2:
         return {**out, "reason": f"{len(keep)} seed(s) without a diverged run: nothing to compare"}
     rest = pairs._replace(values=pairs.values[:, keep], seeds=[pairs.seeds[i] for i in keep])
-    return out | _hide_verdict(measure(claim, rest, found.n, found.names, "completed"))
+    return out | _hide_verdict(measure(claim, rest, comparison.n, comparison.names, "completed"))
 
 
 def _hide_verdict(measured: dict) -> dict:
@@ -746,29 +699,24 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     pairs = data.costs if set(columns) <= set(data.costs) else pd.DataFrame(columns=columns)
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
-    if len(pairs) >= MIN_COST_PAIRS:
-        vars(verdict).update(_measure_cost(claim, pairs, names))
-    else:
+    if len(pairs) < MIN_COST_PAIRS:
         count = f"{len(pairs)} pairs, at least {MIN_COST_PAIRS} are needed"
-        verdict.reason = f"{MISSING}{claim.metric} of {names[0]} and {names[1]} measured in turns ({count})"
+        raise Missing(f"{claim.metric} of {names[0]} and {names[1]} measured in turns ({count})")
+    vars(verdict).update(_measure_cost(claim, pairs, names))
 
 
 # ---- whether the runs that a claim compares have learned anything
 
 
-class Unknown(Exception):
-    """What is missing to say whether runs are at chance."""
-
-
-def _vacuous_at_chance(study: Claims, data: Data, found: Comparison, reason: str) -> dict:
+def _vacuous_at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) -> dict:
     """Verdict and reason where every run of the comparison is at chance, whatever its numbers (`reason`) say; nothing
     where one is not."""
-    said = at_chance(study, data, found) if study.chance else ""
-    return {"verdict": "vacuous", "reason": f"{said}. By its numbers alone: {reason}"} if said else {}
+    text = at_chance(study, data, comparison) if study.chance else ""
+    return {"verdict": "vacuous", "reason": f"{text}. By its numbers alone: {reason}"} if text else {}
 
 
-def at_chance(study: Claims, data: Data, found: Comparison) -> str:
-    """The sentence that says it, where every cell is at chance; the empty string where one is not. Raises Unknown.
+def at_chance(study: Claims, data: Data, comparison: Comparison) -> str:
+    """The sentence that says it, where every cell is at chance; the empty string where one is not. Raises Missing.
 
     A difference between runs at chance says nothing of methods. What chance is stands in claims.yaml (`chance`), fixed
     before any score is seen. Runs are at chance unless they are shown to be above it or, where they began with
@@ -777,12 +725,10 @@ def at_chance(study: Claims, data: Data, found: Comparison) -> str:
     many shows nothing, and one that has clearly learned is no run at chance, however much the seeds differ). To diverge
     is a result, and not chance.
     """
-    chance, cells = study.chance, found.cells
+    chance, cells, n = study.chance, comparison.cells, comparison.n
     pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric, all_seeds=False)
-    if not isinstance(pairs, Paired):
-        raise Unknown("; ".join(pairs))
     if len(pairs.seeds) < 2:
-        raise Unknown("one seed tells nothing about seeds")
+        raise Missing("one seed tells nothing about seeds")
     if any(pairs.diverged):
         return ""
     limits = [_chance_limits(study, cell, data.members) for cell in cells]
@@ -790,12 +736,10 @@ def at_chance(study: Claims, data: Data, found: Comparison) -> str:
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):
         alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
         for estimate, level in ((st.crossed_mean(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
-            if np.any(st.p_above(estimate, upper) <= level):
-                return ""
-            if lower is not None and np.any(st.p_below(estimate, lower) <= level):
+            if np.any(st.p_above(estimate, upper) <= level) or np.any(st.p_below(estimate, lower) <= level):
                 return ""
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
-    sides = zip((means[: found.n], means[found.n :]), found.names, strict=True)
+    sides = zip((means[:n], means[n:]), comparison.names, strict=True)
     return (
         f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is "
         f"{' and '.join(f'{part.max():.3f} of {name}' for part, name in sides)}, not shown to "
@@ -803,8 +747,8 @@ def at_chance(study: Claims, data: Data, found: Comparison) -> str:
     )
 
 
-def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[float, float | None]:
-    """What the metric is above where a run of `cell` has learned, and what below (None: nothing)."""
+def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[float, float]:
+    """What the metric is above where a run of `cell` has learned, and what below (minus infinity: nothing)."""
     runs, chance = select(members, cell), study.chance
 
     def value(level: float | str) -> float:
@@ -812,7 +756,8 @@ def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[fl
             return float(level)
         column = pd.to_numeric(runs[level], errors="coerce").dropna() if level in runs else []
         if not len(column):
-            raise Unknown(f"{study.label(cell)}: no {level}")
+            raise Missing(f"{study.label(cell)}: no {level}")
         return float(np.mean(column))
 
-    return max(map(value, chance.no_better_than)), None if chance.no_worse_than is None else value(chance.no_worse_than)
+    lower = chance.no_worse_than
+    return max(map(value, chance.no_better_than)), -np.inf if lower is None else value(lower)
