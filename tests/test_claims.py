@@ -589,7 +589,7 @@ def test_unknown_keys_are_refused(tmp_path):
     message = broken(tmp_path, "margin: 0.3", "margn: 0.3")
     assert "claims.0.margn: unknown key" in message
     assert "did you mean claims.0.margin?" in message
-    beside = "DPO beta that is best on validation, {}:"
+    beside = "DPO beta that is best on validation\n      {}:"
     message = broken(tmp_path, beside.format("baseline"), beside.format("basline"))
     assert "did you mean claims.0.beside.0.baseline?" in message
     assert "did you mean names?" in broken(tmp_path, "names:", "name:")
@@ -602,7 +602,7 @@ def test_unknown_keys_are_refused(tmp_path):
         ("{method: td_dpo, beta: 2.5}", "{method: td_dpo, beta: 3}", "not fixed for beta = 3"),
         ("id: C2", "id: C1", "not unique"),
         ("test: non_inferiority", "test: non_inferior", "non_inferiority"),
-        ("    across: {beta: [0.01, 0.05, 0.5, 2.5]}\n", "", "across"),
+        ("    across:\n      beta: [0.01, 0.05, 0.5, 2.5]\n", "", "across"),
         ("    baseline: {method: dpo, beta: 0.05}\n", "", "needs a `baseline`"),
         ("choose_on: validation_implicit_accuracy", "choose_on: null", "needs `choose_on`"),
     ],
