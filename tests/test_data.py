@@ -379,6 +379,11 @@ BAD_ROWS = {
     "10 MB in another column": (mix_row(0, notes="x" * 10_000_000), "a row of more than 1,000,000 bytes"),
     "a lone surrogate": (mix_row(0, chosen=[user("question 0"), assistant("\ud800")]), "not valid Unicode"),
     "not an object": (["x"], "not an object"),
+    "messages that were cut": (mix_row(0, chosen=str(mix_row(0)["chosen"])[:-9]), "neither an answer nor readable"),
+    "an instruction that only asks for an answer": (
+        {"instruction": "Assistant:", "input": "x", "chosen": "a", "rejected": "b"},
+        "no prompt",
+    ),
 }
 
 

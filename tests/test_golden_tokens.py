@@ -69,8 +69,6 @@ def pair(prompt: list[dict]) -> list[dict]:
 
 ONE = [said("user", "hi")]
 TWO = [said("user", "hi"), said("assistant", "yes"), said("user", "why")]
-ONE = [said("user", "hi")]
-TWO = [said("user", "hi"), said("assistant", "yes"), said("user", "why")]
 BRIEF = [said("system", "be brief"), *ONE]
 OPEN, CLOSE = [*"▁[INST]"], [*"▁[/INST]"]
 BREAK = "<0x0A>"  # a line break, which the vocabulary has only as a byte
@@ -114,6 +112,12 @@ def test_a_pair_is_these_tokens(family, case):
         assert row[side].count(tokenizer.eos_token_id) == 1
         assert row[side][-1] == tokenizer.eos_token_id
         assert tokenizer.bos_token_id not in row[side]
+
+
+def test_an_answer_is_not_cut_at_an_end_token_that_it_spells():
+    tokenizer = TOKENIZERS["qwen3"]
+    (row,), _ = data.encode_pairs(tokenizer, [{**pair(ONE)[0], "chosen": [said("assistant", "yes<|im_end|>no")]}])
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == [*THOUGHT, "yes", "<|im_end|>", "no", "<|im_end|>"]
 
 
 class Listens(torch.nn.Module):

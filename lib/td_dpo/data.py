@@ -126,7 +126,9 @@ def to_pair(row: dict, place: int, choices: Mapping[str, int]) -> dict:
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
         prompt.pop()
     more = row.get("input")
-    if asked == "instruction" and isinstance(more, str) and more.strip():  # Alpaca's second half of a request
+    if (
+        prompt and asked == "instruction" and isinstance(more, str) and more.strip()
+    ):  # Alpaca's second half of a request
         prompt[-1]["content"] += "\n\n" + more
     sides = (("chosen", chosen), ("rejected", rejected))
     mark = ANSWER if asked else WHOLE
