@@ -52,7 +52,7 @@ class Row(NamedTuple):
     value: Any  # the row, or the BadRow that stands in its place
 
 
-def shown(value: Any, limit: int = 60) -> str:
+def describe(value: Any, limit: int = 60) -> str:
     """A value for an error message: its type and its beginning."""
     text = repr(value[: 2 * limit] if isinstance(value, (str, list)) else value)
     return f"{type(value).__name__} {text[:limit]}{'...' if len(text) > limit else ''}"
@@ -71,7 +71,7 @@ def require(row: dict, column: str) -> Any:
 def require_text(row: dict, column: str) -> str:
     """The same where it must be text."""
     if not isinstance(value := require(row, column), str):
-        raise BadRow(f"wrong type in {column} (expected text)", shown(value))
+        raise BadRow(f"wrong type in {column} (expected text)", describe(value))
     return value
 
 
@@ -230,12 +230,12 @@ def convert(
     for split, rows in sources.items():
         for place, row in enumerate(rows):
             try:
-                splits[split].append(parse(_checked(row.value), place))
+                splits[split].append(parse(_check(row.value), place))
             except BadRow as fault:
                 faults[row.file, fault.kind].append((row.number, fault.detail))
     if faults and not drop:
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
-        found = "; ".join(f"{_described(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
+        found = "; ".join(f"{_describe_fault(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
         leave = "" if drop is None else ", or leave them out and have them counted: --set dataset.on_bad_row=drop"
         raise StudyError(where, found, f"{expected}; rows are counted from 0", f"correct these rows{leave}")
     dropped = [
@@ -251,11 +251,11 @@ def convert(
     return splits, {"count": lost, "reasons": dropped}
 
 
-def _checked(value: Any) -> dict:
+def _check(value: Any) -> dict:
     if isinstance(value, BadRow):
         raise value
     if not isinstance(value, dict):
-        raise BadRow("a row that is not an object with named columns", shown(value))
+        raise BadRow("a row that is not an object with named columns", describe(value))
     try:
         size = len(_as_json(value).encode())
     except UnicodeEncodeError:
@@ -265,7 +265,7 @@ def _checked(value: Any) -> dict:
     return value
 
 
-def _described(kind: str, bad: list[tuple[int, str]]) -> str:
+def _describe_fault(kind: str, bad: list[tuple[int, str]]) -> str:
     """'3 rows: empty chosen (rows 4, 9, 11; row 4: no messages)'."""
     several, (first, detail) = "s" * (len(bad) > 1), bad[0]
     rows = ", ".join(str(row) for row, _ in bad[:5]) + ", ..." * (len(bad) > 5)

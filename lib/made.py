@@ -91,7 +91,7 @@ def train_bpe_tokenizer(
     options = {"initial_alphabet": alphabet, "min_frequency": min_frequency, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, **options)
     tokenizer.train_from_iterator(texts, trainer)
-    return _wrapped(tokenizer, special_tokens, chat_template)
+    return _wrap(tokenizer, special_tokens, chat_template)
 
 
 def word_tokenizer(
@@ -103,10 +103,10 @@ def word_tokenizer(
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
     for name, part in (parts | {"pre_tokenizer": pre_tokenizer}).items():
         setattr(tokenizer, name, part)
-    return _wrapped(tokenizer, special_tokens)
+    return _wrap(tokenizer, special_tokens)
 
 
-def _wrapped(tokenizer: Tokenizer, special: dict, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer, special: dict, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """As transformers has it; where there is a [CLS] and a [SEP], they are put round every encoded text."""
     if "cls_token" in special:
         first, last = special["cls_token"], special["sep_token"]

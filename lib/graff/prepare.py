@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lib import config, data, hub, made
-from lib.data import BadRow, require_text, shown
+from lib.data import BadRow, describe, require_text
 from lib.graff import member
 from lib.graff.data import bucket_by_length, collate, encode, prompt, reference, target
 
@@ -59,10 +59,10 @@ def to_problem(row: dict) -> dict:
     """A row of GSM8K's form; raises BadRow. An answer that is a number alone (GSM1k's) is one."""
     if type(row.get("answer")) is int:
         row = {**row, "answer": f"#### {row['answer']}"}
-    made_of = {column: require_text(row, column) for column in ("question", "answer")}
-    if reference(made_of["answer"]) is None:
-        raise BadRow("no '#### number' that ends answer", shown(made_of["answer"][-60:]))
-    return made_of
+    texts = {column: require_text(row, column) for column in ("question", "answer")}
+    if reference(texts["answer"]) is None:
+        raise BadRow("no '#### number' that ends answer", describe(texts["answer"][-60:]))
+    return texts
 
 
 def read_problems(name: str, wanted: tuple[str, ...], revision: str | None = None, **options) -> tuple[dict, dict]:

@@ -329,10 +329,10 @@ def _check_scheduler(run: Run) -> Iterator[Finding]:
 
 def prepare(run: Run, folder: Path) -> None:
     """What all members of the run share, into `folder`: problems, base model, tokens, and the planner's warm start."""
-    from lib.graff import prepare as made_before
+    from lib.graff import prepare as preparation
 
-    made_before.prepare(run, folder)
-    made_before.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
+    preparation.prepare(run, folder)
+    preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
 
 
 def train(member, folder: Path, shared: Path) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model
 
 from lib import data, made
-from lib.data import BadRow, require_text, shown
+from lib.data import BadRow, describe, require_text
 from lib.errors import StudyError
 
 COLUMNS = {"mnli": ("premise", "hypothesis"), "sst2": ("sentence",), "rte": ("sentence1", "sentence2")}
@@ -92,7 +92,7 @@ def to_example(row: dict, task: str) -> dict:
     label = next((i for i, name in enumerate(names) if str(given) in (name, str(i))), None)
     if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", shown(given))
+        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", describe(given))
     return {"text_a": first, "text_b": second, "label": label}
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lib import data, made, models, record
-from lib.data import BadRow, require, shown
+from lib.data import BadRow, describe, require
 from lib.errors import StudyError
 from lib.td_dpo import generated
 from lib.td_dpo.engine import Row, conversation_ids, pad_token, sequence_logprobs, token_budget_batches
@@ -53,7 +53,7 @@ def decode(value: Any, column: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError):
             return parse(value)
-    raise BadRow(f"text in {column} that is neither an answer nor readable messages", shown(value))
+    raise BadRow(f"text in {column} that is neither an answer nor readable messages", describe(value))
 
 
 def parse_turns(transcript: str) -> list[dict]:
@@ -71,12 +71,12 @@ def conversation(value: Any, column: str, role: str, transcript: str) -> list[di
     if isinstance(value, str):
         return parse_turns(value) if re.search(transcript, value) else [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise BadRow(f"wrong type in {column} (expected text or messages)", shown(value))
+        raise BadRow(f"wrong type in {column} (expected text or messages)", describe(value))
     for message in value:
         keys = message if isinstance(message, dict) else {}
         if keys.get("role") not in ROLES or not isinstance(keys.get("content"), str):
             kind = f"wrong message in {column} (expected text as content and a role: {', '.join(ROLES)})"
-            raise BadRow(kind, shown(message))
+            raise BadRow(kind, describe(message))
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -92,12 +92,12 @@ def split_conversations(sides: dict[str, list[dict]], prompt: list[dict]) -> tup
             raise BadRow(f"empty {name}")
     (*lead, chosen), (*other, rejected) = sides.values()
     if lead != other:
-        raise BadRow("chosen and rejected have different prompts", shown((lead or other)[-1]["content"]))
+        raise BadRow("chosen and rejected have different prompts", describe((lead or other)[-1]["content"]))
     if prompt and lead and lead != prompt:
         # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
         contents = [message["content"].strip() for message in lead]
         if not all(message["content"].strip() in contents for message in prompt):
-            raise BadRow("the prompt column disagrees with the conversation in chosen", shown(prompt[-1]["content"]))
+            raise BadRow("the prompt column disagrees with the conversation in chosen", describe(prompt[-1]["content"]))
     if not (lead or prompt):
         raise BadRow("no prompt (expected a prompt column, or a common beginning of chosen and rejected)")
     return lead or prompt, chosen["content"], rejected["content"]
@@ -117,11 +117,11 @@ def to_pair(row: dict, place: int, choices: Mapping[str, int]) -> dict:
     if chose:
         if (second := choices.get(choice_key(row))) is None:
             kind = "choice that names neither completion (expected a or b, completion_a or completion_b, 0/1, or 1/2)"
-            raise BadRow(kind, shown(row["choice"]))
+            raise BadRow(kind, describe(row["choice"]))
         chosen, rejected = (rejected, chosen) if second else (chosen, rejected)
     if type(chosen) is not type(rejected):
         kind = "wrong type in chosen or rejected (expected both text, or both message lists)"
-        raise BadRow(kind, f"{shown(chosen)}; {shown(rejected)}")
+        raise BadRow(kind, f"{describe(chosen)}; {describe(rejected)}")
     prompt = conversation(decode(row[asked], asked), asked, "user", PROMPT) if asked else []
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
         prompt.pop()
@@ -135,7 +135,7 @@ def to_pair(row: dict, place: int, choices: Mapping[str, int]) -> dict:
     conversations = {name: conversation(side, name, "assistant", mark) for name, side in sides}
     prompt, chosen, rejected = split_conversations(conversations, prompt)
     if chosen.strip() == rejected.strip():
-        raise BadRow("identical chosen and rejected", shown(chosen))
+        raise BadRow("identical chosen and rejected", describe(chosen))
     if prompt[-1]["role"] != "user":
         raise BadRow("prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}")
     if not prompt[-1]["content"].strip():
