@@ -604,7 +604,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
     """
     where, cells = "notebook parameters", () if namespace.get("nonce") else namespace.get("In", ())
     assigned = [names for cell in cells if "run_id" in (names := ASSIGNED.findall(cell))]
-    written = set(itertools.chain(*assigned)) or namespace.keys() - {"In", "Out", "nonce"}
+    written = (set(itertools.chain(*assigned)) or namespace.keys()) - {"In", "Out", "nonce"}
     given = {key: namespace[key] for key in written if isinstance(namespace[key], PLAIN) and not key.startswith("_")}
     study = given.pop("study", None) or recognize(given, where)
     module = study_module(study)

@@ -846,7 +846,8 @@ def test_later_cells_do_not_count_as_parameters_in_jupyterlab(raw):
     cells = ["", "%matplotlib inline", "run_id = 'td_dpo'\nmodel = {}", "rows = [1]"]
     space = {"In": cells, "rows": [1], **raw}
     written = "run_id = 'x'\n" + "\n".join(f"{key} = 0" for key in raw)
-    assert config.from_notebook(space | {"In": [*cells, written]}).run_id == "td_dpo"
+    opened = {"In": [*cells, written + "\nnonce = None"], "nonce": None}  # as each notebook's parameters cell has it
+    assert config.from_notebook(space | opened).run_id == "td_dpo"
     assert "rows" in refused(config.from_notebook, space | {"In": [*cells, written], "nonce": "n"})
     assert "beta" in refused(config.from_notebook, space | {"In": [*cells, written + "\nbeta = 1"], "beta": 1})
 
