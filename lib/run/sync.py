@@ -14,25 +14,21 @@ from lib.run import plan, progress, runner, wandb
 def sync(roots: list[Path], options) -> int:
     """Send what W&B lacks of the records in these folders (outputs/<scale>-full…). Exit code: 0 W&B is up to date, 1 it
     is not yet, 3 it cannot be reached or there is no key."""
-    folders = [
-        folder
-        for root in roots
-        for folder in sorted({done.parents[2] for done in root.glob("*/*/members/*/done.json")})
-        if plan.matches(options, folder.name)
-        and (not options.study or folder.parent.name in options.study)
-        and (config.load_yaml(folder / "config.yaml").get("wandb") or {}).get("mode") != "disabled"
-        and wandb.FROM not in root.name
-    ]
+    done = [path for root in roots if wandb.FROM not in root.name for path in root.glob("*/*/members/*/done.json")]
+    folders = [folder for folder in sorted({path.parents[2] for path in done}) if plan.matches(options, folder.name)]
+    folders = [folder for folder in folders if not options.study or folder.parent.name in options.study]
+    settings = {folder: config.load_yaml(folder / "config.yaml").get("wandb") or {} for folder in folders}
+    folders = [folder for folder in folders if settings[folder].get("mode") != "disabled"]
     if not folders:
         where = ", ".join(map(str, roots)) or "outputs/"
         print(f"nothing to send: no finished member in {where}, or wandb.mode: disabled in its YAML")
         return 0
-    named = [f"--{name}={value}" for name in ("entity", "project") if (value := getattr(options, name))]
+    address = [options.entity or "", options.project or ""]
     with contextlib.ExitStack() as locks:
         for root in dict.fromkeys(folder.parents[1] for folder in folders):
             locks.enter_context(progress.lock(root))  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
-        code = subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *named, *map(str, folders)])
+        code = subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *address, *map(str, folders)])
     if code == -signal.SIGALRM:
         print(f"W&B kept one call waiting for {wandb.STALL_SECONDS} s; fix: try again later", file=sys.stderr)
     return code if code in (0, 3) else 1

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -43,8 +42,7 @@ PROJECT = "llm-finetuning-studies"
 MIRRORED = (".json", ".jsonl", ".yaml")
 NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
 POLL, TRIES, RETRY = 1.0, 3, 60  # seconds between two looks at the histories; attempts of a sender, seconds between
-LOCAL_SECONDS = 300  # for the client's files, which the network does not hold up but a slow disk does
-STALL_SECONDS = 600  # for one call of the client
+STALL_SECONDS = 600  # for sending one W&B run; for the client's files, which a slow disk may hold up
 SYNC = "./run_all.sh sync where its records are"
 # Nothing of this machine or its user goes with a run, and nothing is sent but what is asked for.
 SETTINGS = {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True}
@@ -63,36 +61,30 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 @dataclass
 class Entry:
-    """One W&B run. `init`: what `wandb.init` is called with; `files`: {name on W&B: local path}, the name being the path
-    below the study's results folder; `finished`: its record is final."""
+    """One W&B run. `init`: what `wandb.init` is called with; `config`: the settings, and as `record` what it states of
+    the record that it was sent; `files`: {name on W&B: local path}, the name being the path below the study's results
+    folder; `finished`: its record is final."""
 
     init: dict
+    config: dict
     summary: dict
     history: Path
     files: dict[str, Path]
     finished: bool
 
-    @property
-    def config(self) -> dict:
-        """The settings, and as `record` what its W&B run states of the record it was sent."""
-        return self.init["config"]
+    def rows(self) -> list[tuple]:
+        """The rows of the history, as `row_of` gives them."""
+        return [row_of({"global_step": row.pop("step"), **row}) for row in read_jsonl(self.history)]
 
-    def rows(self) -> dict[int, dict]:
-        """{step: row} of the history, training and evaluation rows of one step merged, the step as `global_step`."""
-        steps: dict[int, dict] = {}
-        for row in read_jsonl(self.history):
-            merged = steps.setdefault(row["step"], {"global_step": row["step"]})
-            merged.update({k: v for k, v in row.items() if k != "step" and isinstance(v, int | float | str)})
-        return dict(sorted(steps.items()))
+
+def row_of(values: dict) -> tuple:
+    """A row of a history as sorted (name, value) pairs, without W&B's own and what is no number or text."""
+    kept = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+    return tuple(sorted((name, value) for name, value in kept.items() if not name.startswith("_")))
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _id(text: str, *digits: str) -> str:
-    """A W&B run id: at most 128 characters, none of those that W&B refuses."""
-    return "-".join([re.sub(r"[^\w.+=-]", "_", text)[:119], *digits])
 
 
 def _place(run_folder: Path) -> str:
@@ -111,10 +103,9 @@ def _entry(member: Path, id: str, name: str, about: dict, summary: dict, files: 
     about["digest"] = digest([spec["config"], summary, about])
     # that of the run's last notebook, which may be later than its members' training
     address = config.load_yaml(run_folder / "config.yaml").get("wandb") or {}
-    init = {"id": id, "name": name, "group": run_folder.name, "config": {**spec["config"], "record": about}}
-    init |= {"entity": address.get("entity"), "project": address.get("project") or PROJECT}
-    summary = {key: value for key, value in summary.items() if value is not None}
-    return Entry(init, summary, member / "history.jsonl", named, finished)
+    init = {"id": id, "name": name, "group": run_folder.name, "entity": address.get("entity")}
+    init["project"] = address.get("project") or PROJECT
+    return Entry(init, {**spec["config"], "record": about}, summary, member / "history.jsonl", named, finished)
 
 
 def member_entry(member: Path) -> Entry | None:
@@ -127,7 +118,7 @@ def member_entry(member: Path) -> Entry | None:
     attempt = len(list((run_folder / "attempts").glob(f"{member.name}.*")))
     about = {"member": member.name, "cell": spec["cell_name"], "seed": spec["seed"], "key": key, "attempt": attempt}
     summary, files = (read_json(member / "metrics.json", {}), member.glob("*.*")) if finished else ({}, ())
-    id = _id(name, digest([key, _place(run_folder), attempt])[:8])
+    id = f"{name[:119]}-{digest([key, _place(run_folder), attempt])[:8]}"  # W&B takes 128 characters
     return _entry(member, id, name, about, summary, files, finished)
 
 
@@ -145,8 +136,9 @@ def final_entry(run_folder: Path, members: dict[str, Entry]) -> Entry | None:
     if not settings or ((settings.get("optuna") or {}).get("n_trials") and not searched.get("final")):
         return None  # its search is still to come
     scale, mode = settings["record"]["scale"], settings["record"]["mode"]
-    varied = [] if folder == f"{scale}-{mode}" else [digest(folder)[:8]]  # must not take the study's own place
-    id = _id(run_folder.name + ("" if scale == "paper" else f"--{scale}"), *varied)
+    id = run_folder.name[:110] + ("" if scale == "paper" else f"--{scale}")
+    if folder != f"{scale}-{mode}":  # a variation must not take the study's own place
+        id += f"-{digest(folder)[:8]}"
     ids = {name: entry.init["id"] for name, entry in members.items()}
     about = {"chosen": chosen, "members": ids, "source": digest([ids, chosen])}
     files = [*run_folder.glob("*.*"), *run_folder.glob("sweep/metrics.json"), *run_folder.glob("sweep/best.yaml")]
@@ -206,11 +198,10 @@ class Mirrors:
         deadline = time.monotonic() + seconds
         self.closing.set()
         self.life.close()
-        for thread in self.threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if seconds and thread.name == "offline":
-                thread.join(LOCAL_SECONDS)
-        for process in self.processes.values():
+        for thread in list(self.threads.values()):  # one may begin meanwhile
+            local = seconds and thread.name == "offline"
+            thread.join(STALL_SECONDS if local else max(0.0, deadline - time.monotonic()))
+        for process in list(self.processes.values()):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         sent = {folder for folder, process in self.processes.items() if process.returncode == 0}
@@ -249,10 +240,9 @@ def stated(run) -> dict:
     return (run.config.get("record") or {}) if run else {}
 
 
-def rows_of(run) -> dict[int, dict]:
-    """{step: row} of a W&B run's history: of rows with one global_step, the last; W&B's own keys left out."""
-    rows = run.scan_history(use_cache=False) if run else ()
-    return {row["global_step"]: {k: v for k, v in row.items() if not k.startswith("_")} for row in rows}
+def rows_of(run) -> set[tuple]:
+    """What a W&B run's history holds; nothing where there is no run."""
+    return {row_of(row) for row in run.scan_history(use_cache=False)} if run else set()
 
 
 def diff(entry: Entry, run) -> list[str]:
@@ -263,8 +253,7 @@ def diff(entry: Entry, run) -> list[str]:
     same = {
         "state": run.state == "finished",
         "record": stated(run).get("digest") == entry.config["record"]["digest"],
-        "summary": all(run.summary.get(key) == value for key, value in entry.summary.items()),
-        "history": rows_of(run).keys() == entry.rows().keys(),
+        "history": rows_of(run).issuperset(entry.rows()),
         "files": all(sizes.get(name) == path.stat().st_size for name, path in entry.files.items()),
     }
     return [name for name, equal in same.items() if not equal]
@@ -289,8 +278,8 @@ class Sender:
 
     @alarm(STALL_SECONDS)
     def __init__(self, mode: str):
-        self.mode, self.api = mode, api() if mode == "online" else None
-        self.open: dict[str, tuple] = {}  # id -> (W&B run, {step: row} that W&B has)
+        self.api, self.mode = api() if mode == "online" else None, {"mode": mode, "reinit": "create_new"}
+        self.open: dict[str, tuple] = {}  # id -> (W&B run, the rows that it has)
 
     def find(self, entry: Entry):
         """The W&B run of this entry, read afresh; None where there is none."""
@@ -304,39 +293,34 @@ class Sender:
     @alarm(STALL_SECONDS)
     def send(self, entry: Entry, complete: bool) -> list[str]:
         """Send what W&B does not have of this record; returns in what it differed. `complete`: with summary and files,
-        as a finished run; else the history without its newest step, whose evaluation may still come."""
+        as a finished run."""
         rows, differs = entry.rows(), ["the rest"]
-        if not complete:
-            rows = dict(list(rows.items())[:-1])
         if entry.init["id"] not in self.open:
             there, source = self.find(entry) if self.api else None, entry.config["record"].get("source")
             if there and stated(there).get("source") != source:  # of other members, before --force, say: it stays
-                entry.init["id"] = _id(entry.init["id"], source[:8])
+                entry.init["id"] += f"-{source[:8]}"
                 there = self.find(entry)
-            differs = diff(entry, there) if complete else list(rows)
+            differs = diff(entry, there) if complete else rows
             if not differs:
                 return []
-            self.open[entry.init["id"]] = self.start(entry), rows_of(there)
+            place, resume = str(entry.history.parents[2]), "allow" if self.api else None
+            run = client().init(**entry.init, config=entry.config, dir=place, resume=resume, **self.mode)
+            run.define_metric("*", step_metric="global_step")
+            self.open[entry.init["id"]] = run, rows_of(there)
         run, sent = self.open[entry.init["id"]]
-        for row in [row for step, row in rows.items() if sent.get(step) != row]:
-            run.log(row)  # without `step=`, because W&B drops a step that goes back
-        sent |= rows
+        for row in rows:
+            if row not in sent:
+                run.log(dict(row))  # without `step=`, because W&B drops a step that goes back
+        sent.update(rows)
         if complete:
             run.config.update(entry.config, allow_val_change=True)
-            run.summary.update(entry.summary)
+            run.summary.update({key: value for key, value in entry.summary.items() if value is not None})
             for name, path in entry.files.items():
                 run.save(str(path), base_path=str(path).removesuffix(name), policy="now")
             run.finish()  # TimeoutError where something does not get through
             del self.open[entry.init["id"]]
             print(f"  {entry.init['name']}: sent {', '.join(differs)}", flush=True)
         return differs
-
-    def start(self, entry: Entry):
-        """A W&B run to log to, resumed where it is there already."""
-        place, resume = str(entry.history.parents[2]), "allow" if self.mode == "online" else None
-        run = client().init(**entry.init, mode=self.mode, dir=place, resume=resume, reinit="create_new")
-        run.define_metric("*", step_metric="global_step")
-        return run
 
 
 def follow(folder: Path) -> None:
@@ -368,12 +352,12 @@ def write_offline(folder: Path) -> None:
 
 
 def send_all(folders: list[Path], **address: str) -> int:
-    """Bring W&B up to date with these runs, until it holds everything. `address`: entity and project, where not the
-    runs' own. Exit code: 0 it does, 1 something is still missing there."""
+    """Bring W&B up to date with these runs, until it holds everything. `address`: entity and project, "" for the runs'
+    own. Exit code: 0 it does, 1 something is still missing there."""
     left = [entry for folder in folders for entry in entries(folder)]
     sender, looked, sent = Sender("online"), len(left), 0
     for entry in left:
-        entry.init |= address
+        entry.init |= {key: value for key, value in address.items() if value}
     for seconds in range(4):  # what was sent is looked at again; its server may take a moment to show it
         time.sleep(seconds)
         left = [entry for entry in left if sender.send(entry, True)]
@@ -396,20 +380,19 @@ def fetch(into: Path, place: str, *, run_ids: Iterable[str], project: str, entit
     one that its run states; MissingError where W&B cannot be reached.
     """
     connection, results, planned = api(), into / place.split("/")[1], []
-    path = "/".join(filter(None, (entity, project)))
+    path = f"{entity}/{project}" if entity else project
     for run_id in run_ids:
         group = connection.runs(path, filters={"group": run_id}, order="+created_at", lazy=False)
         mine = {run.id: run for run in group if stated(run).get("place") == place}
         final = next((run for run in reversed(mine.values()) if "members" in stated(run)), None)
-        if final is None:
-            raise StudyError(f"W&B {path}", f"no finished run {run_id} of {place}", "the run and its members", SYNC)
-        members = stated(final)["members"]
-        if absent := ", ".join(member for member, id in members.items() if id not in mine):
-            raise StudyError(f"W&B {path}", f"{run_id} without {absent}", "every member of the run", SYNC)
+        members = stated(final).get("members", {})
+        if final is None or set(members.values()) - set(mine):
+            what = f"no finished run {run_id} of {place} with all of its members"
+            raise StudyError(f"W&B {path}", what, "the run and its members", SYNC)
         for run in [final, *(mine[id] for id in members.values())]:
             download(run, results)
-        own = {key: stated(final)[key] for key in ("study", "scale", "mode")}
-        planned.append(config.load_yaml(results / run_id / "config.yaml") | own)
+        context = {key: stated(final)[key] for key in ("study", "scale", "mode")}
+        planned.append(config.load_yaml(results / run_id / "config.yaml") | context)
     record.write_json(results / "comparison" / "runs.json", planned)
     return results
 
@@ -443,13 +426,10 @@ def results(study: str, scale: str, mode: str, results_dir: str | Path | None, s
 
 def main(what: str, *arguments: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: nothing here needs to be put in order
-    folders = [Path(argument) for argument in arguments if not argument.startswith("--")]
     if what == "sync":
-        return send_all(folders, **dict(a[2:].split("=", 1) for a in arguments if a.startswith("--")))
-    if what == "online":
-        follow(folders[0])
-    else:
-        write_offline(folders[0])
+        entity, project, *folders = arguments
+        return send_all([Path(folder) for folder in folders], entity=entity, project=project)
+    {"online": follow, "offline": write_offline}[what](Path(arguments[0]))
     return 0
 
 
