@@ -55,7 +55,7 @@ def train(argument: dict) -> dict:
             held[name] = local.numel()
         return {}
 
-    kind = sharding.sharded(Trainer) if training.world() > 1 else Trainer
+    kind = sharding.sharded_class(Trainer) if training.world() > 1 else Trainer
     outcome = kind(
         model,
         models.load_tokenizer(argument["model"]),

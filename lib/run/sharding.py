@@ -30,6 +30,9 @@ from accelerate.data_loader import prepare_data_loader
 from peft import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 from lib import config, record, training
@@ -38,10 +41,6 @@ from lib.run import work
 from lib.run.pool import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class WorkerLost(RuntimeError):
-    """A process of the job went away (killed, out of host memory) without an exception of its own."""
 
 
 # ---- starting a job ----
@@ -57,36 +56,24 @@ def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
         found = f"{torch.cuda.device_count()} GPUs given to this member"
         fix = f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none"
         raise MissingError("compute.gpus", found, f"{count}", fix)
-    for attempt in (1, 2):
-        try:
-            return _job(target, argument, count, threads)
-        except WorkerLost as error:
-            if attempt == 2:
-                raise
-            print(f"{error}; once more, from the last checkpoint", flush=True)
-
-
-def _job(target: str, argument: dict, count: int, threads: int) -> Any:
-    with tempfile.TemporaryDirectory(prefix="study-job-") as folder:
-        request = Path(folder) / "request.json"
-        request.write_text(json.dumps({"target": target, "argument": argument, "folder": folder}))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-        command = [*torchrun, f"--nproc-per-node={count}", "--module", "lib.run.sharding", str(request)]
-        # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
-        # torchrun, which does not outlive an exception here.
-        job = subprocess.run(command, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-        errors = [pickle.loads(path.read_bytes()) for path in Path(folder).glob("*.error")]  # our own workers'
-        if errors:
-            raise errors[0]
-        if job.returncode:
-            raise WorkerLost(f"a process of {target} was lost (torchrun ended with {job.returncode}, as logged above)")
-        return pickle.loads((Path(folder) / "result").read_bytes())
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+    torchrun += [f"--nproc-per-node={count}", "--module", "lib.run.sharding"]
+    for then in ("once more, from the last checkpoint", "given up"):
+        with tempfile.TemporaryDirectory(prefix="study-job-") as folder:
+            request = Path(folder) / "request.json"
+            request.write_text(json.dumps({"target": target, "argument": argument, "folder": folder}))
+            # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
+            # torchrun, which does not outlive an exception here.
+            job = subprocess.run([*torchrun, str(request)], stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            for error in Path(folder).glob("*.error"):  # our own workers'
+                raise pickle.loads(error.read_bytes())
+            if job.returncode == 0:
+                return pickle.loads((Path(folder) / "result").read_bytes())
+        lost = f"a process of {target} was lost (torchrun ended with {job.returncode}, as logged above); {then}"
+        print(lost, flush=True)
+    raise RuntimeError(lost)
 
 
 def worker(request: dict) -> None:
@@ -129,7 +116,7 @@ def train_share(argument: dict) -> training.Outcome:
     """One process of `train_member`."""
     member = work.member_of(argument["spec"])
     study = config.study_module(member.run.study)
-    return study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded)
+    return study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded_class)
 
 
 # ---- inside a job ----
@@ -147,9 +134,6 @@ def shard(model: nn.Module) -> nn.Module:
     The head stays whole on each process: it is scored in chunks outside of its own forward. NF4 weights need a floating
     storage type (model loaded with quant_storage = its dtype): FSDP does not shard integers.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -169,8 +153,6 @@ def shard(model: nn.Module) -> nn.Module:
 
 def full(value: Any) -> Any:
     """`value` with every sharded tensor gathered, on the CPU; all processes must call it together."""
-    from torch.distributed.tensor import DTensor
-
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
@@ -195,8 +177,6 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor laid out as `parameter` is: this process's part of it, where that is sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -279,7 +259,7 @@ class Sharded:
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 
-def sharded(trainer: type) -> type:
+def sharded_class(trainer: type) -> type:
     """The trainer class for a sharded model."""
     return type(f"Sharded{trainer.__name__}", (Sharded, trainer), {})
 
