@@ -83,7 +83,7 @@ def measure(argument: dict) -> dict:
         reference = {"train": sequence_logprobs(model, rows, pad=2)}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    kind = sharding.sharded(PreferenceTrainer) if training.world() > 1 else PreferenceTrainer
+    kind = sharding.sharded_class(PreferenceTrainer) if training.world() > 1 else PreferenceTrainer
     with tempfile.TemporaryDirectory() as folder:
         kind(
             model,
