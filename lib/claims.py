@@ -625,9 +625,8 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         return
     vars(verdict).update(measure(claim, pairs, n, names))
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
-    lost, lost_baseline = (
-        sorted({seed for seeds in part for seed in seeds}) for part in (pairs.diverged[:n], pairs.diverged[n:])
-    )
+    parts = pairs.diverged[:n], pairs.diverged[n:]
+    lost, lost_baseline = (sorted({seed for seeds in part for seed in seeds}) for part in parts)
     every = [len(seeds) == len(pairs.seeds) for seeds in pairs.diverged]
     if lost:
         forbidden = claim.no_divergence and verdict.verdict == "supported"

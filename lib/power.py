@@ -25,17 +25,7 @@ def null_effect(claim: Claim) -> float:
     return 1.0 if claim.test == "variance_ratio" else claim.margin
 
 
-def simulate(
-    claim: Claim,
-    noise: Noise,
-    *,
-    seed_sd: float,
-    seeds: int,
-    questions: int,
-    effect: float,
-    n_sim: int,
-    rng: np.random.Generator,
-) -> st.Decision:
+def simulate(claim: Claim, noise: Noise, *, seed_sd, seeds, questions, effect, n_sim, rng) -> st.Decision:
     """Decisions (code, p, ...) of `n_sim` studies whose true size is `effect`; no run diverges in them."""
     sizes = [min(_CHUNK, n_sim - start) for start in range(0, n_sim, _CHUNK)]
     parts = [_simulate(claim, noise, seed_sd, seeds, questions, effect, size, rng) for size in sizes]
@@ -67,9 +57,7 @@ def _scores(noise: Noise, seed_sd: float, shape: tuple[int, ...], rng: np.random
     return x + noise.answer_sd * rng.standard_normal((two, n, levels, s, q), dtype=np.float32)
 
 
-def table(
-    study: Claims, *, scale: str | None = None, seeds: int | None = None, n_sim: int | None = None
-) -> pd.DataFrame:
+def table(study: Claims, *, scale=None, seeds: int | None = None, n_sim: int | None = None) -> pd.DataFrame:
     """For each claim and stated seed standard deviation, the share of simulated studies that support it: `power` if it
     is true as claimed (alone, and by Holm with the study's other claims true as claimed), `false supported` on the
     boundary. Holm's family is the claims that `scale` evaluates."""
@@ -84,18 +72,10 @@ def table(
             null = simulate(claim, noise, seed_sd=seed_sd, effect=null_effect(claim), rng=rng, **size)
             supported = run.code == st.SUPPORTED
             with_holm = float((supported & (holm < HOLM_LEVEL)).mean())
-            rows.append(
-                {
-                    "claim": claim.id,
-                    "seed sd": seed_sd,
-                    "claimed size": claim.claimed,
-                    "power alone": float(supported.mean()),
-                    "power with Holm": with_holm,
-                    "boundary": null_effect(claim),
-                    "false supported": float((null.code == st.SUPPORTED).mean()),
-                    "if true, it is shown": word_for(with_holm),
-                }
-            )
+            row = {"claim": claim.id, "seed sd": seed_sd, "claimed size": claim.claimed}
+            row |= {"power alone": float(supported.mean()), "power with Holm": with_holm}
+            row |= {"boundary": null_effect(claim), "false supported": float((null.code == st.SUPPORTED).mean())}
+            rows.append(row | {"if true, it is shown": word_for(with_holm)})
     return pd.DataFrame(rows)
 
 

@@ -111,7 +111,7 @@ def test_energy_ends_as_a_verdict_with_an_interval_where_it_was_read(ratio, verd
     slope = {"reactor": 8e-4, "graff": 8e-4 / ratio, "fixed": 6e-4}
     found, level = judged(*studied(slope))
     assert found.verdict == verdict, found.reason
-    assert level == pytest.approx((0.1 + 0.7) / 2, abs=0.02)  # half-way from the base model to the fixed rate's end
+    assert level == pytest.approx((0.1 + 0.7) / 2, abs=0.02)  # halfway from the base model to the fixed rate's end
     assert found.estimate == pytest.approx(math.log(0.83 / ratio), abs=0.08)
     assert found.interval95[0] < found.estimate < found.interval95[1]
     assert (found.n_seeds, found.n_questions) == (3, 60)

@@ -61,7 +61,7 @@ def check_energy(members: pd.DataFrame) -> None:
 
 
 def choose_level(evaluations: pd.DataFrame, stated: float | None) -> float:
-    """The exact match that energy is counted to: the stated one; where none is, half-way from the base model's to what
+    """The exact match that energy is counted to: the stated one; where none is, halfway from the base model's to what
     the tuned fixed rate ends at (mean over seeds; `evaluations` are of the runs at their chosen rates), which neither
     side of the claim has a say in. Raises NoEnergy where there is none, or the base model has it already: no energy is
     spent on reaching that."""
@@ -116,11 +116,8 @@ def qualify(verdicts: list[Verdict], study: Claims, members: pd.DataFrame, energ
         cells = [choose(study, cell, members) for cell in (claim.treatment, claim.baseline)]
         reached = [select(energies, cell).groupby("seed")["reached"].first() for cell in cells]
         lost = [", ".join(str(seed) for seed in seeds.index[~seeds]) for seeds in reached]
-        late = [
-            f"{study.label(cell)} did not reach the level with seed {seeds}"
-            for cell, seeds in zip(cells, lost, strict=True)
-            if seeds
-        ]
+        text = "{} did not reach the level with seed {}"
+        late = [text.format(study.label(cell), seeds) for cell, seeds in zip(cells, lost, strict=True) if seeds]
         if not late:
             continue
         if not any(seeds.any() for seeds in reached):
