@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from lib.errors import MissingError
 
@@ -98,8 +97,9 @@ def reachable(seconds: float = SECONDS) -> bool:
 
 def out_of_reach(name: str) -> bool:
     """Whether `name` is a hub id (not 'made', 'generated' or an existing path) and the hub does not answer."""
-    is_id = bool(HUB_ID.match(name)) and name not in ("made", "generated") and not Path(name).exists()
-    return is_id and not reachable()
+    return (
+        name not in ("made", "generated") and bool(HUB_ID.match(name)) and not Path(name).exists() and not reachable()
+    )
 
 
 def prepare() -> None:
@@ -138,29 +138,25 @@ def load_dataset(name: str, config: str | None = None, *, revision: str | None =
 # ---- errors in words
 
 
-def license_fix(name: str, kind: str) -> str:
-    page = f"{endpoint()}/{'datasets/' * (kind == 'dataset')}{name}"
-    return f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
-
-
 def explain(error: BaseException, name: str, *, kind: str, revision: str | None = None) -> MissingError:
     """The MissingError for a failed load of hub id `name`; `kind` is 'model' or 'dataset'."""
     text, code, key = str(error), status(error), f"{kind}.name"
     raised = (error, error.__cause__, error.__context__)  # libraries wrap what the hub's client raises
     classes = {cls.__name__ for one in raised for cls in type(one).__mro__}
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
+    found = f"could not be loaded: {type(error).__name__}: {text[:300]}"
     fix = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
-    found, expected = f"could not be loaded: {type(error).__name__}: {text[:300]}", f"a {kind} that loads"
     if "GatedRepoError" in classes or code == 403 or "gated" in text.lower():
-        found, expected = f"this {kind} is gated and access was refused", "an account that accepted its license"
-        fix = license_fix(name, kind)
+        page = f"{endpoint()}/{'datasets/' * (kind == 'dataset')}{name}"
+        found = f"this {kind} is gated and access was refused"
+        fix = f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
     elif "RevisionNotFoundError" in classes:
-        found, expected = "the hub has no such revision", "a commit, branch or tag of it"
-        fix = "correct or remove the revision"
+        found, fix = "the hub has no such revision", "correct or remove the revision"
     elif classes & {"RepositoryNotFoundError", "DatasetNotFoundError"} or code in (401, 404):
-        found = f"the hub has no such {kind} (or it is private), and there is no such local path"
-        expected, fix = "a hub id or an existing path", f"correct {key}, or .venv/bin/hf auth login for a private one"
+        found = f"no local path, and the hub has no such {kind} (or it is private)"
+        fix = f"correct {key}, or .venv/bin/hf auth login for a private one"
     elif classes & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
-        reach = f"{urlparse(endpoint()).netloc} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
-        found, expected = f"no local path, not in the cache, and {reach}", f"a local {kind}, or a network"
-    return MissingError(f"{key} = {name}" + (f" at revision {revision}" if revision else ""), found, expected, fix)
+        reach = f"{endpoint()} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
+        found = f"no local path, not in the cache, and {reach}"
+    where = f"{key} = {name}" + (f" at revision {revision}" if revision else "")
+    return MissingError(where, found, f"a local {kind}, or one of the hub that this account may read", fix)

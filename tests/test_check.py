@@ -100,7 +100,7 @@ def test_static_faults_are_each_named(copy):
 
 def test_what_only_a_trial_shows_is_named(copy):
     """One trial of two runs with: a flag nobody reads, a calibration that is not shortened, a result written elsewhere,
-    labels lost, a metric logged under another name, a connection, and in one of them a batch key that is never
+    a column left empty, a metric logged under another name, a connection, and in one of them a batch key that is never
     collated."""
     copy(
         "lib/iw_lora/study.py",
@@ -109,7 +109,7 @@ def test_what_only_a_trial_shows_is_named(copy):
     )
     copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
     copy("lib/iw_lora/study.py", '"loss.sensitivity_warmup_steps": 2,', "")
-    copy("lib/iw_lora/trainer.py", '"label": label,', '"label": None,')
+    copy("lib/iw_lora/trainer.py", '"label": label,', '"label": label, "answer": None,')
     copy("lib/iw_lora/trainer.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
     copy(
         "lib/iw_lora/trainer.py",
@@ -125,7 +125,7 @@ def test_what_only_a_trial_shows_is_named(copy):
     assert named(answer, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
     assert named(answer, "calibration", "more than 2 batches in a trial")
     assert named(answer, "lib/iw_lora/best.json", "outside its results_dir")
-    assert named(answer, "predictions.jsonl: label", "empty in all")
+    assert named(answer, "predictions.jsonl: answer", "empty in all rows")
     assert named(answer, "tuning_accuracy", "logged by none of the members")
     assert named(answer, "192.0.2.1", "touches no network")
     assert named(answer, "notebooks of iw_lora/lora", "the trial failed", "KeyError", "label_ids")

@@ -46,14 +46,9 @@ def display_path(path: str | Path) -> str:
 
 
 def print_findings(findings: list[Finding], out=None) -> None:
-    """By file, with how many errors keep it from running; errors first."""
-    for file in dict.fromkeys(finding.file for finding in findings):
-        mine = sorted((replace(f, file="") for f in findings if f.file == file), key=lambda f: f.level)
-        errors = sum(f.level == "error" for f in mine)
-        state = f": cannot run ({errors} error{'s' * (errors > 1)})" if errors else ""
-        print(f"\n{record.escape_controls(file)}{state}", file=out)
-        for finding in mine:
-            print("  " + record.escape_controls(str(finding)).replace("\n", "\n  "), file=out)
+    """A line each, errors first."""
+    for finding in sorted(findings, key=lambda f: (f.level, f.file)):
+        print(record.escape_controls(str(finding)), file=out)
 
 
 # ---- run YAMLs
@@ -101,8 +96,7 @@ def _search(run: Run) -> Iterator[Finding]:
         what = f"{name} is not a metric of {run.study} ({', '.join(metrics)})"
         yield error("optuna.objective_metric", what, did_you_mean(name, list(metrics), "name one of them"))
     elif search.direction != metrics[name]:
-        better = "more" if metrics[name] == "maximize" else "less"
-        what = f"the search would {search.direction} {name}, of which {better} is better"
+        what = f"the search would {search.direction} {name}, which is to be {metrics[name]}d"
         yield error("optuna.direction", what, f"direction: {metrics[name]}")
     if search.n_trials and not search.search_space:
         what = f"empty, with {search.n_trials} trials"
@@ -152,11 +146,9 @@ def _files(run: Run) -> Iterator[Finding]:
         if not config.is_local(value):
             continue
         path = Path(value)
-        if path.is_symlink() and not path.exists():
-            yield error(key, f"{value} is a link that leads nowhere or to itself", "name the file itself")
-        elif not path.exists():
+        if not path.exists():
             fix = getattr(module, "MADE_BY", {}).get(key, f"--set {key}=<path>, or a hub id")
-            yield error(key, f"{value} does not exist", fix)
+            yield error(key, f"{value} does not exist{' (a link that leads nowhere or to itself)' * path.is_symlink()}", fix)
         elif key.startswith("dataset."):
             files = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("data/*")])
             for file in (file for file in files if file.suffix in TEXT and file.is_file()):
@@ -164,15 +156,13 @@ def _files(run: Run) -> Iterator[Finding]:
 
 
 def _text(key: str, path: Path) -> Iterator[Finding]:
-    """A data file can be read, and is UTF-8: asked before anything has started."""
+    """A data file is UTF-8: asked before anything has started."""
     try:
         path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as fault:
         line, byte = fault.object.count(b"\n", 0, fault.start) + 1, fault.object[fault.start]
         fix = f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)"
         yield error(key, f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8", fix)
-    except OSError as fault:
-        yield error(key, f"{path}: {fault.strerror}", "a readable file")
 
 
 def _between_files(runs: list[tuple[Path, Run]]) -> Mapping[Path, list[Finding]]:
@@ -279,21 +269,23 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
     file, tagged = display_path(path), 0
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        code = [(n, cell, "".join(cell["source"])) for n, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
+        code = [
+            (f"cell {n}", cell, "".join(cell["source"]))
+            for n, cell in enumerate(cells, 1)
+            if cell["cell_type"] == "code"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as fault:
         yield error("", f"not a notebook: {fault}", "git checkout -- it", file)
         return
-    for number, cell, text in code:
+    for place, cell, text in code:
         tagged += "parameters" in cell.get("metadata", {}).get("tags", ())
         if cell.get("outputs") or cell.get("execution_count") is not None:
             what = "holds outputs: a notebook here is source, its executed copy is the record"
-            yield error(f"cell {number}", what, f".venv/bin/nbstripout --keep-id {file}", file)
+            yield error(place, what, f".venv/bin/nbstripout --keep-id {file}", file)
         try:
             ast.parse(text)
         except SyntaxError as fault:
-            yield error(
-                f"cell {number}", f"does not parse: {fault.msg} (line {fault.lineno})", "correct the cell", file
-            )
+            yield error(place, f"does not parse: {fault.msg} (line {fault.lineno})", "correct the cell", file)
     if tagged != 1:
         what = f"{tagged} cells tagged `parameters`, expected one"
         yield error("", what, "tag the one that papermill is to replace", file)
@@ -338,21 +330,19 @@ def exit_code(findings: list[Finding]) -> int:
 
 def report(findings: list[Finding], options, found: list[Loaded], slots: int) -> None:
     """What `check` prints: the findings, whether the runs may start, and what they would cost."""
-    errors = [finding for finding in findings if finding.level == "error"]
+    errors = [str(finding).removeprefix("error: ") for finding in findings if finding.level == "error"]
     cost = {} if errors else cost_of(runs_of(found), options.scale, slots)
     if options.json:
-        first = str(errors[0]).removeprefix("error: ") if errors else ""
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]
-        answer = {"is_code_ready": not errors, "code_issue": first + more, "findings": rows, "cost": cost}
+        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost}
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     print_findings(findings)
     state = f"{'NOT ready' if errors else 'ready'}: {len(errors)} errors, {len(findings) - len(errors)} warnings"
     print(f"\n{state}{'; no trial was run (--static)' * bool(options.static)}")
     if cost:
-        words = [f"{name.replace('_', ' ')} {'?' if value is None else value}" for name, value in cost.items()]
-        print(f"cost: {', '.join(words)}")
+        print("cost: " + ", ".join(f"{name.replace('_', ' ')} {'?' if v is None else v}" for name, v in cost.items()))
 
 
 def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
@@ -471,16 +461,16 @@ def _unread_keys(study: str, found: list[tuple[Path, Run]], results: Path, seen:
     and W&B read those, much of it where a trial does not lead."""
     states = {run.run_id: record.read_json(results / study / run.run_id / "status.json", {}) for _, run in found}
     found = [(path, run) for path, run in found if states[run.run_id].get("status") == "succeeded"]
-    module, read = config.study_module(study), {key for run_id, key in seen["read"] if run_id in states}
-    known = config.keys(module.Run)
-    sections = {key.rpartition(".")[0] for key in known}
-    for key in known:
+    read = {key for run_id, key in seen["read"] if run_id in states}
+    holders: dict[str, Path] = {}  # key -> the first YAML with a value for it
+    for path, run in found:
+        holders = {key: path for key, value in keys.flat(config.dump(run)).items() if value is not None} | holders
+    for key, path in holders.items():
         parents = {key[:i] for i, letter in enumerate(key) if letter == "."}
-        if key.split(".")[0] not in config.TUNABLE or key in sections | read or {key, *parents} & set(module.UNREAD):
-            continue
-        if holders := [path for path, run in found if config.get(config.dump(run), key) is not None]:
+        is_excused = not parents or key in read or {key, *parents} & set(config.study_module(study).UNREAD)
+        if key.split(".")[0] in config.TUNABLE and not is_excused:
             fix = f"read it where it belongs, or take it out of the sections in lib/{study} and the YAMLs"
-            yield error(key, "no code reads it: whatever it says, the run is the same", fix, display_path(holders[0]))
+            yield error(key, "no code reads it: whatever it says, the run is the same", fix, display_path(path))
 
 
 def _unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]:
@@ -488,7 +478,7 @@ def _unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding
     What is primary at another scale only is not asked of this one."""
     logged = {name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path, {})}
     module = config.study_module(study)
-    elsewhere = {name for name in module.PRIMARY_METRIC.values() if name != module.PRIMARY_METRIC[scale]}
+    elsewhere = set(module.PRIMARY_METRIC.values()) - {module.PRIMARY_METRIC[scale]}
     for name in (*module.METRICS, module.VALIDATION_METRIC, module.SECOND_METRIC) if logged else ():
         if name not in logged | elsewhere | set(module.UNREAD):
             fix = did_you_mean(name, sorted(logged), "return it from train()")
@@ -497,15 +487,10 @@ def _unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding
 
 def _empty_columns(study: str, results: Path) -> Iterator[Finding]:
     """Columns of predictions.jsonl that are null or empty in every row of a kind: an answer key lost on the way."""
-    kinds = defaultdict(list)
-    for path in results.glob(f"{study}/*/members/*/predictions.jsonl"):
-        for row in record.read_jsonl(path):
-            kinds[row.get("kind")].append(row)
-    for kind, rows in kinds.items():
-        for name in sorted(set().union(*rows)):
-            is_empty = all(row.get(name) in (None, "", []) for row in rows)
-            if is_empty and f"predictions.{name}" not in config.study_module(study).UNREAD:
-                fix = "carry it through the preprocessing: without it nothing can be scored"
-                yield error(
-                    f"predictions.jsonl: {name}", f"empty in all {len(rows)} rows ({kind})", fix, f"lib/{study}"
-                )
+    rows = [row for path in results.glob(f"{study}/*/members/*/predictions.jsonl") for row in record.read_jsonl(path)]
+    cells = [((str(row.get("kind")), name), value) for row in rows for name, value in row.items()]
+    filled = {column for column, value in cells if value not in (None, "", [])}
+    for kind, name in sorted({column for column, _ in cells} - filled):
+        if f"predictions.{name}" not in config.study_module(study).UNREAD:
+            fix = "carry it through the preprocessing: without it nothing can be scored"
+            yield error(f"predictions.jsonl: {name}", f"empty in all rows ({kind})", fix, f"lib/{study}")

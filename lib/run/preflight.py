@@ -145,10 +145,11 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
     for kind, name, revision in dict.fromkeys((kind, p.name, getattr(p, "revision", None)) for kind, p in parts):
         if not is_hub_id(name) or is_cached(name, kind, revision):
             continue
-        key, lacks_token = f"{kind}.name", name.startswith(GATED) and not get_token()
-        if lacks_token:
-            yield error(key, f"{name} is gated and no hub token is set", hub.license_fix(name, kind))
-        if not (lacks_token and hub.reachable()) and (fault := refusal(name, kind, revision)):
+        key, is_barred = f"{kind}.name", name.startswith(GATED) and not get_token()
+        if is_barred:
+            fix = hub.explain(PermissionError("gated"), name, kind=kind).fix
+            yield error(key, f"{name} is gated and no hub token is set", fix)
+        if not (is_barred and hub.reachable()) and (fault := refusal(name, kind, revision)):
             yield error(key, f"{name}: {fault.found}", fault.fix)
 
 

@@ -121,15 +121,10 @@ class Watched(dict):
 
 def _audit(event: str, arguments: tuple) -> None:
     with contextlib.suppress(Exception):  # an observer never breaks what it observes
-        if event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            _write_path(arguments[0])
-        elif event in ("os.rename", "os.link", "os.symlink"):
-            _write_path(arguments[1])
-        elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        if event == "socket.connect" and isinstance(arguments[1], tuple):
             _write("connect", str(arguments[1][0]))
-
-
-def _write_path(path: str | os.PathLike) -> None:
-    whole = os.path.abspath(os.fspath(path))
-    if not whole.startswith(tuple(os.environ["STUDY_WATCH_ALLOWED"].split(os.pathsep))):
-        _write("write", whole)
+        is_open = event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if is_open or event in ("os.rename", "os.link", "os.symlink"):
+            path = os.path.abspath(os.fspath(arguments[0 if is_open else 1]))
+            if not path.startswith(tuple(os.environ["STUDY_WATCH_ALLOWED"].split(os.pathsep))):
+                _write("write", path)
