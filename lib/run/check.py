@@ -148,7 +148,8 @@ def _files(run: Run) -> Iterator[Finding]:
         path = Path(value)
         if not path.exists():
             fix = getattr(module, "MADE_BY", {}).get(key, f"--set {key}=<path>, or a hub id")
-            yield error(key, f"{value} does not exist{' (a link that leads nowhere or to itself)' * path.is_symlink()}", fix)
+            link = " (a link that leads nowhere or to itself)" * path.is_symlink()
+            yield error(key, f"{value} does not exist{link}", fix)
         elif key.startswith("dataset."):
             files = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("data/*")])
             for file in (file for file in files if file.suffix in TEXT and file.is_file()):
