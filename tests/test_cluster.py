@@ -58,16 +58,16 @@ def test_a_folder_travels_whole_and_nothing_lands_outside_it(tmp_path):
                  ".half.tmp"):  # fmt: skip
         (there / name).parent.mkdir(parents=True, exist_ok=True)
         (there / name).write_text(name)
-    names = list(cluster.listed(there))
+    names = list(cluster.list_files(there))
     assert names[-2:] == ["checkpoints/checkpoint-4/complete.json", "done.json"], (
         "what says that the rest is whole comes last"
     )
     assert ".half.tmp" not in names
-    cluster.unpack(cluster.packed(there, [*names, "vanished"]), here)
-    assert list(cluster.listed(here)) == names
+    cluster.unpack(cluster.pack_files(there, [*names, "vanished"]), here)
+    assert list(cluster.list_files(here)) == names
     assert all((here / name).read_text() == name for name in names)
     (tmp_path / "evil").write_text("x")
-    cluster.unpack(cluster.packed(there, ["../evil"]), here / "deep")
+    cluster.unpack(cluster.pack_files(there, ["../evil"]), here / "deep")
     assert not (here / "evil").exists()
 
 
@@ -80,7 +80,8 @@ def test_a_node_shows_no_gpu_to_who_asks_for_none(tmp_path, monkeypatch, gpus, s
         "threads": 1,
         "gpus": gpus,
     }
-    *_, last = cluster.on_node(request, cluster.code(), None, b"")
+    nothing = cluster.pack_files(tmp_path, [])
+    *_, last = cluster.on_node(request, cluster.code(), nothing, nothing)
     assert last == {"code": 0}
     assert (tmp_path / "seen").read_text() == f"{seen} 2.0"
 
@@ -88,6 +89,7 @@ def test_a_node_shows_no_gpu_to_who_asks_for_none(tmp_path, monkeypatch, gpus, s
 def test_the_code_that_travels_is_what_a_member_imports(tmp_path):
     cluster.unpack(cluster.code(), tmp_path)
     assert (tmp_path / "lib/td_dpo/member.py").read_bytes() == (config.ROOT / "lib/td_dpo/member.py").read_bytes()
+    assert (tmp_path / "lib/run/assets/card.md.j2").exists(), "also what modules read"
     assert not list(tmp_path.rglob("*.pyc"))
 
 

@@ -8,6 +8,9 @@ Plans, notebooks, caching and the local slot pool stay as they are. With STUDY_C
 they change, output as it is printed) into the local record. A lost worker or node is an exception of Ray's: the member
 is sent again, from the checkpoints gathered so far, to whichever node has room. Nodes need this environment's packages
 and, for hub models, access to the hub; they share no file system with this machine, and no secret is sent to them.
+
+Code travels as a tar of our own, and not as a `working_dir` of Ray's runtime environments: that would pack .venv and
+outputs too unless each is excluded, and a member starts its own process from a scratch folder all the same.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from lib.run.pool import end_with_parent
 ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up
 EVERY = 1.0  # seconds between two looks at what changed
-LATE = ("complete.json", "metrics.json", "done.json")  # written last here too: they say that the rest is whole
+OURS = ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS")  # of this machine's processes, not of a node's
+MARKERS = ("complete.json", "metrics.json", "done.json")  # they say that the rest is whole, and travel last
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[cluster]'"
 
 
@@ -46,34 +50,19 @@ def connect(address: str):
     except ImportError:
         raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
     if not ray.is_initialized():
-        place = _listening(address)
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         try:
-            ray.init(address=place, namespace="studies", **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise _absent(f"{place} is no cluster: {str(error).strip().splitlines()[0][:120]}") from None
+            if address == "auto":  # what this machine has joined
+                address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself tries for many minutes
+            ray.init(address=address, namespace="studies", **quiet)
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:
+            what = f"nothing answers at {address} ({str(error).strip().partition(chr(10))[0][:120]})"
+            start = ".venv/bin/ray start --head on one machine, .venv/bin/ray start --address=HOST:6379 on the others"
+            fix = f"{start}; then --cluster, or --cluster HOST:6379"
+            raise MissingError("--cluster", what, "a running cluster", fix) from None
     return ray
-
-
-def _listening(address: str) -> str:
-    """HOST:PORT of the cluster, where something listens there: Ray itself tries for many minutes. `auto`: what this
-    machine has joined."""
-    if address == "auto":
-        try:
-            address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
-        except OSError:
-            raise _absent("this machine has joined no cluster") from None
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError, OverflowError):
-        raise _absent(f"nothing answers at {address}") from None
-    return address
-
-
-def _absent(found: str) -> MissingError:
-    start = ".venv/bin/ray start --head on one machine, .venv/bin/ray start --address=HOST:6379 on the others"
-    return MissingError("--cluster", found, "a running cluster", f"{start}; then --cluster, or --cluster HOST:6379")
 
 
 @functools.cache
@@ -102,7 +91,7 @@ def slots(address: str) -> int:
 # ---- files, as bytes
 
 
-def packed(folder: Path, names: list[str]) -> bytes:
+def pack_files(folder: Path, names: list[str]) -> bytes:
     """A tar of these files of a folder; one that vanishes meanwhile is left out."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -125,11 +114,11 @@ def unpack(content: bytes, folder: Path) -> None:
             partial.replace(target)
 
 
-def listed(folder: Path) -> dict[str, tuple]:
+def list_files(folder: Path) -> dict[str, tuple]:
     """{name: (size, time)} of a folder's files, those last that say that others are whole; half-written ones are left
     out."""
     files = {}
-    for path in sorted(folder.rglob("*"), key=lambda path: LATE.index(path.name) if path.name in LATE else -1):
+    for path in sorted(folder.rglob("*"), key=lambda path: MARKERS.index(path.name) if path.name in MARKERS else -1):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.name.endswith((".tmp", ".partial", ".lock")):
                 files[path.relative_to(folder).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
@@ -137,69 +126,50 @@ def listed(folder: Path) -> dict[str, tuple]:
 
 
 def code() -> bytes:
-    """The working tree's code, as this machine runs it."""
-    files = [path for top in ("lib", "params", "tests") for path in (ROOT / top).rglob("*")]
-    return packed(ROOT, sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".yaml")))
+    """The working tree's code and what belongs to it, as this machine runs it."""
+    files = [f"{top}/{name}" for top in ("lib", "params", "tests") for name in list_files(ROOT / top)]
+    return pack_files(ROOT, [name for name in files if not name.endswith(".pyc")])
 
 
 # ---- on a node
 
 
-def on_node(request: dict, code: bytes, inputs: bytes | None, sent: bytes) -> Iterator[dict]:
+def on_node(request: dict, code: bytes, inputs: bytes, sent: bytes) -> Iterator[dict]:
     """Run request["target"] in a process of its own; yields {"log", "files", "gone"} as they change, at last {"code"}.
 
     Ray takes this function along by value: it needs nothing of `lib` on the node.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="study-node-"))
-    record, child = scratch / "record", None
-    try:
-        for content, place in ((code, scratch / "code"), (inputs, scratch / "inputs"), (sent, record)):
-            place.mkdir()
-            if content:
-                unpack(content, place)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="study-node-", ignore_cleanup_errors=True))
+        scratch, record = Path(scratch), Path(scratch, "record")
+        for content, name in ((code, "code"), (inputs, "inputs"), (sent, "record")):
+            (scratch / name).mkdir()
+            unpack(content, scratch / name)
         argument = {**request["argument"], "folder": str(record), "inputs": str(scratch / "inputs")}
         argument |= {"final": str(scratch / "final")} if "final" in argument else {}
         (scratch / "request.json").write_text(json.dumps({"target": request["target"], "argument": argument}))
-        ours = ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS")
-        environment = {name: value for name, value in os.environ.items() if name not in ours} | {
-            "PYTHONPATH": str(scratch / "code"),
-            "OMP_NUM_THREADS": str(request["threads"]),
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "MPLBACKEND": "Agg",
-        }
+        environment = {name: value for name, value in os.environ.items() if name not in OURS}
+        environment |= {"PYTHONPATH": str(scratch / "code"), "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+        environment |= {"OMP_NUM_THREADS": str(request["threads"]), "TOKENIZERS_PARALLELISM": "false"}
         if not request["gpus"]:  # Ray hides none from who asks for none
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        with open(scratch / "log", "wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "lib.run.cluster", str(scratch / "request.json")],
-                env=environment,
-                cwd=scratch / "code",
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        known, position = listed(record), 0
-        while True:
-            code_now = child.poll()
+        command = [sys.executable, "-m", "lib.run.cluster", str(scratch / "request.json")]
+        log = stack.enter_context(open(scratch / "log", "wb"))
+        own = {"env": environment, "cwd": scratch / "code", "start_new_session": True}
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **own)
+        stack.callback(lambda: child.poll() is None and os.killpg(child.pid, signal.SIGKILL))
+        known, position, ended = list_files(record), 0, None
+        while ended is None:
+            ended = child.poll()  # before the look: what was written until then is sent
             place = scratch / "final" if (scratch / "final").is_dir() else record  # where `prepare` has put its result
-            now = listed(place)
+            now, text = list_files(place), (scratch / "log").read_bytes()[position:]
             changed, gone = [n for n in now if now[n] != known.get(n)], [n for n in known if n not in now]
-            with open(scratch / "log", "rb") as log:
-                log.seek(position)
-                text = log.read()
-            position += len(text)
             if changed or gone or text:
-                yield {"log": text.decode(errors="replace"), "files": packed(place, changed), "gone": gone}
-                known = now
-            if code_now is not None:
-                yield {"code": code_now}
-                return
-            time.sleep(EVERY)
-    finally:
-        if child is not None and child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        shutil.rmtree(scratch, ignore_errors=True)
+                yield {"log": text.decode(errors="replace"), "files": pack_files(place, changed), "gone": gone}
+            known, position = now, position + len(text)
+            if ended is None:
+                time.sleep(EVERY)
+        yield {"code": ended}
 
 
 # ---- the client, in a slot of the local pool
@@ -212,24 +182,22 @@ def run(argument: dict) -> None:
     inner, folder = argument["argument"], Path(argument["folder"])
     trains = "spec" in inner
     compute = (inner["spec"] if trains else inner)["config"]["compute"]
-    task = ray.remote(on_node).options(
-        num_returns="streaming",
-        max_retries=0,
-        num_cpus=argument["slots"] * argument["threads"],
-        num_gpus=(compute["gpus"] if trains else min(1, compute["gpus"])),
-        scheduling_strategy="SPREAD",
-    )
     request = {"target": argument["target"], "argument": inner, "threads": argument["threads"], "gpus": compute["gpus"]}
-    inputs = Path(inner["inputs"]) if "inputs" in inner else None
-    shared = ray.put(packed(inputs, list(listed(inputs)))) if inputs else None
+    gpus = compute["gpus"] if trains else min(1, compute["gpus"])
+    takes = {"num_cpus": argument["slots"] * argument["threads"], "num_gpus": gpus, "max_retries": 0}
+    task = ray.remote(on_node).options(num_returns="streaming", scheduling_strategy="SPREAD", **takes)
+    inputs = Path(inner.get("inputs", folder))
+    shared = ray.put(pack_files(inputs, list(list_files(inputs)) if "inputs" in inner else []))
     source = ray.put(code())
     lost = ("WorkerCrashedError", "NodeDiedError", "ObjectLostError", "LocalRayletDiedError", "OutOfMemoryError")
     lost = tuple(getattr(ray.exceptions, name) for name in lost)
     for attempt in range(1, ATTEMPTS + 1):
         # only a member's own record is sent along; a measurement's folder is its run's, with all members in it
-        sent = packed(folder, [n for n in listed(folder) if n != "train.log"]) if trains else b""
+        names = [name for name in list_files(folder) if name != "train.log"] if trains else []
         try:
-            ended = _gather((ray.get(part) for part in task.remote(request, source, shared, sent)), folder)
+            ended = _gather(
+                (ray.get(part) for part in task.remote(request, source, shared, pack_files(folder, names))), folder
+            )
             gone = f"killed by signal {-ended} on its node" if ended < 0 else ""
         except lost as error:
             gone = f"{type(error).__name__}: the node or its worker was lost"
