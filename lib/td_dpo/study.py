@@ -271,6 +271,7 @@ UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing 
     "mt_bench_score_corrected": "graded by a judge, whom a trial does not ask",
     "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
     "evaluation.questions": "how many of them: read where they are there, and by the oracle",
+    "dataset.validation_fraction": "generated data has a size for each split",
     "dataset.on_bad_row": "generated rows are never bad",
     "training.epochs": "max_steps decides where it is given",
     "training.warmup_ratio": "warmup_steps decides where it is given",
