@@ -26,7 +26,7 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -122,7 +122,9 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")]  #
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -451,6 +453,36 @@ def resolve(study: str, key: str, where: str = "key") -> str:
     raise StudyError(f"{where} {key}", "no such key", expected, did_you_mean(key, [*known, *module.ALIASES], ""))
 
 
+# ---- findings that several studies have
+
+
+def check_batch(training: Any, per_step: int) -> Iterator[Finding]:
+    """The global batch is a multiple of what all devices take at a time; a stated accumulation agrees with it."""
+    size, stated = training.global_batch_size, training.gradient_accumulation_steps
+    if size % per_step:
+        what, fix = f"{size} is not a multiple of {per_step}, the rows of one pass", max(1, round(size / per_step))
+        yield Finding("error", "training.global_batch_size", what, f"global_batch_size: {fix * per_step}")
+    elif stated and stated * per_step != size:
+        what = (
+            f"{per_step} x {stated} accumulated is {per_step * stated}, not the global batch of {size}, which decides"
+        )
+        yield Finding("warning", "training.gradient_accumulation_steps", what, "remove the key, it is derived")
+
+
+def check_schedule(training: Any, total: int | None, every: int | Literal[False] | None) -> Iterator[Finding]:
+    """In `total` steps an evaluation `every` so many steps happens, and the warm-up leaves most of them."""
+    warmup = training.warmup_steps or math.ceil(training.warmup_ratio * (total or 0))
+    if total and every and every > total:
+        what = f"every {every} steps never happens in a run of {total}"
+        yield Finding("warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}")
+    if total and warmup > total / 2:
+        what = f"a warm-up of {warmup} covers most of a run of {total} steps"
+        yield Finding("warning", "training.warmup_steps", what, "warmup_ratio: 0.1 instead of warmup_steps")
+
+
+# ---- plain data -> run -> plain data
+
+
 def is_local(name: str | None) -> bool:
     return bool(name) and name.startswith("/")
 
@@ -484,9 +516,6 @@ def put(raw: dict, dotted: str, value: Any) -> None:
             raw[part] = {}
         raw = raw[part]
     raw[last] = value
-
-
-# ---- plain data -> run -> plain data
 
 
 def build(study: str, raw: Mapping[str, Any], where: str, **context: Any) -> Run:

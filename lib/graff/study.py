@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, fault
@@ -52,9 +52,7 @@ class Model(Section):
     name: Name
     recipe: Recipe | None = None
     revision: str | None = None
-    torch_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", validation_alias=AliasChoices("torch_dtype", "dtype")
-    )
+    torch_dtype: Literal["float32", "bfloat16"] = Field("float32", validation_alias="dtype")
     lora: Lora = Lora()
     parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the name
     trust_remote_code: Flag = False
@@ -125,7 +123,7 @@ class Training(Section):
     micro_batch_size: Count
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
     total_steps: Count | None = None  # a cap beside the budget
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"  # not fp16: differences of gradients are lost to its rounding
     gradient_checkpointing: Flag = False
     clip_grad_norm: Positive = 1.0
     optimizer: Optimizer
@@ -173,9 +171,7 @@ class Run(config.Run):
 # ---- names: what the runner, the analysis and `check` know of the study
 
 BY_NAME = {"SCHEDULERS": "training.scheduler.type"}
-PRIMARY_METRIC = {"laptop": "exact_match", "paper": "exact_match"}
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
-SECOND_METRIC = "dev_exact_match"  # where the test split has not been scored
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
 METRICS = {
     **dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), "maximize"),
@@ -241,48 +237,26 @@ def steps(run: Run) -> int | None:
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in warm start, training and evaluation; no warm-start file is asked for."""
     batch, warm_start = min(run.training.micro_batch_size, 4), run.training.scheduler.warm_start_ckpt
-    limits = {
-        "dataset.train_examples": 4 * batch,
-        "dataset.test_examples": batch,
-        "dataset.dev_size": batch,
-        "model.recipe.pretrain_steps": 2,
-        "model.recipe.pretrain_batch_size": 4,
-        "evaluation.max_new_tokens": 8,
-    }
+    limits = {"model.recipe.pretrain_steps": 2, "model.recipe.pretrain_batch_size": 4, "evaluation.max_new_tokens": 8}
+    limits |= {"dataset.train_examples": 4 * batch, "dataset.test_examples": batch, "dataset.dev_size": batch}
     return {
         **config.at_most(run, limits),
-        "training.scheduler.warm_start_ckpt": "made" if warm_start == "made" else None,
-        "evaluation.dev_subset": batch,
-        "training.clock": "virtual",
-        "training.budget_minutes": 1e4,
+        **dict.fromkeys(("training.global_batch_size", "training.micro_batch_size", "evaluation.dev_subset"), batch),
+        **dict.fromkeys(("training.gradient_accumulation_steps", "evaluation.interval_steps")),
+        **{"training.clock": "virtual", "training.budget_minutes": 1e4},
         "training.total_steps": min(2, run.training.total_steps or 2),
-        "training.global_batch_size": batch,
-        "training.micro_batch_size": batch,
-        "training.gradient_accumulation_steps": None,
+        "training.scheduler.warm_start_ckpt": "made" if warm_start == "made" else None,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "evaluation.interval_steps": None,
     }
 
 
 # ---- checks: what a person should know before a run starts
 
 
-def check(run: Run) -> list[Finding]:
-    return [*_check_sections(run), *_check_scheduler(run)]
-
-
-def _check_sections(run: Run) -> Iterator[Finding]:
-    training, dataset, rows = run.training, run.dataset, train_rows(run)
-    size, micro, stated = training.global_batch_size, training.micro_batch_size, training.gradient_accumulation_steps
-    if size % micro:
-        what, fix = f"{size} is not a multiple of {micro}", f"global_batch_size: {training.accumulation * micro}"
-        yield Finding("error", "training.global_batch_size", what, fix)
-    elif stated and stated * micro != size:
-        what = f"{micro} x {stated} is not the global batch of {size}, which decides: {training.accumulation} are"
-        yield Finding("warning", "training.gradient_accumulation_steps", what + " accumulated", "remove the key")
-    if training.mixed_precision == "fp16":
-        what = "differences of float16 gradients are lost to rounding"
-        yield Finding("error", "training.mixed_precision", what, "mixed_precision: bf16")
+def check(run: Run) -> Iterator[Finding]:
+    dataset, rows, count, name = run.dataset, train_rows(run), run.model.parameter_count, run.model.name
+    yield from config.check_batch(run.training, run.training.micro_batch_size)
+    yield from _check_scheduler(run)
     if dataset.eval_split == "test" and run.optuna.search_space:
         what = "the search would choose on the test split, which is reported once"
         yield Finding("error", "dataset.eval_split", what, f"eval_split: dev ({dataset.dev_size} training examples)")
@@ -294,7 +268,6 @@ def _check_sections(run: Run) -> Iterator[Finding]:
     if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
         what = f"not read, because the YAML itself names {dataset.name}: sizes are those of generated problems"
         yield Finding("warning", "dataset.real", what, "--set dataset.name=..., or write its values in their sections")
-    count, name = run.model.parameter_count, run.model.name
     if count is not None and count.lower() not in name.lower():
         yield Finding("warning", "model.parameter_count", f"{count}, which the name {name} does not say", "remove it")
     if run.evaluation.interval_steps is not None:

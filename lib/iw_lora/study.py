@@ -8,12 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from lib import config
-from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Whole, fault
-
-VALIDATION_METRIC = "validation_accuracy"
+from lib.config import (
+    Count,
+    Finding,
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Whole,
+    fault,
+    renamed,
+)
 
 # ---- sections of the YAML
 
@@ -40,22 +51,18 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _schedule(self):
+        given = [key for key in SCHEDULE if getattr(self, key) is not None]
+        absent = [key for key in SCHEDULE if key not in given]
         if self.type != "lora" and self.init != "default":
             raise fault(f"init {self.init} with type {self.type}", "type: lora", "init: default", "init")
-        given = [key for key in SCHEDULE if getattr(self, key) is not None]
-        if self.type != "adalora":
-            if given:
-                found = str(getattr(self, given[0]))
-                raise fault(found, f"no such key: type {self.type} does not read it", "type: adalora", given[0])
-            return self
-        absent = [key for key in SCHEDULE if key not in given]
-        if absent:
-            fix = "init_r: 12, target_r: 8, tinit, tfinal, delta_t"
-            raise fault("missing", "AdaLoRA's whole schedule", fix, absent[0])
-        if self.target_r >= self.init_r:
-            found = f"target_r {self.target_r}, init_r {self.init_r}"
-            expected, fix = "target_r below init_r: else nothing is pruned", "init_r: 12, target_r: 8"
-            raise fault(found, expected, fix, "target_r")
+        if self.type != "adalora" and given:
+            found, expected = str(getattr(self, given[0])), f"no such key: type {self.type} does not read it"
+            raise fault(found, expected, "type: adalora", given[0])
+        if self.type == "adalora" and absent:
+            raise fault("missing", "AdaLoRA's whole schedule", ", ".join(SCHEDULE), absent[0])
+        if self.type == "adalora" and self.target_r >= self.init_r:
+            found, expected = f"{self.target_r}, init_r {self.init_r}", "below init_r: else nothing is pruned"
+            raise fault(found, expected, "init_r: 12, target_r: 8", "target_r")
         return self
 
 
@@ -91,13 +98,8 @@ class Preprocessing(Section):
     padding: Literal["max_length", "longest"] = "longest"
 
 
-def _hub_name(name: str) -> str:
-    """The hub's name of GLUE, which published files call `glue`."""
-    return "nyu-mll/glue" if name == "glue" else name
-
-
 class Dataset(Section):
-    name: Annotated[Name, AfterValidator(_hub_name)]
+    name: Annotated[Name, renamed({"glue": "nyu-mll/glue"})]
     subset: Literal["mnli", "sst2", "rte"] | None = None
     revision: str | None = None
     splits: Splits = Splits()
@@ -119,16 +121,14 @@ class Training(Section):
     loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.0
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", validation_alias=AliasChoices("lr_scheduler_type", "lr_scheduler")
-    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", validation_alias="lr_scheduler")
     warmup_ratio: Fraction = 0.0
     warmup_steps: Whole | None = None
     max_grad_norm: Positive = 1.0
     fp16: Flag = False
     bf16: Flag = False
-    logging_steps: Count = Field(default=50, validation_alias=AliasChoices("logging_steps", "log_every_n_steps"))
-    save_strategy: Literal["epoch", "steps", "best", "no"] = "epoch"
+    logging_steps: Count = Field(50, validation_alias="log_every_n_steps")
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"  # not best: the last state is what is reported
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
     eval_steps: Count | None = None
 
@@ -137,8 +137,7 @@ class Training(Section):
         if self.epochs is None and self.max_steps is None:
             raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
         if self.warmup_ratio and self.warmup_steps:
-            found = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
-            raise fault(found, "one of them", "remove warmup_steps", "warmup_steps")
+            raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
         if self.fp16 and self.bf16:
             raise fault("fp16 and bf16", "one of them", "fp16: false", "fp16")
         if self.evaluation_strategy == "steps" and self.eval_steps is None:
@@ -166,11 +165,11 @@ class Loss(Section):
     """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
 
     penalty: Literal["none", "importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2"] = "none"
-    alpha: NonNegative = Field(default=1e-4, validation_alias=AliasChoices("alpha", "reg_alpha"))
+    alpha: NonNegative = Field(1e-4, validation_alias="reg_alpha")
     beta: NonNegative = 1.0
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
-    freeze_lora_during_warmup: Flag = True
+    freeze_lora_during_warmup: Literal[True] = True  # s is the base model's, read before any adapter moves
     head_warmup_steps: Whole = 0  # an ablation: before s is measured
 
 
@@ -179,9 +178,7 @@ class Evaluation(Section):
 
 
 class Search(config.Optuna):
-    objective_metric: Name = Field(
-        default=VALIDATION_METRIC, validation_alias=AliasChoices("objective_metric", "metric_name")
-    )
+    objective_metric: Name = Field("validation_accuracy", validation_alias="metric_name")
 
 
 class Run(config.Run):
@@ -221,25 +218,20 @@ class Run(config.Run):
 
 # ---- names: what the runner, the analysis and `check` know of the study
 
-PRIMARY_METRIC = {"laptop": "validation_accuracy", "paper": "validation_accuracy"}
-SECOND_METRIC = "validation_accuracy"  # the primary one needs no judge, so there is no other to fall back on
 MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ in: the base model is the same
 SCORES = ("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1")
 METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "validation_loss": "minimize"}
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
 DIVERGED = dict.fromkeys(SCORES, 0.0)
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
-UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
-    "model.adapter.eva_rho": "read where init is eva, as in a YAML of the paper's scale",
-    "dataset.splits": "generated data has its own; read with data from the hub or a folder",
-    "dataset.preprocessing.padding": "rows are padded to the longest of their batch either way, as check says",
-    "training.optimizer": "adamw is the only choice",
-    "training.warmup_ratio": "warmup_steps decides where it is given",
-    "training.fp16": "true is refused",
-    "training.save_strategy": "checkpoints follow evaluations; what would differ is refused",
-    "loss.freeze_lora_during_warmup": "false is refused",
-    "compute.strategy": "another than none is refused",
-}
+UNREAD = (  # keys and metrics that a trial may leave alone:
+    # read where init is eva and where data is real, as in a YAML of the paper's scale
+    *("model.adapter.eva_rho", "dataset.splits"),
+    # rows are padded to the longest of their batch, checkpoints follow evaluations, warmup_steps decides
+    *("dataset.preprocessing.padding", "training.save_strategy", "training.warmup_ratio"),
+    # the only choice there is
+    *("training.optimizer", "training.fp16", "loss.freeze_lora_during_warmup", "compute.strategy"),
+)
 ALIASES = {
     "alpha": "loss.alpha",
     "iw_reg_alpha": "loss.alpha",
@@ -249,7 +241,6 @@ ALIASES = {
     "lora_r": "model.adapter.rank",
     "lora_alpha": "model.adapter.lora_alpha",
 }
-PATHS = ("model.name", "dataset.name")
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
@@ -277,24 +268,15 @@ def steps(run: Run) -> int | None:
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, calibration and evaluation, all of which read these values."""
     batch = min(run.training.batch_size, 4)
-    limits = {
-        "training.warmup_steps": 1,
-        "training.eval_steps": 2,
-        "loss.sensitivity_warmup_steps": 2,
-        "loss.head_warmup_steps": 2,
-        "model.recipe.pretrain_steps": 2,
-        "model.recipe.pretrain_batch_size": 4,
-        "dataset.train_examples": 4 * batch,
-        "dataset.validation_examples": 2 * batch,
-    }
+    two = ("training.eval_steps", "loss.sensitivity_warmup_steps", "loss.head_warmup_steps")
+    limits = dict.fromkeys((*two, "model.recipe.pretrain_steps"), 2)
+    limits |= {"training.warmup_steps": 1, "model.recipe.pretrain_batch_size": 4}
+    limits |= {"dataset.train_examples": 4 * batch, "dataset.validation_examples": 2 * batch}
     changes = {
         **config.at_most(run, limits),
-        "training.epochs": 1,
+        **dict.fromkeys(("training.epochs", "training.gradient_accumulation_steps", "training.logging_steps"), 1),
+        **{"training.batch_size": batch, "evaluation.batch_size": batch},
         "training.max_steps": min(2, run.training.max_steps or 2),
-        "training.batch_size": batch,
-        "training.gradient_accumulation_steps": 1,
-        "training.logging_steps": 1,
-        "evaluation.batch_size": batch,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
     }
     if run.model.adapter.type == "adalora":  # two steps leave no room for the schedule
@@ -305,79 +287,55 @@ def trial_changes(run: Run) -> dict[str, Any]:
 # ---- checks: what a person should know before a run starts
 
 
-def check(run: Run) -> list[Finding]:
-    return [Finding(*finding) for finding in (*_training(run), *_penalty(run), *_data(run))]
-
-
-Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
-
-
-def _training(run: Run) -> Faults:
+def check(run: Run) -> Iterator[Finding]:
     training, total, kind = run.training, steps(run), run.model.adapter.type
+    yield from config.check_schedule(training, total, training.evaluation_strategy == "steps" and training.eval_steps)
+    yield from _check_penalty(run, total)
     if training.fp16 and "deberta" in run.model.name.lower():
         what = "DeBERTa-v3's attention scores overflow in float16: the loss is NaN"
-        yield "error", "training.fp16", what, "fp16: false, bf16: true where the GPU has it"
+        yield Finding("error", "training.fp16", what, "fp16: false, bf16: true where the GPU has it")
     if training.bf16 and not run.compute.gpus:
-        yield "warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1"
-    if training.save_strategy == "best":
-        yield "error", "training.save_strategy", "best: the last state is what is reported", "save_strategy: epoch"
+        yield Finding("warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1")
     if training.loraplus_lr_ratio is not None and kind != "lora":
-        yield "error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora"
+        yield Finding("error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora")
     if run.compute.strategy == "fsdp":
-        yield "error", "compute.strategy", "sensitivities cannot be read from sharded gradients", "strategy: none"
-    if total is not None and (training.warmup_steps or 0) >= total:
-        what = (
-            f"{training.warmup_steps} are more than the run's {total} steps: {training.warmup(total)} are used instead"
-        )
-        yield "warning", "training.warmup_steps", what, "warmup_ratio: 0.1"
-    if total is not None and training.evaluation_strategy == "steps" and training.eval_steps > total:
-        what = f"evaluation every {training.eval_steps} steps never happens in a run of {total}"
-        yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
+        what = "sensitivities cannot be read from sharded gradients"
+        yield Finding("error", "compute.strategy", what, "strategy: none")
+    dataset, splits = run.dataset, (run.dataset.splits.train, run.dataset.splits.validation)
+    if dataset.name == "nyu-mll/glue":
+        if dataset.subset is None:
+            yield Finding("error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte")
+        if any("test" in split for split in splits):
+            yield Finding("error", "dataset.splits", "GLUE's test labels are all -1", "validation: validation")
+        if dataset.subset == "mnli" and splits[1] == "validation":
+            what, fix = "MNLI has no split of that name", "validation: validation_matched"
+            yield Finding("error", "dataset.splits.validation", what, fix)
+    if dataset.preprocessing.padding == "max_length":
+        what = "rows are padded to the longest of their batch, which gives the same numbers"
+        yield Finding("warning", "dataset.preprocessing.padding", what, "padding: longest")
 
 
-def _penalty(run: Run) -> Faults:
-    loss, total, kind = run.loss, steps(run), run.model.adapter.type
+def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
+    loss, kind = run.loss, run.model.adapter.type
     space = {ALIASES.get(key, key): entry for key, entry in run.optuna.search_space.items()}
     if loss.penalty == "none":
-        for key in sorted({"loss.alpha", "loss.beta"} & set(space))[:1]:
-            what = f"{key} is searched, but there is no penalty that reads it"
-            yield "error", "optuna.search_space", what, "loss.penalty: importance, or remove it"
+        if searched := sorted({"loss.alpha", "loss.beta"} & space.keys()):
+            what = f"{searched[0]} is searched, but there is no penalty that reads it"
+            yield Finding("error", "optuna.search_space", what, "loss.penalty: importance, or remove it")
         return
     if kind != "lora":
         what = f"{loss.penalty} with adapter type {kind}: the term is defined on LoRA pairs"
-        yield "error", "loss.penalty", what, "penalty: none, or type: lora"
-    if not loss.freeze_lora_during_warmup:
-        what = "false: the sensitivities are those of the base model, read before any adapter moves"
-        yield "error", "loss.freeze_lora_during_warmup", what, "freeze_lora_during_warmup: true"
+        yield Finding("error", "loss.penalty", what, "penalty: none, or type: lora")
     batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
     if total is not None and batches > total:
         what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)
-        yield "warning", "loss.sensitivity_warmup_steps", what, f"sensitivity_warmup_steps: {fix}"
+        yield Finding("warning", "loss.sensitivity_warmup_steps", what, f"sensitivity_warmup_steps: {fix}")
     if buffer > batches:
-        what = f"room for {buffer} batches, of which only {batches} are ever filled: the average is over all of them"
-        yield "warning", "loss.sensitivity_buffer_size", what, f"sensitivity_buffer_size: {batches}"
-    entry = space.get("loss.alpha")
-    if entry is not None and entry.high is not None and entry.high < 1e-2:
+        what, fix = f"room for {buffer} batches, of which {batches} are filled", f"sensitivity_buffer_size: {batches}"
+        yield Finding("warning", "loss.sensitivity_buffer_size", what, fix)
+    if (entry := space.get("loss.alpha")) and (entry.high or 1) < 1e-2:
         what = f"ends at {entry.high:g}, where the penalty hardly acts yet"
-        yield "warning", "optuna.search_space.alpha", what, "low: 1e-5, high: 1e-1"
-
-
-def _data(run: Run) -> Faults:
-    dataset, splits = run.dataset, run.dataset.splits
-    if dataset.name == "nyu-mll/glue":
-        if dataset.subset is None:
-            yield "error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte"
-        if "test" in splits.validation or "test" in splits.train:
-            fix = "validation: validation_matched for mnli, else validation"
-            yield "error", "dataset.splits", "GLUE's test labels are all -1", fix
-        if dataset.subset == "mnli" and splits.validation == "validation":
-            what = "MNLI has no split of that name"
-            yield "error", "dataset.splits.validation", what, "validation: validation_matched"
-    if dataset.preprocessing.padding == "max_length":
-        what = (
-            f"rows are padded to the longest of their batch, not to {dataset.max_seq_length} tokens: the same numbers"
-        )
-        yield "warning", "dataset.preprocessing.padding", what, "padding: longest says the same"
+        yield Finding("warning", "optuna.search_space.alpha", what, "low: 1e-5, high: 1e-1")
 
 
 # ---- the entries

@@ -85,7 +85,7 @@ def findings(run: Run) -> list[Finding]:
         typical = config.apply(run, config.first_cell(run))
     except StudyError:  # what is wrong with the cell is among the findings already
         return found
-    return found + ([] if typical.searched else config.study_module(run.study).check(typical))
+    return found if typical.searched else [*found, *config.study_module(run.study).check(typical)]
 
 
 def _search(run: Run) -> Iterator[Finding]:

@@ -155,7 +155,7 @@ class Training(Section):
     seed_list: config.Seeds | None = Field(None, exclude=True)
     gradient_checkpointing: Flag = False
     bf16: Flag = False
-    fp16: Flag = False
+    fp16: Literal[False] = False  # log-probabilities need the range of bfloat16: bf16, torch_dtype: bfloat16
     logging_steps: Count = 20  # interval of console lines; the record has every step
 
     @model_validator(mode="after")
@@ -163,14 +163,10 @@ class Training(Section):
         if self.epochs is None and self.max_steps is None:
             raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
         if self.warmup_ratio and self.warmup_steps:
-            found = f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}"
-            raise fault(found, "one of them", "remove warmup_steps", "warmup_steps")
+            raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
         for kind, strategy in (("eval", self.evaluation_strategy), ("save", self.save_strategy)):
             if strategy == "steps" and getattr(self, f"{kind}_steps") is None:
                 raise fault("missing", "an interval, as its strategy is steps", f"{kind}_steps: 15", f"{kind}_steps")
-        if self.fp16:
-            expected = "false: weights are float32 or bfloat16 here, whose range log-probabilities need"
-            raise fault("true", expected, "bf16: true with torch_dtype: bfloat16", "fp16")
         return self
 
     def steps(self, pairs: int) -> int:
@@ -265,27 +261,22 @@ ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy
 METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
 # What a diverged member counts as: the lowest score on every question, guessing on every pair.
 DIVERGED = dict.fromkeys(SCORES, 1.0) | dict.fromkeys(ACCURACIES, 0.5)
-UNREAD = {  # keys and metrics that a trial may leave alone: {name: why nothing is lost}
-    "model.torch_dtype": "a made model is float32; check refuses another",
-    "mt_bench_score": "graded by a judge, whom a trial does not ask",
-    "mt_bench_score_corrected": "graded by a judge, whom a trial does not ask",
-    "evaluation.mt_bench": "where its questions are not there, a trial goes without them",
-    "evaluation.questions": "how many of them: read where they are there, and by the oracle",
-    "dataset.validation_fraction": "generated data has a size for each split",
-    "dataset.on_bad_row": "generated rows are never bad",
-    "training.epochs": "max_steps decides where it is given",
-    "training.warmup_ratio": "warmup_steps decides where it is given",
-    "training.gradient_accumulation_steps": "derived, as check says",
-    "training.optimizer": "adamw is the only choice",
-    "training.fp16": "refused",
-}
+UNREAD = (  # keys and metrics that a trial may leave alone:
+    # graded by a judge, whom a trial does not ask; read where the questions are there
+    *("mt_bench_score", "mt_bench_score_corrected", "evaluation.mt_bench", "evaluation.questions"),
+    # made models are float32; generated rows are never bad, and have a number for each split
+    *("model.torch_dtype", "dataset.on_bad_row", "dataset.validation_fraction"),
+    # max_steps and warmup_steps decide where they are given
+    *("training.epochs", "training.warmup_ratio"),
+    # derived, or the only choice there is
+    *("training.gradient_accumulation_steps", "training.optimizer", "training.fp16"),
+)
 # The order is the order in a cell's name.
 ALIASES = {"loss": "loss.name", "beta": "loss.beta", "tau": "loss.tau"}
 _TRAINING = ("learning_rate", "weight_decay", "global_batch_size", "epochs", "max_steps")
 ALIASES |= {key: f"training.{key}" for key in _TRAINING}
 ALIASES |= {key: f"model.peft.{key}" for key in ("lora_r", "lora_alpha", "lora_dropout")}
 ALIASES["max_length"] = "dataset.preprocessing.max_length"
-PATHS = ("model.name", "dataset.name")
 # Lines of the log, and what a resume goes on from (a new best is saved whenever there is one): a member is not trained
 # again for them.
 NOT_NUMBERS = ("training.logging_steps", "training.save_steps")
@@ -318,28 +309,17 @@ def primary_metric(run: Run) -> str:
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, reference, evaluation and, for a made model, SFT."""
     batch = min(run.training.per_device_train_batch_size, run.training.global_batch_size, 4)
-    limits = {
-        "training.max_steps": 2,
-        "training.warmup_steps": 1,
-        "training.eval_steps": 2,
-        "training.save_steps": 2,
-        "evaluation.questions": 2,
-        "evaluation.kl_prompts": 2,
-        "evaluation.max_new_tokens": 8,
-        "model.recipe.sft_steps": 2,
-        "model.recipe.sft_batch_size": 4,
-    }
+    two = ("training.max_steps", "training.eval_steps", "training.save_steps", "model.recipe.sft_steps")
+    limits = dict.fromkeys((*two, "evaluation.questions", "evaluation.kl_prompts"), 2)
+    limits |= {"training.warmup_steps": 1, "evaluation.max_new_tokens": 8, "model.recipe.sft_batch_size": 4}
     if run.dataset.name == "generated":
         limits |= {f"dataset.{key}": 2 * batch for key in GENERATED_PAIRS}
     return {
         **config.at_most(run, limits),
-        "training.epochs": 1,
-        "training.global_batch_size": batch,
-        "training.per_device_train_batch_size": batch,
-        "training.gradient_accumulation_steps": None,
-        "training.logging_steps": 1,
+        **dict.fromkeys(("training.global_batch_size", "training.per_device_train_batch_size"), batch),
+        **{"training.epochs": 1, "training.logging_steps": 1, "training.gradient_accumulation_steps": None},
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
-        "evaluation.judge": "none" if list(_mt_bench(run, MissingError)) else run.evaluation.judge,
+        "evaluation.judge": "none" if any(_mt_bench(run, MissingError)) else run.evaluation.judge,
     }
 
 
@@ -351,96 +331,54 @@ def search_changes(run: Run) -> dict[str, Any]:
 # ---- checks: what a person should know before a run starts
 
 
-def check(run: Run) -> list[Finding]:
-    return [Finding(*finding) for finding in (*_batch(run), *_intervals_of(run), *_unread(run), *_evaluation(run))]
-
-
-Faults = Iterator[tuple[str, str, str, str]]  # level, key, what, fix
-
-
-def _batch(run: Run) -> Faults:
-    training, count = run.training, run.compute.devices
-    size, device = training.global_batch_size, training.per_device_train_batch_size
-    stated, per_step = training.gradient_accumulation_steps, training.per_device_train_batch_size * count
-    if size % per_step:
-        what = f"{size} is not a multiple of {device} per device x {count} devices"
-        fix = f"global_batch_size: {max(1, round(size / per_step)) * per_step}"
-        yield "error", "training.global_batch_size", what, fix
-    elif stated and stated * per_step != size:
-        what = f"{device} per device x {stated} accumulated x {count} devices is {stated * per_step}, not the global batch "
-        what += f"of {size}; the global batch decides and {training.accumulation(count)} are accumulated"
-        yield "warning", "training.gradient_accumulation_steps", what, "remove the key, it is derived"
-    if training.bf16 and run.model.torch_dtype == "float32":
-        yield "error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16"
-
-
-def _intervals_of(run: Run) -> Faults:
-    total, every = steps(run), run.training.eval_steps
-    if total is None:
-        return
-    warmup = run.training.warmup(total)
-    if every is not None and every > total:
-        what = f"every {every} steps never happens in a run of {total}: no checkpoint is chosen before the last step"
-        yield "warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}"
-    if warmup > total / 2:
-        reached = f"the full rate is {'never' if warmup >= total else 'hardly'} reached"
-        what = f"a warm-up of {warmup} covers most of a run of {total} steps: {reached}"
-        yield "warning", "training.warmup_steps", what, "warmup_ratio: 0.1 instead of warmup_steps"
-
-
-def _unread(run: Run) -> Faults:
-    if run.method != run.loss.name:
-        yield "error", "method", f"{run.method}, but the loss is {run.loss.name}", f"method: {run.loss.name}"
-    if run.model.recipe is not None and run.model.name != "made" and "model.name" not in run.overrides:
-        yield "warning", "model.recipe", f"not read: the model is {run.model.name}", "recipe: null"
-    sized = [key for key in GENERATED_PAIRS if getattr(run.dataset, key) is not None]
-    if sized and run.dataset.name != "generated" and "dataset.name" not in run.overrides:
-        what = f"sizes are read for generated data only, not for {run.dataset.name}"
-        yield "warning", f"dataset.{sized[0]}", what, "dataset.limit: n for the first n pairs of each split"
-    if run.loss.average_log_probs:
+def check(run: Run) -> Iterator[Finding]:
+    training, loss, dataset, model = run.training, run.loss, run.dataset, run.model
+    yield from config.check_batch(training, training.per_device_train_batch_size * run.compute.devices)
+    yield from config.check_schedule(training, steps(run), training.eval_steps)
+    if training.bf16 and model.torch_dtype == "float32":
+        yield Finding("error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16")
+    if run.method != loss.name:
+        yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", f"method: {loss.name}")
+    if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
+        yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
+    sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
+    if sized and dataset.name != "generated" and "dataset.name" not in run.overrides:
+        what = f"sizes are read for generated data only, not for {dataset.name}"
+        yield Finding("warning", sized[0], what, "dataset.limit: n for the first n pairs of each split")
+    if loss.average_log_probs:
         what = "an ablation: log-probabilities are averaged, not summed"
-        yield "warning", "loss.average_log_probs", what, "false for the study's own definition"
-
-
-def _evaluation(run: Run) -> Faults:
-    judge, folder = run.evaluation.judge, run.evaluation.mt_bench
-    if judge == "oracle" and run.dataset.name != "generated":
-        what = f"no oracle reward is known for {run.dataset.name}: answers are not scored, accuracies are"
-        yield "warning", "evaluation.judge", what, "judge: none"
-    if judge == "mt_bench" and not folder:
-        what = "none, with judge: mt_bench: no answers would be saved to grade"
+        yield Finding("warning", "loss.average_log_probs", what, "false for the study's own definition")
+    if run.evaluation.judge == "oracle" and dataset.name != "generated":
+        what = f"no oracle reward is known for {dataset.name}: answers are not scored, accuracies are"
+        yield Finding("warning", "evaluation.judge", what, "judge: none")
+    if run.evaluation.judge == "mt_bench" and not run.evaluation.mt_bench:
         fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
-        yield "error", "evaluation.mt_bench", what, fix
+        yield Finding("error", "evaluation.mt_bench", "none: no answers would be saved to grade", fix)
     yield from _mt_bench(run, StudyError)
 
 
-def needs(run: Run) -> list[Finding]:
+def needs(run: Run) -> Iterator[Finding]:
     """What must be on this machine before a full run: the questions that its members are to answer and, but that is
     only a warning, a judge of the answers."""
-    return [Finding(*finding) for finding in (*_mt_bench(run, MissingError), *_judge(run))]
-
-
-def _judge(run: Run) -> Faults:
-    if run.evaluation.judge != "mt_bench":
-        return
-    key, pending = "evaluation.judge", "training goes on and judging stays pending"
-    if importlib.util.find_spec("openai") is None:
+    yield from _mt_bench(run, MissingError)
+    key, judged, pending = "evaluation.judge", run.evaluation.judge == "mt_bench", "judging stays pending"
+    if judged and importlib.util.find_spec("openai") is None:
         fix = ".venv/bin/pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"
-        yield "warning", key, f"openai is not installed: {pending}", fix
-    if not any(os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
+        yield Finding("warning", key, f"openai is not installed: {pending}", fix)
+    if judged and not any(os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
         fix = "set OPENAI_API_KEY, or OPENAI_BASE_URL of any compatible server, then ./run_all.sh judge"
-        yield "warning", key, f"no judge endpoint: {pending}", fix
+        yield Finding("warning", key, f"no judge endpoint: {pending}", fix)
 
 
-def _mt_bench(run: Run, kind: type[StudyError]) -> Faults:
+def _mt_bench(run: Run, kind: type[StudyError]) -> Iterator[Finding]:
     """What is wrong with the folder of MT-Bench: StudyError, its files do not hold what they should; MissingError, it
     is not there."""
-    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:
-        try:
+    try:
+        if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:
             mt_bench.read(run.evaluation.mt_bench)
-        except StudyError as error:
-            if type(error) is kind:
-                yield "error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected
+    except StudyError as error:
+        if type(error) is kind:
+            yield Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected)
 
 
 # ---- the entries
