@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from lib.errors import StudyError
@@ -78,18 +78,12 @@ def fault(found: str, expected: str, fix: str = "", key: str = "") -> PydanticCu
 
 
 def plain(value: Any) -> Any:
-    """A value of a search space or a grid as plain data, numeric strings turned into numbers at any depth."""
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+    """A value of a search space, a grid or a claim, with a numeric string turned into its number."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         value = int(value) if re.fullmatch(r"[-+]?\d{1,19}", value) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise fault(str(value), "a finite number")
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise fault(type(value).__name__, "a number, a string, true/false, null, or a list or mapping of them")
+    return value
 
 
 def not_bool(value: Any) -> Any:
@@ -104,7 +98,7 @@ def renamed(names: Mapping[Any, str]) -> BeforeValidator:
     return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str | None) else value)
 
 
-Value = Annotated[Any, BeforeValidator(plain)]
+Value = Annotated[JsonValue, BeforeValidator(plain)]
 Number = Annotated[float, BeforeValidator(not_bool)]
 Whole = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
@@ -113,7 +107,7 @@ Seeds = Annotated[list[Seed], Field(min_length=1)]
 Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)]
-Flag = StrictBool  # pydantic would take 1, "on", "y"
+Flag = Annotated[bool, Field(strict=True)]  # pydantic would take 1, "on", "y"
 Name = Annotated[str, Field(min_length=1)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")]  # a folder name: no separator, no ..
 
@@ -122,9 +116,7 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")]  #
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -423,12 +415,10 @@ def study_module(study: str) -> types.ModuleType:
         near = did_you_mean(str(study), studies(), "")
         raise StudyError("study", repr(study), "one of " + ", ".join(studies()), near)
     module = importlib.import_module(f"lib.{study}.study")
-    reported = next(iter(module.METRICS))
+    reported, metrics = next(iter(module.METRICS)), tuple(module.METRICS)
     chosen = getattr(module, "VALIDATION_METRIC", reported)  # chooses checkpoints, cells and the sweep's best
-    metrics = {"PRIMARY_METRIC": {"laptop": reported, "paper": reported}, "CLAIM_METRICS": tuple(module.METRICS)}
-    metrics |= {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen}
-    metrics["primary_metric"] = lambda run: module.PRIMARY_METRIC[run.scale]
-    for name, value in {**DEFAULTS, **metrics}.items():
+    own = {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen, "CLAIM_METRICS": metrics}
+    for name, value in {**DEFAULTS, **own, "primary_metric": lambda run: reported}.items():
         vars(module).setdefault(name, value)
     return module
 
@@ -458,14 +448,12 @@ def resolve(study: str, key: str, where: str = "key") -> str:
 
 def check_batch(training: Any, per_step: int) -> Iterator[Finding]:
     """The global batch is a multiple of what all devices take at a time; a stated accumulation agrees with it."""
-    size, stated = training.global_batch_size, training.gradient_accumulation_steps
+    size, stated, key = training.global_batch_size, training.gradient_accumulation_steps, "training.global_batch_size"
     if size % per_step:
-        what, fix = f"{size} is not a multiple of {per_step}, the rows of one pass", max(1, round(size / per_step))
-        yield Finding("error", "training.global_batch_size", what, f"global_batch_size: {fix * per_step}")
+        fix = f"global_batch_size: {max(1, round(size / per_step)) * per_step}"
+        yield Finding("error", key, f"{size} is not a multiple of {per_step}, the rows of one pass", fix)
     elif stated and stated * per_step != size:
-        what = (
-            f"{per_step} x {stated} accumulated is {per_step * stated}, not the global batch of {size}, which decides"
-        )
+        what = f"{per_step} x {stated} is {per_step * stated}, not the global batch of {size}, which decides"
         yield Finding("warning", "training.gradient_accumulation_steps", what, "remove the key, it is derived")
 
 
@@ -605,9 +593,9 @@ def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
     """With the values of --set, and what the study says that they bring along."""
     values = {}
     for key, text in overrides.items():
-        if key.split(".")[0] in ("run_id", *CONTEXT):
-            fix = "copy the YAML under another run_id" if key == "run_id" else f"use --{key}"
-            raise StudyError(f"--set {key}", "not a setting of a run", "a key of the YAML or a short name", fix)
+        if key == "run_id":
+            fix = "copy the YAML under another run_id"
+            raise StudyError("--set run_id", "not a setting of a run", "another key of the YAML or a short name", fix)
         dotted = resolve(run.study, key, "--set")
         values[dotted] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
     written = " ".join(f"--set {key}={text}" for key, text in overrides.items())

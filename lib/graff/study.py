@@ -173,11 +173,10 @@ class Run(config.Run):
 BY_NAME = {"SCHEDULERS": "training.scheduler.type"}
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
-METRICS = {
-    **dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), "maximize"),
-    **dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize"),
-}
-DIVERGED = dict.fromkeys(("exact_match", "dev_exact_match", "flexible_match", "auc"), 0.0)  # what a diverged run has
+SCORES = ("exact_match", "dev_exact_match", "flexible_match", "auc")
+METRICS = dict.fromkeys(SCORES, "maximize")
+METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize")
+DIVERGED = dict.fromkeys(SCORES, 0.0)  # what a diverged run has
 CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
 UNREAD = (  # keys and metrics that a trial may leave alone, as `check` reads them, or nothing is lost:
     # REACTOR's window of 5 steps does not end in a trial of 2
@@ -190,16 +189,10 @@ UNREAD = (  # keys and metrics that a trial may leave alone, as `check` reads th
     *("evaluation.interval_steps", "model.parameter_count", "evaluation.energy_level"),
     *("energy_to_level", "gsm1k_gap"),  # null where nothing can be read
 )
-ALIASES = {
-    "learning_rate": "training.optimizer.lr_init",
-    "adapter_lr_init": "training.optimizer.lr_init",
-    "outer_lr": "training.scheduler.outer_lr",
-    "graff_outer_lr": "training.scheduler.outer_lr",
-    "controller_lr": "training.scheduler.controller_lr",
-    "budget_minutes": "training.budget_minutes",
-    "method": "training.scheduler.type",
-    "lora_r": "model.lora.r",
-}
+ALIASES = dict.fromkeys(("learning_rate", "adapter_lr_init"), "training.optimizer.lr_init")
+ALIASES |= dict.fromkeys(("outer_lr", "graff_outer_lr"), "training.scheduler.outer_lr")
+ALIASES |= {"controller_lr": "training.scheduler.controller_lr", "budget_minutes": "training.budget_minutes"}
+ALIASES |= {"method": "training.scheduler.type", "lora_r": "model.lora.r"}
 PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
 MADE_BY = {  # a missing file: the command that makes it
     "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.prepare FILE.safetensors makes one, then "

@@ -11,20 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lib import config
-from lib.config import (
-    Count,
-    Finding,
-    Flag,
-    Fraction,
-    Name,
-    NonNegative,
-    Number,
-    Positive,
-    Section,
-    Whole,
-    fault,
-    renamed,
-)
+from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Whole, fault
 
 # ---- sections of the YAML
 
@@ -99,7 +86,7 @@ class Preprocessing(Section):
 
 
 class Dataset(Section):
-    name: Annotated[Name, renamed({"glue": "nyu-mll/glue"})]
+    name: Annotated[Name, config.renamed({"glue": "nyu-mll/glue"})]
     subset: Literal["mnli", "sst2", "rte"] | None = None
     revision: str | None = None
     splits: Splits = Splits()
@@ -232,15 +219,9 @@ UNREAD = (  # keys and metrics that a trial may leave alone:
     # the only choice there is
     *("training.optimizer", "training.fp16", "loss.freeze_lora_during_warmup", "compute.strategy"),
 )
-ALIASES = {
-    "alpha": "loss.alpha",
-    "iw_reg_alpha": "loss.alpha",
-    "beta": "loss.beta",
-    "penalty": "loss.penalty",
-    **{key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")},
-    "lora_r": "model.adapter.rank",
-    "lora_alpha": "model.adapter.lora_alpha",
-}
+ALIASES = dict.fromkeys(("alpha", "iw_reg_alpha"), "loss.alpha") | {"beta": "loss.beta", "penalty": "loss.penalty"}
+ALIASES |= {key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")}
+ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha"}
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
@@ -299,8 +280,7 @@ def check(run: Run) -> Iterator[Finding]:
     if training.loraplus_lr_ratio is not None and kind != "lora":
         yield Finding("error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora")
     if run.compute.strategy == "fsdp":
-        what = "sensitivities cannot be read from sharded gradients"
-        yield Finding("error", "compute.strategy", what, "strategy: none")
+        yield Finding("error", "compute.strategy", "sharded gradients hide the sensitivities", "strategy: none")
     dataset, splits = run.dataset, (run.dataset.splits.train, run.dataset.splits.validation)
     if dataset.name == "nyu-mll/glue":
         if dataset.subset is None:
@@ -308,11 +288,11 @@ def check(run: Run) -> Iterator[Finding]:
         if any("test" in split for split in splits):
             yield Finding("error", "dataset.splits", "GLUE's test labels are all -1", "validation: validation")
         if dataset.subset == "mnli" and splits[1] == "validation":
-            what, fix = "MNLI has no split of that name", "validation: validation_matched"
-            yield Finding("error", "dataset.splits.validation", what, fix)
+            yield Finding("error", "dataset.splits.validation", "not in MNLI", "validation: validation_matched")
     if dataset.preprocessing.padding == "max_length":
-        what = "rows are padded to the longest of their batch, which gives the same numbers"
-        yield Finding("warning", "dataset.preprocessing.padding", what, "padding: longest")
+        yield Finding(
+            "warning", "dataset.preprocessing.padding", "padded to the batch's longest row", "padding: longest"
+        )
 
 
 def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:

@@ -426,7 +426,7 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
         seen = watch.evidence(folder)
         for study in dict.fromkeys(run.study for _, run in found):
             yield from _unread_keys(study, [(path, run) for path, run in found if run.study == study], results, seen)
-            yield from _unlogged_metrics(study, results, scale)
+            yield from _unlogged_metrics(study, results)
             yield from _empty_columns(study, results)
         if found and not failed and not seen["batch"]:
             yield error("", "no phase counts its batches", "take them through record.batches(phase, items)", "lib")
@@ -474,14 +474,12 @@ def _unread_keys(study: str, found: list[tuple[Path, Run]], results: Path, seen:
             yield error(key, "no code reads it: whatever it says, the run is the same", fix, display_path(path))
 
 
-def _unlogged_metrics(study: str, results: Path, scale: str) -> Iterator[Finding]:
-    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name.
-    What is primary at another scale only is not asked of this one."""
+def _unlogged_metrics(study: str, results: Path) -> Iterator[Finding]:
+    """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name."""
     logged = {name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path, {})}
     module = config.study_module(study)
-    elsewhere = set(module.PRIMARY_METRIC.values()) - {module.PRIMARY_METRIC[scale]}
     for name in (*module.METRICS, module.VALIDATION_METRIC, module.SECOND_METRIC) if logged else ():
-        if name not in logged | elsewhere | set(module.UNREAD):
+        if name not in logged | set(module.UNREAD):
             fix = did_you_mean(name, sorted(logged), "return it from train()")
             yield error(name, "is read by this name and logged by none of the members", fix, f"lib/{study}")
 

@@ -89,7 +89,7 @@ def summary(run, records: list[dict]) -> dict:
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
     cell = chosen_cell(run, records)
     means = _means([r for r in records if r["cell"] == cell], metrics)
-    primary = getattr(study, "primary_metric", lambda run: study.PRIMARY_METRIC[run.scale])(run)
+    primary = study.primary_metric(run)
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
     return {
         "run_id": run.run_id,

@@ -23,9 +23,10 @@ OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 # TRL's loss types by their own names; sigmoid and discopop are `dpo` and `discopop` here.
 TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
-PUBLISHED_LOSSES = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo"}
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
 VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
+PUBLISHED = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo", "qlora-4bit": "nf4", None: "none"}
+PUBLISHED |= dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALIDATION_METRIC)
 GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
 
 
@@ -44,8 +45,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            found, fix = f"hidden_size {self.hidden_size}, heads {self.heads}", "hidden_size: a multiple of 2 x heads"
-            raise fault(found, "heads of an even, equal size", fix, "heads")
+            raise fault(str(self.heads), "heads of an even size", "hidden_size: a multiple of 2 x heads", "heads")
         return self
 
 
@@ -60,7 +60,7 @@ class Model(Section):
     name: Name
     revision: str | None = None
     recipe: Recipe | None = None
-    quantization: Annotated[Literal["none", "nf4"], renamed({"qlora-4bit": "nf4", None: "none"})] = "none"
+    quantization: Annotated[Literal["none", "nf4"], renamed(PUBLISHED)] = "none"
     load_in_4bit: Flag | None = Field(None, exclude=True)
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     peft: Peft | None = None
@@ -79,12 +79,12 @@ class Model(Section):
         nf4 = self.quantization == "nf4"
         if self.load_in_4bit not in (None, nf4):
             raise fault(str(self.load_in_4bit), f"agreement with quantization: {self.quantization}", "", "load_in_4bit")
-        if nf4 and self.name == "made":
-            expected = "a model of the hub or a local one"
-            raise fault("nf4 on the made model", expected, "quantization: none", "quantization")
-        if nf4 and self.peft is None:
-            expected = "LoRA on a 4-bit base: its weights cannot be trained"
-            raise fault("nf4 without adapters", expected, "peft: {lora_r: 64}, or quantization: none", "quantization")
+        if nf4 and (self.name == "made" or self.peft is None):
+            expected, fix = (
+                "a model of the hub or a local one, with adapters",
+                "peft: {lora_r: 64}, or quantization: none",
+            )
+            raise fault("nf4", expected, fix, "quantization")
         return self
 
 
@@ -95,8 +95,7 @@ class Preprocessing(Section):
     @model_validator(mode="after")
     def _prompt_leaves_room(self):
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            expected = f"less than max_length ({self.max_length})"
-            raise fault(str(self.max_prompt_length), expected, "", "max_prompt_length")
+            raise fault(str(self.max_prompt_length), f"less than {self.max_length}", "", "max_prompt_length")
         return self
 
 
@@ -188,7 +187,7 @@ class Training(Section):
 
 
 class Loss(Section):
-    name: Annotated[Literal[OWN_LOSSES + TRL_LOSSES], renamed(PUBLISHED_LOSSES)]  # pyright: ignore[reportInvalidTypeForm]
+    name: Annotated[Literal[OWN_LOSSES + TRL_LOSSES], renamed(PUBLISHED)]  # pyright: ignore[reportInvalidTypeForm]
     kl_reference_model: Literal[True] = Field(True, exclude=True)  # every loss reads a frozen reference
     beta: NonNegative = 0.1
     tau: Positive | None = None
@@ -197,14 +196,11 @@ class Loss(Section):
 
     @model_validator(mode="after")
     def _options_that_are_read(self):
-        if self.name in WITH_TAU and self.tau is None:
-            raise fault("missing", f"the temperature of {self.name}", "tau: 1.0", "tau")
-        if self.name not in WITH_TAU and self.tau is not None:
-            expected, fix = f"no tau: {self.name} does not read it", "remove it; with --set add --run 'td_dpo*'"
-            raise fault(str(self.tau), expected, fix, "tau")
+        if (self.tau is None) == (self.name in WITH_TAU):
+            expected = f"a temperature for {self.name}" if self.tau is None else f"none: {self.name} does not read it"
+            raise fault(str(self.tau), expected, "tau: 1.0, or null; with --set add --run 'td_dpo*'", "tau")
         if self.label_smoothing and self.name not in ("robust", "exo_pair"):
-            expected = f"0: {self.name} does not read it"
-            raise fault(str(self.label_smoothing), expected, "name: robust", "label_smoothing")
+            raise fault(str(self.label_smoothing), f"0 for {self.name}", "name: robust or exo_pair", "label_smoothing")
         return self
 
 
@@ -218,9 +214,7 @@ class Evaluation(Section):
 
 
 class Search(config.Optuna):
-    objective_metric: Annotated[
-        Name, renamed(dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALIDATION_METRIC))
-    ] = VALIDATION_METRIC
+    objective_metric: Annotated[Name, renamed(PUBLISHED)] = VALIDATION_METRIC
 
 
 class Run(config.Run):
@@ -238,7 +232,7 @@ class Run(config.Run):
     @classmethod
     def usual(cls, raw: dict) -> tuple[Any, str]:
         loss = str(config.get(raw, "loss.name"))
-        loss = PUBLISHED_LOSSES.get(loss, loss)
+        loss = PUBLISHED.get(loss, loss)
         return loss, {"td_dpo": "proposed", "td_dpo_anchored": "ablation"}.get(loss, "comparative")
 
     @model_validator(mode="after")
@@ -251,7 +245,6 @@ class Run(config.Run):
 # ---- names
 
 BY_NAME = {"LOSSES": "loss.name"}
-PRIMARY_METRIC = {"laptop": "oracle_score", "paper": "mt_bench_score"}
 JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
@@ -262,6 +255,7 @@ METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("valid
 # What a diverged member counts as: the lowest score on every question, guessing on every pair.
 DIVERGED = dict.fromkeys(SCORES, 1.0) | dict.fromkeys(ACCURACIES, 0.5)
 UNREAD = (  # keys and metrics that a trial may leave alone:
+    "oracle_score",  # of generated answers only
     # graded by a judge, whom a trial does not ask; read where the questions are there
     *("mt_bench_score", "mt_bench_score_corrected", "evaluation.mt_bench", "evaluation.questions"),
     # made models are float32; generated rows are never bad, and have a number for each split
@@ -343,11 +337,10 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
     sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
     if sized and dataset.name != "generated" and "dataset.name" not in run.overrides:
-        what = f"sizes are read for generated data only, not for {dataset.name}"
-        yield Finding("warning", sized[0], what, "dataset.limit: n for the first n pairs of each split")
+        yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
     if loss.average_log_probs:
-        what = "an ablation: log-probabilities are averaged, not summed"
-        yield Finding("warning", "loss.average_log_probs", what, "false for the study's own definition")
+        what = "an ablation: the study sums log-probabilities"
+        yield Finding("warning", "loss.average_log_probs", what, "average_log_probs: false")
     if run.evaluation.judge == "oracle" and dataset.name != "generated":
         what = f"no oracle reward is known for {dataset.name}: answers are not scored, accuracies are"
         yield Finding("warning", "evaluation.judge", what, "judge: none")
