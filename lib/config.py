@@ -5,11 +5,12 @@ What is validated is always what a member would train: the values of a grid cell
 the whole is validated. A value that only the cells supply (`${opt.name}`) holds the first cell's in a run itself, and
 `Run.searched` says which keys those are.
 
-A study is a folder of lib/ with a study.py, which gives: Run (the typed sections), METRICS (name -> "maximize" or
-"minimize", the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What it may give
-besides, with what holds otherwise, is in DEFAULTS; further its SECOND_METRIC (where the primary one is not measured
-yet), CLAIM_METRICS (columns that its analysis gives to claims.evaluate), primary_metric(run) and fit (a sharded
-training). Published files that write something elsewhere are read by validators of the sections themselves.
+A study is a folder of lib/ with a study.py, which gives Run (the typed sections), METRICS (name -> "maximize" or
+"minimize"; the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What else it may
+give is in DEFAULTS, with what holds where it does not; and, of its metrics: VALIDATION_METRIC (chooses checkpoints,
+cells and the sweep's best; the reported one), SECOND_METRIC (where the reported one is not measured yet; the validation
+one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS), primary_metric(run). A study whose
+members may be sharded gives `fit`. What published files write elsewhere is read by validators of the sections.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -119,9 +120,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
-S = TypeVar("S", bound=Section)
-
-
 class Distribution(Section):
     """One entry of a search space."""
 
@@ -200,12 +198,12 @@ class Run(Section):
     run_id: RunId
     method: Name
     role: Literal["proposed", "comparative", "ablation", "control"]
-    model: Any  # these sections are the study's
-    dataset: Any
-    training: Any
-    loss: Any
+    model: Any = None  # these sections are the study's
+    dataset: Any = None
+    training: Any = None
+    loss: Any = None
     compute: Compute = Compute()
-    evaluation: Any
+    evaluation: Any = None
     optuna: Optuna
     seed_list: Seeds
     grid: list[Block] | None = None
@@ -249,11 +247,10 @@ def keys(run_type: type[BaseModel], prefix: str = "", inside: bool = False) -> t
     for name, field in run_type.model_fields.items():
         if field.exclude or (not prefix and name in CONTEXT):
             continue
-        names.append(prefix + name)
-        if inner := section_type(field.annotation):
-            names += keys(inner, f"{prefix}{name}.", inside)
-        elif inside and (inner := section_type(field.annotation, inside)):
-            names += keys(inner, f"{prefix}{name}.*.", inside)
+        inner, place = section_type(field.annotation), ""
+        if inside and not inner:
+            inner, place = section_type(field.annotation, inside), "*."
+        names += [prefix + name, *(keys(inner, f"{prefix}{name}.{place}", inside) if inner else ())]
     return tuple(names)
 
 
@@ -347,10 +344,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        found, fix = (
-            getattr(error, "problem", None) or str(error),
-            "correct the line; tags such as !!python are not read",
-        )
+        found = getattr(error, "problem", None) or str(error)
+        fix = "correct the line; tags such as !!python are not read"
         raise StudyError(place, found, "one plain YAML document, not nested too deeply", fix) from None
 
 
@@ -374,7 +369,7 @@ def load_yaml(path: str | Path) -> dict:
     return content
 
 
-def validate(section: type[S], path: str | Path) -> S:
+def validate(section: type[Section], path: str | Path) -> Any:
     """A YAML file as a section of that type."""
     raw = load_yaml(path)
     try:
@@ -416,7 +411,7 @@ def study_module(study: str) -> types.ModuleType:
         raise StudyError("study", repr(study), "one of " + ", ".join(studies()), near)
     module = importlib.import_module(f"lib.{study}.study")
     reported, metrics = next(iter(module.METRICS)), tuple(module.METRICS)
-    chosen = getattr(module, "VALIDATION_METRIC", reported)  # chooses checkpoints, cells and the sweep's best
+    chosen = getattr(module, "VALIDATION_METRIC", reported)
     own = {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen, "CLAIM_METRICS": metrics}
     for name, value in {**DEFAULTS, **own, "primary_metric": lambda run: reported}.items():
         vars(module).setdefault(name, value)
@@ -479,13 +474,11 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: str) -> str:
     """Paths are kept absolute, so that a notebook's working directory does not matter; hub ids stay as they are."""
-    if not isinstance(value, str) or value.startswith("${"):
-        return value
     path = Path(value).expanduser()
     written_as_path = value.startswith(("/", "./", "../", "~")) or path.suffix in FILE_SUFFIXES
-    if not written_as_path and not ("/" in value and path.exists()):
+    if value.startswith("${") or (not written_as_path and not ("/" in value and path.exists())):
         return value
     return os.path.realpath(next((p for p in (Path.cwd() / path, ROOT / path) if p.exists()), path))
 
@@ -506,16 +499,18 @@ def put(raw: dict, dotted: str, value: Any) -> None:
     raw[last] = value
 
 
-def build(study: str, raw: Mapping[str, Any], where: str, **context: Any) -> Run:
+def build(study: str, raw: Mapping[str, Any], where: str, /, **context: Any) -> Run:
     """Plain data, in our names or the published ones, as the study's typed run. `context`: fields of CONTEXT."""
     module, raw = study_module(study), copy.deepcopy(dict(raw))
     tunable = {key: get(raw, key) for key in keys(module.Run) if key.split(".")[0] in TUNABLE}
     markers = {key: MARKER.fullmatch(value) for key, value in tunable.items() if isinstance(value, str)}
     searched = {key: marker[1] for key, marker in markers.items() if marker}
     filled = {key: value for key, value in _first_values(raw, module.ALIASES).items() if key in searched}
-    for key, value in [*filled.items(), *((key, _absolute(get(raw, key))) for key in module.PATHS)]:
-        if value is not None:
-            put(raw, key, value)
+    for key, value in filled.items():
+        put(raw, key, value)
+    for key in module.PATHS:
+        if isinstance(path := get(raw, key), str):
+            put(raw, key, _absolute(path))
     folder = context.get("results_dir") or default_results(study, context["scale"], context["mode"])
     context |= {"study": study, "searched": searched, "results_dir": ROOT / Path(folder).expanduser()}
     try:
@@ -551,8 +546,7 @@ def apply(run: Run, values: Mapping[str, Any], where: str = "") -> Run:
     raw, where = dump(run), where or run.run_id
     for key, value in values.items():
         put(raw, resolve(run.study, key, where), value)
-    context = {key: getattr(run, key) for key in CONTEXT if key not in ("study", "searched")}
-    return build(run.study, raw, where, **context)
+    return build(run.study, raw, where, **{key: getattr(run, key) for key in CONTEXT})
 
 
 def default_results(study: str, scale: str, mode: str) -> Path:
@@ -576,15 +570,12 @@ def load_run(
     """The run in a YAML file, `--set` overrides applied; in trial mode already in its trial form."""
     path = Path(path).absolute()
     raw = load_yaml(path)
-    for key in CONTEXT:
-        if key in raw:
-            fix = f"remove it; use --{key}" if key in ("study", "scale") else "remove it"
-            raise StudyError(f"{path}: {key}", "a matter of the command line, not of a YAML", "no such key", fix)
+    for key in raw.keys() & set(CONTEXT):
+        raise StudyError(f"{path}: {key}", "not a key of a YAML", "an option, as --scale", "remove it")
     if not study:
         folder = path.parent.parent.name
         study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognize(raw, str(path))
-    context = {"scale": scale, "mode": mode, "results_dir": results_dir, "source": path}
-    run = build(study, _with_wandb(raw), str(path), **context)
+    run = build(study, _with_wandb(raw), str(path), scale=scale, mode=mode, results_dir=results_dir, source=path)
     run = _override(run, overrides, str(path)) if overrides else run
     return trial(run) if mode == "trial" else run
 
@@ -630,10 +621,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
         near = did_you_mean(module.ALIASES.get(key, key), [*known, *keys(module.Run)])
         raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
     for key in set(known) & namespace.keys() - given.keys():
-        found, fix = (
-            f"holds a {type(namespace[key]).__name__}",
-            "run the parameters cell again; rename the other object",
-        )
+        found, fix = f"a {type(namespace[key]).__name__}", "run the parameters cell again; rename the other object"
         raise StudyError(f"{where}: {key}", found, "the parameter of that name", fix)
     context = {"mode": "full", "scale": "laptop", "results_dir": None}
     context |= {key: given.pop(key) for key in context.keys() & given.keys()}
@@ -672,10 +660,10 @@ def _format(value: Any) -> str:
 
 def cell_name(study: str, cell: Mapping[str, Any]) -> str:
     """The same whatever order the cell is written in: short names in the order of the study's ALIASES."""
-    names = {dotted: alias for alias, dotted in reversed(study_module(study).ALIASES.items())}
-    order = list(dict.fromkeys(study_module(study).ALIASES.values()))
-    ranked = sorted(cell, key=lambda key: (order.index(key) if key in order else len(order), key))
-    return "-".join(names.get(key, key.rpartition(".")[2]) + _format(cell[key]) for key in ranked) or "default"
+    aliases = study_module(study).ALIASES
+    short = {dotted: alias for alias, dotted in reversed(aliases.items())}
+    ranked = sorted(cell, key=[*aliases.values(), *sorted(cell)].index)
+    return "-".join(short.get(key, key.rpartition(".")[2]) + _format(cell[key]) for key in ranked) or "default"
 
 
 def _product(lists: Mapping[str, list]) -> list[dict]:
@@ -751,11 +739,8 @@ def trial(run: Run) -> Run:
     first, seed = first_cell(run), _blocks(run, low_ends=True)[0][1][0]
     changes = {
         **study_module(run.study).trial_changes(apply(run, first)),
-        "compute.strategy": "none",
-        "compute.processes": None,
-        "compute.gpus": min(1, run.compute.gpus),
-        "optuna.n_trials": 0,
-        "seed_list": [seed],
+        **{"compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus)},
+        **{"optuna.n_trials": 0, "seed_list": [seed]},
         "grid": [{"cells": [first], "seeds": [seed]}] if first else None,
         "wandb": {**(run.wandb or Wandb()).model_dump(), "mode": "disabled"},
     }

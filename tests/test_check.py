@@ -108,7 +108,7 @@ def test_what_only_a_trial_shows_is_named(copy):
         "    gradient_noise: float = 0.0\n    logging_steps: Count",
     )
     copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
-    copy("lib/iw_lora/study.py", '"loss.sensitivity_warmup_steps": 2,', "")
+    copy("lib/iw_lora/study.py", '"loss.sensitivity_warmup_steps", ', "")
     copy("lib/iw_lora/trainer.py", '"label": label,', '"label": label, "answer": None,')
     copy("lib/iw_lora/trainer.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
     copy(

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -368,22 +369,22 @@ def test_a_password_in_the_yaml_is_refused_in_every_mode_and_not_shown(write, ra
     raw["optuna"]["storage"] = "postgresql://me:hunter2hunter2@h/db"
     path = write(raw)
     (found,) = [findings for _, _, findings in check.load_folder(path.parent, "laptop", mode)]
-    told = [finding for finding in found if finding.key == "optuna.storage"]
-    assert [finding.level for finding in told] == ["error"]
-    assert "hunter2" not in str(told)
+    said = [finding for finding in found if finding.key == "optuna.storage"]
+    assert [finding.level for finding in said] == ["error"]
+    assert "hunter2" not in str(said)
 
 
-def test_two_runs_of_one_method_that_train_the_same_cell_are_told(write, raw):
+def test_two_runs_of_one_method_that_train_the_same_cell_get_a_warning(write, raw):
     """The claims name methods and cells, not runs: they are not evaluated where two answer to one."""
     first = write(raw)
     second = first.with_name("fast.yaml")
     changed = {**raw, "run_id": "fast", "training": {**raw["training"], "learning_rate": 1e-4}}
     second.write_text(yaml.safe_dump(changed))
     found = {path.name: findings for path, _, findings in check.load_folder(first.parent, "laptop", "full")}
-    told = [f for findings in found.values() for f in findings if f.key == "method"]
-    assert len(told) == 1
-    assert told[0].level == "warning"
-    assert "no claim about it can be evaluated" in told[0].what
+    said = [f for findings in found.values() for f in findings if f.key == "method"]
+    assert len(said) == 1
+    assert said[0].level == "warning"
+    assert "no claim about it can be evaluated" in said[0].what
 
 
 def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
@@ -412,7 +413,7 @@ class TestPublished:
     def loaded():
         return {path.stem: (run, findings) for path, run, findings in check.load_folder(PUBLISHED, "paper", "full")}
 
-    def test_all_six_load_and_are_recognised(self, loaded):
+    def test_all_six_load_and_are_recognized(self, loaded):
         assert len(loaded) == 6
         for name, (run, _) in loaded.items():
             assert not isinstance(run, StudyError), run
@@ -439,7 +440,7 @@ class TestPublished:
             f.key == "optuna.n_trials" and "20, where another method of the study gets 36" in f.what for f in baseline
         )
 
-    def test_iw_lora_fp16_is_an_error_with_its_mend(self, loaded):
+    def test_iw_lora_fp16_is_an_error_with_its_fix(self, loaded):
         for name in ("proposed-DeBERTaV3-base-86-M--GLUE-MNLI", "comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"):
             run, findings = loaded[name]
             errors = [finding for finding in findings if finding.level == "error"]
@@ -468,16 +469,16 @@ class TestPublished:
         assert reactor.training.scheduler.outer_lr is None
         assert any(f.key == "training.scheduler.baseline_decay" and "per window" in f.what for f in findings)
 
-    def test_mended_files_have_no_error(self, loaded, tmp_path):
+    def test_corrected_files_have_no_error(self, loaded, tmp_path):
         checkpoint = tmp_path / "warm.safetensors"
         checkpoint.touch()
-        mends = {
+        fixes = {
             "td_dpo": {"optuna.direction": "maximize"},
             "iw_lora": {"training.fp16": False},
             "graff": {"dataset.eval_split": "dev"},
         }
         for run, _ in loaded.values():
-            values = dict(mends[run.study])
+            values = dict(fixes[run.study])
             if run.method == "graff":
                 values["training.scheduler.warm_start_ckpt"] = str(checkpoint)
             assert not [f for f in check.findings(config.apply(run, values)) if f.level == "error"]
@@ -536,6 +537,31 @@ def test_aliases_resolve_to_keys_that_exist():
     assert config.resolve("graff", "adapter_lr_init") == "training.optimizer.lr_init"
     assert config.resolve("graff", "graff_outer_lr") == "training.scheduler.outer_lr"
     assert config.resolve("td_dpo", "lora_r") == "model.peft.lora_r"
+
+
+def test_a_study_needs_no_more_than_four_names(tmp_path):
+    shutil.copytree(config.ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "lib" / "mine").mkdir()
+    (tmp_path / "lib" / "mine" / "study.py").write_text(
+        "from lib import config\n\n\nclass Training(config.Section):\n    rate: config.Positive\n\n\n"
+        "class Run(config.Run):\n    method: config.Name = 'mine'\n    training: Training\n\n\n"
+        "METRICS = {'score': 'maximize'}\n\n\ndef prepare(run, folder): ...\n\n\ndef train(member, folder, shared): ...\n"
+    )
+    run = {"run_id": "a", "training": {"rate": 1}, "optuna": {"objective_metric": "score"}, "seed_list": [1, 2]}
+    path = tmp_path / "params" / "mine" / "laptop" / "a.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(run | {"grid": [{"product": {"training.rate": ["1e-3", 1]}}]}))
+    code = (
+        "from lib import config; from lib.run import check, keys; ((_, run, found),) = "
+        "check.load_folder('params', 'laptop', 'full'); module = config.study_module('mine');"
+        "print(run.role, found, [m.id for m in config.members(run)], [m.id for m in config.members(config.trial(run))],"
+        "module.primary_metric(run), module.SECOND_METRIC, [*keys.member_code('mine', config.dump(run))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        "comparative [] ['rate0.001-s1', 'rate0.001-s2', 'rate1-s1', 'rate1-s2'] ['rate0.001-s1'] score score "
+        "['lib.config', 'lib.mine.study']"
+    )
 
 
 def test_relative_paths_become_absolute_and_hub_ids_stay(write, raw, tmp_path, monkeypatch):
@@ -775,7 +801,7 @@ def test_iw_lora_and_graff_refuse_what_they_do_not_read():
         ("training", "evaluation_strategy", "no"),
     ],
 )
-def test_published_keys_are_honoured_or_refused(write, raw, section, key, value):
+def test_published_keys_are_honored_or_refused(write, raw, section, key, value):
     raw[section][key] = value
     assert f"{section}.{key}" in refused(load, write(raw))
 
@@ -825,7 +851,7 @@ def test_from_notebook_works_from_any_directory(raw, tmp_path, monkeypatch):
     }
     run = config.from_notebook(space)
     assert run.results_dir == config.ROOT / "outputs/here"
-    assert config.from_notebook({**raw, "mode": "trial"}).optuna.n_trials == 0  # the study is recognised
+    assert config.from_notebook({**raw, "mode": "trial"}).optuna.n_trials == 0  # the study is recognized
 
 
 @pytest.mark.parametrize(
@@ -868,6 +894,6 @@ def test_importing_and_loading_is_light():
 
 def test_several_runs_may_be_named():
     """The last --run used to win without a word."""
-    told = cli.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
-    assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.matches(told, name)] == ["fixed", "graff_mlp"]
+    said = cli.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
+    assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.matches(said, name)] == ["fixed", "graff_mlp"]
     assert plan.matches(cli.parser().parse_args(["plan"]), "anything")

@@ -180,19 +180,13 @@ class Run(config.Run):
     @classmethod
     def _published(cls, raw: dict):
         """The penalty under `model` becomes the loss, the seed under `training` the seeds."""
-        model, training, own = (raw.get(key) for key in ("model", "training", "loss"))
-        if isinstance(model, dict) and isinstance(model.get("importance_weighted_regularisation"), dict):
-            model = dict(model)
-            published = {"enabled": True, **model.pop("importance_weighted_regularisation")}
-            penalty = "importance" if published.pop("enabled") else "none"
-            raw = {
-                **raw,
-                "model": model,
-                "loss": {"penalty": penalty, **published, **(own if isinstance(own, dict) else {})},
-            }
-        if isinstance(training, dict) and "seed" in training and "seed_list" not in raw:
-            training = dict(training)
-            raw = {**raw, "seed_list": [training.pop("seed")], "training": training}
+        published = config.get(raw, "model.importance_weighted_regularisation")
+        if isinstance(published, dict) and "loss" not in raw:
+            del raw["model"]["importance_weighted_regularisation"]
+            penalty = "importance" if published.pop("enabled", True) else "none"
+            raw["loss"] = {"penalty": penalty, **published}
+        if "seed_list" not in raw and config.get(raw, "training.seed") is not None:
+            raw["seed_list"] = [raw["training"].pop("seed")]
         return raw
 
     @classmethod
@@ -273,8 +267,7 @@ def check(run: Run) -> Iterator[Finding]:
     yield from config.check_schedule(training, total, training.evaluation_strategy == "steps" and training.eval_steps)
     yield from _check_penalty(run, total)
     if training.fp16 and "deberta" in run.model.name.lower():
-        what = "DeBERTa-v3's attention scores overflow in float16: the loss is NaN"
-        yield Finding("error", "training.fp16", what, "fp16: false, bf16: true where the GPU has it")
+        yield Finding("error", "training.fp16", "DeBERTa-v3's attention overflows in float16", "bf16: true on a GPU")
     if training.bf16 and not run.compute.gpus:
         yield Finding("warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1")
     if training.loraplus_lr_ratio is not None and kind != "lora":
@@ -300,12 +293,12 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
     space = {ALIASES.get(key, key): entry for key, entry in run.optuna.search_space.items()}
     if loss.penalty == "none":
         if searched := sorted({"loss.alpha", "loss.beta"} & space.keys()):
-            what = f"{searched[0]} is searched, but there is no penalty that reads it"
-            yield Finding("error", "optuna.search_space", what, "loss.penalty: importance, or remove it")
+            yield Finding("error", "optuna.search_space", f"no penalty reads {searched[0]}", "loss.penalty: importance")
         return
     if kind != "lora":
-        what = f"{loss.penalty} with adapter type {kind}: the term is defined on LoRA pairs"
-        yield Finding("error", "loss.penalty", what, "penalty: none, or type: lora")
+        yield Finding(
+            "error", "loss.penalty", f"{loss.penalty} is defined on LoRA pairs", "penalty: none, or type: lora"
+        )
     batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
     if total is not None and batches > total:
         what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)
@@ -314,8 +307,9 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
         what, fix = f"room for {buffer} batches, of which {batches} are filled", f"sensitivity_buffer_size: {batches}"
         yield Finding("warning", "loss.sensitivity_buffer_size", what, fix)
     if (entry := space.get("loss.alpha")) and (entry.high or 1) < 1e-2:
-        what = f"ends at {entry.high:g}, where the penalty hardly acts yet"
-        yield Finding("warning", "optuna.search_space.alpha", what, "low: 1e-5, high: 1e-1")
+        yield Finding(
+            "warning", "optuna.search_space.alpha", f"the penalty hardly acts at {entry.high:g}", "high: 1e-1"
+        )
 
 
 # ---- the entries

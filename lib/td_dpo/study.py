@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, AliasPath, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, AliasPath, Field, model_validator
 
 from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Positive, Section, Seed, Whole, fault, renamed
@@ -218,9 +218,7 @@ class Search(config.Optuna):
 
 
 class Run(config.Run):
-    method: Annotated[
-        Name, BeforeValidator(lambda name: name.lower().replace("-", "_") if isinstance(name, str) else name)
-    ]
+    method: Annotated[Name, AfterValidator(lambda name: name.lower().replace("-", "_"))]
     model: Model
     dataset: Dataset
     training: Training
@@ -271,7 +269,7 @@ _TRAINING = ("learning_rate", "weight_decay", "global_batch_size", "epochs", "ma
 ALIASES |= {key: f"training.{key}" for key in _TRAINING}
 ALIASES |= {key: f"model.peft.{key}" for key in ("lora_r", "lora_alpha", "lora_dropout")}
 ALIASES["max_length"] = "dataset.preprocessing.max_length"
-# Lines of the log, and what a resume goes on from (a new best is saved whenever there is one): a member is not trained
+# Lines of the log, and where a resume begins (a new best is saved whenever there is one): a member is not trained
 # again for them.
 NOT_NUMBERS = ("training.logging_steps", "training.save_steps")
 KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
@@ -342,8 +340,7 @@ def check(run: Run) -> Iterator[Finding]:
         what = "an ablation: the study sums log-probabilities"
         yield Finding("warning", "loss.average_log_probs", what, "average_log_probs: false")
     if run.evaluation.judge == "oracle" and dataset.name != "generated":
-        what = f"no oracle reward is known for {dataset.name}: answers are not scored, accuracies are"
-        yield Finding("warning", "evaluation.judge", what, "judge: none")
+        yield Finding("warning", "evaluation.judge", f"no oracle reward is known for {dataset.name}", "judge: none")
     if run.evaluation.judge == "mt_bench" and not run.evaluation.mt_bench:
         fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
         yield Finding("error", "evaluation.mt_bench", "none: no answers would be saved to grade", fix)
@@ -400,7 +397,7 @@ def fit(member, folder: Path, shared: Path, kind):
 
 
 def step_cost(run: Run, folder: Path, shared: Path) -> None:
-    """What a step costs beside one of DPO, into `folder`."""
+    """What a step costs against one of DPO, into `folder`."""
     from lib.td_dpo import member as one
 
     one.step_cost(run, folder, shared)
