@@ -147,7 +147,7 @@ def _files(run: Run) -> Iterator[Finding]:
             continue
         path = Path(value)
         if not path.exists():
-            fix = getattr(module, "MADE_BY", {}).get(key, f"--set {key}=<path>, or a hub id")
+            fix = module.MADE_BY.get(key, f"--set {key}=<path>, or a hub id")
             link = " (a link that leads nowhere or to itself)" * path.is_symlink()
             yield error(key, f"{value} does not exist{link}", fix)
         elif key.startswith("dataset."):

@@ -102,7 +102,7 @@ def member_key(values: dict, seed: int, study: str, mode: str, files: dict[str, 
     numbers["threads"] = compute["threads"]  # the order of float sums depends on it
     if compute["strategy"] == "fsdp":
         numbers["sharded"] = True
-    unused = getattr(config.study_module(study), "NOT_NUMBERS", ())  # no number depends on these, says the study
+    unused = config.study_module(study).NOT_NUMBERS  # no number depends on these, says the study
     parts = {
         "config": {**{k: v for k, v in flat(numbers).items() if k not in unused}, "seed": seed, "mode": mode},
         "code": digest(member_code(study, values)),

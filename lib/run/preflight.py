@@ -38,8 +38,13 @@ def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> l
     runs = [run for run in runs if run.mode != "trial"]
     findings = list(_hub(runs))
     for run in runs:
-        own = getattr(study_module(run.study), "needs", lambda run: [])
-        findings += [*_gpus(run, gpus, jobs), *_storage(run), *_wandb(run), *own(run), *_disk(run)]
+        findings += [
+            *_gpus(run, gpus, jobs),
+            *_storage(run),
+            *_wandb(run),
+            *study_module(run.study).needs(run),
+            *_disk(run),
+        ]
     return list(dict.fromkeys(findings))
 
 

@@ -161,7 +161,7 @@ def trial_member(run, point: dict):
     for member in config.members(run):
         if member.seed == seed and all(value_at(member.run, key) == value for key, value in cell.items()):
             return member, "members"
-    cheap = getattr(config.study_module(run.study), "search_changes", lambda run: {})(run)
+    cheap = config.study_module(run.study).search_changes(run)
     return config.member(config.apply(run, {**cheap, "grid": None}), cell, seed), "sweep/trials"
 
 
