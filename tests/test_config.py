@@ -13,7 +13,7 @@ import yaml
 
 from lib import config
 from lib.errors import StudyError
-from lib.run import check, cli, members, plan
+from lib.run import check, cli, keys, members, plan
 
 PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
 SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
@@ -343,11 +343,11 @@ def test_members_of_the_laptop_study():
 
 def test_a_folder_of_the_models_name_where_one_stands_changes_no_key(write, raw, tmp_path, monkeypatch):
     member = config.members(load(write(raw)))[0]
-    before = members.key(member)["all"]
+    before = keys.member_key(member)["all"]
     for name in ("made", "generated"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert members.key(member)["all"] == before
+    assert keys.member_key(member)["all"] == before
 
 
 def test_a_file_that_a_run_names_is_part_of_its_members_key(tmp_path):
@@ -359,7 +359,7 @@ def test_a_file_that_a_run_names_is_part_of_its_members_key(tmp_path):
     for content in ("one", "other, longer"):
         path.write_text(content)
         run = config.load_run(tmp_path / "run.yaml", study="graff", scale="laptop", mode="full")
-        found.append((members.key(config.members(run)[0])["all"], members.inputs_folder(run)))
+        found.append((keys.member_key(config.members(run)[0])["all"], members.inputs_folder(run)))
     assert found[0][0] != found[1][0]
     assert found[0][1] != found[1][1]
 

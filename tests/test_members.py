@@ -12,7 +12,7 @@ import torch
 
 from lib import config, record, tables
 from lib.errors import StudyError
-from lib.run import keys, members, pool, reach, runner, work
+from lib.run import keys, members, pool, runner, work
 from tests.conftest import TINY
 
 
@@ -310,8 +310,8 @@ def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, ki
     keys.device_kind.cache_clear()
     try:
         (member,) = config.members(tiny(seed_list=[1], compute={"gpus": gpus}))
-        assert members.key(member)["device"].startswith(kind)
-        assert ("cpu" in members.key(member)["device"]) == (kind == "cpu")
+        assert keys.member_key(member)["device"].startswith(kind)
+        assert ("cpu" in keys.member_key(member)["device"]) == (kind == "cpu")
         assert (
             members.inputs_folder(member.run) != members.inputs_folder(tiny(compute={"gpus": 1 - gpus})) or not visible
         )
@@ -320,18 +320,18 @@ def test_a_key_says_what_a_member_trains_on(tiny, monkeypatch, visible, gpus, ki
 
 
 def test_a_key_follows_code_without_docstrings(tmp_path, monkeypatch):
-    monkeypatch.setattr(reach, "ROOT", tmp_path)
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
     package = tmp_path / "lib"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "inner.py").write_text('"""Says one."""\nX = 1\n')
     (package / "outer.py").write_text("from lib import inner\n\ndef f():\n    '''doc'''\n    return inner.X\n")
-    before = reach.modules("lib.outer")
+    before = keys.modules("lib.outer")
     assert set(before) == {"lib.inner", "lib.outer"}
     (package / "inner.py").write_text('"""Says something else now."""\n\n# and a comment\nX = 1\n')
-    assert reach.modules("lib.outer") == before
+    assert keys.modules("lib.outer") == before
     (package / "inner.py").write_text('"""Says one."""\nX = 22\n')
-    after = reach.modules("lib.outer")
+    after = keys.modules("lib.outer")
     assert after["lib.inner"] != before["lib.inner"]
     assert after["lib.outer"] == before["lib.outer"]
 

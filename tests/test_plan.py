@@ -6,7 +6,7 @@ import types
 import pytest
 
 from lib import config, record
-from lib.run import members, model_card, pages, plan, runner
+from lib.run import keys, members, model_card, pages, plan, runner
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def study(tiny, tmp_path, monkeypatch):
             if members.stale(member, folder):
                 record.write_json(folder / "metrics.json", {"status": "completed"})
                 record.write_json(
-                    folder / "done.json", {"status": "completed", "key": members.key(member), "nonce": nonce}
+                    folder / "done.json", {"status": "completed", "key": keys.member_key(member), "nonce": nonce}
                 )
         if step.name in failing:
             raise ValueError("on purpose")

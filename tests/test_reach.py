@@ -1,4 +1,4 @@
-"""lib/run/reach.py: whatever a member executes is in its key, and what only stands beside it is not."""
+"""lib/run/keys.py: whatever a member executes is in its key, and what only stands beside it is not."""
 
 import ast
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib import config
-from lib.run import keys, reach
+from lib.run import keys
 from tests.conftest import ROOT
 
 # of GRAFF a run that needs no planner trained before
@@ -25,7 +25,7 @@ def run_of(study, name=None, results=Path("results")):
 def copy(tmp_path, monkeypatch):
     """`lib` in a folder of its own, which keys are made of. edit(path, old, new); code(study, yaml) is a member's."""
     shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(reach, "ROOT", tmp_path)
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
 
     class Copy:
         @staticmethod
@@ -37,7 +37,7 @@ def copy(tmp_path, monkeypatch):
         @staticmethod
         def code(study, name=None):
             member = config.members(run_of(study, name))[0]
-            return keys.member_code(study, config.dump(member.run))
+            return keys.member_code(member)
 
     Copy.root = tmp_path
     return Copy
@@ -128,9 +128,33 @@ def test_editing_a_loss_retrains_the_members_that_use_it_and_adding_one_retrains
     (copy.root / path).write_text(ast.unparse(tree))
     assert copy.code("td_dpo", "dpo.yaml") == before["dpo"]
     after = copy.code("td_dpo", "discopop.yaml")
-    assert reach.changed(before["discopop"], after) == ["lib/td_dpo/losses.py discopop"]
+    assert keys.changed(before["discopop"], after) == ["lib/td_dpo/losses.py discopop"]
     code = (before["discopop"], after)
-    assert "code changed: lib/td_dpo/losses.py discopop" in keys.difference({"code": "a"}, KEY | {"code": "b"}, code)
+    assert "code changed: lib/td_dpo/losses.py discopop" in keys.difference({"code": "a"}, KEY | {"code": "b"}, *code)
 
 
 KEY = {"all": "x", "config": {}, "versions": {}}
+
+
+@pytest.mark.parametrize(
+    ("code", "counted"),
+    [
+        ("LOSSES[name](1)", ["LOSSES[dpo]", "dpo"]),
+        ("inner.LOSSES[name](1) if name in inner.LOSSES else 0", ["LOSSES[dpo]", "dpo"]),
+        ("[loss(1) for loss in LOSSES.values()]", ["LOSSES", "dpo", "ipo"]),
+        ("inner.dpo(1)", ["dpo"]),
+        ("getattr(inner, name)(1)", ["LOSSES", "UNUSED", "dpo", "ipo"]),
+        ("importlib.import_module('lib.inner')", ["LOSSES", "UNUSED", "dpo", "ipo"]),
+    ],
+)
+def test_a_table_counts_by_its_entry_and_what_is_not_certain_as_a_whole(tmp_path, monkeypatch, code, counted):
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    (tmp_path / "lib" / "td_dpo").mkdir(parents=True)
+    losses = "def dpo(x): ...\n\ndef ipo(x): ...\n\nLOSSES = {'dpo': dpo, 'ipo': ipo}\nUNUSED = 1\n"
+    (tmp_path / "lib" / "inner.py").write_text(losses)
+    imported = "import importlib\nfrom lib import inner\nfrom lib.inner import LOSSES\n"
+    study = f"{imported}\nclass Run: ...\n\ndef train(name: inner.ipo):\n    return {code}\n"
+    (tmp_path / "lib" / "td_dpo" / "study.py").write_text(study)
+    found = keys.reach("td_dpo", "train", values={"loss.name": "dpo"})
+    assert list(found["lib.inner"]) == counted
+    assert list(found["lib.td_dpo.study"]) == ["Run", "train"]

@@ -351,61 +351,76 @@ def test_an_analysis_of_runs_that_left_no_record_says_so(pool_socket, tmp_path, 
 
 
 def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
-    def told(**state):
+    def line(**state):
         record.write_json(tmp_path / "progress.json", state)
-        return progress.line(tmp_path, "dpo")
+        return progress.line(tmp_path)
 
-    assert progress.line(tmp_path / "none", "dpo") == "dpo: starting"
-    assert (
-        told(phase="preparing", step=40, steps=300, loss=3.21) == "dpo: preparing, base model step 40/300, loss 3.210"
-    )
+    assert progress.line(tmp_path / "none") == "", "it starts"
+    assert line(phase="preparing", step=40, steps=300, loss=3.21) == "preparing, base model step 40/300, loss 3.210"
     waiting = {"phase": "training", "done": 0, "members": 6, "running": [], "elapsed": 0.0}
-    assert told(**waiting) == "dpo: 0 of 6 members done, waiting for a slot"
+    assert line(**waiting) == "", "it waits for a slot"
     running = [{"member": "a", "step": 30, "steps": 60, "loss": 0.5}, {"member": "b", "steps": 60}]
-    assert told(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
-        "dpo: member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s"
+    assert line(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
+        "member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s"
     )  # 2.5 of 6 members in 50 s: 20 s each
-    assert told(**waiting | {"running": [{"member": "a", "step": 3}]}) == "dpo: member 1 of 6, step 3"
-    assert told(phase="measuring", what="step_cost") == "dpo: measuring step cost, or waiting for a slot to do so"
-    assert told(phase="recording", done=6, members=6, running=[]) == "dpo: recording"
+    assert line(**waiting | {"running": [{"member": "a", "step": 3}]}) == "member 1 of 6, step 3"
+    assert line(phase="measuring step cost") == "measuring step cost"
+    assert line(phase="recording", done=6, members=6, running=[]) == "recording"
 
 
-def waiting_steps(tmp_path, *rows):
-    steps = []
-    for name, running, done in rows:
-        state = {"phase": "training", "done": done, "members": 3, "running": running, "elapsed": 30.0}
-        record.write_json(tmp_path / name / "progress.json", state)
-        step = {"progress": tmp_path / name, "name": name, "title": name, "kind": "train", "seconds": 100.0}
-        steps.append(types.SimpleNamespace(**step, prepare=0.0, unknown=False, state="running"))
-    return steps
+@pytest.fixture
+def thirty(tmp_path, tiny):
+    """A runner of thirty notebooks of 100 s, of which three are executed, and one of these trains."""
+    steps = [
+        plan.Step("train", "td_dpo", f"run number {i}", tmp_path, tmp_path / str(i), {}, "", "never run", tiny())
+        for i in range(30)
+    ]
+    for step in steps[:3]:
+        state = {"phase": "training", "done": 0, "members": 2, "running": [], "elapsed": 30.0}
+        record.write_json(step.folder / "progress.json", state)
+    running = [{"member": "a", "step": 5, "steps": 10, "loss": 0.25}]
+    record.write_json(steps[0].folder / "progress.json", {**state, "done": 1, "running": running})
+    record.write_json(steps[1].folder / "progress.json", {"phase": "preparing"})
+    for step in steps:
+        step.state, step.seconds = "running" if step in steps[:3] else "", 100.0
+    return types.SimpleNamespace(steps=steps, slots=2)
 
 
-def test_a_terminal_has_one_line_no_longer_than_itself(tmp_path, monkeypatch, capsys):
-    steps = waiting_steps(tmp_path, *((f"run number {i}", [], 0) for i in range(30)))
-    mine = types.SimpleNamespace(steps=steps, slots=2)
-    monkeypatch.setenv("COLUMNS", "60")
-    live = progress.Live(mine)
-    live.terminal = True
+def test_without_a_terminal_a_short_line_names_only_what_runs_and_what_has_ended(thirty, capsys):
+    live = progress.Live(thirty)
     live.show()
     said = capsys.readouterr().out
-    assert said.startswith("\r\x1b[J[0m00s] 0 of 30 notebooks done, about 25m00s left")
-    assert len(said.removeprefix("\r\x1b[J")) == 59
+    first = "td_dpo/run number 0: member 2 of 2, step 5/10, loss 0.250, ETA"
+    assert said.startswith(f"[0m00s] 0 of 30 notebooks done, about 25m00s left | {first}")
+    assert said.endswith("…\n")
+    assert len(said) == 121
+    thirty.steps[0].state = "failed"
+    live.show()
+    assert capsys.readouterr().out == "  td_dpo/run number 0 failed in 0.0 min\n", "and no other line within 30 s"
 
 
-def test_what_waits_for_the_slots_of_another_is_counted_after_it(tmp_path):
-    running = [{"member": "a", "step": 5, "steps": 10}]
-    steps = waiting_steps(tmp_path, ("first", running, 1), ("second", [], 0), ("third", [], 0))
-    mine = types.SimpleNamespace(steps=steps, slots=2)
-    assert progress.Live(mine).left(steps) == pytest.approx(30.0 + 2 * 100.0 / 2)  # half of the first; then the others
-    steps[2].state = ""
-    assert progress.Live(mine).left(steps[:2]) == pytest.approx(30.0 + 2 * 100.0 / 2)
-    for step in steps:
-        record.write_json(step.progress / "progress.json", {"phase": "preparing", "step": 1, "steps": 9})
-    steps[0].prepare = 40.0
-    assert progress.Live(mine).left(steps[:2]) == pytest.approx(40.0 + 3 * 100.0 / 2)
-    for step in steps:
-        (step.progress / "progress.json").unlink()  # as when their kernels start
-    assert progress.Live(mine).left(steps[:2]) == pytest.approx(3 * 100.0 / 2)
+def test_a_terminal_has_a_block_with_a_bar_and_what_runs(thirty, monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "60"}.items():
+        monkeypatch.setenv(name, value)
+    live = progress.Live(thirty)
+    live.show()
+    live.close()
+    lines = capsys.readouterr().out.splitlines()
+    text = next(line for line in lines if "notebooks done" in line)
+    assert "━" in lines[lines.index(text) - 1]
+    assert "td_dpo/run number 0: member 2 of 2" in lines[lines.index(text) + 1]
+    assert not any("run number 2" in line for line in lines), "it waits"
+
+
+def test_the_time_left_follows_how_quickly_the_planned_work_was_done(thirty):
+    live = progress.Live(thirty)
+    done, seconds = live.forecast(60.0)
+    assert (done, seconds) == pytest.approx((0.75 / 30, 30 * 100.0 / 2 - 60)), "too little is done to tell: as planned"
+    for step in thirty.steps[3:18]:
+        step.state = "succeeded"
+    done, seconds = live.forecast(630.0)
+    assert done == pytest.approx(15.75 / 30)
+    assert seconds == pytest.approx(630.0 * 14.25 / 15.75)
 
 
 def started(tmp_path, *arguments, **more):

@@ -17,7 +17,7 @@ import pytest
 
 from lib import claims, config, record, tables
 from lib.errors import StudyError
-from lib.run import cli, members, plan, runner, runs, wandb as mirror
+from lib.run import cli, keys, members, plan, runner, runs, wandb as mirror
 from lib.tables import aggregate_metrics
 from lib.td_dpo import report
 from tests import wandb_member
@@ -87,7 +87,7 @@ def begun(tmp_path, run_id="tiny", **changes):
                 "cell_name": member.cell_name,
                 "seed": member.seed,
                 "config": config.dump(member.run),
-                "key": members.key(member),
+                "key": keys.member_key(member),
             },
         )
     runs.begin(made)

@@ -8,6 +8,7 @@ head). A refuted claim is a result, not a failure.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -86,17 +87,18 @@ def count(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["test"]:
+    command, more = (argv or [""])[0], argv[1:]
+    if command == "test":
         # One process more than cores: some wait. Files in their order: what takes longest (tests/chaos) is not to come
         # last.
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
-        return subprocess.call([sys.executable, "-m", "pytest", *several, *(argv[1:] or ["tests"])], cwd=config.ROOT)
-    if argv[:1] == ["lab"]:
-        return lab(argv[1:])
-    if argv[:1] == ["compose"]:
+        return subprocess.call([sys.executable, "-m", "pytest", *several, *(more or ["tests"])], cwd=config.ROOT)
+    if command == "lab":
+        lab(more)
+    if command == "compose":
         from lib.run import compose
 
-        return report_errors(lambda: compose.main(argv[1:]))
+        return report_errors(lambda: compose.main(more))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
@@ -111,13 +113,14 @@ def dispatch(options) -> int:
         return progress.status(root_of(options), options.study)
     if options.command == "report":
         return rebuild()
-    if options.command in ("sync", "pull"):
+    if options.command == "sync":
         from lib.run import sync
 
-        if options.command == "sync":
-            return sync.sync(roots_of(options), options)
-        runs = readable(select_runs(options))
-        return sync.pull(runs, OUTPUTS, root_of(options).name, options)
+        return sync.sync(roots_of(options), options)
+    if options.command == "pull":
+        from lib.run import sync
+
+        return sync.pull(readable(select_runs(options)), OUTPUTS, root_of(options).name, options)
     if options.command == "judge":
         from lib.run import judge
 
@@ -133,16 +136,14 @@ def report_errors(work) -> int:
         sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
         return code
     except StudyError as error:
-        print(record.escape_controls(record.redact(str(error))), file=sys.stderr)
-        return error.exit_code
+        said, code = str(error), error.exit_code
     except OSError as error:
-        message, code = errors.describe_os_error(error)
-        if message:
-            print(record.escape_controls(record.redact(message)), file=sys.stderr)
-        return code
+        said, code = errors.describe_os_error(error)
     except KeyboardInterrupt:
-        print("interrupted: rerun the same command to resume from the last checkpoints", file=sys.stderr)
-        return 130
+        said, code = "interrupted: rerun the same command to resume from the last checkpoints", 130
+    if said:
+        print(record.escape_controls(record.redact(said)), file=sys.stderr)
+    return code
 
 
 def root_of(options) -> Path:
@@ -173,64 +174,58 @@ def roots_of(options) -> list[Path]:
     return [root for root in roots if root.is_dir()]
 
 
-def select_runs(options) -> list[tuple]:
+def select_runs(options) -> list[check.Loaded]:
     """(path, Run or StudyError, findings) of every run YAML that the options name."""
     overrides = {}
     for text in options.sets:
-        key, equals, value = text.partition("=")
+        key, equals, overrides[key] = text.partition("=")
         if not equals:
             raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
-        overrides[key] = value
     for study in options.study or []:
         config.study_module(study)
     folders = [config.ROOT / "params" / study / options.scale for study in options.study or config.studies()]
     folders = [Path(options.params)] if options.params else [folder for folder in folders if folder.is_dir()]
-    found = []
-    for folder in folders:
-        for path, run, findings in check.load_folder(folder, options.scale, options.mode, overrides):
-            if not plan.matches(options, path.stem if isinstance(run, StudyError) else run.run_id):
-                continue
-            if not isinstance(run, StudyError):
-                if options.study and run.study not in options.study:
-                    continue
-                run = run.model_copy(update={"results_dir": root_of(options) / run.study})
-                if options.grid:
-                    blocks = [{**block, "seeds": None} for block in config.dump(run)["grid"] or []]
-                    run = config.apply(run, {"grid": blocks or None})
-            found.append((path, run, findings))
-    if not found:
+    selected = []
+    loaded = (check.load_folder(folder, options.scale, options.mode, overrides) for folder in folders)
+    for path, run, findings in itertools.chain.from_iterable(loaded):
+        if isinstance(run, StudyError):
+            wanted = plan.matches(options, path.stem)
+        elif wanted := plan.matches(options, run.run_id, run.study):
+            run = run.model_copy(update={"results_dir": root_of(options) / run.study})
+            if options.grid:
+                blocks = [{**block, "seeds": None} for block in config.dump(run)["grid"] or []]
+                run = config.apply(run, {"grid": blocks or None})
+        if wanted:
+            selected.append((path, run, findings))
+    if not selected:
         what = f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}"
         where = f"files below {', '.join(map(str, folders))}"
         raise StudyError("the run YAMLs", what, where, "./run_all.sh plan lists them")
-    return found
+    return selected
 
 
-def readable(found: list[tuple]) -> list:
+def readable(selected: list[check.Loaded]) -> list:
     """The runs among what `select_runs` returns, without the YAMLs that cannot be read."""
-    return [run for _, run, _ in found if not isinstance(run, StudyError)]
+    return [run for _, run, _ in selected if not isinstance(run, StudyError)]
 
 
 def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
-        try:
-            kinds = cluster.gpus(options.cluster)
-        except errors.MissingError as error:
-            print(config.Finding("error", error.where, error.found, error.fix), file=sys.stderr)
-            return error.exit_code
-        os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(dict.fromkeys(kinds))}
-    found = select_runs(options)
+        kinds = dict.fromkeys(cluster.gpus(options.cluster))
+        os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
+    selected = select_runs(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
-    whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else found
-    obstacles = check.find_obstacles(options, found, whole, root_of(options))
+    whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else selected
+    obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
         from lib.run import compose
 
-        obstacles += compose.findings(found)
-        check.report(obstacles, options, found, slots_of(options))
+        obstacles += compose.findings(selected)
+        check.report(obstacles, options, selected, slots_of(options))
         return check.exit_code(obstacles)
     code = check.exit_code(obstacles)
     if options.command == "plan":
-        fit = [entry for entry in found if all(finding.level != "error" for finding in entry[2])]
+        fit = [entry for entry in selected if all(finding.level != "error" for finding in entry[2])]
         steps = plan.steps(readable(fit), options.scale, options.mode, force=options.force)
         progress.print_plan(steps, slots_of(options), options.price)
         check.print_findings(obstacles)
@@ -239,36 +234,48 @@ def run(options) -> int:
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
-    return execute(options, readable(found), readable(whole))
+    return execute(options, readable(selected), readable(whole))
 
 
 def slots_of(options) -> int:
-    if options.cluster:
-        return options.jobs or cluster.slots(options.cluster)
-    return options.jobs or len(pool.gpus()) or pool.cores()
+    here = cluster.slots(options.cluster) if options.cluster else len(pool.gpus()) or pool.cores()
+    return options.jobs or here
 
 
 def execute(options, runs: list, whole: list) -> int:
+    """Run what is not up to date of these runs' notebooks; `whole`: all runs of their studies."""
     from lib.run import pages, runner
 
-    root = root_of(options)
+    root, full = root_of(options), options.mode == "full"
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
     with progress.lock(root):
         runner.remove_leftovers(root)
-        studies = {run.study for run in runs}
-        write_run_lists([run for run in whole if run.study in studies])
+        for study in {run.study for run in runs}:  # for the analysis: its runs, whether or not they leave a record
+            where = {"study": study, "scale": options.scale, "mode": options.mode}
+            listed = [{**config.dump(run), **where} for run in whole if run.study == study]
+            record.write_json(root / study / "comparison" / "runs.json", listed)
         steps = plan.steps(runs, options.scale, options.mode, force=options.force)
         slots, to_do = slots_of(options), [step for step in steps if step.reason]
         long = progress.format_forecast(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
         print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")
         for step in steps:
             print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
-        if to_do:
-            execute_steps(options, root, steps, slots, runs)
+        needs_secrets = full and (options.scale == "paper" or any(run.optuna.storage for run in runs))
+        limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
+        started = time.time()
+        try:
+            if to_do:
+                runner.Runner(steps, slots, keep_secrets=needs_secrets, **limits).run()
+        finally:
+            with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
+                runner.remove_leftovers(root)
+            if to_do:
+                print(f"ended after {progress.duration(time.time() - started)}")
+                progress.print_table(steps)
     index = pages.index_html(OUTPUTS)
-    if options.mode == "full":
+    if full:
         progress.print_verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
     states = {step.state for step in to_do}
@@ -278,32 +285,6 @@ def execute(options, runs: list, whole: list) -> int:
         print("--max-hours left something to do: rerun the same command to do it")
         return 4
     return 1
-
-
-def execute_steps(options, root: Path, steps: list, slots: int, runs: list) -> None:
-    from lib.run import runner
-
-    needs_secrets = options.scale == "paper" or any(run.optuna.storage for run in runs)
-    full = options.mode == "full"
-    limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
-    started = time.time()
-    try:
-        runner.Runner(steps, slots, keep_secrets=full and needs_secrets, show_verdicts=full, **limits).run()
-    finally:
-        with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
-            runner.remove_leftovers(root)
-        print(f"ended after {progress.duration(time.time() - started)}")
-        progress.print_table(steps)
-
-
-def write_run_lists(runs: list) -> None:
-    """For the analysis: which runs its study has, whether or not they leave a record."""
-    lists: dict[Path, list] = {}
-    for run in runs:
-        listed = {**config.dump(run), "study": run.study, "scale": run.scale, "mode": run.mode}
-        lists.setdefault(Path(run.results_dir), []).append(listed)
-    for results, listed in lists.items():
-        record.write_json(results / "comparison" / "runs.json", listed)
 
 
 def rebuild() -> int:

@@ -65,7 +65,7 @@ def find_members(roots: list[Path], options, wanted: set | None) -> list[Path]:
     folders = []
     for done in (path for root in roots for path in sorted(root.glob("*/*/members/*/done.json"))):
         study, run = done.parts[-5:-3]
-        chosen = plan.matches(options, run) and (not options.study or study in options.study)
+        chosen = plan.matches(options, run, study)
         if wandb.FROM in done.parts[-6] or not chosen or (wanted is not None and (study, run) not in wanted):
             continue
         spec, status = record.read_json(done.with_name("member.json")), (record.read_json(done) or {}).get("status")
@@ -85,4 +85,3 @@ def refresh(results: Path, options) -> None:
     if planned and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         runner.Runner([step], 1).run()
-        progress.print_verdicts([step])

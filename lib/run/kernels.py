@@ -30,21 +30,12 @@ class PoolProvisioner(LocalProvisioner):
         return self.connection is not None
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any):
-        environment = kwargs.get("env") or {}
-        here = {k: v for k, v in environment.items() if os.environ.get(k) != v}
-        self.code = None
-        self.connection = pool.connect(os.environ["STUDY_POOL"])
-        self.connection.send(
-            {
-                "kind": "kernel",
-                "target": "lib.run.pool:launch_kernel",
-                "argument": {"connection_file": cmd[cmd.index("-f") + 1]},
-                "env": {**here, "STUDY_POOL": os.environ["STUDY_POOL"]},
-                "unset": ["JPY_PARENT_PID"],
-                "cwd": str(kwargs.get("cwd") or os.getcwd()),
-                "log": os.environ.get("STUDY_KERNEL_LOG"),
-            }
-        )
+        given = {k: v for k, v in (kwargs.get("env") or {}).items() if os.environ.get(k) != v}
+        environment = {"env": {**given, "STUDY_POOL": os.environ["STUDY_POOL"]}, "unset": ["JPY_PARENT_PID"]}
+        argument, here = {"connection_file": cmd[cmd.index("-f") + 1]}, str(kwargs.get("cwd") or os.getcwd())
+        work = {"kind": "kernel", "target": "lib.run.pool:launch_kernel", "argument": argument, "log": None}
+        self.code, self.connection = None, pool.connect(os.environ["STUDY_POOL"])
+        self.connection.send({**work, **environment, "cwd": here})
         while self.pid is None and await self.poll() is None:
             await asyncio.sleep(0.01)
         return self.connection_info

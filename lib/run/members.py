@@ -1,7 +1,7 @@
 """A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
 
     inputs = prepare_inputs(run)          what all members share, made once and kept on disk by content
-    job = submit(run)               queue what is not cached     … the notebook goes on with its method cells …
+    job = submit(run)               queue what is not cached     … the notebook continues with its method cells …
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
 
@@ -22,42 +22,23 @@ from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, pool, reach, work
+from lib.run import keys, pool, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 
-def key(member) -> dict:
-    """What this member's numbers depend on, in parts."""
-    run, values = member.run, config.dump(member.run)
-    return keys.member_key(values, member.seed, run.study, run.mode, other_files(run, values))
-
-
-def code(member) -> dict[str, dict[str, str]]:
-    """What code of `lib` it executes, kept beside its record so that `plan` can name what changed."""
-    return keys.member_code(member.run.study, config.dump(member.run))
-
-
-def other_files(run, dumped: dict) -> dict[str, str]:
-    """What the local files hold that the run, `dumped`, names besides its model and its data."""
-    named = set(config.study_module(run.study).PATHS) - {"model.name", "dataset.name"}
-    values = {key: config.get(dumped, key) for key in sorted(named)}
-    return {key: keys.source(value, None) for key, value in values.items() if config.is_local(value)}
-
-
 def stale(member, folder: Path) -> str:
     """Why this member has to be trained; the empty string where its record is up to date."""
-    wanted, done, begun = key(member), record.read_json(folder / "done.json"), record.read_json(folder / "member.json")
-    if done and done.get("status") in record.FINISHED and record.read_json(folder / "metrics.json") is not None:
-        old = done["key"]
-    elif begun and begun["key"]["all"] != wanted["all"]:
-        old = begun["key"]  # unfinished, and of no use to this one
-    else:
+    wanted, done, begun = (
+        keys.member_key(member),
+        *(record.read_json(folder / f"{n}.json", {}) for n in ("done", "member")),
+    )
+    finished = done.get("status") in record.FINISHED and record.read_json(folder / "metrics.json") is not None
+    old = done["key"] if finished else begun.get("key", wanted)
+    if not finished and old["all"] == wanted["all"]:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
-    if old.get("code") == wanted["code"]:
-        return keys.difference(old, wanted)
-    return keys.difference(old, wanted, (record.read_json(folder / "code.json", {}), code(member)))
+    return keys.difference(old, wanted, record.read_json(folder / "code.json"), keys.member_code(member))
 
 
 def archive(folder: Path) -> None:
@@ -80,24 +61,7 @@ class Job:
 
 def inputs_folder(run) -> Path:
     """Where what this run's members share lies, named by all that it is made of."""
-    dumped = config.dump(run)
-    sections = {name: dict(dumped[name]) for name in ("model", "dataset")}
-    for key in config.study_module(run.study).MEMBER_KEYS:
-        section, _, name = key.partition(".")
-        sections[section].pop(name, None)
-    files = other_files(run, dumped)
-    parts = {
-        **sections,
-        "scale": run.scale,
-        "mode": run.mode,
-        "threads": run.compute.threads,
-        "versions": keys.versions(),
-        "code": reach.reach(run.study, "prepare", values=keys.flat(sections)),
-        "device": keys.device_kind(run.compute.gpus),
-        "sources": [keys.source(section["name"], section.get("revision")) for section in sections.values()],
-        **({"files": files} if files else {}),
-    }
-    return CACHE / run.study / keys.digest(parts)
+    return CACHE / run.study / keys.inputs_key(run)
 
 
 def _spec(run) -> dict:
@@ -111,33 +75,35 @@ def _task(run, name: str, target: str, folder: Path, argument: dict, **more) -> 
     return pool.Task(name, f"lib.run.work:{target}", argument, folder, **compute, **more)
 
 
-def _run_in_process(task: pool.Task, function) -> bool:
-    """slots=0: call the function in this very kernel, for pdb and for code defined in a cell. Whether it was."""
+def _start(task: pool.Task, function) -> None:
+    """Queue a task. With STUDY_SLOTS=0 its function is called in this very kernel instead, for pdb and for code defined
+    in a cell."""
     if os.environ.get("STUDY_SLOTS") != "0":
-        return False
+        pool.start(task)
+        return
     started = time.monotonic()
     with work.in_process(task.threads, task.cpu):
         function(task.argument)
     task.state, task.seconds = "succeeded", time.monotonic() - started
-    return True
+
+
+def _wait(run, task: pool.Task, phase: str, wanted: str) -> None:
+    """Wait for what is no member. Raises StudyError where it does not succeed."""
+    pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": phase, **_last(task.folder)}))
+    if task.state != "succeeded":
+        raise StudyError(f"{run.run_id}: {task.name}", "\n".join(_ending(task)), wanted, f"read {task.log}")
 
 
 def prepare_inputs(run) -> Path:
-    """Make (or find) what all members share: data, tokenizer, base model, reference log-probabilities. Returns its
-    folder."""
+    """The folder of what all members share (data, tokenizer, base model, reference log-probabilities), made where it is
+    not there yet."""
     final = inputs_folder(run)
-    complete = final / "complete.json"
-    if complete.exists():
-        return final
-    partial = final.with_name(final.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
-    if not _run_in_process(task, work.prepare):
-        pool.start(task)
-        pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "preparing", **_last(partial)}))
-    if task.state != "succeeded":
-        error = record.read_json(partial / "error.json", {}).get("exception", "its process was lost")
-        raise StudyError(f"preparing {run.run_id}", error, "data, tokenizer and base model", f"read {task.log}")
+    complete, partial = final / "complete.json", final.with_name(final.name + ".partial")
+    if not complete.exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
+        _start(task, work.prepare)
+        _wait(run, task, "preparing", "data, tokenizer and base model")
     return final
 
 
@@ -145,11 +111,8 @@ def measure(run, function: str) -> None:
     """Run a measurement of the study in a slot of the pool and wait for it; it writes into the run's folder."""
     argument = {**_spec(run), "function": function, "inputs": str(prepare_inputs(run))}
     task = _task(run, function, "measure", Path(run.results_dir) / run.run_id, argument)
-    if not _run_in_process(task, work.measure):
-        pool.start(task)
-        pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": "measuring", "what": function}))
-    if task.state != "succeeded":
-        raise StudyError(f"{run.run_id}: {function}", f"it was {task.state}", "a measurement", f"read {task.log}")
+    _start(task, work.measure)
+    _wait(run, task, f"measuring {function.replace('_', ' ')}", "a measurement")
 
 
 def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:
@@ -163,13 +126,10 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
             work.drop_training_state(folder)  # where it was killed just after its sentinel
             continue
         reasons[member.id] = reason
-        prepare_inputs(
-            member.run
-        )  # at once where it is made already, which is all but a search over the data's own settings
+        prepare_inputs(member.run)  # there already, except in a search over the data's own settings
         job.tasks[member.id] = _member_task(member, folder)
     for task in job.tasks.values():
-        if not _run_in_process(task, work.train):
-            pool.start(task)
+        _start(task, work.train)
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
     for member_id, reason in list(reasons.items())[:3]:
         print(f"  {member_id}: {reason}")
@@ -177,7 +137,7 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
 
 
 def _member_task(member, folder: Path) -> pool.Task:
-    run, wanted, nonce = member.run, key(member), os.urandom(8).hex()
+    run, wanted, nonce = member.run, keys.member_key(member), os.urandom(8).hex()
     previous = record.read_json(folder / "member.json")
     if previous and previous["key"]["all"] != wanted["all"] or (folder / "done.json").exists():
         archive(folder)
@@ -186,17 +146,13 @@ def _member_task(member, folder: Path) -> pool.Task:
     identity = {"run_id": run.run_id, "member": member.id, "cell": member.cell, "cell_name": member.cell_name}
     spec = {**_spec(run), **identity, "seed": member.seed}
     record.write_json(folder / "member.json", {**spec, "key": wanted})
-    record.write_json(folder / "code.json", code(member))
+    record.write_json(folder / "code.json", keys.member_code(member))
     argument = {"spec": spec, "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce}
-    return _task(
-        run,
-        member.id,
-        "member",
-        folder,
-        argument,
-        slots=run.compute.devices,
-        check=lambda: (record.read_json(folder / "done.json") or {}).get("nonce") == nonce,
-    )
+    more = {
+        "slots": run.compute.devices,
+        "check": lambda: record.read_json(folder / "done.json", {}).get("nonce") == nonce,
+    }
+    return _task(run, member.id, "member", folder, argument, **more)
 
 
 def watch(job: Job) -> None:
@@ -213,11 +169,8 @@ def watch(job: Job) -> None:
 
     def tick() -> None:
         now = time.monotonic()
-        running = [
-            {"member": t.name, "seconds": round(now - t.seconds, 1), "steps": steps[t.name], **_last(t.folder)}
-            for t in tasks
-            if t.state == "running"
-        ]
+        at_work = [t for t in tasks if t.state == "running"]
+        running = [{"member": t.name, "steps": steps[t.name], **_last(t.folder)} for t in at_work]
         counts = {"done": sum(t.ended for t in tasks), "members": len(tasks), "elapsed": round(now - (began or now), 1)}
         _progress(job.run, {"phase": "training", **counts, "running": running})
 
@@ -225,21 +178,19 @@ def watch(job: Job) -> None:
     _progress(job.run, {"phase": "recording", "done": len(tasks), "members": len(tasks), "running": []})
 
 
-def _error(task: pool.Task) -> dict:
-    return record.read_json(task.folder / "error.json", {})
-
-
-def _ended(task: pool.Task) -> str:
-    """How a member that did not succeed ended: lost, failed or out_of_memory."""
-    return _error(task).get("status", "failed") if task.state == "failed" else task.state
+def _ending(task: pool.Task) -> tuple[str, str]:
+    """How a task that did not succeed ended (lost, failed or out_of_memory), and its exception."""
+    error = record.read_json(task.folder / "error.json", {}) if task.state == "failed" else {}
+    return error.get("status", task.state), error.get("exception", "its process was lost")
 
 
 def _outcome(task: pool.Task, metric: str) -> str:
-    metrics = record.read_json(task.folder / "metrics.json", {})
-    status = metrics.get("status", task.state) if task.state == "succeeded" else _ended(task)
-    value = metrics.get(metric)
-    said = f"{metric} {value:.3f}" if isinstance(value, float) else _error(task).get("exception", "").split("\n")[0]
-    return f"{status} in {task.seconds:.1f} s  {said}"
+    status, said = _ending(task)
+    if task.state == "succeeded":
+        metrics = record.read_json(task.folder / "metrics.json", {})
+        status, value = metrics.get("status", status), metrics.get(metric)
+        said = f"{metric} {value:.3f}" if isinstance(value, float) else ""
+    return f"{status} in {task.seconds:.1f} s  {said.splitlines()[0] if said else ''}"
 
 
 def collect(job: Job, *, strict: bool = True) -> list[dict]:
@@ -248,8 +199,7 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
     if failed and strict:
         what = f"{len(failed)} of {len(job.tasks)} members did not finish"
         for task in failed:
-            exception = _error(task).get("exception", "process lost")
-            what += f"\n  {task.name}: {_ended(task)}: {exception}  (log: {task.log})"
+            what += f"\n  {task.name}: {': '.join(_ending(task))}  (log: {task.log})"
         fix = "rerun the same command to resume what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     return [
@@ -260,8 +210,7 @@ def collect(job: Job, *, strict: bool = True) -> list[dict]:
 
 
 def _progress(run, state: dict) -> None:
-    """For the runner's live line and for `status` in another terminal."""
-    state = {**state, "at": time.time(), "kernel": os.getpid()}
+    """For the runner's live display and for `status` in another terminal."""
     record.write_json(Path(run.results_dir) / run.run_id / "progress.json", state)
 
 

@@ -7,6 +7,7 @@ own figure. Where there is nothing to go by it is None and printed as `?`; nothi
 
 import fnmatch
 import os
+import shlex
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +15,12 @@ from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members, reach
+from lib.run import keys, members
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
-RECORDS = (
-    "*/status.json",
-    "*/done.json",
-    "*/sweep/status.json",
-    "*/sweep/done.json",
-    "*/members/*/done.json",
-    "*/members/*/error.json",
-    "*/sweep/trials/*/done.json",
-)
+PLACES = ("*", "*/sweep", "*/members/*", "*/sweep/trials/*")
+RECORDS = [f"{place}/{name}.json" for place in PLACES for name in ("status", "done", "error")]
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 
@@ -47,13 +41,10 @@ class Step:
     needs: list["Step"] = field(default_factory=list)
     members: int = 0  # to be trained
     unknown: bool = False  # nothing tells how long one trains
-    training: float = 0.0  # predicted seconds of its members, on one slot
-    seconds: float = 0.0  # the same with the notebook's own
+    seconds: float = 0.0  # predicted of its members, on one slot, and of the notebook
     prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
-    again: str = ""  # the command that executes it, where its run does not say
     # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
     state: str = ""
-    since: float = 0.0  # monotonic seconds of its start
     minutes: float = 0.0
     error: dict | None = None
 
@@ -70,11 +61,23 @@ class Step:
     def output(self) -> Path:
         return self.folder / {"train": "run.ipynb", "sweep": "sweep.ipynb", "analysis": "analysis.ipynb"}[self.kind]
 
+    @property
+    def command(self) -> str:
+        """The command that runs exactly this step's run (of an analysis: its study) again."""
+        run = self.run or next((step.run for step in self.needs), None)
+        if run is None and (last := record.read_json(self.folder / "status.json", {}).get("command")):
+            return last  # an analysis of records as they are: whoever made them said how
+        overrides = getattr(run, "overrides", None) or {}
+        sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
+        only = "" if self.kind == "analysis" else f" --run {shlex.quote(self.name)}"
+        mode, scale = self.parameters["mode"], self.parameters["scale"]
+        return f"./run_all.sh {mode} --scale {scale} --study {self.study}{only}{sets}"
+
     def predict(self) -> None:
         """How long its members will train, where something tells."""
         each = member_seconds(self.run)
-        self.unknown, self.training = bool(self.members) and each is None, self.members * (each or 0.0)
-        self.seconds = self.training + (NOTEBOOK_SECONDS if self.reason else 0)
+        self.unknown = bool(self.members) and each is None
+        self.seconds = self.members * (each or 0.0) + (NOTEBOOK_SECONDS if self.reason else 0)
 
 
 def notebook_of(study: str, kind: str) -> Path:
@@ -85,9 +88,10 @@ def claims_of(study: str) -> Path:
     return config.ROOT / "params" / study / "claims.yaml"
 
 
-def matches(options, run_id: str) -> bool:
-    """Whether --run names this run: any of its patterns, or none given."""
-    return any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])
+def matches(options, run_id: str, study: str = "") -> bool:
+    """Whether --run (by any of its patterns) and --study name this run, each where it is given."""
+    of_study = not study or not options.study or study in options.study
+    return of_study and any(fnmatch.fnmatch(run_id, pattern) for pattern in options.run or ["*"])
 
 
 def member_seconds(run) -> float | None:
@@ -165,7 +169,7 @@ def _train(run, force: bool) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(run)
     stale = [(m, why) for m in every if (why := "forced" if force else members.stale(m, folder / "members" / m.id))]
     notebook = notebook_of(run.study, "train")
-    key = keys.digest([*(members.key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
+    key = keys.digest([*(keys.member_key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
     parameters = config.parameters(run)
     step = Step("train", run.study, run.run_id, notebook, folder, parameters, key, "", run, members=len(stale))
     step.reason = _why(step, force)
@@ -177,7 +181,7 @@ def _train(run, force: bool) -> Step:
 
 def _sweep(train: Step, force: bool) -> Step:
     run, notebook, parameters = train.run, notebook_of(train.run.study, "sweep"), config.parameters(train.run)
-    key = keys.digest([train.key, keys.notebook_code(notebook), reach.modules("lib.run.sweep")])
+    key = keys.digest([train.key, keys.notebook_code(notebook), keys.modules("lib.run.sweep")])
     step = Step("sweep", run.study, run.run_id, notebook, train.folder / "sweep", parameters, key, "", run)
     step.needs = [train]
     step.reason = "its run is to be done" if train.reason else _why(step, force)
@@ -200,8 +204,7 @@ def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "re
     """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
     key, notebook, folder = analysis_key(study, results), notebook_of(study, "analysis"), results / "comparison"
-    again = "" if more else record.read_json(folder / "status.json", {}).get("command", "")
-    return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, again=again, **more)
+    return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, **more)
 
 
 def analysis_key(study: str, results: Path) -> str:

@@ -3,7 +3,7 @@
 The runner owns one pool for all notebooks (its socket is in STUDY_POOL); a kernel without a runner, as in JupyterLab,
 starts its own at the first use. The pool's server is a process of its own. It starts children with multiprocessing:
 forked from a fork server that has imported the third-party packages (`lib/run/preload.py`) and no study code, or
-spawned where CUDA is visible, for CUDA survives no fork.
+spawned on macOS and where CUDA is visible, for CUDA survives no fork.
 
 One connection per child: the client sends a request (a dictionary), the server answers ("started", pid) when its slot
 is free and ("exit", code) at its end, where a negative code is the signal that killed it; the client may send a signal's
@@ -16,7 +16,6 @@ loses no line, and no line holds a secret.
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import functools
 import importlib
 import json
@@ -76,23 +75,15 @@ def socket_root() -> str:
     return here if len(os.fsencode(here)) + len(f"/{PREFIX}xxxxxxxx{LONGEST_NAME}") <= SOCKET_PATH else "/tmp"
 
 
-def new_folder() -> tuple[str, int]:
-    """A new folder for a pool's socket, and the descriptor of its lock, held for as long as its server lives."""
-    while True:
-        folder = tempfile.mkdtemp(prefix=PREFIX, dir=socket_root())
-        held = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(held, fcntl.LOCK_EX)
-        if os.path.exists(folder):  # a sweep may have come between
-            return folder, held
-        os.close(held)
-
-
 def remove_stale_folders() -> None:
-    """Remove the folders of pools whose server was killed together with its owner: nobody holds their lock."""
-    for lock in Path(socket_root()).glob(f"{PREFIX}*/lock"):
-        with contextlib.suppress(OSError), open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
+    """Remove the folders of pools whose server was killed together with its owner: nobody listens at their socket."""
+    for path in Path(socket_root()).glob(f"{PREFIX}*/s"):
+        try:
+            Client(str(path), "AF_UNIX").close()
+        except ConnectionRefusedError:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        except OSError:  # another user's, or gone meanwhile
+            continue
 
 
 class Pool:
@@ -102,7 +93,7 @@ class Pool:
         devices = gpus()
         self.slots = slots or len(devices) or cores()
         remove_stale_folders()
-        self.folder, held = new_folder()
+        self.folder = tempfile.mkdtemp(prefix=PREFIX, dir=socket_root())
         self.socket = os.path.join(self.folder, "s")
         environment = {k: v for k, v in os.environ.items() if keep_secrets or not record.is_secret(k, v)}
         # One thread each until a member asks for more: N slots with N threads each would fight for the same cores.
@@ -112,7 +103,6 @@ class Pool:
             "TOKENIZERS_PARALLELISM": "false",
             "MPLBACKEND": "Agg",
             "PYTHONUNBUFFERED": "1",
-            "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with
             # ours.
@@ -126,9 +116,7 @@ class Pool:
             stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,
-            pass_fds=[held],
         )
-        os.close(held)
         request = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare, "secrets": secrets}
         self._say(json.dumps(request))
         deadline = time.monotonic() + START_SECONDS
@@ -306,9 +294,10 @@ class Server:
         self.stopping, self.changed = False, threading.Condition()
         self.starting = threading.Lock()  # multiprocessing's bookkeeping of children is not made for several threads
         record.KNOWN.update(secrets)
-        self.context = multiprocessing.get_context("spawn" if devices else "forkserver")
-        self.context.set_forkserver_preload([] if bare else ["lib.run.preload"])
-        if not devices:
+        # Accelerated libraries of macOS may hang or die after a fork.
+        self.context = multiprocessing.get_context("spawn" if devices or sys.platform == "darwin" else "forkserver")
+        if self.context.get_start_method() == "forkserver":
+            self.context.set_forkserver_preload([] if bare else ["lib.run.preload"])
             forkserver.ensure_running()  # it imports while notebooks are still read
         self.lifeline, self.lifeline_end = multiprocessing.Pipe(duplex=False)
         unready = str(self.folder / "n")
@@ -441,25 +430,7 @@ LOST = 255  # multiprocessing's code of a child that went with its fork server
 def serve() -> None:
     """The server's process: its owner's first line says what it is to be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it closes our standard input
-    server = Server(**json.loads(sys.stdin.buffer.readline()))
-    if sys.platform == "darwin" and not server.slots.devices and not fork_works(server.context):
-        server.context = multiprocessing.get_context("spawn")
-    server.serve()
-
-
-def fork_works(context) -> bool:
-    """One forked matrix product, within 20 s: some accelerated libraries (macOS) hang or die after a fork."""
-    child = context.Process(target=_matrix_product, daemon=True)
-    child.start()
-    child.join(20)
-    child.kill()
-    return child.exitcode == 0
-
-
-def _matrix_product() -> None:
-    import torch
-
-    torch.ones(256, 256) @ torch.ones(256, 256)
+    Server(**json.loads(sys.stdin.buffer.readline())).serve()
 
 
 # ---- in a child
@@ -510,11 +481,7 @@ def die_with(lifeline: Connection) -> None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    def watch() -> None:
-        wait([lifeline])
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_after(lambda: wait([lifeline]))
 
 
 def end_with_parent() -> None:
@@ -524,6 +491,15 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+
+    end_after(watch)
+
+
+def end_after(watch: Callable[[], object]) -> None:
+    """End this process with its group once `watch` returns, which a thread calls."""
+
+    def end() -> None:
+        watch()
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()

@@ -3,12 +3,13 @@ who works in an outputs folder."""
 
 import contextlib
 import os
-import shutil
-import sys
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.live import Live as Block
+from rich.text import Text
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
@@ -53,22 +54,19 @@ def print_plan(steps: list[plan.Step], slots: int, price: float | None = None) -
 # ---- while it runs
 
 
-def line(folder: Path, title: str) -> str:
-    """One running notebook in one line, from the progress its `watch` writes: member i of n, step, loss, ETA."""
-    state = record.read_json(folder / "progress.json")
-    if not state:
-        return f"{title}: starting"
-    if state["phase"] == "measuring":
-        return f"{title}: measuring {state['what'].replace('_', ' ')}, or waiting for a slot to do so"
-    if state["phase"] != "training":
-        return f"{title}: {state['phase']}" + _step(state, "base model ")
+def line(folder: Path) -> str:
+    """What one running notebook does, from the progress its `watch` writes: member i of n, step, loss, ETA. Empty while
+    nothing of it runs: it starts, or waits for a slot."""
+    state = record.read_json(folder / "progress.json", {})
+    if state.get("phase") != "training":
+        return state.get("phase", "") + _step(state, "base model ")
     running, done, members = state["running"], state["done"], state["members"]
-    if not running and done < members:
-        return f"{title}: {done} of {members} members done, waiting for a slot"
-    which = f"{min(done + 1, members)}" + (f"-{done + len(running)}" if len(running) > 1 else "")
-    left = seconds_left(state)
-    eta = "" if left is None else f", ETA {duration(left)}"
-    return f"{title}: member {which} of {members}" + (_step(running[0]) if running else "") + eta
+    if not running:
+        return ""
+    which = f"{done + 1}" + (f"-{done + len(running)}" if len(running) > 1 else "")
+    share = share_of(state)
+    eta = f", ETA {duration(state['elapsed'] * (1 - share) / share)}" if share and state["elapsed"] else ""
+    return f"member {which} of {members}{_step(running[0])}{eta}"
 
 
 def _step(state: dict, of: str = "") -> str:
@@ -79,72 +77,71 @@ def _step(state: dict, of: str = "") -> str:
     return said + (f", loss {state['loss']:.3f}" if state.get("loss") is not None else "")
 
 
-def seconds_left(state: dict | None) -> float | None:
-    """Of a run's members, from the share that is done: whole members, and the steps of those that run. None at the
-    start."""
-    if not state or state.get("phase") != "training" or not state.get("members"):
-        return None
+def share_of(state: dict) -> float:
+    """How much of a run's training is done, from its progress: whole members, and the steps of those that run."""
+    if state.get("phase") != "training" or not state.get("members"):
+        return float(state.get("phase") == "recording")
     parts = [min(1.0, r["step"] / r["steps"]) for r in state["running"] if r.get("step") and r.get("steps")]
-    done = (state["done"] + sum(parts)) / state["members"]
-    return state["elapsed"] * (1 - done) / done if done > 0 and state.get("elapsed") else None
+    return (state["done"] + sum(parts)) / state["members"]
+
+
+def left(step: plan.Step) -> float:
+    """Predicted seconds on one slot of what is not done yet of a step's members."""
+    if step.state not in ("", "running"):
+        return 0.0
+    return step.seconds * (1 - share_of(record.read_json(step.progress / "progress.json", {})))
 
 
 class Live:
-    """Progress in a line: rewritten in place on a terminal, a new one now and then elsewhere."""
+    """What a runner does: on a terminal a block that is rewritten in place, elsewhere a line now and then; above it a
+    line for each notebook as it ends, and the verdicts as they come."""
 
     def __init__(self, runner):
-        self.runner, self.shown = runner, set()
-        self.started, self.last, self.terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+        self.runner, self.shown, self.started, self.last = runner, set(), time.monotonic(), 0.0
+        self.to_do = [step for step in runner.steps if step.state != "cached"]
+        self.planned = plan.forecast(runner.steps, runner.slots)
+        self.block = Block(console=Console(), auto_refresh=False, transient=True)
+        self.terminal = self.block.console.is_terminal and not self.block.console.is_dumb_terminal
+        if self.terminal:
+            self.block.start()
 
     def show(self) -> None:
-        for step in self.runner.steps:
-            if step.state not in ("", "running", "cached") and step.title not in self.shown:
+        for step in self.to_do:
+            if step.state not in ("", "running") and step.title not in self.shown:
                 self.shown.add(step.title)
-                self.clear()
                 print(f"  {step.title} {step.state} in {step.minutes:.1f} min", flush=True)
-                if self.runner.show_verdicts and step.state == "succeeded":
+                if step.state == "succeeded" and step.parameters["mode"] == "full":
                     print_verdicts([step])
-        if time.monotonic() - self.last < (0.5 if self.terminal else 20):
+        now = time.monotonic()
+        if now - self.last < (0.5 if self.terminal else 30):
             return
-        self.last = time.monotonic()
-        open_steps = [s for s in self.runner.steps if s.state in ("", "running")]
-        running = [s for s in open_steps if s.state == "running"]
-        every = len(self.runner.steps)
-        text = f"[{duration(self.last - self.started)}] {every - len(open_steps)} of {every} notebooks done"
-        if open_steps:
-            about = "more than" if any(s.unknown for s in open_steps) else "about"
-            text += f", {about} {duration(self.left(running))} left"
-        text += ": " + " | ".join(line(s.progress, s.name + " sweep" * (s.kind == "sweep")) for s in running)
+        self.last = now
+        done, seconds = self.forecast(now - self.started)
+        waiting = [step for step in self.to_do if step.state in ("", "running")]
+        about = "more than" if any(step.unknown for step in waiting) else "about"
+        text = f"[{duration(now - self.started)}] {len(self.to_do) - len(waiting)} of {len(self.to_do)} notebooks done"
+        text += f", {about} {duration(seconds)} left" if waiting else ""
+        running = [step for step in waiting if step.state == "running"]
+        said = {step.title: line(step.progress) or "judging" * (step.kind == "analysis") for step in running}
+        lines = [f"{title}: {words}" for title, words in said.items() if words]
         if self.terminal:
-            self.clear()
-            print(text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            bar = f"{'━' * round(40 * done):─<40}"
+            block = Text("\n".join([bar, text, *lines[:6]]), no_wrap=True, overflow="ellipsis")
+            self.block.update(block, refresh=True)
         else:
-            print(text, flush=True)
+            text = " | ".join([text, *lines])
+            print(text if len(text) <= 120 else f"{text[:119]}…", flush=True)
 
-    def left(self, running: list) -> float:
-        """Seconds until the last notebook has ended: what runs by its own progress where it has any, the rest as
-        planned. A notebook whose members wait for the slots of another's has all of its time before it."""
-        slots, own = self.runner.slots, [0.0]
-        waiting = sum(s.seconds for s in self.runner.steps if not s.state)
-        for step in running:
-            state = record.read_json(step.progress / "progress.json") or {}
-            measured = seconds_left(state)
-            if measured is None and step.kind != "analysis" and not state.get("running"):
-                waiting += step.seconds
-                own.append(step.prepare if state.get("phase") == "preparing" else 0.0)
-            else:
-                own.append(step.seconds / slots if measured is None else measured)
-        return max(own) + waiting / slots
+    def forecast(self, elapsed: float) -> tuple[float, float]:
+        """(share that is done, seconds left): at first as planned, then by what was done in the time so far."""
+        counted = [step for step in self.to_do if step.state in ("", "running", "succeeded", "failed")]
+        whole = sum(step.seconds for step in counted)
+        done = 1 - sum(map(left, counted)) / whole if whole else 1.0
+        return done, elapsed * (1 - done) / done if done > 0.1 else max(0.0, self.planned.wall_seconds - elapsed)
 
     def close(self) -> None:
-        self.last = time.monotonic()
         self.show()
-        self.clear()
-
-    def clear(self) -> None:
-        """Take the live line off the terminal."""
-        if self.terminal:
-            print("\r\x1b[J", end="", flush=True)
+        self.block.stop()
 
 
 # ---- after it
@@ -189,7 +186,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
         if how == "running" and not alive:
             how, said = "interrupted", "its runner is gone; rerun the same command to resume"
         elif how == "running":
-            said = line(path.parent.parent if sweep else path.parent, "now").removeprefix("now: ")
+            said = line(path.parent.parent if sweep else path.parent) or "starting, or waiting for a slot"
         elif how == "interrupted":
             said += "  rerun the same command to resume"
         elif state.get("error"):
@@ -224,7 +221,5 @@ def is_running(root: Path) -> bool:
     try:
         with FileLock(root / ".lock").acquire(timeout=0):
             return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
+    except OSError as error:  # as Timeout is
+        return isinstance(error, Timeout)

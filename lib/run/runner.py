@@ -7,7 +7,6 @@ every code cell has an execution count, and the record's sentinel carries this a
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +35,6 @@ class Runner:
     fail_fast: bool = False
     force: bool = False
     keep_secrets: bool = False
-    show_verdicts: bool = False
     max_hours: float | None = None
 
     def __post_init__(self):
@@ -48,20 +46,20 @@ class Runner:
     def run(self) -> bool:
         """Execute what is to be done. True where every step ended well."""
         self.ensure_pool()
-        live = progress.Live(self)
+        live, at_once = progress.Live(self), max(4, self.slots + 2)
         try:
-            with ThreadPoolExecutor(max_workers=max(4, self.slots + 2)) as threads:
+            with ThreadPoolExecutor(at_once) as threads:
                 try:
                     while any(step.state in ("", "running") for step in self.steps):
                         for step in self.steps:
-                            if not step.state and self.ready(step):
-                                step.state, step.since = "running", time.monotonic()
+                            if not step.state and self.count("running") < at_once and self.ready(step):
+                                step.state = "running"
                                 threads.submit(self.execute, step)
                         live.show()
                         time.sleep(POLL)
                 except BaseException as error:
                     self.stopping = True
-                    live.clear()
+                    live.close()
                     if isinstance(error, KeyboardInterrupt):
                         self.wait_for_members()
                     self.pool.close()
@@ -71,6 +69,9 @@ class Runner:
             self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
         return all(step.state in ("cached", "succeeded") for step in self.steps)
+
+    def count(self, state: str) -> int:
+        return sum(step.state == state for step in self.steps)
 
     def wait_for_members(self) -> None:
         """After the first Ctrl-C: say what is being waited for, and wait for it. A second one ends everything at
@@ -92,36 +93,29 @@ class Runner:
         os._exit(130)
 
     def ready(self, step: plan.Step) -> bool:
-        """Whether what it needs has ended. A sweep needs its run's success; an analysis names what is missing
-        itself."""
-        states = [s.state for s in step.needs]
-        if (
-            self.fail_fast
-            and any(each.state == "failed" for each in self.steps)
-            or (step.kind == "sweep" and "failed" in states)
-        ):
+        """Whether what it needs has ended and it fits into --max-hours. A sweep needs its run's success; an analysis
+        names what is missing itself. What will never be ready is blocked or postponed."""
+        needed = {each.state for each in step.needs}
+        if (self.fail_fast and self.count("failed")) or (step.kind == "sweep" and "failed" in needed):
             step.state = "blocked"
-            return False
-        if step.kind == "sweep" and "postponed" in states or states and set(states) == {"postponed"}:
+        elif needed == {"postponed"} or (step.kind == "sweep" and "postponed" in needed):
             step.state = "postponed"
-            return False
-        return all(state not in ("", "running") for state in states) and self.fits(step)
+        elif not needed & {"", "running"}:
+            if self.fits(step):
+                return True
+            if not self.count("running"):  # else it waits for what runs, which may be quicker than predicted
+                step.state = "postponed"
+        return False
 
     def fits(self, step: plan.Step) -> bool:
-        """Whether it is predicted to end within --max-hours, its study's analysis included. What does not fit waits for
-        what runs, which may be quicker than predicted; when nothing runs it is postponed."""
+        """Whether it is predicted to end within --max-hours, its study's analysis included."""
         if self.max_hours is None:
             return True
-        now, running = time.monotonic(), [s for s in self.steps if s.state == "running"]
-        share = self.slots / max(1, len(running))
-        left = sum(max(0.0, s.seconds + s.prepare - (now - s.since) * share) for s in running)
-        alone = sum(s.seconds for s in self.steps if s.kind == "analysis" and s.study == step.study)
-        own = 0.0 if step.kind == "analysis" else step.seconds / self.slots + step.prepare
-        if now - self.began + left / self.slots + own + alone <= self.max_hours * 3600:
-            return True
-        if not running:
-            step.state = "postponed"
-        return False
+        shared = sum(progress.left(each) for each in self.steps if each.state == "running")
+        alone = sum(each.seconds for each in self.steps if each.kind == "analysis" and each.study == step.study)
+        if step.kind != "analysis":
+            shared, alone = shared + step.seconds, alone + step.prepare
+        return time.monotonic() - self.began + shared / self.slots + alone <= self.max_hours * 3600
 
     def ensure_pool(self) -> None:
         with self.guard:
@@ -130,14 +124,14 @@ class Runner:
             if self.pool:
                 self.pool.close()
             self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
-            os.environ["STUDY_POOL"] = self.pool.socket
-            os.environ["STUDY_SLOTS"] = str(self.slots)
+            os.environ |= {"STUDY_POOL": self.pool.socket, "STUDY_SLOTS": str(self.slots)}
 
     def execute(self, step: plan.Step) -> None:
-        started = time.time()
+        """One notebook to its end, however that is: in its step, and in its status.json."""
         if self.stopping:  # still in the queue when the run was interrupted: its record stays as it is
             step.state = "interrupted"
             return
+        started, outcome = time.time(), "succeeded"
         try:
             if step.kind == "analysis":  # its runs have ended, and the records are what they are
                 step.key = plan.analysis_key(step.study, step.folder.parent)
@@ -145,105 +139,71 @@ class Runner:
                 for folder in sorted((step.folder / "members").glob("*/")):
                     members.archive(folder)
             self.attempt(step, started)
-            step.state = "succeeded"
         except BaseException as error:
-            step.state = "interrupted" if self.stopping else "failed"
-            said = None
+            outcome = "interrupted" if self.stopping else "failed"
             if not self.stopping:  # kernels that we ended ourselves are no error
-                said = step.error = self.explain(step, error)
+                step.error = explain(step, error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                self.write_status(step, how(step, step.state), started, said)
+                write_status(step, outcome, started)
                 (step.progress / "progress.json").unlink(missing_ok=True)
-        step.minutes = (time.time() - started) / 60
+        step.minutes, step.state = (time.time() - started) / 60, outcome
 
     def attempt(self, step: plan.Step, started: float) -> None:
         """Execute, once more where a process was lost (its members resume from their checkpoints)."""
         for number in (1, 2):
             self.ensure_pool()
             nonce = os.urandom(8).hex()
-            self.write_status(step, "running", started)
-            if step.kind != "analysis":
-                self.mirrors.follow(step.folder, config.wandb_mode(step.run))
+            write_status(step, "running", started)
+            self.mirror(step)
             try:
-                notebook = execute_notebook(step, nonce)
-                check_success(step, notebook, nonce)
+                check_success(step, execute_notebook(step, nonce), nonce)
+                break
             except BaseException as error:
                 if number == 2 or self.stopping or not _lost(error):
                     raise
-                continue
-            os.replace(partial(step), step.output)
-            pages.notebook_html(step.output, step.output.with_suffix(".html"))
-            self.write_status(step, "succeeded", started)
-            if step.kind != "analysis":
-                self.mirrors.follow(step.folder, config.wandb_mode(step.run))
-            else:
-                model_card.write_all(step.folder.parent)
-            return
+        os.replace(partial(step), step.output)
+        pages.notebook_html(step.output, step.output.with_suffix(".html"))
+        write_status(step, "succeeded", started)
+        self.mirror(step)
+        if step.kind == "analysis":
+            model_card.write_all(step.folder.parent)
 
-    def write_status(self, step: plan.Step, status: str, started: float, error: dict | None = None) -> None:
-        done = record.read_json(step.folder / "metrics.json", {}) if status == "succeeded" else {}
-        record.write_json(
-            step.folder / "status.json",
-            {
-                "run_id": step.name,
-                "kind": step.kind,
-                "study": step.study,
-                "status": status,
-                "key": step.key,
-                "started": started,
-                "ended": None if status == "running" else time.time(),
-                "minutes": round((time.time() - started) / 60, 3),
-                "predicted_member_seconds": round(step.training, 1),
-                "actual_member_seconds": trained_seconds(step, started) if status == "succeeded" else None,
-                "key_metric": done.get("key_metric"),
-                "error": error,
-                "command": command(step),
-            },
-        )
-
-    def explain(self, step: plan.Step, error: BaseException) -> dict:
-        """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
-
-        def clean(text) -> str:
-            return record.escape_controls(record.redact(str(text)))
-
-        name = getattr(error, "ename", type(error).__name__)
-        value = clean(getattr(error, "evalue", "") or error).strip()
-        own = name in ("StudyError", "MissingError", "PapermillExecutionError")
-        log = step.folder / "attempts" / "error.log"
-        with contextlib.suppress(OSError):
-            record.write_text(log, clean("".join(traceback.format_exception(error))))
-        return {
-            "cell": getattr(error, "exec_count", None),
-            "exception": value if own else f"{name}: {value}",
-            "log": str(log),
-            "notebook": str(partial(step)),
-            "again": command(step),
-        }
+    def mirror(self, step: plan.Step) -> None:
+        if step.kind != "analysis":
+            self.mirrors.follow(step.folder, config.wandb_mode(step.run))
 
 
-def trained_seconds(step: plan.Step, since: float) -> float:
-    """Seconds that the members trained since then took, each on its slot."""
-    made = [p for p in step.folder.glob("*/*/metrics.json") if p.stat().st_mtime >= since]
-    return round(sum((record.read_json(p) or {}).get("seconds", 0.0) for p in made), 1)
+def write_status(step: plan.Step, status: str, started: float) -> None:
+    """The step's status.json: `out_of_memory` instead of failed where that is what ended a member."""
+    now, seconds, metric = time.time(), None, None
+    if status == "failed":
+        ended = (record.read_json(path, {}).get("status") for path in step.folder.glob("*/*/error.json"))
+        status = "out_of_memory" if "out_of_memory" in ended else status
+    elif status == "succeeded":
+        trained = [path for path in step.folder.glob("*/*/metrics.json") if path.stat().st_mtime >= started]
+        seconds = round(sum(record.read_json(path, {}).get("seconds", 0.0) for path in trained), 1)
+        metric = record.read_json(step.folder / "metrics.json", {}).get("key_metric")
+    about = {"run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key}
+    times = {"started": started, "ended": None if status == "running" else now, "actual_member_seconds": seconds}
+    times["minutes"] = round((now - started) / 60, 3)
+    outcome = {"key_metric": metric, "error": step.error, "command": step.command}
+    record.write_json(step.folder / "status.json", about | times | outcome)
 
 
-def how(step: plan.Step, state: str) -> str:
-    """The status that is written down: `out_of_memory` where that is what ended a member of a failed run."""
-    ended = (record.read_json(path, {}).get("status") for path in step.folder.glob("*/*/error.json"))
-    return "out_of_memory" if state == "failed" and "out_of_memory" in ended else state
+def explain(step: plan.Step, error: BaseException) -> dict:
+    """What a person needs of a failure: the cell, the exception, the log and the command to run it again."""
 
+    def clean(text) -> str:
+        return record.escape_controls(record.redact(str(text)))
 
-def command(step: plan.Step) -> str:
-    """The command that runs exactly this step's run (for an analysis: its study) again."""
-    if step.again:
-        return step.again
-    run = step.run or (step.needs[0].run if step.needs else None)
-    overrides = getattr(run, "overrides", None) or {}
-    sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
-    only = "" if step.kind == "analysis" else f" --run {shlex.quote(step.name)}"
-    mode, scale = step.parameters["mode"], step.parameters["scale"]
-    return f"./run_all.sh {mode} --scale {scale} --study {step.study}{only}{sets}"
+    name = getattr(error, "ename", type(error).__name__)
+    value = clean(getattr(error, "evalue", "") or error).strip()
+    log = step.folder / "attempts" / "error.log"
+    with contextlib.suppress(OSError):
+        record.write_text(log, clean("".join(traceback.format_exception(error))))
+    exception = value if name in ("StudyError", "MissingError", "PapermillExecutionError") else f"{name}: {value}"
+    about = {"cell": getattr(error, "exec_count", None), "exception": exception, "again": step.command}
+    return about | {"log": str(log), "notebook": str(partial(step))}
 
 
 def partial(step: plan.Step) -> Path:
@@ -269,16 +229,8 @@ def execute_notebook(step: plan.Step, nonce: str):
     if path.exists():  # the last attempt did not get through: keep it beside this one
         number = record.next_number(path.parent, f"{step.output.stem}.*.failed.ipynb")
         path.replace(path.with_name(f"{step.output.stem}.{number}.failed.ipynb"))
-    return papermill.execute_notebook(
-        str(step.notebook),
-        str(path),
-        parameters={**step.parameters, "nonce": nonce},
-        kernel_name="python3",
-        engine_name="study",
-        progress_bar=False,
-        log_output=False,
-        start_timeout=600,
-    )
+    options = {"kernel_name": "python3", "engine_name": "study", "progress_bar": False, "start_timeout": 600}
+    return papermill.execute_notebook(str(step.notebook), str(path), {**step.parameters, "nonce": nonce}, **options)
 
 
 def check_success(step: plan.Step, notebook, nonce: str) -> None:

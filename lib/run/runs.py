@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError
-from lib.run import keys, reach
+from lib.run import keys
 
 
 def provenance(run) -> dict:
@@ -21,19 +21,19 @@ def provenance(run) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     dirty = git("status", "--porcelain")
+    machine = {"machine": platform.machine(), "system": platform.system(), "processor": _processor()}
+    sources = keys.sources(run)
     return {
         "versions": keys.versions(),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if dirty is None else bool(dirty),
-        "machine": platform.machine(),
-        "system": platform.system(),
+        **machine,
         "cores": os.cpu_count(),
         "device": keys.device_kind(run.compute.gpus),
-        "processor": _processor(),
         "threads_per_member": run.compute.threads,
-        "data": keys.source(run.dataset.name, run.dataset.revision),
-        "model": keys.source(run.model.name, run.model.revision),
-        "code": keys.digest(reach.reach(run.study, "prepare", "train")),
+        "data": sources["data"],
+        "model": sources["model"],
+        "code": keys.digest(keys.reach(run.study, "prepare", "train")),
     }
 
 
@@ -140,5 +140,4 @@ def planned(results_dir: Path) -> list:
         fix = "./run_all.sh (it runs the studies first)"
         raise MissingError(str(results_dir), "no runs here", "the results of a study", fix)
     of = ("study", "scale", "mode")
-    parts = [({k: v for k, v in run.items() if k not in of}, {k: run[k] for k in of}) for run in listed]
-    return [config.restore(values, **where, results_dir=results_dir) for values, where in parts]
+    return [config.restore(run, **{key: run[key] for key in of}, results_dir=results_dir) for run in listed]

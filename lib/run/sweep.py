@@ -78,7 +78,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     name = run.run_id  # in a database, which holds other searches too, a longer one
     if run.optuna.storage:
         name = f"{Path(run.results_dir).parent.name}/{run.study}/{name}"
-    settings = members.key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"]
+    settings = keys.member_key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{keys.digest([*settings, run.optuna.objective_metric])}",
         storage=storage.open_storage(run, folder),

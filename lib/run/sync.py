@@ -15,8 +15,8 @@ def sync(roots: list[Path], options) -> int:
     """Send what W&B lacks of the records in these folders (outputs/<scale>-full…). Exit code: 0 W&B is up to date, 1 it
     is not yet, 3 it cannot be reached or there is no key."""
     done = [path for root in roots if wandb.FROM not in root.name for path in root.glob("*/*/members/*/done.json")]
-    folders = [folder for folder in sorted({path.parents[2] for path in done}) if plan.matches(options, folder.name)]
-    folders = [folder for folder in folders if not options.study or folder.parent.name in options.study]
+    folders = sorted({path.parents[2] for path in done})
+    folders = [folder for folder in folders if plan.matches(options, folder.name, folder.parent.name)]
     settings = {folder: config.load_yaml(folder / "config.yaml").get("wandb") or {} for folder in folders}
     folders = [folder for folder in folders if settings[folder].get("mode") != "disabled"]
     if not folders:
@@ -46,5 +46,4 @@ def pull(runs: list, outputs: Path, made_in: str, options) -> int:
         steps.append(plan.analysis(study, results, options.scale, "full"))
     with progress.lock(root):
         ok = runner.Runner(steps, 1).run()
-    progress.print_verdicts(steps)
     return 0 if ok else 1
