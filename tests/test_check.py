@@ -76,6 +76,7 @@ def test_static_faults_are_each_named(copy):
     copy("params/td_dpo/laptop/td_dpo_anchored.yaml", "warmup_ratio: 0.1", "warmup_steps: 119")
     copy("params/td_dpo/claims.yaml", "metric: seconds", "metric: minutes")
     copy("params/td_dpo/claims.yaml", "baseline: {method: dpo, beta: 0.05}", "baseline: {method: dpo, beta: 0.02}")
+    copy("lib/td_dpo/study.py", "    logging_steps: Count", "    gradient_noise: float = 0.0\n    logging_steps: Count")
     notebook = copy.root / "notebooks/td_dpo/train.ipynb"
     whole = json.loads(notebook.read_text())
     cells = [c for c in whole["cells"] if c["cell_type"] == "code"]
@@ -93,21 +94,16 @@ def test_static_faults_are_each_named(copy):
     assert named(answer, "td_dpo_anchored.yaml", "warm-up of 119 covers most of a run")
     assert named(answer, "claims.yaml", "C5.metric", "minutes is in no table")
     assert named(answer, "claims.yaml", "C1.baseline", "no run at laptop scale trains")
+    assert named(answer, "lib/td_dpo", "training.gradient_noise", "no code reads it")
     assert named(answer, "train.ipynb", "holds outputs")
     assert named(answer, "train.ipynb", "does not parse")
     assert named(answer, "analysis.ipynb", "not a notebook")
 
 
 def test_what_only_a_trial_shows_is_named(copy):
-    """One trial of two runs with: a flag nobody reads, a calibration that is not shortened, a result written elsewhere,
+    """One trial of two runs with: a calibration that is not shortened, a result written elsewhere,
     a column left empty, a metric logged under another name, a connection, and in one of them a batch key that is never
     collated."""
-    copy(
-        "lib/iw_lora/study.py",
-        "    logging_steps: Count",
-        "    gradient_noise: float = 0.0\n    logging_steps: Count",
-    )
-    copy("params/iw_lora/laptop/iw_lora.yaml", "  logging_steps:", "  gradient_noise: 0.5\n  logging_steps:")
     copy("lib/iw_lora/study.py", '"loss.sensitivity_warmup_steps", ', "")
     copy("lib/iw_lora/trainer.py", '"label": label,', '"label": label, "answer": None,')
     copy("lib/iw_lora/trainer.py", 'return {"tuning_accuracy":', 'return {"tune_accuracy":')
@@ -122,7 +118,6 @@ def test_what_only_a_trial_shows_is_named(copy):
 
     code, answer = check(copy.root, "--study", "iw_lora", "--run", "iw_lora", "--run", "lora")
     assert code == 2
-    assert named(answer, "iw_lora.yaml", "training.gradient_noise", "no code reads it")
     assert named(answer, "calibration", "more than 2 batches in a trial")
     assert named(answer, "lib/iw_lora/best.json", "outside its results_dir")
     assert named(answer, "predictions.jsonl: answer", "empty in all rows")

@@ -295,6 +295,24 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
 # ---- all of it
 
 
+def unread_keys(study: str) -> Iterator[Finding]:
+    """Keys of the study's own sections whose name stands nowhere in code that could read it. Not of the sections that
+    lib/config.py defines: the runner, the search and W&B read those."""
+    module, names = config.study_module(study), set()
+    for path in [*(config.ROOT / "lib" / study).glob("*.py"), *(config.ROOT / "lib").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.stem != "study":
+                names.add(node.value)
+    known = config.keys(module.Run)
+    for key in known:
+        section, _, name = key.rpartition(".")
+        is_leaf = section.split(".")[0] in config.TUNABLE and not any(other.startswith(f"{key}.") for other in known)
+        if is_leaf and name not in names and key not in module.UNREAD:
+            fix = f"read it where it belongs, or take it out of the sections in lib/{study} and the YAMLs"
+            yield error(key, "no code reads it: whatever it says, the run is the same", fix, f"lib/{study}")
+
+
 def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path) -> list[Finding]:
     """What keeps `options.command` from starting, as far as it depends on it. `whole`: `found` with all runs of its
     studies, which the claims are about; `root`: where the results go.
@@ -310,6 +328,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
         for study in dict.fromkeys(run.study for run in runs):
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
             findings += [finding for notebook in notebooks_of(study) for finding in notebook_findings(notebook)]
+            findings += unread_keys(study)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)
         if needs_trial and not has_error(findings):
             findings += check_trial(found, options, root)
@@ -425,7 +444,6 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
             return
         seen = watch.evidence(folder)
         for study in dict.fromkeys(run.study for _, run in found):
-            yield from _unread_keys(study, [(path, run) for path, run in found if run.study == study], results, seen)
             yield from _unlogged_metrics(study, results)
             yield from _empty_columns(study, results)
         if found and not failed and not seen["batch"]:
@@ -454,24 +472,6 @@ def _failures(results: Path, done: subprocess.CompletedProcess) -> Iterator[Find
     if done.returncode and not failed:
         output = record.redact((done.stderr or done.stdout)[-800:]).strip()
         yield error("", f"ended with {done.returncode}: {output}", "./run_all.sh trial", WHOLE_TRIAL)
-
-
-def _unread_keys(study: str, found: list[tuple[Path, Run]], results: Path, seen: dict) -> Iterator[Finding]:
-    """Keys with a value that no process asked for, in any run of the study that succeeded (what a failed one did not
-    come to read is no fault of its YAML). Not of the sections that lib/config.py itself defines: the runner, the search
-    and W&B read those, much of it where a trial does not lead."""
-    states = {run.run_id: record.read_json(results / study / run.run_id / "status.json", {}) for _, run in found}
-    found = [(path, run) for path, run in found if states[run.run_id].get("status") == "succeeded"]
-    read = {key for run_id, key in seen["read"] if run_id in states}
-    holders: dict[str, Path] = {}  # key -> the first YAML with a value for it
-    for path, run in found:
-        holders = {key: path for key, value in keys.flat(config.dump(run)).items() if value is not None} | holders
-    for key, path in holders.items():
-        parents = {key[:i] for i, letter in enumerate(key) if letter == "."}
-        is_excused = not parents or key in read or {key, *parents} & set(config.study_module(study).UNREAD)
-        if key.split(".")[0] in config.TUNABLE and not is_excused:
-            fix = f"read it where it belongs, or take it out of the sections in lib/{study} and the YAMLs"
-            yield error(key, "no code reads it: whatever it says, the run is the same", fix, display_path(path))
 
 
 def _unlogged_metrics(study: str, results: Path) -> Iterator[Finding]:

@@ -1,10 +1,8 @@
-"""A trial watched from inside its own processes, for `./run_all.sh check`: which keys of which run are read, how many
-batches each phase takes, what is written outside the places that belong to the run, which addresses are connected to.
+"""A trial observed from inside its own processes, for `./run_all.sh check`: how many batches each phase takes, what is
+written outside the places that belong to the run, which addresses are connected to.
 
 `environment` makes every Python process of the trial call `install` as it starts, so that nothing of this stands in the
-code that trains. A key counts as read when code asks for it: by attribute on a section, or out of a section's
-`model_dump()`. What lib/config.py and the checks do (validation, writing out, trial form) asks for all of them and does
-not count.
+code that trains.
 """
 
 from __future__ import annotations
@@ -14,13 +12,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from lib import config, record
 
-UNSEEN = {config.__file__, str(Path(__file__).with_name("check.py"))}
 _seen: set[tuple] = set()
-_owners: dict[int, tuple[Any, str, str]] = {}  # id of a section -> (itself, to keep the id; run_id; dotted prefix)
 
 
 def environment(folder: Path, allowed: list[str]) -> dict[str, str]:
@@ -34,9 +29,8 @@ def environment(folder: Path, allowed: list[str]) -> dict[str, str]:
 
 
 def evidence(folder: Path) -> dict[str, list[tuple]]:
-    """What all processes did, each once: {read: (run_id, key), batch: (phase, number), write: (path,), connect:
-    (address,)}."""
-    seen: dict[str, set[tuple]] = {kind: set() for kind in ("read", "batch", "write", "connect")}
+    """What all processes did, each once: {batch: (phase, number), write: (path,), connect: (address,)}."""
+    seen: dict[str, set[tuple]] = {kind: set() for kind in ("batch", "write", "connect")}
     for path in folder.glob("*.jsonl"):
         for kind, *facts in record.read_jsonl(path):
             seen[kind].add(tuple(facts))
@@ -44,36 +38,9 @@ def evidence(folder: Path) -> dict[str, list[tuple]]:
 
 
 def install() -> None:
-    """Watch this process."""
-    plain_get, plain_dump, build = config.Section.__getattribute__, config.Section.model_dump, config.build
-
-    def get(self, name):
-        value = plain_get(self, name)
-        if id(self) in _owners and name in type(self).model_fields:
-            _read(*_owners[id(self)][1:], name)
-        return value
-
-    def dump(self, *arguments, **options):
-        values = plain_dump(self, *arguments, **options)
-        return Watched(values, *_owners[id(self)][1:]) if id(self) in _owners and not _asked_by_config() else values
-
-    def built(*arguments, **options):
-        run = build(*arguments, **options)
-        _own(run, run.run_id, "")
-        return run
-
-    config.Section.__getattribute__, config.Section.model_dump, config.build = get, dump, built
+    """Observe this process."""
     record.count = lambda phase, number: _write("batch", phase, number)
     sys.addaudithook(_audit)
-
-
-def _own(section: Any, run_id: str, prefix: str) -> None:
-    """Remember to which run and key each section belongs."""
-    for name in type(section).model_fields:
-        value = section.__dict__[name]
-        if isinstance(value, config.Section):
-            _owners[id(value)] = (value, run_id, f"{prefix}{name}.")
-            _own(value, run_id, f"{prefix}{name}.")
 
 
 def _write(*facts: str | int) -> None:
@@ -85,38 +52,6 @@ def _write(*facts: str | int) -> None:
         )
         os.write(handle, (json.dumps(facts) + "\n").encode())
         os.close(handle)
-
-
-def _read(run_id: str, prefix: str, key: str) -> None:
-    if not _asked_by_config():
-        _write("read", run_id, prefix + key)
-
-
-def _asked_by_config() -> bool:
-    """Whether the configuration layer asks."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename not in UNSEEN:
-        frame = frame.f_back
-    return frame is not None
-
-
-class Watched(dict):
-    """A section as a dictionary that notes which of its keys are asked for."""
-
-    def __init__(self, values: dict, run_id: str, prefix: str):
-        super().__init__({k: Watched(v, run_id, f"{prefix}{k}.") if type(v) is dict else v for k, v in values.items()})
-        self._who = (run_id, prefix)
-
-    def __getitem__(self, key):
-        _read(*self._who, key)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        _read(*self._who, key)
-        return super().get(key, default)
-
-    def __or__(self, other):
-        return Watched({**dict(self.items()), **other}, *self._who)
 
 
 def _audit(event: str, arguments: tuple) -> None:
