@@ -383,7 +383,7 @@ def validate(section: type[Section], path: str | Path) -> Any:
 DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "ALIASES": {},  # short name -> dotted key, in the order of a cell's name
     "DIVERGED": {},  # metric -> what a diverged member counts as
-    "UNREAD": (),  # keys and metrics that a trial may leave alone
+    "UNREAD": (),  # keys that no code names, metrics that a trial need not log
     "MEMBER_KEYS": (),  # what members of one preparation may differ in
     "NOT_NUMBERS": (),  # keys that no number depends on
     "PATHS": ("model.name", "dataset.name"),  # keys that may name a local file

@@ -176,17 +176,8 @@ METRICS = dict.fromkeys(SCORES, "maximize")
 METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize")
 DIVERGED = dict.fromkeys(SCORES, 0.0)  # what a diverged run has
 CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
-UNREAD = (  # keys and metrics that a trial may leave alone, as `check` reads them, or nothing is lost:
-    # REACTOR's window of 5 steps does not end in a trial of 2
-    *("training.scheduler.cold", "training.scheduler.baseline_decay", "training.scheduler.entropy_bonus"),
-    # the only choice there is, or derived
-    *("dataset.train_split", "training.optimizer.type", "training.gradient_accumulation_steps", "evaluation.metrics"),
-    # read when streaming, in full mode, for a made model, with real problems
-    *("dataset.shuffle_buffer", "dataset.eval_split", "dataset.gsm1k", "dataset.real", "model.recipe"),
-    # replaced, compared with the name, chosen by the analysis where it is null
-    *("evaluation.interval_steps", "model.parameter_count", "evaluation.energy_level"),
-    *("energy_to_level", "gsm1k_gap"),  # null where nothing can be read
-)
+# metrics that are null where nothing can be read; a key with one choice
+UNREAD = ("energy_to_level", "gsm1k_gap", "dataset.train_split")
 ALIASES = dict.fromkeys(("learning_rate", "adapter_lr_init"), "training.optimizer.lr_init")
 ALIASES |= dict.fromkeys(("outer_lr", "graff_outer_lr"), "training.scheduler.outer_lr")
 ALIASES |= {"controller_lr": "training.scheduler.controller_lr", "budget_minutes": "training.budget_minutes"}

@@ -205,18 +205,11 @@ METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "vali
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
 DIVERGED = dict.fromkeys(SCORES, 0.0)
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
-UNREAD = (  # keys and metrics that a trial may leave alone:
-    # read where init is eva and where data is real, as in a YAML of the paper's scale
-    *("model.adapter.eva_rho", "dataset.splits"),
-    # rows are padded to the longest of their batch, checkpoints follow evaluations, warmup_steps decides
-    *("dataset.preprocessing.padding", "training.save_strategy", "training.warmup_ratio"),
-    # the only choice there is
-    *("training.optimizer", "training.fp16", "loss.freeze_lora_during_warmup", "compute.strategy"),
-)
 ALIASES = dict.fromkeys(("alpha", "iw_reg_alpha"), "loss.alpha") | {"beta": "loss.beta", "penalty": "loss.penalty"}
 ALIASES |= {key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")}
 ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha"}
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
+UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup")  # keys with one choice
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 

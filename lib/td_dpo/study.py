@@ -252,16 +252,10 @@ ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy
 METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
 # What a diverged member counts as: the lowest score on every question, guessing on every pair.
 DIVERGED = dict.fromkeys(SCORES, 1.0) | dict.fromkeys(ACCURACIES, 0.5)
-UNREAD = (  # keys and metrics that a trial may leave alone:
-    "oracle_score",  # of generated answers only
-    # graded by a judge, whom a trial does not ask; read where the questions are there
-    *("mt_bench_score", "mt_bench_score_corrected", "evaluation.mt_bench", "evaluation.questions"),
-    # made models are float32; generated rows are never bad, and have a number for each split
-    *("model.torch_dtype", "dataset.on_bad_row", "dataset.validation_fraction"),
-    # max_steps and warmup_steps decide where they are given
-    *("training.epochs", "training.warmup_ratio"),
-    # derived, or the only choice there is
-    *("training.gradient_accumulation_steps", "training.optimizer", "training.fp16"),
+UNREAD = (
+    *("oracle_score", "mt_bench_score", "mt_bench_score_corrected"),  # of judged answers, which a trial may not have
+    *("dataset.validation_pairs", "dataset.test_pairs"),  # read by a composed name
+    *("training.optimizer", "training.fp16"),  # with one choice
 )
 # The order is the order in a cell's name.
 ALIASES = {"loss": "loss.name", "beta": "loss.beta", "tau": "loss.tau"}
