@@ -153,8 +153,7 @@ def test_one_run_of_each_method_is_tried_and_the_output_says_for_which():
 
 @pytest.mark.parametrize("status", [None, "failed", "succeeded"])
 def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is_all_that_is_said(monkeypatch, status):
-    """Its folder's name says what --set changed. That nobody read the run's keys is news only where it came to its
-    end."""
+    """Its folder's name says what --set changed. What a trial did not do is news only where it came to its end."""
     run = config.load_run(ROOT / "params/td_dpo/laptop/dpo.yaml", study="td_dpo", scale="laptop", mode="full")
 
     def tried(command, *, env, **_):
@@ -173,7 +172,6 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
         str(finding) for finding in checks.trial_findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])
     ]
     if status == "succeeded":
-        assert any("training.learning_rate" in line for line in answer)
         assert any("no phase counts" in line for line in answer)
     else:
         assert len(answer) == 1
