@@ -192,3 +192,21 @@ def float32_trainables(model: nn.Module) -> nn.Module:
     for parameter in trainable:
         parameter.data = parameter.data.float()
     return model
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 a forward in eval mode makes bitsandbytes repack 4-bit weights for a kernel that has no
+    backward, for good: training after it would silently lose every gradient that passes through the base model. It is
+    switched off, and undone where it has happened (bitsandbytes' inverse rounds double-quantised scales once more).
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)  # a sharded weight has none
+            if getattr(state, "packing_format_for_cpu", False):
+                module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)

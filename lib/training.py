@@ -58,7 +58,17 @@ def on_rank_zero(function: Callable[[], Any]) -> Any:
     return all_gather(function() if rank() == 0 else None)[0]
 
 
-# ---- order and random state ----
+# ---- batches and random state ----
+
+
+def pad_rows(rows: list[list[int]], fill: int) -> torch.Tensor:
+    """(B, L) rows of different lengths, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 class SeededOrder(torch.utils.data.Sampler):
@@ -151,13 +161,10 @@ def keep_last_and_best(place: Path, last: Path, best_step: int | None) -> None:
 def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
     """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is
     removed, and so is what a kill between a save and its tidying left: only the last and its best are kept."""
-    usable = None
     for folder in checkpoint_folders(place):
-        marker = read_marker(folder)
-        if marker is None or marker["fingerprint"] != fingerprint:
+        if (read_marker(folder) or {}).get("fingerprint") != fingerprint:
             remove_checkpoint(folder)
-        else:
-            usable = folder
+    usable = last_complete_checkpoint(place)
     if usable is not None:
         keep_last_and_best(place, usable, read_marker(usable).get("best_step"))
     return usable
@@ -165,16 +172,8 @@ def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
 
 def truncate_history(path: Path, step: int) -> None:
     """Keep the lines of a JSON-lines history up to and with `step`; a half-written last line goes too. Atomic."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    record.write_text(path, "".join(kept))
+    if path.exists():
+        record.write_jsonl(path, (row for row in record.read_jsonl(path) if row["step"] <= step))
 
 
 def resume_point(folder: Path, fingerprint: str) -> Path | None:
@@ -213,58 +212,33 @@ class Outcome:
     best: Path | None = None
 
 
-def arguments(folder: Path, *, steps: int, seed: int, device: torch.device, kind: type = TrainingArguments, **values):
+def arguments(folder: Path, *, steps: int, seed: int, device: torch.device, **values: Any) -> TrainingArguments:
     """transformers' arguments for a member in `folder`, with everything off that prints, saves or evaluates by
     itself."""
-    fixed = {
-        "output_dir": str(Path(folder) / "checkpoints"),
-        "max_steps": steps,
-        "seed": seed,
-        "use_cpu": device.type == "cpu",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "report_to": "none",
-    }
-    return kind(**fixed | values)
+    return TrainingArguments(
+        output_dir=str(Path(folder) / "checkpoints"),
+        max_steps=steps,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        report_to="none",
+        **values,
+    )
 
 
-class _Events(TrainerCallback):
-    """transformers' events as methods of the trainer."""
+class StudyTrainer(Trainer, TrainerCallback):
+    """A transformers.Trainer whose run is a record: history.jsonl and timing.jsonl in the member's `folder`, complete
+    checkpoints in its `checkpoints`.
 
-    def __init__(self, trainer: StudyTrainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **_):
-        number = (state.global_step + 1) * args.gradient_accumulation_steps
-        record.count("training", number)
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        self.trainer.before_update()
-
-    def on_optimizer_step(self, args, state, control, **_):
-        self.trainer.after_update()
-
-    def on_step_end(self, args, state, control, **_):
-        self.trainer.schedule()
-        if record.stopping() and self.trainer.diverged_at is None:
-            control.should_save = True
-
-    def on_save(self, args, state, control, **_):
-        if record.stopping() and not self.trainer.finished():
-            print(f"asked to stop: step {state.global_step} is saved", flush=True)
-            record.stop()
-
-
-class StudyTrainer(Trainer):
-    """A transformers.Trainer (also in front of a subclass of it: `class X(StudyTrainer, DPOTrainer)`) whose run is a
-    record: history.jsonl and timing.jsonl in the member's `folder`, complete checkpoints in its `checkpoints`.
-
-    A study supplies `compute_loss`, `measure` and `validate`, and where it needs them the hooks below these.
+    A study supplies `compute_loss`, `measure` and `validate`, and where it needs them the hooks below these. The
+    trainer is its own callback: `on_pre_optimizer_step` (gradients are there) and `on_optimizer_step` (not cleared yet)
+    are a study's to define.
     """
 
     best_metric: str | None = None  # of `validate`: the highest value's checkpoint is kept as the best
@@ -289,14 +263,7 @@ class StudyTrainer(Trainer):
         self.diverged_at: int | None = None
         self.best_step: int | None = None
         self.best_value: float | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            data_collator=collate,
-            callbacks=[_Events(self)],
-            **options,
-        )
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[self], **options)
         self.remove_callback(PrinterCallback)
 
     # -- what a study supplies
@@ -315,12 +282,6 @@ class StudyTrainer(Trainer):
 
     def begin(self) -> None:
         """Before the first step of a run that starts from nothing."""
-
-    def before_update(self) -> None:
-        """Between the last backward pass of a step and the optimizer."""
-
-    def after_update(self) -> None:
-        """Between the optimizer and the clearing of gradients."""
 
     def schedule(self) -> None:
         """Decide after a step whether to evaluate and save: at the intervals (None: not in between) and at the end."""
@@ -352,6 +313,8 @@ class StudyTrainer(Trainer):
         self.best_step, self.best_value = marker.get("best_step"), marker.get("best_value")
         if marker.get("done"):
             self._load_from_checkpoint(str(checkpoint))
+            if self.optimizer is not None:  # one of its own: schedule-free's holds the weights that are scored
+                self._load_optimizer_and_scheduler(str(checkpoint))
             self.state.global_step = marker["step"]
         else:
             if checkpoint is None:
@@ -361,6 +324,19 @@ class StudyTrainer(Trainer):
         if self.diverged_at is not None:
             return Outcome("diverged", self.diverged_at, self.best_step, best)
         return Outcome("completed", self.state.global_step, self.best_step, best)
+
+    def on_step_begin(self, args, state, control, **_):
+        record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)
+
+    def on_step_end(self, args, state, control, **_):
+        self.schedule()
+        if record.stopping() and self.diverged_at is None:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **_):
+        if record.stopping() and not self.finished():
+            print(f"asked to stop: step {state.global_step} is saved", flush=True)
+            record.stop()
 
     def diverge(self) -> None:
         """End the run here; a diverged model is neither evaluated nor saved."""

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,11 +229,11 @@ def test_reactor_solves_a_bandit():
     found = []
     for seed in range(5):
         arm = schedulers.make(member_of("reactor", controller_lr=3e-2).run.training.scheduler, 2)
-        arm.generator.manual_seed(seed)
+        arm.random_state = torch.Generator().manual_seed(seed).get_state()
         for _ in range(400):
             a = arm.act(torch.tensor([1.0, 0.0, 0.0, 0.0]))
             arm.reward(-((a - 0.8) ** 2))
-        found.append(arm.omega[0].item())
+        found.append(arm.policy["omega"][0].item())
     assert sum(found) / 5 == pytest.approx(0.8, rel=0.25)
 
 
@@ -449,7 +451,9 @@ def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):
 
 
 class FakeNvml:
-    """Devices that tell their total energy, their power only, or nothing."""
+    """pynvml for a device that tells its total energy, its power only, or nothing."""
+
+    NVMLError = RuntimeError
 
     def __init__(self, total: bool, power: bool):
         self.total, self.power, self.joules = total, power, 7.0
@@ -458,7 +462,7 @@ class FakeNvml:
         """As the library's own."""
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
-        return uuid
+        assert uuid == "GPU-1"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         if not self.total:
@@ -471,35 +475,41 @@ class FakeNvml:
         return 250_000  # mW
 
 
-def test_energy_is_the_counter_else_polled_power_else_null_with_the_reason(monkeypatch):
+@pytest.fixture
+def device(monkeypatch):
+    """A function that puts a FakeNvml's device in the place of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="1"))
+    return lambda library: monkeypatch.setitem(sys.modules, "pynvml", library)
+
+
+def test_energy_is_the_counter_less_what_it_lost(device):
     library = FakeNvml(True, True)
-    source, read, reason = trainer.nvml(library, "GPU-1")
-    assert (source, reason) == ("nvml", None)
-    monkeypatch.setattr(trainer, "_source", lambda: (source, read, reason))
+    device(library)
     energy = trainer.Energy()
-    library.joules = 19.5
-    energy.update()
-    library.joules = 1.0  # the driver was loaded again
-    energy.update()
-    library.joules = 4.0
-    energy.update()
+    assert (energy.source, energy.reason, energy.joules) == ("nvml", None, 0.0)
+    for now in (19.5, 1.0, 4.0):  # the driver was loaded again in between
+        library.joules = now
+        energy.update()
     assert energy.joules == pytest.approx(15.5)
+
+
+@pytest.mark.parametrize(("library", "reason"), [(FakeNvml(False, False), "Not Supported"), (None, "pynvml")])
+def test_a_device_that_tells_nothing_and_a_missing_pynvml_give_the_reason(device, library, reason):
+    device(library)
+    energy = trainer.Energy()
+    assert (energy.joules, energy.source) == (None, None)
+    assert reason in energy.reason
+
+
+def test_power_is_polled_without_being_asked_and_integrated(device, monkeypatch):
+    assert trainer.PolledPower.INTERVAL <= 1.0
     times = iter([0.0, 2.0, 3.0])
-    source, read, _ = trainer.nvml(
-        FakeNvml(False, True), "GPU-1", lambda watts: trainer.Polled(watts, lambda: next(times), False)
-    )
-    assert source == "polled"
+    monkeypatch.setattr(trainer.PolledPower, "INTERVAL", 3600)
+    read = trainer.PolledPower(lambda: 250.0, lambda: next(times))
     assert [read(), read()] == [500.0, 750.0]
-    assert trainer.Polled.INTERVAL <= 1.0
-    source, read, reason = trainer.nvml(FakeNvml(False, False), "GPU-1")
-    assert (source, read) == (None, None)
-    assert "neither total energy" in reason
-
-
-def test_polled_power_is_read_without_being_asked(monkeypatch):
-    monkeypatch.setattr(trainer.Polled, "INTERVAL", 0.01)
-    watts = iter(range(1, 10**6))
-    polled = trainer.Polled(lambda: float(next(watts)))
-    until(lambda: polled.power >= 4)  # somebody else read it
-    polled.ended.set()
-    assert polled.joules > 0
+    monkeypatch.setattr(trainer.PolledPower, "INTERVAL", 0.01)
+    device(FakeNvml(False, True))
+    energy = trainer.Energy()
+    assert energy.source == "polled"
+    until(lambda: energy._read.joules > 0)  # the thread read it

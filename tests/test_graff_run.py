@@ -222,6 +222,25 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     assert predicted[0] == predicted[1]
 
 
+@pytest.mark.parametrize("kind", ["schedulefree", "prodigy"])
+def test_a_member_killed_after_its_last_checkpoint_scores_the_same_weights(tmp_path, shared, monkeypatch, kind):  # noqa: F811
+    """Schedule-free's averaged weights need the optimizer's state: a finished training that is only loaded has it."""
+    changes = {"training.total_steps": 6, "training.optimizer.lr_init": 0.05}
+    mine, scored, evaluate = member_of(kind, changes=changes), [], member.evaluate
+
+    def keep(budgeted):
+        scored.append([p.detach().clone() for p in budgeted.probes.parameters])
+        if len(scored) == 1:
+            raise Cut
+        return evaluate(budgeted)
+
+    monkeypatch.setattr(member, "evaluate", keep)
+    with pytest.raises(Cut):
+        member.train(mine, tmp_path, shared)
+    assert member.train(mine, tmp_path, shared)["status"] == "completed"
+    assert all(torch.equal(p, q) for p, q in zip(*scored, strict=True))
+
+
 def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared, monkeypatch):  # noqa: F811
     now = [0.0]
     make = trainer.Clock.__init__

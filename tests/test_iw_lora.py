@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from lib import config, record
+from lib import config, models, record
 from lib.data import BadRow
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
@@ -99,6 +99,33 @@ def test_sensitivities_equal_autograd_with_shared_projections():
         weight.requires_grad_(False)
     norms, _ = penalty.gradient_norms(model, [BATCH], trainer.task_loss)
     torch.testing.assert_close(norms[0], expected)
+
+
+@pytest.mark.parametrize("rows_of_batch", [1, 8])  # few tokens: Gram matrices; many: the product itself
+def test_gradient_norms_from_inputs_and_outputs_are_those_of_the_weights(rows_of_batch):
+    model, batch = deberta().eval(), trainer.collate(rows(rows_of_batch), 0)
+    direct = penalty.gradient_norms(model, [batch], trainer.task_loss)[0][0]
+    layers = list(penalty.lora_layers(model).values())
+    value, norms = penalty.quantized_norms(layers, lambda: trainer.task_loss(model, batch))
+    assert value.item() == trainer.task_loss(model, batch).item()
+    torch.testing.assert_close(norms, direct, rtol=1e-4, atol=1e-6)
+
+
+def test_sensitivities_of_a_4bit_base_are_those_of_its_values(tmp_path):
+    import bitsandbytes as bnb
+
+    deberta({"type": "none"}).save_pretrained(tmp_path)
+    nf4 = models.nf4(torch.float32)
+    nf4.llm_int8_skip_modules = ["pooler", "classifier"]  # which are trained
+    model = DebertaV2ForSequenceClassification.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
+    model = trainer.add_adapters(model, Adapter(), 10)
+    twin = deberta().eval()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        state = getattr(mine, "quant_state", None)
+        theirs.data = mine.data if state is None else bnb.functional.dequantize_4bit(mine.data, state)
+    (norms, _), (expected, _) = (penalty.gradient_norms(m, [BATCH], trainer.task_loss) for m in (model, twin))
+    assert all(layer.base_layer.weight.dtype == torch.uint8 for layer in penalty.lora_layers(model).values())
+    torch.testing.assert_close(norms, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_calibration_changes_nothing():

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lib import models, record
-from lib.training import SeededOrder
+from lib.training import SeededOrder, pad_rows, to_device
 
 # ---- answers: the two filters of lm-evaluation-harness's gsm8k task
 
@@ -77,14 +77,11 @@ def encode(tokenizer, row: dict, longest: int) -> dict:
 
 def collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
     """(B, T) input_ids, attention_mask and labels, padded on the right; labels are -100 on prompts and padding."""
-    longest = max(len(row["ids"]) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, row in enumerate(rows):
-        n = len(row["ids"])
-        ids[i, :n], mask[i, :n] = torch.tensor(row["ids"]), 1
-        labels[i, row["prompt"] : n] = ids[i, row["prompt"] : n]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {
+        "input_ids": pad_rows([row["ids"] for row in rows], pad),
+        "attention_mask": pad_rows([[1] * len(row["ids"]) for row in rows], 0),
+        "labels": pad_rows([[-100] * min(r["prompt"], len(r["ids"])) + r["ids"][r["prompt"] :] for r in rows], -100),
+    }
 
 
 WINDOW = 16  # batches that are sorted by length together
@@ -206,8 +203,7 @@ def answer_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[
     model.eval()
     device, losses, units = next(model.parameters()).device, [], 0
     for start in range(0, len(rows), batch):
-        inputs = collate(rows[start : start + batch], tokenizer.pad_token_id)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        inputs = to_device(collate(rows[start : start + batch], tokenizer.pad_token_id), device)
         logits, labels = answer_logits(model, inputs)
         each = torch.nn.functional.cross_entropy(logits.mT.float(), labels, reduction="none")
         losses += list(zip(each.sum(1).tolist(), (labels != -100).sum(1).tolist(), strict=True))

@@ -11,7 +11,7 @@ import statistics
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.graff import planner as pl
 
@@ -36,7 +36,7 @@ def clamp(x: float, low: float, high: float) -> float:
 class Fixed:
     """eta_0 throughout. `section`: training.scheduler of the run. What a subclass `wants` is computed for it."""
 
-    saved: tuple[str, ...] = ("log_eta",)  # attributes that are in a checkpoint
+    saved: tuple[str, ...] = ("log_eta",)  # attributes that are in a checkpoint; of modules and optimizers their state
     wants_gradient = wants_secant = wants_probe = wants_entropy = wants_range = False
 
     def __init__(self, section, layers: int):
@@ -69,10 +69,15 @@ class Fixed:
         return 0.0
 
     def state(self) -> dict:
-        return {name: getattr(self, name) for name in self.saved}
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in values.items()}
 
     def restore(self, state: dict) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            if hasattr(getattr(self, name), "state_dict"):
+                getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value)
 
 
 class Cosine(Fixed):
@@ -109,12 +114,12 @@ class Reactor(Fixed):
     """REACTOR as reconstructed from its one-line description: REINFORCE over log eta, held for 5 steps."""
 
     HOLD, wants_entropy = 5, True
-    saved = ("log_eta", "s", "a", "count", "losses", "last", "trend", "mean", "var")
+    saved = ("log_eta", "s", "a", "count", "losses", "last", "trend", "mean", "var", "policy", "adam", "random_state")
 
     def reset(self):
-        self.omega, self.log_sigma = torch.zeros(4, requires_grad=True), torch.tensor(math.log(0.3), requires_grad=True)
-        self.adam = torch.optim.Adam([self.omega, self.log_sigma], lr=self.section.controller_lr)
-        self.generator = torch.Generator().manual_seed(0)
+        self.policy = nn.ParameterDict({"omega": torch.zeros(4), "log_sigma": torch.tensor(math.log(0.3))})
+        self.adam = torch.optim.Adam(self.policy.values(), lr=self.section.controller_lr)
+        self.random_state = torch.Generator().manual_seed(0).get_state()
         self.s, self.a, self.count, self.losses, self.last, self.mean, self.var = None, 0.0, 0, [], None, 0.0, 0.0
         self.trend = 0.0  # tanh of the last window's relative loss drop
 
@@ -127,8 +132,10 @@ class Reactor(Fixed):
     @torch.no_grad()
     def act(self, s: Tensor) -> float:
         """Draw log eta from the policy in state `s` (4,)."""
-        sigma = float(self.log_sigma.exp().clamp(0.05, 0.7))
-        self.s, self.a = s, float(self.omega @ s + sigma * torch.randn((), generator=self.generator))
+        generator = torch.Generator().set_state(self.random_state)
+        sigma = float(self.policy["log_sigma"].exp().clamp(0.05, 0.7))
+        self.s, self.a = s, float(self.policy["omega"] @ s + sigma * torch.randn((), generator=generator))
+        self.random_state = generator.get_state()
         return self.a
 
     def reward(self, r: float) -> None:
@@ -137,8 +144,8 @@ class Reactor(Fixed):
         decay = self.section.baseline_decay
         self.var = decay * self.var + (1 - decay) * (r - self.mean) ** 2
         self.mean = decay * self.mean + (1 - decay) * r
-        sigma = self.log_sigma.exp().clamp(0.05, 0.7)
-        log_pi = -0.5 * ((self.a - self.omega @ self.s) / sigma) ** 2 - sigma.log()
+        sigma = self.policy["log_sigma"].exp().clamp(0.05, 0.7)
+        log_pi = -0.5 * ((self.a - self.policy["omega"] @ self.s) / sigma) ** 2 - sigma.log()
         self.adam.zero_grad()
         (-(advantage * log_pi + self.section.entropy_bonus * sigma.log())).backward()
         self.adam.step()
@@ -152,18 +159,6 @@ class Reactor(Fixed):
                 self.reward(drop)
                 self.trend = math.tanh(drop)
             self.last = now
-
-    def state(self):
-        policy = {"omega": self.omega.detach(), "log_sigma": self.log_sigma.detach()}
-        return {**super().state(), **policy, "adam": self.adam.state_dict(), "generator": self.generator.get_state()}
-
-    @torch.no_grad()
-    def restore(self, state):
-        self.omega.copy_(state["omega"])
-        self.log_sigma.copy_(state["log_sigma"])
-        self.adam.load_state_dict(state["adam"])
-        self.generator.set_state(state["generator"])
-        super().restore({name: state[name] for name in self.saved})
 
 
 class Salelr(Fixed):
@@ -205,12 +200,13 @@ class Graff(Fixed):
     """The planner. `frozen`: no outer step; `encoder_lr`: the warm start's, which learns the encoder too."""
 
     wants_entropy = True
-    saved = ("h", "kept", "pending")
+    saved = ("h", "kept", "pending", "planner", "adam")
 
     def __init__(self, section, layers: int, encoder_lr: float | None = None):
         super().__init__(section, layers)
         self.planner = pl.Planner()
         self.outer = None if section.frozen else pl.Outer(self.planner, section.outer_lr, encoder_lr)
+        self.adam = self.outer.adam if self.outer else None
         self.edges = pl.edges(layers, section.graph)
         self.h = torch.zeros(2 * layers, pl.WIDTH)
         # inputs of this step's plan, and of the last one's, whose effect this batch's gradient shows
@@ -247,16 +243,6 @@ class Graff(Fixed):
 
     def cap(self, lam, beta1):
         return self.edge_of_stability(beta1) / lam if lam > 0 else math.inf
-
-    def state(self):
-        outer = self.outer.adam.state_dict() if self.outer else None
-        return {**super().state(), "planner": self.planner.state_dict(), "outer": outer}
-
-    def restore(self, state):
-        self.planner.load_state_dict(state["planner"])
-        if self.outer:
-            self.outer.adam.load_state_dict(state["outer"])
-        super().restore({name: state[name] for name in self.saved})
 
 
 SCHEDULERS = {

@@ -73,29 +73,52 @@ class Energy:
     reason."""
 
     def __init__(self) -> None:
-        self.source, self._read, self.reason = _source()
+        self.source, self._read, self.reason = open_meter()
         self.joules = 0.0 if self.source else None
         self._last = self._read() if self.source else None
 
     def update(self) -> None:
         if self.source:
             now = self._read()
-            if now >= self._last:  # RAPL's counter wraps
+            if now >= self._last:  # a counter wraps, and starts again with its driver
                 self.joules = (self.joules or 0.0) + now - self._last
             self._last = now
 
 
-class Polled:
+def open_meter():
+    """(source, function that returns joules so far, None) or (None, None, reason): on a GPU NVML's counter of energy,
+    else its power, polled; on a CPU RAPL's counter."""
+    if not torch.cuda.is_available():
+        try:
+            RAPL.read_text()
+        except OSError as error:
+            return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
+        return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # by UUID: an index would ignore CUDA_VISIBLE_DEVICES
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        try:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+        except pynvml.NVMLError:  # older than Volta, or a virtual device
+            return "polled", PolledPower(lambda: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3), None
+        return "nvml", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3, None
+    except Exception as error:  # the package or the driver is missing, or the device tells neither
+        return None, None, f"NVML gives neither energy nor power: {error}"
+
+
+class PolledPower:
     """Power in watts, read twice a second by a thread and integrated by the trapezoid rule; a call reads it once more
     and returns the joules so far."""
 
     INTERVAL = 0.5
 
-    def __init__(self, watts, now=time.monotonic, thread: bool = True):
+    def __init__(self, watts, now=time.monotonic):
         self.watts, self.now, self.joules, self.lock = watts, now, 0.0, threading.Lock()
-        self.at, self.power, self.ended = now(), watts(), threading.Event()
-        if thread:
-            threading.Thread(target=self._poll, daemon=True).start()
+        self.at, self.power = now(), watts()
+        threading.Thread(target=self._poll, daemon=True).start()
 
     def __call__(self) -> float:
         with self.lock:
@@ -105,41 +128,9 @@ class Polled:
             return self.joules
 
     def _poll(self) -> None:
-        while not self.ended.wait(self.INTERVAL):
+        while True:
+            time.sleep(self.INTERVAL)
             self()
-
-
-def nvml(library, uuid: str, poll=Polled):
-    """(source, function that returns joules so far, reason for none): NVML's total energy counter, else its power,
-    polled."""
-    try:
-        library.nvmlInit()
-        handle = library.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
-    except Exception as error:
-        return None, None, f"NVML could not be asked: {error}"
-    try:
-        library.nvmlDeviceGetTotalEnergyConsumption(handle)
-        return "nvml", lambda: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, None
-    except Exception as error:  # older than Volta, or a virtual device
-        total = error
-    try:
-        return "polled", poll(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1e3), None
-    except Exception as error:
-        return None, None, f"NVML gives neither total energy ({total}) nor power ({error})"
-
-
-def _source():
-    if torch.cuda.is_available():
-        try:
-            import pynvml
-        except ImportError:
-            return None, None, "pynvml is not installed"
-        return nvml(pynvml, f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
-    try:
-        RAPL.read_text()
-        return "rapl", lambda: int(RAPL.read_text()) / 1e6, None
-    except OSError as error:
-        return None, None, f"no GPU, and {RAPL} cannot be read ({error.strerror})"
 
 
 def area(times: list[float], values: list[float], budget: float) -> float:
@@ -375,7 +366,7 @@ class BudgetTrainer(training.StudyTrainer):
         return data.BucketedOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed, buffer)
 
     def log(self, logs, start_time=None):
-        """The record is written by `after_update`."""
+        """The record is written by `on_optimizer_step`."""
 
     def inner(self):
         """The optimizer without accelerate's wrapper."""
@@ -417,7 +408,7 @@ class BudgetTrainer(training.StudyTrainer):
             return torch.zeros(2 * self.probes.layers)
         return (self.lambdas.log() - self.log_mean).clamp(-2, 2)
 
-    def before_update(self) -> None:
+    def on_pre_optimizer_step(self, args, state, control, **_):
         """Learn from this batch's gradient what the last step's plan did, then set this step's rates."""
         optimizer, scheduler = self.inner(), self.scheduler
         self.loss = float(torch.cat(self.token_losses).mean())
@@ -451,7 +442,7 @@ class BudgetTrainer(training.StudyTrainer):
             return 1.0 / max(self.clock.used, 1e-9)
         return 1.0 if not self.dtau_mean else self.dtau / self.dtau_mean
 
-    def after_update(self) -> None:
+    def on_optimizer_step(self, args, state, control, **_):
         """Measure curvature where it is due, keep what the next step learns from, and write the step down."""
         optimizer, scheduler, held = self.inner(), self.scheduler, self.held
         if self.due(scheduler.wants_secant):

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lib import record
+from lib import models, record
 from lib.errors import StudyError
 from lib.training import preserve_rng
 
@@ -32,64 +32,77 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 # ---- sensitivities
 
 
-@contextmanager
-def preserve_state(model: nn.Module):
-    """Evaluation mode without gradients inside; afterwards modes, flags, gradients and random state are what they
-    were."""
-    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
+def product_norm(g: Tensor, x: Tensor) -> Tensor:
+    """|| G^T X ||_F of G (n, d_out) and X (n, d_in); where the n rows are few, from their Gram matrices, since
+    || G^T X ||_F^2 = < G G^T, X X^T >."""
+    if len(g) * (g.shape[1] + x.shape[1]) < g.shape[1] * x.shape[1]:
+        return ((g @ g.T) * (x @ x.T)).sum().clamp_min(0).sqrt()
+    return (g.T @ x).norm()
+
+
+def quantized_norms(layers: list[nn.Module], loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """`loss()` and || dL/dW_k ||_F (K,) of base matrices that take no gradient (4-bit), from what goes into each and the
+    gradient of what comes out. A matrix that runs more than once has its calls laid end to end."""
+    calls: list[tuple[int, Tensor, Tensor]] = []
+
+    def keep(k: int):
+        def hook(_module, inputs: tuple, output: Tensor) -> None:
+            calls.append((k, inputs[0].detach(), output if output.requires_grad else output.requires_grad_()))
+
+        return hook
+
+    handles = [layer.base_layer.register_forward_hook(keep(k)) for k, layer in enumerate(layers)]
     try:
-        with preserve_rng(next(iter(flags)).device):
-            model.eval()
-            for parameter in flags:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            yield
+        value = loss()
     finally:
-        for parameter, (flag, gradient) in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode
+        for handle in handles:
+            handle.remove()
+    gradients = torch.autograd.grad(value, [output for _, _, output in calls])
+    norms = torch.zeros(len(layers))
+    for k in range(len(layers)):
+        pairs = [(g.flatten(0, -2), x.flatten(0, -2)) for (i, x, _), g in zip(calls, gradients, strict=True) if i == k]
+        g, x = (torch.cat(side).float() for side in zip(*pairs, strict=True))
+        norms[k] = product_norm(g, x)
+    return value, norms
 
 
 def gradient_norms(
     model: nn.Module, batches: Iterable, loss: Callable[[nn.Module, dict], Tensor]
 ) -> tuple[Tensor, int]:
     """(|| dL_b / dW_k ||_F as (N, K) in float32, number of batches left out because they were not finite), in the order
-    of `lora_layers`; the model is left as it was."""
-    weights = [layer.base_layer.weight for layer in lora_layers(model).values()]
+    of `lora_layers`; evaluation mode. Modes, flags, gradients and random state are left as they were."""
+    layers = list(lora_layers(model).values())
+    weights = [layer.base_layer.weight for layer in layers]
     if not weights:
         raise StudyError("model.adapter", "no LoRA pair in the model", "an adapted matrix", "check target_modules")
     if any(hasattr(w, "ds_id") or type(w).__name__ == "DTensor" for w in weights):
         expected = "whole matrices: sensitivities cannot be read from shards"
         raise StudyError("compute.strategy", "sharded weights", expected, "strategy: none")
+    quantized = any(hasattr(w, "quant_state") for w in weights)
+    models.keep_4bit_differentiable(model)
+    flags, modes = [w.requires_grad for w in weights], [(module, module.training) for module in model.modules()]
     rows, skipped = [], 0
-    with preserve_state(model):
-        norms = torch.zeros(len(weights))
-
-        def read_norm(k: int):
-            def hook(parameter: Tensor) -> None:
-                norms[k] = parameter.grad.float().norm().cpu()  # all uses of a shared projection are in it
-                parameter.grad = None
-
-            return hook
-
-        handles = [
-            w.requires_grad_(True).register_post_accumulate_grad_hook(read_norm(k)) for k, w in enumerate(weights)
-        ]
-        try:
+    try:
+        model.eval()
+        for weight in weights:
+            weight.requires_grad_(not quantized)
+        with preserve_rng(weights[0].device):
             for batch in record.batches("calibration", batches):
-                norms.zero_()
-                value = loss(model, batch)
-                value.backward()
+                if quantized:
+                    value, norms = quantized_norms(layers, partial(loss, model, batch))
+                else:
+                    value = loss(model, batch)
+                    gradients = torch.autograd.grad(value, weights)  # all uses of a shared projection are in its own
+                    norms = torch.stack([g.float().norm().cpu() for g in gradients])
                 if bool(torch.isfinite(value)) and bool(torch.isfinite(norms).all()):
-                    rows.append(norms.clone())
+                    rows.append(norms)
                 else:
                     skipped += 1
-        finally:
-            for handle in handles:
-                handle.remove()
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
     return (torch.stack(rows) if rows else torch.zeros(0, len(weights))), skipped
 
 

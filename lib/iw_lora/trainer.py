@@ -3,11 +3,11 @@ the scores on validation."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,16 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, arguments, fingerprint, make_stepper, seeded_batches, time_interleaved
+from lib.training import (
+    StudyTrainer,
+    arguments,
+    fingerprint,
+    make_stepper,
+    pad_rows,
+    seeded_batches,
+    time_interleaved,
+    to_device,
+)
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 60, 3  # rounds of steps in turns
@@ -96,10 +105,11 @@ class Term:
 
 def collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
     """Rows as padded input_ids and attention_mask (B, L) and labels (B,)."""
-    longest = max(len(row["ids"]) for row in rows)
-    ids = torch.tensor([row["ids"] + [pad] * (longest - len(row["ids"])) for row in rows])
-    mask = torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
+    return {
+        "input_ids": pad_rows([row["ids"] for row in rows], pad),
+        "attention_mask": pad_rows([[1] * len(row["ids"]) for row in rows], 0),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
 
 
 def task_loss(model: nn.Module, batch: dict) -> Tensor:
@@ -181,10 +191,10 @@ class ImportanceTrainer(StudyTrainer):
         guesses, loss = predictions(self.model, rows, pad, self.run.evaluation.batch_size)
         return guesses, {"loss": loss, **scores([row["label"] for row in rows], guesses, self.given.report["task"])}
 
-    def after_update(self) -> None:
+    def on_optimizer_step(self, args, state, control, **_):
         """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
         if allocator_of(self.model) is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.model.base_model.update_and_allocate(self.state.global_step + 1)
+            self.model.base_model.update_and_allocate(state.global_step + 1)
 
     def extra_state(self) -> dict:
         """What AdaLoRA remembers beside its weights."""
@@ -221,39 +231,29 @@ def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
     batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
     chosen = itertools.islice(batches, run.loss.sensitivity_warmup_steps)
-    return [on_device(collate(batch, given.tokenizer.pad_token_id)) for batch in chosen]
-
-
-def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(models.device()) for name, tensor in batch.items()}
+    return [to_device(collate(batch, given.tokenizer.pad_token_id), models.device()) for batch in chosen]
 
 
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
     """(s (K,), number of batches left out): the sensitivities before any training."""
-    with warm_up_head(run, model, batches):
-        norms, skipped = penalty.gradient_norms(model, batches, task_loss)
+    if run.loss.head_warmup_steps:
+        model = warm_up_head(run, model, batches)
+    norms, skipped = penalty.gradient_norms(model, batches, task_loss)
     return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
 
 
-@contextlib.contextmanager
-def warm_up_head(run, model: nn.Module, batches: list[dict]) -> Iterator[None]:
-    """The ablation head_warmup_steps: pooler and classifier trained alone for so many steps, and put back afterwards,
-    so that nothing but s is different."""
+def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:
+    """The ablation head_warmup_steps: a copy of `model` whose pooler and classifier were trained alone for so many
+    steps. The model itself is left alone, so that nothing but s is different."""
+    model = copy.deepcopy(model)
     head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
-    before = [p.detach().clone() for p in head]
     optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
     for step in record.batches("head warm-up", range(run.loss.head_warmup_steps)):
         gradients = torch.autograd.grad(task_loss(model, batches[step % len(batches)]), head)
         for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-        optimizer.zero_grad()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, old in zip(head, before, strict=True):
-                parameter.copy_(old)
+    return model
 
 
 def penalty_term(run, s: Tensor, seed: int) -> Term:
@@ -270,7 +270,7 @@ def predictions(model: nn.Module, rows: list[dict], pad: int, batch_size: int) -
     model.eval()
     labels, total = [], 0.0
     for start in record.batches("evaluation", range(0, len(rows), batch_size)):
-        batch = on_device(collate(rows[start : start + batch_size], pad))
+        batch = to_device(collate(rows[start : start + batch_size], pad), models.device())
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
         total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         labels += logits.argmax(-1).tolist()

@@ -1,6 +1,6 @@
 """What the pool's fork server imports once for all members and kernels: importing this module does it.
 
-Importing torch, transformers and trl costs 10 s; a record of fifty members must not pay it fifty times. Third-party
+Importing torch, transformers and peft costs 10 s; a record of fifty members must not pay it fifty times. Third-party
 packages only: what a child needs of `lib` it reads from disk itself, so an edit needs no restart.
 """
 
@@ -10,9 +10,9 @@ import importlib
 import logging
 import signal
 
-PACKAGES = """numpy pandas torch transformers datasets accelerate peft trl optuna ipykernel.kernelapp matplotlib.pyplot
+PACKAGES = """numpy pandas torch transformers datasets accelerate peft optuna ipykernel.kernelapp matplotlib.pyplot
 seaborn scipy.stats sklearn.linear_model pydantic yaml safetensors.torch transformers.models.llama.modeling_llama
-trl.trainer.dpo_trainer IPython.display"""
+IPython.display"""
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed

@@ -32,8 +32,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib import record
+from lib import models, record
 from lib.errors import StudyError
+from lib.training import pad_rows, to_device
 
 Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chosen_ids", "rejected_ids": list[int]}
 
@@ -166,11 +167,6 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 Batch = dict[str, Tensor | tuple[int, ...]]
 
 
-def _padded(lists: list[list[int]], fill: int) -> Tensor:
-    width = max(map(len, lists))
-    return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
-
-
 def paired_batch(rows: list[dict], pad: int) -> Batch:
     """input_ids, attention_mask, labels (already shifted) and segments, each (2B, L): chosen answers, then rejected."""
     sequences, labels, segments = [], [], []
@@ -181,10 +177,10 @@ def paired_batch(rows: list[dict], pad: int) -> Batch:
             labels.append([IGNORE] * (len(prompt) - 1) + answer)
             segments.append([PROMPT] * (len(prompt) - 1) + [segment] * len(answer))
     return {
-        "input_ids": _padded(sequences, pad),
-        "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
-        "labels": _padded(labels, IGNORE),
-        "segments": _padded(segments, PADDING),
+        "input_ids": pad_rows(sequences, pad),
+        "attention_mask": pad_rows([[1] * len(s) for s in sequences], 0),
+        "labels": pad_rows(labels, IGNORE),
+        "segments": pad_rows(segments, PADDING),
     }
 
 
@@ -199,7 +195,7 @@ def packed_batch(rows: list[dict], pad: int) -> Batch:
         positions += [*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))]
         labels += [IGNORE] * head + chosen + rejected
         segments.append([PROMPT] * head + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
-    segment = _padded(segments, PADDING)
+    segment = pad_rows(segments, PADDING)
     query, key = segment[:, :, None], segment[:, None, :]
     return {
         "input_ids": torch.tensor([tokens]),
@@ -268,38 +264,16 @@ def token_budget_batches(lengths: list[int], budget: int, rows: int | None = Non
         yield chunk
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def row_tokens(row: dict) -> int:
     """Tokens of a pair as a reader counts them: prompt and answer, for both answers."""
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def keep_4bit_differentiable(model: torch.nn.Module) -> None:
-    """On CPUs with AVX512-BF16 a forward in eval mode makes bitsandbytes repack 4-bit weights for a kernel that has no
-    backward, for good: training after it would silently lose every gradient that passes through the base model. It is
-    switched off, and undone where it has happened (bitsandbytes' inverse rounds double-quantised scales once more).
-    """
-    if not (getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"):
-        return
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            state = getattr(module.weight, "quant_state", None)  # a sharded weight has none
-            if getattr(state, "packing_format_for_cpu", False):
-                module.weight.data, module.weight.quant_state = unpacked(module.weight.data, state)
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
     """No gradients and no dropout inside; the model's mode is put back."""
     training = model.training
-    keep_4bit_differentiable(model)
+    models.keep_4bit_differentiable(model)
     model.eval()
     try:
         with torch.no_grad():
@@ -317,7 +291,7 @@ def sequence_logprobs(
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):
-            batch = on_device(collate([rows[i] for i in indices], pad), device)
+            batch = to_device(collate([rows[i] for i in indices], pad), device)
             values.append(torch.stack(batch_logprobs(model, batch), dim=1).cpu())
             order += indices
     return torch.cat(values)[torch.tensor(order, dtype=torch.long).argsort()]
@@ -438,18 +412,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
-@contextlib.contextmanager
-def _only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """In evaluation mode and with `settings` alone: generate() fills what they leave open from the model's own defaults
-    (a chat model's repetition penalty, say), so these are put aside meanwhile."""
-    own, model.generation_config = model.generation_config, settings
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        model.generation_config = own
-
-
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
@@ -486,8 +448,13 @@ def sample(
         if temperature > 0:
             processors.append(_InverseTransform(uniforms[batch].to(model.device), temperature))
         where, how = model.device, {"generation_config": settings, "logits_processor": processors}
-        with _only(model, settings):
-            output = model.generate(inputs=inputs.to(where), attention_mask=mask.to(where), **how)
+        # generate() fills what settings leave open from the model's own (a chat model's repetition penalty, say)
+        own, model.generation_config = model.generation_config, settings
+        try:
+            with evaluating(model):
+                output = model.generate(inputs=inputs.to(where), attention_mask=mask.to(where), **how)
+        finally:
+            model.generation_config = own
         for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in ends), None)
             ids = row if end is None else row[: end + 1]

@@ -193,7 +193,7 @@ def step_cost(run, folder: Path, shared: Path) -> None:
     rows = engine.with_reference(given.rows["train"], given.reference["train"])
     size = run.training.global_batch_size if run.training.token_budget else run.training.per_device_train_batch_size
     batches = (
-        engine.on_device({**collate(batch, pad), **engine.reference_columns(batch)}, policies["own"].device)
+        training.to_device({**collate(batch, pad), **engine.reference_columns(batch)}, policies["own"].device)
         for batch in training.seeded_batches(rows, size, seed)
     )
     seconds = training.time_interleaved(steppers, batches, rounds, warm_up)

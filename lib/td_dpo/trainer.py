@@ -1,22 +1,21 @@
-"""Preference training on tokenized pairs: trl.DPOTrainer with its loss, record and schedule replaced.
+"""Preference training on tokenized pairs.
 
-TRL, transformers and accelerate keep the loop, the optimizer, mixed precision and adapters. What is ours: rows come
-tokenized with their reference log-probabilities (no second tokenization, no reference model), the objective is a
-function of four (B,) tensors (losses.py), and the run is recorded and resumed as every study's is (lib/training.py).
+transformers and accelerate keep the loop, the optimizer and mixed precision. What is ours: rows come tokenized with
+their reference log-probabilities (no second tokenization, no reference model), the objective is a function of four (B,)
+tensors (losses.py), and the run is recorded and resumed as every study's is (lib/training.py). This is no subclass of
+trl.DPOTrainer: its data, reference, head, loss, log and saving would all be replaced, its second adapter removed and
+its cast of adapters to bfloat16 undone. That losses, gradients and a whole run equal TRL's is tested instead.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
-from trl import DPOConfig, DPOTrainer
+from transformers import Trainer, TrainingArguments
 
 from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
@@ -26,8 +25,8 @@ from lib.td_dpo.losses import objective, summary
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
-class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
-    """trl.DPOTrainer that trains `model` in place on tokenized rows and their reference log-probabilities.
+class PreferenceTrainer(shared.StudyTrainer):
+    """Trains `model` in place on tokenized rows and their reference log-probabilities.
 
     `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training).
     `reference`: {"train": (N, 2), "validation": (M, 2)} of engine.sequence_logprobs. `on_evaluate(step, model)`
@@ -71,48 +70,35 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         mark = shared.fingerprint(loss, training.numbers(), seed, steps, tokens)
         rows = engine.with_reference(rows, reference["train"])
         self.first_rows = rows[:device_batch]
-        engine.keep_4bit_differentiable(model)
+        models.keep_4bit_differentiable(model)
+        models.float32_trainables(model)
+        if not hasattr(model, "peft_config"):  # as in TRL; adapters have a dropout of their own, which is configured
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        self.layout = engine.layout(model)
         super().__init__(
             model,
-            Dataset.from_list(rows),
-            self._collate(engine.layout(model)),
-            _arguments(model, training, steps, device_batch, seed, folder),
+            rows,
+            self.collate,
+            _arguments(training, steps, device_batch * world, seed, folder, model.device),
             folder=folder,
             fingerprint=mark,
             eval_steps=training.eval_steps,
             save_steps=training.save_steps,
             log_every=training.logging_steps,
-            processing_class=tokenizer,
         )
-        self.processing_class = None  # the tokenizer is the base model's: not saved again with every checkpoint
-        if hasattr(self.model, "peft_config") and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")  # TRL's copy of the adapter; the reference columns replace it
-        models.float32_trainables(self.model)  # TRL casts QLoRA adapters to bfloat16: small updates are rounded away
 
-    def _collate(self, collate: Callable[[list[dict], int], dict]) -> Callable[[list[dict]], dict]:
-        """The collator of a micro-batch, which may take several passes."""
+    def collate(self, rows: list[dict]) -> dict:
+        """A micro-batch, which may take several passes."""
+        passes = [self._pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
+        return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
-        def one_pass(rows: list[dict]) -> dict:
-            mine = rows[shared.rank() :: shared.world()]
-            rows = mine or rows[:1]  # a process without a row still takes part, with nothing
-            tokens = sum(map(engine.row_tokens, rows))
-            return {**collate(rows, self.pad), **engine.reference_columns(rows), "pairs": len(mine), "tokens": tokens}
-
-        def all_passes(rows: list[dict]) -> dict:
-            passes = [one_pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
-            return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
-
-        return all_passes
-
-    # What TRL would do to data and reference has been done once for the whole grid.
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
-
-    def _precompute_ref_logps(self, dataset, *_):
-        return dataset
-
-    def _send_telemetry(self):
-        """A run at laptop scale touches no network."""
+    def _pass(self, rows: list[dict]) -> dict:
+        mine = rows[shared.rank() :: shared.world()]
+        rows = mine or rows[:1]  # a process without a row still takes part, with nothing
+        tokens = sum(map(engine.row_tokens, rows))
+        return {**self.layout(rows, self.pad), **engine.reference_columns(rows), "pairs": len(mine), "tokens": tokens}
 
     def fit(self) -> shared.Outcome:
         with engine.completion_head(self.model):
@@ -199,31 +185,20 @@ class PreferenceTrainer(shared.StudyTrainer, DPOTrainer):
         shared.load_checkpoint(self.model, resume_from_checkpoint)
 
 
-def _arguments(model, training, steps: int, device_batch: int, seed: int, folder: str | Path) -> DPOConfig:
-    """The run's training section as TRL's arguments."""
-    adapters, batch = hasattr(model, "peft_config"), device_batch * shared.world()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument that TRL still sets
-        return shared.arguments(
-            folder,
-            steps=steps,
-            seed=seed,
-            device=model.device,
-            kind=DPOConfig,
-            per_device_train_batch_size=batch,  # each process takes its share of every batch
-            gradient_accumulation_steps=training.global_batch_size // batch,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            optim="adamw_torch_fused",
-            lr_scheduler_type=training.lr_scheduler_type,
-            warmup_steps=training.warmup(steps),
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
-            gradient_checkpointing=training.gradient_checkpointing,
-            max_length=None,
-            disable_dropout=not adapters,  # TRL's default, save for an adapter's own configured dropout
-            precompute_ref_log_probs=not adapters,  # only so that TRL loads no reference model
-        )
+def _arguments(training, steps: int, batch: int, seed: int, folder: str | Path, device) -> TrainingArguments:
+    """The run's training section; `batch`: pairs of a micro-batch over all processes, each of which takes its share."""
+    alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "gradient_checkpointing")
+    return shared.arguments(
+        Path(folder),
+        steps=steps,
+        seed=seed,
+        device=device,
+        optim="adamw_torch_fused",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=training.global_batch_size // batch,
+        warmup_steps=training.warmup(steps),
+        **{name: getattr(training, name) for name in alike},
+    )
 
 
 def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
