@@ -381,8 +381,6 @@ def test_the_loss_of_contributing_is_a_loss():
     names = dict(vars(losses))
     exec(function, names)
     margin = torch.tensor([-1.0, 0.0, 30.0], dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(3, dtype=torch.float64)
-    pairs = losses.Pairs(margin, zero, zero, zero)
-    loss, anchor = names[re.search(r"def (\w+)\(", function)[1]](pairs, beta=0.1)
+    loss, anchor = names[re.search(r"def (\w+)\(", function)[1]](rho=margin, delta=margin, beta=0.1)
     assert loss.tolist() == pytest.approx([1.21, 1.0, 0.0])
     assert anchor is None

@@ -1,14 +1,16 @@
 """Preference losses: what a step minimizes, from the log-probabilities of its pairs, and what it records.
 
-Symbols: log p+- = log pi_theta(y+-), log q+- = log pi_0(y+-) (reference); r+- = log p+- - log q+-;
-rho = r+ - r- (implicit margin); Delta = log p+ - log p- (raw margin); z = beta rho; sp = softplus.
+Symbols: log p+- = log pi_theta(y+-) (`chosen`, `rejected`), log q+- = log pi_0(y+-) (reference);
+r+- = log p+- - log q+-; rho = r+ - r- (implicit margin); Delta = log p+ - log p- (raw margin); z = beta rho;
+sp = softplus. All are (B,) tensors in nats; a loss names those that it reads and returns its term of preference and its
+anchor (or None), each (B,).
 sp(-x) is written -logsigmoid(x): torch's softplus turns linear above 20, an error of 2e-9 that float64 tests see.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,41 +20,12 @@ from torch.nn.functional import logsigmoid
 
 DISCOPOP_TEMPERATURE = 0.05  # arXiv:2406.08414, equation 5
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Log-probabilities of B pairs of answers, each (B,), in nats; lengths (B,) in tokens."""
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_length: Tensor | None = None
-    rejected_length: Tensor | None = None
-
-    @property
-    def r_chosen(self) -> Tensor:
-        return self.chosen - self.ref_chosen
-
-    @property
-    def r_rejected(self) -> Tensor:
-        return self.rejected - self.ref_rejected
-
-    @property
-    def rho(self) -> Tensor:
-        return self.r_chosen - self.r_rejected
-
-    @property
-    def delta(self) -> Tensor:
-        return self.chosen - self.rejected
+Terms = tuple[Tensor, Tensor | None]
 
 
-Terms = tuple[Tensor, Tensor | None]  # a loss's term of preference and its anchor, each (B,)
-
-
-def dpo(pairs: Pairs, *, beta: float, **_) -> Terms:
+def dpo(*, rho: Tensor, beta: float, **_) -> Terms:
     """sp(-beta rho) (arXiv:2305.18290, equation 7)."""
-    return -logsigmoid(beta * pairs.rho), None
+    return -logsigmoid(beta * rho), None
 
 
 def _discopop(z: Tensor, gate: Tensor) -> Tensor:
@@ -63,37 +36,37 @@ def _discopop(z: Tensor, gate: Tensor) -> Tensor:
     return torch.sigmoid(-gate) * -logsigmoid(z) + torch.exp(logsigmoid(gate) - z)
 
 
-def discopop(pairs: Pairs, *, beta: float, **_) -> Terms:
+def discopop(*, rho: Tensor, beta: float, **_) -> Terms:
     """DiscoPOP as its paper and TRL have it: gate sigma(z/.05) (arXiv:2406.08414, equation 5)."""
-    z = beta * pairs.rho
+    z = beta * rho
     return _discopop(z, z / DISCOPOP_TEMPERATURE), None
 
 
-def discopop_card(pairs: Pairs, *, beta: float, **_) -> Terms:
+def discopop_card(*, rho: Tensor, beta: float, **_) -> Terms:
     """DiscoPOP as the released model's card has it: gate sigma(rho). It equals the paper's form only at beta = .05.
 
     At beta > 1 it grows like exp(-(beta - 1) rho) on wrongly ordered pairs. That is left to overflow: a divergence is
     a result of the method, recorded by the trainer, not something to clamp away here.
     """
-    return _discopop(beta * pairs.rho, pairs.rho), None
+    return _discopop(beta * rho, rho), None
 
 
-def _anchor(pairs: Pairs, beta: float) -> Tensor:
+def _anchor(r_chosen: Tensor, r_rejected: Tensor, beta: float) -> Tensor:
     """beta/2 (r+^2 + r-^2), the squared-log-ratio (k2) anchor on the two answers. It is not KL(pi_theta||pi_0)."""
-    return 0.5 * beta * (pairs.r_chosen.square() + pairs.r_rejected.square())
+    return 0.5 * beta * (r_chosen.square() + r_rejected.square())
 
 
-def td_dpo(pairs: Pairs, *, beta: float, tau: float, **_) -> Terms:
+def td_dpo(*, delta: Tensor, r_chosen: Tensor, r_rejected: Tensor, beta: float, tau: float, **_) -> Terms:
     """sp(-Delta/tau) + beta/2 (r+^2 + r-^2): the margin's temperature tau is free of the anchor's weight beta."""
-    return -logsigmoid(pairs.delta / tau), _anchor(pairs, beta)
+    return -logsigmoid(delta / tau), _anchor(r_chosen, r_rejected, beta)
 
 
-def td_dpo_anchored(pairs: Pairs, *, beta: float, tau: float, **_) -> Terms:
+def td_dpo_anchored(*, rho: Tensor, r_chosen: Tensor, r_rejected: Tensor, beta: float, tau: float, **_) -> Terms:
     """td_dpo with the margin taken against the reference: sp(-rho/tau) + beta/2 (r+^2 + r-^2)."""
-    return -logsigmoid(pairs.rho / tau), _anchor(pairs, beta)
+    return -logsigmoid(rho / tau), _anchor(r_chosen, r_rejected, beta)
 
 
-def _trl_loss(name: str, pairs: Pairs, *, beta: float, label_smoothing: float, **_) -> Terms:
+def _trl_loss(name: str, *, chosen, rejected, ref_chosen, ref_rejected, lengths, beta, label_smoothing, **_) -> Terms:
     """TRL's own `_compute_loss` run on a stand-in model whose tokens sum to the given log-probabilities.
 
     TRL gives only the batch mean (some of its losses sort the batch), so the mean is repeated B times. The losses read
@@ -101,16 +74,13 @@ def _trl_loss(name: str, pairs: Pairs, *, beta: float, label_smoothing: float, *
     """
     from trl import DPOTrainer  # not at import time: the losses alone should not cost TRL's import
 
-    lengths = torch.cat([pairs.chosen_length, pairs.rejected_length])
-    width = int(lengths.max())
-    mask = (torch.arange(width + 1, device=lengths.device) <= lengths[:, None]).long()
+    tokens, sums = torch.cat(lengths), torch.cat([chosen, rejected])
+    width = int(tokens.max())
+    mask = (torch.arange(width + 1, device=tokens.device) <= tokens[:, None]).long()
     mask[:, 0] = 0  # one prompt token
-    sums = torch.cat([pairs.chosen, pairs.rejected])
     log_probs = torch.cat([sums[:, None], sums.new_zeros(len(sums), width - 1)], dim=1)
     blank = torch.zeros_like(log_probs)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank, is_top1=blank.bool())
-    metrics = SimpleNamespace(append=lambda value: None)  # TRL's own log entries, which this engine replaces
-    bucket = type("Discard", (dict,), {"__missing__": lambda self, key: metrics})
     stand_in = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=SimpleNamespace(device=sums.device, gather=lambda x: x, gather_for_metrics=lambda x: x),
@@ -123,7 +93,7 @@ def _trl_loss(name: str, pairs: Pairs, *, beta: float, label_smoothing: float, *
         beta=beta,
         label_smoothing=label_smoothing,
         use_weighting=False,
-        _metrics={"eval": bucket()},
+        _metrics={"eval": defaultdict(list)},  # TRL's own log entries, which this engine replaces
         _total_train_tokens=0,
         args=SimpleNamespace(discopop_tau=DISCOPOP_TEMPERATURE),
     )
@@ -131,11 +101,11 @@ def _trl_loss(name: str, pairs: Pairs, *, beta: float, label_smoothing: float, *
         "input_ids": mask,
         "completion_mask": mask,
         "attention_mask": mask,
-        "ref_chosen_logps": pairs.ref_chosen,
-        "ref_rejected_logps": pairs.ref_rejected,
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
     }
     loss = DPOTrainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
-    return loss.expand(len(pairs.chosen)), None
+    return loss.expand(len(chosen)), None
 
 
 LOSSES: dict[str, Callable[..., Terms]] = {
@@ -178,9 +148,12 @@ def preference_loss(
     `lengths` of the chosen and the rejected answers (B,), in tokens, matter only to TRL losses that average over
     tokens.
     """
+    r_chosen, r_rejected = chosen - ref_chosen, rejected - ref_rejected
+    sides = {"chosen": chosen, "rejected": rejected, "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    ratios = {"r_chosen": r_chosen, "r_rejected": r_rejected, "rho": r_chosen - r_rejected, "delta": chosen - rejected}
     lengths = lengths or (torch.ones_like(chosen, dtype=torch.long),) * 2
-    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths)
-    preference, anchor = LOSSES[name](pairs, beta=beta, tau=tau, label_smoothing=label_smoothing)
+    options = {"beta": beta, "tau": tau, "label_smoothing": label_smoothing}
+    preference, anchor = LOSSES[name](**sides, **ratios, lengths=lengths, **options)
     if anchor is None:
         return preference, preference, torch.zeros_like(preference)
     return preference + anchor, preference, anchor
@@ -195,8 +168,8 @@ def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Ten
         scaled = tuple(x / length for x, length in zip(four, lengths * 2, strict=True))
     options = {key: loss[key] for key in ("beta", "tau", "label_smoothing") if loss.get(key) is not None}
     values, preference, anchor = preference_loss(loss["name"], *scaled, **options, lengths=lengths)
-    pairs = Pairs(*(x.detach() for x in four))
-    columns = (values, preference, anchor, pairs.r_chosen, pairs.r_rejected, pairs.delta, *lengths)
+    r_chosen, r_rejected = chosen - four[2], rejected - four[3]
+    columns = (values, preference, anchor, r_chosen, r_rejected, chosen - rejected, *lengths)
     return values, torch.stack([column.detach().to(values.dtype) for column in columns], dim=1)
 
 
