@@ -212,26 +212,6 @@ class Outcome:
     best: Path | None = None
 
 
-def arguments(folder: Path, *, steps: int, seed: int, device: torch.device, **values: Any) -> TrainingArguments:
-    """transformers' arguments for a member in `folder`, with everything off that prints, saves or evaluates by
-    itself."""
-    return TrainingArguments(
-        output_dir=str(Path(folder) / "checkpoints"),
-        max_steps=steps,
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        report_to="none",
-        **values,
-    )
-
-
 class StudyTrainer(Trainer, TrainerCallback):
     """A transformers.Trainer whose run is a record: history.jsonl and timing.jsonl in the member's `folder`, complete
     checkpoints in its `checkpoints`.
@@ -245,25 +225,44 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        rows,
+        model: Any,
+        rows: list,
         collate: Callable[[list], dict],
-        args: TrainingArguments,
         *,
         folder: str | Path,
         fingerprint: str,
+        steps: int,
+        seed: int,
         eval_steps: int | None = None,
         save_steps: int | None = None,
         log_every: int | None = None,
-        **options,
+        optimizers: tuple = (None, None),
+        **arguments: Any,
     ):
+        """`arguments`: more of transformers' TrainingArguments; all that prints, saves or evaluates by itself is off."""
         self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
         self.eval_steps, self.save_steps = eval_steps, save_steps
         self.started = 0.0
         self.diverged_at: int | None = None
         self.best_step: int | None = None
         self.best_value: float | None = None
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[self], **options)
+        args = TrainingArguments(
+            output_dir=str(self.folder / "checkpoints"),
+            max_steps=steps,
+            seed=seed,
+            use_cpu=model.device.type == "cpu",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            report_to="none",
+            **arguments,
+        )
+        parts = {"model": model, "args": args, "train_dataset": rows, "data_collator": collate}
+        super().__init__(**parts, callbacks=[self], optimizers=optimizers)
         self.remove_callback(PrinterCallback)
 
     # -- what a study supplies

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib import config, models, record, training
+from lib import config, record, training
 from lib.errors import MissingError, StudyError
 from lib.graff import data, planner as pl, schedulers
 
@@ -335,28 +335,21 @@ class BudgetTrainer(training.StudyTrainer):
         self.recent: list[float] = []  # seconds of the last steps, one with a secant among them
         self.eval_seconds, self.evaluations, self.dtau_mean = 0.0, 0, None
         self.best, self.regret, self.final, self.credit, self.saved_at = math.inf, 0.0, False, None, time.monotonic()
-        size, parts = run.training.micro_batch_size, config.dump(run)
-        args = training.arguments(
-            folder,
-            steps=run.training.total_steps or NO_CAP,
-            seed=seed,
-            device=models.device(),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=run.training.accumulation,
-            max_grad_norm=0.0,
-            bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(),
-            logging_strategy="no",
-        )
+        parts = {name: config.dump(run)[name] for name in ("model", "dataset", "training", "evaluation")}
         super().__init__(
             model,
             given.rows["train"],
             lambda rows: data.collate(rows, given.tokenizer.pad_token_id),
-            args,
             folder=folder,
-            fingerprint=training.fingerprint(
-                *(parts[name] for name in ("model", "dataset", "training", "evaluation")), seed
-            ),
+            fingerprint=training.fingerprint(parts, seed),
+            steps=run.training.total_steps or NO_CAP,
+            seed=seed,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+            per_device_train_batch_size=run.training.micro_batch_size,
+            gradient_accumulation_steps=run.training.accumulation,
+            max_grad_norm=0.0,
+            bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(),
+            logging_strategy="no",
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the label tokens of the global batch
 

@@ -25,7 +25,6 @@ from lib.errors import StudyError
 from lib.iw_lora import penalty
 from lib.training import (
     StudyTrainer,
-    arguments,
     fingerprint,
     make_stepper,
     pad_rows,
@@ -137,17 +136,7 @@ class ImportanceTrainer(StudyTrainer):
         per_epoch = training.steps_per_epoch(len(rows))
         every = {"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy]
         alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
-        args = arguments(
-            folder,
-            steps=steps,
-            seed=seed,
-            device=models.device(),
-            optim="adamw_torch",
-            per_device_train_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            warmup_steps=training.warmup(steps),
-            **{name: getattr(training, name) for name in alike},
-        )
+        alike += ("gradient_accumulation_steps",)
         if (ratio := training.loraplus_lr_ratio) is not None:
             rates = {"lr": training.learning_rate, "loraplus_lr_ratio": ratio}
             optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates)
@@ -155,13 +144,18 @@ class ImportanceTrainer(StudyTrainer):
             model,
             rows,
             lambda batch: collate(batch, pad),
-            args,
             folder=folder,
             fingerprint=fingerprint([identity[name] for name in ("model", "loss", "training")], seed, steps),
+            steps=steps,
+            seed=seed,
             eval_steps=every,
             save_steps=every,
             log_every=training.logging_steps,
             optimizers=(optimizer, None),
+            optim="adamw_torch",
+            per_device_train_batch_size=training.batch_size,
+            warmup_steps=training.warmup(steps),
+            **{name: getattr(training, name) for name in alike},
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

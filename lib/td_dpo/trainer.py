@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from lib import models, training as shared
 from lib.errors import OutOfMemory, StudyError
 from lib.td_dpo import engine
 from lib.td_dpo.losses import objective, summary
 
+ALIKE = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "gradient_checkpointing")
+ALIKE += ("eval_steps", "save_steps")  # of the run's training section: the trainer's own names
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
@@ -81,12 +83,16 @@ class PreferenceTrainer(shared.StudyTrainer):
             model,
             rows,
             self.collate,
-            _arguments(training, steps, device_batch * world, seed, folder, model.device),
             folder=folder,
             fingerprint=mark,
-            eval_steps=training.eval_steps,
-            save_steps=training.save_steps,
+            steps=steps,
+            seed=seed,
             log_every=training.logging_steps,
+            optim="adamw_torch_fused",
+            per_device_train_batch_size=device_batch * world,  # each process takes its share of every batch
+            gradient_accumulation_steps=training.global_batch_size // (device_batch * world),
+            warmup_steps=training.warmup(steps),
+            **{name: getattr(training, name) for name in ALIKE},
         )
 
     def collate(self, rows: list[dict]) -> dict:
@@ -183,22 +189,6 @@ class PreferenceTrainer(shared.StudyTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         shared.load_checkpoint(self.model, resume_from_checkpoint)
-
-
-def _arguments(training, steps: int, batch: int, seed: int, folder: str | Path, device) -> TrainingArguments:
-    """The run's training section; `batch`: pairs of a micro-batch over all processes, each of which takes its share."""
-    alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "gradient_checkpointing")
-    return shared.arguments(
-        Path(folder),
-        steps=steps,
-        seed=seed,
-        device=device,
-        optim="adamw_torch_fused",
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=training.global_batch_size // batch,
-        warmup_steps=training.warmup(steps),
-        **{name: getattr(training, name) for name in alike},
-    )
 
 
 def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
