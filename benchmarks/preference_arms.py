@@ -28,7 +28,7 @@ from benchmarks import random_llama
 from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models
-from lib.td_dpo.engine import keep_4bit_differentiable, sequence_logprobs
+from lib.td_dpo.engine import sequence_logprobs
 from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import SeededOrder
@@ -44,7 +44,7 @@ def base(spec: dict) -> nn.Module:
         device=spec["device"],
         gradient_checkpointing=spec["checkpointing"],
     )
-    keep_4bit_differentiable(
+    models.keep_4bit_differentiable(
         model
     )  # for every arm: TRL's reference pass would else leave it without gradients on some CPUs
     return model
