@@ -79,8 +79,8 @@ def _step(state: dict, of: str = "") -> str:
 
 def share_of(state: dict) -> float:
     """How much of a run's training is done, from its progress: whole members, and the steps of those that run."""
-    if state.get("phase") != "training" or not state.get("members"):
-        return float(state.get("phase") == "recording")
+    if state.get("phase") != "training" or not state["members"]:
+        return float(state.get("phase", "preparing") != "preparing")
     parts = [min(1.0, r["step"] / r["steps"]) for r in state["running"] if r.get("step") and r.get("steps")]
     return (state["done"] + sum(parts)) / state["members"]
 
