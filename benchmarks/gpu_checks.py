@@ -80,14 +80,13 @@ def measure(argument: dict) -> dict:
         argument["scale"],
     )
     with model.disable_adapter():
-        reference = {"train": sequence_logprobs(model, rows, pad=2)}
+        reference = {"train": sequence_logprobs(model, rows)}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     kind = sharding.sharded_class(PreferenceTrainer) if training.world() > 1 else PreferenceTrainer
     with tempfile.TemporaryDirectory() as folder:
         kind(
             model,
-            tokenizer(),
             rows,
             [],
             reference,

@@ -83,7 +83,7 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
     gate.parts.watch_policy(model)
     started = now()
     with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
-        reference = sequence_logprobs(model, spec["rows"], pad=PAD)
+        reference = sequence_logprobs(model, spec["rows"])
     gate.ready(now() - started)
 
     class Passing(PreferenceTrainer):
@@ -94,7 +94,6 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
 
     Passing(
         model,
-        tokenizer(),
         spec["rows"],
         [],
         {"train": reference},

@@ -58,7 +58,6 @@ def train(argument: dict) -> dict:
     kind = sharding.sharded_class(Trainer) if training.world() > 1 else Trainer
     outcome = kind(
         model,
-        models.load_tokenizer(argument["model"]),
         given["train"],
         given["validation"],
         tables,

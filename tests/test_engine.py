@@ -146,7 +146,6 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
 
     mine = Trainer(
         model or make_model(),
-        TOKENIZER,
         rows,
         VALIDATION,
         table,
@@ -309,7 +308,7 @@ def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, d
         monkeypatch.setattr(engine, "MIN_CHUNK", 1)
         model.zero_grad()
         with engine.completion_head(model):
-            chosen, rejected = engine.batch_logprobs(model, layout(rows, PAD))
+            chosen, rejected = engine.batch_logprobs(model, layout(rows))
         (chosen.sum() - 0.5 * rejected.sum()).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12)
@@ -391,7 +390,7 @@ def trl_and_ours(folder, dtype, loss_type, ours, layout):
     policy.load_state_dict(base.state_dict())
     rows = with_reference(rows, stored)
     with engine.completion_head(policy):
-        scores = engine.batch_logprobs(policy, layout(rows, PAD))
+        scores = engine.batch_logprobs(policy, layout(rows))
     values, _ = losses.objective({"name": ours, "beta": beta}, *scores, reference_columns(rows, dtype))
     gradient = torch.autograd.grad(values.mean(), list(policy.parameters()))
     return [table, torch.stack(scores, dim=1).detach(), values.mean().detach(), *gradient], theirs
@@ -597,7 +596,8 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
         table=REFERENCE | {"train": REFERENCE["train"][:20]},
         max_steps=6,
     )[1]
-    monkeypatch.setattr(engine, "layout", lambda model: lambda rows, pad: passes.append(rows) or layout(rows, pad))
+    one_pass = PreferenceTrainer._pass
+    monkeypatch.setattr(PreferenceTrainer, "_pass", lambda self, rows: passes.append(rows) or one_pass(self, rows))
     records = train(
         tmp_path / "cut",
         rows=ROWS[:20],
@@ -684,7 +684,7 @@ def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
         model.train()
 
     histories = []
-    for index, hook in enumerate((None, noisy)):
+    for index, hook in enumerate((lambda step, model: None, noisy)):
         model = with_adapter(make_model(), dropout=0.3)
         _, records = train(tmp_path / str(index), model=model, options={"on_evaluate": hook})
         histories.append(records)
@@ -754,7 +754,7 @@ def test_scoring_an_nf4_model_leaves_its_gradients_whole(tmp_path):
             engine.sequence_logprobs(model, ROWS[:8])
         model.train()
         with engine.completion_head(model):
-            chosen, rejected = engine.batch_logprobs(model, engine.layout(model)(ROWS[:8], PAD))
+            chosen, rejected = engine.batch_logprobs(model, engine.layout(model)(ROWS[:8]))
         (chosen - rejected).sum().backward()
         gradients.append([p.grad for n, p in model.named_parameters() if "lora_B" in n])
     assert all(g.abs().max() > 0 for g in gradients[0])

@@ -142,7 +142,7 @@ def test_generation_sees_the_prompts_that_training_sees_padded_on_the_other_side
     ((inputs, mask),) = model.heard
     assert [row[on.bool()].tolist() for row, on in zip(inputs, mask, strict=True)] == trained
     assert mask[0].tolist() == sorted(mask[0].tolist()), "padding is on the left"
-    batch = engine.paired_batch(rows, engine.pad_token(tokenizer))
+    batch = engine.paired_batch(rows)
     assert all(on.tolist() == sorted(on.tolist(), reverse=True) for on in batch["attention_mask"]), "and on the right"
 
 

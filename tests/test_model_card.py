@@ -31,7 +31,7 @@ def trained(tiny, monkeypatch):
 
 def scores(model, given) -> dict:
     """The metrics of the test pairs, as lib/td_dpo/member.py measures them."""
-    rows = engine.pair_scores(model, given.rows["test"], given.reference["test"], pad=engine.pad_token(given.tokenizer))
+    rows = engine.pair_scores(model, given.rows["test"], given.reference["test"])
     return {
         "implicit_accuracy": sum(r["rho"] > 0 for r in rows) / len(rows),
         "margin": sum(r["rho"] for r in rows) / len(rows),

@@ -18,17 +18,15 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
     run, given = member.run, data.load(shared)
     set_seed(member.seed)
     model = data.load_model(run, given, member.seed).to(models.device())
-    probes = trainer.Probes(model, given.frequent)
-    scheduler = trainer.build_scheduler(run, probes.layers, shared, planner)
-    optimizer = trainer.build_optimizer(run, probes)
-    budgeted = trainer.BudgetTrainer(run, member.seed, Path(folder), given, model, scheduler, optimizer, probes)
+    scheduler = trainer.build_scheduler(run, model.config.num_hidden_layers, shared, planner)
+    budgeted = trainer.BudgetTrainer(run, member.seed, Path(folder), given, model, scheduler)
     outcome = budgeted.fit()
     if planner is not None:
         planner.update(scheduler.planner.state_dict())
     if outcome.status == "diverged":
         record.write_jsonl(budgeted.folder / "predictions.jsonl", [])
         return {"status": "diverged", "steps": outcome.step, "diverged_at": outcome.step}
-    trainer.average(optimizer, True)
+    budgeted.use_averaged_weights(True)
     return evaluate(budgeted)
 
 

@@ -116,8 +116,7 @@ def cotangents(
     """(c_eta, c, c_a), divided by |g| |delta| (`cos`) and weighted by regret's weight."""
     scale = weight
     if norm == "cos":
-        sizes = [torch.stack(torch._foreach_norm(x)).norm() for x in (g, delta)]
-        scale = weight / max(float(sizes[0] * sizes[1]), 1e-30)
+        scale = weight / max(float(nn.utils.get_total_norm(g) * nn.utils.get_total_norm(delta)), 1e-30)
     return c.sum() * scale, c * scale, torch.tensor(c_a * scale, dtype=c.dtype)
 
 

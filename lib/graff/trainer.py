@@ -47,7 +47,7 @@ class Clock:
         self.last = self.now()
 
     def charge(self, units: float) -> None:
-        """Work of so many units was done; only the virtual clock has to be told."""
+        """Count work of so many units, on the virtual clock."""
         if self.kind == "virtual":
             self.used += units * UNIT_SECONDS
 
@@ -247,7 +247,7 @@ class Probes:
     def token_credit(self, model, credit: dict, g: list[Tensor]) -> float:
         """c_a by a central difference along v = m J g of the held micro-batch's token losses."""
         v = torch._foreach_mul(credit["jacobian"], g)
-        norm = float(torch.stack(torch._foreach_norm(v)).norm())
+        norm = float(nn.utils.get_total_norm(v))
         if not norm > 0:
             return 0.0
         size = 1e-2 / norm  # the step that rounding and curvature leave most digits at, in float32
@@ -257,8 +257,8 @@ class Probes:
 
     def range(self, model, inputs: dict, optimizer, rho: float) -> float:
         """Largest less smallest mean loss at theta and theta +- rho u / |u|, for salelr_reconstructed."""
-        size = rho * float(torch.stack(torch._foreach_norm(self.parameters)).norm())
-        size /= max(float(torch.stack(torch._foreach_norm(optimizer.u)).norm()), 1e-30)
+        size = rho * float(nn.utils.get_total_norm(self.parameters))
+        size /= max(float(nn.utils.get_total_norm(optimizer.u)), 1e-30)
         means = [float(self.along(model, inputs, optimizer.u, x).mean()) for x in (0.0, size, -size)]
         return max(means) - min(means)
 
@@ -323,10 +323,9 @@ class BudgetTrainer(training.StudyTrainer):
     SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
     SAVED += ("regret", "credit", "final")
 
-    def __init__(
-        self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler, optimizer, probes: Probes
-    ):
-        self.run, self.given, self.scheduler, self.probes = run, given, scheduler, probes
+    def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler: schedulers.Fixed):
+        self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
+        optimizer = build_optimizer(run, self.probes)
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
         self.lengths, self.spent = [len(row["ids"]) for row in given.rows["train"]], folder / "spent.json"
@@ -501,13 +500,10 @@ class BudgetTrainer(training.StudyTrainer):
             return
         used, evaluation, last = self.clock.used, 1.2 * self.eval_seconds, super().finished()
         if self.state.global_step == 1 and used + evaluation > self.clock.budget:
-            held = f"{self.clock.budget:.3g} s hold not even one step and one evaluation "
-            raise StudyError(
-                "training.budget_minutes",
-                held + f"({used:.3g} s and {self.eval_seconds:.3g} s)",
-                "a budget for at least that",
-                f"--set training.budget_minutes={2 * (used + evaluation) / 60:.2g}",
-            )
+            found = f"{self.clock.budget:.3g} s hold not even one step and one evaluation "
+            found += f"({used:.3g} s and {self.eval_seconds:.3g} s)"
+            fix = f"--set training.budget_minutes={2 * (used + evaluation) / 60:.2g}"
+            raise StudyError("training.budget_minutes", found, "a budget for at least that", fix)
         self.final = last or used + self.next_step() + evaluation >= self.clock.budget
         place, share = int(EVALUATIONS * self.clock.fraction), len(self.subset) / len(self.dev)
         room = used + self.next_step() + evaluation * (1 + share) < self.clock.budget
@@ -546,15 +542,21 @@ class BudgetTrainer(training.StudyTrainer):
         """(exact match and loss on the dev subset, units of the virtual clock); `whole`: all of dev is answered, into
         final.json."""
         evaluation, tokenizer, n = self.run.evaluation, self.given.tokenizer, len(self.subset)
-        average(self.inner(), True)
+        self.use_averaged_weights(True)
         problems, batch = self.dev if whole else self.subset, self.batch_size()
         rows, units = data.score(self.model, tokenizer, problems, evaluation.max_new_tokens, batch)
         losses, more = data.answer_losses(self.model, tokenizer, self.given.rows["dev"][:n], batch)
-        average(self.inner(), False)
+        self.use_averaged_weights(False)
         if whole:
             record.write_json(self.folder / "final.json", rows)
         hits = [int(row["strict"]) for row in rows[:n]]
         return {"exact_match_subset": sum(hits) / n, "dev_loss": data.mean_loss(losses), "hits": hits}, units + more
+
+    def use_averaged_weights(self, averaged: bool) -> None:
+        """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the one that is
+        trained."""
+        if hasattr(self.inner(), "eval"):
+            self.inner().eval() if averaged else self.inner().train()
 
     def batch_size(self) -> int:
         """Of generation."""
@@ -577,9 +579,3 @@ class BudgetTrainer(training.StudyTrainer):
         if self.clock.kind == "monotonic":  # what was spent after the checkpoint is spent
             self.clock.used = max(self.clock.used, (record.read_json(self.spent) or {}).get("used", 0.0))
         self.clock.start()
-
-
-def average(optimizer, on: bool) -> None:
-    """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the trained one."""
-    if hasattr(optimizer, "eval"):
-        optimizer.eval() if on else optimizer.train()

@@ -176,14 +176,21 @@ class ImportanceTrainer(StudyTrainer):
 
     def validate(self) -> dict:
         """Accuracy and loss on the tuning split."""
-        _, values = self.score("tuning")
+        values = self.score("tuning")[1]
         return {"tuning_accuracy": values["accuracy"], "tuning_loss": values["loss"]}
 
+    @torch.no_grad()
     def score(self, split: str) -> tuple[list[int], dict]:
-        """(predicted labels, {"loss", "accuracy", "f1", "macro_f1"}) on a split."""
-        rows, pad = self.given.rows[split], self.given.tokenizer.pad_token_id
-        guesses, loss = predictions(self.model, rows, pad, self.run.evaluation.batch_size)
-        return guesses, {"loss": loss, **scores([row["label"] for row in rows], guesses, self.given.report["task"])}
+        """(predicted labels, {"loss" (nats), "accuracy", "f1", "macro_f1"}) on a split, in evaluation mode."""
+        rows, size, predicted, total = self.given.rows[split], self.run.evaluation.batch_size, [], 0.0
+        self.model.eval()
+        for start in record.batches("evaluation", range(0, len(rows), size)):
+            batch = to_device(self.data_collator(rows[start : start + size]), self.model.device)
+            logits = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+            total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            predicted += logits.argmax(-1).tolist()
+        labels = [row["label"] for row in rows]
+        return predicted, {"loss": total / max(1, len(rows)), **scores(labels, predicted, self.given.report["task"])}
 
     def on_optimizer_step(self, args, state, control, **_):
         """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
@@ -256,19 +263,6 @@ def penalty_term(run, s: Tensor, seed: int) -> Term:
 
 
 # ---- a member
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, rows: list[dict], pad: int, batch_size: int) -> tuple[list[int], float]:
-    """(predicted labels, mean cross-entropy in nats) from logits, in evaluation mode."""
-    model.eval()
-    labels, total = [], 0.0
-    for start in record.batches("evaluation", range(0, len(rows), batch_size)):
-        batch = to_device(collate(rows[start : start + batch_size], pad), models.device())
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
-        total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        labels += logits.argmax(-1).tolist()
-    return labels, total / max(1, len(rows))
 
 
 def scores(labels: list[int], predicted: list[int], task: str) -> dict:

@@ -28,7 +28,7 @@ from lib import data, made, models, record
 from lib.data import BadRow, describe, require
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import Row, conversation_ids, pad_token, sequence_logprobs, token_budget_batches
+from lib.td_dpo.engine import Row, conversation_ids, sequence_logprobs, token_budget_batches
 
 SPLITS = ("train", "validation", "test")
 
@@ -413,7 +413,7 @@ def prepare(run, folder: Path) -> None:
     for split in SPLITS:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
     model = models.load_base(run, facts["base"])
-    reference = {split: sequence_logprobs(model, rows[split], pad=pad_token(tokenizer)) for split in SPLITS}
+    reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {
         **facts,

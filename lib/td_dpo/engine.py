@@ -167,7 +167,7 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 Batch = dict[str, Tensor | tuple[int, ...]]
 
 
-def paired_batch(rows: list[dict], pad: int) -> Batch:
+def paired_batch(rows: list[dict]) -> Batch:
     """input_ids, attention_mask, labels (already shifted) and segments, each (2B, L): chosen answers, then rejected."""
     sequences, labels, segments = [], [], []
     for side, segment in (("chosen_ids", CHOSEN), ("rejected_ids", REJECTED)):
@@ -177,14 +177,14 @@ def paired_batch(rows: list[dict], pad: int) -> Batch:
             labels.append([IGNORE] * (len(prompt) - 1) + answer)
             segments.append([PROMPT] * (len(prompt) - 1) + [segment] * len(answer))
     return {
-        "input_ids": pad_rows(sequences, pad),
+        "input_ids": pad_rows(sequences, 0),  # any token: what is padding never reaches a score
         "attention_mask": pad_rows([[1] * len(s) for s in sequences], 0),
         "labels": pad_rows(labels, IGNORE),
         "segments": pad_rows(segments, PADDING),
     }
 
 
-def packed_batch(rows: list[dict], pad: int) -> Batch:
+def packed_batch(rows: list[dict]) -> Batch:
     """input_ids, position_ids, labels (1, T) of B rows end to end; their `lengths`; segments (B, L) and a boolean
     attention_mask (B, 1, L, L; True: may look) of the rows laid out, and `slots` (T,), each token's place in those."""
     tokens, positions, labels, segments = [], [], [], []
@@ -229,7 +229,7 @@ AttentionInterface.register("packed_pairs", packed_attention)
 AttentionMaskInterface.register("packed_pairs", sdpa_mask)
 
 
-def layout(model: torch.nn.Module) -> Callable[[list[dict], int], Batch]:
+def layout(model: torch.nn.Module) -> Callable[[list[dict]], Batch]:
     """The layout that suits the model's attention."""
     config = model.config.get_text_config()
     sliding = getattr(config, "sliding_window", None) is not None
@@ -282,16 +282,14 @@ def evaluating(model: torch.nn.Module):
         model.train(training)
 
 
-def sequence_logprobs(
-    model: torch.nn.Module, rows: list[dict], *, pad: int = 0, token_budget: int = SCORING_TOKENS
-) -> Tensor:
+def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, token_budget: int = SCORING_TOKENS) -> Tensor:
     """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
     collate, device = layout(model), model.device
     order, values = [], [torch.empty(0, 2)]
     with completion_head(model), evaluating(model):
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):
-            batch = to_device(collate([rows[i] for i in indices], pad), device)
+            batch = to_device(collate([rows[i] for i in indices]), device)
             values.append(torch.stack(batch_logprobs(model, batch), dim=1).cpu())
             order += indices
     return torch.cat(values)[torch.tensor(order, dtype=torch.long).argsort()]
@@ -347,9 +345,9 @@ def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> d
     }
 
 
-def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor, *, pad: int = 0) -> list[dict]:
+def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor) -> list[dict]:
     """Per pair, in nats: rho (implicit margin), delta (raw margin) and the two log-ratios; None where not finite."""
-    table = sequence_logprobs(model, rows, pad=pad)
+    table = sequence_logprobs(model, rows)
     r = table - reference.to(table.dtype)
     columns = torch.stack([r[:, 0] - r[:, 1], table[:, 0] - table[:, 1], r[:, 0], r[:, 1]], dim=1).tolist()
     names = ("rho", "delta", "chosen_log_ratio", "rejected_log_ratio")
@@ -379,11 +377,6 @@ def conversation_ids(
     if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]:
         return [[bos, *ids] for ids in bare]
     return [[bos, *ids] if len(ids) < len(whole) else ids for ids, whole in zip(bare, encoded, strict=True)]
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with; its value never reaches a score, so EOS serves where no pad token is set."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 class _InverseTransform(LogitsProcessor):

@@ -95,7 +95,6 @@ def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], typ
 
     trainer = kind(PreferenceTrainer)(
         model,
-        given.tokenizer,
         given.rows["train"],
         given.rows["validation"],
         given.reference,
@@ -113,7 +112,7 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
-    scores = engine.pair_scores(model, rows, given.reference["test"], pad=engine.pad_token(given.tokenizer))
+    scores = engine.pair_scores(model, rows, given.reference["test"])
     predictions = [
         {"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)
     ]
@@ -189,11 +188,11 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         return training.make_stepper(model, run.training, loss)
 
     steppers = [stepper(policies["own"], own), stepper(policies["dpo"], own | {"name": "dpo", "tau": None})]
-    collate, pad = engine.layout(policies["own"]), engine.pad_token(given.tokenizer)
+    collate = engine.layout(policies["own"])
     rows = engine.with_reference(given.rows["train"], given.reference["train"])
     size = run.training.global_batch_size if run.training.token_budget else run.training.per_device_train_batch_size
     batches = (
-        training.to_device({**collate(batch, pad), **engine.reference_columns(batch)}, policies["own"].device)
+        training.to_device({**collate(batch), **engine.reference_columns(batch)}, policies["own"].device)
         for batch in training.seeded_batches(rows, size, seed)
     )
     seconds = training.time_interleaved(steppers, batches, rounds, warm_up)

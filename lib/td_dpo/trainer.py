@@ -41,7 +41,6 @@ class PreferenceTrainer(shared.StudyTrainer):
     def __init__(
         self,
         model,
-        tokenizer,
         rows: list[dict],
         validation: list[dict],
         reference: dict[str, Tensor],
@@ -50,7 +49,7 @@ class PreferenceTrainer(shared.StudyTrainer):
         training,
         seed: int,
         folder: str | Path,
-        on_evaluate: Callable[[int, torch.nn.Module], dict | None] | None = None,
+        on_evaluate: Callable[[int, torch.nn.Module], dict | None] = lambda step, model: None,
         max_batches: int | None = None,
     ):
         if not rows:
@@ -64,7 +63,6 @@ class PreferenceTrainer(shared.StudyTrainer):
         self.validation = engine.with_reference(validation, reference["validation"]) if validation else []
         if max_batches:
             self.validation = self.validation[: max_batches * training.global_batch_size]
-        self.pad = engine.pad_token(tokenizer)
         self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
@@ -96,15 +94,21 @@ class PreferenceTrainer(shared.StudyTrainer):
         )
 
     def collate(self, rows: list[dict]) -> dict:
-        """A micro-batch, which may take several passes."""
-        passes = [self._pass(part) for part in cut_by_length(rows, self.token_budget, self.device_batch)]
+        """A micro-batch; with a token budget in passes of at most so many tokens (rows x longest row, the prompt counted
+        for both answers) and `device_batch` pairs per process."""
+        parts, world = [rows], shared.world()
+        if self.token_budget:
+            tokens = [engine.row_tokens(row) for row in rows]
+            cuts = engine.token_budget_batches(tokens, self.token_budget * world, self.device_batch * world)
+            parts = [[rows[index] for index in cut] for cut in cuts]
+        passes = [self._pass(part) for part in parts]
         return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
     def _pass(self, rows: list[dict]) -> dict:
         mine = rows[shared.rank() :: shared.world()]
         rows = mine or rows[:1]  # a process without a row still takes part, with nothing
         tokens = sum(map(engine.row_tokens, rows))
-        return {**self.layout(rows, self.pad), **engine.reference_columns(rows), "pairs": len(mine), "tokens": tokens}
+        return {**self.layout(rows), **engine.reference_columns(rows), "pairs": len(mine), "tokens": tokens}
 
     def fit(self) -> shared.Outcome:
         with engine.completion_head(self.model):
@@ -114,7 +118,7 @@ class PreferenceTrainer(shared.StudyTrainer):
 
     def begin(self) -> None:
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
-        table = engine.sequence_logprobs(self.model, self.first_rows, pad=self.pad)
+        table = engine.sequence_logprobs(self.model, self.first_rows)
         columns = engine.reference_columns(self.first_rows, table.dtype)
         reference = torch.stack([columns["ref_chosen_logps"], columns["ref_rejected_logps"]], dim=1)
         low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
@@ -146,15 +150,13 @@ class PreferenceTrainer(shared.StudyTrainer):
         return sum(losses, self._one_pass(model, last, num_items_in_batch))
 
     def _one_pass(self, model, inputs, num_items_in_batch):
-        found = f"no memory for a batch of {inputs['pairs']} pairs with {inputs['tokens']} tokens"
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
+            found = f"no memory for a batch of {inputs['pairs']} pairs with {inputs['tokens']} tokens"
             limit = "token_budget" if self.token_budget else "per_device_train_batch_size"
-            fix = (
-                f"lower training.{limit} ({self.token_budget or self.device_batch}) or dataset.preprocessing.max_length"
-            )
-            step = f"step {self.state.global_step + 1}"
+            limit = f"training.{limit} ({self.token_budget or self.device_batch})"
+            step, fix = f"step {self.state.global_step + 1}", f"lower {limit} or dataset.preprocessing.max_length"
             raise OutOfMemory(step, found, "a batch that fits the device", fix) from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -176,12 +178,11 @@ class PreferenceTrainer(shared.StudyTrainer):
     def validate(self) -> dict:
         measured = {}
         if self.validation:
-            table = engine.sequence_logprobs(self.model, self.validation, pad=self.pad)
+            table = engine.sequence_logprobs(self.model, self.validation)
             columns = objective(self.loss_section, *table.unbind(dim=1), engine.reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
             means = summary(columns)
             measured = {f"validation_{name}": means[name] for name in VALIDATED}
-        more = self.on_evaluate(self.state.global_step, self.model) if self.on_evaluate else None
-        return measured | (more or {})
+        return measured | (self.on_evaluate(self.state.global_step, self.model) or {})
 
     # The model or its adapter in transformers' and PEFT's own form, which other tools load.
     def _save(self, output_dir=None, state_dict=None):
@@ -189,15 +190,3 @@ class PreferenceTrainer(shared.StudyTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         shared.load_checkpoint(self.model, resume_from_checkpoint)
-
-
-def cut_by_length(rows: list[dict], budget: int | None, largest: int | None) -> list[list[dict]]:
-    """An optimizer step's pairs cut into passes of at most `budget` tokens (rows x longest row, the prompt counted for
-    both answers) and `largest` pairs per process; uncut without a budget."""
-    if not budget:
-        return [rows]
-    world = shared.world()
-    batches = engine.token_budget_batches(
-        [engine.row_tokens(row) for row in rows], budget * world, largest and largest * world
-    )
-    return [[rows[index] for index in batch] for batch in batches]
