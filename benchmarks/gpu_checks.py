@@ -87,9 +87,8 @@ def measure(argument: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         kind(
             model,
-            rows,
-            [],
-            reference,
+            {"train": rows, "validation": []},
+            reference | {"validation": torch.empty(0, 2)},
             loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
             training=Training(**section),
             seed=1,

@@ -94,9 +94,8 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
 
     Passing(
         model,
-        spec["rows"],
-        [],
-        {"train": reference},
+        {"train": spec["rows"], "validation": []},
+        {"train": reference, "validation": torch.empty(0, 2)},
         loss={"name": "dpo", "beta": BETA},
         training=Training(**_arguments(spec), global_batch_size=spec["batch"]),
         seed=SEED,

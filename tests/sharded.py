@@ -58,8 +58,7 @@ def train(argument: dict) -> dict:
     kind = sharding.sharded_class(Trainer) if training.world() > 1 else Trainer
     outcome = kind(
         model,
-        given["train"],
-        given["validation"],
+        given,
         tables,
         loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
         training=Training(**argument["training"]),

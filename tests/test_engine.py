@@ -146,8 +146,7 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
 
     mine = Trainer(
         model or make_model(),
-        rows,
-        VALIDATION,
+        {"train": rows, "validation": VALIDATION},
         table,
         loss=loss,
         training=Training(**TRAINING | training),

@@ -323,7 +323,7 @@ class BudgetTrainer(training.StudyTrainer):
     SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
     SAVED += ("regret", "credit", "final")
 
-    def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler: schedulers.Fixed):
+    def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
         optimizer = build_optimizer(run, self.probes)
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()

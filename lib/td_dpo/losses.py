@@ -132,21 +132,12 @@ LOSSES: dict[str, Callable[..., Terms]] = {
 
 
 def preference_loss(
-    name: str,
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: float,
-    tau: float | None = None,
-    label_smoothing: float = 0.0,
-    lengths: tuple[Tensor, Tensor] | None = None,
+    name: str, chosen, rejected, ref_chosen, ref_rejected, *, beta, tau=None, label_smoothing=0.0, lengths=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss `name` of LOSSES and its two terms (preference, anchor), each (B,).
+    """The loss `name` of LOSSES and its two terms (preference, anchor), each (B,), from four (B,) log-probabilities.
 
-    `lengths` of the chosen and the rejected answers (B,), in tokens, matter only to TRL losses that average over
-    tokens.
+    `lengths`, two (B,) tensors of the chosen and the rejected answers' tokens, matter only to TRL losses that average
+    over tokens.
     """
     r_chosen, r_rejected = chosen - ref_chosen, rejected - ref_rejected
     sides = {"chosen": chosen, "rejected": rejected, "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}

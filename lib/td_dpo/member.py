@@ -95,8 +95,7 @@ def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], typ
 
     trainer = kind(PreferenceTrainer)(
         model,
-        given.rows["train"],
-        given.rows["validation"],
+        given.rows,
         given.reference,
         loss=run.loss.model_dump(),
         training=run.training,

@@ -30,8 +30,8 @@ VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_
 class PreferenceTrainer(shared.StudyTrainer):
     """Trains `model` in place on tokenized rows and their reference log-probabilities.
 
-    `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training).
-    `reference`: {"train": (N, 2), "validation": (M, 2)} of engine.sequence_logprobs. `on_evaluate(step, model)`
+    `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training). `rows` and `reference`
+    (N, 2) of engine.sequence_logprobs are by split: "train" and "validation". `on_evaluate(step, model)`
     returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode).
     """
 
@@ -41,8 +41,7 @@ class PreferenceTrainer(shared.StudyTrainer):
     def __init__(
         self,
         model,
-        rows: list[dict],
-        validation: list[dict],
+        rows: dict[str, list[dict]],
         reference: dict[str, Tensor],
         *,
         loss: dict,
@@ -52,24 +51,22 @@ class PreferenceTrainer(shared.StudyTrainer):
         on_evaluate: Callable[[int, torch.nn.Module], dict | None] = lambda step, model: None,
         max_batches: int | None = None,
     ):
-        if not rows:
+        if not rows["train"]:
             raise StudyError("training pairs", "0 rows", "at least one pair left after tokenization")
-        steps, world = training.steps(len(rows)), shared.world()
+        pairs, held_out = (engine.with_reference(rows[split], reference[split]) for split in ("train", "validation"))
+        steps, world = training.steps(len(pairs)), shared.world()
         steps = min(steps, max_batches or steps)
         # with a token budget a process is handed its whole share of the global batch and cuts it by itself
         cut = training.token_budget is not None
         device_batch = training.global_batch_size // world if cut else training.per_device_train_batch_size
         self.loss_section, self.on_evaluate = loss, on_evaluate
-        self.validation = engine.with_reference(validation, reference["validation"]) if validation else []
-        if max_batches:
-            self.validation = self.validation[: max_batches * training.global_batch_size]
+        self.validation = held_out[: max_batches and max_batches * training.global_batch_size]
         self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
-        tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows]
+        tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
         mark = shared.fingerprint(loss, training.numbers(), seed, steps, tokens)
-        rows = engine.with_reference(rows, reference["train"])
-        self.first_rows = rows[:device_batch]
+        self.first_rows = pairs[:device_batch]
         models.keep_4bit_differentiable(model)
         models.float32_trainables(model)
         if not hasattr(model, "peft_config"):  # as in TRL; adapters have a dropout of their own, which is configured
@@ -79,7 +76,7 @@ class PreferenceTrainer(shared.StudyTrainer):
         self.layout = engine.layout(model)
         super().__init__(
             model,
-            rows,
+            pairs,
             self.collate,
             folder=folder,
             fingerprint=mark,
