@@ -188,8 +188,8 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
 
         given = trainer.load(members.prepare_inputs(run))
         model = trainer.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until loaded
-        rows, pad, size = given.rows["validation"], given.tokenizer.pad_token_id, run.evaluation.batch_size
+        batch = trainer.collate(given.rows["validation"], given.tokenizer.pad_token_id)
         recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]
-        assert trainer.predictions(model, rows, pad, size)[1] != pytest.approx(recorded, rel=1e-5)
+        assert trainer.task_loss(model.eval(), batch).item() != pytest.approx(recorded, rel=1e-5)
         run_code_of(card, cards[-1].parent, monkeypatch, model=model)
-        assert trainer.predictions(model, rows, pad, size)[1] == pytest.approx(recorded, rel=1e-5)
+        assert trainer.task_loss(model.eval(), batch).item() == pytest.approx(recorded, rel=1e-5)

@@ -133,8 +133,7 @@ class ImportanceTrainer(StudyTrainer):
         training, rows, pad = run.training, given.rows["train"], given.tokenizer.pad_token_id
         steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
         identity["training"].pop("logging_steps")  # changes the log alone
-        per_epoch = training.steps_per_epoch(len(rows))
-        every = {"epoch": per_epoch, "steps": training.eval_steps, "no": None}[training.evaluation_strategy]
+        every = {"epoch": training.steps_per_epoch(len(rows)), "steps": training.eval_steps, "no": None}
         alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
         alike += ("gradient_accumulation_steps",)
         if (ratio := training.loraplus_lr_ratio) is not None:
@@ -148,8 +147,8 @@ class ImportanceTrainer(StudyTrainer):
             fingerprint=fingerprint([identity[name] for name in ("model", "loss", "training")], seed, steps),
             steps=steps,
             seed=seed,
-            eval_steps=every,
-            save_steps=every,
+            eval_steps=every[training.evaluation_strategy],
+            save_steps=every[training.save_strategy],
             log_every=training.logging_steps,
             optimizers=(optimizer, None),
             optim="adamw_torch",
