@@ -209,7 +209,7 @@ ALIASES = dict.fromkeys(("alpha", "iw_reg_alpha"), "loss.alpha") | {"beta": "los
 ALIASES |= {key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")}
 ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha"}
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
-UNREAD = ("training.optimizer", "training.save_strategy", "loss.freeze_lora_during_warmup")  # keys with one choice
+UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup")  # keys with one choice
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 
