@@ -23,7 +23,6 @@ from lib.run import check, cluster, plan, pool, progress
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
-NOTEBOOKS = config.ROOT / "notebooks"
 FIRST = "start_here.ipynb"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
@@ -306,7 +305,7 @@ def lab(more: list[str]) -> None:
     # a default, which the reader's own settings win over: do not ask whether news are wanted
     record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
     settings = {
-        "ServerApp.root_dir": NOTEBOOKS,
+        "ServerApp.root_dir": plan.NOTEBOOKS,
         "LabApp.default_url": f"/lab/tree/{FIRST}",
         "LabApp.workspaces_dir": place,
         "LabApp.app_settings_dir": place,
@@ -319,5 +318,5 @@ def lab(more: list[str]) -> None:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     quiet["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore::FutureWarning"  # of tqdm and of transformers
     command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
-    os.chdir(NOTEBOOKS)
+    os.chdir(plan.NOTEBOOKS)
     os.execve(sys.executable, [*command, *more], {**quiet, **os.environ, **first})

@@ -105,11 +105,11 @@ class Lib:
         """The places that code names. A module that is used as a value, or named in a string, counts as a whole; where
         `study_module` is called, every attribute may be one of the module `study`."""
         source, parts = self.source(module), [part for node in nodes for part in ast.walk(node)]
-        tables = {id(part.value) for part in parts if isinstance(part, ast.Subscript)}
-        for part in parts:
-            if isinstance(part, ast.Compare):
-                pairs = zip(part.ops, part.comparators, strict=True)
-                tables |= {id(value) for operator, value in pairs if isinstance(operator, ast.In | ast.NotIn)}
+        compared = [
+            pair for p in parts if isinstance(p, ast.Compare) for pair in zip(p.ops, p.comparators, strict=True)
+        ]
+        tables = {id(value) for operator, value in compared if isinstance(operator, ast.In | ast.NotIn)}
+        tables |= {id(part.value) for part in parts if isinstance(part, ast.Subscript)}
         asks = any(isinstance(part, ast.Name) and part.id == "study_module" for part in parts)
         of_study = self.source(study).definitions if asks else ()
         places, passed = set(), set()  # `passed`: parts of what has been looked at; ast.walk goes from whole to part

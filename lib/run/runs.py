@@ -21,20 +21,12 @@ def provenance(run) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     dirty = git("status", "--porcelain")
+    code = {"versions": keys.versions(), "code": keys.digest(keys.reach(run.study, "prepare", "train"))}
+    code |= {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if dirty is None else bool(dirty)}
     machine = {"machine": platform.machine(), "system": platform.system(), "processor": _processor()}
-    sources = keys.sources(run)
-    return {
-        "versions": keys.versions(),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if dirty is None else bool(dirty),
-        **machine,
-        "cores": os.cpu_count(),
-        "device": keys.device_kind(run.compute.gpus),
-        "threads_per_member": run.compute.threads,
-        "data": sources["data"],
-        "model": sources["model"],
-        "code": keys.digest(keys.reach(run.study, "prepare", "train")),
-    }
+    machine |= {"cores": os.cpu_count(), "device": keys.device_kind(run.compute.gpus)}
+    sources = {part: digits for part, digits in keys.sources(run).items() if part != "files"}
+    return {**code, **machine, "threads_per_member": run.compute.threads, **sources}
 
 
 def _processor() -> str:
