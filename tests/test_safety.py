@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lib import config, record
-from lib.run import cli, runner
+from lib.run import cli, plan, runner
 from tests.chaos import lives
 from tests.conftest import TINY
 
@@ -98,22 +98,9 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
     (command.folder / "tiny.yaml").rename(command.folder / "\x1b[2Jtiny.yaml")
     code, said = command(None, "--set", "no.such=\x1b[2J")
     assert (code, "\x1b" in said) == (2, False)
-    step = type(
-        "Step",
-        (),
-        {
-            "folder": tmp_path / "run",
-            "output": tmp_path / "run" / "run.ipynb",
-            "kind": "train",
-            "again": "",
-            "run": None,
-            "needs": [],
-            "study": "td_dpo",
-            "name": "x",
-            "parameters": {"mode": "full", "scale": "laptop"},
-        },
-    )
-    told = runner.Runner([], 1).explain(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
+    parameters = {"mode": "full", "scale": "laptop"}
+    step = plan.Step("train", "td_dpo", "x", tmp_path, tmp_path / "run", parameters, "key", "never run")
+    told = runner.explain(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
     written = told["exception"] + (tmp_path / "run/attempts/error.log").read_text()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
 
