@@ -405,6 +405,7 @@ def test_a_terminal_has_a_block_with_a_bar_and_what_runs(thirty, monkeypatch, ca
     live = progress.Live(thirty)
     live.show()
     live.close()
+    live.close()  # in whatever order a run ends
     lines = capsys.readouterr().out.splitlines()
     text = next(line for line in lines if "notebooks done" in line)
     assert "━" in lines[lines.index(text) - 1]

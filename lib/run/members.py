@@ -91,7 +91,7 @@ def _wait(run, task: pool.Task, phase: str, wanted: str) -> None:
     """Wait for what is no member. Raises StudyError where it does not succeed."""
     pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": phase, **_last(task.folder)}))
     if task.state != "succeeded":
-        raise StudyError(f"{run.run_id}: {task.name}", "\n".join(_ending(task)), wanted, f"read {task.log}")
+        raise StudyError(f"{run.run_id}: {task.name}", ": ".join(_ending(task)), wanted, f"read {task.log}")
 
 
 def prepare_inputs(run) -> Path:
@@ -181,7 +181,8 @@ def watch(job: Job) -> None:
 def _ending(task: pool.Task) -> tuple[str, str]:
     """How a task that did not succeed ended (lost, failed or out_of_memory), and its exception."""
     error = record.read_json(task.folder / "error.json", {}) if task.state == "failed" else {}
-    return error.get("status", task.state), error.get("exception", "its process was lost")
+    unsaid = "its log says why" if task.state == "failed" else "its process was lost"
+    return error.get("status", task.state), error.get("exception", unsaid)
 
 
 def _outcome(task: pool.Task, metric: str) -> str:

@@ -140,8 +140,9 @@ class Live:
         return done, elapsed * (1 - done) / done if done > 0.1 else max(0.0, self.planned.wall_seconds - elapsed)
 
     def close(self) -> None:
-        self.show()
-        self.block.stop()
+        """Take the block off the terminal. Prints nothing: whoever read what was printed may be gone."""
+        with contextlib.suppress(OSError):
+            self.block.stop()
 
 
 # ---- after it

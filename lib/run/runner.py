@@ -64,6 +64,7 @@ class Runner:
                         self.wait_for_members()
                     self.pool.close()
                     raise
+            live.show()
         finally:
             live.close()
             self.pool.close()
@@ -146,7 +147,8 @@ class Runner:
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                 write_status(step, outcome, started)
                 (step.progress / "progress.json").unlink(missing_ok=True)
-        step.minutes, step.state = (time.time() - started) / 60, outcome
+        finally:
+            step.minutes, step.state = (time.time() - started) / 60, outcome
 
     def attempt(self, step: plan.Step, started: float) -> None:
         """Execute, once more where a process was lost (its members resume from their checkpoints)."""
