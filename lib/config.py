@@ -20,21 +20,29 @@ import difflib
 import functools
 import importlib
 import itertools
-import json
 import math
 import os
 import re
+import reprlib
 import types
 import typing
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lib.errors import StudyError
@@ -46,7 +54,7 @@ MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 # YAML 1.1 reads 1e-5 (no dot) as a string.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
-MAX_BYTES = 1_000_000  # of a YAML file
+MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
 ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
@@ -99,12 +107,18 @@ def renamed(names: Mapping[Any, str]) -> BeforeValidator:
     return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str | None) else value)
 
 
+def distinct(seeds: list) -> list:
+    if len(set(seeds)) < len(seeds):
+        raise fault(str(seeds), "seeds that differ", "remove the repeated one")
+    return seeds
+
+
 Value = Annotated[JsonValue, BeforeValidator(plain)]
 Number = Annotated[float, BeforeValidator(not_bool)]
 Whole = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(not_bool), Field(ge=0, lt=2**32)]
-Seeds = Annotated[list[Seed], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(distinct)]
 Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)]
@@ -232,89 +246,69 @@ class Run(Section):
         method = method if written is None else written
         return {"role": role, **raw} | ({} if method is None else {"method": method})
 
-    @model_validator(mode="after")
-    def _distinct(self):
-        if len(set(self.seed_list)) < len(self.seed_list):
-            raise fault(str(self.seed_list), "seeds that differ", "remove the repeated one", "seed_list")
-        return self
-
 
 @functools.cache  # asked for every key of every grid cell
-def keys(run_type: type[BaseModel], prefix: str = "", inside: bool = False) -> tuple[str, ...]:
-    """Every dotted key of a run's YAML, sections included; `inside`: also those of sections in lists and mappings, with
-    * for the place in it."""
+def keys(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
+    """Every dotted key of a run's YAML, sections included; * is a place in a list or mapping of sections."""
     names = []
-    for name, field in run_type.model_fields.items():
+    for name, field in section.model_fields.items():
         if field.exclude or (not prefix and name in CONTEXT):
             continue
-        inner, place = section_type(field.annotation), ""
-        if inside and not inner:
-            inner, place = section_type(field.annotation, inside), "*."
-        names += [prefix + name, *(keys(inner, f"{prefix}{name}.{place}", inside) if inner else ())]
+        inner, place = section_type(field.annotation)
+        names += [prefix + name, *(keys(inner, f"{prefix}{name}.{place}") if inner else ())]
     return tuple(names)
 
 
-def section_type(annotation: Any, inside: bool = False) -> type[BaseModel] | None:
-    """The section that a field holds (`Peft | None` -> Peft), None where it holds a value; `inside`: in a list, too."""
-    parts, origin = typing.get_args(annotation), typing.get_origin(annotation)
-    if parts and (inside or origin in (Annotated, typing.Union, types.UnionType)):
-        return next(filter(None, (section_type(part, inside) for part in parts)), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def section_type(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """(the section that a field holds, its place in the field): (Peft, "") of `Peft | None`, (Block, "*.") of
+    `list[Block]`, and (None, "") of a value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    place = "" if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType) else "*."
+    parts = (section_type(part) for part in typing.get_args(annotation))
+    return next(((inner, place + more) for inner, more in parts if inner), (None, ""))
 
 
 # ---- faults in words
 
 
-def did_you_mean(key: str, known: list[str] | tuple[str, ...], otherwise: str = "remove it") -> str:
-    """A sentence naming the known key whose last part is nearest; in the same section it may be less near."""
-    section, _, leaf = key.rpartition(".")
-
-    def likeness(other: str) -> float:
-        home, _, name = other.rpartition(".")
-        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.15 * fnmatch(section, home)
-
-    nearest = max(known, key=likeness, default="")
-    home, dot, name = nearest.rpartition(".")
-    near = f"did you mean {section if fnmatch(section, home) else home}{dot}{name}?"
-    return near if nearest and likeness(nearest) >= 0.75 else otherwise
+def did_you_mean(key: str, known: Iterable[str], otherwise: str = "remove it") -> str:
+    """A sentence naming the known key whose last part is nearest, rather one of the same section."""
+    (section, _, leaf), places = key.rpartition("."), [name.rpartition(".") for name in known]
+    near = difflib.get_close_matches(leaf, {name for _, _, name in places}, cutoff=0.65)
+    likely = [(section if fnmatch(section, home) else home, dot, name) for home, dot, name in places if name in near]
+    best = min(likely, key=lambda place: (place[0] != section, near.index(place[2])), default=None)
+    return f"did you mean {''.join(best)}?" if best else otherwise
 
 
-def _describe(error: dict, model: type[BaseModel]) -> tuple[str, str, str, str]:
-    """(key, found, expected, fix) of one pydantic error. The value of an unknown key is never shown: it may be
-    secret."""
-    context, value = error.get("ctx", {}), error["input"]
-    key = ".".join([*map(str, error["loc"]), *filter(None, [context.get("key")])]) or "(top level)"
-    if error["type"] == "extra_forbidden":
-        return key, "unknown key", "a key of this section", did_you_mean(key, keys(model, inside=True))
-    if error["type"] == "missing":
-        return key, "missing", "this key", f"write {key}: ... (params/ has complete examples)"
-    if error["type"] == "study":
-        return key, context["found"], context["expected"], context["fix"]
-    if isinstance(value, str) and MARKER.fullmatch(value) and error["loc"][0] in TUNABLE:
-        return key, *_not_supplied(value, key)
-    found = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    if error["loc"] == ("run_id",):
-        return key, found, "a file name of letters, digits and . _ + -", "rename the run"
-    return key, found, error["msg"].removeprefix("Input should be "), ""
-
-
-def _not_supplied(marker: str, key: str) -> tuple[str, str, str]:
-    expected = "a value, a grid over it, or categorical choices in optuna.search_space"
+def _not_supplied(name: str, key: str) -> tuple[str, str, str]:
     fix = f"grid: [{{cells: [{{{key}: ...}}]}}], or run the sweep and train its best.yaml"
-    return f"{marker}, which nothing supplies", expected, fix
+    return f"${{opt.{name}}}, which nothing supplies", "a value, a grid over it, or choices in optuna.search_space", fix
 
 
 def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> typing.NoReturn:
-    """All faults of a file in one StudyError: file, key, found, expected, fix for each."""
+    """All faults of a file in one StudyError: file, key, found, expected, fix for each. The value of an unknown key is
+    never shown: it may be secret."""
+    faults = []
     # Unknown keys first: a slip of the pen is why another key is missing.
-    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-    faults = [_describe(item, model) for item in errors]
+    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden"):
+        kind, value, context = item["type"], item["input"], item.get("ctx", {})
+        key = ".".join(filter(None, [*map(str, item["loc"]), context.get("key")])) or "(top level)"
+        if kind == "extra_forbidden":
+            words = "unknown key", "a key of this section", did_you_mean(key, keys(model))
+        elif kind == "missing":
+            words = "missing", "this key", f"write {key}: ... (params/ has complete examples)"
+        elif kind == "study":
+            words = context["found"], context["expected"], context["fix"]
+        elif isinstance(value, str) and (marker := MARKER.fullmatch(value)) and item["loc"][0] in TUNABLE:
+            words = _not_supplied(marker[1], key)
+        else:
+            words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), ""
+        faults.append((key, *words))
     if len(faults) == 1:
-        key, *rest = faults[0]
-        raise StudyError(f"{where}: {key}", *rest) from None
+        raise StudyError(f"{where}: {key}", *words) from None
     lines = [f"\n  {key}: {found}; expected {'; '.join(filter(None, rest))}" for key, found, *rest in faults]
-    found, expected = f"{len(faults)} faults" + "".join(lines), "known keys with values of the right type and range"
-    raise StudyError(where, found, expected, "correct each of them; params/ has complete examples") from None
+    raise StudyError(where, f"{len(faults)} faults{''.join(lines)}", "values as in params/", "correct each") from None
 
 
 # ---- reading a YAML file that somebody else wrote
@@ -324,47 +318,39 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is written twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value if key.tag.endswith(":str")]
-        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-            problem = f"written twice: {', '.join(twice)}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        names = [str(key.value) for key, _ in node.value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.MarkedYAMLError(problem=f"written twice: {', '.join(twice)}", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document as plain Python data; StudyError with line and column where it is not one, writes a key twice,
     or has more aliases than anybody writes."""
-    many = text.count("*") > MAX_ALIASES
     try:
-        if many and (aliases := sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))) > MAX_ALIASES:
-            raise ValueError(f"{aliases} aliases, of which {MAX_ALIASES} are allowed; write the values out")
-        content = yaml.load(text, _Loader)  # a SafeLoader
-        json.dumps(content, default=str, skipkeys=True)  # Circular reference: an alias that contains itself
-        return content
+        events = yaml.parse(text) if text.count("*") > MAX_ALIASES and len(text) <= MAX_LENGTH else ()
+        if len(text) > MAX_LENGTH or sum(isinstance(event, yaml.AliasEvent) for event in events) > MAX_ALIASES:
+            raise ValueError(
+                f"more than {MAX_LENGTH:,} characters or {MAX_ALIASES} aliases; data belongs in other files"
+            )
+        return yaml.load(text, _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
-        mark = getattr(error, "problem_mark", None)
+        mark, found = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        found = getattr(error, "problem", None) or str(error)
         fix = "correct the line; tags such as !!python are not read"
         raise StudyError(place, found, "one plain YAML document, not nested too deeply", fix) from None
 
 
 def load_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file. Refused: > 1 MB, not UTF-8, empty, not a mapping, duplicate keys, alias bombs."""
+    """The mapping in a YAML file. Refused: unreadable, not UTF-8, not a mapping, and what `parse_yaml` refuses."""
     try:
-        if (size := os.stat(path).st_size) > MAX_BYTES:
-            fix = "data belongs in files that dataset.name points to"
-            raise StudyError(str(path), f"{size:,} bytes", f"a run YAML of at most {MAX_BYTES:,}", fix)
-        content = parse_yaml(Path(path).read_bytes().decode("utf-8-sig"), str(path))
-    except OSError as error:
-        fix = "check the path and its permissions"
-        raise StudyError(str(path), error.strerror or str(error), "a readable YAML file", fix) from None
-    except UnicodeDecodeError as error:
-        fix = f"iconv -t UTF-8 {path} > new.yaml, or save it as UTF-8 in the editor"
-        raise StudyError(str(path), f"byte {error.start} is not UTF-8", "a UTF-8 text file", fix) from None
+        content = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"is not UTF-8: {error}" if isinstance(error, ValueError) else error.strerror
+        fix = f"check its permissions, or: iconv -t UTF-8 {path} > new.yaml"
+        raise StudyError(str(path), found, "a readable text file in UTF-8", fix) from None
     if not isinstance(content, dict):
-        found = "an empty file" if content is None else f"a {type(content).__name__} at the top level"
-        fix = "copy a YAML of params/ and edit it"
+        found, fix = "empty" if content is None else f"a {type(content).__name__}", "copy a YAML of params/ and edit it"
         raise StudyError(str(path), found, "a mapping of run_id, method, model, ...", fix)
     return content
 
@@ -420,12 +406,12 @@ def study_module(study: str) -> types.ModuleType:
 
 def recognize(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
-    names = [study for study in studies() if study_module(study).recognizes(raw)]
-    if len(names) != 1:
-        found = f"belongs to {' and '.join(names) or 'no study'} by its sections"
-        fix = "put the file under params/<study>/<scale>/, or compare it with the examples there"
-        raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
-    return names[0]
+    match [study for study in studies() if study_module(study).recognizes(raw)]:
+        case [study]:
+            return study
+        case several:
+            found, fix = f"belongs to {' and '.join(several) or 'no study'}", "put it under params/<study>/<scale>/"
+            raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
 
 
 def resolve(study: str, key: str, where: str = "key") -> str:
@@ -502,12 +488,11 @@ def put(raw: dict, dotted: str, value: Any) -> None:
 def build(study: str, raw: Mapping[str, Any], where: str, /, **context: Any) -> Run:
     """Plain data, in our names or the published ones, as the study's typed run. `context`: fields of CONTEXT."""
     module, raw = study_module(study), copy.deepcopy(dict(raw))
-    tunable = {key: get(raw, key) for key in keys(module.Run) if key.split(".")[0] in TUNABLE}
-    markers = {key: MARKER.fullmatch(value) for key, value in tunable.items() if isinstance(value, str)}
-    searched = {key: marker[1] for key, marker in markers.items() if marker}
-    filled = {key: value for key, value in _first_values(raw, module.ALIASES).items() if key in searched}
-    for key, value in filled.items():
-        put(raw, key, value)
+    marks = ((key, MARKER.fullmatch(str(get(raw, key)))) for key in keys(module.Run) if key.split(".")[0] in TUNABLE)
+    searched = {key: mark[1] for key, mark in marks if mark}
+    for key, value in _first_values(raw, module.ALIASES).items():
+        if key in searched:
+            put(raw, key, value)
     for key in module.PATHS:
         if isinstance(path := get(raw, key), str):
             put(raw, key, _absolute(path))
@@ -516,21 +501,21 @@ def build(study: str, raw: Mapping[str, Any], where: str, /, **context: Any) -> 
     try:
         return module.Run.model_validate({**raw, **context})
     except ValidationError as error:
-        of_cell = any(".".join(map(str, item["loc"])) in filled for item in error.errors())
-        raise_faults(error, f"{where}: the grid's first cell" if of_cell else where, module.Run)
+        raise_faults(error, where, module.Run)
 
 
 def _first_values(raw: dict, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """{dotted key: value} of the first cell, and of the searched keys that it leaves: the first choice, or the low end.
-    Of data that is not validated yet: what is malformed in it is left to the validation."""
+    """{dotted key: value} of the first cell, and of the marked keys that it leaves to the search: the first choice, or
+    the low end. Of data that is not validated yet: what is malformed in it is left to the validation."""
     try:
-        space, block = get(raw, "optuna.search_space") or {}, (raw.get("grid") or [{}])[0]
+        block, space = (raw.get("grid") or [{}])[0], get(raw, "optuna.search_space") or {}
         values = {key: (entry.get("choices") or [entry.get("low")])[0] for key, entry in space.items()}
-        values |= {key: options[0] for key, options in (block.get("product") or {}).items()}
-        values |= (block.get("cells") or [{}])[0]
+        marked = {key: value for key, value in values.items() if str(get(raw, aliases.get(key, key))).startswith("${")}
+        product = {key: options[0] for key, options in (block.get("product") or {}).items()}
+        cell = marked | product | (block.get("cells") or [{}])[0]
     except (AttributeError, LookupError, TypeError, ValueError):
         return {}
-    return {aliases.get(key, key): value for key, value in values.items()}
+    return {aliases.get(key, key): value for key, value in cell.items()}
 
 
 def dump(run: Run) -> dict:
@@ -556,9 +541,8 @@ def default_results(study: str, scale: str, mode: str) -> Path:
 def _with_wandb(raw: dict) -> dict:
     """With params/wandb.yaml where the run itself says nothing of W&B."""
     path = ROOT / "params" / "wandb.yaml"
-    if raw.get("wandb") is not None or not path.exists():
-        return raw
-    return {**raw, "wandb": validate(Wandb, path).model_dump()}
+    is_said = raw.get("wandb") is not None or not path.exists()
+    return raw if is_said else {**raw, "wandb": validate(Wandb, path).model_dump()}
 
 
 Overrides = Mapping[str, str] | None
@@ -572,9 +556,8 @@ def load_run(
     raw = load_yaml(path)
     for key in raw.keys() & set(CONTEXT):
         raise StudyError(f"{path}: {key}", "not a key of a YAML", "an option, as --scale", "remove it")
-    if not study:
-        folder = path.parent.parent.name
-        study = folder if folder in studies() and path.parent.name in ("laptop", "paper") else recognize(raw, str(path))
+    folder = path.parent.parent.name
+    study = study or (folder if folder in studies() else recognize(raw, str(path)))
     run = build(study, _with_wandb(raw), str(path), scale=scale, mode=mode, results_dir=results_dir, source=path)
     run = _override(run, overrides, str(path)) if overrides else run
     return trial(run) if mode == "trial" else run
@@ -582,16 +565,12 @@ def load_run(
 
 def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
     """With the values of --set, and what the study says that they bring along."""
-    values = {}
-    for key, text in overrides.items():
-        if key == "run_id":
-            fix = "copy the YAML under another run_id"
-            raise StudyError("--set run_id", "not a setting of a run", "another key of the YAML or a short name", fix)
-        dotted = resolve(run.study, key, "--set")
-        values[dotted] = parse_yaml(text, f"--set {key}") if isinstance(text, str) else text
+    if "run_id" in overrides:
+        raise StudyError("--set run_id", "names the records", "another key", "copy the YAML under another run_id")
+    values = {resolve(run.study, key, "--set"): parse_yaml(text, f"--set {key}") for key, text in overrides.items()}
     written = " ".join(f"--set {key}={text}" for key, text in overrides.items())
     run = apply(run, study_module(run.study).implied(run, values) | values, where=f"{where} with {written}")
-    return run.model_copy(update={"overrides": {key: str(text) for key, text in overrides.items()}})
+    return run.model_copy(update={"overrides": dict(overrides)})
 
 
 def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: Any = None) -> Run:
@@ -615,15 +594,11 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
     written = (set(itertools.chain(*assigned)) or namespace.keys()) - {"In", "Out", "nonce"}
     given = {key: namespace[key] for key in written if isinstance(namespace[key], PLAIN) and not key.startswith("_")}
     study = given.pop("study", None) or recognize(given, where)
-    module = study_module(study)
-    known = [key for key in module.Run.model_fields if key not in ("source", "overrides", "searched", "study")]
+    module, context = study_module(study), {"mode": "full", "scale": "laptop", "results_dir": None}
+    known = [*context, *(key for key in module.Run.model_fields if key not in CONTEXT)]
     for key in sorted(given.keys() - set(known)):
         near = did_you_mean(module.ALIASES.get(key, key), [*known, *keys(module.Run)])
         raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
-    for key in set(known) & namespace.keys() - given.keys():
-        found, fix = f"a {type(namespace[key]).__name__}", "run the parameters cell again; rename the other object"
-        raise StudyError(f"{where}: {key}", found, "the parameter of that name", fix)
-    context = {"mode": "full", "scale": "laptop", "results_dir": None}
     context |= {key: given.pop(key) for key in context.keys() & given.keys()}
     run = build(study, _with_wandb(given), where, **context)
     return trial(run) if run.mode == "trial" else run
@@ -670,34 +645,27 @@ def _product(lists: Mapping[str, list]) -> list[dict]:
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def _blocks(run: Run, low_ends: bool = False) -> list[tuple[list[dict], list[int]]]:
-    """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid; where there are none
-    it is refused, or `low_ends` of the ranges are taken."""
+def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
+    """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid."""
     if run.grid:
         return [(block.cells or _product(block.product), block.seeds or run.seed_list) for block in run.grid]
     space = {resolve(run.study, key, "optuna.search_space"): entry for key, entry in run.optuna.search_space.items()}
-    choices = {key: space[key].choices or [space[key].low] * low_ends for key in run.searched if key in space}
+    choices = {key: space[key].choices for key in run.searched if key in space}
     for key, name in run.searched.items():
         if not choices.get(key):
-            raise StudyError(f"{run.source or run.run_id}: {key}", *_not_supplied(f"${{opt.{name}}}", key))
+            raise StudyError(f"{run.source or run.run_id}: {key}", *_not_supplied(name, key))
     return [(_product(choices), run.seed_list)]
-
-
-def _resolved(run: Run, written: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell by its dotted keys; refused where it would set what all members of a run share."""
-    cell = {resolve(run.study, key, f"{run.run_id}: grid:"): value for key, value in written.items()}
-    for key in cell:
-        if key.split(".")[0] not in TUNABLE:
-            found, fix = "not a key that differs between members", "write another run YAML for it"
-            raise StudyError(f"{run.run_id}: grid: {key}", found, "keys of " + ", ".join(TUNABLE), fix)
-    return cell
 
 
 def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
     """Any one member of a run, on its grid or not (a trial of the search)."""
-    cell = _resolved(run, cell)
-    name, where = cell_name(run.study, cell), run.source or run.run_id
-    trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell else run
+    where = run.source or run.run_id
+    cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in cell.items()}
+    name, common = cell_name(run.study, cell), [key for key in cell if key.split(".")[0] not in TUNABLE]
+    trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell and not common else run
+    for key in common:
+        found, fix = "not a key that differs between members", "write another run YAML for it"
+        raise StudyError(f"{where}: grid: {key}", found, "keys of " + ", ".join(TUNABLE), fix)
     for key in trained.searched:
         fix = "add it to the cell, or write a value instead of ${opt...}"
         raise StudyError(f"{where}: {key}", f"not supplied by the cell {name}", "a value in every cell", fix)
@@ -709,12 +677,9 @@ def members(run: Run, all_seeds: bool = False) -> list[Member]:
     of_cell: dict[str, Member] = {}
     seeds: dict[str, list[int]] = {}
     for cells, own in _blocks(run):
-        for cell in cells:
-            new = member(run, cell, own[0])
-            known = of_cell.setdefault(new.cell_name, new)
-            if known.cell != new.cell:
-                found = f"two cells named {new.cell_name}: {known.cell} and {new.cell}"
-                raise StudyError(f"{run.run_id}: grid", found, "cells that differ in their names", "drop one of them")
+        for new in (member(run, cell, own[0]) for cell in cells):
+            if of_cell.setdefault(new.cell_name, new).cell != new.cell:
+                raise StudyError(f"{run.run_id}: grid", f"two cells named {new.cell_name}", "one", f"drop {new.cell}")
             seeds[new.cell_name] = [*seeds.get(new.cell_name, ()), *own, *(run.seed_list if all_seeds else ())]
     order = sorted if all_seeds else list
     return [replace(one, seed=seed) for name, one in of_cell.items() for seed in order(dict.fromkeys(seeds[name]))]
@@ -722,7 +687,7 @@ def members(run: Run, all_seeds: bool = False) -> list[Member]:
 
 def first_cell(run: Run) -> dict[str, Any]:
     """The values of the first member's cell (of a continuous search: the low end)."""
-    return _resolved(run, _blocks(run, low_ends=True)[0][0][0])
+    return _first_values(dump(run), study_module(run.study).ALIASES)
 
 
 def at_most(run: Run, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -736,7 +701,7 @@ def trial(run: Run) -> Run:
 
     Applying it again changes nothing. A value that only a continuous search would supply takes its low end.
     """
-    first, seed = first_cell(run), _blocks(run, low_ends=True)[0][1][0]
+    first, seed = first_cell(run), ((run.grid and run.grid[0].seeds) or run.seed_list)[0]
     changes = {
         **study_module(run.study).trial_changes(apply(run, first)),
         **{"compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus)},

@@ -21,14 +21,7 @@ from lib.errors import MissingError
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 3.0  # that the hub is waited for
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-UNREACHABLE = {
-    "LocalEntryNotFoundError",
-    "ConnectionError",
-    "ConnectError",
-    "TransportError",
-    "TimeoutError",
-    "gaierror",
-}
+UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "TransportError", "TimeoutError", "gaierror"}
 
 
 def go_offline() -> None:
@@ -150,11 +143,9 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
         page = f"{endpoint()}/{'datasets/' * (kind == 'dataset')}{name}"
         found = f"this {kind} is gated and access was refused"
         fix = f"accept the license at {page}, then: .venv/bin/hf auth login (or set HF_TOKEN)"
-    elif "RevisionNotFoundError" in classes:
-        found, fix = "the hub has no such revision", "correct or remove the revision"
-    elif classes & {"RepositoryNotFoundError", "DatasetNotFoundError"} or code in (401, 404):
-        found = f"no local path, and the hub has no such {kind} (or it is private)"
-        fix = f"correct {key}, or .venv/bin/hf auth login for a private one"
+    elif classes & {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"} or code in (401, 404):
+        found = f"no local path, and the hub has no such {kind} or revision (or it is private)"
+        fix = f"correct {key} or its revision, or .venv/bin/hf auth login for a private one"
     elif classes & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
         reach = f"{endpoint()} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
         found = f"no local path, not in the cache, and {reach}"

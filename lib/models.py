@@ -12,15 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lib import hub, record
 from lib.errors import MissingError, StudyError
@@ -34,29 +28,22 @@ def device() -> torch.device:
 _current_device = device  # `device` is also a parameter below
 
 
-def _missing(name: object, found: str, expected: str, fix: str = "--set model.name=<path>") -> MissingError:
-    return MissingError(f"model.name = {name}", found, expected, fix)
-
-
 def _locate(name: str, needs: str) -> str:
     """`name` as a local directory that holds the file `needs`, else as a hub id; never waits for the hub."""
     path = hub.local_path(name)
-    if path is None:
-        if not hub.HUB_ID.match(name):
-            found = f"no such directory (from {Path.cwd()} or {hub.ROOT})"
-            raise _missing(name, found, "a directory with config.json and *.safetensors, or a hub id")
+    if path is None and hub.HUB_ID.match(name):
         hub.prepare()
         return name
-    if not (path / needs).is_file():
-        holds = ", ".join(sorted(item.name for item in path.iterdir())[:8]) if path.is_dir() else "a file"
-        found = f"no {needs} in {path} (it holds {holds or 'nothing'})"
-        raise _missing(name, found, "a directory written by save_pretrained or hf download")
+    if path is None or not (path / needs).is_file():
+        found = f"no {needs} in {path}" if path else f"no such directory (from {Path.cwd()} or {hub.ROOT})"
+        expected = "a directory written by save_pretrained or hf download, or a hub id"
+        raise MissingError(f"model.name = {name}", found, expected, "--set model.name=<path>")
     return str(path)
 
 
 def load_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False, needs_chat_template: bool = False
-) -> PreTrainedTokenizerBase:
+) -> transformers.PreTrainedTokenizerBase:
     """Tokenizer with a pad token, padding on the right (training; generation sets left itself).
 
     Without a pad token it pads with the unknown or the end token: masks come from lengths, so padding is never scored.
@@ -118,28 +105,22 @@ def load_causal_lm(
     `auto_class` serves other heads (AutoModelForSequenceClassification). `options` go to from_pretrained:
     attn_implementation, num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
     """
-    dtype = getattr(torch, torch_dtype)
-    source = _locate(name, "config.json")
+    dtype, source = getattr(torch, torch_dtype), _locate(name, "config.json")
     place = torch.device(device) if device is not None else _current_device()
-    if Path(source).is_dir() and options.get("use_safetensors", True) and not any(Path(source).glob("*.safetensors")):
-        fix = "load the model once and save it with save_pretrained"
-        raise _missing(name, f"no *.safetensors in {source}", "weights in the safetensors format", fix)
+    options = {"dtype": dtype, "revision": revision, "use_safetensors": True} | options
     if quantization == "nf4":
         config = nf4(dtype, getattr(torch, quant_storage or "uint8"))
         options |= {"quantization_config": config, "device_map": {"": place}}
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # it floods a log
+        transformers.utils.logging.disable_progress_bar()  # it floods a log
     try:
-        model = auto_class.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            **{"use_safetensors": True, **options},
-        )
+        model = auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except torch.OutOfMemoryError:
-        fix = "--set model.quantization=nf4, a smaller model, or a larger GPU"
-        raise _missing(name, f"{place} has not enough free memory for it", "a GPU that holds it", fix) from None
+        found, fix = (
+            f"{place} has not enough free memory",
+            "--set model.quantization=nf4, a smaller model or a larger GPU",
+        )
+        raise MissingError(f"model.name = {name}", found, "a GPU that holds it", fix) from None
     except Exception as error:
         raise hub.explain(error, name, kind="model", revision=revision) from error
     if quantization == "none":

@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "a part of a name that is not there": (
         "name: <method>-<dataset>", "name: <method>-<dataset>-<datset>",
-        ["run_id", "<datset>", "a file name"],
+        ["run_id", "<datset>", "run_id: 'dpo-generated-<datset>'"],
     ),
     "a name that is no file name": (
         "name: <method>-<dataset>", "name: ../<method>-<dataset>",

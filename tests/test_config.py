@@ -69,7 +69,6 @@ def refused(function, *args, **given) -> str:
         ("a: " + "9" * 6000, "integer string conversion"),
         ("[" * 3000 + "]" * 3000, "recursion depth"),
         ("a: \x00", "special characters"),
-        ("a: &a [*a]", "Circular reference"),
         ("a: *nowhere", "undefined alias"),
         ("a: 2024-13-45", "month"),
     ],
@@ -84,12 +83,12 @@ def test_alias_bomb_is_refused_and_ordinary_aliases_are_not(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
     ]
-    assert "99 aliases, of which 20 are allowed" in refused(config.load_yaml, write("\n".join(lines)))
+    assert "or 20 aliases" in refused(config.load_yaml, write("\n".join(lines)))
     assert config.load_yaml(write("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}"))["d"] == {"b": 1, "e": 2}
 
 
 def test_size_encoding_and_absence(write, tmp_path):
-    assert "1,000,004 bytes" in refused(config.load_yaml, write("a: " + "x" * 1_000_001))
+    assert "more than 1,000,000 characters" in refused(config.load_yaml, write("a: " + "x" * 1_000_001))
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     assert "not UTF-8" in refused(config.load_yaml, tmp_path / "latin.yaml")
     assert "No such file" in refused(config.load_yaml, tmp_path / "absent.yaml")
@@ -380,11 +379,10 @@ def test_two_runs_of_one_method_that_train_the_same_cell_get_a_warning(write, ra
     second = first.with_name("fast.yaml")
     changed = {**raw, "run_id": "fast", "training": {**raw["training"], "learning_rate": 1e-4}}
     second.write_text(yaml.safe_dump(changed))
-    found = {path.name: findings for path, _, findings in check.load_folder(first.parent, "laptop", "full")}
-    said = [f for findings in found.values() for f in findings if f.key == "method"]
-    assert len(said) == 1
-    assert said[0].level == "warning"
-    assert "no claim about it can be evaluated" in said[0].what
+    runs = check.runs_of(check.load_folder(first.parent, "laptop", "full"))
+    (said,) = [finding for finding in check.claims_findings("td_dpo", runs, "laptop") if finding.key == "keys"]
+    assert said.level == "warning"
+    assert "no claim about it can be evaluated" in said.what
 
 
 def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
@@ -557,7 +555,8 @@ def test_a_study_needs_no_more_than_four_names(tmp_path):
         "print(run.role, found, [m.id for m in config.members(run)], [m.id for m in config.members(config.trial(run))],"
         "module.primary_metric(run), module.SECOND_METRIC, [*keys.member_code(config.members(run)[0])])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
     assert done.stdout.strip() == (
         "comparative [] ['rate0.001-s1', 'rate0.001-s2', 'rate1-s1', 'rate1-s2'] ['rate0.001-s1'] score score "
         "['lib.config', 'lib.mine.study']"
@@ -640,9 +639,9 @@ def test_bad_cells_are_findings(write, raw, cell, said):
     assert said in str(findings[0])
 
 
-def test_a_bad_first_cell_is_refused_as_one(write, raw):
+def test_a_bad_first_cell_is_refused_when_the_file_is_read(write, raw):
     raw["grid"] = [{"cells": [{"beta": -1, "tau": 1}]}]
-    assert "the grid's first cell: loss.beta: -1" in refused(load, write(raw))
+    assert "loss.beta: -1" in refused(load, write(raw))
 
 
 def test_a_marker_that_nothing_supplies(write, raw):
@@ -878,9 +877,7 @@ def test_later_cells_do_not_count_as_parameters_in_jupyterlab(raw):
 
 
 def test_a_name_taken_by_another_object(raw):
-    assert "run the parameters cell again" in refused(
-        config.from_notebook, {**raw, "study": "td_dpo", "model": object()}
-    )
+    assert "model: missing" in refused(config.from_notebook, {**raw, "study": "td_dpo", "model": object()})
 
 
 def test_importing_and_loading_is_light():

@@ -604,7 +604,7 @@ def test_files_that_were_downloaded_beforehand_are_read_where_the_hub_is_out_of_
     ("name", "message"),
     [
         ("GatedRepoError", "accept the license at https://huggingface.co/datasets/a/b"),
-        ("RevisionNotFoundError", "no such revision"),
+        ("RevisionNotFoundError", "or revision"),
         ("DatasetNotFoundError", "no such dataset"),
         ("ConnectError", "hf download a/b"),
         ("Other", "could not be loaded: Other"),

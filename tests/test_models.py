@@ -190,7 +190,7 @@ def test_tokenizer_pads_on_the_right_and_has_one_bos_and_eos_per_answer(folders)
 def test_tokenizer_without_a_template_or_files(tmp_path, folders):
     with pytest.raises(StudyError, match="without a chat template"):
         models.load_tokenizer(str(folders["microsoft/deberta-v3-base"]), needs_chat_template=True)
-    with pytest.raises(MissingError, match="no tokenizer_config.json in .*holds nothing"):
+    with pytest.raises(MissingError, match="no tokenizer_config.json in"):
         models.load_tokenizer(str(tmp_path))
 
 
@@ -200,7 +200,7 @@ def test_missing_models_say_what_to_do(tmp_path, llama):
     with pytest.raises(MissingError, match="no config.json"):
         models.load_causal_lm(str(tmp_path))
     shutil.copy(f"{llama}/config.json", tmp_path)
-    with pytest.raises(MissingError, match=r"no \*.safetensors"):
+    with pytest.raises(MissingError, match="no file named model.safetensors"):
         models.load_causal_lm(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(MissingError, match="could not be loaded"):

@@ -1,6 +1,7 @@
 """lib/run/preflight.py: what is missing on a machine, said with what to do, and without a secret."""
 
 import importlib.util
+import os
 import types
 
 import pytest
@@ -38,7 +39,7 @@ def machine(monkeypatch, tmp_path):
     model, None where it is out of reach."""
 
     def _machine(gpus=(A100,), hub_answer="yes", free=1e12, drop=(), **environ):
-        known = {"HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")} | TOKENS | environ
+        known = {"HOME": str(tmp_path)} | TOKENS | environ
         for name in (*CLEARED, *drop):
             monkeypatch.delenv(name, raising=False)
         for name in known.keys() - set(drop):
@@ -49,6 +50,7 @@ def machine(monkeypatch, tmp_path):
             if hub_answer != "yes" and repo_type == "model":
                 raise hub_answer
 
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(HfApi, "auth_check", auth_check)
         monkeypatch.setattr(hub, "_answers", lambda endpoint, seconds: hub_answer is not None)
@@ -85,9 +87,7 @@ def test_of_a_bare_machine_everything_is_said_at_once(run, machine):
     errors = {"compute.gpus", "model.name", "dataset.name", "wandb.mode", "results_dir"}
     assert {key for key, finding in found.items() if finding.level == "error"} == errors
     assert found.keys() - errors == {"evaluation.judge"}
-    models = [f for f in preflight.find_missing([run], preflight.visible_gpus()) if f.key == "model.name"]
-    assert [("gated" in f.what, "out of reach" in f.what) for f in models] == [(True, False), (False, True)]
-    assert LLAMA_PAGE in models[0].fix
+    assert "out of reach" in found["model.name"].what
     assert "wandb.mode=offline" in found["wandb.mode"].fix
 
 
@@ -119,7 +119,7 @@ def test_several_gpus_for_one_member(run, machine):
     assert preflight.find_missing([spread], [A100] * 4, 4) == []
 
 
-def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine, monkeypatch):
+def test_gpus_of_several_kinds_are_refused_and_each_kind_is_named(run, machine):
     gpus = (
         Gpu("7", "NVIDIA T4-like", 85.0, (8, 0)),
         Gpu("GPU-ab", A100.name, 85.0, (8, 0)),
@@ -129,12 +129,11 @@ def test_gpus_of_several_kinds_are_refused_and_one_kind_is_named(run, machine, m
     mixed = findings(run)["compute.gpu_type"]
     assert mixed.level == "error"
     assert "NVIDIA T4-like, NVIDIA A100" in mixed.what
-    assert mixed.fix.startswith("CUDA_VISIBLE_DEVICES=7 ")
-    wanted = config.apply(run, {"compute.gpu_type": "a100-80gb"})
-    assert findings(wanted)["compute.gpu_type"].fix.startswith("CUDA_VISIBLE_DEVICES=GPU-ab,3 ")
+    assert mixed.fix.startswith(
+        f"CUDA_VISIBLE_DEVICES=7 (NVIDIA T4-like) or CUDA_VISIBLE_DEVICES=GPU-ab,3 ({A100.name})"
+    )
+    assert "--num-gpus=0" in mixed.fix
     assert findings(config.apply(run, {"compute.gpus": 0})) == {}, "it trains on the CPU"
-    monkeypatch.setenv("STUDY_CLUSTER", "a:1")
-    assert "--num-gpus=0" in findings(wanted)["compute.gpu_type"].fix
 
 
 def test_visible_gpus_are_those_that_cuda_would_show(monkeypatch):
@@ -208,15 +207,13 @@ def test_each_model_is_asked_for_once(run, machine, monkeypatch):
     assert asked == [("https://mirror.example", *name) for name in names]
 
 
-def test_a_license_without_a_token(run, machine, tmp_path):
+def test_a_license_without_a_token(run, machine):
     machine(hub_answer=GATED, drop=("HF_TOKEN",))
     found = findings(run)
     assert list(found) == ["model.name"]
-    assert "no hub token is set" in found["model.name"].what
+    assert "is gated" in found["model.name"].what
     assert LLAMA_PAGE in found["model.name"].fix
     assert "hf auth login" in found["model.name"].fix
-    (tmp_path / "token").write_text("hf_file_secret\n")
-    assert "access was refused" in findings(run)["model.name"].what, "the token may be in a file"
 
 
 def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
@@ -256,14 +253,13 @@ def test_downloads_lie_in_the_repositorys_cache_unless_the_environment_says_wher
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, "")  # so that what is set here is taken back
         monkeypatch.delenv(name)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     hub.keep_downloads_here()
-    assert preflight.cache() == tmp_path / "home/hub"
+    assert "HF_HUB_CACHE" not in os.environ
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
     hub.keep_downloads_here()
-    assert preflight.cache() == tmp_path / "cache/hub"
+    assert os.environ["HF_HUB_CACHE"] == str(tmp_path / "cache/hub")
 
 
 # ---- the rest
@@ -324,7 +320,7 @@ def test_every_missing_thing_is_one_line_that_names_it_and_its_fix(
 
 
 def test_a_folder_that_is_not_there_yet_has_the_room_of_the_one_above_it(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     here = run.model_copy(update={"results_dir": tmp_path / "not/there/yet"})
     monkeypatch.setitem(preflight.NEEDED_GB, "paper", 1e9)
     (finding,) = set(preflight._disk(here))

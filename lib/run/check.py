@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,9 +31,8 @@ TEXT = (".jsonl", ".json", ".csv", ".tsv")
 Loaded = tuple[Path, Run | StudyError, list[Finding]]
 MACHINE, WHOLE_TRIAL = "this machine", "the trial"  # what a finding is about, where it is no file
 MOST_BATCHES = 2  # of a phase in a trial
-CACHES = re.compile(
-    "(?<!STUDY_)CACHE|CONFIG|IPYTHONDIR|^HF_|^TORCH_HOME"
-)  # variables that may name a place of this kind
+# Variables that may name a place of downloads and settings.
+CACHES = re.compile("(?<!STUDY_)CACHE|CONFIG|IPYTHONDIR|^HF_|^TORCH_HOME")
 
 
 def has_error(findings: list[Finding]) -> bool:
@@ -60,22 +60,27 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
-    other, loaded = {"laptop", "paper"} - {scale}, []
+    other, loaded, owner = {"laptop", "paper"} - {scale}, [], {}
     for path in sorted(folder.rglob("*.y*ml")):
         if path.name in NOT_RUNS or other & set(path.relative_to(folder).parts[:-1]):
             continue
+        file = display_path(path)
         try:
             run = config.load_run(path, scale=scale, mode="full", overrides=overrides)
-            found = findings(run)
-            short = run if has_error(found) else config.trial(run)
-            loaded.append((path, short if mode == "trial" else run, found))
+            found = [replace(finding, file=file) for finding in findings(run)]
+            loaded.append((path, config.trial(run) if mode == "trial" and not has_error(found) else run, found))
+            if (first := owner.setdefault((run.study, run.run_id), file)) != file:
+                found.append(error("run_id", f"{run.run_id} is also the run_id of {first}", "rename one of them", file))
         except StudyError as fault:
-            loaded.append((path, fault, [finding_from(fault, display_path(path))]))
-    between = _between_files([(path, run) for path, run, _ in loaded if isinstance(run, Run)])
-    return [
-        (path, run, [replace(finding, file=display_path(path)) for finding in (*found, *between[path])])
-        for path, run, found in loaded
-    ]
+            loaded.append((path, fault, [finding_from(fault, file)]))
+    for path, run, found in loaded:
+        others = [
+            other.optuna.n_trials for other in runs_of(loaded) if isinstance(run, Run) and other.study == run.study
+        ]
+        if others and 0 < run.optuna.n_trials < max(others):
+            what = f"{run.optuna.n_trials}, where another method of the study gets {max(others)}: it is tuned less"
+            found.append(warning("optuna.n_trials", what, f"n_trials: {max(others)}", display_path(path)))
+    return loaded
 
 
 def findings(run: Run) -> list[Finding]:
@@ -94,7 +99,7 @@ def _search(run: Run) -> Iterator[Finding]:
     metrics, name, search = config.study_module(run.study).METRICS, run.optuna.objective_metric, run.optuna
     if name not in metrics:
         what = f"{name} is not a metric of {run.study} ({', '.join(metrics)})"
-        yield error("optuna.objective_metric", what, did_you_mean(name, list(metrics), "name one of them"))
+        yield error("optuna.objective_metric", what, did_you_mean(name, metrics, "name one of them"))
     elif search.direction != metrics[name]:
         what = f"the search would {search.direction} {name}, which is to be {metrics[name]}d"
         yield error("optuna.direction", what, f"direction: {metrics[name]}")
@@ -125,10 +130,6 @@ def _grid(run: Run) -> Iterator[Finding]:
     except StudyError as fault:
         yield refused(fault, f"grid: {fault.where}")
         return
-    if not run.grid and run.searched:
-        count = len({member.cell_name for member in members})
-        what = f"none: the {count} combinations of the choices of {', '.join(run.searched)} are its cells"
-        yield warning("grid", what, "grid: [{product: {...}}] says it")
     for name, entry in run.optuna.search_space.items() if run.optuna.n_trials else ():
         dotted = config.study_module(run.study).ALIASES.get(name, name)
         values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
@@ -139,56 +140,21 @@ def _grid(run: Run) -> Iterator[Finding]:
 
 
 def _files(run: Run) -> Iterator[Finding]:
-    """Local files that the run names are there, and its data is text."""
-    raw, module = config.dump(run), config.study_module(run.study)
-    for key in module.PATHS:
-        value = config.get(raw, key)
-        if not config.is_local(value):
-            continue
-        path = Path(value)
+    """Local files that the run names are there, and its data is text in UTF-8."""
+    module = config.study_module(run.study)
+    paths = {key: config.get(config.dump(run), key) for key in module.PATHS}
+    for key, path in {key: Path(path) for key, path in paths.items() if config.is_local(path)}.items():
         if not path.exists():
             fix = module.MADE_BY.get(key, f"--set {key}=<path>, or a hub id")
-            link = " (a link that leads nowhere or to itself)" * path.is_symlink()
-            yield error(key, f"{value} does not exist{link}", fix)
-        elif key.startswith("dataset."):
-            files = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("data/*")])
-            for file in (file for file in files if file.suffix in TEXT and file.is_file()):
-                yield from _text(key, file)
-
-
-def _text(key: str, path: Path) -> Iterator[Finding]:
-    """A data file is UTF-8: asked before anything has started."""
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as fault:
-        line, byte = fault.object.count(b"\n", 0, fault.start) + 1, fault.object[fault.start]
-        fix = f"iconv -f LATIN1 -t UTF-8 '{path}' > converted{path.suffix} (where it is Latin-1)"
-        yield error(key, f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8", fix)
-
-
-def _between_files(runs: list[tuple[Path, Run]]) -> Mapping[Path, list[Finding]]:
-    """What only shows between files: one run_id twice, methods that get unequal numbers of trials, and runs of one
-    method, cell and seed, which are one and the same to claims that do not name runs."""
-    found, owner, cells, most = defaultdict(list), {}, {}, defaultdict(int)
-    for _, run in runs:
-        most[run.study] = max(most[run.study], run.optuna.n_trials)
-    for path, run in runs:
-        if (first := owner.setdefault((run.study, run.run_id), path)) != path:
-            found[path].append(error("run_id", f"{run.run_id} is also the run_id of {first}", "rename one of them"))
-        if 0 < run.optuna.n_trials < most[run.study]:
-            what = f"{run.optuna.n_trials}, where another method of the study gets {most[run.study]}: it is tuned less"
-            found[path].append(warning("optuna.n_trials", what, f"n_trials: {most[run.study]}"))
-    for path, run in sorted(runs, key=lambda item: item[1].run_id):
-        with contextlib.suppress(StudyError):  # a wrong grid or wrong claims are findings of their own
-            own = {(run.study, run.method, member.cell_name, member.seed) for member in config.members(run)}
-            published = config.ROOT / "params" / run.study / "claims.yaml"
-            named = not published.exists() or "run_id" in config.load_yaml(published).get("keys", ())
-            if (shared := sorted(own & cells.keys())) and not named:
-                _, method, cell, seed = shared[0]
-                what = f"{method} trains {cell} with seed {seed} as {cells[shared[0]]} does: no claim about it can be evaluated"
-                found[path].append(warning("method", what, "claims.yaml: run_id among `keys`, and in the claim's cell"))
-            cells |= dict.fromkeys(own - cells.keys(), run.run_id)
-    return found
+            yield error(key, f"{path} does not exist{', or is a link to itself' * path.is_symlink()}", fix)
+            continue
+        files = [path, *path.glob("*"), *path.glob("data/*")] if key.startswith("dataset.") else ()
+        for file in (file for file in files if file.suffix in TEXT and file.is_file()):
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as fault:
+                fix = f"iconv -f LATIN1 -t UTF-8 '{file}' > converted{file.suffix} (where it is Latin-1)"
+                yield error(key, f"{file}: {fault}", fix)
 
 
 def finding_from(fault: StudyError, file: str) -> Finding:
@@ -223,28 +189,28 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         yield finding_from(fault, file)
         return
     asked = [claim for claim in published.claims if scale in claim.scales and not claim.not_evaluated]
-    used = {f"{claim.id}.metric": (claim.metric, module.CLAIM_METRICS) for claim in asked}
-    used["chance.metric"] = published.chance and published.chance.metric, module.CLAIM_METRICS
-    used["choose_on"] = published.choose_on, module.METRICS
-    for place, (metric, known) in used.items():
+    used = [(f"{claim.id}.metric", claim.metric, module.CLAIM_METRICS) for claim in asked]
+    used += [("chance.metric", published.chance.metric, module.CLAIM_METRICS)] if published.chance else []
+    for place, metric, known in [*used, ("choose_on", published.choose_on, module.METRICS)]:
         if metric and metric not in known:
             yield error(place, f"{metric} is in no table of {study}'s analysis", "one of: " + ", ".join(known), file)
     members = pd.DataFrame([row for run in runs for row in _rows(run)])
-    untrained = [
-        (claim.id, side, published.label(cell))
-        for claim in asked
-        for side in ("treatment", "baseline")
-        for cell in published.levels(claim, side)
-        if not members.empty and claims.select(members, {k: v for k, v in cell.items() if v != claims.BEST}).empty
-    ]
-    if all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs):
-        for name, side, label in untrained:
+    if members.empty:
+        return
+    twice = members[members.duplicated(["method", "cell", "seed"])]
+    if len(twice) and "run_id" not in published.keys:
+        what = (
+            f"several runs train {twice.iloc[0]['method']} {twice.iloc[0]['cell']}: no claim about it can be evaluated"
+        )
+        yield warning("keys", what, "run_id among `keys`, and in the claim's cell", file)
+    is_own = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
+    level = error if is_own else warning
+    for claim, side in itertools.product(asked, claims.SIDES):
+        cells = {published.label(cell): cell for cell in published.levels(claim, side)}
+        fixed = {label: {k: v for k, v in cell.items() if v != claims.BEST} for label, cell in cells.items()}
+        if untrained := [label for label, cell in fixed.items() if claims.select(members, cell).empty]:
             fix = f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}"
-            yield error(f"{name}.{side}", f"no run at {scale} scale trains {label}", fix, file)
-    elif untrained:
-        names, others = dict.fromkeys(name for name, *_ in untrained), " and others" * (len(untrained) > 1)
-        what = f"not decided by these runs, of which none trains {untrained[0][2]}{others}"
-        yield warning(", ".join(names), what, "nothing, if they are not what these runs are for", file)
+            yield level(f"{claim.id}.{side}", f"no run at {scale} scale trains {', '.join(untrained)}", fix, file)
 
 
 def _rows(run: Run) -> Iterator[dict]:
@@ -267,27 +233,23 @@ def notebooks_of(study: str) -> list[Path]:
 
 def notebook_findings(path: Path) -> Iterator[Finding]:
     """A notebook is source, not record: it parses, holds no outputs, and has one cell for papermill's parameters."""
-    file, tagged = display_path(path), 0
+    import nbformat
+
+    file = display_path(path)
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        code = [
-            (f"cell {n}", cell, "".join(cell["source"]))
-            for n, cell in enumerate(cells, 1)
-            if cell["cell_type"] == "code"
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+        cells = nbformat.read(path, as_version=4).cells
+    except Exception as fault:  # whatever nbformat makes of a file that is no notebook
         yield error("", f"not a notebook: {fault}", "git checkout -- it", file)
         return
-    for place, cell, text in code:
-        tagged += "parameters" in cell.get("metadata", {}).get("tags", ())
-        if cell.get("outputs") or cell.get("execution_count") is not None:
+    for place, cell in ((f"cell {n}", cell) for n, cell in enumerate(cells, 1) if cell.cell_type == "code"):
+        if cell.outputs or cell.execution_count is not None:
             what = "holds outputs: a notebook here is source, its executed copy is the record"
             yield error(place, what, f".venv/bin/nbstripout --keep-id {file}", file)
         try:
-            ast.parse(text)
+            ast.parse(cell.source)
         except SyntaxError as fault:
             yield error(place, f"does not parse: {fault.msg} (line {fault.lineno})", "correct the cell", file)
-    if tagged != 1:
+    if (tagged := sum("parameters" in cell.metadata.get("tags", ()) for cell in cells)) != 1:
         what = f"{tagged} cells tagged `parameters`, expected one"
         yield error("", what, "tag the one that papermill is to replace", file)
 

@@ -21,7 +21,6 @@ from lib.config import Finding, Run, is_hub_id, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
 from lib.run import storage
 
-GATED = ("meta-llama/",)  # owners whose models need an accepted license, known even where the hub cannot be asked
 NEEDED_GB = {"laptop": 0.2, "paper": 60}  # of free disk, for downloads and for checkpoints
 
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
@@ -38,13 +37,8 @@ def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> l
     runs = [run for run in runs if run.mode != "trial"]
     findings = list(_hub(runs))
     for run in runs:
-        findings += [
-            *_gpus(run, gpus, jobs),
-            *_storage(run),
-            *_wandb(run),
-            *study_module(run.study).needs(run),
-            *_disk(run),
-        ]
+        findings += [*_gpus(run, gpus, jobs), *_storage(run), *_wandb(run), *_disk(run)]
+        findings += study_module(run.study).needs(run)
     return list(dict.fromkeys(findings))
 
 
@@ -69,10 +63,8 @@ def visible_gpus() -> list[Gpu]:
         pynvml.nvmlInit()
         every, shown = list(map(str, range(pynvml.nvmlDeviceGetCount()))), os.environ.get("CUDA_VISIBLE_DEVICES")
         for device in every if shown is None else filter(None, map(str.strip, shown.split(","))):
-            by_index = device in every
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(device)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(device)
-            )
+            get = pynvml.nvmlDeviceGetHandleByIndex if device in every else pynvml.nvmlDeviceGetHandleByUUID
+            handle = get(int(device) if device in every else device)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
             capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
             gpus.append(Gpu(device, pynvml.nvmlDeviceGetName(handle), memory, capability))
@@ -89,23 +81,20 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     # 2 % of tolerance: a card sold as 80 GB reports 79 to 85.
     if sum(gpu.memory_gb >= 0.98 * floor for gpu in gpus) < wanted:
         here = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in gpus) or "none"
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        here += "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
+        if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            here += f" (CUDA_VISIBLE_DEVICES={shown})"
         what = f"each member needs {wanted} GPU{'s' * (wanted > 1)}{f' with at least {floor:g} GB' * bool(floor)}, here: {here}"
         fix = "run it on a machine that has them (./run_all.sh full --scale laptop needs none)"
         fix += ", or lower the batch and then compute.min_gpu_memory_gb" * bool(gpus)
         yield error("compute.gpus", what, fix)
         return
-    stated, names = (run.compute.gpu_type or "").split("-")[0].lower(), dict.fromkeys(gpu.name for gpu in gpus)
-    name = next((name for name in names if stated and stated in name.lower()), gpus[0].name)
-    if len(names) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
-        what = f"{', '.join(names)}: a member would train on any of these, and sums round differently"
-        fix = f"CUDA_VISIBLE_DEVICES={','.join(gpu.device for gpu in gpus if gpu.name == name)} shows the runs one kind"
-        if os.environ.get("STUDY_CLUSTER"):
-            fix = f".venv/bin/ray start --num-gpus=0 on the nodes whose GPUs are not {name}"
-        yield error("compute.gpu_type", what, fix)
-    elif stated not in name.lower():
-        what = f"{name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
+    kinds = {gpu.name: ",".join(other.device for other in gpus if other.name == gpu.name) for gpu in gpus}
+    if len(kinds) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
+        what = f"{', '.join(kinds)}: a member would train on any of these, and sums round differently"
+        fix = " or ".join(f"CUDA_VISIBLE_DEVICES={devices} ({name})" for name, devices in kinds.items())
+        yield error("compute.gpu_type", what, f"{fix}; on a cluster: ray start --num-gpus=0 on the nodes of the others")
+    elif (run.compute.gpu_type or "").split("-")[0].lower() not in gpus[0].name.lower():
+        what = f"{gpus[0].name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
         yield warning("compute.gpu_type", what, "compute.gpu_type: null says that any will do")
     oldest = min(gpu.capability for gpu in gpus)
     if oldest < (8, 0) and getattr(run.model, "torch_dtype", None) == "bfloat16":
@@ -116,17 +105,11 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
 # ---- the hub
 
 
-def cache() -> Path:
-    """Where the hub's client keeps what it downloads."""
-    from huggingface_hub import constants
-
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(named or constants.HF_HUB_CACHE).expanduser()
-
-
 def is_cached(name: str, kind: str, revision: str | None) -> bool:
     """Whether the cache holds this revision of a hub id (any, where none is given); `kind`: model or dataset."""
-    folder = cache() / f"{kind}s--{name.replace('/', '--')}"
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or "*"
     return any(folder.glob(f"snapshots/{commit}/*"))
@@ -144,18 +127,10 @@ def refusal(name: str, kind: str, revision: str | None) -> MissingError | None:
 
 def _hub(runs: list[Run]) -> Iterator[Finding]:
     """Models and data are cached, or the hub gives them to this user; each asked once."""
-    from huggingface_hub import get_token
-
     parts = [(kind, getattr(run, kind)) for run in runs for kind in ("model", "dataset")]
     for kind, name, revision in dict.fromkeys((kind, p.name, getattr(p, "revision", None)) for kind, p in parts):
-        if not is_hub_id(name) or is_cached(name, kind, revision):
-            continue
-        key, is_barred = f"{kind}.name", name.startswith(GATED) and not get_token()
-        if is_barred:
-            fix = hub.explain(PermissionError("gated"), name, kind=kind).fix
-            yield error(key, f"{name} is gated and no hub token is set", fix)
-        if not (is_barred and hub.reachable()) and (fault := refusal(name, kind, revision)):
-            yield error(key, f"{name}: {fault.found}", fault.fix)
+        if is_hub_id(name) and not is_cached(name, kind, revision) and (fault := refusal(name, kind, revision)):
+            yield error(f"{kind}.name", f"{name}: {fault.found}", fault.fix)
 
 
 # ---- keys, a database, disk
@@ -190,7 +165,9 @@ def _storage(run: Run) -> Iterator[Finding]:
 
 def _disk(run: Run) -> Iterator[Finding]:
     """Room where downloads and where records and checkpoints go."""
-    for path in (cache(), Path(run.results_dir)):
+    from huggingface_hub import constants
+
+    for path in (Path(constants.HF_HUB_CACHE), Path(run.results_dir)):
         place = next(folder for folder in (path, *path.parents) if folder.exists())
         free, needed = shutil.disk_usage(place).free / 1e9, NEEDED_GB[run.scale]
         if free < needed:
