@@ -42,20 +42,25 @@ class Terminal:
                 return
 
     def screen(self) -> list[str]:
-        """The lines on it: cursor up, erase to the end, carriage return and newline are all that is ever used."""
-        lines, row = [""], 0
-        whole = re.sub(r"\x1b(\[\d*)?$", "", self.written)  # the rest of a sequence may still be on its way
-        for part in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|[^\x1b\r\n]+", whole):
-            if part.endswith("A") and part[0] == "\x1b":
-                row = max(0, row - int(part[2:-1]))
-            elif part == "\x1b[J":
-                lines[row:] = [""]
+        """The lines on it. Of what moves the cursor or erases, only what rich's live block uses is known here."""
+        lines, row, fresh = [""], 0, True  # fresh: what is written next begins its line
+        whole = re.sub(r"\x1b(\[[?\d;]*)?$", "", self.written)  # the rest of a sequence may still be on its way
+        for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", whole):
+            if part[0] == "\x1b":
+                assert re.search(r"\[(\d*A|2K|J|\?25[lh]|[\d;]*m)$", part), (
+                    f"an escape sequence that is not ours: {part!r}"
+                )
+                if part.endswith("A"):
+                    row = max(0, row - int(part[2:-1]))
+                elif part.endswith(("K", "J")):
+                    lines[row:] = [""] if part.endswith("J") else ["", *lines[row + 1 :]]
             elif part == "\n":
-                row += 1
+                row, fresh = row + 1, True
                 lines += [""] * (row + 1 - len(lines))
-            elif part != "\r":
-                assert part[0] != "\x1b", f"an escape sequence that is not ours: {part!r}"
-                lines[row] = part
+            elif part == "\r":
+                fresh = True
+            else:
+                lines[row], fresh = part if fresh else lines[row] + part, False
         return lines
 
     def wait_for(self, process: subprocess.Popen | None, *texts: str) -> str:
