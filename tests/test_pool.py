@@ -359,3 +359,13 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_member(bare, tmp_path):
     pool.start(job)
     pool.wait_for([job])
     assert job.state == "succeeded"
+
+
+def test_members_start_in_the_order_in_which_they_were_submitted(bare, tmp_path):
+    said = tmp_path / "said"
+    jobs = [task(tmp_path, f"{i:02}", "hold", who=f"{i:02}", said=str(said), go=str(tmp_path)) for i in range(20)]
+    for job in jobs:
+        pool.start(job)
+    pool.wait_for(jobs)
+    begun = [name for word, name in map(str.split, said.read_text().splitlines()) if word == "begun"]
+    assert all(abs(place - int(name)) < 5 for place, name in enumerate(begun)), "but for two slots"

@@ -317,8 +317,15 @@ class Server:
         self.end()
 
     def accept(self) -> None:
+        """Requests come into the queue one after the other, in the order in which clients connected."""
         while True:
-            threading.Thread(target=self.handle, args=[self.listener.accept()], daemon=True).start()
+            connection = self.listener.accept()
+            with contextlib.suppress(EOFError, OSError):
+                request = connection.recv()
+                if request["kind"] == "member":
+                    with self.changed:
+                        self.queue.append(request)
+                threading.Thread(target=self.handle, args=(connection, request), daemon=True).start()
 
     def members(self) -> list:
         return [process for process, request in self.children.items() if request["kind"] == "member"]
@@ -337,10 +344,10 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
-    def handle(self, connection: Connection) -> None:
+    def handle(self, connection: Connection, request: dict) -> None:
         """One connection, from its request to its child's end. A client that goes away takes its child along."""
         with connection, contextlib.suppress(EOFError, OSError):
-            request, taken = connection.recv(), []
+            taken = []
             if request["kind"] == "member" and (taken := self.take_slots(request, connection)) is None:
                 return
             request["env"] = request.get("env", {}) | self.gpus_shown(request, taken)
@@ -357,7 +364,6 @@ class Server:
     def take_slots(self, request: dict, connection: Connection) -> list[int] | None:
         """Wait for its turn; None where the client has gone meanwhile."""
         with self.changed:
-            self.queue.append(request)
             while self.stopping or next_in_turn(self.queue, len(self.free), self.total, self.busy) is not request:
                 self.changed.wait(LOOK_SECONDS)
                 if connection.poll():
