@@ -201,8 +201,7 @@ class Block(Section):
     @model_validator(mode="after")
     def _one_kind(self):
         if bool(self.cells) == bool(self.product):
-            fix = "cells: [{beta: 0.05}] or product: {beta: [0.01, 0.05]}"
-            raise fault("both" if self.cells else "neither", "either cells or product", fix)
+            raise fault("both" if self.cells else "neither", "either cells or product", "cells: [{beta: 0.05}]")
         return self
 
 
@@ -286,16 +285,20 @@ def _not_supplied(name: str, key: str) -> tuple[str, str, str]:
     return f"${{opt.{name}}}, which nothing supplies", "a value, a grid over it, or choices in optuna.search_space", fix
 
 
-def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> typing.NoReturn:
-    """All faults of a file in one StudyError: file, key, found, expected, fix for each. The value of an unknown key is
-    never shown: it may be secret."""
+def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
+    """Plain data as that section; all its faults in one StudyError: file, key, found, expected, fix for each. The value
+    of an unknown key is never shown: it may be secret."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        # Unknown keys first: a slip of the pen is why another key is missing.
+        errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     faults = []
-    # Unknown keys first: a slip of the pen is why another key is missing.
-    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden"):
+    for item in errors:
         kind, value, context = item["type"], item["input"], item.get("ctx", {})
         key = ".".join(filter(None, [*map(str, item["loc"]), context.get("key")])) or "(top level)"
         if kind == "extra_forbidden":
-            words = "unknown key", "a key of this section", did_you_mean(key, keys(model))
+            words = "unknown key", "a key of this section", did_you_mean(key, keys(section))
         elif kind == "missing":
             words = "missing", "this key", f"write {key}: ... (params/ has complete examples)"
         elif kind == "study":
@@ -306,9 +309,9 @@ def raise_faults(error: ValidationError, where: str, model: type[BaseModel]) -> 
             words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), ""
         faults.append((key, *words))
     if len(faults) == 1:
-        raise StudyError(f"{where}: {key}", *words) from None
+        raise StudyError(f"{where}: {key}", *words)
     lines = [f"\n  {key}: {found}; expected {'; '.join(filter(None, rest))}" for key, found, *rest in faults]
-    raise StudyError(where, f"{len(faults)} faults{''.join(lines)}", "values as in params/", "correct each") from None
+    raise StudyError(where, f"{len(faults)} faults{''.join(lines)}", "values as in params/", "correct each")
 
 
 # ---- reading a YAML file that somebody else wrote
@@ -337,8 +340,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark, found = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        fix = "correct the line; tags such as !!python are not read"
-        raise StudyError(place, found, "one plain YAML document, not nested too deeply", fix) from None
+        raise StudyError(place, found, "plain YAML, not nested too deeply", "correct it; no !!python is read") from None
 
 
 def load_yaml(path: str | Path) -> dict:
@@ -347,8 +349,7 @@ def load_yaml(path: str | Path) -> dict:
         content = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         found = f"is not UTF-8: {error}" if isinstance(error, ValueError) else error.strerror
-        fix = f"check its permissions, or: iconv -t UTF-8 {path} > new.yaml"
-        raise StudyError(str(path), found, "a readable text file in UTF-8", fix) from None
+        raise StudyError(str(path), found, "a readable file in UTF-8", "check the path; iconv converts text") from None
     if not isinstance(content, dict):
         found, fix = "empty" if content is None else f"a {type(content).__name__}", "copy a YAML of params/ and edit it"
         raise StudyError(str(path), found, "a mapping of run_id, method, model, ...", fix)
@@ -357,11 +358,7 @@ def load_yaml(path: str | Path) -> dict:
 
 def validate(section: type[Section], path: str | Path) -> Any:
     """A YAML file as a section of that type."""
-    raw = load_yaml(path)
-    try:
-        return section.model_validate(raw)
-    except ValidationError as error:
-        raise_faults(error, str(path), section)
+    return validated(section, load_yaml(path), str(path))
 
 
 # ---- studies, and their keys by name
@@ -406,12 +403,11 @@ def study_module(study: str) -> types.ModuleType:
 
 def recognize(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
-    match [study for study in studies() if study_module(study).recognizes(raw)]:
-        case [study]:
-            return study
-        case several:
-            found, fix = f"belongs to {' and '.join(several) or 'no study'}", "put it under params/<study>/<scale>/"
-            raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
+    names = [study for study in studies() if study_module(study).recognizes(raw)]
+    if len(names) != 1:
+        found, fix = f"belongs to {' and '.join(names) or 'no study'}", "put it under params/<study>/<scale>/"
+        raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
+    return names[0]
 
 
 def resolve(study: str, key: str, where: str = "key") -> str:
@@ -498,10 +494,7 @@ def build(study: str, raw: Mapping[str, Any], where: str, /, **context: Any) -> 
             put(raw, key, _absolute(path))
     folder = context.get("results_dir") or default_results(study, context["scale"], context["mode"])
     context |= {"study": study, "searched": searched, "results_dir": ROOT / Path(folder).expanduser()}
-    try:
-        return module.Run.model_validate({**raw, **context})
-    except ValidationError as error:
-        raise_faults(error, where, module.Run)
+    return validated(module.Run, {**raw, **context}, where)
 
 
 def _first_values(raw: dict, aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -649,26 +642,21 @@ def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
     """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid."""
     if run.grid:
         return [(block.cells or _product(block.product), block.seeds or run.seed_list) for block in run.grid]
-    space = {resolve(run.study, key, "optuna.search_space"): entry for key, entry in run.optuna.search_space.items()}
-    choices = {key: space[key].choices for key in run.searched if key in space}
-    for key, name in run.searched.items():
-        if not choices.get(key):
-            raise StudyError(f"{run.source or run.run_id}: {key}", *_not_supplied(name, key))
-    return [(_product(choices), run.seed_list)]
+    space = {resolve(run.study, key): entry.choices for key, entry in run.optuna.search_space.items()}
+    return [(_product({key: space[key] for key in run.searched if space.get(key)}), run.seed_list)]
 
 
 def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
     """Any one member of a run, on its grid or not (a trial of the search)."""
     where = run.source or run.run_id
     cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in cell.items()}
-    name, common = cell_name(run.study, cell), [key for key in cell if key.split(".")[0] not in TUNABLE]
-    trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell and not common else run
-    for key in common:
-        found, fix = "not a key that differs between members", "write another run YAML for it"
-        raise StudyError(f"{where}: grid: {key}", found, "keys of " + ", ".join(TUNABLE), fix)
-    for key in trained.searched:
-        fix = "add it to the cell, or write a value instead of ${opt...}"
-        raise StudyError(f"{where}: {key}", f"not supplied by the cell {name}", "a value in every cell", fix)
+    for key in cell:
+        if key.split(".")[0] not in TUNABLE:
+            raise StudyError(f"{where}: grid: {key}", "not a key that differs between members", ", ".join(TUNABLE))
+    name = cell_name(run.study, cell)
+    trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell else run
+    for key, marked in trained.searched.items():
+        raise StudyError(f"{where}: cell {name}: {key}", *_not_supplied(marked, key))
     return Member(trained, cell, name, seed)
 
 
@@ -720,7 +708,6 @@ def steps(run: Run) -> int:
 
 
 def wandb_mode(run: Run) -> str:
-    """online, offline or disabled: the YAML's word, else online at paper scale and offline at laptop scale."""
-    if run.mode == "trial":
-        return "disabled"
+    """online, offline or disabled: the YAML's word (a trial's is disabled), else online at paper scale and offline at
+    laptop scale."""
     return (run.wandb.mode if run.wandb else None) or ("online" if run.scale == "paper" else "offline")

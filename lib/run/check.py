@@ -73,13 +73,11 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
                 found.append(error("run_id", f"{run.run_id} is also the run_id of {first}", "rename one of them", file))
         except StudyError as fault:
             loaded.append((path, fault, [finding_from(fault, file)]))
-    for path, run, found in loaded:
-        others = [
-            other.optuna.n_trials for other in runs_of(loaded) if isinstance(run, Run) and other.study == run.study
-        ]
-        if others and 0 < run.optuna.n_trials < max(others):
-            what = f"{run.optuna.n_trials}, where another method of the study gets {max(others)}: it is tuned less"
-            found.append(warning("optuna.n_trials", what, f"n_trials: {max(others)}", display_path(path)))
+    for path, run, found in [entry for entry in loaded if isinstance(entry[1], Run)]:
+        most = max(other.optuna.n_trials for other in runs_of(loaded) if other.study == run.study)
+        if 0 < run.optuna.n_trials < most:
+            what = f"{run.optuna.n_trials}, where another method of the study gets {most}: it is tuned less"
+            found.append(warning("optuna.n_trials", what, f"n_trials: {most}", display_path(path)))
     return loaded
 
 
@@ -98,14 +96,11 @@ def _search(run: Run) -> Iterator[Finding]:
     it; every name is a key of the YAML and every end of its range is a value that the key takes."""
     metrics, name, search = config.study_module(run.study).METRICS, run.optuna.objective_metric, run.optuna
     if name not in metrics:
-        what = f"{name} is not a metric of {run.study} ({', '.join(metrics)})"
-        yield error("optuna.objective_metric", what, did_you_mean(name, metrics, "name one of them"))
+        yield error("optuna.objective_metric", f"{name} is no metric", did_you_mean(name, metrics, ", ".join(metrics)))
     elif search.direction != metrics[name]:
-        what = f"the search would {search.direction} {name}, which is to be {metrics[name]}d"
-        yield error("optuna.direction", what, f"direction: {metrics[name]}")
+        yield error("optuna.direction", f"would {search.direction} {name}", f"direction: {metrics[name]}")
     if search.n_trials and not search.search_space:
-        what = f"empty, with {search.n_trials} trials"
-        yield error("optuna.search_space", what, "n_trials: 0, or name keys to search")
+        yield error("optuna.search_space", f"empty, with {search.n_trials} trials", "n_trials: 0, or keys to search")
     try:
         if search.storage is not None:
             storage.check_url(search.storage)
@@ -135,8 +130,7 @@ def _grid(run: Run) -> Iterator[Finding]:
         values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
         outside = [v for v in values if not (v in entry.choices if entry.choices else entry.low <= v <= entry.high)]
         if outside:
-            what = f"does not hold the grid's {outside}: these cells cannot count as trials"
-            yield warning(f"optuna.search_space.{name}", what, "widen the search space")
+            yield warning(f"optuna.search_space.{name}", f"does not hold the grid's {outside}", "widen the space")
 
 
 def _files(run: Run) -> Iterator[Finding]:
@@ -153,8 +147,7 @@ def _files(run: Run) -> Iterator[Finding]:
             try:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError as fault:
-                fix = f"iconv -f LATIN1 -t UTF-8 '{file}' > converted{file.suffix} (where it is Latin-1)"
-                yield error(key, f"{file}: {fault}", fix)
+                yield error(key, f"{file}: {fault}", f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW (where it is Latin-1)")
 
 
 def finding_from(fault: StudyError, file: str) -> Finding:
@@ -190,7 +183,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         return
     asked = [claim for claim in published.claims if scale in claim.scales and not claim.not_evaluated]
     used = [(f"{claim.id}.metric", claim.metric, module.CLAIM_METRICS) for claim in asked]
-    used += [("chance.metric", published.chance.metric, module.CLAIM_METRICS)] if published.chance else []
+    used.append(("chance.metric", published.chance and published.chance.metric, module.CLAIM_METRICS))
     for place, metric, known in [*used, ("choose_on", published.choose_on, module.METRICS)]:
         if metric and metric not in known:
             yield error(place, f"{metric} is in no table of {study}'s analysis", "one of: " + ", ".join(known), file)
@@ -204,13 +197,12 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         )
         yield warning("keys", what, "run_id among `keys`, and in the claim's cell", file)
     is_own = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
-    level = error if is_own else warning
+    level, fix = error if is_own else warning, f"a run of it in params/{study}/{scale}/, or scales: without {scale}"
     for claim, side in itertools.product(asked, claims.SIDES):
-        cells = {published.label(cell): cell for cell in published.levels(claim, side)}
-        fixed = {label: {k: v for k, v in cell.items() if v != claims.BEST} for label, cell in cells.items()}
-        if untrained := [label for label, cell in fixed.items() if claims.select(members, cell).empty]:
-            fix = f"a run in params/{study}/{scale}/ with this cell, or scales: of the claim without {scale}"
-            yield level(f"{claim.id}.{side}", f"no run at {scale} scale trains {', '.join(untrained)}", fix, file)
+        for cell in published.levels(claim, side):
+            if claims.select(members, {key: value for key, value in cell.items() if value != claims.BEST}).empty:
+                what = f"no run at {scale} scale trains {published.label(cell)}"
+                yield level(f"{claim.id}.{side}", what, fix, file)
 
 
 def _rows(run: Run) -> Iterator[dict]:
@@ -243,15 +235,13 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
         return
     for place, cell in ((f"cell {n}", cell) for n, cell in enumerate(cells, 1) if cell.cell_type == "code"):
         if cell.outputs or cell.execution_count is not None:
-            what = "holds outputs: a notebook here is source, its executed copy is the record"
-            yield error(place, what, f".venv/bin/nbstripout --keep-id {file}", file)
+            yield error(place, "holds outputs, which its executed copy is for", f"nbstripout --keep-id {file}", file)
         try:
             ast.parse(cell.source)
         except SyntaxError as fault:
             yield error(place, f"does not parse: {fault.msg} (line {fault.lineno})", "correct the cell", file)
     if (tagged := sum("parameters" in cell.metadata.get("tags", ()) for cell in cells)) != 1:
-        what = f"{tagged} cells tagged `parameters`, expected one"
-        yield error("", what, "tag the one that papermill is to replace", file)
+        yield error("", f"{tagged} cells tagged `parameters`, expected one", "tag the parameters' cell", file)
 
 
 # ---- all of it
@@ -263,16 +253,16 @@ def unread_keys(study: str) -> Iterator[Finding]:
     module, names = config.study_module(study), set()
     for path in [*(config.ROOT / "lib" / study).glob("*.py"), *(config.ROOT / "lib").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names |= {node.attr} if isinstance(node, ast.Attribute) else set()
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.stem != "study":
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant) and path.stem != "study":
                 names.add(node.value)
-    known = config.keys(module.Run)
-    for key in known:
+    sections = {key.rpartition(".")[0] for key in config.keys(module.Run)}
+    for key in config.keys(module.Run):
         section, _, name = key.rpartition(".")
-        is_leaf = section.split(".")[0] in config.TUNABLE and not any(other.startswith(f"{key}.") for other in known)
+        is_leaf = section.split(".")[0] in config.TUNABLE and key not in sections
         if is_leaf and name not in names and key not in module.UNREAD:
-            fix = f"read it where it belongs, or take it out of the sections in lib/{study} and the YAMLs"
-            yield error(key, "no code reads it: whatever it says, the run is the same", fix, f"lib/{study}")
+            yield error(key, "no code reads it", "read it, or take it out of sections and YAMLs", f"lib/{study}")
 
 
 def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path) -> list[Finding]:
@@ -342,12 +332,12 @@ def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
 
 
 def choose_tried(runs: list[Run]) -> dict[str, list[str]]:
-    """{the run that is tried: those that it stands for}: one of each method of a study. The others differ in values,
-    which the static findings look at."""
+    """{the run that is tried: the others that it stands for}: one of each method of a study. The others differ in
+    values, which the static findings look at."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.study, run.method].append(run.run_id)
-    return {run_ids[0]: run_ids for run_ids in groups.values()}
+    return {first: others for first, *others in groups.values()}
 
 
 def trial_digest(found: list[Loaded]) -> str:
@@ -365,29 +355,25 @@ def trial_has_passed(found: list[Loaded], root: Path) -> bool:
 def check_trial(found: list[Loaded], options, root: Path) -> list[Finding]:
     """A watched trial of one run per method; that it gave no error is noted in `root` for `trial_has_passed`."""
     chosen = choose_tried(runs_of(found))
-    print(f"trying before anything long starts: {describe(chosen)}", file=sys.stderr, flush=True)
-    tried = [(path, run) for path, run, _ in found if isinstance(run, Run) and run.run_id in chosen]
+    names = [name + f" (for {', '.join(others)})" * bool(others) for name, others in chosen.items()]
+    print(f"trying before anything long starts: {', '.join(names)}", file=sys.stderr, flush=True)
+    tried = [run for run in runs_of(found) if run.run_id in chosen]
     findings = list(trial_findings(tried, options.scale, trial_arguments(options, list(chosen))))
     if not has_error(findings):
         record.write_json(root / ".check.json", {"passed": trial_digest(found)})
     return findings
 
 
-def describe(tried: dict[str, list[str]]) -> str:
-    """`dpo (for dpo_long, dpo_short), td_dpo`."""
-    return ", ".join(run + f" (for {', '.join(others)})" * bool(others) for run, *others in tried.values())
-
-
 def trial_arguments(options, run_ids: list[str]) -> list[str]:
     """The options that choose the runs, and how many members at a time."""
     chosen = [("--study", study) for study in options.study or []] + [("--run", run_id) for run_id in run_ids]
-    chosen += [("--params", os.path.abspath(options.params))] if options.params else []
-    chosen += [("--jobs", str(options.jobs))] if options.jobs else []
-    return [part for pair in (*chosen, *(("--set", text) for text in options.sets)) for part in pair]
+    chosen += [("--params", os.path.abspath(options.params))] * bool(options.params)
+    chosen += [("--jobs", str(options.jobs))] * bool(options.jobs) + [("--set", text) for text in options.sets]
+    return list(itertools.chain(*chosen))
 
 
-def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[str]) -> Iterator[Finding]:
-    """Run the trial of these YAMLs in a place of its own, from nothing (so that preparation is watched too), and judge
+def trial_findings(runs: list[Run], scale: str, arguments: list[str]) -> Iterator[Finding]:
+    """Run the trial of these runs in a place of its own, from nothing (so that preparation is watched too), and judge
     what its processes did."""
     with tempfile.TemporaryDirectory(prefix="study-check-") as place:
         outputs, folder = Path(place, "outputs"), Path(place, "watch")
@@ -405,10 +391,10 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
         if any(finding.file == WHOLE_TRIAL for finding in failed):  # all else would follow from it
             return
         seen = watch.evidence(folder)
-        for study in dict.fromkeys(run.study for _, run in found):
+        for study in dict.fromkeys(run.study for run in runs):
             yield from _unlogged_metrics(study, results)
             yield from _empty_columns(study, results)
-        if found and not failed and not seen["batch"]:
+        if runs and not failed and not seen["batch"]:
             yield error("", "no phase counts its batches", "take them through record.batches(phase, items)", "lib")
         for phase, number in seen["batch"]:
             if number == MOST_BATCHES + 1:
@@ -418,8 +404,7 @@ def trial_findings(found: list[tuple[Path, Run]], scale: str, arguments: list[st
             yield error("", "was written by a trial, outside its results_dir", "write below it", display_path(path))
         for (address,) in seen["connect"] if scale == "laptop" else ():
             if not address.startswith(("127.", "::1", "localhost")):
-                what = "a connection was opened at laptop scale, which touches no network"
-                yield error(address, what, "make or ship what it wanted", WHOLE_TRIAL)
+                yield error(address, "a connection, and laptop scale touches no network", "ship the file", WHOLE_TRIAL)
 
 
 def _failures(results: Path, done: subprocess.CompletedProcess) -> Iterator[Finding]:
@@ -453,5 +438,5 @@ def _empty_columns(study: str, results: Path) -> Iterator[Finding]:
     filled = {column for column, value in cells if value not in (None, "", [])}
     for kind, name in sorted({column for column, _ in cells} - filled):
         if f"predictions.{name}" not in config.study_module(study).UNREAD:
-            fix = "carry it through the preprocessing: without it nothing can be scored"
-            yield error(f"predictions.jsonl: {name}", f"empty in all rows ({kind})", fix, f"lib/{study}")
+            what, fix = f"empty in all rows ({kind})", "carry it through the preprocessing"
+            yield error(f"predictions.jsonl: {name}", what, fix, f"lib/{study}")

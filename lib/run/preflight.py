@@ -172,6 +172,4 @@ def _disk(run: Run) -> Iterator[Finding]:
         free, needed = shutil.disk_usage(place).free / 1e9, NEEDED_GB[run.scale]
         if free < needed:
             what = f"{free:.1f} GB free at {place}, about {needed:g} GB needed"
-            yield error(
-                "results_dir", what, "free space there, or STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk"
-            )
+            yield error("results_dir", what, "free space, or STUDY_OUTPUTS=DIR and STUDY_CACHE=DIR on a larger disk")
