@@ -367,9 +367,9 @@ def check_trial(found: list[Loaded], options, root: Path) -> list[Finding]:
 def trial_arguments(options, run_ids: list[str]) -> list[str]:
     """The options that choose the runs, and how many members at a time."""
     chosen = [("--study", study) for study in options.study or []] + [("--run", run_id) for run_id in run_ids]
-    chosen += [("--params", os.path.abspath(options.params))] * bool(options.params)
-    chosen += [("--jobs", str(options.jobs))] * bool(options.jobs) + [("--set", text) for text in options.sets]
-    return list(itertools.chain(*chosen))
+    chosen += [("--params", os.path.abspath(options.params))] if options.params else []
+    chosen += [("--jobs", str(options.jobs))] if options.jobs else []
+    return list(itertools.chain(*chosen, *(("--set", text) for text in options.sets)))
 
 
 def trial_findings(runs: list[Run], scale: str, arguments: list[str]) -> Iterator[Finding]:
