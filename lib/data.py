@@ -3,7 +3,8 @@
 A row keeps its file and its number (from 0), so that every fault names its place. Nothing is cached: a file is read as
 it is now. What `datasets` does not do and the studies need is done here: rows of differing types, which its schema
 refuses with the whole file (or turns into others: text that looks like a date), lines that cannot be read, and all
-faults of a data set in one error.
+faults of a data set in one error. The way of a data set: `read` (files to rows by split), then `make_splits` (a study's
+own function makes of each row what it trains on; what is missing is carved from train).
 """
 
 from __future__ import annotations
@@ -14,26 +15,25 @@ import io
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from lib import hub
 from lib.errors import StudyError
 
-SPLIT_OF = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval"), "validation"
-)
+SPLIT_OF = {name: name for name in ("train", "validation", "test")}
+SPLIT_OF |= dict.fromkeys(("valid", "val", "dev", "eval"), "validation")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-LONGEST_ROW = 1_000_000  # bytes
-_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # made once: that of every row takes longer
 Splits = dict[str, list[dict]]
+Sources = dict[str, list["Row"]]
+Parse = Callable[[dict, int], dict]  # what a study makes of a row at its place in the split; raises BadRow
 Key = Callable[[dict], str]  # rows of the same key belong in the same split
 
 
@@ -59,11 +59,11 @@ def describe(value: Any, limit: int = 60) -> str:
 
 
 def require(row: dict, column: str) -> Any:
-    """The value of `column`. Raises BadRow where it is missing, null or blank."""
+    """The value of `column`. Raises BadRow where it is missing, null, blank or an empty list."""
     value = row.get(column)
     if value is None:
         raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200])
-    if isinstance(value, str) and not value.strip():
+    if value == [] or (isinstance(value, str) and not value.strip()):
         raise BadRow(f"empty {column}")
     return value
 
@@ -78,10 +78,14 @@ def require_text(row: dict, column: str) -> str:
 # ---- files to rows
 
 
-def read_jsonl(text: bytes) -> list:
-    """One JSON value per line; a line that cannot be read becomes a BadRow in its place."""
-    rows = []
-    for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+def read_json(text: bytes) -> list:
+    """A JSON array of rows or one row per line, whatever the suffix says (many .json files of the hub have lines).
+    A line that cannot be read becomes a BadRow in its place."""
+    text = text.removeprefix(b"\xef\xbb\xbf")
+    if text.lstrip().startswith(b"["):
+        return json.loads(text.decode())
+    rows: list = []
+    for number, line in enumerate(text.split(b"\n"), start=1):
         try:
             if line.strip():
                 rows.append(json.loads(line.decode()))
@@ -90,22 +94,10 @@ def read_jsonl(text: bytes) -> list:
     return rows
 
 
-def read_json(text: bytes) -> list:
-    """A JSON array of rows, an object whose `data` is one, or (as many hub files are) one row per line."""
-    if text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") and b"\n" in text.strip():
-        return read_jsonl(text)
-    value = json.loads(text.decode("utf-8-sig"))
-    if isinstance(value, dict):
-        value = value["data"] if isinstance(value.get("data"), list) else [value]
-    if not isinstance(value, list):
-        raise ValueError(f"JSON {type(value).__name__}, not an array of rows")
-    return value
-
-
 def read_csv(text: bytes) -> list:
     """Rows as strings. The header shows what separates fields; tabs may separate raw text (GLUE's files), in which a
     quotation mark means itself."""
-    csv.field_size_limit(1 << 30)  # rows that are too long are refused later, with their number
+    csv.field_size_limit(1 << 30)
     lines = text.decode("utf-8-sig")
     tab = max(",;\t", key=lines.partition("\n")[0].count)
     raw = tab == "\t" and '""' not in lines and len({line.count(tab) for line in lines.strip("\r\n").split("\n")}) == 1
@@ -114,14 +106,13 @@ def read_csv(text: bytes) -> list:
     header = reader.fieldnames or []
     if len(set(header)) != len(header):
         raise ValueError(f"column names that repeat: {', '.join(header)}")
-    fault = "more fields than the header has"
-    return [BadRow(fault, f"line {reader.line_num}") if None in row else row for row in reader]
+    return list(reader)
 
 
 READERS: dict[str, Callable[[bytes], list]] = {
     ".parquet": lambda content: pq.read_table(pa.BufferReader(content)).to_pylist(),
     ".arrow": lambda content: datasets.Dataset.from_buffer(pa.py_buffer(content)).to_list(),
-    ".jsonl": read_jsonl,
+    ".jsonl": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
@@ -139,7 +130,7 @@ def read_file(path: Path) -> list[Row]:
     if not (form := form_of(path)):
         raise StudyError(str(path), f"a file of type '{path.suffix or 'none'}'", f"one of {', '.join(READERS)}")
     try:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
+        with LocalFileSystem().open(str(path), "rb", compression="infer") as file:
             rows = READERS[form](file.read())
     except (OSError, ValueError, RecursionError, EOFError, csv.Error, pa.ArrowException) as error:
         found = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}"
@@ -161,14 +152,12 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     """Data files of a folder by split: train.*, test.*, validation.* in it or, as on the hub, shards such as
     data/train-00000-of-00002.parquet, or in the folder of `config`; a single file is the train split."""
     ours = [place for place in sorted(folder.iterdir()) if re.sub(r"\W", "", place.name).lower() == config]
-    splits: dict[str, list[Path]] = defaultdict(list)
+    splits: dict[str, list[Path]] = {}
     for place in (*ours, folder, folder / "data"):
         files = [path for path in sorted(place.glob("*")) if form_of(path) and path.is_file()]
         for path in files:
-            if split := split_of(path.name):
-                splits[split].append(path)
-        if not splits and len(files) == 1:
-            splits["train"] = files
+            if split := split_of(path.name) or (len(files) == 1 and "train"):
+                splits.setdefault(split, []).append(path)
         if splits:
             break
     for split, paths in splits.items():
@@ -197,8 +186,9 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         expected = "an existing path, a hub id, or 'generated'"
         raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")
     datasets.disable_progress_bars()  # they flood a log
-    options |= {"revision": revision} | ({"config": config} if config else {})
-    tables = datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, **options)
+    tables = (
+        datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, config, revision=revision, **options)
+    )
     tables = tables if isinstance(tables, dict) else {"train": tables}
     try:
         return {
@@ -217,38 +207,27 @@ def source_of(run) -> tuple[str, str]:
     return name, name
 
 
-# ---- rows checked
+# ---- rows to examples
 
 
-def convert(
-    sources: dict[str, list[Row]], parse: Callable[[dict, int], dict], expected: str, drop: bool | None = None
-) -> tuple[Splits, dict]:
-    """({split: what `parse(row, its place in the split)` makes of every row}, report of what was left out). Without
-    `drop`, all faults of all files are one StudyError; None: the study has no key that drops rows."""
+def convert(sources: Sources, parse: Parse, expected: str, on_bad_row: str | None) -> tuple[Splits, dict]:
+    """({split: what `parse` makes of every row}, report of what was left out). All faults of all files are one
+    StudyError, unless `on_bad_row` is "drop"; None: the study has no such key."""
     splits: Splits = {split: [] for split in sources}  # present even where every row is bad
-    faults: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)  # (file, kind) -> [(row, detail)]
+    faults: dict[tuple[str, str], dict] = {}
     for split, rows in sources.items():
         for place, row in enumerate(rows):
             try:
                 splits[split].append(parse(_check(row.value), place))
             except BadRow as fault:
-                faults[row.file, fault.kind].append((row.number, fault.detail))
-    if faults and not drop:
+                entry = {"file": row.file, "reason": fault.kind, "example": fault.detail, "rows": []}
+                faults.setdefault((row.file, fault.kind), entry)["rows"].append(row.number)
+    if faults and on_bad_row != "drop":
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
-        found = "; ".join(f"{_describe_fault(kind, bad)} in {Path(file).name}" for (file, kind), bad in faults.items())
-        leave = "" if drop is None else ", or leave them out and have them counted: --set dataset.on_bad_row=drop"
+        found = "; ".join(_describe_fault(**entry) for entry in faults.values())
+        leave = ", or leave them out and have them counted: --set dataset.on_bad_row=drop" if on_bad_row else ""
         raise StudyError(where, found, f"{expected}; rows are counted from 0", f"correct these rows{leave}")
-    dropped = [
-        {"file": file, "reason": kind, "count": len(bad), "rows": [row for row, _ in bad]}
-        for (file, kind), bad in faults.items()
-    ]
-    lost = sum(entry["count"] for entry in dropped)
-    for split, kept in splits.items():
-        if not kept:
-            where = ", ".join(dict.fromkeys(row.file for row in sources[split]))
-            found = f"0 usable rows in split {split} ({lost} dropped)"
-            raise StudyError(where or split, found, "at least one row", "give a file that has rows")
-    return splits, {"count": lost, "reasons": dropped}
+    return splits, {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
 
 
 def _check(value: Any) -> dict:
@@ -256,21 +235,20 @@ def _check(value: Any) -> dict:
         raise value
     if not isinstance(value, dict):
         raise BadRow("a row that is not an object with named columns", describe(value))
+    if None in value:  # csv.DictReader's key
+        raise BadRow("more fields than the header has", describe(value[None]))
     try:
-        size = len(_as_json(value).encode())
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise BadRow("text that is not valid Unicode (a lone surrogate)") from None
-    if size > LONGEST_ROW:
-        raise BadRow(f"a row of more than {LONGEST_ROW:,} bytes", f"{size:,} bytes")
     return value
 
 
-def _describe_fault(kind: str, bad: list[tuple[int, str]]) -> str:
-    """'3 rows: empty chosen (rows 4, 9, 11; row 4: no messages)'."""
-    several, (first, detail) = "s" * (len(bad) > 1), bad[0]
-    rows = ", ".join(str(row) for row, _ in bad[:5]) + ", ..." * (len(bad) > 5)
-    more = f"; row {first}: {detail}" if several and detail else f": {detail}" if detail else ""
-    return f"{len(bad)} row{several}: {kind} (row{several} {rows}{more})"
+def _describe_fault(file: str, reason: str, example: str, rows: list[int]) -> str:
+    """'3 rows: empty chosen (rows 4, 9, 11; row 4: no messages) in train.jsonl'."""
+    several, numbers = "s" * (len(rows) > 1), ", ".join(map(str, rows[:5])) + ", ..." * (len(rows) > 5)
+    more = f"; row {rows[0]}: {example}" if several and example else f": {example}" if example else ""
+    return f"{len(rows)} row{several}: {reason} (row{several} {numbers}{more}) in {Path(file).name}"
 
 
 # ---- splits
@@ -287,24 +265,35 @@ def carve(rows: list[dict], key: Key, fraction: float, seed: int, salt: str) -> 
     return [row for row in rows if key(row) not in held], [row for row in rows if key(row) in held]
 
 
-def complete(
-    splits: Splits, wanted: Sequence[str], key: Key, where: str, seed: int = 0, fraction: float = 0.1
-) -> tuple[Splits, dict[str, float]]:
-    """(the `wanted` splits, of which train is one, {split carved from train: fraction}). A source with one split gives
-    its rows to train, from which what is missing is carved by `key`, so that no key is in two splits."""
-    splits, carved = dict(splits), {}
-    if len(splits) == 1:
-        splits = {"train": next(iter(splits.values()))}
-    if "train" not in splits:
-        raise StudyError(where, f"splits {', '.join(splits)}", "a train split", "name the file to train on train.*")
+def make_splits(
+    sources: Sources, wanted: Sequence[str], parse: Parse, key: Key, expected: str, section: Mapping
+) -> tuple[Splits, dict]:
+    """(the `wanted` splits, report: files, dropped rows, {split carved from train: fraction}). The rows of a source
+    with one split are those of the last one wanted (train), from which what is missing is carved by `key`, so that no
+    key is in two splits. `section` may have on_bad_row, split_seed, validation_fraction."""
+    last, carved, fraction = wanted[-1], {}, section.get("validation_fraction") or 0.1
+    files = {split: list(dict.fromkeys(row.file for row in rows)) for split, rows in sources.items()}
+    where = ", ".join(itertools.chain(*files.values()))[:300]
+    if len(sources) == 1:
+        sources = {last: next(iter(sources.values()))}
+    if last not in sources:
+        raise StudyError(where, f"splits {', '.join(sources)}", f"a {last} split", f"name the file to use {last}.*")
+    sources = {split: rows for split, rows in sources.items() if split in wanted}
+    splits, dropped = convert(sources, parse, expected, section.get("on_bad_row"))
     for split in wanted:
         if split not in splits:
-            splits["train"], splits[split] = carve(splits["train"], key, fraction, seed, split)
+            splits[last], splits[split] = carve(splits[last], key, fraction, section.get("split_seed") or 0, split)
             carved[split] = fraction
-            if not splits[split]:
-                found, fix = f"too few different rows in train to hold out a {split} split", f"give a {split}.* file"
-                raise StudyError(where, found, "rows that differ, or files for all splits", fix)
-    return {split: splits[split] for split in wanted}, carved
+    for split, rows in splits.items():
+        if not rows:
+            found = f"no usable row for split {split} (dropped: {dropped['count']}; held out: {', '.join(carved) or 'none'})"
+            expected = "at least one row, and different rows of which to hold out the splits that are not given"
+            raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
+    report = {"files": files, "dropped": dropped, "carved_from_train": carved}
+    return {split: splits[split] for split in wanted}, report
+
+
+# ---- baselines
 
 
 def word_counts(fit: Sequence[str], *texts: Sequence[str], **options) -> list:

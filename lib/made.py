@@ -13,22 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import (
-    DebertaV2ForSequenceClassification,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3ForCausalLM,
-    get_scheduler,
-)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lib import hub, models as base_models, record
 from lib.errors import StudyError
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
+Base = tuple[PreTrainedModel, PreTrainedTokenizerFast, float]  # made here; the closing loss of its pretraining
+Make = Callable[[dict, OnStep], Base]  # of a recipe
 
 # Formats of the models that are stood in for; each puts the beginning token itself, where the model has one.
 LLAMA2 = (
@@ -49,38 +46,25 @@ QWEN_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additio
 DEBERTA_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CAUSAL = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
-DEBERTA_V3 = {  # its relative attention, which decides which projections exist
-    "max_position_embeddings": 512,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "max_relative_positions": -1,
-    "position_biased_input": False,
-    "layer_norm_eps": 1e-7,
-}
+# its relative attention, which decides which projections exist
+DEBERTA_V3 = {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+DEBERTA_V3 |= {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 QWEN3 = {"num_key_value_heads": 2, "head_dim": 16, **CAUSAL}
 MISTRAL_7B = {"num_key_value_heads": 2, "sliding_window": None, **CAUSAL}
 FAMILIES = {  # beginning of the hub id -> (model class, its settings beside TINY, chat format, special tokens)
-    "meta-llama/": (LlamaForCausalLM, {"num_key_value_heads": 4, **CAUSAL}, LLAMA2, LLAMA_TOKENS),
-    "Qwen/Qwen3": (Qwen3ForCausalLM, QWEN3, CHATML, QWEN_TOKENS),
-    "mistralai/": (MistralForCausalLM, MISTRAL_7B, MISTRAL, LLAMA_TOKENS),
-    "microsoft/deberta-v3": (DebertaV2ForSequenceClassification, DEBERTA_V3, None, DEBERTA_TOKENS),
+    "meta-llama/": (transformers.LlamaForCausalLM, {"num_key_value_heads": 4, **CAUSAL}, LLAMA2, LLAMA_TOKENS),
+    "Qwen/Qwen3": (transformers.Qwen3ForCausalLM, QWEN3, CHATML, QWEN_TOKENS),
+    "mistralai/": (transformers.MistralForCausalLM, MISTRAL_7B, MISTRAL, LLAMA_TOKENS),
+    "microsoft/deberta-v3": (transformers.DebertaV2ForSequenceClassification, DEBERTA_V3, None, DEBERTA_TOKENS),
 }
 
 
 def train_bpe_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    chat_template: str | None = CHATML,
-    special_tokens: dict = QWEN_TOKENS,
-    min_frequency: int = 0,
+    texts: Iterable[str], vocab_size: int, template: str | None = CHATML, special: dict = QWEN_TOKENS
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` (any text can be encoded: all bytes are in its alphabet).
-    `special_tokens` maps names such as eos_token to strings."""
-    names = [name for value in special_tokens.values() for name in ([value] if isinstance(value, str) else value)]
+    `special` maps names such as eos_token to strings."""
+    names = [name for value in special.values() for name in ([value] if isinstance(value, str) else value)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(names) + len(alphabet):
         least = f"at least {len(names) + len(alphabet)}: {len(alphabet)} bytes and {len(names)} special tokens"
@@ -88,33 +72,27 @@ def train_bpe_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    options = {"initial_alphabet": alphabet, "min_frequency": min_frequency, "show_progress": False}
+    options = {"initial_alphabet": alphabet, "min_frequency": 2, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, **options)
     tokenizer.train_from_iterator(texts, trainer)
-    return _wrap(tokenizer, special_tokens, chat_template)
+    return _wrap(tokenizer, special, template)
 
 
-def word_tokenizer(
-    words: Iterable[str], special_tokens: dict, pre_tokenizer: pre_tokenizers.PreTokenizer, **parts: Any
-) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the special ones and `words`, in their order; `pre_tokenizer` takes a text apart.
-    `parts`: its normalizer, its decoder."""
-    vocabulary = {word: i for i, word in enumerate([*special_tokens.values(), *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
-    for name, part in (parts | {"pre_tokenizer": pre_tokenizer}).items():
+def word_tokenizer(words: Iterable[str], special: dict, **parts: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the special ones and `words`, in their order. `parts`: its pre_tokenizer, which
+    takes a text apart, its normalizer, its decoder."""
+    vocabulary = {word: i for i, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    for name, part in parts.items():
         setattr(tokenizer, name, part)
-    return _wrap(tokenizer, special_tokens)
+    return _wrap(tokenizer, special)
 
 
 def _wrap(tokenizer: Tokenizer, special: dict, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """As transformers has it; where there is a [CLS] and a [SEP], they are put round every encoded text."""
     if "cls_token" in special:
-        first, last = special["cls_token"], special["sep_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A {last}",
-            pair=f"{first} $A {last} $B:1 {last}:1",
-            special_tokens=[(name, tokenizer.token_to_id(name)) for name in (first, last)],
-        )
+        marks = [(special[name], tokenizer.token_to_id(special[name])) for name in ("sep_token", "cls_token")]
+        tokenizer.post_processor = processors.BertProcessing(*marks)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, padding_side="right", clean_up_tokenization_spaces=False, **special
     )
@@ -145,58 +123,40 @@ def stand_in(name: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **
         return architecture(config).eval()
 
 
-def write_stand_in(
-    name: str, folder: str | Path, texts: Iterable[str], *, vocab_size: int = 1024, seed: int = 0, **settings
-) -> Path:
-    """Model and tokenizer of the stand-in saved in `folder`, which loads like any local model (4-bit too)."""
-    *_, chat_template, special = family(name)
-    tokenizer = train_bpe_tokenizer(texts, vocab_size, chat_template, special)
-    stand_in(name, tokenizer, seed=seed, **settings).save_pretrained(folder)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Path:
+    """Both in `folder`, which loads like any local model."""
+    model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
 
-def pretrain(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    loss: Callable[[], Tensor],
-    folder: Path,
-    on_step: OnStep,
-    *,
-    steps: int,
-    learning_rate: float,
-    warm_up: int,
-    schedule: str = "linear",
-    head: Iterable[nn.Parameter] = (),
-    **adamw: Any,
-) -> float:
-    """Take `steps` steps of AdamW on `loss()`, the loss of the next batch, with gradients clipped to norm 1, and save
-    model and tokenizer in `folder`; returns the mean loss of the last tenth of the steps. `head`: parameters trained
-    along and not kept."""
-    parameters, losses = [*model.parameters(), *head], []
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, **adamw)
-    rate = get_scheduler(schedule, optimizer, warm_up, steps)
-    model.train()
+def write_stand_in(name: str, folder: str | Path, texts: Iterable[str], vocab_size: int = 1024, **settings) -> Path:
+    """The stand-in saved in `folder` (it loads in 4-bit too), with a tokenizer trained on `texts`."""
+    *_, template, special = family(name)
+    tokenizer = train_bpe_tokenizer(texts, vocab_size, template, special)
+    return save(stand_in(name, tokenizer, **settings), tokenizer, folder)
+
+
+def pretrain(loss: Callable[[], Tensor], optimizer: Optimizer, rate: LRScheduler, steps: int, on_step: OnStep) -> float:
+    """Take `steps` steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1; returns the mean
+    loss of the last tenth of the steps."""
+    losses = []
     for step in record.batches("pretraining of the made model", range(1, steps + 1)):
         value = loss()
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
         losses.append(value.item())
         on_step(step, steps, losses[-1])
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
-def base_model(
-    run, folder: Path, texts: Iterable[str], make: Callable[[dict, Path, OnStep], float], **options: Any
-) -> tuple[Any, dict]:
+def base_model(run, folder: Path, texts: Iterable[str], make: Make, **options: Any) -> tuple[Any, dict]:
     """(tokenizer, {base: name or folder, stand_in, pretraining_loss}) of the run's base model. Where its name is
-    'made', `make(its recipe, folder / "base", on_step)` makes it and its steps go to history.jsonl; in a trial without
-    the hub a stand-in is made of `texts`. `options` are the tokenizer's."""
+    'made', `make` makes it and its steps go to history.jsonl; in a trial without the hub a stand-in is made of `texts`.
+    `options` are the tokenizer's."""
     base, closing = run.model.name, None
     if base == "made":
         (folder / "history.jsonl").unlink(missing_ok=True)
@@ -204,7 +164,8 @@ def base_model(
         def on_step(step: int, steps: int, loss: float) -> None:
             record.append_jsonl(folder / "history.jsonl", {"step": step, "steps": steps, "loss": loss})
 
-        base, closing = str(folder / "base"), make(run.model.recipe.model_dump(), folder / "base", on_step)
+        model, tokenizer, closing = make(run.model.recipe.model_dump(), on_step)
+        base = str(save(model, tokenizer, folder / "base"))
     elif run.mode == "trial" and hub.out_of_reach(base):
         base = str(write_stand_in(base, folder / "base", texts))
     facts = {"base": base, "stand_in": base != run.model.name != "made", "pretraining_loss": closing}

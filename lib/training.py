@@ -67,6 +67,16 @@ def pad_rows(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
+def collate(rows: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    """(B, T) input_ids, attention_mask and labels of rows {"ids", "prompt" (its length)}, padded on the right; labels are
+    -100 on prompts and padding."""
+    return {
+        "input_ids": pad_rows([row["ids"] for row in rows], pad),
+        "attention_mask": pad_rows([[1] * len(row["ids"]) for row in rows], 0),
+        "labels": pad_rows([[-100] * min(r["prompt"], len(r["ids"])) + r["ids"][r["prompt"] :] for r in rows], -100),
+    }
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.errors import StudyError
+from lib.made import save
 from lib.td_dpo.data import conversations, make_base, make_tokenizer
 from lib.td_dpo.engine import answer_questions, sample
 from lib.td_dpo.generated import make_pairs, questions
@@ -33,7 +34,8 @@ def pairs():
 @pytest.fixture(scope="module")
 def made(pairs, tmp_path_factory):
     folder, losses = tmp_path_factory.mktemp("base"), []
-    make_base(pairs, RECIPE, folder, lambda step, total, loss: losses.append((step, total, loss)))
+    model, tokenizer, _ = make_base(pairs, RECIPE, lambda step, total, loss: losses.append((step, total, loss)))
+    save(model, tokenizer, folder)
     return folder, losses
 
 
@@ -54,11 +56,11 @@ def test_training_reports_every_step_and_learns(made):
 def test_the_same_recipe_gives_the_same_weights_and_leaves_the_callers_generator_alone(pairs, made, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    make_base(pairs, RECIPE, tmp_path)
+    save(*make_base(pairs, RECIPE)[:2], tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert (tmp_path / "model.safetensors").read_bytes() == (made[0] / "model.safetensors").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
-    make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1}, tmp_path)
+    save(*make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1})[:2], tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() != (made[0] / "model.safetensors").read_bytes()
 
 
@@ -96,7 +98,7 @@ def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded):
         conversations(loaded[1], pairs, 4)
 
 
-def test_real_conversations_are_cut_and_learnt_from(tmp_path):
+def test_real_conversations_are_cut_and_learnt_from():
     if not REAL.exists():
         pytest.skip(f"{REAL} is not on this machine")
     import pandas as pd
@@ -106,12 +108,11 @@ def test_real_conversations_are_cut_and_learnt_from(tmp_path):
         {"prompt": list(chosen[:-1]), "chosen": [chosen[-1]], "rejected": [rejected[-1]], "row": k}
         for k, (chosen, rejected) in enumerate(zip(rows["chosen"], rows["rejected"], strict=True))
     ]
-    make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600}, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600})[1]
     assert len(tokenizer) == 600
     kept = conversations(tokenizer, real, 128)
     assert 0 < len(kept) <= 120
-    assert all(0 < start < len(ids) <= 128 for ids, start in kept)
+    assert all(0 < row["prompt"] < len(row["ids"]) <= 128 for row in kept)
 
 
 def sampled(loaded, pairs, **changes):

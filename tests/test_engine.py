@@ -163,7 +163,7 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
 def test_golden_tokens_one_bos_one_eos_and_the_prompt_a_prefix():
     pairs = make_pairs(6)
     rows, counts = data.encode_pairs(TOKENIZER, pairs)
-    assert counts == dict.fromkeys(data.COUNTS, 0) | {"pairs": 6, "kept": 6}
+    assert {name: count for name, count in counts.items() if count} == {"pairs": 6, "kept": 6}
     for pair, row in zip(pairs, rows, strict=True):
         for side in ("chosen", "rejected"):
             ids = row["prompt_ids"] + row[f"{side}_ids"]

@@ -103,9 +103,9 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
     run = loaded(**{"dataset.name": str(GSM8K)})
-    problems, origin = prepare.load_problems(run)
+    problems, report = prepare.load_problems(run)
     assert (len(problems["train"]), len(problems["dev"]), len(problems["test"])) == (7345, 128, 1319)
-    assert origin == {"source": run.dataset.name, "carved_from_train": {}}
+    assert (report["source"], report["carved_from_train"]) == (run.dataset.name, {})
     words = [len(data.target(r["answer"]).split()) for r in problems["train"]]
     assert max(words) < run.evaluation.max_new_tokens
 

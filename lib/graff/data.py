@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lib import models, record
-from lib.training import SeededOrder, pad_rows, to_device
+from lib.training import SeededOrder, collate, to_device
 
 # ---- answers: the two filters of lm-evaluation-harness's gsm8k task
 
@@ -64,39 +65,25 @@ def prompt(question: str) -> str:
 
 def encode(tokenizer, row: dict, longest: int) -> dict:
     """{"ids", "prompt" (its length)}: prompt, answer and the end token, the same prefix as in generation."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": row["question"]}]
+    question, space, chat = prompt(row["question"]), " ", tokenizer.chat_template
+    if chat:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        ids = tokenizer(tokenizer.apply_chat_template(turn, **options), add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt(row["question"]))["input_ids"]
-    space = "" if tokenizer.chat_template else " "
+        turn = {"role": "user", "content": row["question"]}
+        question, space = tokenizer.apply_chat_template([turn], **options), ""
+    ids = tokenizer(question, add_special_tokens=not chat)["input_ids"]
     answer = tokenizer(space + target(row["answer"]), add_special_tokens=False)["input_ids"]
     return {"ids": (ids + answer + [tokenizer.eos_token_id])[:longest], "prompt": len(ids)}
-
-
-def collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
-    """(B, T) input_ids, attention_mask and labels, padded on the right; labels are -100 on prompts and padding."""
-    return {
-        "input_ids": pad_rows([row["ids"] for row in rows], pad),
-        "attention_mask": pad_rows([[1] * len(row["ids"]) for row in rows], 0),
-        "labels": pad_rows([[-100] * min(r["prompt"], len(r["ids"])) + r["ids"][r["prompt"] :] for r in rows], -100),
-    }
 
 
 WINDOW = 16  # batches that are sorted by length together
 
 
 def shuffle_buffered(size: int, buffer: int, rng: np.random.Generator) -> list[int]:
-    """A stream's shuffle: `buffer` rows wait, one drawn at random is replaced by the next of the file."""
+    """A stream's shuffle, as datasets does it: `buffer` rows wait, one drawn at random is replaced by the next."""
     if buffer >= size:
         return rng.permutation(size).tolist()
-    waiting, order = list(range(buffer)), []
-    for new in range(buffer, size):
-        place = int(rng.integers(buffer))
-        order.append(waiting[place])
-        waiting[place] = new
-    return order + [waiting[i] for i in rng.permutation(buffer)]
+    rows = IterableDataset.from_generator(lambda: ({"row": row} for row in range(size)))
+    return [each["row"] for each in rows.shuffle(int(rng.integers(2**32)), buffer_size=buffer)]
 
 
 def bucket_by_length(order: list[int], lengths: list[int], batch: int, rng: np.random.Generator) -> list[int]:
@@ -158,10 +145,8 @@ def generate_answers(model, tokenizer, questions: list[str], longest: int, batch
     rows = [encode(tokenizer, {"question": question, "answer": ""}, 1 << 20) for question in questions]
     ids = [row["ids"][: row["prompt"]] for row in rows]
     order, texts, units = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids), 0
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=longest, pad_token_id=pad, eos_token_id=end, use_cache=True
-    )
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": longest, "use_cache": True}
+    greedy = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **options)
     device = next(model.parameters()).device
     for start in record.batches("evaluation", range(0, len(order), batch)):
         mine = order[start : start + batch]
@@ -171,8 +156,7 @@ def generate_answers(model, tokenizer, questions: list[str], longest: int, batch
         out = model.generate(**left, generation_config=greedy, stopping_criteria=stop)[:, width:]
         units += left["input_ids"].numel() + out.numel()
         for i, written in zip(mine, out.tolist(), strict=True):
-            written = written[: written.index(end)] if end in written else written
-            text = tokenizer.decode(written, skip_special_tokens=True)
+            text = tokenizer.decode(written, skip_special_tokens=True)  # without the padding behind an ended answer
             texts[i] = text.split("Question:")[0]  # as the harness: what follows is a question the model asks itself
     return texts, units
 

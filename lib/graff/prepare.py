@@ -6,12 +6,12 @@ and the planner's warm start, which is also made by one command:
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, decoders, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from torch.optim import AdamW
+from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from lib import config, data, hub, made
 from lib.data import BadRow, describe, require_text
@@ -66,21 +67,16 @@ def to_problem(row: dict) -> dict:
 
 
 def read_problems(name: str, wanted: tuple[str, ...], revision: str | None = None, **options) -> tuple[dict, dict]:
-    """(problems of the `wanted` splits, {split carved from train: fraction}) of GSM8K or a set in its form."""
+    """(problems of the `wanted` splits, report) of GSM8K or a set in its form."""
     config = "main" if name == "openai/gsm8k" or hub.local_path(name) else None
     sources = data.read(name, revision, config, **options)
-    sources = {split: rows for split, rows in sources.items() if split in wanted or len(sources) == 1}
-    expected = "question and answer, which is GSM8K's: rationale, then '#### number'"
-    splits, _ = data.convert(sources, lambda row, _: to_problem(row), expected)
-    if wanted == ("test",):
-        return {"test": next(iter(splits.values()))}, {}
-    return data.complete(splits, wanted, lambda row: row["question"], f"dataset.name = {name}")
+    parse, expected = lambda row, _: to_problem(row), "question and answer, GSM8K's: rationale, then '#### number'"
+    return data.make_splits(sources, wanted, parse, lambda row: row["question"], expected, {})
 
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(train, dev): the `size` rows whose seeded hash is lowest are dev, whatever the order of the file."""
-    hashes = [hashlib.sha256(f"{seed} {row['question']}".encode()).hexdigest() for row in rows]
-    lowest = sorted(range(len(rows)), key=lambda i: hashes[i])[:size]
+    lowest = sorted(range(len(rows)), key=lambda i: sha256(f"{seed} {rows[i]['question']}".encode()).digest())[:size]
     dev = set(lowest)
     return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]
 
@@ -89,19 +85,18 @@ STAND_IN = 32  # generated problems that stand in for a data set out of reach, i
 
 
 def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
-    """({train, dev, test, gsm1k}, {source, carved_from_train})."""
-    dataset, (name, source), carved = run.dataset, data.source_of(run), {}
+    """({train, dev, test, gsm1k}, report)."""
+    dataset, (name, source), report = run.dataset, data.source_of(run), {}
     if name == "generated":
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = generate_problems(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
     else:
-        options = {"streaming": True} if dataset.streaming else {}
-        splits, carved = read_problems(name, ("test", "train"), dataset.revision, **options)
+        splits, report = read_problems(name, ("test", "train"), dataset.revision, streaming=dataset.streaming)
         rows, test = splits["train"], splits["test"]
     train, dev = split_dev(rows, dataset.dev_size, dataset.split_seed)
     gsm1k = read_problems(dataset.gsm1k, ("test",))[0]["test"] if dataset.gsm1k and run.mode == "full" else []
     problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
-    return problems, {"source": source, "carved_from_train": carved}
+    return problems, {"source": source, **report}
 
 
 # ---- the base model that is made here: a tiny Qwen3, pretrained on generated one-step problems
@@ -120,7 +115,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     pieces = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\d+|\s|#+|[^\w\s#]"), "isolated")
     texts = [text_of(row) for row in generate_problems(2000, 0, 2)]
     words = {piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)} | {str(i) for i in range(200)}
-    return made.word_tokenizer(sorted(words), SPECIAL, pieces, decoder=decoders.Fuse())
+    return made.word_tokenizer(sorted(words), SPECIAL, pre_tokenizer=pieces, decoder=decoders.Fuse())
 
 
 def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
@@ -133,8 +128,8 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
             yield rows[start : start + size]
 
 
-def pretrain(train: list[dict] | None, recipe: dict, folder: Path, on_step: made.OnStep) -> float:
-    """Tokenizer and model in `folder`, pretrained on one-step problems (or on `train`); returns the closing loss."""
+def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> made.Base:
+    """Tokenizer and model, pretrained on one-step problems (or on `train`)."""
     rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
     if train is None:
         tokenizer = word_tokenizer()
@@ -146,13 +141,14 @@ def pretrain(train: list[dict] | None, recipe: dict, folder: Path, on_step: made
     hidden = recipe["hidden_size"]
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
     shape |= {"num_hidden_layers": recipe["layers"], "max_position_embeddings": 2048, "tie_word_embeddings": True}
-    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape)
+    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape).train()
 
     def loss() -> Tensor:
         return model(**collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)).loss
 
-    schedule = {"steps": steps, "learning_rate": recipe["pretrain_learning_rate"], "warm_up": max(1, steps // 20)}
-    return made.pretrain(model, tokenizer, loss, folder, on_step, **schedule)
+    optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
 
 
 # ---- what all members share, on disk
@@ -162,10 +158,10 @@ FREQUENT = 4096  # vocabulary rows that the entropy is over
 
 def prepare(run, folder: Path) -> None:
     """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
-    problems, origin = load_problems(run)
+    problems, report = load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
-    real = None if origin["source"].startswith("generated") else problems["train"]
-    tokenizer, facts = made.base_model(run, folder, texts, partial(pretrain, real))
+    real = None if report["source"].startswith("generated") else problems["train"]
+    tokenizer, facts = made.base_model(run, folder, texts, partial(make_base, real))
     longest, rows, cut = run.dataset.max_tokens, {}, {}
     for name in ("train", "dev"):
         rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]
@@ -173,9 +169,8 @@ def prepare(run, folder: Path) -> None:
     # a row that is cut inside its prompt has nothing to learn from
     rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
-    report = {
+    report |= {
         **facts,
-        **origin,
         "examples": {name: len(split) for name, split in problems.items()},
         "cut_at_max_tokens": cut,
         "longest_answer": max((len(row["ids"]) - row["prompt"] for row in rows["train"]), default=0),
@@ -193,11 +188,11 @@ BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the la
 EPISODE_MODELS = {"laptop": (64, 2), "paper": (384, 8)}
 
 
-def episode_of(scale: str, steps: int, batch: int, place: Path):
+def episode_of(scale: str, trial: bool, batch: int, place: Path):
     """The run of one episode."""
     hidden, layers = EPISODE_MODELS[scale]
-    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 300}
-    training = {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "total_steps": steps}
+    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 2 if trial else 300}
+    training = {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "total_steps": 2 if trial else STEPS}
     training |= {"global_batch_size": batch, "micro_batch_size": batch}
     training["optimizer"] = {"lr_init": 3e-3, "betas": [0.9, 0.98]}
     training["scheduler"] = {"type": "graff", "cold": True, "outer_lr": 3e-3}
@@ -217,14 +212,10 @@ def warm_start(out: Path, scale: str = "laptop", trial: bool = False) -> list[di
     metrics, planner = [], {}
     torch.manual_seed(7)
     with tempfile.TemporaryDirectory() as scratch:
-        shared = Path(scratch) / "inputs"
+        shared, runs = Path(scratch) / "inputs", [episode_of(scale, trial, batch, Path(scratch)) for batch in BATCHES]
         shared.mkdir()
-        for number, batch in enumerate(BATCHES):
-            run = episode_of(scale, 2 if trial else STEPS, batch, Path(scratch))
-            if number == 0:
-                if trial:
-                    run = config.apply(run, {"model.recipe.pretrain_steps": 2})
-                prepare(run, shared)
+        prepare(runs[0], shared)
+        for number, run in enumerate(runs):
             folder = Path(scratch) / f"episode-{number}"
             folder.mkdir()
             episode = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)

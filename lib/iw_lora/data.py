@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2Model
+from torch.optim import AdamW
+from transformers import DebertaV2Config, DebertaV2Model, get_linear_schedule_with_warmup
 
 from lib import data, made
 from lib.data import BadRow, describe, require_text
@@ -63,12 +64,9 @@ def generate(count: int, seed: int) -> list[dict]:
 
 def generate_corpus(count: int, seed: int) -> list[tuple[str, str]]:
     """Unlabeled pairs of sentences for pretraining: a fact, and the same fact again (always truly)."""
-    pairs = []
-    for place in range(count):
-        rng = np.random.default_rng([seed, place, 1])
-        fact = _fact(rng)
-        pairs.append((_clause(fact, rng), _clause(fact, rng)))
-    return pairs
+    generators = (np.random.default_rng([seed, place, 1]) for place in range(count))
+    facts = ((_fact(rng), rng) for rng in generators)
+    return [(_clause(fact, rng), _clause(fact, rng)) for fact, rng in facts]
 
 
 # ---- reading a task
@@ -97,33 +95,32 @@ def to_example(row: dict, task: str) -> dict:
 
 
 def read_task(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
-    """({train, validation}, {split carved from train: fraction}): GLUE's of the hub, a folder's or a file's."""
-    name, where = dataset.name, f"dataset.name = {dataset.name}"
-    sources, chosen = data.read(name, dataset.revision, task), {}
+    """({train, validation}, report): GLUE's of the hub, a folder's or a file's."""
+    sources, chosen = data.read(dataset.name, dataset.revision, task), {}
     for ours, theirs in dataset.splits:
         split = next((s for s in (theirs, f"{theirs}_matched") if s in sources), None)
         if split and sources[split] not in chosen.values():  # rows named for two splits are carved
             chosen[ours] = sources[split]
         elif not split and theirs != "validation" and len(sources) > 1:
-            fix = f"--set dataset.splits.{ours}=<split>"
-            raise StudyError(f"dataset.splits.{ours}", f"no split {theirs} in {name}", ", ".join(sources), fix)
+            found, fix = f"no split {theirs} in {dataset.name}", f"--set dataset.splits.{ours}=<split>"
+            raise StudyError(f"dataset.splits.{ours}", found, ", ".join(sources), fix)
+    parse, key = lambda row, _: to_example(row, task), lambda row: str(list(row.values())[:2])
     expected = f"the columns of {task}: {', '.join(COLUMNS[task])}, label"
-    splits, _ = data.convert(chosen or sources, lambda row, _: to_example(row, task), expected)
-    return data.complete(splits, ("validation", "train"), lambda row: str(list(row.values())[:2]), where)
+    return data.make_splits(chosen or sources, ("validation", "train"), parse, key, expected, vars(dataset))
 
 
 def load_splits(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
-    """(rows by split, those of the task `generated` made here; the splits carved from train)."""
+    """(rows by split, those of the task `generated` made here; the reader's report)."""
     if task == "generated":
-        train, validation, carved = dataset.train_examples or 64, dataset.validation_examples or 64, {}
-        splits = {"train": generate(train, 11), "validation": generate(validation, 12)}
+        sizes, report = (dataset.train_examples or 64, dataset.validation_examples or 64), {}
+        splits = {"train": generate(sizes[0], 11), "validation": generate(sizes[1], 12)}
     else:
-        splits, carved = read_task(dataset, task)
+        splits, report = read_task(dataset, task)
     train = splits["train"]
     order = np.random.default_rng(dataset.split_seed).permutation(len(train)).tolist()
     held = max(1, round(dataset.tuning_fraction * len(train)))
     splits |= {"train": [train[i] for i in order[held:]], "tuning": [train[i] for i in order[:held]]}
-    return {name: rows[: dataset.limit] for name, rows in splits.items()}, carved
+    return {name: rows[: dataset.limit] for name, rows in splits.items()}, report
 
 
 def bag_of_words(splits: dict) -> float | None:
@@ -158,7 +155,7 @@ def word_tokenizer(texts: list[str], vocab_size: int):
     """Whole lower-case words and punctuation marks, the `vocab_size` most frequent ones."""
     counts = Counter(word for text in texts for word, _ in WORDS.pre_tokenize_str(text.lower()))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL)]
-    return made.word_tokenizer(ranked, SPECIAL, WORDS, normalizer=normalizers.Lowercase())
+    return made.word_tokenizer(ranked, SPECIAL, pre_tokenizer=WORDS, normalizer=normalizers.Lowercase())
 
 
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
@@ -182,11 +179,8 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
     return corrupted, (corrupted != ids).float()
 
 
-def make_base(
-    pairs: list[tuple[str, str]] | None, recipe: dict, folder: Path, on_step: made.OnStep = lambda *_: None
-) -> float:
-    """Tokenizer and encoder in `folder`, pretrained on `pairs` (None: generated ones); returns the closing loss in nats
-    per token."""
+def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.OnStep = lambda *_: None) -> made.Base:
+    """Tokenizer and encoder, pretrained on `pairs` (None: generated ones); the closing loss is in nats per token."""
     words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]  # real text has more
     pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
     tokenizer = word_tokenizer([text for pair in pairs for text in pair], words)
@@ -208,9 +202,10 @@ def make_base(
         logits = head(hidden).squeeze(-1)
         return nn.functional.binary_cross_entropy_with_logits(logits[~special], replaced[~special])
 
-    steps = recipe["pretrain_steps"]
-    schedule = {"steps": steps, "learning_rate": recipe["pretrain_learning_rate"], "warm_up": steps // 10}
-    return made.pretrain(model, tokenizer, loss, folder, on_step, **schedule, head=head.parameters())
+    steps, parameters = recipe["pretrain_steps"], [*model.train().parameters(), *head.parameters()]
+    optimizer = AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
 
 
 # ---- what all members share
@@ -227,18 +222,17 @@ def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
 def prepare(run, folder: Path) -> None:
     """Fill `folder`. The steps of a made base model's pretraining go to history.jsonl there."""
     task, (name, source) = task_of(run.dataset), data.source_of(run)
-    splits, carved = load_splits(run.dataset, task if name == source else name)
+    splits, report = load_splits(run.dataset, task if name == source else name)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
     make = partial(make_base, None if task == "generated" else pairs)
     tokenizer, facts = made.base_model(run, folder, [text for pair in pairs for text in pair], make)
     labels = [row["label"] for row in splits["validation"]]
-    report = {
+    report |= {
         **facts,
         "task": task,
         "labels": LABELS[task],
         "source": source,
         "examples": {name: len(split) for name, split in splits.items()},
-        "carved_from_train": carved,
         "bag_of_words_baseline": bag_of_words(splits),
         "majority_baseline": max(Counter(labels).values()) / len(labels),
     }
