@@ -2,11 +2,9 @@
 
 import errno
 import os
-import select
-import sys
 import traceback
 
-UNREAD = 141  # the exit code where nobody reads the output any more (`| head`): as a shell tells of SIGPIPE
+OUTPUT_CLOSED = 141  # the exit code where the reader of the output has gone (`| head`): as a shell says of SIGPIPE
 
 
 class StudyError(Exception):
@@ -45,8 +43,9 @@ def failure_status(error: BaseException) -> str:
 
 def describe_os_error(error: OSError) -> tuple[str, int]:
     """(what to say, exit code) of an error of the operating system that reached the command line."""
-    if isinstance(error, BrokenPipeError) and output_is_closed():
-        return "", UNREAD
+    if isinstance(error, BrokenPipeError):  # else the interpreter, ending, would flush what is left and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return "", OUTPUT_CLOSED
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return (
             f"{error.filename or 'writing a file'}: {error.strerror}\n"
@@ -56,18 +55,3 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}", 1
-
-
-def output_is_closed() -> bool:
-    """Whether the reader of our standard output has gone; what is still to be written is then dropped in silence."""
-    try:
-        output, poller = sys.stdout.fileno(), select.poll()
-    except (AttributeError, OSError, ValueError):  # replaced, or closed
-        return False
-    poller.register(output, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0)):
-        return False
-    null = os.open(os.devnull, os.O_WRONLY)  # else the interpreter, ending, would flush what is left and complain
-    os.dup2(null, output)
-    os.close(null)
-    return True
