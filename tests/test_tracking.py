@@ -144,7 +144,7 @@ def id_of(run):
 
 
 def is_sent(mirrors):
-    return all(process.returncode == 0 for process in mirrors.processes.values())
+    return all(process.returncode == 0 for process in mirrors.senders.values())
 
 
 def words_of(process):
@@ -405,7 +405,7 @@ def test_places_do_not_share_ids(tmp_path):
 def test_trials_and_disabled_runs_start_no_sender(run):
     mirrors = mirror.Mirrors()
     mirrors.follow(folder_of(run), config.wandb_mode(config.trial(run)))
-    assert not mirrors.threads
+    assert not mirrors.senders
     assert config.wandb_mode(config.trial(run)) == "disabled"
 
 
@@ -470,8 +470,7 @@ def test_a_run_half_sent_is_completed(server, run, outputs):
     until(lambda: server.received() >= 51, process=writer)  # 50 steps, an evaluation
     writer.kill()
     writer.wait()
-    mirrors.closing.set()  # or it would be started again
-    os.killpg(mirrors.processes[folder_of(run)].pid, signal.SIGKILL)
+    os.killpg(mirrors.senders[folder_of(run)].pid, signal.SIGKILL)
     finished(run, 90)
     run_id = id_of(run)
     assert server.runs[run_id]["files"] == {}
@@ -510,10 +509,9 @@ def test_a_commands_end_waits_for_files_written_here_and_not_for_the_network(
     monkeypatch.setattr(mirror.sys, "executable", str(program))
     mirrors = mirror.Mirrors()
     mirrors.follow(tmp_path, mode)
-    until(lambda: mirrors.processes)
     mirrors.close(0.01)
     assert ("not complete" in capsys.readouterr().err) == late
-    assert mirrors.processes[tmp_path].wait() == (-signal.SIGKILL if late else 0)
+    assert mirrors.senders[tmp_path].wait() == (-signal.SIGKILL if late else 0)
 
 
 # ---- W&B is not there, or not well
@@ -580,14 +578,15 @@ def test_a_reply_that_crashes_the_clients_core(server, run, outputs, capsys):
     assert differences(run) == {}
 
 
-def test_a_sender_that_was_lost_is_started_again(server, run, outputs, monkeypatch):
-    monkeypatch.setattr(mirror, "RETRY", 0.1)
+def test_a_sender_that_was_lost_is_started_anew_at_the_notebooks_end(server, run, outputs):
     mirrors = follow(run)
-    process = until(lambda: mirrors.processes.get(folder_of(run)))
-    os.killpg(process.pid, signal.SIGKILL)
-    until(lambda: mirrors.processes[folder_of(run)] is not process)
+    lost = mirrors.senders[folder_of(run)]
+    os.killpg(lost.pid, signal.SIGKILL)
+    lost.wait()
     finished(run, 5)
+    mirrors.follow(folder_of(run), "online")
     mirrors.close(PATIENCE)
+    assert mirrors.senders[folder_of(run)] is not lost
     assert is_sent(mirrors)
     assert differences(run) == {}
 
@@ -599,7 +598,7 @@ def test_a_call_that_never_returns_is_ended():
 
 def test_offline_the_clients_files_are_written_at_the_end(run):
     mirrors = follow(run, "offline")
-    assert not mirrors.threads
+    assert not mirrors.senders
     finished(run, 5)
     mirrors.follow(folder_of(run), "offline")
     mirrors.close(0.01)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, plan, pool, progress
+from lib.run import check, cluster, plan, pool, progress, wandb
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -28,21 +28,15 @@ OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolut
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="./run_all.sh",
-        description="Run the studies; without a command: all of them in full at laptop scale.",
-        epilog="Exit codes: 0 done, 1 a run failed, 2 bad configuration, 3 something is missing, 4 --max-hours left "
-        "something, 130 interrupted, 141 the output was closed early (| head).",
-    )
+    purpose = "Run the studies; without a command: all of them in full at laptop scale."
+    top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
-    add(
-        "command",
-        nargs="?",
-        choices=COMMANDS,
-        help="full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
+    commands = (
+        "full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
         "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
-        "the records; pull: judge the studies from W&B; judge: have saved answers graded; lab: JupyterLab; test",
+        "the records; pull: judge the studies from W&B; judge: have saved answers graded; lab: JupyterLab; test"
     )
+    add("command", nargs="?", choices=COMMANDS, help=commands)
     add("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
@@ -71,17 +65,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def positive(text: str) -> float:
+def positive(text: str, kind: type = float):
+    """A number above 0."""
     with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < float("inf"):
+        if 0 < (value := kind(text)) < float("inf"):
             return value
-    raise argparse.ArgumentTypeError(f"found {text!r}; expected a number above 0")
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected a {'whole ' * (kind is int)}number above 0")
 
 
 def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number above 0")
-    return int(text)
+    return positive(text, int)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,22 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(options) -> int:
     if options.command == "status":
         return progress.status(root_of(options), options.study)
-    if options.command == "report":
-        return rebuild()
-    if options.command == "sync":
-        from lib.run import sync
-
-        return sync.sync(roots_of(options), options)
-    if options.command == "pull":
-        from lib.run import sync
-
-        return sync.pull(readable(select_runs(options)), OUTPUTS, root_of(options).name, options)
-    if options.command == "judge":
-        from lib.run import judge
-
-        named = {(run.study, run.run_id) for run in readable(select_runs(options))} if options.params else None
-        return judge.judge(options, roots_of(options), named, OUTPUTS)
-    return run(options)
+    return {"report": rebuild, "sync": sync, "pull": pull, "judge": judge}.get(options.command, run)(options)
 
 
 def report_errors(work) -> int:
@@ -148,13 +126,13 @@ def report_errors(work) -> int:
 def root_of(options) -> Path:
     """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
     overwrites the study. Where a run is mirrored or searched is no variation of it."""
-    sets = sorted(s.partition("=") for s in options.sets if not s.startswith(("wandb.", "optuna.storage")))
-    changed = ",".join(f"{key}={shorten(value)}" for key, _, value in sets)
+    sets = [text.partition("=")[::2] for text in options.sets]
+    changes = sorted((key, value) for key, value in sets if not key.startswith(("wandb.", "optuna.storage")))
     if options.params and "STUDY_OUTPUTS" not in os.environ:  # who names the outputs has chosen a place already
-        changed += f",params={shorten(os.path.abspath(options.params))}"
+        changes.append(("params", os.path.abspath(options.params)))
     if options.grid:
-        changed += ",grid=all"
-    suffix = "," + re.sub(r"[^\w.=,+-]", "_", changed.strip(",")) if changed else ""
+        changes.append(("grid", options.grid))
+    suffix = re.sub(r"[^\w.=,+-]", "_", "".join(f",{key}={shorten(value)}" for key, value in changes))
     if len(os.fsencode(suffix)) > LONGEST:  # a folder's name has 255 bytes at most: the digest tells many changes apart
         suffix = f"{os.fsencode(suffix)[:LONGEST].decode(errors='ignore')}...{record.digest(suffix)[:8]}"
     return OUTPUTS / f"{options.scale}-{options.mode}{suffix}"
@@ -203,11 +181,6 @@ def select_runs(options) -> list[check.Loaded]:
     return selected
 
 
-def readable(selected: list[check.Loaded]) -> list:
-    """The runs among what `select_runs` returns, without the YAMLs that cannot be read."""
-    return [run for _, run, _ in selected if not isinstance(run, StudyError)]
-
-
 def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
         kinds = dict.fromkeys(cluster.gpus(options.cluster))
@@ -225,7 +198,7 @@ def run(options) -> int:
     code = check.exit_code(obstacles)
     if options.command == "plan":
         fit = [entry for entry in selected if all(finding.level != "error" for finding in entry[2])]
-        steps = plan.steps(readable(fit), options.scale, options.mode, force=options.force)
+        steps = plan.steps(check.runs_of(fit), options.scale, options.mode, force=options.force)
         progress.print_plan(steps, slots_of(options), options.price)
         check.print_findings(obstacles)
         return code if code == 2 else 0
@@ -233,7 +206,7 @@ def run(options) -> int:
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
-    return execute(options, readable(selected), readable(whole))
+    return execute(options, check.runs_of(selected), check.runs_of(whole))
 
 
 def slots_of(options) -> int:
@@ -286,7 +259,7 @@ def execute(options, runs: list, whole: list) -> int:
     return 1
 
 
-def rebuild() -> int:
+def rebuild(_) -> int:
     """Make the pages anew from the notebooks and the records."""
     from lib.run import pages
 
@@ -294,6 +267,56 @@ def rebuild() -> int:
         pages.notebook_html(notebook, notebook.with_suffix(".html"))
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
+
+
+def judge(options) -> int:
+    """Have saved answers graded."""
+    from lib.run import judge
+
+    named = {(run.study, run.run_id) for run in check.runs_of(select_runs(options))} if options.params else None
+    return judge.judge(options, roots_of(options), named, OUTPUTS)
+
+
+# ---- W&B brought up to date with the records, and the studies judged from what W&B holds
+
+
+def sync(options) -> int:
+    """Send what W&B lacks of the records. Exit code: 0 W&B is up to date, 1 it is not yet, 3 it cannot be reached or
+    there is no key."""
+    roots = [root for root in roots_of(options) if wandb.FROM not in root.name]
+    folders = sorted({done.parents[2] for root in roots for done in root.glob("*/*/members/*/done.json")})
+    folders = [folder for folder in folders if plan.matches(options, folder.name, folder.parent.name)]
+    settings = {folder: config.load_yaml(folder / "config.yaml").get("wandb") or {} for folder in folders}
+    folders = [folder for folder in folders if settings[folder].get("mode") != "disabled"]
+    if not folders:
+        where = ", ".join(map(str, roots)) or "outputs/"
+        print(f"nothing to send: no finished member in {where}, or wandb.mode: disabled in its YAML")
+        return 0
+    address = [options.entity or "", options.project or ""]
+    with contextlib.ExitStack() as locks:
+        for root in dict.fromkeys(folder.parents[1] for folder in folders):
+            locks.enter_context(progress.lock(root))  # a runner at work sends by itself
+        # A process of its own: the client's core can crash, and some of its calls never return.
+        code = subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *address, *map(str, folders)])
+    if code == -signal.SIGALRM:
+        print(f"W&B kept one call waiting for {wandb.STALL_SECONDS} s; fix: try again later", file=sys.stderr)
+    return code if code in (0, 3) else 1
+
+
+def pull(options) -> int:
+    """Fetch the records of the selected runs from W&B, and judge them by the same analysis in a folder of their own."""
+    from lib.run import runner
+
+    runs, made_in, steps = check.runs_of(select_runs(options)), root_of(options).name, []
+    root = OUTPUTS / f"{made_in},{wandb.FROM}"
+    for study in dict.fromkeys(run.study for run in runs):
+        mine = [run for run in runs if run.study == study]
+        address = {"entity": options.entity or mine[0].wandb.entity}
+        address["project"] = options.project or mine[0].wandb.project or wandb.PROJECT
+        results = wandb.fetch(root, f"{made_in}/{study}", run_ids=[run.run_id for run in mine], **address)
+        steps.append(plan.analysis(study, results, options.scale, "full"))
+    with progress.lock(root):
+        return 0 if runner.Runner(steps, 1).run() else 1
 
 
 # ---- JupyterLab: start_here open, this environment's kernel and this checkout's `lib` first, nothing from the net

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import socket
@@ -195,24 +195,21 @@ def run(argument: dict) -> None:
         # only a member's own record is sent along; a measurement's folder is its run's, with all members in it
         names = [name for name in list_files(folder) if name != "train.log"] if trains else []
         try:
-            ended = _gather(
-                (ray.get(part) for part in task.remote(request, source, shared, pack_files(folder, names))), folder
-            )
+            ended = gather(map(ray.get, task.remote(request, source, shared, pack_files(folder, names))), folder)
             gone = f"killed by signal {-ended} on its node" if ended < 0 else ""
         except lost as error:
             gone = f"{type(error).__name__}: the node or its worker was lost"
-        if gone:
-            print(f"attempt {attempt}: {gone}; sent again, from the last checkpoint", flush=True)
-            continue
-        if ended == 0 and "final" in inner:  # `prepare` gives its folder its final name when it is whole
-            shutil.rmtree(inner["final"], ignore_errors=True)
-            folder.rename(inner["final"])
-        sys.exit(ended)
+        if not gone:
+            if ended == 0 and "final" in inner:  # `prepare` gives its folder its final name when it is whole
+                shutil.rmtree(inner["final"], ignore_errors=True)
+                folder.rename(inner["final"])
+            sys.exit(ended)
+        print(f"attempt {attempt}: {gone}; sent again, from the last checkpoint", flush=True)
     what, fix = f"lost {ATTEMPTS} times on the cluster", "look at `ray status`, then the same command again"
     raise StudyError(f"{argument['target']} for {folder.name}", what, "a node that keeps it", fix)
 
 
-def _gather(parts: Iterator[dict], folder: Path) -> int:
+def gather(parts: Iterator[dict], folder: Path) -> int:
     """Write what a node sends into the local folder; the exit code it ended with."""
     for part in parts:
         if "code" in part:
@@ -229,5 +226,4 @@ def _gather(parts: Iterator[dict], folder: Path) -> int:
 if __name__ == "__main__":  # the process on a node
     end_with_parent()
     work = json.loads(Path(sys.argv[1]).read_text())
-    module, function = work["target"].split(":")
-    getattr(importlib.import_module(module), function)(work["argument"])
+    pkgutil.resolve_name(work["target"])(work["argument"])

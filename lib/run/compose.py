@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from lib import config, record
 from lib.config import Finding, RunId, Section, did_you_mean, fault
 from lib.errors import StudyError
-from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, yaml_findings
+from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, runs_of, yaml_findings
 
 SCALES = ("laptop", "paper")
 WRITTEN_BY = "# Written by ./run_all.sh compose from {}, which explains the keys: change it there."
@@ -96,9 +96,8 @@ class Design(Section):
             for name, level in factor.items():
                 lineage(factor, name)
                 for other in {*level.only, *level.when}.difference(known):
-                    raise fault(
-                        repr(other), "a scale or a level", did_you_mean(other, known, ""), f"{name}: only, when"
-                    )
+                    fix = did_you_mean(other, known, "")
+                    raise fault(repr(other), "a scale or a level", fix, f"{name}: only, when")
         return self
 
 
@@ -106,8 +105,8 @@ def lineage(levels: Levels, name: str) -> list[Level]:
     """A level, after those that it is like."""
     names = [name]
     while like := levels[names[-1]].like:
-        if like not in levels or like in names:
-            others = [other for other in levels if other not in names]
+        others = [other for other in levels if other not in names]
+        if like not in others:
             raise fault(repr(like), f"one of {', '.join(others)}", did_you_mean(like, others, ""), f"{name}.like")
         names.append(like)
     return [levels[name] for name in reversed(names)]
@@ -142,8 +141,8 @@ def compose(path: Path) -> tuple[str, dict[Path, str]]:
     if design.claims:
         names = {name: level.label for name, level in design.methods.items() if level.label}
         content = {"study": design.study, "names": names, **design.claims}
-        about, notes = content.pop("about", ""), content.pop("notes", {})
-        files[path.parent / "claims.yaml"] = _text(content, notes, [about], "design.yaml")
+        about, notes = [content.pop("about", "")], content.pop("notes", {})
+        files[path.parent / "claims.yaml"] = _text(content, notes, about, "design.yaml")
     return design.study, files
 
 
@@ -209,11 +208,13 @@ def main(argv: list[str]) -> int:
         fix = "--dry-run shows how; --force overwrites them; or change the design to what they say"
         raise StudyError("compose", f"files that differ: {', '.join(differing)}", "files as they are, or new", fix)
     for file, text in changed.items():
-        lines = difflib.unified_diff(_read(file).splitlines(), text.splitlines(), display_path(file), "", lineterm="")
-        print("\n".join(lines) if options.dry_run else f"written: {display_path(file)}")
-        if not options.dry_run:
+        if options.dry_run:
+            lines = _read(file).splitlines(), text.splitlines()
+            print("\n".join(difflib.unified_diff(*lines, display_path(file), "", lineterm="")))
+        else:
             record.write_text(file, text)
-    print(f"{len(changed)} files to change (--dry-run)" if options.dry_run else f"{len(changed)} files written")
+            print(f"written: {display_path(file)}")
+    print(f"{len(changed)} files {'to change (--dry-run)' if options.dry_run else 'written'}")
     return 0
 
 
@@ -232,8 +233,7 @@ def _validate(study: str, path: Path, files: Mapping[Path, str]) -> None:
             loaded = load_folder(folder / scale, scale, "full")
             wrong += yaml_findings(loaded)
             if (folder / "claims.yaml").exists():
-                runs = [run for _, run, _ in loaded if not isinstance(run, StudyError)]
-                wrong += claims_findings(study, runs, scale, folder / "claims.yaml")
+                wrong += claims_findings(study, runs_of(loaded), scale, folder / "claims.yaml")
     if lines := "".join(f"\n  {finding}" for finding in dict.fromkeys(wrong) if finding.level == "error"):
         found = f"faults in what it writes:{lines.replace(str(folder), display_path(path.parent))}"
         raise StudyError(display_path(path), found, "run YAMLs and claims that ./run_all.sh check takes")

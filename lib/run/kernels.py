@@ -5,6 +5,7 @@ by JUPYTER_DEFAULT_PROVISIONER_NAME, so that JupyterLab and plain papermill keep
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import uuid
@@ -19,58 +20,46 @@ from lib import record
 from lib.run import pool
 
 
+class Process:
+    """A kernel in the pool, over the pool's connection: of subprocess.Popen what a LocalProvisioner asks."""
+
+    stdin = stdout = stderr = None
+    pid: int | None = None
+    returncode: int | None = None
+
+    def __init__(self, request: dict):
+        self.connection = pool.connect(os.environ["STUDY_POOL"])
+        self.connection.send(request)
+
+    def poll(self) -> int | None:
+        while self.returncode is None and self.connection.poll():
+            event, value = pool.receive(self.connection)
+            if event == "started":
+                self.pid = value
+            else:
+                self.returncode = -signal.SIGKILL if value is None else value
+        return self.returncode
+
+    wait = poll  # it is called when the kernel has ended
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # where the pool is gone, `poll` says so
+            self.connection.send(int(number))
+
+
 class PoolProvisioner(LocalProvisioner):
-    """Launches the kernel through the pool and speaks of it over the pool's connection."""
-
-    connection = None
-    code: int | None = None
-
-    @property
-    def has_process(self) -> bool:
-        return self.connection is not None
+    """Launches the kernel through the pool."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any):
         given = {k: v for k, v in (kwargs.get("env") or {}).items() if os.environ.get(k) != v}
         environment = {"env": {**given, "STUDY_POOL": os.environ["STUDY_POOL"]}, "unset": ["JPY_PARENT_PID"]}
         argument, here = {"connection_file": cmd[cmd.index("-f") + 1]}, str(kwargs.get("cwd") or os.getcwd())
-        work = {"kind": "kernel", "target": "lib.run.pool:launch_kernel", "argument": argument, "log": None}
-        self.code, self.connection = None, pool.connect(os.environ["STUDY_POOL"])
-        self.connection.send({**work, **environment, "cwd": here})
-        while self.pid is None and await self.poll() is None:
+        work = {"target": "lib.run.pool:launch_kernel", "argument": argument, "log": None}
+        self.process = Process({**work, **environment, "cwd": here})
+        while self.process.pid is None and self.process.poll() is None:
             await asyncio.sleep(0.01)
+        self.pid = self.process.pid
         return self.connection_info
-
-    async def poll(self) -> int | None:
-        if self.connection is None:
-            return self.code if self.code is not None else 0
-        while self.code is None and self.connection.poll():
-            event, value = pool.receive(self.connection)
-            if event == "started":
-                self.pid = value
-            else:
-                self.code = -signal.SIGKILL if value is None else value
-        return self.code
-
-    async def wait(self) -> int | None:
-        while await self.poll() is None:
-            await asyncio.sleep(0.05)
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-        return self.code
-
-    async def send_signal(self, signum: int) -> None:
-        if self.connection is not None and self.code is None:
-            try:
-                self.connection.send(int(signum))
-            except OSError:
-                self.code = -signal.SIGKILL
-
-    async def kill(self, restart: bool = False) -> None:
-        await self.send_signal(signal.SIGKILL)
-
-    async def terminate(self, restart: bool = False) -> None:
-        await self.send_signal(signal.SIGTERM)
 
 
 def _redacted(value):

@@ -9,7 +9,7 @@ One connection per child: the client sends a request (a dictionary), the server 
 is free and ("exit", code) at its end, where a negative code is the signal that killed it; the client may send a signal's
 number, which goes to the child's process group. Closing the connection kills the child with its group, so a client that
 goes away leaves no orphan. The server ends with its owner, and a child with the server: each holds a pipe whose other
-end only the server has. What a child writes comes through a pipe to the server, which writes the log: a killed child
+end only the one above it has. What a child writes comes through a pipe to the server, which writes the log: a killed child
 loses no line, and no line holds a secret.
 """
 
@@ -17,10 +17,10 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -97,28 +97,17 @@ class Pool:
         self.socket = os.path.join(self.folder, "s")
         environment = {k: v for k, v in os.environ.items() if keep_secrets or not record.is_secret(k, v)}
         # One thread each until a member asks for more: N slots with N threads each would fight for the same cores.
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "MPLBACKEND": "Agg",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with
-            # ours.
-            "TMPDIR": os.path.join(self.folder, "tmp"),
-        }
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
+        environment["TMPDIR"] = os.path.join(self.folder, "tmp")
         environment.pop("STUDY_POOL", None)
         os.mkdir(environment["TMPDIR"])
-        secrets = record.secret_variables(os.environ)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from lib.run.pool import serve; serve()"],
-            stdin=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        request = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare, "secrets": secrets}
-        self._say(json.dumps(request))
+        command = [sys.executable, "-P", "-c", "from lib.run.pool import serve; serve()"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        about = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare}
+        self._say(json.dumps({**about, "secrets": record.secret_variables(os.environ)}))
         deadline = time.monotonic() + START_SECONDS
         while not os.path.exists(self.socket):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -210,8 +199,7 @@ def start(task: Task) -> None:
     work = {"target": task.target, "argument": task.argument}
     if os.environ.get("STUDY_CLUSTER"):  # a node does it; the slot's process hands it over
         work = {"target": "lib.run.cluster:run", "argument": {**work, **takes, "folder": str(task.folder)}}
-    names = {"name": str(task.folder), "log": str(task.log)}
-    task.connection.send({**work, **takes, **names, "kind": "member", "cpu": task.cpu})
+    task.connection.send({**work, **takes, "name": str(task.folder), "log": str(task.log), "cpu": task.cpu})
 
 
 def stop(tasks: Iterable[Task]) -> None:
@@ -233,8 +221,11 @@ def wait_for(
                     task.state, task.pid, task.seconds = "running", value, time.monotonic()
                 else:
                     stop([task])
-                    _end(task, value)
-                    if task.state == "lost" and task.attempts < 2 and value is not None:
+                    if task.state == "running":
+                        task.seconds = time.monotonic() - task.seconds
+                    lost = value is None or value < 0
+                    task.state = "lost" if lost else "failed" if value or not task.check() else "succeeded"
+                    if lost and value is not None and task.attempts < 2:
                         start(task)
                 on_change(task)
             on_tick()
@@ -248,15 +239,6 @@ def receive(connection: Connection) -> tuple[str, int | None]:
         return connection.recv()
     except (EOFError, OSError):
         return "exit", None
-
-
-def _end(task: Task, code: int | None) -> None:
-    if task.state == "running":
-        task.seconds = time.monotonic() - task.seconds
-    if code == 0 and task.check():
-        task.state = "succeeded"
-    else:
-        task.state = "lost" if code is None or code < 0 else "failed"
 
 
 # ---- the server
@@ -299,7 +281,6 @@ class Server:
         if self.context.get_start_method() == "forkserver":
             self.context.set_forkserver_preload([] if bare else ["lib.run.preload"])
             forkserver.ensure_running()  # it imports while notebooks are still read
-        self.lifeline, self.lifeline_end = multiprocessing.Pipe(duplex=False)
         unready = str(self.folder / "n")
         self.listener = Listener(unready, "AF_UNIX", backlog=128)
         os.rename(unready, path)  # clients wait for this name: a bound socket that does not listen yet refuses them
@@ -322,13 +303,13 @@ class Server:
             connection = self.listener.accept()
             with contextlib.suppress(EOFError, OSError):
                 request = connection.recv()
-                if request["kind"] == "member":
+                if "name" in request:
                     with self.changed:
                         self.queue.append(request)
                 threading.Thread(target=self.handle, args=(connection, request), daemon=True).start()
 
     def members(self) -> list:
-        return [process for process, request in self.children.items() if request["kind"] == "member"]
+        return [process for process, request in self.children.items() if "name" in request]
 
     def end_when_idle(self) -> None:
         if self.stopping and not self.members():
@@ -348,9 +329,11 @@ class Server:
         """One connection, from its request to its child's end. A client that goes away takes its child along."""
         with connection, contextlib.suppress(EOFError, OSError):
             taken = []
-            if request["kind"] == "member" and (taken := self.take_slots(request, connection)) is None:
+            if "name" in request and (taken := self.take_slots(request, connection)) is None:
                 return
-            request["env"] = request.get("env", {}) | self.gpus_shown(request, taken)
+            if taken and self.devices:
+                given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in taken)
+                request["env"] = {"CUDA_VISIBLE_DEVICES": "" if request["cpu"] else ",".join(given)}
             try:
                 code = self.run(request, connection)
             finally:
@@ -364,37 +347,30 @@ class Server:
     def take_slots(self, request: dict, connection: Connection) -> list[int] | None:
         """Wait for its turn; None where the client has gone meanwhile."""
         with self.changed:
-            while self.stopping or next_in_turn(self.queue, len(self.free), self.total, self.busy) is not request:
+            while not connection.poll() and (
+                self.stopping or next_in_turn(self.queue, len(self.free), self.total, self.busy) is not request
+            ):
                 self.changed.wait(LOOK_SECONDS)
-                if connection.poll():
-                    self.queue.remove(request)
-                    self.changed.notify_all()
-                    return None
             self.queue.remove(request)
+            self.changed.notify_all()
+            if connection.poll():
+                return None
             wanted = min(request["slots"], self.total)
             taken, self.free = self.free[:wanted], self.free[wanted:]
             self.busy.add(request["name"])
-            self.changed.notify_all()
             return taken
-
-    def gpus_shown(self, request: dict, taken: list[int]) -> dict[str, str]:
-        """What a child on its slots is to see of the GPUs: nothing is set where there are none, or for a kernel."""
-        if not self.devices or not taken:
-            return {}
-        given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in taken)
-        return {"CUDA_VISIBLE_DEVICES": "" if request["cpu"] else ",".join(given)}
 
     def run(self, request: dict, connection: Connection) -> int:
         """The child's exit code; what it writes goes into its log meanwhile, and signals come from the client."""
         output, out = multiprocessing.Pipe(duplex=False) if request["log"] else (None, None)
-        process = self.context.Process(target=run_child, args=(request, self.secrets, self.lifeline, out))  # pyright: ignore[reportAttributeAccessIssue]
+        process = self.context.Process(target=run_child, args=(request, self.secrets, out))  # pyright: ignore[reportAttributeAccessIssue]
         with self.starting:
             process.start()
         if out:
             out.close()
         with self.changed:
             self.children[process] = request
-            if self.stopping and request["kind"] == "member":
+            if self.stopping and "name" in request:
                 os.kill(process.pid, signal.SIGTERM)
         with contextlib.suppress(OSError):
             connection.send(("started", process.pid))
@@ -442,7 +418,7 @@ def serve() -> None:
 # ---- in a child
 
 
-def run_child(request: dict, secrets: dict, lifeline: Connection, out: Connection | None) -> None:
+def run_child(request: dict, secrets: dict, out: Connection | None) -> None:
     """Take its place (process group, log, environment, threads) and call its target."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -451,20 +427,19 @@ def run_child(request: dict, secrets: dict, lifeline: Connection, out: Connectio
         os.dup2(null if out is None else out.fileno(), stream)
     if out is not None:
         out.close()
-    die_with(lifeline)
+    end_with_parent()
     # multiprocessing hands each child an end of the pipe that keeps the fork server alive: it would outlive the server.
     with contextlib.suppress(AttributeError, TypeError, OSError):
         os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]
     record.KNOWN.update(secrets)
-    os.environ.update(request["env"])
+    os.environ.update(request.get("env", {}))
     for name in request.get("unset", ()):
         os.environ.pop(name, None)
     if request.get("cwd"):
         os.chdir(request["cwd"])
     if request.get("threads") and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(request["threads"]))
-    module, function = request["target"].split(":")
-    getattr(importlib.import_module(module), function)(request["argument"])
+    pkgutil.resolve_name(request["target"])(request["argument"])
 
 
 def launch_kernel(argument: dict) -> None:
@@ -478,34 +453,20 @@ def launch_kernel(argument: dict) -> None:
     IPKernelApp.launch_instance()
 
 
-def die_with(lifeline: Connection) -> None:
-    """End this process when the pipe's other end closes, that is when the server is gone, however it went.
-
-    On Linux the kernel sees to it as well: our thread cannot run while a long call into C holds the interpreter's lock.
-    """
-    if sys.platform == "linux":
+def end_with_parent() -> None:
+    """End this process with its group when its parent is gone, however it went: a child's is the pool's server, to which
+    it has a pipe; no pipe tells of a Ray worker or of torchrun."""
+    server, parent = multiprocessing.parent_process(), os.getppid()
+    # The kernel sees to it as well: our thread cannot run while a long call into C holds the interpreter's lock.
+    if server and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    end_after(lambda: wait([lifeline]))
-
-
-def end_with_parent() -> None:
-    """End this process and its group when its parent is gone, which no pipe tells: a Ray worker, or torchrun."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-
-    end_after(watch)
-
-
-def end_after(watch: Callable[[], object]) -> None:
-    """End this process with its group once `watch` returns, which a thread calls."""
-
     def end() -> None:
-        watch()
-        os.killpg(os.getpgid(0), signal.SIGKILL)
+        if server:
+            server.join()
+        while not server and os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=end, daemon=True).start()

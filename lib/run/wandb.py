@@ -41,7 +41,7 @@ FROM = "from=wandb"  # in the name of a folder of records that came from W&B
 PROJECT = "llm-finetuning-studies"
 MIRRORED = (".json", ".jsonl", ".yaml")
 NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
-POLL, TRIES, RETRY = 1.0, 3, 60  # seconds between two looks at the histories; attempts of a sender, seconds between
+POLL = 1.0  # seconds between two looks at the histories
 STALL_SECONDS = 600  # for sending one W&B run; for the client's files, which a slow disk may hold up
 SYNC = "./run_all.sh sync where its records are"
 # Nothing of this machine or its user goes with a run, and nothing is sent but what is asked for.
@@ -147,10 +147,9 @@ def final_entry(run_folder: Path, members: dict[str, Entry]) -> Entry | None:
 
 def entries(run_folder: Path) -> list[Entry]:
     """The W&B runs of everything finished in `run_folder`: its members, then its final run."""
-    all_members = {path.name: member_entry(path) for path in sorted(run_folder.glob("members/*/"))}
-    members = {name: entry for name, entry in all_members.items() if entry and entry.finished}
-    final = final_entry(run_folder, members)
-    return [*members.values(), *([final] if final else [])]
+    every = {path.name: member_entry(path) for path in sorted(run_folder.glob("members/*/"))}
+    members = {name: entry for name, entry in every.items() if entry and entry.finished}
+    return [*members.values(), *filter(None, [final_entry(run_folder, members)])]
 
 
 def is_over(run_folder: Path) -> bool:
@@ -165,47 +164,34 @@ class Mirrors:
     """The senders that are under way, one process for each run folder; `close` waits for them a little and no longer."""
 
     def __init__(self):
-        self.threads: dict[Path, threading.Thread] = {}
-        self.processes: dict[Path, subprocess.Popen] = {}
-        self.closing = threading.Event()
+        self.senders: dict[Path, subprocess.Popen] = {}
         self.stdin, life = os.pipe()  # every sender's input: it ends with `close`, and with this process
         self.life = os.fdopen(life, "wb")
 
     def follow(self, folder: Path, mode: str) -> None:
-        """See that a sender is at work for this run, whose notebook begins or ends. Offline there is nothing to do
-        before its end."""
+        """See that a sender is at work for this run, whose notebook begins or ends; one that W&B has stalled or crashed
+        meanwhile is started anew. Offline there is nothing to do before its end."""
         folder = folder.parent if folder.name == "sweep" else folder
-        alive = folder in self.threads and self.threads[folder].is_alive()
-        if not alive and (mode == "online" or (mode == "offline" and is_over(folder))):
-            self.threads[folder] = threading.Thread(target=self._send, args=(folder, mode), name=mode, daemon=True)
-            self.threads[folder].start()
-
-    def _send(self, folder: Path, mode: str) -> None:
-        """A sender for this run; once more where W&B stalled or crashed it."""
+        alive = folder in self.senders and self.senders[folder].poll() is None
+        if alive or not (mode == "online" or (mode == "offline" and is_over(folder))):
+            return
         command = [sys.executable, "-P", "-m", "lib.run.wandb", mode, str(folder)]
-        for _ in range(TRIES):
-            with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
-                process = subprocess.Popen(command, stdin=self.stdin, stdout=log, stderr=log, start_new_session=True)
-                self.processes[folder] = process
-                if process.wait() == 0:
-                    return
-            if self.closing.wait(RETRY):
-                return
+        with contextlib.suppress(OSError), open(folder / "wandb.log", "a") as log:
+            streams = {"stdin": self.stdin, "stdout": log, "stderr": log}
+            self.senders[folder] = subprocess.Popen(command, start_new_session=True, **streams)
 
     def close(self, seconds: float) -> None:
         """Wait for what is left, at most `seconds` in all, and for what is written here until it is; then end it. The
         record is whole without it."""
         deadline = time.monotonic() + seconds
-        self.closing.set()
         self.life.close()
-        for thread in list(self.threads.values()):  # one may begin meanwhile
-            local = seconds and thread.name == "offline"
-            thread.join(STALL_SECONDS if local else max(0.0, deadline - time.monotonic()))
-        for process in list(self.processes.values()):
+        for process in list(self.senders.values()):  # one may begin meanwhile
+            local = seconds and "offline" in process.args
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STALL_SECONDS if local else max(0.0, deadline - time.monotonic()))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-        sent = {folder for folder, process in self.processes.items() if process.returncode == 0}
-        if logs := [str(folder / "wandb.log") for folder in self.threads if folder not in sent]:
+        if logs := [str(folder / "wandb.log") for folder, process in self.senders.items() if process.wait()]:
             fix = "the record is whole; fix: ./run_all.sh sync brings W&B up to date"
             print(f"W&B mirror not complete, see {', '.join(logs)}; {fix}", file=sys.stderr)
 
@@ -285,7 +271,7 @@ class Sender:
         """The W&B run of this entry, read afresh; None where there is none."""
         self.api.flush()
         try:
-            return self.api.run("/".join(filter(None, (entry.init[key] for key in ("entity", "project", "id")))))
+            return self.api.run("/".join(entry.init[key] for key in ("entity", "project", "id") if entry.init[key]))
         except Exception as error:  # a CommError, as for everything else that may be wrong
             if "Could not find run" not in str(error):
                 raise
@@ -300,7 +286,7 @@ class Sender:
             if there and stated(there).get("source") != source:  # of other members, before --force, say: it stays
                 entry.init["id"] += f"-{source[:8]}"
                 there = self.find(entry)
-            differs = diff(entry, there) if complete else rows
+            differs = diff(entry, there) if complete else ["history"] * bool(rows)
             if not differs:
                 return []
             place, resume = str(entry.history.parents[2]), "allow" if self.api else None
