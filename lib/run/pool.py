@@ -209,10 +209,11 @@ def stop(tasks: Iterable[Task]) -> None:
             task.connection = None
 
 
-def wait_for(
-    tasks: list[Task], on_change: Callable[[Task], None] = lambda task: None, on_tick: Callable[[], None] = lambda: None
-) -> None:
-    """Watch started tasks until all have ended. A lost process is started once more; an exception is not."""
+def wait_for(tasks: list[Task], on_change=lambda task: None, on_tick=lambda: None) -> None:
+    """Watch started tasks until all have ended. A lost process is started once more; an exception is not.
+
+    on_change(task) is called when a task has begun or ended, on_tick() at every look.
+    """
     try:
         while open_now := {task.connection: task for task in tasks if task.connection}:
             for connection in wait(list(open_now), PROBE):
