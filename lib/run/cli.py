@@ -250,13 +250,11 @@ def execute(options, runs: list, whole: list) -> int:
     if full:
         progress.print_verdicts(steps)
     print(f"\n{os.path.relpath(index, os.getcwd())}")
-    states = {step.state for step in to_do}
-    if states <= {"succeeded"}:
-        return 0
-    if states <= {"succeeded", "postponed"}:
-        print("--max-hours left something to do: rerun the same command to do it")
-        return 4
-    return 1
+    left = {step.state for step in to_do} - {"succeeded"}
+    if left != {"postponed"}:
+        return 1 if left else 0
+    print("--max-hours left something to do: rerun the same command to do it")
+    return 4
 
 
 def rebuild(_) -> int:

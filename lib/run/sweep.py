@@ -75,9 +75,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     Its name has a digest of what a trial's value depends on besides its point: trials of other settings, data, code or
     objective do not count.
     """
-    name = run.run_id  # in a database, which holds other searches too, a longer one
-    if run.optuna.storage:
-        name = f"{Path(run.results_dir).parent.name}/{run.study}/{name}"
+    name = f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"  # a database holds other searches too
     settings = keys.member_key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{keys.digest([*settings, run.optuna.objective_metric])}",
