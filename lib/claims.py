@@ -20,8 +20,8 @@ import contextlib
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -37,7 +37,6 @@ COST_DRAWS = 2_000  # each draw sorts all pairs
 MIN_COST_PAIRS = 20
 HOLM_LEVEL = 0.05
 BEST = "best"  # in a cell: the value that is chosen on the study's validation metric
-MISSING = "missing: "  # how the reason of a claim begins whose scores are not all there
 UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
 FINISHED = ("completed", "diverged")
 SIDES = ("treatment", "baseline")
@@ -175,9 +174,8 @@ class Claims(Section):
         for fixed in self.fixed:
             if cell.get("method") != fixed.method or not isinstance(by := cell.get(fixed.by), float | int):
                 continue
-            if by not in fixed.values:
+            if (value := fixed.values.get(by)) is None:
                 raise ValueError(f"{fixed.key} of {fixed.method} is not fixed for {fixed.by} = {by:g}")
-            value = fixed.values[by]
             if (given := cell.get(fixed.key, value)) != value:
                 name = f"{fixed.method} at {fixed.by} = {by:g}"
                 raise ValueError(f"{name} has {fixed.key} = {given:g}, but {value:g} was fixed in advance")
@@ -265,7 +263,7 @@ class Missing(ValueError):
     """What is missing of the runs or the scores that a comparison needs."""
 
     def __str__(self) -> str:
-        return f"{MISSING}{self.args[0]}"
+        return f"missing: {self.args[0]}"
 
 
 def pair_up(
@@ -282,9 +280,8 @@ def pair_up(
         runs = select(members, cell)
         gaps += _duplicates(study, cell, runs)
         state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
-        usable = {"completed": set(table.index), "diverged": set(state)}
         states.append(state)
-        ready.append({seed for seed, status in state.items() if seed in usable.get(status, ())})
+        ready.append({s for s in state if state[s] == "diverged" or (state[s] == "completed" and s in table.index)})
     wanted = sorted(set().union(*states) if all_seeds else set.intersection(*ready))
     for cell, state, there in zip(cells, states, ready, strict=True):
         name = study.label(cell)
@@ -388,12 +385,11 @@ def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
         f"(95 % interval {spans[0.95]}, 90 % {spans[0.90]})"
     )
     level = 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95
+    better = st.probability_of_improvement(treatment[0], baseline[0]) if len(baseline) else None
     return _measured(claim, decision, text, primary.value, ends[0.95], level, interval90=ends[0.90]) | {
         "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
         "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
-        "probability_of_improvement": st.probability_of_improvement(treatment[0], baseline[0])
-        if len(baseline)
-        else None,
+        "probability_of_improvement": better,
     }
 
 
@@ -415,7 +411,7 @@ def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
                 f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that vary "
                 f"less (ratio of variances {ratio:.2f}, {span}) because they are worse show nothing"
             )
-    own, own_baseline = result.per_seed
+    own, own_baseline = result.companion
     ratios = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
     better = st.probability_of_improvement(-own[:, None], -own_baseline[:, None])
     return measured | {"per_seed": dict(zip(seeds, ratios, strict=True)), "probability_of_improvement": better}
@@ -440,50 +436,32 @@ def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
 # ---- a verdict and its forms
 
 
-@dataclass
-class Verdict:
-    """What one claim came to, at one scale. Numbers that do not exist are None.
+class Verdict(SimpleNamespace):
+    """What one claim came to, at one scale; its attributes are what claims.json holds. Numbers that do not exist are
+    None.
 
     `p` is the one-sided p of the claim's own primary test, `holm_p` adjusted over the claims evaluated with it,
     `p_companion` that of the t test over seeds. `per_seed` maps a seed to its own estimate. `level` is that of the
     interval which supports the claim. `scored_by` names what gave the scores. `n_pairs` counts pairs of costs,
-    `n_dropped` questions left out for want of a score.
+    `n_dropped` questions left out for want of a score. `beside` and `sensitivity` hold comparisons that decide nothing.
     """
 
-    id: str
-    sentence: str
-    test: str
-    metric: str
-    scale: str
-    verdict: str
-    reason: str
-    estimand: str = ""
-    margin: float | None = None
-    claimed: float | None = None
-    estimate: float | None = None
-    interval95: tuple[float, float] | None = None
-    interval90: tuple[float, float] | None = None
-    level: float | None = None
-    p: float | None = None
-    holm_p: float | None = None
-    p_companion: float | None = None
-    companion_interval95: tuple[float, float] | None = None
-    per_seed: dict = field(default_factory=dict)
-    probability_of_improvement: float | None = None
-    n_seeds: int = 0
-    n_questions: int = 0
-    n_pairs: int = 0
-    n_dropped: int = 0
-    premise: dict | None = None
-    note: str = ""
-    scored_by: str = ""
-    beside: list[dict] = field(default_factory=list)
-    sensitivity: dict | None = None
+    def __init__(self, claim: Claim, scale: str) -> None:
+        super().__init__(
+            **{key: getattr(claim, key) for key in ("id", "sentence", "test", "metric")},
+            **{"scale": scale, "verdict": "not evaluated", "reason": ""},
+            **{key: getattr(claim, key) for key in ("estimand", "margin", "claimed")},
+            **dict.fromkeys(("estimate", "interval95", "interval90", "level")),
+            **dict.fromkeys(("p", "holm_p", "p_companion", "companion_interval95")),
+            **{"per_seed": {}, "probability_of_improvement": None},
+            **dict.fromkeys(("n_seeds", "n_questions", "n_pairs", "n_dropped"), 0),
+            **{"premise": None, "note": claim.note, "scored_by": "", "beside": [], "sensitivity": None},
+        )
 
 
 def to_json(verdicts: list[Verdict]) -> list[dict]:
     """Plain data without NaN or infinities (they become null), ready for record.write_json."""
-    return finite([asdict(verdict) for verdict in verdicts])
+    return finite([vars(verdict) for verdict in verdicts])
 
 
 def table(verdicts: list[Verdict]) -> pd.DataFrame:
@@ -495,9 +473,7 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
     columns = "id verdict estimate interval95 p holm_p probability_of_improvement per_seed n_seeds scale reason"
     rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=columns.split())
     rows["interval95"] = rows["interval95"].map(span)
-    rows["per_seed"] = rows["per_seed"].map(
-        lambda seeds: ", ".join(f"{x:.3g}" for x in seeds.values() if x is not None)
-    )
+    rows["per_seed"] = [", ".join(f"{x:.3g}" for x in v.per_seed.values() if x is not None) for v in verdicts]
     names = ["claim", "verdict", "estimate", "95 % interval", "p", "Holm p", "P(improvement)", "per seed", "seeds"]
     return rows.set_axis([*names, "scale", "why"], axis=1)
 
@@ -560,11 +536,15 @@ def evaluate(
     """
     members = read_members(rows, study.keys) if members is None else members
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs)
-    verdicts = [_evaluate_one(study, claim, data, scale, mode, absent or {}) for claim in study.claims]
-    for verdict in verdicts:
-        if verdict.test != "cost_ratio":
-            verdict.scored_by = scored_by
-            verdict.reason += f". {fix}" if fix and verdict.reason.startswith(MISSING) else ""
+    verdicts = [Verdict(claim, scale) for claim in study.claims]
+    for claim, verdict in zip(study.claims, verdicts, strict=True):
+        try:
+            verdict.reason = _no_verdict(claim, scale, mode, absent or {})
+            if not verdict.reason:
+                (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
+        except Missing as missing:
+            verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
+        verdict.scored_by = "" if claim.test == "cost_ratio" else scored_by
     family = [v for v in verdicts if v.p is not None]
     for verdict, adjusted in zip(family, st.holm([v.p for v in family]) if family else (), strict=True):
         verdict.holm_p = float(adjusted)
@@ -574,25 +554,17 @@ def evaluate(
     return verdicts
 
 
-def _evaluate_one(study: Claims, claim: Claim, data: Data, scale: str, mode: str, absent: Mapping[str, str]) -> Verdict:
-    same = claim.model_dump(include={"id", "sentence", "test", "metric", "estimand", "margin", "claimed", "note"})
-    verdict = Verdict(**same, scale=scale, verdict="not evaluated", reason="")
+def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) -> str:
+    """Why the claim is not evaluated, whatever the scores; the empty string where it is."""
     if mode == "trial":
-        verdict.reason = "a trial shows that the study runs, not what it finds"
-    elif claim.not_evaluated:
-        verdict.reason = claim.not_evaluated
-    elif claim.test == "absolute" and scale == "laptop":
-        verdict.reason = "a figure of a named model says nothing about the models made at laptop scale"
-    elif scale not in claim.scales:
-        verdict.reason = f"this claim is about {' and '.join(claim.scales)} scale"
-    elif claim.metric in absent:
-        verdict.reason = absent[claim.metric]
-    else:
-        try:
-            (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
-        except Missing as missing:
-            verdict.reason = str(missing)
-    return verdict
+        return "a trial shows that the study runs, not what it finds"
+    if claim.not_evaluated:
+        return claim.not_evaluated
+    if claim.test == "absolute" and scale == "laptop":
+        return "a figure of a named model says nothing about the models made at laptop scale"
+    if scale not in claim.scales:
+        return f"this claim is about {' and '.join(claim.scales)} scale"
+    return absent.get(claim.metric, "")
 
 
 class Comparison(NamedTuple):
@@ -637,7 +609,7 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
     elif claim.baseline:  # a figure of its own (absolute) is missed by a model that learned nothing
         try:
-            vars(verdict).update(_vacuous_at_chance(study, data, comparison, verdict.reason))
+            vars(verdict).update(at_chance(study, data, comparison, verdict.reason))
         except Missing as missing:
             verdict.note += f" Whether its runs are above chance is not known ({missing.args[0]})."
     if claim.premise:
@@ -672,7 +644,7 @@ def _compare_sides(study: Claims, claim: Claim, other: SideComparison, data: Dat
         return {**out, "estimate": difference, "reason": reason}
     measured = measure(claim, pairs, n, names, other.name)
     with contextlib.suppress(Missing):  # the claim's own note says so
-        measured |= _vacuous_at_chance(study, data, comparison, measured["reason"])
+        measured |= at_chance(study, data, comparison, measured["reason"])
     return out | _hide_verdict(measured)
 
 
@@ -707,15 +679,9 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
 # ---- whether the runs that a claim compares have learned anything
 
 
-def _vacuous_at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) -> dict:
-    """Verdict and reason where every run of the comparison is at chance, whatever its numbers (`reason`) say; nothing
-    where one is not."""
-    text = at_chance(study, data, comparison) if study.chance else ""
-    return {"verdict": "vacuous", "reason": f"{text}. By its numbers alone: {reason}"} if text else {}
-
-
-def at_chance(study: Claims, data: Data, comparison: Comparison) -> str:
-    """The sentence that says it, where every cell is at chance; the empty string where one is not. Raises Missing.
+def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) -> dict:
+    """Verdict and reason where every cell is at chance, whatever its numbers (`reason`) say; nothing where one is not.
+    Raises Missing.
 
     A difference between runs at chance says nothing of methods. What chance is stands in claims.yaml (`chance`), fixed
     before any score is seen. Runs are at chance unless they are shown to be above it or, where they began with
@@ -724,26 +690,30 @@ def at_chance(study: Claims, data: Data, comparison: Comparison) -> str:
     many shows nothing, and one that has clearly learned is no run at chance, however much the seeds differ). To diverge
     is a result, and not chance.
     """
-    chance, cells, n = study.chance, comparison.cells, comparison.n
+    cells, n, names, _ = comparison
+    if not (chance := study.chance):
+        return {}
     pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric, all_seeds=False)
     if len(pairs.seeds) < 2:
         raise Missing("one seed tells nothing about seeds")
     if any(pairs.diverged):
-        return ""
+        return {}
     limits = [_chance_limits(study, cell, data.members) for cell in cells]
     runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):
         alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
         for estimate, level in ((st.crossed_mean(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
             if np.any(st.p_above(estimate, upper) <= level) or np.any(st.p_below(estimate, lower) <= level):
-                return ""
+                return {}
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
-    sides = zip((means[:n], means[n:]), comparison.names, strict=True)
-    return (
-        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is "
-        f"{' and '.join(f'{part.max():.3f} of {name}' for part, name in sides)}, not shown to "
-        f"be above {upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
+    shown = " and ".join(
+        f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)
     )
+    text = (
+        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {shown}, not shown to be above "
+        f"{upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
+    )
+    return {"verdict": "vacuous", "reason": f"{text}. By its numbers alone: {reason}"}
 
 
 def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[float, float]:
@@ -751,12 +721,10 @@ def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[fl
     runs, chance = select(members, cell), study.chance
 
     def value(level: float | str) -> float:
-        if not isinstance(level, str):
-            return float(level)
-        column = pd.to_numeric(runs[level], errors="coerce").dropna() if level in runs else []
-        if not len(column):
+        own = pd.to_numeric(runs[level], errors="coerce").mean() if isinstance(level, str) and level in runs else level
+        if isinstance(own, str) or np.isnan(own):
             raise Missing(f"{study.label(cell)}: no {level}")
-        return float(np.mean(column))
+        return float(own)
 
     lower = chance.no_worse_than
     return max(map(value, chance.no_better_than)), -np.inf if lower is None else value(lower)

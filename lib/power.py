@@ -38,7 +38,11 @@ def _simulate(claim, noise, seed_sd, seeds, questions, effect, n, rng) -> st.Dec
         result = st.time_ratio(np.exp(log), np.ones_like(log), draws=SIMULATED_DRAWS, rng=rng)
         return st.decide_cost(result, claim.margin)
     levels = max([1, *map(len, claim.across.values())])
-    treatment, baseline = _scores(noise, seed_sd, (n, 2, levels, seeds, questions), rng)
+    # of two methods, (2, n, levels, S, Q): seeds, questions, questions of one method and level, answers
+    x = rng.normal(0, seed_sd, (2, n, levels, seeds, 1)) + rng.normal(0, noise.question_sd, (1, n, 1, 1, questions))
+    x = x + rng.normal(0, noise.interaction_sd, (2, n, levels, 1, questions))
+    answers = rng.standard_normal((2, n, levels, seeds, questions), dtype=np.float32)
+    treatment, baseline = x + noise.answer_sd * answers
     if claim.test == "variance_ratio":
         profile = np.interp(np.linspace(0, 1, levels), np.linspace(0, 1, len(_PROFILE)), _PROFILE)
         profile = ((profile - profile.mean()) / profile.std(ddof=1) * noise.spread)[:, None, None]
@@ -46,15 +50,6 @@ def _simulate(claim, noise, seed_sd, seeds, questions, effect, n, rng) -> st.Dec
         return st.decide_variance(st.variance_ratio(treatment, baseline, draws=SIMULATED_DRAWS, rng=rng), claim.margin)
     difference = (treatment - (0 if claim.test == "absolute" else baseline))[:, 0] + effect
     return st.decide_mean(claim.test, st.crossed_mean(difference), st.seed_mean(difference.mean(-1)), claim.margin)
-
-
-def _scores(noise: Noise, seed_sd: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Centered scores of two methods, (2, n, levels, S, Q): seeds, questions, questions of one method and level,
-    answers."""
-    n, two, levels, s, q = shape
-    x = rng.normal(0, seed_sd, (two, n, levels, s, 1)) + rng.normal(0, noise.question_sd, (1, n, 1, 1, q))
-    x = x + rng.normal(0, noise.interaction_sd, (two, n, levels, 1, q))
-    return x + noise.answer_sd * rng.standard_normal((two, n, levels, s, q), dtype=np.float32)
 
 
 def table(study: Claims, *, scale=None, seeds: int | None = None, n_sim: int | None = None) -> pd.DataFrame:

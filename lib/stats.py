@@ -58,13 +58,9 @@ def seed_factor(seeds: int) -> float:
     return (seeds / (seeds - 1)) ** 0.5
 
 
-def resampling_shares(
-    seeds: int, questions: int, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """The shares (draws, S) and (draws, Q) that each seed and question has in the bootstrap's drawn sets."""
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
-    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=draws) / questions
-    return by_seed, by_question
+def resampling_shares(x: np.ndarray, draws: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The shares (draws, S) and (draws, Q) that each seed and question of x (..., S, Q) has in the bootstrap's sets."""
+    return [rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in x.shape[-2:]]
 
 
 def resampled_means(x: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray) -> np.ndarray:
@@ -74,11 +70,10 @@ def resampled_means(x: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray)
 
 def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) -> Estimate:
     """Mean of x (..., S, Q) with its crossed bootstrap standard error (`draws` draws), times sqrt(S / (S - 1))."""
-    s, q = x.shape[-2:]
-    means = resampled_means(x, *resampling_shares(s, q, draws, rng))
+    means = resampled_means(x, *resampling_shares(x, draws, rng))
     # about the mean itself, as the draws' own mean differs from it only by chance
     deviation = means - x.mean((-2, -1))[..., None]
-    return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt((deviation**2).mean(-1)), np.inf)
+    return Estimate(x.mean((-2, -1)), seed_factor(x.shape[-2]) * np.sqrt((deviation**2).mean(-1)), np.inf)
 
 
 def crossed_mean(x: np.ndarray) -> Estimate:
@@ -152,14 +147,19 @@ def noise_sds(difference: np.ndarray) -> dict[str, float]:
 # ---- variance across levels (beta, say)
 
 
-class VarianceRatio(NamedTuple):
-    """Ratio of two variances across levels with its 95 % bootstrap interval and the one-sided p of "not below 1"."""
+class Ratio(NamedTuple):
+    """A ratio with its 95 % bootstrap interval and its `draws` (..., draws). `companion`: what the t test is made on,
+    each seed's own two variances, both (..., S), or the log ratios of K blocks of times (..., K)."""
 
     ratio: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    p: np.ndarray
-    per_seed: tuple[np.ndarray, np.ndarray]  # each seed's own two variances (..., S)
+    draws: np.ndarray
+    companion: tuple[np.ndarray, np.ndarray] | np.ndarray
+
+    def p(self, beyond: np.ndarray) -> np.ndarray:
+        """One-sided p: the share of draws that lie `beyond` the threshold, the estimate counted as one of them."""
+        return (1 + beyond.sum(-1)) / (self.draws.shape[-1] + 1)
 
 
 def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,29 +174,24 @@ def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return by_seed.mean(-1).var(-1, ddof=1) - within / seeds, by_seed.var(-2, ddof=1) - within[..., None]
 
 
-def variance_ratio(
-    treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator
-) -> VarianceRatio:
+def variance_ratio(treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator) -> Ratio:
     """Ratio of variances across levels, treatment (..., L, S, Q) over baseline, with a crossed bootstrap interval.
 
     The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they
     are centred on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
     positive the ratio counts as infinite, which can only widen the interval upwards.
     """
-    s, q = treatment.shape[-2:]
-    shares = resampling_shares(s, q, draws, rng)
-    estimates, widened, per_seed = [], [], []
-    for x in (treatment, baseline):
-        value, each = variance_across(x)
+    shares = resampling_shares(treatment, draws, rng)
+    estimates, per_seed = zip(variance_across(treatment), variance_across(baseline), strict=True)
+    widened = []
+    for x, estimate in zip((treatment, baseline), estimates, strict=True):
         drawn = np.moveaxis(resampled_means(x, *shares), -1, -2).var(-1, ddof=1)
-        estimates.append(value)
-        widened.append(value[..., None] + seed_factor(s) * (drawn - drawn.mean(-1, keepdims=True)))
-        per_seed.append(each)
-    ratios = _ratio(widened[0], widened[1])
+        noise = drawn - drawn.mean(-1, keepdims=True)
+        widened.append(estimate[..., None] + seed_factor(x.shape[-2]) * noise)
+    ratios = _ratio(*widened)
     # a quantile between two infinities is not a number
     low, high = np.quantile(ratios, (0.025, 0.975), axis=-1, method="inverted_cdf")
-    p = (1 + (ratios >= 1).sum(-1)) / (draws + 1)
-    return VarianceRatio(_ratio(*estimates), low, high, p, tuple(per_seed))
+    return Ratio(_ratio(*estimates), low, high, ratios, per_seed)
 
 
 def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -205,15 +200,15 @@ def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.where(positive, np.maximum(upper, 0) / np.where(positive, lower, 1), np.inf)
 
 
-def decide_variance(result: VarianceRatio, point: float) -> Decision:
+def decide_variance(result: Ratio, point: float) -> Decision:
     """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above
     `point`.
 
     Companion: a t test over seeds of treatment - r * baseline, the two variances of each seed (r = 1, r = `point`).
     """
-    treatment, baseline = result.per_seed
+    treatment, baseline = result.companion
     return _decide(
-        result.p,
+        result.p(result.draws >= 1),
         (result.high < 1) & (result.ratio <= point),
         result.low > point,
         p_below(seed_mean(treatment - baseline), 0.0),
@@ -224,19 +219,9 @@ def decide_variance(result: VarianceRatio, point: float) -> Decision:
 # ---- ratios of times
 
 
-class TimeRatio(NamedTuple):
-    """Median ratio of paired times with its 95 % bootstrap interval; `draws` of it; blocks' own log ratios (..., K)."""
-
-    ratio: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    draws: np.ndarray
-    blocks: np.ndarray
-
-
 def time_ratio(
     seconds: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator, blocks: int = 10
-) -> TimeRatio:
+) -> Ratio:
     """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the
     machine in one step says nothing of the method; pairs are drawn with replacement.
 
@@ -251,13 +236,12 @@ def time_ratio(
     size = n // blocks
     stretches = np.median(log[..., : size * blocks].reshape(*log.shape[:-1], blocks, size), axis=-1)
     low, high = np.quantile(drawn, (0.025, 0.975), axis=-1)
-    return TimeRatio(np.exp(np.median(log, axis=-1)), np.exp(low), np.exp(high), np.exp(drawn), stretches)
+    return Ratio(np.exp(np.median(log, axis=-1)), np.exp(low), np.exp(high), np.exp(drawn), stretches)
 
 
-def decide_cost(result: TimeRatio, limit: float) -> Decision:
+def decide_cost(result: Ratio, limit: float) -> Decision:
     """Supported: the 95 % interval's high end is at most `limit`. Refuted: its low end is above."""
-    p = (1 + (result.draws > limit).sum(-1)) / (result.draws.shape[-1] + 1)
-    companion, log = seed_mean(result.blocks), np.log(limit)
+    p, companion, log = result.p(result.draws > limit), seed_mean(result.companion), np.log(limit)
     return _decide(p, result.high <= limit, result.low > limit, p_below(companion, log), p_above(companion, log))
 
 
@@ -270,9 +254,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     order = np.argsort(p, axis=-1, kind="stable")
     factors = np.arange(p.shape[-1], 0, -1)
     stepped = np.maximum.accumulate(np.take_along_axis(p, order, -1) * factors, axis=-1)
-    adjusted = np.empty_like(stepped)
-    np.put_along_axis(adjusted, order, np.minimum(stepped, 1.0), -1)
-    return adjusted
+    return np.take_along_axis(np.minimum(stepped, 1.0), np.argsort(order, axis=-1), -1)
 
 
 def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> float:

@@ -552,9 +552,8 @@ def test_json_table_and_sentence(good):
 
 
 def test_json_of_an_infinite_interval_has_null():
-    v = c.Verdict(
-        "A", "", "superiority", "score", "laptop", "inconclusive", "", interval95=(0.1, np.inf), estimate=np.nan
-    )
+    v = c.Verdict(BY_ID["C1"], "laptop")
+    v.interval95, v.estimate = (0.1, np.inf), np.nan
     assert c.to_json([v])[0]["interval95"] == [0.1, None]
     assert c.to_json([v])[0]["estimate"] is None
 
