@@ -152,7 +152,7 @@ class Loss(Section):
     """Task loss + alpha * penalty. `importance` is the study's formula, the others its alternatives and controls."""
 
     penalty: Literal["none", "importance", "max", "inv_mean", "uniform", "shuffled", "factor_l2"] = "none"
-    alpha: NonNegative = Field(1e-4, validation_alias="reg_alpha")
+    alpha: NonNegative = Field(default=1e-4, validation_alias="reg_alpha")
     beta: NonNegative = 1.0
     sensitivity_warmup_steps: Count = 150  # calibration batches: N of s_k
     sensitivity_buffer_size: Count | None = None  # batches kept for the running average; null: all of them
@@ -165,7 +165,7 @@ class Evaluation(Section):
 
 
 class Search(config.Optuna):
-    objective_metric: Name = Field("validation_accuracy", validation_alias="metric_name")
+    objective_metric: Name = Field(default="validation_accuracy", validation_alias="metric_name")
 
 
 class Run(config.Run):

@@ -23,15 +23,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import (
-    StudyTrainer,
-    fingerprint,
-    make_stepper,
-    pad_rows,
-    seeded_batches,
-    time_interleaved,
-    to_device,
-)
+from lib.training import StudyTrainer, fingerprint, make_stepper, pad_rows, seeded_batches, time_interleaved, to_device
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 60, 3  # rounds of steps in turns
