@@ -1,4 +1,4 @@
-"""A gate between two optimiser steps, where a process tells its parent what the last one took and waits for the next
+"""A gate between two optimizer steps, where a process tells its parent what the last one took and waits for the next
 word."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Parts:
         self.watch(_causal(model).base_model, "backbone", count=True)
 
     def watch_training(self) -> None:
-        """Backward passes, gradient clipping and optimiser steps of this process, whoever calls them."""
+        """Backward passes, gradient clipping and optimizer steps of this process, whoever calls them."""
         backward, clip = Tensor.backward, nn.utils.clip_grad_norm_
 
         def timed(function: Callable, name: str) -> Callable:
@@ -66,8 +66,8 @@ class Parts:
             return call
 
         Tensor.backward, nn.utils.clip_grad_norm_ = timed(backward, "backward"), timed(clip, "clipping")
-        register_optimizer_step_pre_hook(lambda *_: self.begin("optimiser"))
-        register_optimizer_step_post_hook(lambda *_: self.end("optimiser"))
+        register_optimizer_step_pre_hook(lambda *_: self.begin("optimizer"))
+        register_optimizer_step_post_hook(lambda *_: self.end("optimizer"))
 
 
 def now() -> float:

@@ -1,4 +1,4 @@
-"""What GRAFF's planner adds to a step, in turns with fixed on the same batches, at Qwen3-0.6B's true shape (random
+"""What GRAFF's planner adds to a step, interleaved with fixed on the same batches, at Qwen3-0.6B's true shape (random
 weights).
 
     python -m benchmarks.graff_step --rounds 20                                            (a GPU)

@@ -12,9 +12,9 @@ model; ours also scores the test pairs, analyses and writes its pages.
 
 Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is run in two ways,
 with all cores and with its reference precomputed and cached on disk. At its best: one process that loops over the
-cells, its head made to score completion tokens only, and charged neither for imports nor for tokenisation (rows are
+cells, its head made to score completion tokens only, and charged neither for imports nor for tokenization (rows are
 token ids). As shipped: a process per cell, as a shell loop over `trl dpo` starts them, and its head as it is on a CPU;
-tokenisation is not charged here either. Every cell has its sigmoid loss, since the objective's share of a step is
+tokenization is not charged here either. Every cell has its sigmoid loss, since the objective's share of a step is
 small.
 """
 
@@ -127,7 +127,7 @@ def ours(home: Path, jobs: int | None) -> dict:
     over = threading.Event()
 
     def watch() -> None:
-        """When each run's first optimiser step was recorded."""
+        """When each run's first optimizer step was recorded."""
         while not over.wait(0.02):
             for method in METHODS:
                 recorded = (home / "outputs/laptop-full/td_dpo" / method).glob("members/*/history.jsonl")
@@ -327,7 +327,7 @@ def run_trl(home: Path, spec: dict) -> list[dict]:
     (home / "spec.json").write_text(json.dumps(spec))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"])}
     began = time.perf_counter()
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-m", "benchmarks.grid", "--worker", str(home / "spec.json")],
         cwd=ROOT,
         env=environment,
@@ -336,7 +336,7 @@ def run_trl(home: Path, spec: dict) -> list[dict]:
         check=True,
     ).stdout
     whole = time.perf_counter() - began
-    rows = [json.loads(row) for row in told.splitlines() if row.startswith("{")]
+    rows = [json.loads(row) for row in reported.splitlines() if row.startswith("{")]
     if spec["arm"] == "shipped":
         rows[0]["seconds"] = whole - rows[0]["reference"]
     return rows
@@ -365,7 +365,7 @@ def report(found: dict, theirs: dict[str, list[dict]], count: int, options: argp
             "",
             f"Ours: {found['before']:.1f} s until the first notebook's first cell (plan, preflight, the pool's imports), "
             f"{found['after']:.1f} s after the last run (analysis, pages); members {found['member_seconds']:.0f} s on {jobs} "
-            f"slots, of which optimiser steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
+            f"slots, of which optimizer steps {found['step_seconds'] * share:.0f} %, the rest loading, evaluating, scoring and "
             f"saving; {found['processor']:.0f} s of processor in all. From a run's turn, the pool being there, to its "
             f"first recorded step: {found['first_step']:.1f} s.",
         ]

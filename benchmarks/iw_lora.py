@@ -1,6 +1,6 @@
 """What IW-LoRA costs at DeBERTaV3-base's true shape, with random weights: python -m benchmarks.iw_lora [--rounds 12]
 
-Steps of LoRA, IW-LoRA and AdaLoRA in turns on the same batches in one process, so that the ratios hold whatever else
+Steps of LoRA, IW-LoRA and AdaLoRA interleaved on the same batches in one process, so that the ratios hold whatever else
 the machine does; the penalty alone; and one pass of calibration. Prints a Markdown table with machine and versions.
 Goals: the penalty below 3 % of a step, calibration below 2 % of a paper-scale run in forward and backward passes.
 """
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = "tiny shape" if options.small else "DeBERTaV3-base, random weights"
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(
-        f"{shape}, batch {options.batch} x {options.tokens} tokens, {options.rounds} rounds in turns; {machine}, "
+        f"{shape}, batch {options.batch} x {options.tokens} tokens, {options.rounds} interleaved rounds; {machine}, "
         f"{models.device()}; torch {torch.__version__}, transformers {transformers.__version__}\n"
     )
     print("| | seconds (median) | over LoRA's step, same round (middle half) |\n|---|---|---|")

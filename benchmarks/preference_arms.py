@@ -1,11 +1,11 @@
-"""The ways of training DPO that preference_step.py compares, each a process that takes a step when it is told to.
+"""The ways of training DPO that preference_step.py compares, each a process that takes a step when it is reported to.
 
 `naive`: a loop over two models with four forward passes and the whole vocabulary at every position. `trl`:
 trl.DPOTrainer.train() with its reference log-probabilities precomputed; `trl_completions`: the same with its head made
 to score completion tokens only, which TRL itself does on CUDA and not on the CPU. `ours`:
-lib.td_dpo.trainer.PreferenceTrainer. All draw the same adapters and see the same pairs in the same optimiser steps. The gate
+lib.td_dpo.trainer.PreferenceTrainer. All draw the same adapters and see the same pairs in the same optimizer steps. The gate
 between two steps is the trainers' own log call, so a step is a whole turn of their loop: data, collation, forward,
-backward, optimiser, metrics, record.
+backward, optimizer, metrics, record.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
 
 
 class Stock(DPOTrainer):
-    """TRL's trainer; only its tokenisation (rows are token ids) and its telemetry are left out, and its reference is
+    """TRL's trainer; only its tokenization (rows are token ids) and its telemetry are left out, and its reference is
     timed."""
 
     reference_seconds = 0.0
@@ -160,7 +160,7 @@ def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
         use_cpu=spec["device"] == "cpu",
         seed=SEED,
     )
-    # In the order in which the engine's sampler would draw them: the same pairs in every optimiser step.
+    # In the order in which the engine's sampler would draw them: the same pairs in every optimizer step.
     rows = [spec["rows"][index] for index in SeededOrder(len(spec["rows"]), SEED)]
     rows = Dataset.from_list([{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows])
     trainer = Stock(

@@ -1,4 +1,4 @@
-"""Optimiser steps of DPO by a naive loop, by TRL and by this repository's engine, in turns on the same pairs.
+"""Optimizer steps of DPO by a naive loop, by TRL and by this repository's engine, interleaved on the same pairs.
 
     python -m benchmarks.preference_step                   CPU, 32k vocabulary, generated pairs
     python -m benchmarks.preference_step --data PATH       the same on real chat pairs
@@ -7,7 +7,7 @@
 
 Each arm is a process of its own that takes a step when it is its turn (preference_arms.py says what each does), and the
 peak memory is the arm's own. Every arm is tried at each micro-batch of `--micro`
-and its fastest counts; pairs per optimiser step are the same. Weights are random: time and memory depend on the shape
+and its fastest counts; pairs per optimizer step are the same. Weights are random: time and memory depend on the shape
 alone. Generated lengths are those of gpu_checks.py (log-normal, assumed to be like chat data) times --scale.
 """
 
@@ -36,7 +36,7 @@ WARM_UP, PROFILED = 2, 2
 NAMES = {"naive": "naive: two models, four forwards", "trl": "TRL as shipped, reference precomputed",
          "trl_completions": "TRL, head made completion-only", "ours": "ours"}  # fmt: skip
 PARTS = {"backbone": "backbone forward", "head": "head forward", "reference": "reference", "backward": "backward",
-         "optimiser": "clip + optimiser", "rest": "the rest"}  # fmt: skip
+         "optimizer": "clip + optimizer", "rest": "the rest"}  # fmt: skip
 
 
 def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
@@ -47,7 +47,7 @@ def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
 
 
 def real_rows(path: str, count: int, vocabulary: int, longest: int) -> list[dict]:
-    """`count` tokenised pairs of a data set, by a tokenizer made from its own training answers."""
+    """`count` tokenized pairs of a data set, by a tokenizer made from its own training answers."""
     from lib.td_dpo.data import encode_pairs, load_splits, make_tokenizer
 
     pairs = load_splits({"name": path, "on_bad_row": "drop"})[0]["train"]
@@ -165,12 +165,12 @@ def measured(variant: dict, rounds: int, batch: int) -> dict:
     parts = {
         name: statistics.mean(step["parts"].get(name, 0.0) for step in profiled)
         # fmt: skip
-        for name in ("model", "backbone", "scoring", "reference", "backward", "clipping", "optimiser")
+        for name in ("model", "backbone", "scoring", "reference", "backward", "clipping", "optimizer")
     }
     whole = statistics.mean(step["seconds"] for step in profiled)
     shares = {"backbone": parts["backbone"], "head": parts["model"] - parts["backbone"] + parts["scoring"],
               "reference": parts["reference"], "backward": parts["backward"],
-              "optimiser": parts["clipping"] + parts["optimiser"]}  # fmt: skip
+              "optimizer": parts["clipping"] + parts["optimizer"]}  # fmt: skip
     shares = {name: value / whole for name, value in shares.items()}
     seconds = [step["seconds"] for step in timed]
     return {
@@ -264,7 +264,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, bfloat16 on a GPU or with --nf4"
     )
-    parser.add_argument("--nf4", action="store_true", help="4-bit base with double quantisation")
+    parser.add_argument("--nf4", action="store_true", help="4-bit base with double quantization")
     parser.add_argument("--lora", type=int, help="rank; 0 trains all weights (default: 64 with --nf4, else 0)")
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="of gradients (default: on a GPU)"
@@ -272,7 +272,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="real pairs: a file, a folder or a hub id (default: generated)")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt with one answer")
     parser.add_argument("--scale", type=float, help="of generated lengths (default: longest / 2048)")
-    parser.add_argument("--batch", type=int, default=8, help="pairs per optimiser step")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per optimizer step")
     parser.add_argument("--micro", type=int, nargs="+", default=[2, 8], help="pairs per forward pass to try")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or pool.cores()))
@@ -286,7 +286,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 
 def spec_of(options: argparse.Namespace) -> dict:
-    """What every arm is told: the model's shape, the tokenised pairs, the device and the batch."""
+    """What every arm is reported: the model's shape, the tokenized pairs, the device and the batch."""
     from benchmarks.gpu_checks import pairs
 
     cuda, shape = options.device == "cuda", shape_of(options.shape, options.vocabulary, options.layers)

@@ -28,7 +28,7 @@ ARMS = ["trl_completions", "ours"]
 def measure(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, dict]:
     """{arm: {"seconds", "peak"}}, medians over the rounds; None for an arm without the memory."""
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    told = preference_step.parsed(
+    reported = preference_step.parsed(
         [
             *flags,
             "--micro",
@@ -42,12 +42,14 @@ def measure(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, dic
         ]
     )
     arms = ["trl", "ours"] if options.device == "cuda" else ARMS
-    running = preference_step.run(arms, told.micro, preference_step.spec_of(told), told.rounds)
+    running = preference_step.run(arms, reported.micro, preference_step.spec_of(reported), reported.rounds)
     found = {}
     for (arm, _), variant in running.items():
-        made = None if "out_of_memory" in variant else preference_step.measured(variant, told.rounds, told.batch)
+        made = (
+            None if "out_of_memory" in variant else preference_step.measured(variant, reported.rounds, reported.batch)
+        )
         found["ours" if arm == "ours" else "trl"] = made and {
-            "seconds": statistics.median(made["seconds" if told.device == "cuda" else "cpu_seconds"]),
+            "seconds": statistics.median(made["seconds" if reported.device == "cuda" else "cpu_seconds"]),
             "peak": made["peak"],
         }
     return found

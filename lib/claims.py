@@ -530,7 +530,7 @@ def evaluate(
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs:
-    pairs `seconds`, `seconds_baseline` measured in turns. scored_by: what gave the scores, for the record. fix: said of
+    pairs `seconds`, `seconds_baseline` measured interleaved. scored_by: what gave the scores, for the record. fix: said of
     a claim whose scores are missing (how to get them). absent: {metric: why it has no values}, the reason of the claims
     about it.
     """
@@ -672,7 +672,7 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
     if len(pairs) < MIN_COST_PAIRS:
         count = f"{len(pairs)} pairs, at least {MIN_COST_PAIRS} are needed"
-        raise Missing(f"{claim.metric} of {names[0]} and {names[1]} measured in turns ({count})")
+        raise Missing(f"{claim.metric} of {names[0]} and {names[1]} measured interleaved ({count})")
     vars(verdict).update(_measure_cost(claim, pairs, names))
 
 

@@ -51,7 +51,7 @@ DEBERTA_V3 = {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd
 DEBERTA_V3 |= {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 QWEN3 = {"num_key_value_heads": 2, "head_dim": 16, **CAUSAL}
 MISTRAL_7B = {"num_key_value_heads": 2, "sliding_window": None, **CAUSAL}
-FAMILIES = {  # beginning of the hub id -> (model class, its settings beside TINY, chat format, special tokens)
+FAMILIES = {  # beginning of the hub id -> (model class, its settings besides TINY, chat format, special tokens)
     "meta-llama/": (transformers.LlamaForCausalLM, {"num_key_value_heads": 4, **CAUSAL}, LLAMA2, LLAMA_TOKENS),
     "Qwen/Qwen3": (transformers.Qwen3ForCausalLM, QWEN3, CHATML, QWEN_TOKENS),
     "mistralai/": (transformers.MistralForCausalLM, MISTRAL_7B, MISTRAL, LLAMA_TOKENS),

@@ -168,7 +168,7 @@ def float32_trainables(model: nn.Module) -> nn.Module:
 def keep_4bit_differentiable(model: nn.Module) -> None:
     """On CPUs with AVX512-BF16 a forward in eval mode makes bitsandbytes repack 4-bit weights for a kernel that has no
     backward, for good: training after it would silently lose every gradient that passes through the base model. It is
-    switched off, and undone where it has happened (bitsandbytes' inverse rounds double-quantised scales once more).
+    switched off, and undone where it has happened (bitsandbytes' inverse rounds double-quantized scales once more).
     """
     if not (getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"):
         return

@@ -186,7 +186,7 @@ def secret_name(name: str) -> bool:
 
 
 def password_in_url(value: str) -> str:
-    """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a data base's; empty where nothing
+    """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a database's; empty where nothing
     does."""
     match = re.match(r"[a-z][a-z0-9+.-]*://([^/?#\s]*)@", value, re.IGNORECASE)
     return match.group(1).partition(":")[2] or match.group(1) if match else ""

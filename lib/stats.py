@@ -178,7 +178,7 @@ def variance_ratio(treatment: np.ndarray, baseline: np.ndarray, *, draws: int, r
     """Ratio of variances across levels, treatment (..., L, S, Q) over baseline, with a crossed bootstrap interval.
 
     The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they
-    are centred on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
+    are centered on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
     positive the ratio counts as infinite, which can only widen the interval upwards.
     """
     shares = resampling_shares(treatment, draws, rng)
@@ -225,7 +225,7 @@ def time_ratio(
     """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the
     machine in one step says nothing of the method; pairs are drawn with replacement.
 
-    Times of neighbouring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its
+    Times of neighboring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its
     values.
     """
     log = np.log(seconds) - np.log(baseline)

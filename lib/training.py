@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from lib import record
 
 MARKER = "complete.json"  # written last and fsynced: without it a folder is the remains of a kill inside a save
-STATE = "state.pt"  # of a checkpoint: what a study remembers beside its weights
+STATE = "state.pt"  # of a checkpoint: what a study remembers besides its weights
 
 # ---- the processes of one training (one, but for a sharded model: lib/run/sharding.py) ----
 
@@ -144,7 +144,7 @@ def read_marker(checkpoint: Path) -> dict | None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, its marker first, so that a kill half-way leaves nothing that counts."""
+    """Delete a checkpoint, its marker first, so that a kill halfway leaves nothing that counts."""
     (checkpoint / MARKER).unlink(missing_ok=True)
     _fsync(checkpoint)
     shutil.rmtree(checkpoint)

@@ -32,10 +32,10 @@ class NoAnswer(Exception):
 
 
 class Page:
-    """One tab. `told` holds console errors and exceptions, `asked` the addresses that were requested."""
+    """One tab. `reported` holds console errors and exceptions, `asked` the addresses that were requested."""
 
     def __init__(self, socket):
-        self.socket, self.numbers, self.told, self.asked = socket, itertools.count(1), [], []
+        self.socket, self.numbers, self.reported, self.asked = socket, itertools.count(1), [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -55,14 +55,14 @@ class Page:
         if kind == "Network.requestWillBeSent":
             self.asked.append(about["request"]["url"])
         elif kind == "Runtime.exceptionThrown":
-            self.told.append(about["exceptionDetails"]["text"])
+            self.reported.append(about["exceptionDetails"]["text"])
         elif kind == "Log.entryAdded" and about["entry"]["level"] == "error":
-            self.told.append(about["entry"]["text"])
+            self.reported.append(about["entry"]["text"])
         elif kind == "Runtime.consoleAPICalled" and about["type"] in ("error", "assert"):
-            self.told.append(str(about["args"]))
+            self.reported.append(str(about["args"]))
 
     def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> "Page":
-        self.told.clear()
+        self.reported.clear()
         self.asked.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500

@@ -41,7 +41,7 @@ TINY = {
 
 
 def until(truth, what="it did not come about", process=None):
-    """Wait until `truth()`, which is returned; not for ever, and not for a `process` that has ended without it."""
+    """Wait until `truth()`, which is returned; not forever, and not for a `process` that has ended without it."""
     deadline = time.monotonic() + PATIENCE
     while not (found := truth()):
         ended = process is not None and process.poll() is not None

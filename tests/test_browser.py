@@ -48,7 +48,7 @@ def test_pages_ask_for_nothing_and_fit(page, index, width, dark):
     member = index.replace("index.html", "laptop-full/td_dpo/dpo/run.html")
     for url in (index, member):
         page.open(url, width=width, dark=dark)
-        assert page.told == []
+        assert page.reported == []
         assert [a for a in page.asked if a != url and not a.startswith("data:")] == []
         assert page.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         assert page.ask(CONTRAST) == []
@@ -67,7 +67,7 @@ def test_runs_are_sorted_and_filtered_by_keyboard(page, index):
     page.ask(f"(f => {{ f.value = 'DIVERGED td'; f.dispatchEvent(new Event('input')); }})({field})")
     assert page.ask(SHOWN) == "td_dpo"
     assert page.ask("document.querySelector('[role=status]').textContent") == "1 of 3 runs"
-    assert page.told == []
+    assert page.reported == []
 
 
 def test_a_point_is_clicked_and_the_row_of_its_run_opens(page, index):

@@ -189,7 +189,7 @@ def test_the_companions_p_is_scipys_one_sided_t_test():
     means = rows.groupby(["method", "beta", "seed"]).score.mean().unstack()
     own = [means.loc[m].var(ddof=1) - means.loc[m].var(axis=1, ddof=1).mean() for m in ("td_dpo", "dpo")]
     assert found["C4"].p_companion == pytest.approx(stats.ttest_rel(*own, alternative="less").pvalue)
-    # C5: the medians of ten stretches of neighbouring pairs
+    # C5: the medians of ten stretches of neighboring pairs
     blocks = np.median(np.log(costs.seconds / costs.seconds_baseline).to_numpy().reshape(10, 12), axis=1)
     assert found["C5"].p_companion == pytest.approx(p(blocks, np.log(1.02), "less"))
     for value in (found["C2"].p_companion, found["C3"].p_companion, found["C4"].p_companion):

@@ -82,13 +82,13 @@ def test_two_processes_train_as_one_fail_aloud_and_resume_in_two_and_in_one(job,
     sharded.train({**argument, "folder": str(tmp_path / "resumed")})
     assert_same(history(tmp_path / "resumed"), expected, 1e-5)
 
-    told = sharding.launch("tests.sharded:train", broken, 2)
-    assert (told["status"], told["step"]) == ("completed", 6)
+    reported = sharding.launch("tests.sharded:train", broken, 2)
+    assert (reported["status"], reported["step"]) == ("completed", 6)
     assert_same(history(tmp_path / "two"), expected, 1e-5)
-    layers = [name for name in told["whole"] if ".layers." in name]
+    layers = [name for name in reported["whole"] if ".layers." in name]
     assert any("base_layer" in name for name in layers)
     for name in layers:  # NF4 weights, adapters, norms: each process held its half
-        assert [held[name] for held in told["held"]] == [told["whole"][name] / 2] * 2, name
+        assert [held[name] for held in reported["held"]] == [reported["whole"][name] / 2] * 2, name
 
 
 def test_fewer_gpus_than_processes_is_one_line_that_says_so(monkeypatch):
@@ -130,8 +130,8 @@ def test_a_killed_launcher_leaves_no_process_behind(job, tmp_path):
 @pytest.mark.slow
 def test_a_lost_process_is_started_once_more(job, tmp_path):
     argument = {**job[0], "folder": str(tmp_path / "lost"), "die_at": 5}
-    told = sharding.launch("tests.sharded:train", argument, 2)
-    assert told["step"] == 6
+    reported = sharding.launch("tests.sharded:train", argument, 2)
+    assert reported["step"] == 6
     assert_same(history(tmp_path / "lost"), history(job[1] / "one"), 1e-5)
 
 

@@ -235,7 +235,7 @@ def test_trl_tokenises_the_same_rows(tmp_path):
 
 
 def stock_trainer(folder, model, pairs, loss_type, beta):
-    """trl.DPOTrainer as shipped on the same pairs (float32, its own tokenisation and precomputed reference)."""
+    """trl.DPOTrainer as shipped on the same pairs (float32, its own tokenization and precomputed reference)."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -270,7 +270,7 @@ def plain_logprobs(model, rows):
 
 @pytest.fixture
 def double_norm(monkeypatch):
-    """transformers normalises in float32 whatever the model's type: for float64 comparisons it must not."""
+    """transformers normalizes in float32 whatever the model's type: for float64 comparisons it must not."""
 
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
@@ -585,7 +585,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
 
 @pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
 def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeypatch, layout):
-    """The same pairs make each optimiser step, cut by length so that no pass exceeds the budget or the device's
+    """The same pairs make each optimizer step, cut by length so that no pass exceeds the budget or the device's
     batch."""
     passes = []
     monkeypatch.setattr(engine, "layout", lambda model: layout)

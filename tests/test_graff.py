@@ -156,7 +156,7 @@ def test_an_output_at_its_bound_is_held_there_and_comes_back(row, low, high, sid
 
 def test_the_warm_start_keeps_the_blocks_apart():
     """With the encoder at W's own rate all states run into +-1 alike, and the multipliers stay at 1 whatever they are
-    told."""
+    reported."""
     spread = {}
     for encoder_lr in (trainer.ENCODER_LR, 3e-3):
         torch.manual_seed(7)
@@ -400,14 +400,14 @@ def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
     made, equal = harness()
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
-    told = [json.loads(line)["answer"] for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").open()]
-    texts = told + [row[0] for row in TABLE]
-    references = [*told[:40], "#### 1,234", "#### 5", "#### -7", "#### 42", "#### 1000"]
+    reported = [json.loads(line)["answer"] for name in ("train", "test") for line in (GSM8K / f"{name}.jsonl").open()]
+    texts = reported + [row[0] for row in TABLE]
+    references = [*reported[:40], "#### 1,234", "#### 5", "#### -7", "#### 42", "#### 1000"]
     for name, own in (("strict-match", data.strict), ("flexible-extract", data.flexible)):
         found = [f[0] for f in made[name].apply([[t] for t in texts], [{}] * len(texts))]
         assert [own(t) for t in texts] == [None if f == "[invalid]" else data.clean(f) for f in found]
-        pairs = [(i, told[i + shift]) for i in range(len(told) - 1) for shift in (0, 1)]
-        pairs += [(len(told) + i, r) for i in range(len(TABLE)) for r in references]
+        pairs = [(i, reported[i + shift]) for i in range(len(reported) - 1) for shift in (0, 1)]
+        pairs += [(len(reported) + i, r) for i in range(len(TABLE)) for r in references]
         for i, reference in pairs:
             assert equal(found[i], reference) == (own(texts[i]) == data.reference(reference)), (texts[i], reference)
 

@@ -19,7 +19,7 @@ def exact_norm(self, x):
 
 @pytest.fixture
 def engine(shared, monkeypatch):  # noqa: F811
-    """(model in float64 without dropout, probes, optimiser after two steps, two batches)."""
+    """(model in float64 without dropout, probes, optimizer after two steps, two batches)."""
     monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)  # its own computes in float32
     run = member_of("graff", cold=True, changes={"model.lora.dropout": 0.0}).run
     given = data.load(shared)
@@ -44,7 +44,7 @@ def gradient(model, probes, optimizer, batch, a: float | None = None):
 
 def stepped(engine, a: float, eta: float, log_m: torch.Tensor, batch):
     """One step from the engine's state with this plan; what is behind it comes back as it was. -> (loss after,
-    optimiser)."""
+    optimizer)."""
     model, probes, optimizer, _ = engine
     before = [p.detach().clone() for p in probes.parameters]
     moments = copy.deepcopy([optimizer.state[p] for p in probes.parameters]), optimizer.param_groups[0]["count"]

@@ -258,10 +258,10 @@ def test_the_key_is_sent_as_a_header_and_is_nowhere_else(outputs, judge_server, 
     assert set(judge_server.keys) == {f"Bearer {KEY}"}
     judge_server.script = lambda n, request: (401, repeats)
     assert cli.main(["judge", "--model", "other"]) == 1
-    told = capsys.readouterr()
+    reported = capsys.readouterr()
     written = "".join(path.read_text() for path in outputs.parent.rglob("*") if path.is_file())
     assert "your key is" in written
-    assert KEY not in written + told.out + told.err
+    assert KEY not in written + reported.out + reported.err
 
 
 def test_what_is_missing_is_found_before_training(data, tmp_path):
@@ -351,14 +351,16 @@ def folders(outputs):
 def test_the_command_puts_grades_into_the_records_in_the_oracles_form_and_pays_once(outputs, judge_server, capsys):
     judge_server.script = lambda n, request: (200, completion(f"[[{grade_of(request):g}]]"))
     assert cli.main(["judge", "--dry-run", "--model", "m", "--price-in", "30", "--price-out", "60"]) == 0
-    told = capsys.readouterr().out
-    assert "to be sent: about 32 calls" in told
-    assert "9600 reply tokens, 0.59 in all" in told  # 32 replies of 300 tokens are 0.576, the short prompts 0.02
+    reported = capsys.readouterr().out
+    assert "to be sent: about 32 calls" in reported
+    assert "9600 reply tokens, 0.59 in all" in reported  # 32 replies of 300 tokens are 0.576, the short prompts 0.02
     assert not judge_server.seen
     assert cli.main(["judge", "--model", "m", "--price", "1000000"]) == 0
     assert len(judge_server.seen) == 32
-    told = capsys.readouterr().out
-    assert told.index("to be sent") < told.index("spent: 32 calls, 320 prompt and 64 reply tokens, 384.00 in all")
+    reported = capsys.readouterr().out
+    assert reported.index("to be sent") < reported.index(
+        "spent: 32 calls, 320 prompt and 64 reply tokens, 384.00 in all"
+    )
     for folder in folders(outputs):
         wanted = {(row["question"], row["turn"]): grade_of(row) for row in judging.requests(folder, "m")}
         rows = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] == "answer"]

@@ -18,14 +18,14 @@ BENCH = BENCH if BENCH.exists() else Path("/work/shared/data/mt_bench")
 
 
 def run(place: Path, *arguments: str, **environ: str) -> str:
-    told = {k: v for k, v in os.environ.items() if k not in ("STUDY_POOL", "OPENAI_API_KEY", "OPENAI_BASE_URL")}
+    reported = {k: v for k, v in os.environ.items() if k not in ("STUDY_POOL", "OPENAI_API_KEY", "OPENAI_BASE_URL")}
     done = subprocess.run(
         [sys.executable, "-m", "lib", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={
-            **told,
+            **reported,
             **environ,
             "STUDY_OUTPUTS": str(place / "outputs"),
             "STUDY_CACHE": str(place / "cache"),
@@ -88,10 +88,10 @@ def test_from_training_to_a_verdict_on_the_judges_scores(tmp_path):
     judge = Endpoint()
     judge.script = script
     try:
-        told = run(tmp_path, "judge", OPENAI_BASE_URL=judge.url, NO_PROXY="127.0.0.1")
+        reported = run(tmp_path, "judge", OPENAI_BASE_URL=judge.url, NO_PROXY="127.0.0.1")
     finally:
         judge.close()
-    assert told.index("to be sent") < told.index("members graded:")
+    assert reported.index("to be sent") < reported.index("members graded:")
     means = {}
     for folder in sorted(results.glob("*/members/*/")):
         asked = judging.requests(folder, "gpt-4")

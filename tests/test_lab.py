@@ -144,7 +144,7 @@ def test_lab_opens_start_here_and_nothing_else(server):
         time.sleep(2)  # the question about news came a moment after all else
         assert page.ask("document.querySelectorAll('.Toastify__toast, .jp-Dialog').length") == 0
         assert {url.split("/")[2] for url in page.asked if url.startswith(("http", "ws"))} == {server.url.split("/")[2]}
-        assert page.told == []
+        assert page.reported == []
 
 
 @pytest.mark.slow

@@ -102,10 +102,10 @@ def test_the_card_says_what_the_record_says_and_verdicts_when_there_are_some(tra
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["td_dpo", "laptop-scale"]
     assert "datasets" not in front, "generated data are no data set of the hub"
-    told = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", card, re.MULTILINE))
-    assert float(told["implicit_accuracy"]) == pytest.approx(metrics["implicit_accuracy"], rel=1e-5)
-    assert float(told["loss.beta"]) == spec["config"]["loss"]["beta"]
-    assert int(told["pairs trained on"]) == metrics["pairs"]
+    reported = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", card, re.MULTILINE))
+    assert float(reported["implicit_accuracy"]) == pytest.approx(metrics["implicit_accuracy"], rel=1e-5)
+    assert float(reported["loss.beta"]) == spec["config"]["loss"]["beta"]
+    assert int(reported["pairs trained on"]) == metrics["pairs"]
     assert "seconds" not in card
     assert "Not judged yet" in card
     results = folder.parents[2]

@@ -26,8 +26,8 @@ def task(tmp_path, name, target, check=lambda: True, **argument):
 def test_as_many_slots_as_this_process_may_use_cores():
     mine = min(os.sched_getaffinity(0))
     one = f"import os; os.sched_setaffinity(0, [{mine}]); from lib.run import pool; print(pool.cores())"
-    told = subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout == "1\n"
+    reported = subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert reported.stdout == "1\n"
 
 
 def test_an_exception_is_not_retried_and_its_traceback_is_in_the_log(bare, tmp_path):
@@ -344,12 +344,12 @@ def test_what_a_child_writes_to_its_log_holds_no_secret_and_nothing_that_acts_on
         job = task(tmp_path, target, target, secret=secret)
         pool.start(job)
         pool.wait_for([job])
-        told = job.log.read_text()
-        assert secret not in told
-        assert told.count("[OWNERS_TOKEN]") == 4 * job.attempts
-        assert "\x1b" not in told
-        assert "\\x1b[2Jgone" in told
-        assert "the last words" in told
+        reported = job.log.read_text()
+        assert secret not in reported
+        assert reported.count("[OWNERS_TOKEN]") == 4 * job.attempts
+        assert "\x1b" not in reported
+        assert "\\x1b[2Jgone" in reported
+        assert "the last words" in reported
     own.close()
 
 

@@ -62,7 +62,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def findings(run):
-    """{key: the last finding about it}; whatever is missing, no secret is told and each has a fix."""
+    """{key: the last finding about it}; whatever is missing, no secret is reported and each has a fix."""
     found = preflight.find_missing([run], preflight.visible_gpus())
     assert "secret" not in "\n".join(map(str, found))
     assert all(finding.fix and "\n" not in str(finding) for finding in found)

@@ -1,4 +1,4 @@
-"""The runner: what counts as done, what a person is told, and that kills, locks and full disks lose nothing."""
+"""The runner: what counts as done, what a person is reported, and that kills, locks and full disks lose nothing."""
 
 import errno
 import json
@@ -67,7 +67,7 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     assert not runner.partial(step).exists()
 
 
-@pytest.mark.parametrize(("cells", "told"), [
+@pytest.mark.parametrize(("cells", "reported"), [
     (["raise ValueError('no such thing')", SENTINEL], "no such thing"),
     (["import sys; sys.exit(0)", SENTINEL], "never ran"),
     (["import os; os._exit(0)", SENTINEL], "died"),
@@ -77,11 +77,11 @@ def test_a_notebook_that_does_all_is_recorded(bare, tmp_path):
     (["from lib.run import runs; runs.finish(folder, {}, 'another nonce')"], "no sentinel"),
     ([SENTINEL, "open(folder + '/metrics.json', 'w').write('{')"], "metrics.json"),
 ])  # fmt: skip
-def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, told):
+def test_what_papermill_lets_pass_is_never_a_success(bare, tmp_path, cells, reported):
     step = step_of(tmp_path, *cells)
     outcome(step)
     assert step.state == "failed"
-    assert told.lower() in json.dumps(step.error).lower()
+    assert reported.lower() in json.dumps(step.error).lower()
     assert record.read_json(step.folder / "status.json")["status"] == "failed"
     assert not step.output.exists()
     assert not step.output.with_suffix(".html").exists()
@@ -216,21 +216,21 @@ def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
     assert "its runner is gone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("error", "code", "told", "not_told"), [
+@pytest.mark.parametrize(("error", "code", "reported", "not_told"), [
     (OSError(errno.ENOSPC, "No space left on device"), 3, "writing a file: No space left on device", "None"),
     (OSError(errno.EROFS, "Read-only file system", "/o/x"), 3, "/o/x: Read-only file system", "None"),
     (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files", "space left"),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "ConnectionResetError", "permissions"),
     (OSError("no number at all"), 1, "no number at all", "None"),
 ], ids=lambda value: type(value).__name__)  # fmt: skip
-def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code, told, not_told):
+def test_an_error_of_the_system_says_what_it_is(monkeypatch, capsys, error, code, reported, not_told):
     def fails(*_):
         raise error
 
     monkeypatch.setattr(cli, "run", fails)
     assert cli.main(["plan"]) == code
     said = capsys.readouterr().err
-    assert told in said
+    assert reported in said
     assert not_told not in said
 
 
@@ -310,9 +310,9 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
     assert cli.main(["full", "--scale", "laptop", "--set", "trainng.x=1"]) == 2
     assert cli.main(["full", "--scale", "laptop", "--study", "td_dop"]) == 2
     assert cli.main(["full", "--study", "td_dpo"]) == 3, "this machine has no GPU, no hub and no W&B key"
-    told = capsys.readouterr().err
-    assert "GPU" in told
-    assert "nothing was started" in told
+    reported = capsys.readouterr().err
+    assert "GPU" in reported
+    assert "nothing was started" in reported
     assert not (tmp_path / "outputs").exists()
 
 

@@ -40,7 +40,7 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
 )
 
 
-@pytest.mark.parametrize(("content", "told"), [
+@pytest.mark.parametrize(("content", "reported"), [
     (BOMB, "or 20 aliases"),
     (b"a: &a [*a]\n", "a: unknown key"),
     (b"run_id: " + b"x" * (100 << 20), "more than 1,000,000 characters"),
@@ -56,10 +56,10 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     ({**TINY, "dataset": {**TINY["dataset"], "name": "../../no/such.jsonl"}}, "does not exist"),
     ({**TINY, "study": "../td_dpo"}, "study"),
 ], ids=lambda v: v[:30] if isinstance(v, str) else "")  # fmt: skip
-def test_a_hostile_yaml_is_one_clear_error_before_anything_starts(command, content, told):
+def test_a_hostile_yaml_is_one_clear_error_before_anything_starts(command, content, reported):
     code, said = command(content)
     assert code == 2
-    assert told in said
+    assert reported in said
     assert "nothing was started" in said
     assert len(said) < 3000, "an error a person can read"
 
@@ -79,9 +79,13 @@ def test_data_that_is_a_link_to_itself_or_not_text(command, tmp_path):
     folder.mkdir()
     (folder / "train.csv").write_bytes(b"chosen,rejected\n" + "é".encode() * 600_000 + b"\xe9\n")
     (folder / "itself").symlink_to(folder)
-    for path, told in ((loop, "does not exist"), (latin, "can't decode byte 0xe9"), (folder, "can't decode byte 0xe9")):
+    for path, reported in (
+        (loop, "does not exist"),
+        (latin, "can't decode byte 0xe9"),
+        (folder, "can't decode byte 0xe9"),
+    ):
         code, said = command({**TINY, "dataset": {**TINY["dataset"], "name": str(path)}})
-        assert (code, told in said) == (2, True), said
+        assert (code, reported in said) == (2, True), said
 
 
 def test_names_of_cells_cannot_leave_their_folder(tiny):
@@ -99,8 +103,8 @@ def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):
     assert (code, "\x1b" in said) == (2, False)
     parameters = {"mode": "full", "scale": "laptop"}
     step = plan.Step("train", "td_dpo", "x", tmp_path, tmp_path / "run", parameters, "key", "never run")
-    told = runner.explain(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
-    written = told["exception"] + (tmp_path / "run/attempts/error.log").read_text()
+    reported = runner.explain(step, ValueError("text of a data set: \x1b[31mred\x9b2J\r"))
+    written = reported["exception"] + (tmp_path / "run/attempts/error.log").read_text()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
 
 

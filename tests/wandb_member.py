@@ -2,7 +2,7 @@
 
     python -m tests.wandb_member FOLDER STEPS PAUSE [STOP [NOISE]]
 
-PAUSE: seconds between two steps; STOP: wait there for ever; NOISE: added to each loss, as another run on a GPU would.
+PAUSE: seconds between two steps; STOP: wait there forever; NOISE: added to each loss, as another run on a GPU would.
 """
 
 import functools

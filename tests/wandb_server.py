@@ -1,5 +1,5 @@
 """A W&B server on the loopback interface, as far as wandb 0.31.0's client and its core process ask: GraphQL, file
-stream, file upload and download. It keeps what it is sent in memory, and can be told to misbehave in the ways that
+stream, file upload and download. It keeps what it is sent in memory, and can be reported to misbehave in the ways that
 servers do.
 
     with serve() as server: ...       server.url, server.runs, server.requests; server.fault = "slow" | "malformed" | …

@@ -323,7 +323,7 @@ def train(member, folder: Path, shared: Path) -> dict:
 
 
 def step_cost(run: Run, folder: Path, shared: Path) -> None:
-    """Step times of IW-LoRA, LoRA and AdaLoRA, measured in turns."""
+    """Step times of IW-LoRA, LoRA and AdaLoRA, measured interleaved."""
     from lib.iw_lora import trainer
 
     trainer.step_cost(run, folder, shared)

@@ -26,7 +26,7 @@ from lib.iw_lora import penalty
 from lib.training import StudyTrainer, fingerprint, make_stepper, pad_rows, seeded_batches, time_interleaved, to_device
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
-COST_ROUNDS, COST_WARM_UP = 60, 3  # rounds of steps in turns
+COST_ROUNDS, COST_WARM_UP = 60, 3  # interleaved rounds of steps
 ADALORA_DELTA_T = {"laptop": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
 
 
@@ -189,7 +189,7 @@ class ImportanceTrainer(StudyTrainer):
             self.model.base_model.update_and_allocate(state.global_step + 1)
 
     def extra_state(self) -> dict:
-        """What AdaLoRA remembers beside its weights."""
+        """What AdaLoRA remembers besides its weights."""
         allocator = allocator_of(self.model)
         if allocator is None:
             return {}
@@ -343,7 +343,7 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
 
 
 def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of IW-LoRA, LoRA and AdaLoRA, in turns on the same batches in one process; writes step_cost.jsonl and
+    """Step times of IW-LoRA, LoRA and AdaLoRA, interleaved on the same batches in one process; writes step_cost.jsonl and
     calibration.json. A step is what repeats: calibration is done once and counted apart, in passes and in seconds."""
     given, first = load(shared), config.members(run)[0]
     rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_ROUNDS, COST_WARM_UP)

@@ -13,7 +13,7 @@ was sent, and is marked as finished after everything else has got through: that 
 and how what was cut off is completed.
 
 Why not `wandb beta sync --live` (0.31.0) in place of our own sender: it uploads the client's files, which somebody has
-to write from the histories all the same; it waits for ever for a writer that was killed; it exits with 0 after an error
+to write from the histories all the same; it waits forever for a writer that was killed; it exits with 0 after an error
 (`transactionlog: EOF`); and what W&B holds it knows from a marker file, not from W&B.
 """
 
@@ -425,4 +425,4 @@ if __name__ == "__main__":
     except Exception as error:
         print(record.redact(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         code = getattr(error, "exit_code", 1)
-    os._exit(code)  # the client's own exit hook may wait for ever for runs that are still open
+    os._exit(code)  # the client's own exit hook may wait forever for runs that are still open

@@ -383,7 +383,7 @@ class _InverseTransform(LogitsProcessor):
     """Leaves one token possible in each row: the one at which the cumulative distribution passes that row's uniform.
 
     `uniforms` is (B, max_new_tokens). With one number per row and step, drawn before batching, an answer depends
-    neither on its neighbours nor on the global generator (which transformers' own sampling uses).
+    neither on its neighbors nor on the global generator (which transformers' own sampling uses).
     """
 
     def __init__(self, uniforms: torch.Tensor, temperature: float):

@@ -227,7 +227,7 @@ def _assistant(content: str) -> dict:
 
 
 def label_probability(first: float, second: float) -> float:
-    """Bradley-Terry: the probability that the answer with reward `first` is labelled the better one."""
+    """Bradley-Terry: the probability that the answer with reward `first` is labeled the better one."""
     return 1 / (1 + math.exp((second - first) / LABEL_TEMPERATURE))
 
 

@@ -24,7 +24,7 @@ def trial(fault: dict, home: Path, calm: dict[str, bytes]) -> dict:
     """One study under one fault. Returns what happened; `wrong` is empty where all held."""
     study = lives.Study(home)
     kind, do, mounted = fault["kind"], fault["do"], False
-    told = {
+    reported = {
         "kind": kind,
         "do": do,
         "at": f"{fault['role']} {fault['event']} {fault['path']} #{fault['n']}",
@@ -34,7 +34,7 @@ def trial(fault: dict, home: Path, calm: dict[str, bytes]) -> dict:
         if kind == "disk full (a real one)" or do == "mounted":
             mounted = lives.mount(study)
             if not mounted:
-                return told | {"skipped": "no tmpfs can be mounted here"}
+                return reported | {"skipped": "no tmpfs can be mounted here"}
         if do == "mounted":
             lives.subprocess.run(["mount", "-o", "remount,ro", home / "outputs"], check=True)
             codes = [study.live([])]
@@ -43,29 +43,29 @@ def trial(fault: dict, home: Path, calm: dict[str, bytes]) -> dict:
             codes = [study.live([], clocks=do)]
         else:
             codes = [study.live([fault], ACTS.get(kind))]
-            told["struck"] = study.fired(fault)
+            reported["struck"] = study.fired(fault)
         (home / "outputs" / "filler").unlink(missing_ok=True)
-        told["wrong"] += [f"orphan: {p.pid}" for p in study.orphans()]
-        told["wrong"] += [f"false success: {name}" for name in lives.false_successes(study, calm)]
+        reported["wrong"] += [f"orphan: {p.pid}" for p in study.orphans()]
+        reported["wrong"] += [f"false success: {name}" for name in lives.false_successes(study, calm)]
         while codes[-1] != 0 and len(codes) <= AGAIN:
             codes.append(study.live([]))
         if codes[-1] == 0 and len(codes) == 1:
             assert study.live([]) == 0  # cached; and what a killed server could not remove is swept at the next start
-        told["codes"] = codes
-        told["wrong"] += [] if codes[-1] == 0 else [f"never succeeded: {codes}"]
-        told["wrong"] += [f"differs: {name}" for name in lives.differences(study.run, calm)]
-        told["wrong"] += [f"left: {name}" for name in lives.litter(study)]
-        told["wrong"] += [f"orphan: {p.pid}" for p in study.orphans()]
-    except Exception as error:  # the others go on; this one is told with its reason
-        told["wrong"].append(f"{type(error).__name__}: {error}")
+        reported["codes"] = codes
+        reported["wrong"] += [] if codes[-1] == 0 else [f"never succeeded: {codes}"]
+        reported["wrong"] += [f"differs: {name}" for name in lives.differences(study.run, calm)]
+        reported["wrong"] += [f"left: {name}" for name in lives.litter(study)]
+        reported["wrong"] += [f"orphan: {p.pid}" for p in study.orphans()]
+    except Exception as error:  # the others go on; this one is reported with its reason
+        reported["wrong"].append(f"{type(error).__name__}: {error}")
     finally:
         for process in study.relatives():
             process.kill()
         if mounted:
             lives.unmount(study)
-    if not told["wrong"]:
+    if not reported["wrong"]:
         shutil.rmtree(home, ignore_errors=True)
-    return told
+    return reported
 
 
 def table(results: list[dict]) -> str:

@@ -65,7 +65,7 @@ def notebook_renames(outputs: list[dict]) -> list[dict]:
 
 
 def fault(kind: str, event: dict, rng: random.Random, number: int) -> dict:
-    """One fault of a kind at an event: what the hook is told, and what the controller does beside it."""
+    """One fault of a kind at an event: what the hook is reported, and what the controller does beside it."""
     do = "kill"
     if kind == "kernel killed":
         do = "kill" if event["role"] == "kernel" else "kill:kernel"

@@ -7,7 +7,7 @@ choose from.
 
 do: kill (this process) | kill:server | kill:runner | kill:kernel | errno:<n> (this call fails; its message ends with
 CHAOS_WORDS) | errno:<n>:stay (from here on every write of every process fails) | tell (create <id>.fired and wait for
-<id>.go, `patience` seconds at most: a test that is gone must not leave it here for ever)
+<id>.go, `patience` seconds at most: a test that is gone must not leave it here forever)
 """
 
 import json
