@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from lib import hub
 from lib.errors import StudyError
@@ -130,9 +130,10 @@ def read_file(path: Path) -> list[Row]:
     if not (form := form_of(path)):
         raise StudyError(str(path), f"a file of type '{path.suffix or 'none'}'", f"one of {', '.join(READERS)}")
     try:
-        with LocalFileSystem().open(str(path), "rb", compression="infer") as file:
+        # pyarrow has no xz; fsspec's zst would be one more package
+        with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(path, compression="detect") as file:
             rows = READERS[form](file.read())
-    except (OSError, ValueError, RecursionError, EOFError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, pa.ArrowException) as error:
         found = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}"
         raise StudyError(str(path), found, "a complete file of rows") from None
     if not rows:
