@@ -148,7 +148,10 @@ def saved_as(form: str, rows: list[dict], folder: Path) -> Path:
     import pandas as pd
 
     path, frame, table = folder / f"pairs{form}", pd.DataFrame(rows), datasets.Dataset.from_list(rows)
-    if form.startswith(".jsonl"):
+    if form == ".jsonl.zst":  # pandas would want one more package
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(frame.to_json(orient="records", lines=True, force_ascii=False).encode())
+    elif form.startswith(".jsonl"):
         frame.to_json(path, orient="records", lines=True, force_ascii=False)
     elif form.startswith(".csv"):
         frame.to_csv(path, index=False, sep=";" if form == ".csv" else ",")
