@@ -344,11 +344,9 @@ def flat(values: dict, prefix: str = "") -> dict:
     return found
 
 
-def difference(old: dict | None, new: dict, ran: dict | None = None, runs: dict | None = None) -> str:
+def difference(old: dict, new: dict, ran: dict | None = None, runs: dict | None = None) -> str:
     """Why a record made under `old` does not stand for `new`; the empty string where it does. What its member `ran` and
     what it `runs` now, of `member_code`, name the functions that differ."""
-    if not old:
-        return "no record"
     if old.get("all") == new["all"]:
         return ""
     before, after = old.get("config", {}), new["config"]

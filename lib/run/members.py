@@ -30,14 +30,14 @@ CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
 
 def stale(member, folder: Path) -> str:
     """Why this member has to be trained; the empty string where its record is up to date."""
-    wanted, done, begun = (
-        keys.member_key(member),
-        *(record.read_json(folder / f"{n}.json", {}) for n in ("done", "member")),
-    )
+    wanted = keys.member_key(member)
+    done, begun = (record.read_json(folder / f"{name}.json", {}) for name in ("done", "member"))
     finished = done.get("status") in record.FINISHED and record.read_json(folder / "metrics.json") is not None
     old = done["key"] if finished else begun.get("key", wanted)
     if not finished and old["all"] == wanted["all"]:
         return "resumes" if any(folder.glob("checkpoints/*/complete.json")) else "no record"
+    if old.get("code") == wanted["code"]:
+        return keys.difference(old, wanted)
     return keys.difference(old, wanted, record.read_json(folder / "code.json"), keys.member_code(member))
 
 
