@@ -32,13 +32,17 @@ def go_offline() -> None:
             vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
 
 
+def cache_folder() -> Path:
+    """Where downloads and shared inputs are kept: .cache/, or STUDY_CACHE."""
+    return Path(os.environ.get("STUDY_CACHE") or ROOT / ".cache").absolute()
+
+
 def keep_downloads_here() -> None:
-    """Put downloads of this process and its children into .cache/ (or STUDY_CACHE), unless the environment names a
+    """Put downloads of this process and its children into `cache_folder`, unless the environment names a
     place. The token stays where `hf auth login` has put it."""
     if not {"HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"} & set(os.environ):
-        cache = Path(os.environ.get("STUDY_CACHE") or ROOT / ".cache").absolute()
-        os.environ["HF_HUB_CACHE"] = str(cache / "hub")
-        os.environ.setdefault("HF_DATASETS_CACHE", str(cache / "datasets"))
+        os.environ["HF_HUB_CACHE"] = str(cache_folder() / "hub")
+        os.environ.setdefault("HF_DATASETS_CACHE", str(cache_folder() / "datasets"))
 
 
 # ---- can it be reached

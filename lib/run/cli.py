@@ -322,7 +322,7 @@ def pull(options) -> int:
 
 def lab(more: list[str]) -> None:
     """Become JupyterLab, which asks at Ctrl-C and takes its kernels along; `more` are options of its own, which win."""
-    place = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache")).absolute() / "lab"
+    place = hub.cache_folder() / "lab"
     # a default, which the reader's own settings win over: do not ask whether news are wanted
     record.write_json(place / "overrides.json", {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
     settings = {

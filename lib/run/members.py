@@ -1,6 +1,6 @@
 """A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
 
-    inputs = prepare_inputs(run)          what all members share, made once and kept on disk by content
+    inputs = prepare_inputs(run)    what all members share, made once and kept on disk by content
     job = submit(run)               queue what is not cached     … the notebook continues with its method cells …
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import config, record
+from lib import config, hub, record
 from lib.errors import StudyError
 from lib.run import keys, pool, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
-CACHE = Path(os.environ.get("STUDY_CACHE", config.ROOT / ".cache"))
+CACHE = hub.cache_folder()
 
 
 def stale(member, folder: Path) -> str:
