@@ -19,10 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib import config
+from lib.config import ROOT
 from lib.record import digest
 from lib.run.preflight import visible_gpus
 
-ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ast.Constant(None)
 Place = tuple[str, str, bool]  # module, name in it ("" for all of it), whether it is only used as a table
 PACKAGES = """torch transformers trl peft bitsandbytes tokenizers accelerate numpy datasets safetensors scikit-learn

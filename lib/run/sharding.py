@@ -40,9 +40,6 @@ from lib.errors import MissingError
 from lib.run import work
 from lib.run.pool import end_with_parent
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 # ---- starting a job ----
 
 
@@ -56,7 +53,7 @@ def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
         found = f"{torch.cuda.device_count()} GPUs given to this member"
         fix = f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none"
         raise MissingError("compute.gpus", found, f"{count}", fix)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(config.ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
     torchrun += [f"--nproc-per-node={count}", "--module", "lib.run.sharding"]
@@ -66,7 +63,7 @@ def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
             request.write_text(json.dumps({"target": target, "argument": argument, "folder": folder}))
             # In this process group, so that whoever ends a member by its group ends torchrun too; the workers watch
             # torchrun, which does not outlive an exception here.
-            job = subprocess.run([*torchrun, str(request)], stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            job = subprocess.run([*torchrun, str(request)], stderr=subprocess.STDOUT, env=environment, cwd=config.ROOT)
             for error in Path(folder).glob("*.error"):  # our own workers'
                 raise pickle.loads(error.read_bytes())
             if job.returncode == 0:
