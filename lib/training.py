@@ -187,7 +187,7 @@ def truncate_history(path: Path, step: int) -> None:
 
 
 def resume_point(folder: Path, fingerprint: str) -> Path | None:
-    """The checkpoint that the member in `folder` goes on from; its histories are cut back to it."""
+    """The checkpoint from which the member in `folder` resumes; its histories are cut back to it."""
     checkpoint = usable_checkpoint(folder / "checkpoints", fingerprint)
     for name in ("history.jsonl", "timing.jsonl"):
         truncate_history(folder / name, -1 if checkpoint is None else read_marker(checkpoint)["step"])
@@ -420,7 +420,7 @@ class StudyTrainer(Trainer, TrainerCallback):
         self.load_extra_state(torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True))
 
     def _save_checkpoint(self, model, trial):
-        Trainer._save_checkpoint(self, model, trial)  # without the model card that TRL writes every time
+        super()._save_checkpoint(model, trial)
         all_gather(None)  # every process has written its part
         on_rank_zero(self._complete_checkpoint)
 

@@ -40,7 +40,7 @@ from lib.run.preflight import wandb_host, wandb_key
 FROM = "from=wandb"  # in the name of a folder of records that came from W&B
 PROJECT = "llm-finetuning-studies"
 MIRRORED = (".json", ".jsonl", ".yaml")
-NOT_MIRRORED = {"status.json", "progress.json", "queued.json", "error.json"}  # the runner's own, of one attempt
+NOT_MIRRORED = {"status.json", "progress.json", "error.json"}  # the runner's own, of one attempt
 POLL = 1.0  # seconds between two looks at the histories
 STALL_SECONDS = 600  # for sending one W&B run; for the client's files, which a slow disk may hold up
 SYNC = "./run_all.sh sync where its records are"
@@ -210,7 +210,7 @@ def api():
     """A connection for reading. Raises MissingError where there is no key (the client would ask for one at the
     terminal), where W&B refuses it, or does not answer."""
     if not wandb_key(os.environ):
-        fix = ".venv/bin/wandb login (or set WANDB_API_KEY), then the same command again"
+        fix = ".venv/bin/wandb login (or set WANDB_API_KEY), then rerun the same command"
         raise MissingError("W&B", f"there is no key for {wandb_host(os.environ)}", "a key", fix)
     try:
         connection = client().Api(timeout=15)
