@@ -331,11 +331,9 @@ def parse_yaml(text: str, where: str) -> Any:
     """One YAML document as plain Python data; StudyError with line and column where it is not one, writes a key twice,
     or has more aliases than anybody writes."""
     try:
-        events = yaml.parse(text) if text.count("*") > MAX_ALIASES and len(text) <= MAX_LENGTH else ()
+        events = yaml.parse(text) if text.count("*") > MAX_ALIASES else ()
         if len(text) > MAX_LENGTH or sum(isinstance(event, yaml.AliasEvent) for event in events) > MAX_ALIASES:
-            raise ValueError(
-                f"more than {MAX_LENGTH:,} characters or {MAX_ALIASES} aliases; data belongs in other files"
-            )
+            raise ValueError(f"more than {MAX_LENGTH:,} characters or {MAX_ALIASES} aliases; data goes elsewhere")
         return yaml.load(text, _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark, found = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
@@ -660,17 +658,16 @@ def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
     return Member(trained, cell, name, seed)
 
 
-def members(run: Run, all_seeds: bool = False) -> list[Member]:
-    """Union of the grid's blocks in the order written, each cell with its block's seeds (or with every seed)."""
+def members(run: Run) -> list[Member]:
+    """Union of the grid's blocks in the order written, each cell with its block's seeds."""
     of_cell: dict[str, Member] = {}
     seeds: dict[str, list[int]] = {}
     for cells, own in _blocks(run):
         for new in (member(run, cell, own[0]) for cell in cells):
             if of_cell.setdefault(new.cell_name, new).cell != new.cell:
                 raise StudyError(f"{run.run_id}: grid", f"two cells named {new.cell_name}", "one", f"drop {new.cell}")
-            seeds[new.cell_name] = [*seeds.get(new.cell_name, ()), *own, *(run.seed_list if all_seeds else ())]
-    order = sorted if all_seeds else list
-    return [replace(one, seed=seed) for name, one in of_cell.items() for seed in order(dict.fromkeys(seeds[name]))]
+            seeds.setdefault(new.cell_name, []).extend(own)
+    return [replace(one, seed=seed) for name, one in of_cell.items() for seed in dict.fromkeys(seeds[name])]
 
 
 def first_cell(run: Run) -> dict[str, Any]:

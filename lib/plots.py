@@ -283,7 +283,6 @@ def learning_curves(
     *,
     title: str,
     by: str,
-    ylabel: str = "",
     panel: str | None = None,
     panel_label: Callable[[object], str] = str,
     known: Mapping[str, Look] | None = None,
@@ -296,7 +295,7 @@ def learning_curves(
     One line per value of `by` in each `panel`; the rows of one line must differ in nothing but seed and step, so that
     no mean hides a choice. `smooth`: rolling mean over so many points.
     """
-    ylabel, line = ylabel or y.replace("_", " "), [by] if panel is None else [panel, by]
+    ylabel, line = y.replace("_", " "), [by] if panel is None else [panel, by]
     rows = history.reindex(columns=list(dict.fromkeys([*history.columns, "step", "seed", y, *line]))).dropna(subset=[y])
     if rows.duplicated([*line, "seed", "step"]).any():
         raise ValueError(f"learning_curves: a {by} has several members per seed; choose one cell first")

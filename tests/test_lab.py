@@ -45,7 +45,7 @@ def test_start_here_runs_headlessly(pool_socket, tmp_path):
     steps = TINY["training"]["max_steps"]
     assert f": {steps} steps." in shown[3]
     nbformat.write(notebook, folder / "run.ipynb")
-    page = pages.notebook_html(folder / "run.ipynb", folder / "run.html").read_text()
+    page = pages.notebook_html(folder / "run.ipynb").read_text()
     assert page.count("<img") == 4
     assert "A picture without a description" not in page
 

@@ -17,7 +17,7 @@ import pytest
 
 from lib import plots
 from lib.run import pages
-from lib.run.pages import ASSETS, last_line_of_carriage_returns, mathml, render
+from lib.run.pages import ASSETS, mathml, render
 
 TABLE = (ASSETS / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
@@ -178,7 +178,11 @@ def test_table_headers_have_a_scope_and_long_lines_keep_the_page_narrow():
 
 
 def test_a_progress_bar_is_its_last_state():
-    assert last_line_of_carriage_returns("step 1\rstep 2\rstep 3\ndone\r\n") == "step 3\ndone\n"
+    printed = [v4.new_output("stream", name="stdout", text=text) for text in ("step 1\rstep 2", "\rstep 3\ndone\r\n")]
+    page = render(notebook(code("run()", *printed)), title="t")
+    assert "step 3\ndone" in page
+    assert "step 1" not in page
+    assert "step 2" not in page
 
 
 def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
@@ -186,7 +190,7 @@ def test_a_secret_never_reaches_a_page(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-secret")
     printed = v4.new_output("stream", name="stdout", text="key 0123456789abcdef-secret")
     nbformat.write(notebook(code("x", printed)), tmp_path / "run.ipynb")
-    page = pages.notebook_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    page = pages.notebook_html(tmp_path / "run.ipynb")
     assert "0123456789abcdef-secret" not in page.read_text()
     assert "[WANDB_API_KEY]" in page.read_text()
 
@@ -197,7 +201,7 @@ def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
     folder.mkdir(parents=True)
     nbformat.write(notebook(v4.new_markdown_cell("# Run")), folder / "run.ipynb")
     write(folder / "status.json", {"command": "./run_all.sh full --study td_dpo --run dpo"})
-    page = Page(pages.notebook_html(folder / "run.ipynb", folder / "run.html").read_text())
+    page = Page(pages.notebook_html(folder / "run.ipynb").read_text())
     assert [a["href"] for a in page.all("a")][1:3] == ["../../../index.html", "run.ipynb"]
     assert "./run_all.sh full --study td_dpo --run dpo --force" in page.text
 
@@ -237,7 +241,7 @@ def outputs(tmp_path):
         )
         write(study / run_id / "members" / "beta0.05-s42" / "history.jsonl", '{"step": 30, "lo')
         write(study / run_id / "members" / "beta2.5-s42" / "error.json", {"exception": EVIL})
-        pages.notebook_html(study / run_id / "run.ipynb", study / run_id / "run.html")
+        pages.notebook_html(study / run_id / "run.ipynb")
         write(study / run_id / "provenance.json", {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "note": EVIL})
     write(
         study / "discopop" / "status.json",

@@ -174,7 +174,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
 
     from lib import claims
 
-    path, module = path or config.ROOT / "params" / study / "claims.yaml", config.study_module(study)
+    path, module = path or plan.claims_of(study), config.study_module(study)
     file = display_path(path)
     try:
         published = claims.load(path)
@@ -192,9 +192,8 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         return
     twice = members[members.duplicated(["method", "cell", "seed"])]
     if len(twice) and "run_id" not in published.keys:
-        what = (
-            f"several runs train {twice.iloc[0]['method']} {twice.iloc[0]['cell']}: no claim about it can be evaluated"
-        )
+        method, cell = twice.iloc[0][["method", "cell"]]
+        what = f"several runs train {method} {cell}: no claim about it can be evaluated"
         yield warning("keys", what, "run_id among `keys`, and in the claim's cell", file)
     is_own = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
     level, fix = error if is_own else warning, f"a run of it in params/{study}/{scale}/, or scales: without {scale}"
@@ -217,10 +216,6 @@ def _rows(run: Run) -> Iterator[dict]:
 
 
 # ---- notebooks
-
-
-def notebooks_of(study: str) -> list[Path]:
-    return [plan.NOTEBOOKS / name for name in (f"{study}/train.ipynb", f"{study}/analysis.ipynb", "sweep.ipynb")]
 
 
 def notebook_findings(path: Path) -> Iterator[Finding]:
@@ -279,7 +274,8 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
     if is_check or options.mode == "full" and options.command != "plan":
         for study in dict.fromkeys(run.study for run in runs):
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
-            findings += [finding for notebook in notebooks_of(study) for finding in notebook_findings(notebook)]
+            for notebook in plan.notebooks(study).values():
+                findings += notebook_findings(notebook)
             findings += unread_keys(study)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)
         if needs_trial and not has_error(findings):
@@ -344,7 +340,8 @@ def trial_digest(found: list[Loaded]) -> str:
     """What a passing trial vouches for: these runs, the code, these versions."""
     runs = sorted(runs_of(found), key=lambda run: (run.study, run.run_id))
     code = [path.read_text() for path in sorted((config.ROOT / "lib").rglob("*.py"))]
-    cells = [keys.notebook_code(path) for study in sorted({run.study for run in runs}) for path in notebooks_of(study)]
+    studies = sorted({run.study for run in runs})
+    cells = [keys.notebook_code(path) for study in studies for path in plan.notebooks(study).values()]
     return record.digest([[config.dump(run) for run in runs], code, cells, keys.versions()])
 
 

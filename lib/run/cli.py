@@ -7,6 +7,7 @@ head). A refuted claim is a result, not a failure.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -73,8 +74,7 @@ def positive(text: str, kind: type = float):
     raise argparse.ArgumentTypeError(f"found {text!r}; expected a {'whole ' * (kind is int)}number above 0")
 
 
-def count(text: str) -> int:
-    return positive(text, int)
+count = functools.partial(positive, kind=int)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,13 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
-    return report_errors(lambda: dispatch(options))
-
-
-def dispatch(options) -> int:
-    if options.command == "status":
-        return progress.status(root_of(options), options.study)
-    return {"report": rebuild, "sync": sync, "pull": pull, "judge": judge}.get(options.command, run)(options)
+    others = {"status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
+    return report_errors(lambda: others.get(options.command, run)(options))
 
 
 def report_errors(work) -> int:
@@ -257,12 +252,16 @@ def execute(options, runs: list, whole: list) -> int:
     return 4
 
 
+def status(options) -> int:
+    return progress.status(root_of(options), options.study)
+
+
 def rebuild(_) -> int:
     """Make the pages anew from the notebooks and the records."""
     from lib.run import pages
 
     for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
-        pages.notebook_html(notebook, notebook.with_suffix(".html"))
+        pages.notebook_html(notebook)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     return 0
 

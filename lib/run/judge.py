@@ -81,7 +81,7 @@ def refresh(results: Path, options) -> None:
     for run in planned:
         runs.refresh(run)
     for notebook in sorted(results.glob("*/run.ipynb")):
-        pages.notebook_html(notebook, notebook.with_suffix(".html"))
+        pages.notebook_html(notebook)
     if planned and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         runner.Runner([step], 1).run()

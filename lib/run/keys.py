@@ -228,12 +228,11 @@ def _reach(lib: Lib, study: str, functions: tuple, entries: tuple, more: tuple) 
 
 def changed(old: dict, new: dict) -> list[str]:
     """What differs between two of `reach`, as `lib/x.py f`."""
-    return [
-        f"{module.replace('.', '/')}.py {name}"
-        for module in sorted({*old, *new})
-        for name in sorted({*old.get(module, {}), *new.get(module, {})})
-        if old.get(module, {}).get(name) != new.get(module, {}).get(name)
-    ]
+    before, after = (
+        {(m, name, hash) for m, names in each.items() for name, hash in names.items()} for each in (old, new)
+    )
+    places = sorted({(module, name) for module, name, _ in before ^ after})
+    return [f"{module.replace('.', '/')}.py {name}" for module, name in places]
 
 
 # ---- data, models, packages, the device

@@ -194,10 +194,10 @@ def _outcome(task: pool.Task, metric: str) -> str:
     return f"{status} in {task.seconds:.1f} s  {said.splitlines()[0] if said else ''}"
 
 
-def collect(job: Job, *, strict: bool = True) -> list[dict]:
+def collect(job: Job) -> list[dict]:
     """The members' metrics, in the grid's order. Raises StudyError naming every member that failed or was lost."""
     failed = [t for t in job.tasks.values() if t.state != "succeeded"]
-    if failed and strict:
+    if failed:
         what = f"{len(failed)} of {len(job.tasks)} members did not finish"
         for task in failed:
             what += f"\n  {task.name}: {': '.join(_ending(task))}  (log: {task.log})"

@@ -36,21 +36,21 @@ PLACE = ("left", "top")  # of a link over a figure's point (plots.embed): no oth
 # ---- a notebook
 
 
-def notebook_html(ipynb_path: str | Path, html_path: str | Path) -> Path:
-    """Write the page of an executed notebook. The command that runs it again is in the status.json beside it. The page
-    of a run lists its members, each at the anchor of its name."""
+def notebook_html(notebook: Path) -> Path:
+    """Write the page of an executed notebook beside it. The command that runs it again is in the status.json there. The
+    page of a run lists its members, each at the anchor of its name."""
     import nbformat
 
-    ipynb, page = Path(ipynb_path).resolve(), Path(html_path).resolve()
-    links = [("This notebook", _href(page.parent, ipynb))]
-    if root := next((p for p in page.parents if p.name.split(",")[0] in FOLDERS), None):
-        links.insert(0, ("All studies", _href(page.parent, root.parent / "index.html")))
-    command = read_json(ipynb.with_name("status.json"), {}).get("command", "")
-    members = members_of(page.parent) if page.name == "run.html" else []
+    page, folder = notebook.with_suffix(".html"), notebook.resolve().parent
+    links = [("This notebook", quote(notebook.name))]
+    if root := next((p for p in folder.parents if p.name.split(",")[0] in FOLDERS), None):
+        links.insert(0, ("All studies", _href(folder, root.parent / "index.html")))
+    command = read_json(folder / "status.json", {}).get("command", "")
+    members = members_of(folder) if page.name == "run.html" else []
     about = {"command": command and f"{command} --force", "links": links, "members": members}
-    text = render(nbformat.read(ipynb, as_version=4), title=ipynb.stem, files=partial(_links, page.parent), **about)
-    write_text(Path(html_path), redact(text))
-    return Path(html_path)
+    text = render(nbformat.read(notebook, as_version=4), title=page.stem, files=partial(_links, folder), **about)
+    write_text(page, redact(text))
+    return page
 
 
 def render(notebook, *, title: str, **about) -> str:
@@ -72,7 +72,8 @@ def render(notebook, *, title: str, **about) -> str:
         **about,
     }
     config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
-    filters = {"markdown2html": _markdown, "clean": clean, "last_line": last_line_of_carriage_returns, "number": number}
+    config.CoalesceStreamsPreprocessor.enabled = True  # of a line that a progress bar rewrites, its last state
+    filters = {"markdown2html": _markdown, "clean": clean, "number": number}
     templates = {"extra_template_basedirs": [str(ASSETS)], "template_name": "notebook"}
     exporter = HTMLExporter(config=config, filters=filters, **templates)
     with warnings.catch_warnings():
@@ -134,11 +135,6 @@ def mathml(latex: str, display: str) -> str:
         return convert(latex, display=display)
     except Exception:  # the converter raises many kinds on malformed input; the reader still sees the formula's source
         return f"<code>{html.escape(latex)}</code>"
-
-
-def last_line_of_carriage_returns(text: str) -> str:
-    """What a terminal would show: of a line rewritten by carriage returns only the last state (progress bars)."""
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
 # ---- the index

@@ -80,8 +80,10 @@ class Step:
         self.seconds = self.members * (each or 0.0) + (NOTEBOOK_SECONDS if self.reason else 0)
 
 
-def notebook_of(study: str, kind: str) -> Path:
-    return NOTEBOOKS / "sweep.ipynb" if kind == "sweep" else NOTEBOOKS / study / f"{kind}.ipynb"
+def notebooks(study: str) -> dict[str, Path]:
+    """A study's notebooks, by the kind of step that executes them."""
+    own = {kind: NOTEBOOKS / study / f"{kind}.ipynb" for kind in ("train", "analysis")}
+    return {**own, "sweep": NOTEBOOKS / "sweep.ipynb"}
 
 
 def claims_of(study: str) -> Path:
@@ -135,7 +137,7 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for path in (*(notebook_of(study, kind) for kind in ("train", "sweep", "analysis")), claims_of(study)):
+        for path in (*notebooks(study).values(), claims_of(study)):
             if not path.exists():
                 name = os.path.relpath(path, config.ROOT)
                 fix = f"leave this study out (--study), or add it (git checkout -- {name})"
@@ -168,7 +170,7 @@ def _why(step: Step, force: bool) -> str:
 def _train(run, force: bool) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(run)
     stale = [(m, why) for m in every if (why := "forced" if force else members.stale(m, folder / "members" / m.id))]
-    notebook = notebook_of(run.study, "train")
+    notebook = notebooks(run.study)["train"]
     key = keys.digest([*(keys.member_key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
     parameters = config.parameters(run)
     step = Step("train", run.study, run.run_id, notebook, folder, parameters, key, "", run, members=len(stale))
@@ -180,7 +182,7 @@ def _train(run, force: bool) -> Step:
 
 
 def _sweep(train: Step, force: bool) -> Step:
-    run, notebook, parameters = train.run, notebook_of(train.run.study, "sweep"), config.parameters(train.run)
+    run, notebook, parameters = train.run, notebooks(train.run.study)["sweep"], config.parameters(train.run)
     key = keys.digest([train.key, keys.notebook_code(notebook), keys.modules("lib.run.sweep")])
     step = Step("sweep", run.study, run.run_id, notebook, train.folder / "sweep", parameters, key, "", run)
     step.needs = [train]
@@ -203,7 +205,7 @@ def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mod
 def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "read from W&B", **more) -> Step:
     """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    key, notebook, folder = analysis_key(study, results), notebook_of(study, "analysis"), results / "comparison"
+    key, notebook, folder = analysis_key(study, results), notebooks(study)["analysis"], results / "comparison"
     return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, **more)
 
 
@@ -214,7 +216,7 @@ def analysis_key(study: str, results: Path) -> str:
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
-    code = keys.notebook_code(notebook_of(study, "analysis"), imports=True)
+    code = keys.notebook_code(notebooks(study)["analysis"], imports=True)
     runs = record.read_json(folder / "runs.json")
     return keys.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
 

@@ -164,7 +164,7 @@ class Runner:
                 if number == 2 or self.stopping or not _lost(error):
                     raise
         os.replace(partial(step), step.output)
-        pages.notebook_html(step.output, step.output.with_suffix(".html"))
+        pages.notebook_html(step.output)
         write_status(step, "succeeded", started)
         self.mirror(step)
         if step.kind == "analysis":

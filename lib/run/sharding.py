@@ -1,6 +1,6 @@
 """One member over several devices: processes started by torchrun, weights and adapters sharded over them with FSDP2.
 
-    train_member(argument, count=4)     in place of the study's own training: streams, waits, raises
+    launch("lib.run.sharding:train", argument, count=4)     in place of a study's own training: streams, waits, raises
 
 Every process loads the same model, `shard` leaves it a part of each decoder layer, and the batch of a step is shared
 out by rows. Checkpoints are gathered to the full adapters and optimizer state, so any number of processes resumes them.
@@ -43,7 +43,7 @@ from lib.run.pool import end_with_parent
 # ---- starting a job ----
 
 
-def launch(target: str, argument: dict, count: int, *, threads: int = 1) -> Any:
+def launch(target: str, argument: dict, count: int, threads: int = 1) -> Any:
     """Call `module:function`(argument) in `count` processes; what rank 0 returned.
 
     Output is streamed to stdout. An exception in a process ends the others and is raised here; where a process was lost
@@ -100,17 +100,9 @@ def worker(request: dict) -> None:
         dist.destroy_process_group()
 
 
-# ---- a member of a study that has `fit(member, folder, shared, kind)` ----
-
-
-def train_member(argument: dict, count: int, threads: int) -> training.Outcome:
-    """Train the member that `argument` (of lib.run.work.train) names; its checkpoints are left for one process to
-    score."""
-    return launch("lib.run.sharding:train_share", argument, count, threads=threads)
-
-
-def train_share(argument: dict) -> training.Outcome:
-    """One process of `train_member`."""
+def train(argument: dict) -> training.Outcome:
+    """One process's share in training the member that `argument` (of lib.run.work.train) names, whose study has
+    `fit(member, folder, shared, kind)`; its checkpoints are left for one process to score."""
     member = work.member_of(argument["spec"])
     study = config.study_module(member.run.study)
     return study.fit(member, Path(argument["folder"]), Path(argument["inputs"]), sharded_class)
@@ -149,12 +141,8 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def full(value: Any) -> Any:
-    """`value` with every sharded tensor gathered, on the CPU; all processes must call it together."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    if isinstance(value, dict):
-        return {key: full(inner) for key, inner in value.items()}
-    return [full(inner) for inner in value] if isinstance(value, list) else value
+    """A sharded tensor gathered, on the CPU, anything else as it is; all processes must call it together."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,20 +167,6 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     mesh, placements = parameter.device_mesh, parameter.placements
     # every process has read the same file: nothing is sent
     return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-
-
-def optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """A gathered optimizer state_dict laid out for an optimizer of sharded parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    places = [index for group in state["param_groups"] for index in group["params"]]
-    laid = {
-        index: {
-            key: like(value, parameter) if torch.is_tensor(value) else value
-            for key, value in state["state"].get(index, {}).items()
-        }
-        for index, parameter in zip(places, parameters, strict=True)
-    }
-    return {**state, "state": {index: values for index, values in laid.items() if values}}
 
 
 class Sharded:
@@ -234,7 +208,9 @@ class Sharded:
             super()._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        state = full(self.optimizer.state_dict())
+        state = self.optimizer.state_dict()
+        each = state["state"].items()
+        state["state"] = {index: {key: full(value) for key, value in values.items()} for index, values in each}
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -252,7 +228,10 @@ class Sharded:
         if checkpoint is None:
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(optimizer_state(state, self.optimizer))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]  # as `state` numbers them
+        for index, values in state["state"].items():
+            values |= {key: like(x, parameters[index]) for key, x in values.items() if torch.is_tensor(x)}
+        self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 

@@ -47,11 +47,8 @@ def _write(*facts: str | int) -> None:
     """One line in this process's file, once."""
     if facts not in _seen:
         _seen.add(facts)
-        handle = os.open(
-            Path(os.environ["STUDY_WATCH"], f"{os.getpid()}.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        )
-        os.write(handle, (json.dumps(facts) + "\n").encode())
-        os.close(handle)
+        with open(Path(os.environ["STUDY_WATCH"], f"{os.getpid()}.jsonl"), "a") as file:
+            file.write(json.dumps(facts) + "\n")
 
 
 def _audit(event: str, arguments: tuple) -> None:

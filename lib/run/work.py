@@ -55,7 +55,7 @@ def train(argument: dict) -> None:
         compute = member.run.compute
         if compute.devices > 1:  # by name: sharding imports this module
             sharding = importlib.import_module("lib.run.sharding")
-            options["outcome"] = sharding.train_member(argument, compute.devices, compute.threads)
+            options["outcome"] = sharding.launch("lib.run.sharding:train", argument, compute.devices, compute.threads)
         metrics = config.study_module(spec["study"]).train(member, folder, Path(argument["inputs"]), **options)
         metrics = record.finite({**metrics, "seconds": round(time.monotonic() - started, 3)})
         if metrics.get("status") not in record.FINISHED:
