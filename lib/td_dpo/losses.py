@@ -66,7 +66,7 @@ def td_dpo_anchored(*, rho: Tensor, r_chosen: Tensor, r_rejected: Tensor, beta: 
     return -logsigmoid(rho / tau), _anchor(r_chosen, r_rejected, beta)
 
 
-def _trl_loss(name: str, *, chosen, rejected, ref_chosen, ref_rejected, lengths, beta, label_smoothing, **_) -> Terms:
+def trl_loss(name: str, *, chosen, rejected, ref_chosen, ref_rejected, lengths, beta, label_smoothing, **_) -> Terms:
     """TRL's own `_compute_loss` run on a stand-in model whose tokens sum to the given log-probabilities.
 
     TRL gives only the batch mean (some of its losses sort the batch), so the mean is repeated B times. The losses read
@@ -114,27 +114,14 @@ LOSSES: dict[str, Callable[..., Terms]] = {
     "discopop_card": discopop_card,
     "td_dpo": td_dpo,
     "td_dpo_anchored": td_dpo_anchored,
-    # trl 1.16's loss_type values but sigmoid and discopop, which are `dpo` and `discopop` here
-    "hinge": partial(_trl_loss, "hinge"),
-    "ipo": partial(_trl_loss, "ipo"),
-    "exo_pair": partial(_trl_loss, "exo_pair"),
-    "nca_pair": partial(_trl_loss, "nca_pair"),
-    "robust": partial(_trl_loss, "robust"),
-    "bco_pair": partial(_trl_loss, "bco_pair"),
-    "sppo_hard": partial(_trl_loss, "sppo_hard"),
-    "aot": partial(_trl_loss, "aot"),
-    "aot_unpaired": partial(_trl_loss, "aot_unpaired"),
-    "apo_zero": partial(_trl_loss, "apo_zero"),
-    "apo_down": partial(_trl_loss, "apo_down"),
-    "sft": partial(_trl_loss, "sft"),
-    "sigmoid_norm": partial(_trl_loss, "sigmoid_norm"),
 }
 
 
 def preference_loss(
     name: str, chosen, rejected, ref_chosen, ref_rejected, *, beta, tau=None, label_smoothing=0.0, lengths=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss `name` of LOSSES and its two terms (preference, anchor), each (B,), from four (B,) log-probabilities.
+    """The loss `name`, one of LOSSES or else a loss_type of TRL, and its two terms (preference, anchor), each (B,), from
+    four (B,) log-probabilities.
 
     `lengths`, two (B,) tensors of the chosen and the rejected answers' tokens, matter only to TRL losses that average
     over tokens.
@@ -144,7 +131,8 @@ def preference_loss(
     ratios = {"r_chosen": r_chosen, "r_rejected": r_rejected, "rho": r_chosen - r_rejected, "delta": chosen - rejected}
     lengths = lengths or (torch.ones_like(chosen, dtype=torch.long),) * 2
     options = {"beta": beta, "tau": tau, "label_smoothing": label_smoothing}
-    preference, anchor = LOSSES[name](**sides, **ratios, lengths=lengths, **options)
+    terms = LOSSES[name] if name in LOSSES else partial(trl_loss, name)
+    preference, anchor = terms(**sides, **ratios, lengths=lengths, **options)
     if anchor is None:
         return preference, preference, torch.zeros_like(preference)
     return preference + anchor, preference, anchor
