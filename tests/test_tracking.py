@@ -316,7 +316,12 @@ def judged(results, planned):
     published = claims.load(config.ROOT / "params" / "td_dpo" / "claims.yaml")
     rows = report.question_scores(loaded, report.judged(planned, loaded))
     verdict = claims.evaluate(
-        published, rows, scale="laptop", mode="full", members=report.all_members(loaded), costs=loaded.costs
+        published,
+        rows,
+        scale="laptop",
+        mode="full",
+        members=pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True),
+        costs=loaded.costs,
     )
     frames = {
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")

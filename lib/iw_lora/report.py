@@ -1,4 +1,4 @@
-"""What the notebooks read off the study's records: the scores that claims are judged by, and the adapters."""
+"""What the notebooks read off the study's records besides tables.load's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import record, tables
+from lib import record
 
 PLACE = r"(?P<layer>\d+)\.(?:.*\.)?(?P<projection>\w+?)(?:_proj)?$"  # of a matrix: 0.attention.self.query_proj
-
-
-def example_scores(loaded: tables.Records) -> pd.DataFrame:
-    """One row per member and validation example, `accuracy` 1 or 0, as `claims.evaluate` wants it."""
-    rows = loaded.pairs.reindex(columns=["run_id", "method", "alpha", "learning_rate", "seed", "example", "correct"])
-    return rows.rename(columns={"correct": "accuracy"}).astype({"accuracy": float}).assign(status="completed")
 
 
 def adapters(members: pd.DataFrame) -> pd.DataFrame:

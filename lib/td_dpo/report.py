@@ -83,11 +83,6 @@ def add_corrected(verdicts: list[claims.Verdict], corrected: list[claims.Verdict
             verdict.beside.append({"name": name, "decides": False, "by_the_same_rule": other.verdict, **same})
 
 
-def all_members(loaded: tables.Records) -> pd.DataFrame:
-    """Finished members and, without metrics, the missing ones: coverage names both."""
-    return pd.concat([loaded.members, pd.DataFrame(loaded.missing)], ignore_index=True)
-
-
 def claim_arms(table: pd.DataFrame, fixed_tau: Mapping[float, float]) -> pd.DataFrame:
     """The rows of the methods that are compared over beta, added ones included: one cell per method and beta, with the
     tau fixed in advance for each beta (params/td_dpo/claims.yaml) where the method has one. Runs of one method (of
