@@ -12,7 +12,7 @@ initialization (B = 0) and tells nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -73,11 +73,6 @@ def gradient_norms(
     of `lora_layers`; evaluation mode. Modes, flags, gradients and random state are left as they were."""
     layers = list(lora_layers(model).values())
     weights = [layer.base_layer.weight for layer in layers]
-    if not weights:
-        raise StudyError("model.adapter", "no LoRA pair in the model", "an adapted matrix", "check target_modules")
-    if any(hasattr(w, "ds_id") or type(w).__name__ == "DTensor" for w in weights):
-        expected = "whole matrices: sensitivities cannot be read from shards"
-        raise StudyError("compute.strategy", "sharded weights", expected, "strategy: none")
     quantized = any(hasattr(w, "quant_state") for w in weights)
     models.keep_4bit_differentiable(model)
     flags, modes = [w.requires_grad for w in weights], [(module, module.training) for module in model.modules()]
@@ -177,18 +172,21 @@ def squared_norm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
 
 
-def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
-    """(A, B, scaling) of every LoRA pair, in the order of `lora_layers`. PEFT keeps A and B in float32."""
-    return [
-        (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
-        for layer in lora_layers(model).values()
-    ]
+def lora_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """(A, B, scaling) of every LoRA pair, in the order of `lora_layers`; of AdaLoRA's triplets B diag(E) A, diag(E) A is
+    A. PEFT keeps them in float32."""
+    for layer in lora_layers(model).values():
+        a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+        if isinstance(layer.lora_A, nn.ParameterDict):  # AdaLoRA's
+            yield a * layer.lora_E["default"], b, scaling / (float(layer.ranknum["default"]) + 1e-5)
+        else:
+            yield a.weight, b.weight, scaling
 
 
 def penalty(model: nn.Module, coefficients: Tensor, factors: bool = False) -> Tensor:
     """R outside autocast; `factors`: |A|^2 + |B|^2 in place of |Delta|^2."""
     pairs = lora_pairs(model)
-    with torch.autocast(pairs[0][0].device.type, enabled=False):
+    with torch.autocast(model.device.type, enabled=False):
         norms = [(a**2).sum() + (b**2).sum() if factors else squared_norm(a, b, scaling) for a, b, scaling in pairs]
         terms = torch.stack(norms)
         return (coefficients.to(terms) * terms).sum()
@@ -196,13 +194,5 @@ def penalty(model: nn.Module, coefficients: Tensor, factors: bool = False) -> Te
 
 @torch.no_grad()
 def delta_norms(model: nn.Module) -> list[float]:
-    """|| Delta_k ||_F of every pair, of AdaLoRA's triplets B diag(E) A too."""
-    norms = []
-    for layer in lora_layers(model).values():
-        a, b, scaling = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
-        if isinstance(layer.lora_A, nn.ParameterDict):  # AdaLoRA: parameters, with E between them
-            a, scaling = a * layer.lora_E["default"], scaling / (float(layer.ranknum["default"]) + 1e-5)
-        else:
-            a, b = a.weight, b.weight
-        norms.append(float(squared_norm(a.float(), b.float(), scaling).clamp_min(0).sqrt()))
-    return norms
+    """|| Delta_k ||_F of every pair."""
+    return [float(squared_norm(*pair).clamp_min(0).sqrt()) for pair in lora_pairs(model)]

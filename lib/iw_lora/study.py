@@ -276,9 +276,8 @@ def check(run: Run) -> Iterator[Finding]:
         if dataset.subset == "mnli" and splits[1] == "validation":
             yield Finding("error", "dataset.splits.validation", "not in MNLI", "validation: validation_matched")
     if dataset.preprocessing.padding == "max_length":
-        yield Finding(
-            "warning", "dataset.preprocessing.padding", "padded to the batch's longest row", "padding: longest"
-        )
+        what = "padded to the batch's longest row"
+        yield Finding("warning", "dataset.preprocessing.padding", what, "padding: longest")
 
 
 def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
@@ -289,9 +288,8 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
             yield Finding("error", "optuna.search_space", f"no penalty reads {searched[0]}", "loss.penalty: importance")
         return
     if kind != "lora":
-        yield Finding(
-            "error", "loss.penalty", f"{loss.penalty} is defined on LoRA pairs", "penalty: none, or type: lora"
-        )
+        what = f"{loss.penalty} is defined on LoRA pairs"
+        yield Finding("error", "loss.penalty", what, "penalty: none, or type: lora")
     batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
     if total is not None and batches > total:
         what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)
@@ -300,9 +298,8 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
         what, fix = f"room for {buffer} batches, of which {batches} are filled", f"sensitivity_buffer_size: {batches}"
         yield Finding("warning", "loss.sensitivity_buffer_size", what, fix)
     if (entry := space.get("loss.alpha")) and (entry.high or 1) < 1e-2:
-        yield Finding(
-            "warning", "optuna.search_space.alpha", f"the penalty hardly acts at {entry.high:g}", "high: 1e-1"
-        )
+        what = f"the penalty hardly acts at {entry.high:g}"
+        yield Finding("warning", "optuna.search_space.alpha", what, "high: 1e-1")
 
 
 # ---- the entries

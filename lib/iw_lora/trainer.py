@@ -8,10 +8,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, fingerprint, make_stepper, pad_rows, seeded_batches, time_interleaved, to_device
+from lib.training import StudyTrainer, make_stepper, pad_rows, seeded_batches, time_interleaved, to_device
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 60, 3  # interleaved rounds of steps
@@ -85,8 +84,7 @@ def ranks_used(model: nn.Module) -> dict[str, int]:
 # ---- training
 
 
-@dataclass
-class Term:
+class Term(NamedTuple):
     """The penalty of a run: alpha, coefficients (K,), and whether the factors are penalized in place of Delta."""
 
     alpha: float
@@ -136,7 +134,7 @@ class ImportanceTrainer(StudyTrainer):
             rows,
             lambda batch: collate(batch, pad),
             folder=folder,
-            fingerprint=fingerprint([identity[name] for name in ("model", "loss", "training")], seed, steps),
+            fingerprint=record.digest([*(identity[name] for name in ("model", "loss", "training")), seed, steps]),
             steps=steps,
             seed=seed,
             eval_steps=every[training.evaluation_strategy],
@@ -158,7 +156,7 @@ class ImportanceTrainer(StudyTrainer):
             extra = self.term.alpha * penalty.penalty(bare, self.term.coefficients, self.term.factors)
             loss = loss + extra
         self.parts.append((float(task.detach()), 0.0 if extra is None else float(extra.detach())))
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def measure(self) -> dict:
         task, extra = np.mean(self.parts, axis=0).tolist()
@@ -241,10 +239,9 @@ def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:
     head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
     optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
     for step in record.batches("head warm-up", range(run.loss.head_warmup_steps)):
-        gradients = torch.autograd.grad(task_loss(model, batches[step % len(batches)]), head)
-        for parameter, gradient in zip(head, gradients, strict=True):
-            parameter.grad = gradient
+        task_loss(model, batches[step % len(batches)]).backward(inputs=head)
         optimizer.step()
+        optimizer.zero_grad()
     return model
 
 
