@@ -70,7 +70,8 @@ def method_of(kind: str, layers: int):
             "scheduler": scheduler,
         },
     }
-    return schedulers.make(config.restore(raw, study="graff", scale="paper", mode="full").training.scheduler, layers)
+    section = config.restore(raw, study="graff", scale="paper", mode="full").training.scheduler
+    return schedulers.SCHEDULERS[kind](section, layers)
 
 
 def stepper(model, around, kind: str):

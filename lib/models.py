@@ -94,7 +94,6 @@ def load_causal_lm(
     quantization: str = "none",
     quant_storage: str | None = None,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
     device: str | torch.device | None = None,
     auto_class: Any = AutoModelForCausalLM,
     **options: Any,
@@ -116,19 +115,14 @@ def load_causal_lm(
     try:
         model = auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except torch.OutOfMemoryError:
-        found, fix = (
-            f"{place} has not enough free memory",
-            "--set model.quantization=nf4, a smaller model or a larger GPU",
-        )
+        found = f"{place} has not enough free memory"
+        fix = "--set model.quantization=nf4, a smaller model or a larger GPU"
         raise MissingError(f"model.name = {name}", found, "a GPU that holds it", fix) from None
     except Exception as error:
         raise hub.explain(error, name, kind="model", revision=revision) from error
     if quantization == "none":
         model = model.to(place)
     model.config.use_cache = False  # training; generate() turns it on for itself
-    if gradient_checkpointing:
-        # Non-reentrant: the reentrant form needs inputs that require gradients, which a frozen embedding does not give.
-        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.eval()
 
 
@@ -146,8 +140,7 @@ def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = 
     """
     from peft import LoraConfig, get_peft_model
 
-    usual = {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    given = usual | {key: value for key, value in peft.items() if value}
+    given = {"lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", **peft}
     config = LoraConfig(r=given.pop("lora_r"), task_type=task_type, **given)
     with torch.random.fork_rng():  # the caller's random state is as it was
         torch.manual_seed(seed)

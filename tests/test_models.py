@@ -87,9 +87,10 @@ def test_nf4_with_lora_runs_forward_and_backward_with_float32_trainables(llama, 
         torch_dtype=compute,
         quantization="nf4",
         quant_storage=storage,
-        gradient_checkpointing=checkpointing,
         device="cpu",
     )
+    if checkpointing:
+        base.activation_checkpointing_enable()
     projection = base.model.layers[0].self_attn.q_proj
     assert isinstance(projection, bitsandbytes.nn.Linear4bit)
     assert projection.weight.quant_type == "nf4"

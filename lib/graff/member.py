@@ -41,7 +41,7 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
         raise StudyError(str(folder), "no evaluation at the end of the budget", "one", "run it again")
     longest, scored = run.evaluation.max_new_tokens, {}
     for name in ("test", "gsm1k"):
-        scored[name] = data.score(model, given.tokenizer, given.problems[name], longest, budgeted.batch_size())[0]
+        scored[name] = data.score(model, given.tokenizer, given.problems[name], longest, budgeted.answers_at_once)[0]
     tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in given.problems["test"]]
     losses = data.answer_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
     in_budget = rows[-1]["used"] <= seconds

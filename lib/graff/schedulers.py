@@ -256,7 +256,3 @@ SCHEDULERS = {
     "schedulefree": Fixed,  # these two bring an optimizer of their own
     "prodigy": Fixed,
 }
-
-
-def make(section, layers: int) -> Fixed:
-    return SCHEDULERS[section.type](section, layers)

@@ -21,12 +21,7 @@ READS = {  # scheduler: the keys that it reads; of another scheduler's they are 
     ),
     "hypergradient": ("outer_lr", "norm"),
     "reactor": ("controller_lr", "baseline_decay", "entropy_bonus"),
-    "fixed": (),
-    "cosine": (),
-    "salelr_reconstructed": (),
-    "bats_reconstructed": (),
-    "schedulefree": (),
-    "prodigy": (),
+    **dict.fromkeys(("fixed", "cosine", "salelr_reconstructed", "bats_reconstructed", "schedulefree", "prodigy"), ()),
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib import config, record, training
-from lib.errors import MissingError, StudyError
+from lib.errors import StudyError
 from lib.graff import data, planner as pl, schedulers
 
 NO_CAP = 100_000
@@ -266,12 +266,8 @@ class Probes:
 # ---- what a run is trained with
 
 
-def load_warm_start(path: str) -> dict:
-    """The planner's tensors. Raises MissingError with the command that makes the file."""
-    file = Path(path)
-    if not file.exists():
-        command = f".venv/bin/python -m lib.graff.prepare {path}"
-        raise MissingError(f"training.scheduler.warm_start_ckpt = {path}", "no such file", "a warm start", command)
+def load_warm_start(file: Path) -> dict:
+    """The planner's tensors."""
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
@@ -283,10 +279,9 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
         if planner:
             scheduler.planner.load_state_dict(planner)
         return scheduler
-    scheduler: Any = schedulers.make(section, layers)
-    path = section.warm_start_ckpt
-    if path:
-        scheduler.planner.load_state_dict(load_warm_start(str(file) if path == "made" else path))
+    scheduler: Any = schedulers.SCHEDULERS[section.type](section, layers)
+    if path := section.warm_start_ckpt:
+        scheduler.planner.load_state_dict(load_warm_start(file if path == "made" else Path(path)))
     if hasattr(scheduler, "gain") and file.exists():  # hypergradient descent, matched to the planner
         planner = pl.Planner()
         planner.load_state_dict(load_file(file))
@@ -326,6 +321,7 @@ class BudgetTrainer(training.StudyTrainer):
     def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
         optimizer = build_optimizer(run, self.probes)
+        self.answers_at_once = run.evaluation.batch_size or 4 * run.training.micro_batch_size
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
         self.lengths, self.spent = [len(row["ids"]) for row in given.rows["train"]], folder / "spent.json"
@@ -340,13 +336,14 @@ class BudgetTrainer(training.StudyTrainer):
             given.rows["train"],
             lambda rows: data.collate(rows, given.tokenizer.pad_token_id),
             folder=folder,
-            fingerprint=training.fingerprint(parts, seed),
+            fingerprint=record.digest([parts, seed]),
             steps=run.training.total_steps or NO_CAP,
             seed=seed,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
             per_device_train_batch_size=run.training.micro_batch_size,
             gradient_accumulation_steps=run.training.accumulation,
             max_grad_norm=0.0,
+            gradient_checkpointing=run.training.gradient_checkpointing,
             bf16=run.training.mixed_precision == "bf16" and torch.cuda.is_available(),
             logging_strategy="no",
         )
@@ -371,14 +368,13 @@ class BudgetTrainer(training.StudyTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.before = self.clock.tick()
-        self.plan, self.token_losses, self.micro = None, [], 0
+        self.plan, self.token_losses = None, []
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.micros = len(batches)
         return batches, tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.micro += 1
-        if self.micro == self.micros and self.due(self.scheduler.wants_secant):
+        if self.accelerator.sync_gradients and self.due(self.scheduler.wants_secant):
             self.probes.before_last_micro()
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -543,7 +539,7 @@ class BudgetTrainer(training.StudyTrainer):
         final.json."""
         evaluation, tokenizer, n = self.run.evaluation, self.given.tokenizer, len(self.subset)
         self.use_averaged_weights(True)
-        problems, batch = self.dev if whole else self.subset, self.batch_size()
+        problems, batch = self.dev if whole else self.subset, self.answers_at_once
         rows, units = data.score(self.model, tokenizer, problems, evaluation.max_new_tokens, batch)
         losses, more = data.answer_losses(self.model, tokenizer, self.given.rows["dev"][:n], batch)
         self.use_averaged_weights(False)
@@ -557,10 +553,6 @@ class BudgetTrainer(training.StudyTrainer):
         trained."""
         if hasattr(self.inner(), "eval"):
             self.inner().eval() if averaged else self.inner().train()
-
-    def batch_size(self) -> int:
-        """Of generation."""
-        return self.run.evaluation.batch_size or 4 * self.run.training.micro_batch_size
 
     # ---- everything a decision depends on, in a checkpoint
 
