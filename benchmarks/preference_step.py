@@ -48,11 +48,13 @@ def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
 
 def real_rows(path: str, count: int, vocabulary: int, longest: int) -> list[dict]:
     """`count` tokenized pairs of a data set, by a tokenizer made from its own training answers."""
-    from lib.td_dpo.data import encode_pairs, load_splits, make_tokenizer
+    from lib.made import train_bpe_tokenizer
+    from lib.td_dpo.data import CHAT_TEMPLATE, SPECIAL, encode_pairs, load_splits
 
     pairs = load_splits({"name": path, "on_bad_row": "drop"})[0]["train"]
     texts = [pair[side][0]["content"] for pair in pairs for side in ("chosen", "rejected")]
-    rows = encode_pairs(make_tokenizer(texts, vocabulary), pairs, max_length=longest)[0]
+    tokenizer = train_bpe_tokenizer(texts, vocabulary, CHAT_TEMPLATE, SPECIAL)
+    rows = encode_pairs(tokenizer, pairs, max_length=longest)[0]
     if len(rows) < count:
         sys.exit(f"{path}: {len(rows)} usable pairs, {count} needed: lower --rounds or --batch")
     return rows[:count]

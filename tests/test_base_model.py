@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.errors import StudyError
-from lib.made import save
-from lib.td_dpo.data import conversations, make_base, make_tokenizer
+from lib.made import save, train_bpe_tokenizer
+from lib.td_dpo.data import conversations, make_base
 from lib.td_dpo.engine import answer_questions, sample
 from lib.td_dpo.generated import make_pairs, questions
 
@@ -93,7 +93,7 @@ def test_any_text_survives_the_tokenizer(loaded):
 
 def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded):
     with pytest.raises(StudyError, match="vocab_size"):
-        make_tokenizer(["a"], 100)
+        train_bpe_tokenizer(["a"], 100)
     with pytest.raises(StudyError, match="no answer within 4 tokens"):
         conversations(loaded[1], pairs, 4)
 

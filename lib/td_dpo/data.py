@@ -225,11 +225,6 @@ def texts_of(pairs: Sequence[dict]) -> list[str]:
     return [m["content"] for pair in pairs for m in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
 
 
-def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on `texts` (so any text can be encoded), with the chat template above."""
-    return made.train_bpe_tokenizer(texts, vocab_size, CHAT_TEMPLATE, SPECIAL)
-
-
 def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> PreTrainedModel:
     """An untrained float32 Llama; its weights depend on recipe['seed'] and not on the caller's generator."""
     hidden, heads = recipe["hidden_size"], recipe["heads"]
@@ -265,7 +260,7 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
 def make_base(pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None) -> made.Base:
     """Tokenizer and model of the training pairs. The result is the same for the same pairs, recipe and number of
     threads, and the caller's random state is left alone."""
-    tokenizer = make_tokenizer(texts_of(pairs), recipe["vocab_size"])
+    tokenizer = made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
     rows = conversations(tokenizer, pairs)
     model, steps, rate = make_model(tokenizer, recipe).train(), recipe["sft_steps"], recipe["sft_learning_rate"]
     batches = _batches([len(row["ids"]) for row in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])

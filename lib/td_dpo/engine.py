@@ -295,20 +295,6 @@ def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, token_budget:
     return torch.cat(values)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
-def sample_logprobs(model: torch.nn.Module, samples: list[dict], **options) -> Tensor:
-    """(N,) summed log-probabilities of single answers {"prompt_ids", "ids"}, in nats; 0 for an empty answer.
-
-    An answer is scored as a pair with its own first token, which the layouts need and which costs next to nothing.
-    """
-    spoken = [i for i, sample in enumerate(samples) if sample["ids"]]
-    answers = [(samples[i]["prompt_ids"], samples[i]["ids"]) for i in spoken]
-    rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids[:1]} for prompt, ids in answers]
-    table = sequence_logprobs(model, rows, **options)
-    out = table.new_zeros(len(samples))
-    out[spoken] = table[:, 0]
-    return out
-
-
 # ---- policy against reference ----
 
 
@@ -318,17 +304,18 @@ def log_ratio_of_samples(
     """(N,) sum over tokens of log pi - log pi_0, in nats, of answers {"prompt_ids", "ids"} sampled from pi.
 
     Their mean is the sampled KL(pi || pi_0) (the k1 estimator). With `reference_model=None` the reference is `model`
-    with its adapters switched off.
+    with its adapters switched off. An answer is scored as a pair with its own first token, which the layouts need and
+    which costs next to nothing.
     """
-    policy = sample_logprobs(model, samples)
+    answers = [(sample["prompt_ids"], sample["ids"]) for sample in samples]
+    rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids[:1]} for prompt, ids in answers]
+    policy = sequence_logprobs(model, rows)[:, 0]
     with model.disable_adapter() if reference_model is None else contextlib.nullcontext():
-        return policy - sample_logprobs(reference_model or model, samples)
+        return policy - sequence_logprobs(reference_model or model, rows)[:, 0]
 
 
 def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     """Rows with their two columns of reference log-probabilities."""
-    if reference.shape != (len(rows), 2):
-        raise StudyError("reference log-probabilities", f"shape {tuple(reference.shape)}", f"({len(rows)}, 2)")
     return [
         {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)
@@ -426,33 +413,31 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand((len(prompts), max_new_tokens), generator=generator, dtype=torch.float64)
     ends = _end_tokens(model, tokenizer)
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
     answers: list[dict | None] = [None] * len(prompts)
     # like lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
     for start in record.batches("generation", range(0, len(order), batch_size)):
         batch = order[start : start + batch_size]
-        longest = max(len(prompt_ids[index]) for index in batch)
-        fill = [longest - len(prompt_ids[index]) for index in batch]
-        inputs = torch.tensor([[pad] * n + prompt_ids[index] for n, index in zip(fill, batch, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in fill])
+        asked = {"input_ids": [prompt_ids[index] for index in batch]}
+        inputs = tokenizer.pad(asked, padding_side="left", return_tensors="pt").to(model.device)
         processors = LogitsProcessorList()
         if temperature > 0:
             processors.append(_InverseTransform(uniforms[batch].to(model.device), temperature))
-        where, how = model.device, {"generation_config": settings, "logits_processor": processors}
         # generate() fills what settings leave open from the model's own (a chat model's repetition penalty, say)
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                output = model.generate(inputs=inputs.to(where), attention_mask=mask.to(where), **how)
+                output = model.generate(**inputs, generation_config=settings, logits_processor=processors)
         finally:
             model.generation_config = own
-        for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+        for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in ends), None)
             ids = row if end is None else row[: end + 1]
-            text, asked = tokenizer.decode(ids, skip_special_tokens=True), prompt_ids[index]
-            answers[index] = {"ids": ids, "text": text, "finished": end is not None, "prompt_ids": asked}
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answers[index] = {"ids": ids, "text": text, "finished": end is not None, "prompt_ids": prompt_ids[index]}
     return answers
 
 

@@ -36,10 +36,8 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     run, given = member.run, load(shared)
     if outcome is None:
         outcome, model, frozen = fit(member, folder, given)
-        kept = outcome.best
     else:
         model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
-        kept = outcome.best or training.last_complete_checkpoint(folder / "checkpoints")
     metrics = {
         "status": outcome.status,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,
@@ -53,8 +51,7 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
-    if kept is not None:
-        training.load_checkpoint(model, kept)
+    training.load_checkpoint(model, outcome.best or training.last_complete_checkpoint(folder / "checkpoints"))
     seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
     return {
         **metrics,

@@ -80,11 +80,8 @@ class Model(Section):
         if self.load_in_4bit not in (None, nf4):
             raise fault(str(self.load_in_4bit), f"agreement with quantization: {self.quantization}", "", "load_in_4bit")
         if nf4 and (self.name == "made" or self.peft is None):
-            expected, fix = (
-                "a model of the hub or a local one, with adapters",
-                "peft: {lora_r: 64}, or quantization: none",
-            )
-            raise fault("nf4", expected, fix, "quantization")
+            expected = "a model of the hub or a local one, with adapters"
+            raise fault("nf4", expected, "peft: {lora_r: 64}, or quantization: none", "quantization")
         return self
 
 

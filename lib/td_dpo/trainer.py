@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from lib import models, training as shared
+from lib import models, record, training as shared
 from lib.errors import OutOfMemory, StudyError
 from lib.td_dpo import engine
 from lib.td_dpo.losses import objective, summary
@@ -65,7 +65,6 @@ class PreferenceTrainer(shared.StudyTrainer):
         self.columns: list[Tensor] = []
         self.pairs = self.tokens = 0
         tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
-        mark = shared.fingerprint(loss, training.numbers(), seed, steps, tokens)
         self.first_rows = pairs[:device_batch]
         models.keep_4bit_differentiable(model)
         models.float32_trainables(model)
@@ -79,7 +78,7 @@ class PreferenceTrainer(shared.StudyTrainer):
             pairs,
             self.collate,
             folder=folder,
-            fingerprint=mark,
+            fingerprint=record.digest([loss, training.numbers(), seed, steps, tokens]),
             steps=steps,
             seed=seed,
             log_every=training.logging_steps,
