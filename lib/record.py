@@ -28,16 +28,14 @@ TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind
 
 def finite(value) -> Any:
     """The same nested value with every NaN or infinity turned into None and numpy scalars into Python's."""
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    if hasattr(value, "tolist"):
-        return finite(value.tolist())
     return value
 
 
@@ -177,14 +175,6 @@ SHORTEST = 8  # characters; replacing anything shorter would garble ordinary tex
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret."""
-    if name.upper() in WORKING_FOLDERS:
-        return False
-    words = [w for w in re.split(r"[^A-Z]+", name.upper()) if w]
-    return bool(words) and words[-1] not in ABOUT and any(w in SECRET_WORDS or JOINED.search(w) for w in words)
-
-
 def password_in_url(value: str) -> str:
     """What stands between `:` (or `//`) and `@` in a URL such as a proxy's or a database's; empty where nothing
     does."""
@@ -193,7 +183,10 @@ def password_in_url(value: str) -> str:
 
 
 def is_secret(name: str, value: str = "") -> bool:
-    return secret_name(name) or bool(password_in_url(value))
+    """Whether a variable of this name, or with this value, holds a secret."""
+    words = [word for word in re.split(r"[^A-Z]+", name.upper()) if word and name.upper() not in WORKING_FOLDERS]
+    named = any(word in SECRET_WORDS or JOINED.search(word) for word in words) and words[-1] not in ABOUT
+    return named or bool(password_in_url(value))
 
 
 def secret_variables(environment: Mapping[str, str]) -> dict[str, str]:

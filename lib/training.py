@@ -7,9 +7,7 @@ resumed run must remember. Order, history, divergence, checkpoints and resume ar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -203,11 +201,6 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
     return model
 
 
-def fingerprint(*identity: Any) -> str:
-    """A digest of everything that a checkpoint must have been made under for a run to go on from it."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-
 # ---- training ----
 
 
@@ -249,11 +242,12 @@ class StudyTrainer(Trainer, TrainerCallback):
         optimizers: tuple = (None, None),
         **arguments: Any,
     ):
-        """`arguments`: more of transformers' TrainingArguments; all that prints, saves or evaluates by itself is off."""
+        """`fingerprint`: of everything that a checkpoint must have been made under for a run to go on from it.
+        `arguments`: more of transformers' TrainingArguments; all that prints, saves or evaluates by itself is off."""
         self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
         self.eval_steps, self.save_steps = eval_steps, save_steps
         self.started = 0.0
-        self.diverged_at: int | None = None
+        self.diverged = False
         self.best_step: int | None = None
         self.best_value: float | None = None
         args = TrainingArguments(
@@ -271,8 +265,7 @@ class StudyTrainer(Trainer, TrainerCallback):
             report_to="none",
             **arguments,
         )
-        parts = {"model": model, "args": args, "train_dataset": rows, "data_collator": collate}
-        super().__init__(**parts, callbacks=[self], optimizers=optimizers)
+        super().__init__(model, args, collate, rows, callbacks=[self], optimizers=optimizers)
         self.remove_callback(PrinterCallback)
 
     # -- what a study supplies
@@ -330,16 +323,15 @@ class StudyTrainer(Trainer, TrainerCallback):
                 self.begin()
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         best = None if self.best_step is None else Path(self.args.output_dir) / f"checkpoint-{self.best_step}"
-        if self.diverged_at is not None:
-            return Outcome("diverged", self.diverged_at, self.best_step, best)
-        return Outcome("completed", self.state.global_step, self.best_step, best)
+        status = "diverged" if self.diverged else "completed"
+        return Outcome(status, self.state.global_step, self.best_step, best)
 
     def on_step_begin(self, args, state, control, **_):
         record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)
 
     def on_step_end(self, args, state, control, **_):
         self.schedule()
-        if record.stopping() and self.diverged_at is None:
+        if record.stopping() and not self.diverged:
             control.should_save = True
 
     def on_save(self, args, state, control, **_):
@@ -349,8 +341,7 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def diverge(self) -> None:
         """End the run here; a diverged model is neither evaluated nor saved."""
-        self.diverged_at = self.state.global_step
-        self.control.should_training_stop = True
+        self.diverged = self.control.should_training_stop = True
         self.control.should_evaluate = self.control.should_save = False
 
     def write(self, row: dict) -> None:
@@ -412,11 +403,9 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         saved = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        assert set(saved) == set(trained), "a checkpoint of other parameters"
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                trained[name].copy_(tensor)
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        assert set(saved) == trained, "a checkpoint of other parameters"
+        self.model.load_state_dict(saved, strict=False)
         self.load_extra_state(torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True))
 
     def _save_checkpoint(self, model, trial):
