@@ -611,10 +611,6 @@ class Member:
     def id(self) -> str:
         return f"{self.cell_name}-s{self.seed}"
 
-    @property
-    def run_id(self) -> str:
-        return self.run.run_id
-
 
 def _format(value: Any) -> str:
     """%g where that is the value exactly, so that two cells never share a name; safe in a file name."""

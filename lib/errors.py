@@ -47,11 +47,10 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return "", OUTPUT_CLOSED
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return (
-            f"{error.filename or 'writing a file'}: {error.strerror}\n"
-            "  expected: a folder that can be written, with space left\n"
-            "  fix: free space or correct its permissions, then rerun the same command (what is done stays done)"
-        ), 3
+        expected = "a folder that can be written, with space left"
+        fix = "free space or correct its permissions, then rerun the same command (what is done stays done)"
+        missing = MissingError(error.filename or "writing a file", error.strerror, expected, fix)
+        return str(missing), missing.exit_code
     frames = traceback.extract_tb(error.__traceback__)
     place = f"  ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}", 1

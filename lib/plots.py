@@ -31,26 +31,12 @@ from lib.record import write_bytes
 # Hues of Okabe-Ito and Tol, darkened until text in them has 4.5:1 on white; markers double them.
 PALETTE = ("#0072B2", "#AA3377", "#C44F00", "#00805C", "#555555", "#7A4FBF", "#8A6100", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
-INK, SOFT, GRID, BAD = "#1b1f24", "#59636e", "#d9dde2", "#b3261e"
+INK, SOFT, BAD = "#1b1f24", "#59636e", "#b3261e"
 DASH = (0, (4, 3))
 WIDTH = 8.0  # inches; shown at about 900 px, so 10.5 pt stays readable
 WIDE = 0.8  # of a category of bars or boxes, whose distance is 1
-STYLE = sns.axes_style("ticks") | {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "pdf.fonttype": 42,
-}
+SHEET = Path(__file__).with_name("house.mplstyle")
+STYLE = sns.axes_style("ticks") | matplotlib.rc_params_from_file(SHEET, use_default_template=False)
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
 MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
 VERDICT_COLORS = {"supported": "#0072B2", "refuted": "#B34700"}

@@ -38,7 +38,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     Raises StudyError where finished members were made by different states of a function (code.json).
     """
     rows = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
-    planned = {(m.run_id, m.id): m for m in expected or []}
+    planned = {(m.run.run_id, m.id): m for m in expected or []}
     code: dict[tuple[str, str], tuple[str, str]] = {}
     for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
         folder, sentinel = done.parent, record.read_json(done, {})
@@ -65,9 +65,9 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         rows["costs"] += [{**who, **row} for row in record.read_jsonl(path)]
     missing = []
     for m in planned.values():
-        who = {"run_id": m.run_id, "method": m.run.method, "member": m.id, "seed": m.seed}
+        who = {"run_id": m.run.run_id, "method": m.run.method, "member": m.id, "seed": m.seed}
         cell = {key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}
-        missing.append({**who, **cell, **_state(Path(results_dir) / m.run_id / subfolder / m.id)})
+        missing.append({**who, **cell, **_state(Path(results_dir) / m.run.run_id / subfolder / m.id)})
     return Records(**{name: pd.DataFrame(part) for name, part in rows.items()}, missing=missing)
 
 
@@ -160,13 +160,12 @@ def aggregate_metrics(study: str, results_dir: Path) -> dict:
     proposed, baseline, gap = best("proposed"), best("comparative"), None
     if proposed and baseline and baseline["value"]:
         gap = sign * (proposed["value"] - baseline["value"]) / abs(baseline["value"]) * 100
+    of_cell = ("chosen_on", "members")
     return {
         "primary_metric": primary,
         "metrics": {n: {i: r["metrics"].get(n) for i, r in runs.items()} for n in names},
         "best_proposed": proposed,
         "best_baseline": baseline,
         "gap": gap,
-        "members": {
-            i: {"cell": r["chosen_cell"]} | {k: r[k] for k in ("chosen_on", "members")} for i, r in runs.items()
-        },
+        "members": {i: {"cell": r["chosen_cell"]} | {k: r[k] for k in of_cell} for i, r in runs.items()},
     }

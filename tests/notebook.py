@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 def write_member(results, member, metrics, *, rows=(), history=(), **files):
     """The record of a finished member, with `files` ({name: value}) of its own, and its run's metrics.json."""
-    run, folder = member.run, results / member.run_id / "members" / member.id
+    run, folder = member.run, results / member.run.run_id / "members" / member.id
     who = {"study": run.study, "run_id": run.run_id, "cell": member.cell, "cell_name": member.cell_name}
     spec = {**who, "seed": member.seed, "config": config.dump(run)}
     for name, value in {"member": spec, "metrics": metrics, **files}.items():

@@ -329,7 +329,7 @@ def test_members_of_the_laptop_study():
             run = config.load_run(path, scale="laptop", mode="full")
             members = config.members(run)
             counts[run.run_id] = len(members)
-            ids |= {(m.run_id, m.id) for m in members}
+            ids |= {(m.run.run_id, m.id) for m in members}
     assert counts == {"dpo": 12, "discopop": 12, "td_dpo": 20, "td_dpo_anchored": 1, "discopop_card": 1}
     assert len(ids) == 46
     assert {("td_dpo", f"beta0.05-tau1-s{seed}") for seed in (42, 43, 44)} < ids  # a claim's cell has every seed

@@ -155,7 +155,9 @@ def test_other_weights_are_not_given_the_measured_ones_metrics(tmp_path):
             {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
         )
     (folder / "checkpoints/checkpoint-6").mkdir()  # what a kill left: no card
-    assert [path.parent.name for path in model_card.write(folder)] == ["checkpoint-4", "checkpoint-8"]
+    model_card.write(folder)
+    cards = sorted(folder.glob("checkpoints/*/README.md"))
+    assert [path.parent.name for path in cards] == ["checkpoint-4", "checkpoint-8"]
     best, last = ((folder / f"checkpoints/checkpoint-{step}/README.md").read_text() for step in (4, 8))
     assert "0.75" in best
     assert "0.75" not in last

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lib import config, record
@@ -299,29 +299,18 @@ def exit_code(findings: list[Finding]) -> int:
 def report(findings: list[Finding], options, found: list[Loaded], slots: int) -> None:
     """What `check` prints: the findings, whether the runs may start, and what they would cost."""
     errors = [str(finding).removeprefix("error: ") for finding in findings if finding.level == "error"]
-    cost = {} if errors else cost_of(runs_of(found), options.scale, slots)
+    cost = None if errors else plan.forecast(plan.steps(runs_of(found), options.scale, "full"), slots)
     if options.json:
         issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]
-        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost}
+        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost and asdict(cost)}
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     print_findings(findings)
     state = f"{'NOT ready' if errors else 'ready'}: {len(errors)} errors, {len(findings) - len(errors)} warnings"
     print(f"\n{state}{'; no trial was run (--static)' * bool(options.static)}")
     if cost:
-        print("cost: " + ", ".join(f"{name.replace('_', ' ')} {'?' if v is None else v}" for name, v in cost.items()))
-
-
-def cost_of(runs: list[Run], scale: str, slots: int) -> dict:
-    """What the full run is predicted to take, in words; None where no record tells."""
-    predicted = plan.forecast(plan.steps(runs, scale, "full"), slots)
-    names = {name for run in runs for name in (run.model.name, run.dataset.name)}
-    return {
-        "wall_clock": progress.format_forecast(predicted),
-        "device_hours": None if predicted.at_least else round(predicted.device_hours, 2),
-        "downloads": ", ".join(sorted(filter(config.is_hub_id, names))) or "none",
-    }
+        print(f"a full run: {progress.format_forecast(cost)} of wall-clock, {cost.device_hours:.2f} device-hours")
 
 
 # ---- a watched trial

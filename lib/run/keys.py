@@ -105,10 +105,8 @@ class Lib:
         """The places that code names. A module that is used as a value, or named in a string, counts as a whole; where
         `study_module` is called, every attribute may be one of the module `study`."""
         source, parts = self.source(module), [part for node in nodes for part in ast.walk(node)]
-        compared = [
-            pair for p in parts if isinstance(p, ast.Compare) for pair in zip(p.ops, p.comparators, strict=True)
-        ]
-        tables = {id(value) for operator, value in compared if isinstance(operator, ast.In | ast.NotIn)}
+        pairs = [pair for p in parts if isinstance(p, ast.Compare) for pair in zip(p.ops, p.comparators, strict=True)]
+        tables = {id(value) for operator, value in pairs if isinstance(operator, ast.In | ast.NotIn)}
         tables |= {id(part.value) for part in parts if isinstance(part, ast.Subscript)}
         asks = any(isinstance(part, ast.Name) and part.id == "study_module" for part in parts)
         of_study = self.source(study).definitions if asks else ()
@@ -228,9 +226,7 @@ def _reach(lib: Lib, study: str, functions: tuple, entries: tuple, more: tuple) 
 
 def changed(old: dict, new: dict) -> list[str]:
     """What differs between two of `reach`, as `lib/x.py f`."""
-    before, after = (
-        {(m, name, hash) for m, names in each.items() for name, hash in names.items()} for each in (old, new)
-    )
+    before, after = ({(m, n, h) for m, names in each.items() for n, h in names.items()} for each in (old, new))
     places = sorted({(module, name) for module, name, _ in before ^ after})
     return [f"{module.replace('.', '/')}.py {name}" for module, name in places]
 

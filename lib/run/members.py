@@ -148,24 +148,25 @@ def _member_task(member, folder: Path) -> pool.Task:
     record.write_json(folder / "member.json", {**spec, "key": wanted})
     record.write_json(folder / "code.json", keys.member_code(member))
     argument = {"spec": spec, "inputs": str(inputs_folder(run)), "key": wanted, "nonce": nonce}
-    more = {
-        "slots": run.compute.devices,
-        "check": lambda: record.read_json(folder / "done.json", {}).get("nonce") == nonce,
-    }
-    return _task(run, member.id, "member", folder, argument, **more)
+
+    def check() -> bool:
+        return record.read_json(folder / "done.json", {}).get("nonce") == nonce
+
+    return _task(run, member.id, "member", folder, argument, slots=run.compute.devices, check=check)
 
 
 def watch(job: Job) -> None:
     """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
     tasks, steps = list(job.tasks.values()), {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
-    shown, began = 0, None
+    began = None
 
     def changed(task: pool.Task) -> None:
-        nonlocal shown, began
+        nonlocal began
         began = began or time.monotonic()  # of the first member's turn, not of its place in the queue
         if task.ended:
-            shown += 1
-            print(f"[{shown}/{len(tasks)}] {task.name}: {_outcome(task, job.run.optuna.objective_metric)}")
+            print(
+                f"[{sum(t.ended for t in tasks)}/{len(tasks)}] {task.name}: {_outcome(task, job.run.optuna.objective_metric)}"
+            )
 
     def tick() -> None:
         now = time.monotonic()

@@ -16,15 +16,12 @@ from lib.record import escape_controls, read_json, redact, write_text
 NAME = "README.md"
 
 
-def write(folder: Path) -> list[Path]:
-    """Write the cards of the member in `folder`; the paths of those written."""
+def write(folder: Path) -> None:
+    """Write the cards of the member in `folder`, one with each checkpoint."""
     spec, metrics = read_json(folder / "member.json"), read_json(folder / "metrics.json")
-    written = []
     for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*")) if spec and metrics else ():
         if marker := read_json(checkpoint / "complete.json"):
             write_text(checkpoint / NAME, redact(card(checkpoint, marker["step"], folder, spec, metrics)))
-            written.append(checkpoint / NAME)
-    return written
 
 
 def write_all(results: Path) -> None:

@@ -53,8 +53,7 @@ def launch(target: str, argument: dict, count: int, threads: int = 1) -> Any:
         found = f"{torch.cuda.device_count()} GPUs given to this member"
         fix = f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none"
         raise MissingError("compute.gpus", found, f"{count}", fix)
-    path = os.pathsep.join(filter(None, [str(config.ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
     torchrun += [f"--nproc-per-node={count}", "--module", "lib.run.sharding"]
     for then in ("once more, from the last checkpoint", "given up"):
@@ -130,8 +129,7 @@ def shard(model: nn.Module) -> nn.Module:
             module.quant_state = state  # the sharded parameter loses it; bitsandbytes looks for it here
     stack = backbone(model)
     mesh = init_device_mesh("cuda" if next(model.parameters()).is_cuda else "cpu", (training.world(),))
-    head = base.get_output_embeddings()
-    whole = set(head.parameters()) if head is not None else set()  # tied embeddings included
+    whole = set(base.get_output_embeddings().parameters())  # tied embeddings included
     for layer in stack.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(stack, mesh=mesh, ignored_params=whole)
