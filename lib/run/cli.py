@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, plan, pool, progress, wandb
+from lib.run import check, cluster, compose, pages, plan, pool, progress, runner, wandb
 
 COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
 LONGEST = 180  # bytes of what --set changed in a folder's name
@@ -88,8 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     if command == "lab":
         lab(more)
     if command == "compose":
-        from lib.run import compose
-
         return report_errors(lambda: compose.main(more))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
@@ -141,9 +139,9 @@ def shorten(value: str) -> str:
 
 
 def roots_of(options) -> list[Path]:
-    """Every scale's records, or those that --scale, --set and --grid name."""
+    """Every scale's records that were made here, or those that --scale, --set and --grid name."""
     roots = sorted(OUTPUTS.glob("*-full*")) if options.everywhere else [root_of(options)]
-    return [root for root in roots if root.is_dir()]
+    return [root for root in roots if root.is_dir() and wandb.FROM not in root.name]
 
 
 def select_runs(options) -> list[check.Loaded]:
@@ -185,8 +183,6 @@ def run(options) -> int:
     whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else selected
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
-        from lib.run import compose
-
         obstacles += compose.findings(selected)
         check.report(obstacles, options, selected, slots_of(options))
         return check.exit_code(obstacles)
@@ -211,8 +207,6 @@ def slots_of(options) -> int:
 
 def execute(options, runs: list, whole: list) -> int:
     """Run what is not up to date of these runs' notebooks; `whole`: all runs of their studies."""
-    from lib.run import pages, runner
-
     root, full = root_of(options), options.mode == "full"
     # A shell's background job ignores Ctrl-C, and a scheduler says SIGTERM: both end a run in the same orderly way.
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -258,8 +252,6 @@ def status(options) -> int:
 
 def rebuild(_) -> int:
     """Make the pages anew from the notebooks and the records."""
-    from lib.run import pages
-
     for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
@@ -280,7 +272,7 @@ def judge(options) -> int:
 def sync(options) -> int:
     """Send what W&B lacks of the records. Exit code: 0 W&B is up to date, 1 it is not yet, 3 it cannot be reached or
     there is no key."""
-    roots = [root for root in roots_of(options) if wandb.FROM not in root.name]
+    roots = roots_of(options)
     folders = sorted({done.parents[2] for root in roots for done in root.glob("*/*/members/*/done.json")})
     folders = [folder for folder in folders if plan.matches(options, folder.name, folder.parent.name)]
     settings = {folder: config.load_yaml(folder / "config.yaml").get("wandb") or {} for folder in folders}
@@ -302,8 +294,6 @@ def sync(options) -> int:
 
 def pull(options) -> int:
     """Fetch the records of the selected runs from W&B, and judge them by the same analysis in a folder of their own."""
-    from lib.run import runner
-
     runs, made_in, steps = check.runs_of(select_runs(options)), root_of(options).name, []
     root = OUTPUTS / f"{made_in},{wandb.FROM}"
     for study in dict.fromkeys(run.study for run in runs):

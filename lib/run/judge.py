@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lib import config, record
-from lib.run import members, model_card, pages, plan, progress, runner, runs, wandb
+from lib.run import members, model_card, pages, plan, progress, runner, runs
 from lib.td_dpo import judge as mt_judge
 
 SETTINGS = config.ROOT / "params" / "judge.yaml"
@@ -65,8 +65,7 @@ def find_members(roots: list[Path], options, wanted: set | None) -> list[Path]:
     folders = []
     for done in (path for root in roots for path in sorted(root.glob("*/*/members/*/done.json"))):
         study, run = done.parts[-5:-3]
-        chosen = plan.matches(options, run, study)
-        if wandb.FROM in done.parts[-6] or not chosen or (wanted is not None and (study, run) not in wanted):
+        if not plan.matches(options, run, study) or (wanted is not None and (study, run) not in wanted):
             continue
         spec, status = record.read_json(done.with_name("member.json")), (record.read_json(done) or {}).get("status")
         if spec and status == "completed" and mt_judge.expects(spec):

@@ -50,12 +50,10 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
     return environment.get_template("card.md.j2").render(
         front=front,
         spec=spec,
-        settings=settings,
         metrics=metrics,
         step=step,
         adapter=adapter,
-        whole=(checkpoint / "config.json").exists(),
-        here=checkpoint.name,
+        checkpoint=checkpoint,
         base=base,
         revision=settings["model"].get("revision") if is_hub_id(base) else None,
         judge=read_json(folder / "judged.json", {}).get("model"),

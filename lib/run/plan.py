@@ -54,7 +54,7 @@ class Step:
 
     @property
     def progress(self) -> Path:
-        """Where its members' progress is written: a sweep's members are its run's."""
+        """The folder of its run, where progress is written: a sweep's members are its run's."""
         return self.folder.parent if self.kind == "sweep" else self.folder
 
     @property

@@ -172,7 +172,7 @@ class Runner:
 
     def mirror(self, step: plan.Step) -> None:
         if step.kind != "analysis":
-            self.mirrors.follow(step.folder, config.wandb_mode(step.run))
+            self.mirrors.follow(step.progress, config.wandb_mode(step.run))
 
 
 def write_status(step: plan.Step, status: str, started: float) -> None:

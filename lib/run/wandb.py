@@ -171,7 +171,6 @@ class Mirrors:
     def follow(self, folder: Path, mode: str) -> None:
         """See that a sender is at work for this run, whose notebook begins or ends; one that W&B has stalled or crashed
         meanwhile is started anew. Offline there is nothing to do before its end."""
-        folder = folder.parent if folder.name == "sweep" else folder
         alive = folder in self.senders and self.senders[folder].poll() is None
         if alive or not (mode == "online" or (mode == "offline" and is_over(folder))):
             return
