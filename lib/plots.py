@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -159,11 +158,10 @@ def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = 
 
 def t_interval(values: Iterable[float]) -> tuple[float, float]:
     """Student's 95 % interval of a mean over seeds; (nan, nan) with fewer than two."""
-    from scipy import stats
+    from lib import stats  # with scipy
 
-    seeds = pd.Series(values, dtype=float).dropna()
-    half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.sem() if len(seeds) > 1 else np.nan
-    return float(seeds.mean() - half), float(seeds.mean() + half)
+    seeds = pd.Series(values, dtype=float).dropna().to_numpy()
+    return stats.interval(stats.seed_mean(seeds)) if len(seeds) > 1 else (np.nan, np.nan)
 
 
 def legend_below(drawn: Figure) -> None:
@@ -244,9 +242,6 @@ def bars(
     columns = list(dict.fromkeys(["run_id", by, "cell", x, "seed", "status", "diverged", "value"]))
     alt = f"{title}: {ylabel} of every seed by {xlabel}. {' '.join(words)}"
     return Drawing(drawn, title, alt, table.reindex(columns=columns), points=points)
-
-
-box_over_seeds = partial(bars, boxes=True)
 
 
 def _mark(place: Axes, at: float, member: dict, look: Look) -> tuple:

@@ -132,7 +132,7 @@ def drawings() -> dict:
         "accuracy": figures.learning_curves(
             curves, "validation_implicit_accuracy", title="Accuracy", by="method", panel="beta", known=LOOKS
         ),
-        "box": figures.box_over_seeds(ARMS, "oracle_score", title="Box", **over),
+        "box": figures.bars(ARMS, "oracle_score", boxes=True, title="Box", **over),
         "bars": figures.bars(ARMS, "oracle_score", title="Bars", floor=1, reference=reference, **over),
         "claims": figures.claims(CLAIMS),
     }
@@ -159,7 +159,7 @@ def test_every_figure_leaves_pdf_png_csv_and_words(drawn, tmp_path):
 def test_what_is_alone_in_its_category_stands_over_its_name():
     rows = [{"run_id": run, "role": role, "cell": "c", "seed": seed, "status": "completed", "score": seed + 0.5}
             for run, role in (("a", "control"), ("b", "proposed"), ("c", "control")) for seed in (1, 2, 3)]  # fmt: skip
-    axes = figures.box_over_seeds(pd.DataFrame(rows), "score", title="t", x="run_id", by="role").canvas.axes[0]
+    axes = figures.bars(pd.DataFrame(rows), "score", boxes=True, title="t", x="run_id", by="role").canvas.axes[0]
     level = [line for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) > 1]
     middles = sorted({round(float(np.mean(line.get_xdata())), 6) for line in level})  # of medians and caps
     assert middles == sorted(axes.get_xticks()) == [0, 1, 2]
@@ -185,7 +185,7 @@ def test_a_figure_shows_itself_with_its_words_escaped():
 def test_points_lead_to_their_members_on_the_pages_of_their_runs(tmp_path):
     members = ARMS.assign(folder=[str(tmp_path / r / "members" / f"{c}-s{s}") for r, c, s in
                                   zip(ARMS["run_id"], ARMS["cell"], ARMS["seed"], strict=True)])  # fmt: skip
-    drawing = figures.box_over_seeds(members, "oracle_score", title="Box", diverged_value=1.0, **OVER_BETA)
+    drawing = figures.bars(members, "oracle_score", boxes=True, title="Box", diverged_value=1.0, **OVER_BETA)
     links = figures.save(drawing, tmp_path / "comparison" / "figures", "comparison_box").links
     assert len(links) == 36
     assert links[0]["href"] == "../dpo/run.html#beta0.01-s42"
@@ -253,7 +253,7 @@ def test_empty_tables_draw_without_error(tmp_path):
     nothing = pd.DataFrame()  # what lib.record gives where no member has finished
     for drawing in (
         figures.bars(nothing, "oracle_score", title="t", **OVER_BETA),
-        figures.box_over_seeds(nothing, "oracle_score", title="t", **OVER_BETA),
+        figures.bars(nothing, "oracle_score", boxes=True, title="t", **OVER_BETA),
         figures.learning_curves(nothing, "loss", title="t", by="method"),
         figures.learning_curves(nothing, "loss", title="t", by="method", panel="beta"),
         figures.claims([]),

@@ -8,6 +8,7 @@ as it is only used as `TABLE[...]` and `in TABLE`. Whatever is not certain count
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -275,12 +276,10 @@ def device_kind(gpus: int = 1) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **dict.fromkeys(PACKAGES.split(), "absent")}
     for package in PACKAGES.split():
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
     return found
 
 

@@ -204,11 +204,8 @@ def collect(job: Job) -> list[dict]:
             what += f"\n  {task.name}: {': '.join(_ending(task))}  (log: {task.log})"
         fix = "rerun the same command to resume what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
-    return [
-        {"member": m.id, "cell": m.cell_name, "seed": m.seed, **metrics}
-        for m in job.members
-        if (metrics := record.read_json(job.folders[m.id] / "metrics.json")) is not None
-    ]
+    read = {m.id: record.read_json(job.folders[m.id] / "metrics.json") for m in job.members}
+    return [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **read[m.id]} for m in job.members]
 
 
 def _progress(run, state: dict) -> None:

@@ -22,11 +22,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -310,11 +310,11 @@ class Sender:
 
 def follow(folder: Path) -> None:
     """Send what is new while a notebook is at work, then the final run."""
-    sender, seen, over, gone = Sender("online"), {}, False, threading.Event()
-    # The runner closes this process's input at its end, and its death closes it too.
-    threading.Thread(target=lambda: (sys.stdin.read(), gone.set()), daemon=True).start()
+    sender, seen, over = Sender("online"), {}, False
     while not over:
-        over = gone.wait(POLL) or is_over(folder)  # before the look: what was written until then is seen
+        # The runner closes this process's input at its end, and its death closes it too.
+        is_gone, _, _ = select.select([sys.stdin], [], [], POLL)
+        over = is_gone or is_over(folder)  # before the look: what was written until then is seen
         for member in sorted(folder.glob("members/*/")):
             files = [*member.glob("history.jsonl"), *member.glob("done.json")]
             stamp = [path.stat().st_mtime_ns for path in files]
