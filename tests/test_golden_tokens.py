@@ -43,6 +43,7 @@ def sentencepiece(template: str, control: tuple[str, ...] = (), **settings) -> L
     made = LlamaTokenizer(vocab=vocabulary, merges=merges, **settings)
     made.add_special_tokens({"additional_special_tokens": list(control)})
     made.chat_template = template
+    made.pad_token = made.unk_token  # as models.load_tokenizer has it
     return made
 
 
@@ -121,15 +122,15 @@ def test_an_answer_is_not_cut_at_an_end_token_that_it_spells():
 
 
 class Listens(torch.nn.Module):
-    """Stands for a model whose generate() is given `inputs` and ends every answer at once."""
+    """Stands for a model whose generate() is given `input_ids` and ends every answer at once."""
 
     def __init__(self, end: int):
         super().__init__()
         self.end, self.heard, self.device, self.generation_config = end, [], torch.device("cpu"), None
 
-    def generate(self, inputs, attention_mask, **_):
-        self.heard.append((inputs, attention_mask))
-        return torch.cat([inputs, torch.full((len(inputs), 1), self.end)], dim=1)
+    def generate(self, input_ids, attention_mask, **_):
+        self.heard.append((input_ids, attention_mask))
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), self.end)], dim=1)
 
 
 @pytest.mark.parametrize("family", TOKENIZERS)
