@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import DataCollatorWithPadding, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from lib import config, models, record
+from lib import config, made, models, record
 from lib.data import BadRow
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
@@ -47,10 +47,14 @@ def deberta(adapter=None, steps=10, seed=0):
 
 def rows(count=32):
     rng = np.random.default_rng(0)
-    return [{"ids": rng.integers(5, 40, size=int(rng.integers(6, 10))).tolist(), "label": i % 2} for i in range(count)]
+    return [
+        {"input_ids": rng.integers(5, 40, size=int(rng.integers(6, 10))).tolist(), "label": i % 2} for i in range(count)
+    ]
 
 
-BATCH = trainer.collate(rows(8), 0)
+TOKENIZER = made.word_tokenizer(map(str, range(40)), data.SPECIAL)
+COLLATE = DataCollatorWithPadding(TOKENIZER)
+BATCH = COLLATE(rows(8))
 
 
 def moved(model):
@@ -70,9 +74,7 @@ def trainer_of(tmp_path, model, term=None, every=None, steps=6, **training):
     when = {"evaluation_strategy": "steps", "eval_steps": every} if every else {"evaluation_strategy": "no"}
     section = {"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, **when, **training}
     run = config.apply(run, {"grid": None, "loss.alpha": 0.0, "training": section})
-    given = SimpleNamespace(
-        rows={"train": rows(), "tuning": rows(8)}, tokenizer=SimpleNamespace(pad_token_id=0), report={"task": "rte"}
-    )
+    given = SimpleNamespace(rows={"train": rows(), "tuning": rows(8)}, tokenizer=TOKENIZER, report={"task": "rte"})
     return trainer.ImportanceTrainer(run, given, model, 3, tmp_path, term)
 
 
@@ -103,7 +105,7 @@ def test_sensitivities_equal_autograd_with_shared_projections():
 
 @pytest.mark.parametrize("rows_of_batch", [1, 8])  # few tokens: Gram matrices; many: the product itself
 def test_gradient_norms_from_inputs_and_outputs_are_those_of_the_weights(rows_of_batch):
-    model, batch = deberta().eval(), trainer.collate(rows(rows_of_batch), 0)
+    model, batch = deberta().eval(), COLLATE(rows(rows_of_batch))
     direct = penalty.gradient_norms(model, [batch], trainer.task_loss)[0][0]
     layers = list(penalty.lora_layers(model).values())
     value, norms = penalty.quantized_norms(layers, lambda: trainer.task_loss(model, batch))
@@ -251,7 +253,7 @@ def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, m
 def test_a_trial_calibrates_on_two_batches_at_most():
     path = ROOT / "params/iw_lora/laptop/iw_lora.yaml"
     run = config.members(config.load_run(path, study="iw_lora", scale="laptop", mode="trial"))[0].run
-    given = SimpleNamespace(rows={"train": rows()}, tokenizer=SimpleNamespace(pad_token_id=0))
+    given = SimpleNamespace(rows={"train": rows()}, tokenizer=TOKENIZER)
     assert len(trainer.calibration_batches(run, given, 1)) == 2
 
 

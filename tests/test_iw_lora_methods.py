@@ -115,7 +115,7 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
     given = trainer.load(made)
     assert given.report["task"] == task
     assert len(given.tokenizer) > 250, "its own words, not the generated task's few dozen"
-    assert given.rows["train"][0]["ids"].count(given.tokenizer.unk_token_id) == 0
+    assert given.rows["train"][0]["input_ids"].count(given.tokenizer.unk_token_id) == 0
 
 
 def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monkeypatch):

@@ -186,11 +186,13 @@ def test_the_other_studies_weights_have_a_card_too(study, tmp_path, monkeypatch)
     assert "The trained parameters" in card
     assert "A trial" in card
     if study == "iw_lora":
+        from transformers import DataCollatorWithPadding
+
         from lib.iw_lora import trainer
 
         given = trainer.load(members.prepare_inputs(run))
         model = trainer.build(member.run, given, member.seed + 1, 2)  # another head, other adapters, until loaded
-        batch = trainer.collate(given.rows["validation"], given.tokenizer.pad_token_id)
+        batch = DataCollatorWithPadding(given.tokenizer)(given.rows["validation"])
         recorded = record.read_json(job.folders[member.id] / "metrics.json")["validation_loss"]
         assert trainer.task_loss(model.eval(), batch).item() != pytest.approx(recorded, rel=1e-5)
         run_code_of(card, cards[-1].parent, monkeypatch, model=model)

@@ -212,11 +212,11 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
 
 
 def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
-    """{"ids", "label"} of each row, truncated to max_seq_length."""
+    """{"input_ids", "label"} of each row, truncated to max_seq_length."""
     first, second = [row["text_a"] for row in rows], [row["text_b"] for row in rows]
     limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length}
     encoded = tokenizer(first, second if any(second) else None, **limits)
-    return [{"ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
+    return [{"input_ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
 
 
 def prepare(run, folder: Path) -> None:

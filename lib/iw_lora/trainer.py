@@ -17,12 +17,12 @@ import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, make_stepper, pad_rows, seeded_batches, time_interleaved, to_device
+from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 60, 3  # interleaved rounds of steps
@@ -92,15 +92,6 @@ class Term(NamedTuple):
     factors: bool = False
 
 
-def collate(rows: list[dict], pad: int) -> dict[str, Tensor]:
-    """Rows as padded input_ids and attention_mask (B, L) and labels (B,)."""
-    return {
-        "input_ids": pad_rows([row["ids"] for row in rows], pad),
-        "attention_mask": pad_rows([[1] * len(row["ids"]) for row in rows], 0),
-        "labels": torch.tensor([row["label"] for row in rows]),
-    }
-
-
 def task_loss(model: nn.Module, batch: dict) -> Tensor:
     """Batch-mean cross-entropy (nats) from the logits: AdaLoRA's own `loss` adds its orthogonality."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -120,7 +111,7 @@ class ImportanceTrainer(StudyTrainer):
         self, run, given: SimpleNamespace, model: nn.Module, seed: int, folder: Path, term: Term | None = None
     ):
         self.run, self.given, self.term, self.parts = run, given, term, []
-        training, rows, pad = run.training, given.rows["train"], given.tokenizer.pad_token_id
+        training, rows = run.training, given.rows["train"]
         steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
         identity["training"].pop("logging_steps")  # changes the log alone
         every = {"epoch": training.steps_per_epoch(len(rows)), "steps": training.eval_steps, "no": None}
@@ -132,7 +123,7 @@ class ImportanceTrainer(StudyTrainer):
         super().__init__(
             model,
             rows,
-            lambda batch: collate(batch, pad),
+            DataCollatorWithPadding(given.tokenizer),
             folder=folder,
             fingerprint=record.digest([*(identity[name] for name in ("model", "loss", "training")), seed, steps]),
             steps=steps,
@@ -202,7 +193,7 @@ class ImportanceTrainer(StudyTrainer):
 
 def load(folder: Path) -> SimpleNamespace:
     """What all members share, which data.prepare wrote into `folder`: besides models.load_inputs' own, `rows` by split,
-    {"ids": token ids, "label": int}, and `texts`, the same rows as text."""
+    {"input_ids", "label": int}, and `texts`, the same rows as text."""
     return models.load_inputs(Path(folder), "rows", "texts")
 
 
@@ -220,8 +211,11 @@ def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
 def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
     batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
-    chosen = itertools.islice(batches, run.loss.sensitivity_warmup_steps)
-    return [to_device(collate(batch, given.tokenizer.pad_token_id), models.device()) for batch in chosen]
+    chosen, collate = (
+        itertools.islice(batches, run.loss.sensitivity_warmup_steps),
+        DataCollatorWithPadding(given.tokenizer),
+    )
+    return [to_device(collate(batch), models.current_device()) for batch in chosen]
 
 
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
@@ -300,12 +294,11 @@ def train(member, folder: Path, shared: Path) -> dict:
     ]
     record.write_jsonl(folder / "predictions.jsonl", examples)
     record_adapters(run, folder, model, s, term)
-    seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
     return {
         **metrics,
         **trainer.validate(),
         **{f"validation_{name}": value for name, value in values.items()},
-        "step_seconds": statistics.median(seconds) if seconds else None,
+        "step_seconds": statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")),
     }
 
 
