@@ -50,7 +50,7 @@ def make(layers: int):
         num_key_value_heads=8,
         tie_word_embeddings=True,
     )
-    base = Qwen3ForCausalLM._from_config(shape, dtype=torch.bfloat16).to(models.device())
+    base = Qwen3ForCausalLM._from_config(shape, dtype=torch.bfloat16).to(models.current_device())
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = models.add_lora(base, {"lora_r": 64, "lora_alpha": 16, "target_modules": "all-linear"}, 0).train()
     return model, trainer.Probes(model, torch.arange(4096))
@@ -131,7 +131,7 @@ def report(arguments, seconds: dict[str, list[float]], parts: dict[str, list[flo
     middle = {name: statistics.median(found) for name, found in zip(KINDS, zip(*whole, strict=True), strict=True)}
     both = ((every - 1) * middle["ordinary"] + middle["due"]) / every / middle["fixed"]
     print(
-        f"{arguments}, {torch.get_num_threads()} threads, {models.device()}: a fixed step takes {fixed:.2f} s; "
+        f"{arguments}, {torch.get_num_threads()} threads, {models.current_device()}: a fixed step takes {fixed:.2f} s; "
         f"GRAFF / fixed: {both:.4f} by the medians of {len(whole)} rounds (by round {min(ratios):.4f} to {max(ratios):.4f})"
     )
     shares = {}
@@ -148,7 +148,9 @@ def problems(arguments, count: int, generator: torch.Generator) -> list[dict]:
     """`count` micro-batches of random tokens, a third of each row the question."""
     found = []
     for _ in range(count):
-        ids = torch.randint(0, 4096, (arguments.micro, arguments.length), generator=generator).to(models.device())
+        ids = torch.randint(0, 4096, (arguments.micro, arguments.length), generator=generator).to(
+            models.current_device()
+        )
         labels = ids.clone()
         labels[:, : arguments.length // 3] = -100
         found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})

@@ -60,7 +60,7 @@ def penalty_passes(model, coefficients):
 
 
 def measure(shape: dict, rounds: int, batch: int, tokens: int, delta_t: int) -> dict:
-    device, warm_up = models.device(), 2
+    device, warm_up = models.current_device(), 2
     generator = torch.Generator().manual_seed(1)
     batches = [
         {
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(
         f"{shape}, batch {options.batch} x {options.tokens} tokens, {options.rounds} interleaved rounds; {machine}, "
-        f"{models.device()}; torch {torch.__version__}, transformers {transformers.__version__}\n"
+        f"{models.current_device()}; torch {torch.__version__}, transformers {transformers.__version__}\n"
     )
     print("| | seconds (median) | over LoRA's step, same round (middle half) |\n|---|---|---|")
     for name, taken in seconds.items():

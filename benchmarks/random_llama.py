@@ -29,7 +29,7 @@ def random_llama(
 
     At 7B it holds 13.5 GB for a moment before it is quantized; nothing goes through the disk.
     """
-    place, dtype = torch.device(device) if device is not None else models.device(), getattr(torch, torch_dtype)
+    place, dtype = torch.device(device) if device is not None else models.current_device(), getattr(torch, torch_dtype)
     with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(seed)
         model = LlamaForCausalLM._from_config(

@@ -20,12 +20,9 @@ from lib import hub, record
 from lib.errors import MissingError, StudyError
 
 
-def device() -> torch.device:
+def current_device() -> torch.device:
     """The current CUDA device where there is one, else the CPU (no MPS: its results are not deterministic)."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-_current_device = device  # `device` is also a parameter below
 
 
 def _locate(name: str, needs: str) -> str:
@@ -105,7 +102,7 @@ def load_causal_lm(
     attn_implementation, num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
     """
     dtype, source = getattr(torch, torch_dtype), _locate(name, "config.json")
-    place = torch.device(device) if device is not None else _current_device()
+    place = torch.device(device) if device is not None else current_device()
     options = {"dtype": dtype, "revision": revision, "use_safetensors": True} | options
     if quantization == "nf4":
         config = nf4(dtype, getattr(torch, quant_storage or "uint8"))

@@ -259,8 +259,7 @@ class Log:
 
 
 def identity(spec: dict) -> dict:
-    cell = {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
-    fixed = {key: spec["config"].get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
-    run = spec["config"]
+    run, cell = spec["config"], {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
+    fixed = {key: run.get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
     names = {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"]}
     return {**names, "cell": spec["cell_name"], **fixed, **cell, "seed": spec["seed"]}

@@ -169,7 +169,7 @@ def test_a_model_loads_in_bfloat16_for_evaluation(llama):
 
 
 def test_device_is_a_torch_device():
-    assert models.device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert models.current_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_tokenizer_pads_on_the_right_and_has_one_bos_and_eos_per_answer(folders):

@@ -17,7 +17,7 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
     `planner` given (the warm start) is trained whole and updated in place."""
     run, given = member.run, data.load(shared)
     set_seed(member.seed)
-    model = data.load_model(run, given, member.seed).to(models.device())
+    model = data.load_model(run, given, member.seed).to(models.current_device())
     scheduler = trainer.build_scheduler(run, model.config.num_hidden_layers, shared, planner)
     budgeted = trainer.BudgetTrainer(run, member.seed, Path(folder), given, model, scheduler)
     outcome = budgeted.fit()

@@ -168,19 +168,17 @@ Batch = dict[str, Tensor | tuple[int, ...]]
 
 
 def paired_batch(rows: list[dict]) -> Batch:
-    """input_ids, attention_mask, labels (already shifted) and segments, each (2B, L): chosen answers, then rejected."""
-    sequences, labels, segments = [], [], []
-    for side, segment in (("chosen_ids", CHOSEN), ("rejected_ids", REJECTED)):
+    """input_ids, attention_mask and labels (already shifted), each (2B, L): chosen answers, then rejected."""
+    sequences, labels = [], []
+    for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
             prompt, answer = row["prompt_ids"], row[side]
             sequences.append(prompt + answer[:-1])  # nothing is predicted from the last token
             labels.append([IGNORE] * (len(prompt) - 1) + answer)
-            segments.append([PROMPT] * (len(prompt) - 1) + [segment] * len(answer))
     return {
         "input_ids": pad_rows(sequences, 0),  # any token: what is padding never reaches a score
         "attention_mask": pad_rows([[1] * len(s) for s in sequences], 0),
         "labels": pad_rows(labels, IGNORE),
-        "segments": pad_rows(segments, PADDING),
     }
 
 
@@ -423,14 +421,14 @@ def sample(
         batch = order[start : start + batch_size]
         asked = {"input_ids": [prompt_ids[index] for index in batch]}
         inputs = tokenizer.pad(asked, padding_side="left", return_tensors="pt").to(model.device)
-        processors = LogitsProcessorList()
-        if temperature > 0:
-            processors.append(_InverseTransform(uniforms[batch].to(model.device), temperature))
+        draw = [_InverseTransform(uniforms[batch].to(model.device), temperature)] if temperature > 0 else []
         # generate() fills what settings leave open from the model's own (a chat model's repetition penalty, say)
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                output = model.generate(**inputs, generation_config=settings, logits_processor=processors)
+                output = model.generate(
+                    **inputs, generation_config=settings, logits_processor=LogitsProcessorList(draw)
+                )
         finally:
             model.generation_config = own
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

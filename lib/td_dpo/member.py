@@ -52,12 +52,11 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
     training.load_checkpoint(model, outcome.best or training.last_complete_checkpoint(folder / "checkpoints"))
-    seconds = [row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")]
     return {
         **metrics,
         **_validation(folder, outcome.best_step),
         **evaluate(run, model, frozen, given, member.seed, folder),
-        "step_seconds": statistics.median(seconds) if seconds else None,
+        "step_seconds": statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")),
     }
 
 
