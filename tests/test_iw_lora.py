@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from lib import config, made, models, record
+from lib import config, models, record
 from lib.data import BadRow
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
 from lib.iw_lora.study import Adapter
+from lib.made import word_tokenizer
 from lib.training import StudyTrainer
 from tests.conftest import ROOT
 
@@ -52,7 +53,7 @@ def rows(count=32):
     ]
 
 
-TOKENIZER = made.word_tokenizer(map(str, range(40)), data.SPECIAL)
+TOKENIZER = word_tokenizer(map(str, range(40)), data.SPECIAL)
 COLLATE = DataCollatorWithPadding(TOKENIZER)
 BATCH = COLLATE(rows(8))
 
