@@ -6,7 +6,7 @@ import types
 import pytest
 
 from lib import config, record
-from lib.run import keys, members, model_card, pages, plan, runner
+from lib.run import cli, keys, members, model_card, pages, plan, runner
 
 
 @pytest.fixture
@@ -75,3 +75,14 @@ def test_an_analysis_that_a_failed_run_left_behind_is_made_again_when_the_run_is
     assert study.go("b", only="train") == ["b"], "and then the power went"
     assert study.go("a", "b") == ["comparison"]
     assert study.go("a", "b") == []
+
+
+def test_grid_all_gives_every_cell_every_seed():
+    options = cli.parser().parse_args(["plan", "--scale", "laptop", "--study", "td_dpo", "--run", "td_dpo"])
+    counts = {}
+    for options.grid in (None, "all"):
+        options.mode = "full"
+        ((_, run, _),) = cli.select_runs(options)
+        counts[options.grid] = len(config.members(run))
+    assert counts == {None: 20, "all": 36}
+    assert {member.seed for member in config.members(run)} == {42, 43, 44}
