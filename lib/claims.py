@@ -1,24 +1,21 @@
 """The claims of a study (params/<study>/claims.yaml) and the verdict on each of them.
 
-A claim is supported only if three things hold: the rule of its own test on the crossed seed x question bootstrap
-interval (primary), the companion t test over seeds on the same side at 5 %, one-sided, and a Holm-adjusted p below .05
-over the claims evaluated together. It is refuted if the rule and the companion say so. Where primary and companion
-differ, or Holm does not hold, it is `inconclusive`. The p that enters Holm is the one-sided p of the claim's own
-primary test.
+A claimed gain is tested against two thirds of itself (ratios on the log scale), parity and non-inferiority against a
+margin. The repeated confidence interval of lib/stats.py decides both words: a claim is supported where it lies on the
+claim's side of what is tested, refuted where it lies on the other, and else inconclusive. A word also needs a
+Holm-adjusted p below .05 over the claims evaluated together. Looks are taken at the numbers of seeds that `looks` says,
+each on the first so many seeds, all of them there.
 
 A claim about scores is `vacuous` where no run that it compares is shown to be above chance (`at_chance`), where all of
-them diverged, or where scores vary less because they are worse (`guard`): its numbers are then shown, and decide
-nothing.
-
-With three seeds the bootstrap alone rejects a true null in up to 12 % of experiments when seeds differ more than
-questions do; the companion is what keeps that at 5 %, at the price of power (lib/power.py prints both).
+them diverged, where every difference is exactly 0, or where scores vary less because they are worse (`guard`): its
+numbers are then shown, and decide nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +29,11 @@ from lib import stats as st
 from lib.config import Section, plain, validate
 from lib.record import finite
 
-DRAWS = 10_000
-COST_DRAWS = 2_000  # each draw sorts all pairs
-MIN_COST_PAIRS = 20
 HOLM_LEVEL = 0.05
+CHANCE_LEVEL = 0.05  # one-sided, at which runs are shown to be above chance
+SHARE = 2 / 3  # of a claimed gain is what is tested
+MOST_DROPPED = 0.05  # of the questions may lack a score in some run
+MIN_PROCESSES = 8  # between which a ratio of times varies
 BEST = "best"  # in a cell: the value that is chosen on the study's validation metric
 UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
 FINISHED = ("completed", "diverged")
@@ -43,12 +41,18 @@ SIDES = ("treatment", "baseline")
 
 # ---- what claims.yaml holds
 #
-# A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}. A key that is
-# fixed in advance by another (tau by beta) may be left out and is filled in; a cell that contradicts it is refused, so
-# that nobody chooses it on the judged score.
+# A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}; a name alone is a
+# method. A key that is fixed in advance by another (tau by beta) may be left out and is filled in; a cell that
+# contradicts it is refused, so that nobody chooses it on the judged score.
 
-Cell = dict[str, Annotated[float | int | str, BeforeValidator(plain)]]
+
+def _as_cell(value: object) -> object:
+    return {"method": value} if isinstance(value, str) else value
+
+
+Cell = Annotated[dict[str, Annotated[float | int | str, BeforeValidator(plain)]], BeforeValidator(_as_cell)]
 Test = Literal["non_inferiority", "superiority", "equivalence", "variance_ratio", "cost_ratio", "absolute"]
+RATIOS = ("variance_ratio", "cost_ratio")
 Side = Literal["treatment", "baseline"]
 
 
@@ -83,45 +87,42 @@ class Chance(Section):
 
 
 class Noise(Section):
-    """The experiment that the power table simulates. All standard deviations are on the score's scale.
+    """What `check` and the power table assume of a paired difference: its standard deviations between seeds (several:
+    each is tried), between questions and of what is left, for claims about scores; between seeds of the log ratio of
+    variances; between processes of the log ratio of times. `metric`: that it is about."""
 
-    seed: between seeds of one cell; question: of a question for all methods (it cancels in pairs); interaction: of a
-    question for one method, the same in every seed; answer: what is left, one answer in one seed; time: of one pair's
-    log ratio of step times. spread: standard deviation across levels of the baseline, for claims about variance.
-    """
-
-    seed_sds: tuple[float, ...] = (0.05, 0.15)
-    question_sd: float = 1.5
-    interaction_sd: float = 0.3
-    answer_sd: float = 1.2
-    time_sd: float = 0.05
-    time_pairs: int = 120
-    spread: float = 2.0
-    seeds: int = 3
+    metric: str = "score"
+    seed_sds: tuple[float, ...] = (0.1, 0.3)
+    question_sd: float = 0.5
+    residual_sd: float = 1.0
+    variance_sd: float = 0.8
+    time_sd: float = 0.02
     questions: int = 80
-    simulations: int = 2000
+    simulations: int = 500
 
 
 class Claim(Section):
     """One published claim.
 
-    margin: of the difference (non_inferiority, superiority, equivalence, absolute), the largest ratio of times
-    (cost_ratio) or the largest point estimate of the ratio of variances (variance_ratio). claimed: the size that was
-    claimed, on the same scale, planted in the power table. not_evaluated: why no record can decide it. baseline_name:
-    what the baseline is in sentences, where `metric` is not its own score (1.22 times REACTOR's).
+    gain: the size that was claimed, of a difference (superiority) or as a ratio (variance_ratio, cost_ratio); two
+    thirds of it are tested. margin: what is tested where no gain is claimed: the largest difference of parity
+    (equivalence) and the largest loss (non_inferiority, absolute), or a limit of its own. factor: the baseline's scores
+    are multiplied by it ("22 % above": 1.22), two thirds of it too. not_evaluated: why no record can decide it.
+    baseline_name: what the baseline is in sentences, where it is not a method's own score.
     """
 
     id: str
-    sentence: str
-    estimand: str
-    test: Test
+    sentence: str = ""
+    estimand: str = ""
+    test: Test = "superiority"
     treatment: Cell
     baseline: Cell | None = None
     baseline_name: str = ""
     across: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     metric: str = "score"
-    margin: float
-    claimed: float = 0.0
+    gain: float | None = None
+    margin: float | None = None
+    factor: float = Field(1.0, gt=0)
     reported: float | None = None
     no_divergence: bool = False
     premise: bool = False
@@ -141,15 +142,47 @@ class Claim(Section):
             raise ValueError("`across` (a key and its levels) belongs to test variance_ratio and to no other")
         if len(self.across) > 1:
             raise ValueError("`across` takes one key")
-        if self.margin < 0:
-            raise ValueError("`margin` is not negative; what it bounds is said by `test`")
+        if (self.gain is None) == (self.margin is None):
+            raise ValueError("one of `gain` (what was claimed; two thirds are tested) and `margin` (what is tested)")
+        if self.gain is not None and self.test not in ("superiority", *RATIOS):
+            raise ValueError(f"test {self.test} takes a `margin`: no gain is claimed")
+        for name in ("gain", "margin"):
+            if (value := getattr(self, name)) is not None and (value < 0 or (self.test in RATIOS and value == 0)):
+                raise ValueError(f"`{name}` is not negative, and a ratio is not 0; what it bounds is said by `test`")
         return self
+
+    @property
+    def tested(self) -> float:
+        """The threshold: `margin`, or two thirds of the claimed gain, of a ratio on the log scale."""
+        if self.gain is None:
+            return float(self.margin or 0)
+        return self.gain**SHARE if self.test in RATIOS else self.gain * SHARE
+
+    @property
+    def threshold_text(self) -> str:
+        """What is tested, in words."""
+        thirds = "" if self.gain is None else f", two thirds of the claimed {self.gain:g}"
+        thirds += " on the log scale" if thirds and self.test in RATIOS else ""
+        m = f"{self.tested:.3g}"
+        if self.factor != 1:
+            return (
+                f"above {self.factor**SHARE:.3g} times the baseline's, two thirds of the claimed {self.factor:g} times"
+            )
+        return {
+            "superiority": f"at least {m}{thirds}" if self.tested else "above 0",
+            "non_inferiority": f"at most {m} below",
+            "equivalence": f"within {m} of 0",
+            "absolute": f"at most {m} below the reported {self.reported}",
+        }.get(self.test, f"a ratio of at most {m}{thirds}")
 
 
 class Claims(Section):
-    study: str
+    """A study's claims. looks: the numbers of seeds at which they are judged, by scale or for any."""
+
+    study: str = ""
     names: dict[str, str] = Field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    looks: dict[str, tuple[int, ...]] | tuple[int, ...] = (5, 8, 12, 20)
     diverged: dict[str, float] = Field(default_factory=lambda: {"score": 1.0, "accuracy": 0.5})
     choose_on: str | None = None
     chance: Chance | None = None
@@ -162,12 +195,19 @@ class Claims(Section):
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) < len(ids):
             raise ValueError(f"claim ids are not unique: {', '.join(ids)}")
+        for looks in self.looks.values() if isinstance(self.looks, dict) else [self.looks]:
+            if list(looks) != sorted({n for n in looks if n > 1}) or not looks:
+                raise ValueError(f"`looks` are growing numbers of seeds from 2 on, not {list(looks)}")
         for claim in self.claims:
             self.levels(claim, "treatment"), self.levels(claim, "baseline")
             cells = [cell for part in (claim, *claim.beside) for cell in (part.treatment, part.baseline) if cell]
             if self.choose_on is None and any(BEST in cell.values() for cell in cells):
                 raise ValueError(f"claim {claim.id}: `best` needs `choose_on`, the validation metric it is chosen on")
         return self
+
+    def looks_of(self, scale: str) -> tuple[int, ...]:
+        """The numbers of seeds at which claims are judged at this scale."""
+        return self.looks.get(scale, (5, 8, 12, 20)) if isinstance(self.looks, dict) else self.looks
 
     def fill(self, cell: Cell) -> Cell:
         """`cell` with the keys that are fixed in advance; raises ValueError where it contradicts them."""
@@ -208,7 +248,7 @@ def load(path: str | Path) -> Claims:
 # ---- from rows of scores to arrays of cells x seeds x questions
 #
 # A diverged run is a result: it gets the study's worst score on every question. A run that is missing, failed or not
-# yet graded is a gap: nothing is guessed for it, and what needs it is not evaluated.
+# yet graded is a gap: nothing is guessed for it, and a look that needs it is not taken.
 
 
 class Paired(NamedTuple):
@@ -234,20 +274,28 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     return frame[keep]
 
 
+def judged_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the pilots, whose seeds choose a cell and are never judged."""
+    return frame[~frame["pilot"].fillna(False).astype(bool)] if "pilot" in frame else frame
+
+
 def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
     """One row per run (method, keys, seed, status), read off its scores."""
-    found = rows[[c for c in ("method", *keys, "seed", "status") if c in rows]].drop_duplicates()
+    found = rows[[c for c in ("method", *keys, "seed", "status", "pilot") if c in rows]].drop_duplicates()
     return found if "status" in found else found.assign(status="completed")
 
 
 def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
-    """`cell` with each `best` replaced by the value whose runs have the best mean of the validation metric `choose_on`;
-    None where a run lacks it: which would have been best is then not known. A diverged run counts as guessing."""
+    """`cell` with each `best` replaced by the value whose pilots (without pilots: whose runs) have the best mean of the
+    validation metric `choose_on`; None where a run lacks it: which would have been best is then not known. A diverged
+    run counts as guessing."""
     open_keys = [key for key, value in cell.items() if value == BEST]
     if not open_keys:
         return study.fill(cell)
     rest = {key: value for key, value in cell.items() if key not in open_keys}
     runs = select(members, rest)
+    if "pilot" in runs and runs["pilot"].fillna(False).any():
+        runs = runs[runs["pilot"].fillna(False).astype(bool)]
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
     metric = pd.to_numeric(runs[study.choose_on], errors="coerce")
@@ -267,14 +315,20 @@ class Missing(ValueError):
 
 
 def pair_up(
-    study: Claims, rows: pd.DataFrame, members: pd.DataFrame, cells: list[Cell], metric: str, *, all_seeds: bool = True
+    study: Claims,
+    rows: pd.DataFrame,
+    members: pd.DataFrame,
+    cells: list[Cell],
+    metric: str,
+    looks: tuple[int, ...] | None = None,
 ) -> Paired:
     """The scores of `cells` as one array: diverged runs with the worst score, questions with a gap left out of every
     run. Raises Missing.
 
-    `all_seeds`: every seed that any of the cells has must be there in all of them; otherwise the seeds they share are
-    taken.
+    With `looks` the first seeds of the list are taken, in its order and as many as the last look that all of them
+    suffice for; without, the seeds that the cells share.
     """
+    rows, members = judged_rows(rows), judged_rows(members)
     tables, states, ready, gaps = [_scores(rows, cell, metric) for cell in cells], [], [], []
     for cell, table in zip(cells, tables, strict=True):
         runs = select(members, cell)
@@ -282,11 +336,17 @@ def pair_up(
         state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
         states.append(state)
         ready.append({s for s in state if state[s] == "diverged" or (state[s] == "completed" and s in table.index)})
-    wanted = sorted(set().union(*states) if all_seeds else set.intersection(*ready))
-    for cell, state, there in zip(cells, states, ready, strict=True):
-        name = study.label(cell)
-        gaps += [f"{name}, seed {seed}: {_gap(state.get(seed))}" for seed in wanted if there and seed not in there]
-        gaps += [] if there else [f"{name}: {_gap(next(iter(state.values()), None))}"]
+    order = list(dict.fromkeys(seed for state in states for seed in state))
+    wanted = [seed for seed in order if all(seed in there for there in ready)]
+    if looks:
+        for cell, state, there in zip(cells, states, ready, strict=True):
+            name = study.label(cell)
+            gaps += [f"{name}, seed {s}: {_gap(state.get(s))}" for s in order[: looks[0]] if there and s not in there]
+            gaps += [] if there else [f"{name}: {_gap(next(iter(state.values()), None))}"]
+        whole = len(list(itertools.takewhile(set(wanted).__contains__, order)))
+        if whole < looks[0]:
+            raise Missing("; ".join(gaps) or f"{looks[0] - whole} of the {looks[0]} seeds of the first look")
+        wanted = wanted[: max(n for n in looks if n <= whole)]
     if gaps:
         raise Missing("; ".join(gaps))
     if not wanted:
@@ -296,20 +356,23 @@ def pair_up(
     # where every run diverged, one question stands for all
     every = pd.concat([table for table in scored if len(table)] or [pd.DataFrame({0: []})])
     complete = every.columns[every.notna().all()]
-    if complete.empty:
-        raise Missing(f"questions with a {metric} in every run")
+    dropped, total = every.shape[1] - len(complete), every.shape[1]
+    if dropped > MOST_DROPPED * total:
+        raise Missing(f"a {metric} in some run for {dropped} of {total} questions, more than {MOST_DROPPED:.0%}")
     worst = study.diverged.get(metric, 0.0)
     filled = [table.reindex(index=wanted, columns=complete).astype(float).fillna(worst) for table in scored]
-    return Paired(np.stack(filled), wanted, diverged, every.shape[1] - len(complete))
+    return Paired(np.stack(filled), wanted, diverged, dropped)
 
 
 def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
-    """Seeds x questions; a question's mean over its rows (turns), missing where one of them is."""
+    """Seeds x questions (one where a score is about no question); a question's mean over its rows (turns), missing
+    where one of them is, or is infinite."""
     mine = select(rows, cell)
-    unit = next((name for name in UNITS if name in mine), None)
-    if unit is None or metric not in mine:
+    if metric not in mine:
         return pd.DataFrame()
-    values = pd.to_numeric(mine[metric], errors="coerce").groupby([mine["seed"], mine[unit]])
+    unit = next((mine[name] for name in UNITS if name in mine), pd.Series(0, mine.index))
+    values = pd.to_numeric(mine[metric], errors="coerce").replace([np.inf, -np.inf], np.nan)
+    values = values.groupby([mine["seed"], unit])
     return values.mean().where(values.count() == values.size()).unstack().dropna(axis=0, how="all")
 
 
@@ -329,108 +392,101 @@ def _gap(status: str | None) -> str:
 # ---- one comparison measured: the fields of a verdict, as a dict
 
 Names = tuple[str, str]  # of treatment and baseline, for sentences
+LOOK = ("seeds", "estimate", "low", "high")
 WORD = {st.SUPPORTED: "supported", st.REFUTED: "refuted", st.INCONCLUSIVE: "inconclusive"}
-RULES = {  # what the interval does where it supports and where it refutes a claim of each test
-    "non_inferiority": ("the 90 % interval stays above -{m:g}", "the 95 % interval lies below -{m:g}"),
-    "superiority": ("the 95 % interval reaches {m:g}", "the 95 % interval lies below {m:g}"),
-    "equivalence": ("the 90 % interval lies within {m:g} of 0", "the 95 % interval lies more than {m:g} from 0"),
-    "absolute": ("the 95 % interval is at most {m:g} below it", "the 95 % interval lies more than {m:g} below it"),
-    "variance_ratio": ("the interval lies below 1 and the ratio is at most {m:g}", "the interval lies above {m:g}"),
-    "cost_ratio": ("the interval stays at or below {m:g}", "the interval lies above {m:g}"),
-}
 
 
-def measure(claim: Claim, pairs: Paired, n: int, names: Names, part: str = "") -> dict:
-    """Estimate, intervals, p, verdict and reason of one comparison: the first `n` cells against the rest."""
-    how = _measure_variance if claim.test == "variance_ratio" else _measure_mean
-    return how(claim, pairs.values[:n], pairs.values[n:], names, pairs.seeds, part)
+def differences(claim: Claim, treatment: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """d (S, Q) of the cells' scores (cells, S, Q). A ratio's is -log of it, (S, 1), so that more is better."""
+    if claim.test == "variance_ratio":
+        return -st.log_variance_ratio(treatment, baseline)
+    if claim.test == "absolute":
+        return treatment[0] - float(claim.reported or 0)
+    return treatment[0] - claim.factor**SHARE * baseline[0]
 
 
-def _rng(claim: Claim, part: str = "") -> np.random.Generator:
-    """Each comparison has its own draws, so that none depends on which others were made."""
-    return np.random.default_rng(zlib.crc32(f"{claim.id} {part}".encode()))
+def test_of(claim: Claim) -> tuple[str, float]:
+    """The test of d and its margin; see stats.decide."""
+    if claim.test in RATIOS:
+        return ("superiority" if claim.tested < 1 else "non_inferiority"), abs(math.log(claim.tested))
+    return claim.test, claim.tested
 
 
-def _measured(claim: Claim, decision: st.Decision, text: str, estimate, interval95, level=0.95, **more) -> dict:
-    """What every comparison has: its verdict, why, the estimate with its 95 % interval, and both p."""
-    conclusion = "this leaves the claim open."
-    if decision.primary != st.INCONCLUSIVE:
-        conclusion = RULES[claim.test][0 if decision.primary == st.SUPPORTED else 1].format(m=claim.margin)
-        companion = "stretches of pairs" if claim.test == "cost_ratio" else "seeds"
-        agrees = decision.code == decision.primary
-        conclusion += "." if agrees else f", but the t test over {companion} does not bear it out."
+def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: tuple[int, ...]) -> dict:
+    """Estimate, interval, p, verdict and reason of d (S, Q) of these seeds."""
+    sequence, (test, margin) = st.look_sequentially(d, looks), test_of(claim)
+    decision, last, ratio = st.decide(test, sequence, margin), sequence.taken[-1], claim.test in RATIOS
+    low, high = float(sequence.low[-1]), float(sequence.high[-1])
+    disagree, half = low > high, float(last.half_width(st.bound_of((last.seeds,))))
+
+    def shown(*values: float) -> tuple[float, ...]:
+        """On the claim's own scale, in growing order."""
+        return tuple(sorted(math.exp(-x) if ratio else float(x) for x in values))
+
+    (estimate,) = shown(last.mean)
+    interval = shown(*last.interval(st.bound_of(looks))) if disagree else shown(low, high)
+    digits = 3 if ratio else 2 if max(margin, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
+    span = " to ".join(f"{end:{'' if ratio else '+'}.{digits}f}" for end in interval)
+    what = "processes" if claim.test == "cost_ratio" else "seeds"
+    word, rule = WORD[int(decision.code)], f"tested was {claim.threshold_text}: the interval "
+    if disagree:
+        rule = f"{what} disagree: the intervals of its looks do not meet, and the last one is shown"
+    elif word == "inconclusive":
+        rule += "holds that threshold, which leaves the claim open"
+    else:
+        rule += "keeps to it" if word == "supported" else "lies wholly beyond it"
+        rule += ", but above 0" if word == "refuted" and test == "superiority" and not ratio and low > 0 else ""
+    steps = zip(sequence.taken, sequence.low, sequence.high, strict=True)
     return {
-        "verdict": WORD[int(decision.code)],
-        "reason": f"{text}; {conclusion}",
-        "estimate": float(estimate),
-        "interval95": tuple(map(float, interval95)),
-        **more,
-        "level": level,
+        "verdict": word,
+        "reason": f"{_sentence(claim, names, estimate, digits)} (95 % interval {span}, {last.seeds} {what}); {rule}.",
+        "estimate": estimate,
+        "interval95": interval,
+        "fixed95": shown(last.mean - half, last.mean + half),
         "p": float(decision.p),
-        "p_companion": float(decision.p_companion),
+        "per_seed": {seed: shown(x)[0] for seed, x in zip(seeds, d.mean(-1), strict=True)},
+        "looks": [dict(zip(LOOK, (look.seeds, *shown(look.mean), *shown(a, b)), strict=True)) for look, a, b in steps],
+        "sds": last.sds(),
+        "next_look": None if disagree else next((n for n in looks if n > last.seeds), None),
+        "chance": st.chance_of_word(test, last, margin, looks, looks[-1]),
+        "seeds_to_decide": st.seeds_to_decide(test, last, margin, looks),
     }
 
 
-def _measure_mean(claim, treatment, baseline, names, seeds, part) -> dict:
-    difference = treatment[0] - (baseline[0] if len(baseline) else claim.reported)
-    primary = st.crossed_bootstrap(difference, draws=DRAWS, rng=_rng(claim, part))
-    companion = st.seed_mean(difference.mean(-1))
-    decision = st.decide_mean(claim.test, primary, companion, claim.margin)
-    ends = {level: tuple(map(float, st.interval(primary, level))) for level in (0.95, 0.90)}
-    size = abs(float(primary.value))
-    digits = 2 if max(claim.margin, size) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
-    spans = {level: " to ".join(f"{end:+.{digits}f}" for end in both) for level, both in ends.items()}
-    text = (
-        f"{names[0]} scored {size:.{digits}f} {'above' if primary.value >= 0 else 'below'} {names[1]} "
-        f"(95 % interval {spans[0.95]}, 90 % {spans[0.90]})"
-    )
-    level = 0.9 if claim.test in ("non_inferiority", "equivalence") else 0.95
-    better = st.probability_of_improvement(treatment[0], baseline[0]) if len(baseline) else None
-    return _measured(claim, decision, text, primary.value, ends[0.95], level, interval90=ends[0.90]) | {
-        "companion_interval95": tuple(map(float, st.interval(companion, 0.95))),
-        "per_seed": dict(zip(seeds, map(float, difference.mean(-1)), strict=True)),
-        "probability_of_improvement": better,
-    }
+def _sentence(claim: Claim, names: Names, estimate: float, digits: int) -> str:
+    if claim.test == "variance_ratio":
+        (key,) = claim.across
+        return f"across {key} the variance of {names[0]}'s scores is {estimate:.2f} times that of {names[1]}"
+    if claim.test == "cost_ratio":
+        return f"{names[0]} takes {estimate:.3f} times the {claim.metric} of {names[1]}"
+    side = "above" if estimate >= 0 else "below"
+    return f"{names[0]} scored {abs(estimate):.{digits}f} {side} {names[1]}"
 
 
-def _measure_variance(claim, treatment, baseline, names, seeds, part) -> dict:
-    result = st.variance_ratio(treatment, baseline, draws=DRAWS, rng=_rng(claim, part))
-    (key,), (ratio, low, high) = claim.across, map(float, result[:3])
-    span = f"95 % interval {low:.2f} to {high:.2f}"
-    text = f"across {key} the variance of {names[0]}'s scores is {ratio:.2f} times that of {names[1]} ({span})"
-    decision = st.decide_variance(result, claim.margin)
-    measured = _measured(claim, decision, text, ratio, (low, high))
-    if not np.isfinite(ratio):
-        measured["verdict"] = "inconclusive"
-        measured["reason"] = f"across {key} the scores of {names[1]} vary no more than noise does"
-    means, means_baseline = treatment.mean((1, 2)), baseline.mean((1, 2))
-    for what, a, b in (("mean", means.mean(), means_baseline.mean()), ("best", means.max(), means_baseline.max())):
-        if claim.guard is not None and a < b - claim.guard:
-            measured["verdict"] = "vacuous"
-            measured["reason"] = (
-                f"the {what} score of {names[0]} over {key} is {a:.2f} against {b:.2f} of {names[1]}: scores that vary "
-                f"less (ratio of variances {ratio:.2f}, {span}) because they are worse show nothing"
-            )
-    own, own_baseline = result.companion
-    ratios = [float(a / b) if b > 0 else None for a, b in zip(own, own_baseline, strict=True)]
-    better = st.probability_of_improvement(-own[:, None], -own_baseline[:, None])
-    return measured | {"per_seed": dict(zip(seeds, ratios, strict=True)), "probability_of_improvement": better}
-
-
-def _measure_cost(claim: Claim, pairs: pd.DataFrame, names: Names) -> dict:
-    """Ratio of costs from pairs `metric`, `metric`_baseline, in the order in which they were measured."""
-    cost, baseline = (pairs[name].to_numpy(dtype=float) for name in (claim.metric, f"{claim.metric}_baseline"))
-    result = st.time_ratio(cost, baseline, draws=COST_DRAWS, rng=_rng(claim))
-    span = f"95 % interval {result.low:.3f} to {result.high:.3f}, {len(pairs)} pairs"
-    text = f"{names[0]} takes {result.ratio:.3f} times the {claim.metric} of {names[1]} ({span})"
-    decision = st.decide_cost(result, claim.margin)
-    per_seed = pd.Series(cost / baseline).groupby(pairs["seed"].to_numpy()).median() if "seed" in pairs else {}
-    return _measured(claim, decision, text, result.ratio, (result.low, result.high)) | {
-        "per_seed": {int(seed): float(value) for seed, value in per_seed.items()},
-        "probability_of_improvement": float((cost < baseline).mean() + 0.5 * (cost == baseline).mean()),
-        "n_seeds": len(per_seed),
-        "n_pairs": len(pairs),
-    }
+def _measure_scores(claim: Claim, pairs: Paired, n: int, names: Names, looks: tuple[int, ...]) -> dict:
+    """Of paired scores, the first `n` cells against the rest; raises Missing where a ratio has no value."""
+    treatment, baseline = pairs.values[:n], pairs.values[n:]
+    d = differences(claim, treatment, baseline)
+    if not np.isfinite(d).all():
+        raise Missing("scores that vary at all in every seed")
+    measured = measure(claim, d, pairs.seeds, names, looks)
+    if len(baseline):
+        sides = treatment[0], baseline[0]
+        if claim.test == "variance_ratio":
+            sides = tuple(-x.mean(-1).var(0, ddof=1)[:, None] for x in (treatment, baseline))
+        measured["probability_of_improvement"] = st.probability_of_improvement(*sides)
+        if not d.any():
+            reason = f"identical: every score of {names[0]} is that of {names[1]}, so that nothing was compared"
+            measured |= {"verdict": "vacuous", "reason": reason, "p": None}
+    if claim.guard is not None and measured["estimate"] < 1:
+        means, means_baseline = treatment.mean((1, 2)), baseline.mean((1, 2))
+        pairs_of = (("mean", means.mean(), means_baseline.mean()), ("best", means.max(), means_baseline.max()))
+        for what, a, b in pairs_of:
+            if a < b - claim.guard:
+                shown = f"the {what} score of {names[0]} is {a:.2f} against {b:.2f} of {names[1]}"
+                why = f"{shown}: scores that vary less because they are worse show nothing"
+                return measured | {"verdict": "vacuous", "reason": f"{why}. By its numbers alone: {measured['reason']}"}
+    return measured
 
 
 # ---- a verdict and its forms
@@ -440,22 +496,24 @@ class Verdict(SimpleNamespace):
     """What one claim came to, at one scale; its attributes are what claims.json holds. Numbers that do not exist are
     None.
 
-    `p` is the one-sided p of the claim's own primary test, `holm_p` adjusted over the claims evaluated with it,
-    `p_companion` that of the t test over seeds. `per_seed` maps a seed to its own estimate. `level` is that of the
-    interval which supports the claim. `scored_by` names what gave the scores. `n_pairs` counts pairs of costs,
-    `n_dropped` questions left out for want of a score. `beside` and `sensitivity` hold comparisons that decide nothing.
+    `interval95`: the repeated interval after the last look, the intersection over `looks`; `fixed95`: the interval of a
+    study whose size had been fixed at the seeds it has, for comparison. `p`: the smallest alpha whose interval gives
+    either word, `holm_p` adjusted over the claims evaluated with it. `tested`: the threshold. `per_seed` maps a seed (of
+    times: a process) to its own estimate. `sds`: standard deviations of the paired difference. `next_look`: the seeds
+    of the next look, where another can decide; `chance`: of a word by the last look; `seeds_to_decide`: with 80 %
+    chance. `scored_by` names what gave the scores. `n_dropped`: questions left out for want of a score. `beside` and
+    `sensitivity` hold comparisons that decide nothing.
     """
 
     def __init__(self, claim: Claim, scale: str) -> None:
         super().__init__(
             **{key: getattr(claim, key) for key in ("id", "sentence", "test", "metric")},
-            **{"scale": scale, "verdict": "not evaluated", "reason": ""},
-            **{key: getattr(claim, key) for key in ("estimand", "margin", "claimed")},
-            **dict.fromkeys(("estimate", "interval95", "interval90", "level")),
-            **dict.fromkeys(("p", "holm_p", "p_companion", "companion_interval95")),
-            **{"per_seed": {}, "probability_of_improvement": None},
-            **dict.fromkeys(("n_seeds", "n_questions", "n_pairs", "n_dropped"), 0),
-            **{"premise": None, "note": claim.note, "scored_by": "", "beside": [], "sensitivity": None},
+            **{"scale": scale, "verdict": "not evaluated", "reason": "", "decided": False},
+            **{key: getattr(claim, key) for key in ("estimand", "gain", "tested")},
+            **dict.fromkeys(("estimate", "interval95", "fixed95", "p", "holm_p", "probability_of_improvement")),
+            **{"per_seed": {}, "looks": [], "sds": {}, "n_seeds": 0, "n_questions": 0, "n_dropped": 0},
+            **dict.fromkeys(("next_look", "chance", "seeds_to_decide", "premise", "sensitivity")),
+            **{"note": claim.note, "scored_by": "", "beside": []},
         )
 
 
@@ -470,12 +528,12 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
     def span(bounds: tuple | None) -> str:
         return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
 
-    columns = "id verdict estimate interval95 p holm_p probability_of_improvement per_seed n_seeds scale reason"
+    columns = "id verdict estimate interval95 fixed95 p holm_p n_seeds seeds_to_decide per_seed scale reason"
     rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=columns.split())
-    rows["interval95"] = rows["interval95"].map(span)
+    rows["interval95"], rows["fixed95"] = rows["interval95"].map(span), rows["fixed95"].map(span)
     rows["per_seed"] = [", ".join(f"{x:.3g}" for x in v.per_seed.values() if x is not None) for v in verdicts]
-    names = ["claim", "verdict", "estimate", "95 % interval", "p", "Holm p", "P(improvement)", "per seed", "seeds"]
-    return rows.set_axis([*names, "scale", "why"], axis=1)
+    names = ["claim", "verdict", "estimate", "95 % interval", "were the size fixed", "p", "Holm p", "seeds"]
+    return rows.set_axis([*names, "would decide", "per seed", "scale", "why"], axis=1)
 
 
 def sentence(verdict: Verdict) -> str:
@@ -508,9 +566,14 @@ class Data(NamedTuple):
     accuracy: pd.DataFrame | None
     members: pd.DataFrame
     costs: pd.DataFrame
+    looks: tuple[int, ...]
 
     def scores(self, metric: str) -> pd.DataFrame:
-        return self.rows if metric in self.rows or self.accuracy is None else self.accuracy
+        """Scores per question where there are any, else the runs' own (F1, say): one number per seed."""
+        for rows in (self.rows, self.accuracy):
+            if rows is not None and metric in rows:
+                return rows
+        return self.members
 
 
 def evaluate(
@@ -529,13 +592,13 @@ def evaluate(
     """A verdict for every claim of `study`, in its order.
 
     rows: one row per method, cell key, seed and question with `score` and `status`; `accuracy` the same for the second
-    metric. members: one row per run with `status` and validation metrics (read off `rows` where not given). costs:
-    pairs `seconds`, `seconds_baseline` measured interleaved. scored_by: what gave the scores, for the record. fix: said of
-    a claim whose scores are missing (how to get them). absent: {metric: why it has no values}, the reason of the claims
-    about it.
+    metric. members: one row per run with `status` and validation metrics (read off `rows` where not given), in the
+    order of the seeds. costs: pairs `seconds`, `seconds_baseline` measured interleaved in each `process`. scored_by:
+    what gave the scores, for the record. fix: said of a claim whose scores are missing (how to get them). absent:
+    {metric: why it has no values}, the reason of the claims about it.
     """
     members = read_members(rows, study.keys) if members is None else members
-    data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs)
+    data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, study.looks_of(scale))
     verdicts = [Verdict(claim, scale) for claim in study.claims]
     for claim, verdict in zip(study.claims, verdicts, strict=True):
         try:
@@ -545,13 +608,25 @@ def evaluate(
         except Missing as missing:
             verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
         verdict.scored_by = "" if claim.test == "cost_ratio" else scored_by
-    family = [v for v in verdicts if v.p is not None]
+    for costs_too in (False, True):
+        _adjust([v for v in verdicts if v.p is not None and (v.test == "cost_ratio") == costs_too])
+    for verdict in verdicts:
+        verdict.decided = verdict.verdict not in ("inconclusive", "not evaluated")
+        if verdict.decided:
+            verdict.next_look = None
+        elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
+            n = verdict.seeds_to_decide
+            verdict.reason += f" Were the estimate true, about {n} seeds would decide it with 80 % chance." if n else ""
+    return verdicts
+
+
+def _adjust(family: list[Verdict]) -> None:
+    """Holm over claims evaluated together, for either word."""
     for verdict, adjusted in zip(family, st.holm([v.p for v in family]) if family else (), strict=True):
         verdict.holm_p = float(adjusted)
-        if verdict.verdict == "supported" and adjusted >= HOLM_LEVEL:
+        if verdict.verdict in ("supported", "refuted") and adjusted >= HOLM_LEVEL:
+            verdict.reason += f" But so only before the correction for {len(family)} claims (Holm p {adjusted:.2g})."
             verdict.verdict = "inconclusive"
-            verdict.reason += f" It does not stand among {len(family)} claims tested together (Holm p {adjusted:.2g})."
-    return verdicts
 
 
 def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) -> str:
@@ -576,13 +651,13 @@ class Comparison(NamedTuple):
     pairs: Paired
 
 
-def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Comparison:
+def _compare(study: Claims, claim: Claim, data: Data, looks: tuple[int, ...] | None) -> Comparison:
     """The claim's two sides; raises Missing."""
     treatment, baseline = study.levels(claim, "treatment"), study.levels(claim, "baseline")
     cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
     if None in cells:
-        raise Missing(f"{'a run' if all_seeds else 'runs'} with {study.choose_on}")
-    pairs = pair_up(study, data.scores(claim.metric), data.members, cells, claim.metric, all_seeds=all_seeds)
+        raise Missing(f"a run with {study.choose_on}")
+    pairs = pair_up(study, data.scores(claim.metric), data.members, cells, claim.metric, looks)
     n = len(treatment)
     name = study.label(cells[0] if n == 1 else claim.treatment)
     other = claim.baseline_name or study.label(cells[n] if len(baseline) == 1 else claim.baseline or {})
@@ -590,12 +665,9 @@ def _compare(study: Claims, claim: Claim, data: Data, *, all_seeds: bool) -> Com
 
 
 def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
-    comparison = _compare(study, claim, data, all_seeds=True)
+    comparison = _compare(study, claim, data, data.looks)
     _, n, names, pairs = comparison
-    if len(pairs.seeds) < 2:
-        verdict.reason = "one seed tells nothing about seeds: at least 2 are needed"
-        return
-    vars(verdict).update(measure(claim, pairs, n, names))
+    vars(verdict).update(_measure_scores(claim, pairs, n, names, data.looks))
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
     parts = pairs.diverged[:n], pairs.diverged[n:]
     lost, lost_baseline = (sorted({seed for seeds in part for seed in seeds}) for part in parts)
@@ -626,26 +698,26 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
 
 
 def _compare_sides(study: Claims, claim: Claim, other: SideComparison, data: Data) -> dict:
-    """A comparison on the seeds that both sides have; with one seed, an estimate without an interval."""
+    """A comparison on the seeds that both sides have, as of a study of that fixed size; with one seed, an estimate
+    without an interval."""
     sides = {side: cell for side in SIDES if (cell := getattr(other, side))}
-    asked = claim.model_copy(update=sides | ({"baseline_name": ""} if other.baseline else {}))
-    out = {"name": other.name, "decides": False}
+    changes = sides | ({"baseline_name": "", "factor": 1.0} if other.baseline else {})
+    asked, out = claim.model_copy(update=changes), {"name": other.name, "decides": False}
     try:
-        comparison = _compare(study, asked, data, all_seeds=False)
+        comparison = _compare(study, asked, data, None)
+        _, n, names, pairs = comparison
+        out |= {"treatment": names[0], "baseline": names[1], "n_seeds": len(pairs.seeds)}
+        if len(pairs.seeds) > 1:
+            measured = _measure_scores(asked, pairs, n, names, (len(pairs.seeds),))
+            with contextlib.suppress(Missing):  # the claim's own note says so
+                measured |= at_chance(study, data, comparison, measured["reason"])
+            return out | _hide_verdict(measured)
+        if claim.test == "variance_ratio":
+            return {**out, "reason": "one seed tells nothing about noise"}
     except ValueError as error:  # scores are missing, or it contradicts what is fixed in advance
         return {**out, "reason": str(error)}
-    _, n, names, pairs = comparison
-    out |= {"treatment": names[0], "baseline": names[1], "n_seeds": len(pairs.seeds)}
-    if len(pairs.seeds) < 2 and claim.test == "variance_ratio":
-        return {**out, "reason": "one seed tells nothing about noise"}
-    if len(pairs.seeds) < 2:
-        difference = float((pairs.values[0] - pairs.values[1]).mean())
-        reason = f"{difference:+.2f} in the one seed that both have; no interval"
-        return {**out, "estimate": difference, "reason": reason}
-    measured = measure(claim, pairs, n, names, other.name)
-    with contextlib.suppress(Missing):  # the claim's own note says so
-        measured |= at_chance(study, data, comparison, measured["reason"])
-    return out | _hide_verdict(measured)
+    difference = float((pairs.values[0] - pairs.values[1]).mean())
+    return {**out, "estimate": difference, "reason": f"{difference:+.2f} in the one seed that both have; no interval"}
 
 
 def _compare_completed(claim: Claim, comparison: Comparison) -> dict:
@@ -656,24 +728,32 @@ def _compare_completed(claim: Claim, comparison: Comparison) -> dict:
     if len(keep) < 2:
         return {**out, "reason": f"{len(keep)} seed(s) without a diverged run: nothing to compare"}
     rest = pairs._replace(values=pairs.values[:, keep], seeds=[pairs.seeds[i] for i in keep])
-    return out | _hide_verdict(measure(claim, rest, comparison.n, comparison.names, "completed"))
+    return out | _hide_verdict(_measure_scores(claim, rest, comparison.n, comparison.names, (len(keep),)))
 
 
 def _hide_verdict(measured: dict) -> dict:
     """Of a comparison that decides nothing: a word of verdict here would be taken for one."""
-    return {**{k: v for k, v in measured.items() if k != "verdict"}, "by_the_same_rule": measured["verdict"]}
+    kept = ("reason", "estimate", "interval95", "per_seed", "probability_of_improvement")
+    return {k: v for k, v in measured.items() if k in kept} | {"by_the_same_rule": measured["verdict"]}
 
 
 def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
+    """From pairs `metric`, `metric`_baseline: a fresh process is what repeats, with the median of its log ratios."""
     names = study.label(claim.treatment), study.label(claim.baseline)
     columns = [claim.metric, f"{claim.metric}_baseline"]
-    pairs = data.costs if set(columns) <= set(data.costs) else pd.DataFrame(columns=columns)
+    pairs = data.costs if {*columns, "process"} <= set(data.costs) else pd.DataFrame(columns=[*columns, "process"])
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
-    if len(pairs) < MIN_COST_PAIRS:
-        count = f"{len(pairs)} pairs, at least {MIN_COST_PAIRS} are needed"
+    logs = np.log(pairs[columns[0]].astype(float) / pairs[columns[1]].astype(float))
+    ratios = logs.groupby(pairs["process"]).median()
+    if len(ratios) < MIN_PROCESSES:
+        count = f"{len(ratios)} processes, at least {MIN_PROCESSES} are needed"
         raise Missing(f"{claim.metric} of {names[0]} and {names[1]} measured interleaved ({count})")
-    vars(verdict).update(_measure_cost(claim, pairs, names))
+    ratios = ratios.iloc[: max(n for n in data.looks if n <= len(ratios))]
+    vars(verdict).update(measure(claim, -ratios.to_numpy()[:, None], [int(i) for i in ratios.index], names, data.looks))
+    verdict.n_seeds = len(ratios)
+    span = f"{math.exp(ratios.min()):.3f} to {math.exp(ratios.max()):.3f}"
+    verdict.reason += f" Processes differ from {span}."
 
 
 # ---- whether the runs that a claim compares have learned anything
@@ -685,32 +765,31 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
 
     A difference between runs at chance says nothing of methods. What chance is stands in claims.yaml (`chance`), fixed
     before any score is seen. Runs are at chance unless they are shown to be above it or, where they began with
-    something to lose, below that: a cell as a whole (one-sided at the companion's level, by the crossed seed x question
-    standard error), or any of them alone, over its questions (at that level over the number of runs: one lucky seed of
-    many shows nothing, and one that has clearly learned is no run at chance, however much the seeds differ). To diverge
-    is a result, and not chance.
+    something to lose, below that: a cell as a whole (t test over seeds, one-sided), or any run alone, over its
+    questions (at that level over the number of runs: one lucky seed of many shows nothing, and one that has clearly
+    learned is no run at chance, however much the seeds differ). To diverge is a result, and not chance.
     """
     cells, n, names, _ = comparison
     if not (chance := study.chance):
         return {}
-    pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric, all_seeds=False)
+    pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric)
     if len(pairs.seeds) < 2:
         raise Missing("one seed tells nothing about seeds")
     if any(pairs.diverged):
         return {}
     limits = [_chance_limits(study, cell, data.members) for cell in cells]
-    runs, questions = len(cells) * len(pairs.seeds), pairs.values.shape[-1]
+    runs = len(cells) * len(pairs.seeds)
     for values, (upper, lower) in zip(pairs.values, limits, strict=True):
-        alone = st.Estimate(values.mean(-1), values.std(-1) / max(1, questions - 1) ** 0.5, np.inf)
-        for estimate, level in ((st.crossed_mean(values), st.COMPANION_LEVEL), (alone, st.COMPANION_LEVEL / runs)):
-            if np.any(st.p_above(estimate, upper) <= level) or np.any(st.p_below(estimate, lower) <= level):
+        for each, level in ((values.mean(-1), CHANCE_LEVEL), (values, CHANCE_LEVEL / runs)):
+            p = np.minimum(st.t_tail(each, upper, 1), st.t_tail(each, lower, -1)) if each.shape[-1] > 1 else 1.0
+            if np.any(p <= level):
                 return {}
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
     shown = " and ".join(
         f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)
     )
     text = (
-        f"no run is shown to have learnt anything: {chance.metric.replace('_', ' ')} is {shown}, not shown to be above "
+        f"no run is shown to have learned anything: {chance.metric.replace('_', ' ')} is {shown}, not shown to be above "
         f"{upper:.3f} ({chance.what}), and differences between runs at chance show nothing"
     )
     return {"verdict": "vacuous", "reason": f"{text}. By its numbers alone: {reason}"}

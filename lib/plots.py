@@ -37,7 +37,7 @@ WIDE = 0.8  # of a category of bars or boxes, whose distance is 1
 SHEET = Path(__file__).with_name("house.mplstyle")
 STYLE = sns.axes_style("ticks") | matplotlib.rc_params_from_file(SHEET, use_default_template=False)
 housestyle = matplotlib.rc_context(STYLE)  # as a decorator: titles and labels made inside take the style
-MARGIN_SIGNS = {"non_inferiority": (-1,), "equivalence": (-1, 1)}
+MARGIN_SIGNS = {"non_inferiority": (-1,), "absolute": (-1,), "equivalence": (-1, 1)}
 VERDICT_COLORS = {"supported": "#0072B2", "refuted": "#B34700"}
 
 
@@ -321,25 +321,28 @@ def _curve(place: Axes, rows: pd.DataFrame, y: str, smooth: int, own: Look, last
 
 @housestyle
 def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
-    """Each claim's estimate and 95 % interval against the margin that decides it: one row and one axis per claim,
-    since their units differ.
+    """Each claim's estimate and 95 % interval, after every look from top to bottom, against what is tested: one row and
+    one axis per claim, since their units differ.
 
-    `records`: the entries of claims.json (id, verdict, estimate, interval95, test, margin, estimand). A
+    `records`: the entries of claims.json (id, verdict, estimate, interval95, looks, test, tested, estimand). A
     non-inferiority margin lies below zero, an equivalence margin on both sides.
     """
-    drawn, axes = canvas(max(1, len(records)), 1, height=0.7 + 1.1 * max(1, len(records)), title=title)
+    drawn, axes = canvas(max(1, len(records)), 1, height=0.7 + 1.3 * max(1, len(records)), title=title)
     words, data = [], []
     for place, claim in zip(axes[:, 0], records, strict=False):
-        verdict, estimate, margin = claim["verdict"].replace("_", " "), claim.get("estimate"), claim.get("margin")
+        verdict, estimate, margin = claim["verdict"].replace("_", " "), claim.get("estimate"), claim.get("tested")
         low, high = claim.get("interval95") or (None, None)
         margins = [] if margin is None else [sign * margin for sign in MARGIN_SIGNS.get(str(claim.get("test")), (1,))]
         ends = " to ".join("no bound" if bound is None else number(bound) for bound in (low, high))
         text = "no estimate" if estimate is None else f"estimate {number(estimate)}, 95 % interval {ends}"
-        text += f", margin {', '.join(map(number, margins))}" if margins else ""
+        text += f", tested {', '.join(map(number, margins))}" if margins else ""
         words.append(f"{claim['id']}: {verdict}, {text}")
         row = {"id": claim["id"], "verdict": verdict, "estimate": estimate, "low": low, "high": high}
         data.append(row | {"margins": " ".join(map(str, margins))})
-        color, shown = VERDICT_COLORS.get(verdict, SOFT), [v for v in (estimate, low, high, *margins) if v is not None]
+        looks = claim.get("looks") or []
+        bounds = [look[end] for look in looks for end in ("low", "high")]
+        color = VERDICT_COLORS.get(verdict, SOFT)
+        shown = [v for v in (estimate, low, high, *margins, *bounds) if v is not None]
         pad = 0.08 * np.ptp(shown or [0]) or 0.5
         left, right = min(shown, default=0) - pad, max(shown, default=0) + pad
         place.set(xlim=(left, right), xlabel=claim.get("estimand") or "", ylim=(-1, 1), yticks=[])
@@ -347,8 +350,11 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         place.spines["left"].set_visible(False)
         for bound in margins:
             place.axvline(bound, linewidth=1.2, linestyle=DASH, color=INK)
-        if estimate is not None:
-            span = [left if low is None else low, right if high is None else high]  # without a bound: up to the edge
-            place.plot(span, [0, 0], color=color, linewidth=5, alpha=0.5)
-            place.plot([estimate], [0], "D", color=color, markersize=8)
+        for y, look in zip(np.linspace(0.6, -0.6, len(looks)) if len(looks) > 1 else [0.0], looks, strict=False):
+            last = look is looks[-1]
+            place.plot([look["low"], look["high"]], [y, y], color=color, linewidth=5 if last else 2, alpha=0.5)
+            place.plot([look["estimate"]], [y], "D", color=color, markersize=8 if last else 4)
+            place.annotate(
+                f"{look['seeds']} seeds", (look["high"], y), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
     return Drawing(drawn, title, f"{title}: {'. '.join(words)}.", pd.DataFrame(data))

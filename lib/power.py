@@ -1,108 +1,99 @@
-"""How often a study of a given size would support each of its claims: if it is true as claimed, and if it is not.
-
-Whole experiments are simulated and decided by the functions that decide the real one, without Holm ("alone") and with
-it.
+"""What a study of a given size can decide: how often each claim ends with a word if it is true as claimed, and how often
+with a wrong one at the boundary. Whole experiments are simulated and decided by the functions that decide the real one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from lib import stats as st
-from lib.claims import HOLM_LEVEL, Claim, Claims, Noise, Verdict
+from lib.claims import RATIOS, Claim, Claims, test_of
 
-SIMULATED_DRAWS = 400  # bootstrap draws inside a simulated experiment, where no closed form gives the standard error
-HARDLY = "hardly ever"
-_CHUNK = 200
-_PROFILE = np.array([-1.0, -0.2, 0.5, 0.7])  # how a simulated method's score runs over the levels: worst at one end
+_CHUNK = 50  # experiments in memory
 
 
-def null_effect(claim: Claim) -> float:
-    """The true size at which supporting the claim is just wrong: the boundary of its test's hypothesis."""
-    if claim.test in ("non_inferiority", "absolute"):
-        return -claim.margin
-    return 1.0 if claim.test == "variance_ratio" else claim.margin
+def sds_of(study: Claims, claim: Claim, seed_sd: float) -> tuple[dict[str, float], int]:
+    """Assumed standard deviations of the claim's difference, and its number of questions."""
+    noise = study.noise
+    if claim.test in RATIOS:
+        sd = noise.time_sd if claim.test == "cost_ratio" else noise.variance_sd
+        return {"seed": sd, "question": 0.0, "residual": 0.0}, 1
+    return {"seed": seed_sd, "question": noise.question_sd, "residual": noise.residual_sd}, noise.questions
 
 
-def simulate(claim: Claim, noise: Noise, *, seed_sd, seeds, questions, effect, n_sim, rng) -> st.Decision:
-    """Decisions (code, p, ...) of `n_sim` studies whose true size is `effect`; no run diverges in them."""
-    sizes = [min(_CHUNK, n_sim - start) for start in range(0, n_sim, _CHUNK)]
-    parts = [_simulate(claim, noise, seed_sd, seeds, questions, effect, size, rng) for size in sizes]
-    return st.Decision(*map(np.concatenate, zip(*parts, strict=True)))
+def assumed_for(study: Claims, claim: Claim) -> bool:
+    """Whether the noise assumed is that of the claim's difference, on a scale that is known before."""
+    return claim.test in RATIOS or (
+        claim.metric == study.noise.metric and claim.factor == 1 and claim.test != "absolute"
+    )
 
 
-def _simulate(claim, noise, seed_sd, seeds, questions, effect, n, rng) -> st.Decision:
-    if claim.test == "cost_ratio":
-        log = np.log(effect) + rng.normal(0, noise.time_sd, (n, noise.time_pairs))
-        result = st.time_ratio(np.exp(log), np.ones_like(log), draws=SIMULATED_DRAWS, rng=rng)
-        return st.decide_cost(result, claim.margin)
-    levels = max([1, *map(len, claim.across.values())])
-    # of two methods, (2, n, levels, S, Q): seeds, questions, questions of one method and level, answers
-    x = rng.normal(0, seed_sd, (2, n, levels, seeds, 1)) + rng.normal(0, noise.question_sd, (1, n, 1, 1, questions))
-    x = x + rng.normal(0, noise.interaction_sd, (2, n, levels, 1, questions))
-    answers = rng.standard_normal((2, n, levels, seeds, questions), dtype=np.float32)
-    treatment, baseline = x + noise.answer_sd * answers
-    if claim.test == "variance_ratio":
-        profile = np.interp(np.linspace(0, 1, levels), np.linspace(0, 1, len(_PROFILE)), _PROFILE)
-        profile = ((profile - profile.mean()) / profile.std(ddof=1) * noise.spread)[:, None, None]
-        treatment, baseline = treatment + profile * effect**0.5, baseline + profile
-        return st.decide_variance(st.variance_ratio(treatment, baseline, draws=SIMULATED_DRAWS, rng=rng), claim.margin)
-    difference = (treatment - (0 if claim.test == "absolute" else baseline))[:, 0] + effect
-    return st.decide_mean(claim.test, st.crossed_mean(difference), st.seed_mean(difference.mean(-1)), claim.margin)
+def sizes(claim: Claim) -> tuple[float, float]:
+    """The true difference if it is as claimed, and at the boundary of what is tested."""
+    test, margin = test_of(claim)
+    if test == "superiority":
+        return margin if claim.gain is None else margin * 1.5, margin
+    return 0.0, -margin
 
 
-def table(study: Claims, *, scale=None, seeds: int | None = None, n_sim: int | None = None) -> pd.DataFrame:
-    """For each claim and stated seed standard deviation, the share of simulated studies that support it: `power` if it
-    is true as claimed (alone, and by Holm with the study's other claims true as claimed), `false supported` on the
-    boundary. Holm's family is the claims that `scale` evaluates."""
-    claims = [c for c in study.claims if not scale or (scale in c.scales and not c.not_evaluated)]
-    noise, rng = study.noise, np.random.default_rng(0)
-    size = {"seeds": seeds or noise.seeds, "questions": noise.questions, "n_sim": n_sim or noise.simulations}
-    rows = []
-    for seed_sd in noise.seed_sds:
-        runs = [simulate(claim, noise, seed_sd=seed_sd, effect=claim.claimed, rng=rng, **size) for claim in claims]
-        adjusted = st.holm(np.stack([run.p for run in runs], axis=-1)).T
-        for claim, run, holm in zip(claims, runs, adjusted, strict=True):
-            null = simulate(claim, noise, seed_sd=seed_sd, effect=null_effect(claim), rng=rng, **size)
-            supported = run.code == st.SUPPORTED
-            with_holm = float((supported & (holm < HOLM_LEVEL)).mean())
-            row = {"claim": claim.id, "seed sd": seed_sd, "claimed size": claim.claimed}
-            row |= {"power alone": float(supported.mean()), "power with Holm": with_holm}
-            row |= {"boundary": null_effect(claim), "false supported": float((null.code == st.SUPPORTED).mean())}
-            rows.append(row | {"if true, it is shown": word_for(with_holm)})
+def simulate(claim: Claim, looks, *, sds, questions, effect, n_sim, rng) -> tuple[np.ndarray, np.ndarray]:
+    """(words, seeds used), each (n_sim,), of studies that stop at a word or at the last look."""
+    (test, margin), out = test_of(claim), []
+    for start in range(0, n_sim, _CHUNK):
+        n = min(_CHUNK, n_sim - start)
+        d = effect + rng.normal(0, sds["seed"], (n, looks[-1], 1)) + rng.normal(0, sds["question"], (n, 1, questions))
+        sequence = st.look_sequentially(d + rng.normal(0, sds["residual"], (n, looks[-1], questions)), looks)
+        code = st.words(test, sequence.low, sequence.high, margin)  # (K, n)
+        stop = np.where((code != st.INCONCLUSIVE).any(0), (code != st.INCONCLUSIVE).argmax(0), len(looks) - 1)
+        out.append((code[stop, np.arange(n)], np.array(looks)[stop]))
+    words, seeds = (np.concatenate(part) for part in zip(*out, strict=True))
+    return words, seeds
+
+
+def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None) -> pd.DataFrame:
+    """One row per claim and seed standard deviation: by the last look, without the correction for several claims.
+
+    seen: {claim id: standard deviations in the record}; where one exceeds what was assumed, a row with the record's.
+    """
+    rng, looks, rows = np.random.default_rng(0), study.looks_of(scale), []
+    for claim in study.claims:
+        if scale not in claim.scales or claim.not_evaluated or not assumed_for(study, claim):
+            continue
+        assumed = [sds_of(study, claim, sd) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))]
+        (*_, (largest, questions)), mine = assumed, (seen or {}).get(claim.id)
+        again = bool(mine) and any(mine[name] > 1.05 * largest[name] for name in ("seed", "question"))
+        for source, sds in [("assumed", sds) for sds, _ in assumed] + ([("this record", mine)] if again else []):
+            true, boundary = sizes(claim)
+            size = {"sds": sds, "questions": questions, "n_sim": study.noise.simulations, "rng": rng}
+            words, seeds = simulate(claim, looks, effect=true, **size)
+            wrong, _ = simulate(claim, looks, effect=boundary, **size)
+            row = {"claim": claim.id, "tested": claim.threshold_text, "noise": source, **sds}
+            row |= {"supported if true as claimed": (words == st.SUPPORTED).mean(), "seeds": seeds.mean()}
+            rows.append(row | {"any word at the boundary": (wrong != st.INCONCLUSIVE).mean()})
     return pd.DataFrame(rows)
 
 
-def word_for(share: float) -> str:
-    """How often a study would support a claim that is true: `share` of them."""
-    words = ((0.8, "nearly always"), (0.5, "more often than not"), (0.2, "seldom"))
-    return next((word for least, word in words if share >= least), HARDLY)
+def undecidable(study: Claims, claim: Claim, scale: str) -> str:
+    """Why no number of seeds up to the last look can decide the claim, at the smallest noise assumed and whether it is
+    as claimed, nothing, or as much the other way round; the empty string where some can."""
+    sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
+    (_, margin), looks = test_of(claim), study.looks_of(scale)
+    distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
+    if not assumed_for(study, claim):
+        return ""
 
+    def half(seeds: int) -> float:
+        residual, question = sds["residual"] ** 2, sds["question"] ** 2
+        squares = questions * sds["seed"] ** 2 + residual, seeds * question + residual, residual
+        return float(st.Look(seeds, questions, np.zeros(()), *map(np.array, squares)).half_width(st.bound_of(looks)))
 
-def weak_claims(table: pd.DataFrame) -> dict[str, str]:
-    """{claim: its power in percent} of those that a study of this size would hardly ever show, whichever seed standard
-    deviation of `table` is true."""
-    weak = {}
-    for claim, powers in table.groupby("claim", sort=False)["power with Holm"]:
-        if word_for(powers.max()) == HARDLY:
-            low, high = round(100 * powers.min()), round(100 * powers.max())
-            weak[claim] = f"{low} %" if low == high else f"{low} to {high} %"
-    return weak
-
-
-def summary(table: pd.DataFrame) -> str:
-    """What the table comes to, in a sentence."""
-    if weak := ", ".join(f"{claim} ({power})" for claim, power in weak_claims(table).items()):
-        text = f"Even if they are true, a study of this size would hardly ever show: {weak} (power with Holm)."
-        return f"{text} That such a claim stays open says nothing about it."
-    return "Each claim would be shown in a fifth of such studies or more, if it is true, at one of these standard deviations."
-
-
-def explain_open(verdicts: list[Verdict], table: pd.DataFrame | None) -> None:
-    """Add to the reason of each claim that stays open, and that would have stayed open if it were true, that it is so."""
-    powers = {} if table is None else weak_claims(table)
-    for verdict in verdicts:
-        if verdict.verdict == "inconclusive" and verdict.id in powers:
-            power = powers[verdict.id]
-            verdict.reason += f" Even if it is true, a study of this size would hardly ever show it (power {power})."
+    if half(looks[-1]) < distance:
+        return ""
+    enough = next(
+        (int(n) for n in np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)) if half(n) < distance), 0
+    )
+    more = f"{enough} seeds would" if enough else "no number of seeds would: more questions, or a wider margin"
+    return f"{looks[-1]} seeds cannot decide {claim.threshold_text} (interval ±{half(looks[-1]):.2g}); {more}"

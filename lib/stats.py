@@ -1,251 +1,239 @@
-"""Statistics of paired comparisons over seeds and questions: intervals, tests, ratios.
+"""Group-sequential statistics of paired comparisons over seeds and questions.
 
-Scores come as arrays (..., S, Q): S seeds by Q questions (problems, examples), leading axes for repetitions of the
-whole experiment, so that what decides one experiment decides ten thousand simulated ones. Everything is seeded by its
-caller.
+A study looks at its claims after n_1 < n_2 < ... seeds and may stop at any look. The interval is a repeated confidence
+interval (Jennison and Turnbull 1991, "Exact calculations for sequential t, chi-square and F tests", Biometrika 78; 1989,
+"Interim analyses: the repeated confidence interval approach", JRSS B 51): it holds at all looks together with
+probability 1 - alpha, so that when a study stops, and why, does not matter. With d[s, q] = treatment - baseline of seed
+s and question q (one number per seed: Q = 1), and the mean squares of the two-way layout without replication,
 
-Crossed bootstrap: Owen (2007), "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2). Seeds and questions are each drawn
-with replacement and the mean of the drawn rows and columns is taken. With three seeds its standard error is too small
-by sqrt((S - 1) / S) in the seeds' part, hence the factor sqrt(S / (S - 1)) on the whole.
+    h_k^2 = (c_k^2 max(MS_A, MS_E) + z_Q^2 max(MS_B - MS_E, 0)) / (n_k Q)              interval: mean +- h_k
+    c_k = F_t^-1(Phi(C); n_k - 1)        z_Q = 0.934 C        C(alpha): 1 - alpha quantile of max_k |u_k|
+    u_k = Phi^-1(F_t(t_k; n_k - 1)) of paths of standard normal means
+
+Seeds are replicates, so their part shrinks with n_k; the questions are a sample as well, whose part does not. What is
+reported is the intersection of the intervals of the looks taken.
+
+Arrays come as (..., S, Q), leading axes for repetitions of the whole experiment, so that what decides one experiment
+decides ten thousand simulated ones.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 SUPPORTED, INCONCLUSIVE, REFUTED = 1, 0, -1
-COMPANION_LEVEL = 0.05  # one-sided level at which the companion test must come down on the same side
-_TINY = 1e-12  # stands for a standard error of 0 (all differences equal)
+LEVEL = 0.05
+PATHS = 400_000
+QUESTIONS = 0.934  # z_Q over C
+LARGEST = 37.0  # of C: beyond it the normal tail underflows
+# C(0.05) of the looks that the studies take; a test simulates them again
+BOUNDS = {(5, 8, 12, 20): 2.4005, (3, 5, 8): 2.328, (3, 5, 8, 12, 20): 2.4895}
 
 
-class Estimate(NamedTuple):
-    """A mean with its standard error and degrees of freedom (infinite: normal); the fields may be arrays."""
+# ---- the bound on all looks together
 
-    value: np.ndarray
-    se: np.ndarray
-    df: float
+
+@functools.lru_cache
+def largest_deviates(looks: tuple[int, ...]) -> np.ndarray:
+    """(PATHS,) sorted max_k |u_k| of paths without effect, drawn with a fixed seed."""
+    rng, largest, n = np.random.default_rng(0), [], np.array(looks)
+    for _ in range(0, PATHS, 20_000):
+        x = rng.standard_normal((20_000, looks[-1]))
+        total, squares = (np.cumsum(y, axis=1)[:, n - 1] for y in (x, x * x))
+        t = total / n / np.sqrt((squares - total**2 / n) / (n - 1) / n)
+        # of equal tails the largest deviate is the smallest tail: one inverse per path
+        largest.append(stats.norm.isf(stats.t.sf(np.abs(t), n - 1).min(axis=1)))
+    return np.sort(np.concatenate(largest))
+
+
+def alpha_of(bound: np.ndarray, looks: tuple[int, ...]) -> np.ndarray:
+    """P(max_k |u_k| >= bound): the error of an interval with this C; at least 1 / PATHS where it is simulated."""
+    if len(looks) == 1:
+        return 2 * stats.norm.sf(bound)
+    deviates = largest_deviates(looks)
+    return np.maximum(len(deviates) - np.searchsorted(deviates, bound), 1) / len(deviates)
+
+
+def bound_of(looks: tuple[int, ...], level: float = LEVEL) -> float:
+    """C(level)."""
+    if len(looks) == 1:
+        return float(stats.norm.isf(level / 2))
+    if level == LEVEL and looks in BOUNDS:
+        return BOUNDS[looks]
+    return float(np.quantile(largest_deviates(looks), 1 - level))
+
+
+def critical(bound: np.ndarray, seeds: int) -> np.ndarray:
+    """c_k of a bound C at `seeds` seeds."""
+    return stats.t.isf(stats.norm.sf(bound), seeds - 1)
+
+
+# ---- one look
+
+
+class Look(NamedTuple):
+    """The two-way layout of S seeds by Q questions: the mean, and the mean squares of seeds, questions and residual."""
+
+    seeds: int
+    questions: int
+    mean: np.ndarray
+    seed_ms: np.ndarray
+    question_ms: np.ndarray
+    residual_ms: np.ndarray
+
+    @property
+    def seed_variance(self) -> np.ndarray:
+        """Of one seed's mean. The floor MS_E handles ties and equal seed means."""
+        return np.maximum(self.seed_ms, self.residual_ms) / self.questions
+
+    @property
+    def question_variance(self) -> np.ndarray:
+        """Of the mean over all seeds there could be: what the choice of questions leaves open."""
+        return np.maximum(self.question_ms - self.residual_ms, 0) / (self.seeds * self.questions)
+
+    def half_width(self, bound: np.ndarray, seeds: int | None = None) -> np.ndarray:
+        """h of this look, or what it is expected to be at another number of `seeds`."""
+        n = seeds or self.seeds
+        seed_part = critical(bound, n) ** 2 * self.seed_variance / n
+        return np.sqrt(seed_part + (QUESTIONS * bound) ** 2 * self.question_variance)
+
+    def interval(self, bound: float) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean - self.half_width(bound), self.mean + self.half_width(bound)
+
+    def sds(self) -> dict[str, float]:
+        """Standard deviations of the difference: between seeds, between questions, and what is left."""
+        by_seed = max(0.0, float(self.seed_ms - self.residual_ms)) / self.questions
+        return {
+            "seed": by_seed**0.5,
+            "question": max(0.0, float(self.question_ms - self.residual_ms) / self.seeds) ** 0.5,
+            "residual": float(self.residual_ms) ** 0.5,
+        }
+
+
+def look_at(d: np.ndarray) -> Look:
+    """The layout of d (..., S, Q). Raises ValueError for a single seed, which says nothing about seeds."""
+    s, q = d.shape[-2:]
+    if s < 2:
+        raise ValueError(f"{s} seed: at least 2 are needed for an interval")
+    by_seed, by_question, mean = d.mean(-1), d.mean(-2), d.mean((-2, -1))
+    if q == 1:
+        return Look(s, q, mean, by_seed.var(-1, ddof=1), np.zeros_like(mean), np.zeros_like(mean))
+    left = d - by_seed[..., None] - by_question[..., None, :] + mean[..., None, None]
+    residual = (left**2).sum((-2, -1)) / ((s - 1) * (q - 1))
+    return Look(s, q, mean, q * by_seed.var(-1, ddof=1), s * by_question.var(-1, ddof=1), residual)
+
+
+# ---- the looks of a study
+
+
+class Sequential(NamedTuple):
+    """The looks `taken` of those `planned`, and after each the running intersection `low`, `high` (K, ...), which is
+    empty (low above high) where seeds disagree."""
+
+    planned: tuple[int, ...]
+    taken: list[Look]
+    low: np.ndarray
+    high: np.ndarray
+
+    def p(self, threshold: float, side: int) -> np.ndarray:
+        """The smallest alpha at which the interval of some look taken lies wholly above (`side` 1) or below (-1)
+        `threshold`."""
+        smallest = np.ones_like(self.taken[0].mean)
+        for look in self.taken:
+            distance = side * (look.mean - threshold)
+            low, high = np.zeros_like(distance), np.full_like(distance, LARGEST)
+            for _ in range(60):  # half_width grows with C
+                middle = (low + high) / 2
+                inside = look.half_width(middle) < distance
+                low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+            smallest = np.minimum(smallest, np.where(distance > 0, alpha_of(low, self.planned), 1.0))
+        return smallest
+
+
+def look_sequentially(d: np.ndarray, looks: Sequence[int], level: float = LEVEL) -> Sequential:
+    """The looks that the seeds of d (..., S, Q), in their order, suffice for. Raises ValueError where they suffice for
+    none."""
+    planned = tuple(looks)
+    taken = [look_at(d[..., :n, :]) for n in planned if n <= d.shape[-2]]
+    if not taken:
+        raise ValueError(f"{d.shape[-2]} seeds: the first look is at {planned[0]}")
+    bound = bound_of(planned, level)
+    low, high = (np.stack(ends) for ends in zip(*(look.interval(bound) for look in taken), strict=True))
+    return Sequential(planned, taken, np.maximum.accumulate(low), np.minimum.accumulate(high))
 
 
 class Decision(NamedTuple):
-    """`code` SUPPORTED, REFUTED or INCONCLUSIVE; `primary` is what the primary test alone says (where they differ, the
-    companion is on the other side); `p` and `p_companion` are the two one-sided p of the claim."""
+    """`code`: SUPPORTED, REFUTED or INCONCLUSIVE by the interval alone; `p`: the smallest alpha whose interval gives
+    either word."""
 
     code: np.ndarray
-    primary: np.ndarray
     p: np.ndarray
-    p_companion: np.ndarray
 
 
-def _decide(p, supports, refutes, companion_for, companion_against) -> Decision:
-    """What the primary test says (`p`, whether it `supports` or `refutes`) stands where the companion's one-sided p
-    on the same side is small; else the claim is open."""
-    primary = np.where(supports, SUPPORTED, np.where(refutes, REFUTED, INCONCLUSIVE))
-    companion = np.where(primary == SUPPORTED, companion_for, companion_against)
-    agrees = (primary == INCONCLUSIVE) | (companion <= COMPANION_LEVEL)
-    return Decision(np.where(agrees, primary, INCONCLUSIVE), primary, p, companion_for)
-
-
-# ---- means over seeds and questions
-
-
-def seed_factor(seeds: int) -> float:
-    """sqrt(S / (S - 1)); a single seed says nothing about seeds."""
-    if seeds < 2:
-        raise ValueError(f"{seeds} seed(s): at least 2 are needed for an interval")
-    return (seeds / (seeds - 1)) ** 0.5
-
-
-def resampling_shares(x: np.ndarray, draws: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """The shares (draws, S) and (draws, Q) that each seed and question of x (..., S, Q) has in the bootstrap's sets."""
-    return [rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in x.shape[-2:]]
-
-
-def resampled_means(x: np.ndarray, by_seed: np.ndarray, by_question: np.ndarray) -> np.ndarray:
-    """Crossed bootstrap means (..., draws) of x (..., S, Q)."""
-    return np.einsum("...sb,bs->...b", x @ by_question.T, by_seed)
-
-
-def crossed_bootstrap(x: np.ndarray, *, draws: int, rng: np.random.Generator) -> Estimate:
-    """Mean of x (..., S, Q) with its crossed bootstrap standard error (`draws` draws), times sqrt(S / (S - 1))."""
-    means = resampled_means(x, *resampling_shares(x, draws, rng))
-    # about the mean itself, as the draws' own mean differs from it only by chance
-    deviation = means - x.mean((-2, -1))[..., None]
-    return Estimate(x.mean((-2, -1)), seed_factor(x.shape[-2]) * np.sqrt((deviation**2).mean(-1)), np.inf)
-
-
-def crossed_mean(x: np.ndarray) -> Estimate:
-    """As `crossed_bootstrap`, in the limit of infinitely many draws.
-
-    With multinomial counts the bootstrap's variance is exactly sum a^2/S^2 + sum b^2/Q^2 + sum c^2/(SQ)^2, where
-    a, b and c are the seeds' effects, the questions' effects and what is left.
-    """
-    s, q = x.shape[-2:]
-    mean = x.mean((-2, -1), keepdims=True)
-    a, b = x.mean(-1, keepdims=True) - mean, x.mean(-2, keepdims=True) - mean
-    c = x - mean - a - b
-    variance = (a**2).sum((-2, -1)) / s**2 + (b**2).sum((-2, -1)) / q**2 + (c**2).sum((-2, -1)) / (s * q) ** 2
-    return Estimate(x.mean((-2, -1)), seed_factor(s) * np.sqrt(variance), np.inf)
-
-
-def seed_mean(values: np.ndarray) -> Estimate:
-    """The companion: mean of per-seed values (..., S) with the t distribution's S - 1 degrees of freedom."""
-    n = values.shape[-1]
-    return Estimate(values.mean(-1), values.std(-1, ddof=1) / n**0.5, n - 1)
-
-
-def interval(estimate: Estimate, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Two-sided interval at `level`."""
-    half = stats.t.ppf((1 + level) / 2, estimate.df) * estimate.se
-    return estimate.value - half, estimate.value + half
-
-
-def p_above(estimate: Estimate, threshold: float) -> np.ndarray:
-    """One-sided p of "not above `threshold`": small where the mean is above it."""
-    return stats.t.sf((estimate.value - threshold) / np.maximum(estimate.se, _TINY), estimate.df)
-
-
-def p_below(estimate: Estimate, threshold: float) -> np.ndarray:
-    """One-sided p of "not below `threshold`"."""
-    return stats.t.sf((threshold - estimate.value) / np.maximum(estimate.se, _TINY), estimate.df)
-
-
-def p_for_and_against(test: str, estimate: Estimate, margin: float) -> tuple[np.ndarray, np.ndarray]:
-    """The two one-sided p of a claim about a mean: superiority says that it is above `margin`, non-inferiority and an
-    absolute figure that it is above -`margin`, equivalence that it lies between the two."""
+def words(test: str, low: np.ndarray, high: np.ndarray, margin: float) -> np.ndarray:
+    """SUPPORTED, REFUTED or INCONCLUSIVE by the interval. Superiority says that the mean is at least `margin`,
+    non-inferiority and an absolute figure that it is at least -`margin`, equivalence that it lies within `margin` of 0.
+    An empty interval decides nothing."""
     if test == "equivalence":
-        inside = np.maximum(p_above(estimate, -margin), p_below(estimate, margin))
-        return inside, np.minimum(p_above(estimate, margin), p_below(estimate, -margin))
+        supported, refuted = (low >= -margin) & (high <= margin), (low > margin) | (high < -margin)
+    else:
+        threshold = margin if test == "superiority" else -margin
+        supported, refuted = low >= threshold, high < threshold
+    code = np.where(supported, SUPPORTED, np.where(refuted, REFUTED, INCONCLUSIVE))
+    return np.where(low > high, INCONCLUSIVE, code)
+
+
+def decide(test: str, sequence: Sequential, margin: float) -> Decision:
+    """What the looks taken say; one interval decides both words."""
+    code = words(test, sequence.low[-1], sequence.high[-1], margin)
+    if test == "equivalence":
+        inside = np.maximum(sequence.p(-margin, 1), sequence.p(margin, -1))
+        return Decision(code, np.minimum(inside, np.minimum(sequence.p(margin, 1), sequence.p(-margin, -1))))
     threshold = margin if test == "superiority" else -margin
-    return p_above(estimate, threshold), p_below(estimate, threshold)
+    return Decision(code, np.minimum(sequence.p(threshold, 1), sequence.p(threshold, -1)))
 
 
-def decide_mean(test: str, primary: Estimate, companion: Estimate, margin: float) -> Decision:
-    """The rule of a claim about a mean. Non-inferiority and equivalence are supported by the 90 % interval, superiority
-    and an absolute figure by the 95 % interval; the 95 % interval refutes."""
-    p, against = p_for_and_against(test, primary, margin)
-    level = 0.05 if test in ("non_inferiority", "equivalence") else 0.025
-    return _decide(p, p <= level, against <= 0.025, *p_for_and_against(test, companion, margin))
+def chance_of_word(
+    test: str, look: Look, margin: float, looks: Sequence[int], seeds: int, known: bool = False
+) -> float:
+    """Probability that the interval at `seeds` seeds decides, as this look has it: the mean after further seeds with
+    the same standard deviations, of a true difference that is as uncertain as the look leaves it, or (`known`) equal to
+    the estimate, in a study of that many new seeds."""
+    share = 1.0 if known else max(0.0, seeds - look.seeds) / look.seeds
+    sd, half = float(np.sqrt(look.seed_variance / seeds * share)), float(look.half_width(bound_of(tuple(looks)), seeds))
+    mean = stats.norm(float(look.mean), max(sd, 1e-12))
+    if test == "equivalence":
+        inside = mean.cdf(margin - half) - mean.cdf(half - margin)
+        return float(max(0.0, inside) + mean.sf(margin + half) + mean.cdf(-margin - half))
+    threshold = margin if test == "superiority" else -margin
+    return float(mean.sf(threshold + half) + mean.cdf(threshold - half))
 
 
-def noise_sds(difference: np.ndarray) -> dict[str, float]:
-    """Standard deviations behind a paired difference (S, Q), from its mean squares: between seeds, between questions,
-    and what is left. To be set beside the assumed ones."""
-    s, q = difference.shape
-    by_seed, by_question = difference.mean(1), difference.mean(0)
-    left = difference - by_seed[:, None] - by_question[None, :] + difference.mean()
-    error = (left**2).sum() / ((s - 1) * (q - 1))
-    return {
-        "seed": max(0.0, by_seed.var(ddof=1) - error / q) ** 0.5,
-        "question": max(0.0, by_question.var(ddof=1) - error / s) ** 0.5,
-        "answer": error**0.5,
-    }
+def seeds_to_decide(test: str, look: Look, margin: float, looks: Sequence[int], chance: float = 0.8) -> int | None:
+    """How many seeds would decide with this chance if the estimate and its standard deviations are true; None where
+    10,000 would not: the questions, or an estimate at the margin, leave it open."""
+    sizes = np.unique(np.geomspace(look.seeds + 1, 10_000, 200).astype(int))
+    enough = (n for n in sizes if chance_of_word(test, look, margin, looks, int(n), known=True) >= chance)
+    return next((int(n) for n in enough), None)
 
 
-# ---- variance across levels (beta, say)
+# ---- scores per seed of claims that are not about a mean over questions
 
 
-class Ratio(NamedTuple):
-    """A ratio with its 95 % bootstrap interval and its `draws` (..., draws). `companion`: what the t test is made on,
-    each seed's own two variances, both (..., S), or the log ratios of K blocks of times (..., K)."""
-
-    ratio: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    draws: np.ndarray
-    companion: tuple[np.ndarray, np.ndarray] | np.ndarray
-
-    def p(self, beyond: np.ndarray) -> np.ndarray:
-        """One-sided p: the share of draws that lie `beyond` the threshold, the estimate counted as one of them."""
-        return (1 + beyond.sum(-1)) / (self.draws.shape[-1] + 1)
+def log_variance_ratio(treatment: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """(..., S, 1): each seed's log ratio of the variances across levels of treatment and baseline (..., L, S, Q). The
+    noise of a run is part of both variances."""
+    across = [x.mean(-1).var(-2, ddof=1) for x in (treatment, baseline)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(across[0] / across[1])[..., None]
 
 
-def variance_across(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variance across the L levels of x (..., L, S, Q), less the noise within a level; and each seed's own (..., S).
-
-    The level means are means over seeds; their noise is the levels' average variance over seeds, divided by S. One
-    seed's variance across levels holds that noise S times over.
-    """
-    by_seed = x.mean(-1)
-    seeds = by_seed.shape[-1]
-    within = by_seed.var(-1, ddof=1).mean(-1)
-    return by_seed.mean(-1).var(-1, ddof=1) - within / seeds, by_seed.var(-2, ddof=1) - within[..., None]
-
-
-def variance_ratio(treatment: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator) -> Ratio:
-    """Ratio of variances across levels, treatment (..., L, S, Q) over baseline, with a crossed bootstrap interval.
-
-    The same seeds and questions are drawn for every level of both. A draw's variances hold the draw's own noise: they
-    are centered on the estimates and widened by sqrt(S / (S - 1)) before the ratio is taken. Where the baseline's is not
-    positive the ratio counts as infinite, which can only widen the interval upwards.
-    """
-    shares = resampling_shares(treatment, draws, rng)
-    estimates, per_seed = zip(variance_across(treatment), variance_across(baseline), strict=True)
-    widened = []
-    for x, estimate in zip((treatment, baseline), estimates, strict=True):
-        drawn = np.moveaxis(resampled_means(x, *shares), -1, -2).var(-1, ddof=1)
-        noise = drawn - drawn.mean(-1, keepdims=True)
-        widened.append(estimate[..., None] + seed_factor(x.shape[-2]) * noise)
-    ratios = _ratio(*widened)
-    # a quantile between two infinities is not a number
-    low, high = np.quantile(ratios, (0.025, 0.975), axis=-1, method="inverted_cdf")
-    return Ratio(_ratio(*estimates), low, high, ratios, per_seed)
-
-
-def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """max(upper, 0) / lower, infinite where lower is not positive."""
-    positive = lower > 0
-    return np.where(positive, np.maximum(upper, 0) / np.where(positive, lower, 1), np.inf)
-
-
-def decide_variance(result: Ratio, point: float) -> Decision:
-    """Supported: the interval's high end is below 1 and the ratio at most `point`. Refuted: its low end is above
-    `point`.
-
-    Companion: a t test over seeds of treatment - r * baseline, the two variances of each seed (r = 1, r = `point`).
-    """
-    treatment, baseline = result.companion
-    return _decide(
-        result.p(result.draws >= 1),
-        (result.high < 1) & (result.ratio <= point),
-        result.low > point,
-        p_below(seed_mean(treatment - baseline), 0.0),
-        p_above(seed_mean(treatment - point * baseline), 0.0),
-    )
-
-
-# ---- ratios of times
-
-
-def time_ratio(
-    seconds: np.ndarray, baseline: np.ndarray, *, draws: int, rng: np.random.Generator, blocks: int = 10
-) -> Ratio:
-    """Ratio of times (..., N) measured in N interleaved pairs: the median of the pairs' ratios, as a hiccup of the
-    machine in one step says nothing of the method; pairs are drawn with replacement.
-
-    Times of neighboring steps resemble each other: `blocks` stretches of consecutive pairs give the companion its
-    values.
-    """
-    log = np.log(seconds) - np.log(baseline)
-    n = log.shape[-1]
-    # the median of a resample is that of its ranks, which are drawn without looking at the times
-    ranks = np.sort(rng.integers(0, n, (draws, n)), axis=-1)[:, [(n - 1) // 2, n // 2]]
-    drawn = np.sort(log, axis=-1)[..., ranks].mean(-1)
-    size = n // blocks
-    stretches = np.median(log[..., : size * blocks].reshape(*log.shape[:-1], blocks, size), axis=-1)
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=-1)
-    return Ratio(np.exp(np.median(log, axis=-1)), np.exp(low), np.exp(high), np.exp(drawn), stretches)
-
-
-def decide_cost(result: Ratio, limit: float) -> Decision:
-    """Supported: the 95 % interval's high end is at most `limit`. Refuted: its low end is above."""
-    p, companion, log = result.p(result.draws > limit), seed_mean(result.companion), np.log(limit)
-    return _decide(p, result.high <= limit, result.low > limit, p_below(companion, log), p_above(companion, log))
-
-
-# ---- several claims; effect sizes
+# ---- several claims; effect sizes; fixed sizes
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -262,3 +250,11 @@ def probability_of_improvement(treatment: np.ndarray, baseline: np.ndarray) -> f
     4). Both (S, Q)."""
     difference = treatment[:, None, :] - baseline[None, :, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def t_tail(values: np.ndarray, threshold: float, side: int) -> np.ndarray:
+    """One-sided p of values (..., N): small where their mean is above (`side` 1) or below (-1) `threshold`; N - 1
+    degrees of freedom. Without any spread it is 0 or 1."""
+    n = values.shape[-1]
+    error = np.maximum(values.std(-1, ddof=1) / n**0.5, 1e-12)
+    return stats.t.sf(side * (values.mean(-1) - threshold) / error, n - 1)

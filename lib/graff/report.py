@@ -1,4 +1,4 @@
-"""What decides the claims beyond exact match: areas with REACTOR's factor, and energy to a level of exact match."""
+"""What decides the claims beyond exact match: areas under it, and energy to a level of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lib.graff.trainer import energy_to_level
 
 KEYS = ["run_id", "method", "learning_rate", "seed"]
 MEMBER = ["run_id", "cell", "seed"]
-AREA_FACTOR, ENERGY_FACTOR = 1.22, 0.83  # of REACTOR's, as was claimed
-METRIC = "energy_reactor_83"
+METRIC = "energy_score"
 
 
 def with_rate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -32,10 +31,8 @@ def scores(loaded: tables.Records, kind: str, metric: str) -> pd.DataFrame:
 
 
 def areas(loaded: tables.Records) -> pd.DataFrame:
-    """Areas per problem; `auc_reactor_22` is the same with REACTOR's raised by 22 %, which makes the relative claim a
-    difference."""
-    rows = scores(loaded, "area", "auc").astype({"auc": float})
-    return rows.assign(auc_reactor_22=rows["auc"] * np.where(rows["method"] == "reactor", AREA_FACTOR, 1.0))
+    """Areas per dev problem."""
+    return scores(loaded, "area", "auc").astype({"auc": float})
 
 
 # ---- energy to a level of exact match, as scores that a claim is judged by
@@ -83,11 +80,11 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> float:
 
 
 def energy_scores(evaluations: pd.DataFrame, level: float, reference: str = "reactor") -> pd.DataFrame:
-    """One row per member and dev problem: METRIC is -log of the energy to the level, of `reference` of ENERGY_FACTOR
-    times it, in units of `reference`'s mean whole run: larger is better, and 0 is the claimed ratio in a difference.
-    And `reached`: a run that never got there counts with its whole energy, the least that it can have taken.
+    """One row per member and dev problem: METRIC is -log of the energy to the level, in units of `reference`'s mean
+    whole run: larger is better. And `reached`: a run that never got there counts with its whole energy, the least that
+    it can have taken.
 
-    A run has one such figure, log E. The crossed bootstrap wants one value per seed and problem whose mean it is: what
+    A run has one such figure, log E. The interval wants one value per seed and problem whose mean it is: what
     leaving one problem of the dev subset out does to log E (the jackknife's influence values), so that the interval
     holds the chance of the problems as well as the seeds'."""
     whole = evaluations.groupby(MEMBER)["joules"].transform("max").astype(float)
@@ -101,8 +98,7 @@ def energy_scores(evaluations: pd.DataFrame, level: float, reference: str = "rea
         log_e = math.log((joules[-1] if reached is None else reached) / unit)
         left = np.log([(energy_to_level(joules, column.tolist(), level) or joules[-1]) / unit for column in without.T])
         influence = (problems - 1) * (left.mean() - left)
-        factor = math.log(ENERGY_FACTOR) if mine["method"].iloc[0] == reference else 0.0
-        table = pd.DataFrame({"example": [f"dev-{i}" for i in range(problems)], METRIC: -(log_e + influence) - factor})
+        table = pd.DataFrame({"example": [f"dev-{i}" for i in range(problems)], METRIC: -(log_e + influence)})
         out.append(table.assign(reached=reached is not None, **mine.iloc[0][KEYS]))
     return pd.concat(out or [pd.DataFrame(columns=[*KEYS, "example", METRIC, "reached"])], ignore_index=True)
 

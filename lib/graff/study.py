@@ -170,7 +170,7 @@ SCORES = ("exact_match", "dev_exact_match", "flexible_match", "auc")
 METRICS = dict.fromkeys(SCORES, "maximize")
 METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize")
 DIVERGED = dict.fromkeys(SCORES, 0.0)  # what a diverged run has
-CLAIM_METRICS = ("exact_match", "auc", "auc_reactor_22", "energy_reactor_83")  # columns that claims.evaluate is given
+CLAIM_METRICS = ("exact_match", "auc", "energy_score")  # columns that claims.evaluate is given
 # metrics that are null where nothing can be read; a key with one choice
 UNREAD = ("energy_to_level", "gsm1k_gap", "dataset.train_split")
 ALIASES = dict.fromkeys(("learning_rate", "adapter_lr_init"), "training.optimizer.lr_init")

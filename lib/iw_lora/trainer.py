@@ -25,7 +25,7 @@ from lib.iw_lora import penalty
 from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
-COST_ROUNDS, COST_WARM_UP = 60, 3  # interleaved rounds of steps
+COST_ROUNDS, COST_WARM_UP = 20, 3  # interleaved rounds of steps in a process
 ADALORA_DELTA_T = {"laptop": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
 
 
@@ -332,9 +332,9 @@ def stepper(model: nn.Module, training, term: Term | None) -> Callable[[dict], f
     return make_stepper(model, training, loss, allocate)
 
 
-def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of IW-LoRA, LoRA and AdaLoRA, interleaved on the same batches in one process; writes step_cost.jsonl and
-    calibration.json. A step is what repeats: calibration is done once and counted apart, in passes and in seconds."""
+def step_cost(run, folder: Path, shared: Path) -> list[dict]:
+    """Step times of IW-LoRA, LoRA and AdaLoRA, interleaved on the same batches; writes calibration.json. A step is what
+    repeats: calibration is done once and counted apart, in passes and in seconds."""
     given, first = load(shared), config.members(run)[0]
     rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_ROUNDS, COST_WARM_UP)
     plain, rank = config.apply(first.run, {"loss.penalty": "none"}), run.model.adapter.rank
@@ -351,7 +351,7 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         {"pair": i, "seconds": own, "seconds_baseline": lora, "step_seconds": own, "step_seconds_baseline": adalora}
         for i, (own, lora, adalora) in enumerate(time_interleaved(steppers, itertools.cycle(batches), rounds, warm_up))
     ]
-    record.write_jsonl(folder / "step_cost.jsonl", rows)
     passes = run.training.optimizer_steps(len(given.rows["train"])) * run.training.gradient_accumulation_steps
     counts = {"passes": len(batches), "training_passes": passes, "share_of_passes": len(batches) / passes}
     record.write_json(folder / "calibration.json", {**counts, "seconds": calibration_seconds})
+    return rows

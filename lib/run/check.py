@@ -172,7 +172,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     stay open: that is a warning, and their analysis says so too."""
     import pandas as pd
 
-    from lib import claims
+    from lib import claims, power
 
     path, module = path or plan.claims_of(study), config.study_module(study)
     file = display_path(path)
@@ -187,6 +187,10 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     for place, metric, known in [*used, ("choose_on", published.choose_on, module.METRICS)]:
         if metric and metric not in known:
             yield error(place, f"{metric} is in no table of {study}'s analysis", "one of: " + ", ".join(known), file)
+    for claim in asked:
+        if why := power.undecidable(published, claim, scale):
+            told = warning if scale == "paper" else error  # published claims stay as they are
+            yield told(claim.id, why, "a claim that some number of seeds up to the last look can decide", file)
     members = pd.DataFrame([row for run in runs for row in _rows(run)])
     if members.empty:
         return

@@ -91,9 +91,13 @@ def prepare(argument: dict) -> None:
 
 
 def measure(argument: dict) -> None:
-    """A measurement of the study's own, in a slot: its `function`(run, folder, shared)."""
-    function = getattr(config.study_module(argument["study"]), argument["function"])
-    function(run_of(argument), Path(argument["folder"]), Path(argument["inputs"]))
+    """A measurement of the study's own, in a slot: the rows of its `function`(run, folder, shared), behind those of the
+    processes before this one."""
+    function, folder = getattr(config.study_module(argument["study"]), argument["function"]), Path(argument["folder"])
+    path, process = folder / f"{argument['function']}.jsonl", argument["process"]
+    rows = function(run_of(argument), folder, Path(argument["inputs"]))
+    before = record.read_jsonl(path) if process else []
+    record.write_jsonl(path, before + [{"process": process, **row} for row in rows])
 
 
 @contextlib.contextmanager

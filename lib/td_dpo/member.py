@@ -19,7 +19,7 @@ from lib.training import Outcome
 
 SAMPLE_BATCH = 80
 MT_BATCH = 16  # long answers: their cached keys and values fill the memory
-COST_ROUNDS = 120, 3  # interleaved pairs of steps, as the power table of the claims assumes, after those to warm up
+COST_ROUNDS = 24, 3  # interleaved pairs of steps in a process, after those to warm up
 
 
 def load(folder: Path) -> SimpleNamespace:
@@ -169,8 +169,8 @@ def _mean(values: list) -> float | None:
     return statistics.fmean(present) if present else None
 
 
-def step_cost(run, folder: Path, shared: Path) -> None:
-    """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved; writes step_cost.jsonl."""
+def step_cost(run, folder: Path, shared: Path) -> list[dict]:
+    """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved."""
     given, seed, own = load(shared), run.seed_list[0], run.loss.model_dump()
     rounds, warm_up = (1, 1) if run.mode == "trial" else COST_ROUNDS
     policies = {name: policy(run, given.base, seed) for name in ("own", "dpo")}
@@ -191,5 +191,4 @@ def step_cost(run, folder: Path, shared: Path) -> None:
         for batch in training.seeded_batches(rows, size, seed)
     )
     seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
-    pairs = [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]
-    record.write_jsonl(folder / "step_cost.jsonl", pairs)
+    return [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]
