@@ -27,7 +27,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -366,6 +366,7 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "DIVERGED": {},  # metric -> what a diverged member counts as
     "UNREAD": (),  # keys that no code names, metrics that a trial need not log
     "MEMBER_KEYS": (),  # what members of one preparation may differ in
+    "SEED_KEYS": (),  # seeds of what is prepared: a member's own where its YAML leaves them out
     "NOT_NUMBERS": (),  # keys that no number depends on
     "PATHS": ("model.name", "dataset.name"),  # keys that may name a local file
     "MADE_BY": {},  # such a key -> the command that makes its file
@@ -651,7 +652,14 @@ def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
     trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell else run
     for key, marked in trained.searched.items():
         raise StudyError(f"{where}: cell {name}: {key}", *_not_supplied(marked, key))
-    return Member(trained, cell, name, seed)
+    return Member(seeded(trained, seed), cell, name, seed)
+
+
+def seeded(run: Run, seed: int) -> Run:
+    """A seed is a complete repetition: the run with its own `seed` where it leaves out one of the study's SEED_KEYS."""
+    raw, named = dump(run), study_module(run.study).SEED_KEYS
+    left = [key for key in named if get(raw, key.rpartition(".")[0]) and get(raw, key) is None]
+    return apply(run, dict.fromkeys(left, seed)) if left else run
 
 
 def members(run: Run) -> list[Member]:
@@ -663,7 +671,7 @@ def members(run: Run) -> list[Member]:
             if of_cell.setdefault(new.cell_name, new).cell != new.cell:
                 raise StudyError(f"{run.run_id}: grid", f"two cells named {new.cell_name}", "one", f"drop {new.cell}")
             seeds.setdefault(new.cell_name, []).extend(own)
-    return [replace(one, seed=seed) for name, one in of_cell.items() for seed in dict.fromkeys(seeds[name])]
+    return [member(run, of_cell[name].cell, seed) for name, own in seeds.items() for seed in dict.fromkeys(own)]
 
 
 def first_cell(run: Run) -> dict[str, Any]:

@@ -271,7 +271,8 @@ def make_splits(
 ) -> tuple[Splits, dict]:
     """(the `wanted` splits, report: files, dropped rows, {split carved from train: fraction}). The rows of a source
     with one split are those of the last one wanted (train), from which what is missing is carved by `key`, so that no
-    key is in two splits. `section` may have on_bad_row, split_seed, validation_fraction."""
+    key is in two splits: the first one wanted, which is judged, is the same whatever the seed. `section` may have
+    on_bad_row, split_seed, validation_fraction."""
     last, carved, fraction = wanted[-1], {}, section.get("validation_fraction") or 0.1
     files = {split: list(dict.fromkeys(row.file for row in rows)) for split, rows in sources.items()}
     where = ", ".join(itertools.chain(*files.values()))[:300]
@@ -283,7 +284,8 @@ def make_splits(
     splits, dropped = convert(sources, parse, expected, section.get("on_bad_row"))
     for split in wanted:
         if split not in splits:
-            splits[last], splits[split] = carve(splits[last], key, fraction, section.get("split_seed") or 0, split)
+            seed = 0 if split == wanted[0] else section.get("split_seed") or 0
+            splits[last], splits[split] = carve(splits[last], key, fraction, seed, split)
             carved[split] = fraction
     for split, rows in splits.items():
         if not rows:

@@ -26,7 +26,7 @@ def published():
 
 @pytest.fixture
 def raw():
-    return config.load_yaml(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml")
+    return config.load_yaml(config.ROOT / "params/td_dpo/laptop/td_dpo.yaml") | {"seed_list": [42, 43, 44]}
 
 
 @pytest.fixture
@@ -330,9 +330,9 @@ def test_members_of_the_laptop_study():
             members = config.members(run)
             counts[run.run_id] = len(members)
             ids |= {(m.run.run_id, m.id) for m in members}
-    assert counts == {"dpo": 12, "discopop": 12, "td_dpo": 20, "td_dpo_anchored": 1, "discopop_card": 1}
-    assert len(ids) == 46
-    assert {("td_dpo", f"beta0.05-tau1-s{seed}") for seed in (42, 43, 44)} < ids  # a claim's cell has every seed
+    assert counts == {"dpo": 80, "discopop": 80, "td_dpo": 88, "td_dpo_anchored": 1, "discopop_card": 1}
+    assert len(ids) == 250
+    assert {("td_dpo", f"beta0.05-tau1-s{seed}") for seed in range(42, 62)} < ids  # a claim's cell has every seed
     assert ("td_dpo", "beta0.05-tau2-s42") in ids
     assert ("td_dpo", "beta0.05-tau2-s43") not in ids
 

@@ -48,7 +48,7 @@ def raw(kind="fixed", **scheduler) -> dict:
 
 def member_of(kind="fixed", seed=1, changes=None, **scheduler):
     run = config.restore(raw(kind, **scheduler), study="graff", scale="laptop", mode="full")
-    return config.Member(run=config.apply(run, changes or {}), cell={}, cell_name="c", seed=seed)
+    return config.Member(run=config.seeded(config.apply(run, changes or {}), seed), cell={}, cell_name="c", seed=seed)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def executed(study, folder):
     prepare, train = config.study_module(study).prepare, config.study_module(study).train
     sys.settrace(note)  # returns None: no line is traced, and no function in C
     try:
-        prepare(run, folder / "inputs")
+        prepare(member.run, folder / "inputs")
         train(member, folder / "member", folder / "inputs")
     finally:
         sys.settrace(None)

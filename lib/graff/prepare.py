@@ -33,6 +33,7 @@ NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
 # Operands lie below it; one-step problems start below twice that, so that every second step occurs as a first.
 HIGH = 10
+JUDGED = 2**32  # the seed of the test problems: none that a member can have
 
 
 def problem(rng, steps: int) -> dict:
@@ -89,7 +90,7 @@ def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     dataset, (name, source), report = run.dataset, data.source_of(run), {}
     if name == "generated":
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
-        test = generate_problems(dataset.test_examples or STAND_IN, dataset.split_seed + 1, 2)
+        test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2)
     else:
         splits, report = read_problems(name, ("test", "train"), dataset.revision, streaming=dataset.streaming)
         rows, test = splits["train"], splits["test"]
@@ -188,10 +189,10 @@ BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the la
 EPISODE_MODELS = {"laptop": (64, 2), "paper": (384, 8)}
 
 
-def episode_of(scale: str, trial: bool, batch: int, place: Path):
+def episode_of(scale: str, trial: bool, batch: int, place: Path, seed: int):
     """The run of one episode."""
     hidden, layers = EPISODE_MODELS[scale]
-    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 2 if trial else 300}
+    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 2 if trial else 300, "seed": seed}
     training = {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "total_steps": 2 if trial else STEPS}
     training |= {"global_batch_size": batch, "micro_batch_size": batch}
     training["optimizer"] = {"lr_init": 3e-3, "betas": [0.9, 0.98]}
@@ -199,26 +200,27 @@ def episode_of(scale: str, trial: bool, batch: int, place: Path):
     raw = {
         "run_id": "warm_start",
         "model": {"name": "made", "lora": {"r": 8}, "recipe": recipe},
-        "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": 11},
+        "dataset": {"name": "generated", "train_examples": 2000, "test_examples": 8, "dev_size": 8, "split_seed": seed},
         "training": training,
         "evaluation": {"max_new_tokens": 4, "dev_subset": 4},
     }
     return config.restore(raw, study="graff", scale=scale, mode="full", results_dir=place)
 
 
-def warm_start(out: Path, scale: str = "laptop", trial: bool = False) -> list[dict]:
+def warm_start(out: Path, scale: str = "laptop", trial: bool = False, seed: int = 0) -> list[dict]:
     """Train the planner over the episodes, each on a fresh copy of the model; writes `out`; returns each one's
     metrics."""
     metrics, planner = [], {}
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        shared, runs = Path(scratch) / "inputs", [episode_of(scale, trial, batch, Path(scratch)) for batch in BATCHES]
+        place = Path(scratch)
+        shared, runs = place / "inputs", [episode_of(scale, trial, batch, place, seed) for batch in BATCHES]
         shared.mkdir()
         prepare(runs[0], shared)
         for number, run in enumerate(runs):
-            folder = Path(scratch) / f"episode-{number}"
+            folder = place / f"episode-{number}"
             folder.mkdir()
-            episode = config.Member(run=run, cell={}, cell_name="warm", seed=7 + number)
+            episode = config.Member(run=run, cell={}, cell_name="warm", seed=(len(BATCHES) * seed + number) % 2**32)
             metrics.append(member.train(episode, folder, shared, planner))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in planner.items()}, out)

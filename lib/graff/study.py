@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lib import config
-from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, fault
+from lib.config import Count, Finding, Flag, Fraction, Name, Positive, Section, Seed, fault
 
 # ---- sections of the YAML
 
@@ -40,7 +40,7 @@ class Recipe(Section):
     pretrain_steps: Count = 1500
     pretrain_batch_size: Count = 32
     pretrain_learning_rate: Positive = 3e-3
-    seed: int = 0
+    seed: Seed | None = None  # null: the member's own
 
 
 class Model(Section):
@@ -65,7 +65,9 @@ class Dataset(Section):
     limit: Count | None = None
     train_examples: Count | None = None  # of generated problems
     test_examples: Count | None = None
-    split_seed: int = 0
+    split_seed: Seed | None = (
+        None  # null: the member's own; of train, dev and the warm start, while test stays as it is
+    )
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real problems
     gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
 
@@ -166,6 +168,7 @@ class Run(config.Run):
 BY_NAME = {"SCHEDULERS": "training.scheduler.type"}
 VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
+SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("exact_match", "dev_exact_match", "flexible_match", "auc")
 METRICS = dict.fromkeys(SCORES, "maximize")
 METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize")
@@ -274,7 +277,7 @@ def prepare(run: Run, folder: Path) -> None:
     from lib.graff import prepare as preparation
 
     preparation.prepare(run, folder)
-    preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial")
+    preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial", run.dataset.split_seed)
 
 
 def train(member, folder: Path, shared: Path) -> dict:

@@ -38,6 +38,7 @@ ALSO = {"premise": "sentence1", "hypothesis": "sentence2"}  # as GLUE's own file
 NOUNS = ["dog", "cat", "fox", "hen", "cow", "pig", "rat", "owl", "bee", "ant", "elk", "ape", "bat", "cod", "eel", "emu"]
 VERBS = ["sees", "hears", "likes", "hunts", "helps", "leads"]
 ENTAILMENT, NOT_ENTAILMENT = 0, 1
+JUDGED = 2**32  # the seed of the validation rows: none that a member can have
 
 
 def _clause(fact: tuple[str, str, str], rng: np.random.Generator) -> str:
@@ -113,7 +114,7 @@ def load_splits(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
     """(rows by split, those of the task `generated` made here; the reader's report)."""
     if task == "generated":
         sizes, report = (dataset.train_examples or 64, dataset.validation_examples or 64), {}
-        splits = {"train": generate(sizes[0], 11), "validation": generate(sizes[1], 12)}
+        splits = {"train": generate(sizes[0], dataset.split_seed), "validation": generate(sizes[1], JUDGED)}
     else:
         splits, report = read_task(dataset, task)
     train = splits["train"]

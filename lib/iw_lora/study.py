@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lib import config
-from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Whole, fault
+from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Seed, Whole, fault
 
 # ---- sections of the YAML
 
@@ -63,7 +63,7 @@ class Recipe(Section):
     pretrain_steps: Count = 1000
     pretrain_batch_size: Count = 64
     pretrain_learning_rate: Positive = 1e-3
-    seed: Whole = 0
+    seed: Seed | None = None  # null: the member's own
 
 
 class Model(Section):
@@ -95,7 +95,7 @@ class Dataset(Section):
     train_examples: Count | None = None  # these two are for generated data
     validation_examples: Count | None = None
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
-    split_seed: Whole = 0
+    split_seed: Seed | None = None  # null: the member's own; of train and tuning, while validation stays as it is
     limit: Count | None = None
 
 
@@ -200,6 +200,7 @@ class Run(config.Run):
 # ---- names: what the runner, the analysis and `check` know of the study
 
 MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ in: the base model is the same
+SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1")
 METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "validation_loss": "minimize"}
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.

@@ -1,6 +1,6 @@
 """A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
 
-    inputs = prepare_inputs(run)    what all members share, made once and kept on disk by content
+    inputs = prepare_inputs(run)    what a seed's members share, made once and kept on disk by content
     job = submit(run)               queue what is not cached     … the notebook continues with its method cells …
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from lib import config, hub, record
 from lib.errors import StudyError
@@ -61,8 +63,8 @@ class Job:
 
 
 def inputs_folder(run) -> Path:
-    """Where what this run's members share lies, named by all that it is made of."""
-    return CACHE / run.study / keys.inputs_key(run)
+    """Where what a seed's members share lies, named by all that it is made of; of a run, its first seed's."""
+    return CACHE / run.study / keys.inputs_key(config.seeded(run, run.seed_list[0]))
 
 
 def _spec(run) -> dict:
@@ -95,17 +97,24 @@ def _wait(run, task: pool.Task, phase: str, wanted: str) -> None:
         raise StudyError(f"{run.run_id}: {task.name}", ": ".join(_ending(task)), wanted, f"read {task.log}")
 
 
-def prepare_inputs(run) -> Path:
-    """The folder of what all members share (data, tokenizer, base model, reference log-probabilities), made where it is
-    not there yet."""
-    final = inputs_folder(run)
-    complete, partial = final / "complete.json", final.with_name(final.name + ".partial")
-    if not complete.exists():
-        partial.mkdir(parents=True, exist_ok=True)
-        task = _task(run, "prepare", "prepare", partial, {**_spec(run), "final": str(final)}, check=complete.exists)
-        _start(task, work.prepare)
-        _wait(run, task, "preparing", "data, tokenizer and base model")
-    return final
+def prepare_inputs(run, *others) -> Path:
+    """The folder of what a seed's members share (data, tokenizer, base model, reference log-probabilities), made where
+    it is not there yet, and beside it what runs of other seeds share."""
+    folders = {inputs_folder(each): config.seeded(each, each.seed_list[0]) for each in (run, *others)}
+    missing, tasks = [final for final in sorted(folders) if not (final / "complete.json").exists()], []
+    with contextlib.ExitStack() as locks:
+        for final in missing:  # another notebook may be making the very same: it is waited for here, not in a slot
+            final.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(f"{final}.lock"))
+        for final in (final for final in missing if not (final / "complete.json").exists()):
+            partial, check = final.with_name(final.name + ".partial"), (final / "complete.json").exists
+            partial.mkdir(exist_ok=True)
+            argument = {**_spec(folders[final]), "final": str(final)}
+            tasks.append(_task(run, "prepare", "prepare", partial, argument, check=check))
+            _start(tasks[-1], work.prepare)
+        for task in tasks:
+            _wait(run, task, "preparing", "data, tokenizer and base model")
+    return next(iter(folders))
 
 
 def measure(run, function: str) -> None:
@@ -130,8 +139,11 @@ def submit(run, members: list | None = None, *, subfolder: str = "members") -> J
             work.drop_training_state(folder)  # where it was killed just after its sentinel
             continue
         reasons[member.id] = reason
-        prepare_inputs(member.run)  # there already, except in a search over the data's own settings
-        job.tasks[member.id] = _member_task(member, folder)
+    late = [member for member in members if member.id in reasons]
+    if late:
+        prepare_inputs(*(member.run for member in late))
+    for member in late:
+        job.tasks[member.id] = _member_task(member, job.folders[member.id])
     for task in job.tasks.values():
         _start(task, work.train)
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")

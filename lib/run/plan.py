@@ -42,7 +42,8 @@ class Step:
     members: int = 0  # to be trained
     unknown: bool = False  # nothing tells how long one trains
     seconds: float = 0.0  # predicted of its members, on one slot, and of the notebook
-    prepare: float = 0.0  # predicted for what its members share, where this step is the first to need it
+    inputs: set[Path] = field(default_factory=set)  # what its members to be trained share, a folder per seed
+    prepare: float = 0.0  # predicted for those of them that this step is the first to need
     # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
     state: str = ""
     minutes: float = 0.0
@@ -120,10 +121,10 @@ class Forecast:
 
 
 def forecast(planned: list[Step], slots: int) -> Forecast:
-    """Training and searches share the slots; preparation and analysis do not."""
+    """Preparation, training and searches share the slots; analysis does not."""
     training = [s for s in planned if s.kind != "analysis" and s.reason]
-    wide = sum(s.seconds * min(s.run.compute.devices, slots) for s in training)  # a sharded member takes several slots
-    alone = sum(s.prepare for s in training) + sum(s.seconds for s in planned if s.kind == "analysis")
+    wide = sum(s.seconds * min(s.run.compute.devices, slots) + s.prepare for s in training)  # a sharded member is wide
+    alone = sum(s.seconds for s in planned if s.kind == "analysis")
     devices = max((s.run.compute.gpus for s in training), default=0)
     return Forecast(
         wall_seconds=wide / max(1, slots) + alone,
@@ -143,9 +144,10 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
                 fix = f"leave this study out (--study), or add it (git checkout -- {name})"
                 raise StudyError(name, "not there", "the study's notebooks and claims", fix)
         train = [_train(run, force) for run in mine]
-        for folder, first in {members.inputs_folder(s.run): s for s in reversed(train) if s.members}.items():
+        each = TRIAL_SECONDS if mode == "trial" else mine[0].compute.prepare_seconds
+        for folder, first in {folder: step for step in reversed(train) for folder in step.inputs}.items():
             if not (folder / "complete.json").exists():
-                first.prepare = TRIAL_SECONDS if mode == "trial" else first.run.compute.prepare_seconds
+                first.prepare += each
         sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
         planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
     return planned
@@ -174,6 +176,7 @@ def _train(run, force: bool) -> Step:
     key = keys.digest([*(keys.member_key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
     parameters = config.parameters(run)
     step = Step("train", run.study, run.run_id, notebook, folder, parameters, key, "", run, members=len(stale))
+    step.inputs = {members.inputs_folder(member.run) for member, _ in stale}
     step.reason = _why(step, force)
     if stale and step.reason != "never run" and not force:
         step.reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}"

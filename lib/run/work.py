@@ -76,9 +76,9 @@ def drop_training_state(folder: Path) -> None:
 
 
 def prepare(argument: dict) -> None:
-    """Make what a run's members share, in a folder of its own that takes its final name when it is whole."""
+    """Make what a seed's members share, in a folder of its own that takes its final name when it is whole."""
     run, final, partial = run_of(argument), Path(argument["final"]), Path(argument["folder"])
-    with FileLock(f"{final}.lock"):  # another runner may be making the very same thing; a killed one lets go
+    with FileLock(f"{partial}.lock"):  # of a runner that was killed a moment ago, it may still be at work
         if (final / "complete.json").exists():
             return
         (partial / "error.json").unlink(missing_ok=True)

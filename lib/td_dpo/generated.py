@@ -251,9 +251,10 @@ def _make_split(split: str, size: int, seed: int) -> list[dict]:
 
 
 def make_pairs(train: int, validation: int, test: int, seed: int = 0) -> dict[str, list[dict]]:
-    """Pairs for the three splits, each drawn on its own: a smaller split is the beginning of a larger one."""
-    sizes = {"train": train, "validation": validation, "test": test}
-    return {split: _make_split(split, size, seed) for split, size in sizes.items()}
+    """Pairs for the three splits, each drawn on its own: a smaller split is the beginning of a larger one, and the test
+    pairs are the same for every seed."""
+    sizes = {"train": (train, seed), "validation": (validation, seed), "test": (test, 0)}
+    return {split: _make_split(split, *size) for split, size in sizes.items()}
 
 
 def questions(n: int, seed: int = 0) -> list[dict]:

@@ -150,9 +150,10 @@ def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
 
 
 @torch.no_grad()
-def base_score(run, given: SimpleNamespace) -> float:
-    """The untrained reference's own oracle score, for the notebook: what every method started from."""
-    answers = judged_answers(run, models.load_base(run, given.base), given.tokenizer, run.seed_list[0])
+def base_score(member, given: SimpleNamespace) -> float:
+    """The untrained reference's own oracle score, for the notebook: what every method started from with this seed."""
+    run = member.run
+    answers = judged_answers(run, models.load_base(run, given.base), given.tokenizer, member.seed)
     return _mean([a["score"] for a in answers])
 
 

@@ -40,7 +40,7 @@ class Recipe(Section):
     sft_steps: Count = 450
     sft_batch_size: Count = 32
     sft_learning_rate: Positive = 6e-3
-    seed: Seed = 0
+    seed: Seed | None = None  # null: the member's own
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -106,7 +106,7 @@ class Dataset(Section):
         0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
     )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
-    split_seed: Seed = 0
+    split_seed: Seed | None = None  # null: the member's own; of train and validation, while test stays as it is
     preprocessing: Preprocessing = Preprocessing()
     limit: Count | None = None
     on_bad_row: Literal["refuse", "drop"] = "refuse"
@@ -244,6 +244,7 @@ JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric 
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
+SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("oracle_score", "mt_bench_score", "mt_bench_score_corrected")
 ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "validation_raw_accuracy")
 METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
