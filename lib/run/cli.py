@@ -22,7 +22,21 @@ from lib import config, errors, hub, record
 from lib.errors import StudyError
 from lib.run import check, cluster, compose, pages, plan, pool, progress, runner, wandb
 
-COMMANDS = ("full", "trial", "plan", "check", "compose", "status", "report", "sync", "pull", "judge", "lab", "test")
+COMMANDS = (
+    "full",
+    "trial",
+    "plan",
+    "check",
+    "compose",
+    "status",
+    "report",
+    "sync",
+    "pull",
+    "judge",
+    "judge-table",
+    "lab",
+    "test",
+)
 LONGEST = 180  # bytes of what --set changed in a folder's name
 FIRST = "start_here.ipynb"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -35,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     commands = (
         "full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
         "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
-        "the records; pull: judge the studies from W&B; judge: have saved answers graded; lab: JupyterLab; test"
+        "the records; pull: judge the studies from W&B; judge: have saved answers graded; judge-table: verdicts on a "
+        "table of your own scores; lab: JupyterLab; test"
     )
     add("command", nargs="?", choices=COMMANDS, help=commands)
     add("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
@@ -89,6 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         lab(more)
     if command == "compose":
         return report_errors(lambda: compose.main(more))
+    if command == "judge-table":
+        from lib.run import judge_table  # pandas, which no other command needs here
+
+        return report_errors(lambda: judge_table.main(more))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
