@@ -280,8 +280,9 @@ def judged_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
-    """One row per run (method, keys, seed, status), read off its scores."""
-    found = rows[[c for c in ("method", *keys, "seed", "status", "pilot") if c in rows]].drop_duplicates()
+    """One row per run (its name, method, keys, seed, status), read off its scores."""
+    columns = dict.fromkeys(("run_id", "method", *keys, "seed", "status", "pilot"))
+    found = rows[[c for c in columns if c in rows]].drop_duplicates()
     return found if "status" in found else found.assign(status="completed")
 
 
@@ -298,7 +299,7 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
         runs = runs[runs["pilot"].fillna(False).astype(bool)]
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
-    metric = pd.to_numeric(runs[study.choose_on], errors="coerce")
+    metric = _numbers(runs[study.choose_on])
     metric = metric.mask(runs["status"] == "diverged", study.diverged.get("accuracy", 0.5))
     means = metric.groupby([runs[key] for key in open_keys]).mean()
     if means.empty or metric[runs[open_keys].notna().all(axis=1)].isna().any():
@@ -371,9 +372,13 @@ def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
     if metric not in mine:
         return pd.DataFrame()
     unit = next((mine[name] for name in UNITS if name in mine), pd.Series(0, mine.index))
-    values = pd.to_numeric(mine[metric], errors="coerce").replace([np.inf, -np.inf], np.nan)
-    values = values.groupby([mine["seed"], unit])
+    values = _numbers(mine[metric]).groupby([mine["seed"], unit])
     return values.mean().where(values.count() == values.size()).unstack().dropna(axis=0, how="all")
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Missing where there is no number, or an infinite one."""
+    return pd.to_numeric(column, errors="coerce").replace([np.inf, -np.inf], np.nan).astype(float)
 
 
 def _duplicates(study: Claims, cell: Cell, runs: pd.DataFrame) -> list[str]:
@@ -435,7 +440,8 @@ def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: 
         rule += "holds that threshold, which leaves the claim open"
     else:
         rule += "keeps to it" if word == "supported" else "lies wholly beyond it"
-        rule += ", but above 0" if word == "refuted" and test == "superiority" and not ratio and low > 0 else ""
+        above = f", but {'below 1' if ratio else 'above 0'}"
+        rule += above if word == "refuted" and test == "superiority" and low > 0 else ""
     steps = zip(sequence.taken, sequence.low, sequence.high, strict=True)
     return {
         "verdict": word,
@@ -614,6 +620,8 @@ def evaluate(
         verdict.decided = verdict.verdict not in ("inconclusive", "not evaluated")
         if verdict.decided:
             verdict.next_look = None
+            early = verdict.verdict != "vacuous" and verdict.test != "cost_ratio" and verdict.n_seeds < data.looks[-1]
+            verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
             n = verdict.seeds_to_decide
             verdict.reason += f" Were the estimate true, about {n} seeds would decide it with 80 % chance." if n else ""
@@ -743,14 +751,16 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     columns = [claim.metric, f"{claim.metric}_baseline"]
     pairs = data.costs if {*columns, "process"} <= set(data.costs) else pd.DataFrame(columns=[*columns, "process"])
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
+    pairs = pairs.assign(**{name: _numbers(pairs[name]) for name in columns})
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
-    logs = np.log(pairs[columns[0]].astype(float) / pairs[columns[1]].astype(float))
-    ratios = logs.groupby(pairs["process"]).median()
-    if len(ratios) < MIN_PROCESSES:
-        count = f"{len(ratios)} processes, at least {MIN_PROCESSES} are needed"
+    ratios = np.log(pairs[columns[0]] / pairs[columns[1]]).groupby(pairs["process"]).median()
+    looks = data.looks if data.looks[-1] >= MIN_PROCESSES else (MIN_PROCESSES,)
+    least = next(n for n in looks if n >= MIN_PROCESSES)
+    if len(ratios) < least:
+        count = f"{len(ratios)} processes, at least {least} are needed"
         raise Missing(f"{claim.metric} of {names[0]} and {names[1]} measured interleaved ({count})")
-    ratios = ratios.iloc[: max(n for n in data.looks if n <= len(ratios))]
-    vars(verdict).update(measure(claim, -ratios.to_numpy()[:, None], [int(i) for i in ratios.index], names, data.looks))
+    ratios = ratios.iloc[: max(n for n in looks if n <= len(ratios))]
+    vars(verdict).update(measure(claim, -ratios.to_numpy()[:, None], [int(i) for i in ratios.index], names, looks))
     verdict.n_seeds = len(ratios)
     span = f"{math.exp(ratios.min()):.3f} to {math.exp(ratios.max()):.3f}"
     verdict.reason += f" Processes differ from {span}."
@@ -797,7 +807,7 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
 
 def _chance_limits(study: Claims, cell: Cell, members: pd.DataFrame) -> tuple[float, float]:
     """What the metric is above where a run of `cell` has learned, and what below (minus infinity: nothing)."""
-    runs, chance = select(members, cell), study.chance
+    runs, chance = select(judged_rows(members), cell), study.chance
 
     def value(level: float | str) -> float:
         own = pd.to_numeric(runs[level], errors="coerce").mean() if isinstance(level, str) and level in runs else level

@@ -78,11 +78,11 @@ def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | N
 
 def undecidable(study: Claims, claim: Claim, scale: str) -> str:
     """Why no number of seeds up to the last look can decide the claim, at the smallest noise assumed and whether it is
-    as claimed, nothing, or as much the other way round; the empty string where some can."""
+    as claimed, nothing, or as much the other way round; the empty string where some can, or no size is claimed."""
     sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
     (_, margin), looks = test_of(claim), study.looks_of(scale)
     distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
-    if not assumed_for(study, claim):
+    if not assumed_for(study, claim) or not margin:
         return ""
 
     def half(seeds: int) -> float:

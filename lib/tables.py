@@ -21,13 +21,15 @@ from lib.plots import number, outcomes
 class Records:
     """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
     `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
-    interleaved step times of a method and its baseline."""
+    interleaved step times of a method and its baseline. `everyone`: the members and, without metrics, those in
+    `missing`, in the order in which they were planned: a look at claims takes the first seeds of it."""
 
     members: pd.DataFrame
     history: pd.DataFrame
     answers: pd.DataFrame
     pairs: pd.DataFrame
     costs: pd.DataFrame
+    everyone: pd.DataFrame = field(default_factory=pd.DataFrame)
     missing: list[dict] = field(default_factory=list)
 
 
@@ -37,8 +39,9 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
     `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
     Raises StudyError where finished members were made by different states of a function (code.json).
     """
-    rows = {"members": [], "history": [], "answers": [], "pairs": [], "costs": []}
+    rows = {"history": [], "answers": [], "pairs": [], "costs": []}
     planned = {(m.run.run_id, m.id): m for m in expected or []}
+    found = dict.fromkeys(planned)  # in this order
     code: dict[tuple[str, str], tuple[str, str]] = {}
     for done in sorted(Path(results_dir).glob(f"*/{subfolder}/*/done.json")):
         folder, sentinel = done.parent, record.read_json(done, {})
@@ -52,22 +55,25 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
             for definition, digest in definitions.items():
                 digest_before, name_before = code.setdefault((module, definition), (digest, name))
                 if digest_before != digest:
-                    found = f"members made by different code ({module} {definition}): {name_before} and {name}"
+                    seen = f"members made by different code ({module} {definition}): {name_before} and {name}"
                     fix = "./run_all.sh (it retrains what is stale)"
-                    raise StudyError(str(results_dir), found, "records of one state of the code", fix)
+                    raise StudyError(str(results_dir), seen, "records of one state of the code", fix)
         metrics = record.read_json(folder / "metrics.json", {})
-        rows["members"].append({**who, "status": sentinel["status"], "folder": str(folder), **metrics})
+        found[place] = {**who, "status": sentinel["status"], "folder": str(folder), **metrics}
         rows["history"] += [{**who, **row} for row in record.read_jsonl(folder / "history.jsonl")]
         for row in record.read_jsonl(folder / "predictions.jsonl"):
             rows["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
     for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
         who = {"run_id": path.parent.name, "method": record.read_json(path.parent / "metrics.json", {}).get("method")}
         rows["costs"] += [{**who, **row} for row in record.read_jsonl(path)]
+    rows["members"] = [row for row in found.values() if row]
     missing = []
-    for m in planned.values():
-        who = {"run_id": m.run.run_id, "method": m.run.method, "member": m.id, "seed": m.seed}
-        cell = {key.rsplit(".", 1)[-1]: value for key, value in m.cell.items()}
-        missing.append({**who, **cell, **_state(Path(results_dir) / m.run.run_id / subfolder / m.id)})
+    for place, m in planned.items():
+        spec = {"run_id": m.run.run_id, "study": m.run.study, "config": config.dump(m.run), "seed": m.seed}
+        who = record.identity({**spec, "cell": m.cell, "cell_name": m.cell_name})
+        found[place] = {**who, "member": m.id, **_state(Path(results_dir) / m.run.run_id / subfolder / m.id)}
+        missing.append(found[place])
+    rows["everyone"] = list(found.values())
     return Records(**{name: pd.DataFrame(part) for name, part in rows.items()}, missing=missing)
 
 
