@@ -369,7 +369,7 @@ def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
     """Seeds x questions (one where a score is about no question); a question's mean over its rows (turns), missing
     where one of them is, or is infinite."""
     mine = select(rows, cell)
-    if metric not in mine:
+    if mine.empty or metric not in mine:
         return pd.DataFrame()
     unit = next((mine[name] for name in UNITS if name in mine), pd.Series(0, mine.index))
     values = _numbers(mine[metric]).groupby([mine["seed"], unit])

@@ -98,7 +98,7 @@ def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded):
         conversations(loaded[1], pairs, 4)
 
 
-def test_real_conversations_are_cut_and_learnt_from():
+def test_real_conversations_are_cut_and_learned_from():
     if not REAL.exists():
         pytest.skip(f"{REAL} is not on this machine")
     import pandas as pd

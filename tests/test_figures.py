@@ -92,25 +92,31 @@ CLAIMS = [
         "id": "C1",
         "verdict": "refuted",
         "test": "non_inferiority",
-        "margin": 0.3,
+        "tested": 0.3,
         "estimate": -1.93,
         "interval95": [-2.41, -1.42],
+        "looks": [
+            {"seeds": 5, "estimate": -2.0, "low": -2.9, "high": -1.1},
+            {"seeds": 8, "estimate": -1.93, "low": -2.41, "high": -1.42},
+        ],
     },
     {
         "id": "C3",
         "verdict": "inconclusive",
         "test": "equivalence",
-        "margin": 0.1,
+        "tested": 0.1,
         "estimate": 0.05,
         "interval95": [-0.4, 0.5],
+        "looks": [{"seeds": 5, "estimate": 0.05, "low": -0.4, "high": 0.5}],
     },
     {
         "id": "C5",
         "verdict": "not evaluated",
         "test": "cost_ratio",
-        "margin": None,
+        "tested": 0.02,
         "estimate": None,
         "interval95": None,
+        "looks": [],
     },
 ]
 
@@ -225,9 +231,11 @@ def test_words_hold_the_numbers(drawn):
     assert f"beta 0.01: mean {number(outcomes(dpo, 'oracle_score', 1.0)['value'].mean())}" in drawn["bars"].alt
     assert "reference: 6.55." in drawn["bars"].alt
     assert "1 of 3 seeds end early, the first at 40" in drawn["accuracy"].alt
-    assert "C1: refuted, estimate −1.93, 95 % interval −2.41 to −1.42, margin −0.3." in drawn["claims"].alt
-    assert "margin −0.1, 0.1" in drawn["claims"].alt
-    assert "C5: not evaluated, no estimate." in drawn["claims"].alt
+    assert "C1: refuted, estimate −1.93, 95 % interval −2.41 to −1.42, tested −0.3." in drawn["claims"].alt
+    assert "tested −0.1, 0.1" in drawn["claims"].alt
+    assert "C5: not evaluated, no estimate" in drawn["claims"].alt
+    axes = drawn["claims"].canvas.axes
+    assert [[text.get_text() for text in place.texts] for place in axes] == [["5 seeds", "8 seeds"], ["5 seeds"], []]
 
 
 def test_the_mean_of_a_curve_ends_where_the_first_seed_ends(drawn):

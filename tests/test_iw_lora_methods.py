@@ -131,8 +131,7 @@ def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monk
     )
     (tmp_path / "inputs").mkdir()
     data.prepare(run, tmp_path / "inputs")
-    trainer.step_cost(run, tmp_path, tmp_path / "inputs")
-    rows = record.read_jsonl(tmp_path / "step_cost.jsonl")
+    rows = trainer.step_cost(run, tmp_path, tmp_path / "inputs")
     assert len(rows) == 4
     assert all(min(r["seconds"], r["seconds_baseline"], r["step_seconds_baseline"]) > 0 for r in rows)
     calibration = record.read_json(tmp_path / "calibration.json")
