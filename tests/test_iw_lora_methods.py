@@ -20,7 +20,8 @@ LAPTOP = ROOT / "params" / "iw_lora" / "laptop" / "iw_lora.yaml"
 
 def laptop(**changes):
     run = config.load_run(LAPTOP, scale="laptop", mode="full")
-    return config.apply(run, {"grid": None, "loss.alpha": 0.01, "training.learning_rate": 2e-3, **changes})
+    run = config.apply(run, {"grid": None, "loss.alpha": 0.01, "training.learning_rate": 2e-3, **changes})
+    return config.members(run)[0].run  # what is left to the seed is filled in
 
 
 @pytest.mark.parametrize(
