@@ -674,6 +674,17 @@ def members(run: Run) -> list[Member]:
     return [member(run, of_cell[name].cell, seed) for name, own in seeds.items() for seed in dict.fromkeys(own)]
 
 
+def with_seeds(run: Run, seeds: Mapping[str, list[int]]) -> Run:
+    """The run with these of its cells alone, {name: its seeds}."""
+    cells = {one.cell_name: one.cell for one in members(run)}
+    if not run.grid:  # one cell without values, or the choices of the search, which all have the same seeds
+        return apply(run, {"seed_list": list(dict.fromkeys(itertools.chain(*seeds.values())))})
+    blocks: dict[tuple[int, ...], list] = {}
+    for name in (name for name in cells if name in seeds):
+        blocks.setdefault(tuple(seeds[name]), []).append(cells[name])
+    return apply(run, {"grid": [{"cells": of_seeds, "seeds": list(own)} for own, of_seeds in blocks.items()]})
+
+
 def first_cell(run: Run) -> dict[str, Any]:
     """The values of the first member's cell (of a continuous search: the low end)."""
     return _first_values(dump(run), study_module(run.study).ALIASES)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lib import record
-from lib.run import cli, plan, progress, runner
+from lib.run import cli, decide, plan, progress, runner
 from tests.conftest import TINY
 
 
@@ -14,11 +14,15 @@ def member(run, name: str, seconds: float, *, run_id: str | None = None) -> None
     record.write_json(folder / "metrics.json", {"status": "completed", "seconds": seconds})
 
 
-def test_a_members_seconds_come_from_its_own_run_then_its_study_then_the_yaml(tiny):
+def test_a_members_seconds_come_from_its_own_run_then_its_study_then_the_yaml(tiny, monkeypatch):
     run = tiny(compute={"seconds_per_step": 0.5})
-    assert plan.member_seconds(run) == 12 * 0.5
+    monkeypatch.setattr(plan, "slowness", lambda _: 3.0)
+    assert plan.member_seconds(run) == 12 * 0.5 * 3, "its YAML's, as slow as this machine is"
     member(run, "a", 40.0, run_id="other")
     assert plan.member_seconds(run) == 40.0
+    told = {"config": {"compute": {"seconds_per_step": 1.0}}}
+    record.write_json(Path(run.results_dir) / "other" / "members" / "a" / "member.json", told)
+    assert plan.member_seconds(run) == 20.0, "the other method's step takes twice this one's, say their YAMLs"
     for name, seconds in (("a", 7.0), ("b", 9.0), ("c", 8.0)):
         member(run, name, seconds)
     assert plan.member_seconds(run) == 8.0
@@ -56,7 +60,7 @@ def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     bound = tiny(dataset=limited, training=training, compute=compute)
     run = tiny(dataset=dataset, training=training, compute=compute)
     (first, *_) = plan.steps([run], "laptop", "full")
-    progress.print_plan([first], 1)
+    progress.print_plan([decide.Round("", [first])], 1)
     said = capsys.readouterr().out
     assert "?" in next(line for line in said.splitlines() if "td_dpo/tiny" in line)
     assert "more than" in said

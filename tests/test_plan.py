@@ -42,8 +42,9 @@ def study(tiny, tmp_path, monkeypatch):
 
     def go(*names, only=None, force=False):
         executed.clear()
-        steps = plan.steps([runs[name] for name in names], "laptop", "full", force=force)
-        engine = runner.Runner(steps, 1, force=force)
+        forced = [f"td_dpo/{name}" for name in names] if force else ()
+        steps = plan.steps([runs[name] for name in names], "laptop", "full", forced=forced)
+        engine = runner.Runner(steps, 1)
         for step in steps:
             if step.reason and only in (None, step.kind):
                 engine.execute(step)

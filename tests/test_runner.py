@@ -265,7 +265,7 @@ def test_a_record_with_a_hole_does_not_stand(tmp_path, gone):
         record.write_json(tmp_path / name, {"status": "succeeded", "key": "k"})
     if gone:
         (tmp_path / gone).write_text("")
-    why = plan._why(plan.Step("train", "td_dpo", "tiny", tmp_path, tmp_path, {}, "k", ""), False)
+    why = plan._why(plan.Step("train", "td_dpo", "tiny", tmp_path, tmp_path, {}, "k", ""), ())
     assert why == ("its record is incomplete" if gone else "")
 
 

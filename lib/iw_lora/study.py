@@ -320,8 +320,8 @@ def train(member, folder: Path, shared: Path) -> dict:
     return trainer.train(member, folder, shared)
 
 
-def step_cost(run: Run, folder: Path, shared: Path) -> None:
+def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
     """Step times of IW-LoRA, LoRA and AdaLoRA, measured interleaved."""
     from lib.iw_lora import trainer
 
-    trainer.step_cost(run, folder, shared)
+    return trainer.step_cost(run, folder, shared)

@@ -191,7 +191,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         if why := power.undecidable(published, claim, scale):
             told = warning if scale == "paper" else error  # published claims stay as they are
             yield told(claim.id, why, "a claim that some number of seeds up to the last look can decide", file)
-    members = pd.DataFrame([row for run in runs for row in _rows(run)])
+    members = pd.DataFrame([row for run in runs for row in member_rows(run)])
     if members.empty:
         return
     twice = members[members.duplicated(["method", "cell", "seed"])]
@@ -208,7 +208,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
                 yield level(f"{claim.id}.{side}", what, fix, file)
 
 
-def _rows(run: Run) -> Iterator[dict]:
+def member_rows(run: Run) -> Iterator[dict]:
     """A run's members as the tables of an analysis name them: the cell's keys by their own names and the short ones."""
     aliases = config.study_module(run.study).ALIASES.items()
     with contextlib.suppress(StudyError):  # a wrong grid is a finding of its YAML
@@ -216,7 +216,7 @@ def _rows(run: Run) -> Iterator[dict]:
             spec = {"run_id": run.run_id, "config": config.dump(member.run), "study": run.study}
             spec |= {"cell": member.cell, "cell_name": member.cell_name, "seed": member.seed}
             short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}
-            yield short | record.identity(spec)
+            yield {"pilot": getattr(member, "pilot", False), **short, **record.identity(spec)}
 
 
 # ---- notebooks
@@ -303,7 +303,11 @@ def exit_code(findings: list[Finding]) -> int:
 def report(findings: list[Finding], options, found: list[Loaded], slots: int) -> None:
     """What `check` prints: the findings, whether the runs may start, and what they would cost."""
     errors = [str(finding).removeprefix("error: ") for finding in findings if finding.level == "error"]
-    cost = None if errors else plan.forecast(plan.steps(runs_of(found), options.scale, "full"), slots)
+    cost = (
+        None
+        if errors
+        else plan.forecast(plan.steps(runs_of(found), options.scale, "full", searched=runs_of(found)), slots)
+    )
     if options.json:
         issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]

@@ -1,8 +1,8 @@
 """The command line behind ./run_all.sh.
 
 Exit codes: 0 all done, 1 some run failed, 2 bad configuration (nothing started), 3 something needed is missing (nothing
-started), 4 something was left for lack of time (--max-hours), 130 interrupted, 141 the output was closed early (|
-head). A refuted claim is a result, not a failure.
+started), 4 something was left for lack of time (--max-hours, --max-minutes), 130 interrupted, 141 the output was closed
+early (| head). A refuted claim is a result, not a failure.
 """
 
 import argparse
@@ -16,16 +16,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, compose, pages, plan, pool, progress, runner, wandb
+from lib.run import check, cluster, compose, decide, pages, plan, pool, progress, runner, wandb
 
 COMMANDS = (
     "full",
     "trial",
     "plan",
+    "decide",
     "check",
     "compose",
     "status",
@@ -47,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
     commands = (
-        "full: the paper's scale; trial: does it run; plan: what would run and why; check: may it run; "
+        "full: the paper's scale; trial: does it run; plan: what would run and why; decide: more seeds for claims that "
+        "are open; check: may it run; "
         "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
         "the records; pull: judge the studies from W&B; judge: have saved answers graded; judge-table: verdicts on a "
         "table of your own scores; lab: JupyterLab; test"
@@ -66,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     add("--project", help="for sync and pull: the W&B project (default: the run's own)")
     add("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     add("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
+    more = "after the first looks: more seeds, times, ablations (default: 15 at laptop scale for `full`)"
+    add("--max-minutes", type=positive, metavar="M", help=more)
     add("--price", type=positive, metavar="P", help="of a GPU or core an hour (plan), of a million tokens (judge)")
     add("--json", action="store_true", help="`check` as one JSON object")
     add("--static", action="store_true", help="`check` without its trial")
@@ -207,9 +212,10 @@ def run(options) -> int:
         return check.exit_code(obstacles)
     code = check.exit_code(obstacles)
     if options.command == "plan":
-        fit = [entry for entry in selected if all(finding.level != "error" for finding in entry[2])]
-        steps = plan.steps(check.runs_of(fit), options.scale, options.mode, force=options.force)
-        progress.print_plan(steps, slots_of(options), options.price)
+        fit, slots = [entry for entry in selected if not check.has_error(entry[2])], slots_of(options)
+        if runs := check.runs_of(fit):
+            spending = decide.Spending(options, runs, check.runs_of(whole), slots)
+            progress.print_plan(spending.preview(), slots, spending.minutes, options.price)
         check.print_findings(obstacles)
         return code if code == 2 else 0
     check.print_findings(obstacles, sys.stderr if code else sys.stdout)
@@ -232,37 +238,40 @@ def execute(options, runs: list, whole: list) -> int:
         signal.signal(name, signal.default_int_handler)
     with progress.lock(root):
         runner.remove_leftovers(root)
-        for study in {run.study for run in runs}:  # for the analysis: its runs, whether or not they leave a record
-            where = {"study": study, "scale": options.scale, "mode": options.mode}
-            listed = [{**config.dump(run), **where} for run in whole if run.study == study]
-            record.write_json(root / study / "comparison" / "runs.json", listed)
-        steps = plan.steps(runs, options.scale, options.mode, force=options.force)
-        slots, to_do = slots_of(options), [step for step in steps if step.reason]
-        long = progress.format_forecast(plan.forecast(steps, slots), "about ") if to_do else "nothing to do"
-        print(f"{len(runs)} runs, {len(to_do)} of {len(steps)} notebooks to execute, {slots} members at a time; {long}")
-        for step in steps:
-            print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
+        slots = slots_of(options)
+        spending = decide.Spending(options, runs, whole, slots)
         needs_secrets = full and (options.scale == "paper" or any(run.optuna.storage for run in runs))
-        limits = {"fail_fast": options.fail_fast, "force": options.force, "max_hours": options.max_hours}
-        started = time.time()
+        limits = {"fail_fast": options.fail_fast, "max_hours": options.max_hours}
+        engine, started = runner.Runner([], slots, keep_secrets=needs_secrets, **limits), time.time()
         try:
-            if to_do:
-                runner.Runner(steps, slots, keep_secrets=needs_secrets, **limits).run()
+            engine.run(announced(spending.rounds(), slots))
         finally:
             with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
                 runner.remove_leftovers(root)
-            if to_do:
+            if any(step.reason for step in engine.steps):
                 print(f"ended after {progress.duration(time.time() - started)}")
-                progress.print_table(steps)
+                progress.print_table(list({step.title: step for step in engine.steps}.values()))
     index = pages.index_html(OUTPUTS)
     if full:
-        progress.print_verdicts(steps)
+        progress.print_verdicts(list({step.study: step for step in engine.steps if step.kind == "analysis"}.values()))
+    if spending.left:
+        print("\nleft for lack of time:", *spending.left, sep="\n  ")
     print(f"\n{os.path.relpath(index, os.getcwd())}")
-    left = {step.state for step in to_do} - {"succeeded"}
-    if left != {"postponed"}:
-        return 1 if left else 0
-    print("--max-hours left something to do: rerun the same command to do it")
-    return 4
+    states = {step.state for step in engine.steps} - {"succeeded", "cached", "postponed"}
+    is_asked = options.max_minutes or options.max_hours  # that the default budget ends is nothing to report
+    return 1 if states else 4 if spending.left and is_asked else 0
+
+
+def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Round]:
+    """The same rounds, each printed as it begins."""
+    for each in rounds:
+        to_do = sum(bool(step.reason) for step in each.steps)
+        long = progress.format_forecast(plan.forecast(each.steps, slots), "about ") if to_do else "nothing to do"
+        said = f"{to_do} of {len(each.steps)} notebooks to execute, {slots} members at a time; {long}"
+        print(f"{each.what}{': ' * bool(each.what)}{said}")
+        for step in each.steps:
+            print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
+        yield each
 
 
 def status(options) -> int:

@@ -321,6 +321,12 @@ def member_key(member) -> dict:
     return {**parts, "all": digest(parts)}
 
 
+def measurement_key(run, function: str) -> str:
+    """A digest of all that a measurement of the study's depends on, but the machine."""
+    numbers = {k: v for k, v in config.dump(run).items() if k not in NOT_NUMBERS}
+    return digest([numbers, run.mode, reach(run.study, function, values=flat(numbers)), versions(), sources(run)])
+
+
 def inputs_key(run) -> str:
     """A digest of all that what a run's members share is made of."""
     values, own = config.dump(run), config.study_module(run.study).MEMBER_KEYS

@@ -28,7 +28,8 @@ from lib.run import keys, pool, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = hub.cache_folder()
-PROCESSES = 8  # of a measurement; claims about times want as many
+PROCESSES = 8  # of a measurement, at first; claims about times want as many
+TIMES = "step_cost"  # the function of a study that measures times
 
 
 def stale(member, folder: Path) -> str:
@@ -90,9 +91,9 @@ def _start(task: pool.Task, function) -> None:
     task.state, task.seconds = "succeeded", time.monotonic() - started
 
 
-def _wait(run, task: pool.Task, phase: str, wanted: str) -> None:
+def _wait(run, task: pool.Task, phase: str, wanted: str, **counts: int) -> None:
     """Wait for what is no member. Raises StudyError where it does not succeed."""
-    pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": phase, **_last(task.folder)}))
+    pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": phase, **counts, **_last(task.folder)}))
     if task.state != "succeeded":
         raise StudyError(f"{run.run_id}: {task.name}", ": ".join(_ending(task)), wanted, f"read {task.log}")
 
@@ -117,15 +118,28 @@ def prepare_inputs(run, *others) -> Path:
     return next(iter(folders))
 
 
-def measure(run, function: str) -> None:
-    """Run a measurement of the study in PROCESSES fresh processes, one after the other: times differ more between
-    processes than inside one. `function`.jsonl in the run's folder holds their rows."""
-    argument = {**_spec(run), "function": function, "inputs": str(prepare_inputs(run))}
-    for process in range(PROCESSES if run.mode == "full" else 1):
-        folder = Path(run.results_dir) / run.run_id
-        task = _task(run, f"{function} {process + 1}", "measure", folder, {**argument, "process": process})
-        _start(task, work.measure)
-        _wait(run, task, f"measuring {function.replace('_', ' ')}", "a measurement")
+def measure(run, function: str = TIMES, processes: int = PROCESSES) -> None:
+    """Run a measurement of the study in so many processes, one after the other, each of which writes into a folder of its
+    own, and put what they wrote together in the run's. Processes that have been measured stay."""
+    folder, inputs, key = Path(run.results_dir) / run.run_id, prepare_inputs(run), keys.measurement_key(run, function)
+    rows = []
+    for number in range(processes):
+        place = folder / function / str(number)
+        if measured(place) != key:
+            place.mkdir(parents=True, exist_ok=True)
+            task = _task(run, function, "measure", place, {**_spec(run), "function": function, "inputs": str(inputs)})
+            _start(task, work.measure)
+            phase = f"measuring {function.replace('_', ' ')}, process {number + 1} of {processes}"
+            _wait(run, task, phase, "a measurement", done=number, members=processes)
+            record.write_json(place / "done.json", {"key": key})
+        rows += [{"process": number, **row} for row in record.read_jsonl(place / f"{function}.jsonl")]
+    record.write_jsonl(folder / f"{function}.jsonl", rows)
+    (folder / "progress.json").unlink(missing_ok=True)
+
+
+def measured(place: Path) -> str | None:
+    """The key of what a process measured in this folder."""
+    return record.read_json(place / "done.json", {}).get("key")
 
 
 def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:

@@ -1,35 +1,50 @@
 """What would run, what is cached and why, and how long it will take: the runner's list of notebooks in order.
 
-Per study: one training notebook per run YAML, one sweep per run with a search, then the analysis of them all. How long
-a member trains comes from the nearest record there is: its own run's members, else those of its study, else its YAML's
-own figure. Where there is nothing to go by it is None and printed as `?`; nothing is made up.
+Per study: one training notebook per run YAML, one sweep per run with a search, measurements of times, then the analysis
+of them all. How long a member trains comes from the nearest record there is: its own run's members, else those of its
+study, else its YAML's own figure as quick as this machine is (`slowness`). Where there is nothing to go by it is None and
+printed as `?`; nothing is made up.
 """
 
 import fnmatch
+import functools
 import os
 import shlex
 import statistics
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members
+from lib.run import keys, members, pool
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
-PLACES = ("*", "*/sweep", "*/members/*", "*/sweep/trials/*")
+PLACES = ("*", "*/sweep", f"*/{members.TIMES}", "*/members/*", "*/sweep/trials/*")
 RECORDS = [f"{place}/{name}.json" for place in PLACES for name in ("status", "done", "error")]
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
+START_SECONDS = 12.0  # of an interpreter that imports torch
+FORCED = "forced (--force)"
+# Work like a small model's, on which YAMLs' seconds are put right for this machine, and its seconds on the one that they
+# were measured on, with both cores at work.
+WORK = """import time, numpy
+a, b = numpy.random.rand(2, 96, 96).astype("float32")
+began = time.perf_counter()
+for _ in range(4000): a = numpy.tanh(a @ b) + sum(range(40)) * 1e-9
+print(time.perf_counter() - began)"""
+WORK_SECONDS = 1.0
 
 
 @dataclass
 class Step:
     """One notebook to execute. `reason` is why; the empty string means that its record is up to date."""
 
-    kind: str  # train, sweep, analysis
+    kind: str  # train, sweep, times, analysis
     study: str
     name: str  # run_id, or 'comparison'
     notebook: Path
@@ -39,7 +54,7 @@ class Step:
     reason: str
     run: Any = None
     needs: list["Step"] = field(default_factory=list)
-    members: int = 0  # to be trained
+    members: int = 0  # to be trained; of times, processes that measure them
     unknown: bool = False  # nothing tells how long one trains
     seconds: float = 0.0  # predicted of its members, on one slot, and of the notebook
     inputs: set[Path] = field(default_factory=set)  # what its members to be trained share, a folder per seed
@@ -47,20 +62,21 @@ class Step:
     # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
     state: str = ""
     minutes: float = 0.0
+    processes: int = 0  # that measure times, those at hand included
     error: dict | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.study}/{self.name}" + ("" if self.kind != "sweep" else " sweep")
+        return f"{self.study}/{self.name}" + (f" {self.kind}" if self.kind in ("sweep", "times") else "")
 
     @property
     def progress(self) -> Path:
         """The folder of its run, where progress is written: a sweep's members are its run's."""
-        return self.folder.parent if self.kind == "sweep" else self.folder
+        return self.folder.parent if self.kind in ("sweep", "times") else self.folder
 
     @property
     def output(self) -> Path:
-        return self.folder / {"train": "run.ipynb", "sweep": "sweep.ipynb", "analysis": "analysis.ipynb"}[self.kind]
+        return self.folder / {"train": "run.ipynb"}.get(self.kind, f"{self.kind}.ipynb")
 
     @property
     def command(self) -> str:
@@ -68,17 +84,21 @@ class Step:
         run = self.run or next((step.run for step in self.needs), None)
         if run is None and (last := record.read_json(self.folder / "status.json", {}).get("command")):
             return last  # an analysis of records as they are: whoever made them said how
-        overrides = getattr(run, "overrides", None) or {}
-        sets = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
         only = "" if self.kind == "analysis" else f" --run {shlex.quote(self.name)}"
         mode, scale = self.parameters["mode"], self.parameters["scale"]
-        return f"./run_all.sh {mode} --scale {scale} --study {self.study}{only}{sets}"
+        return f"./run_all.sh {mode} --scale {scale} --study {self.study}{only}{sets_of(run)}"
 
     def predict(self) -> None:
         """How long its members will train, where something tells."""
-        each = member_seconds(self.run)
+        each = process_seconds(self.run) if self.kind == "times" else member_seconds(self.run)
         self.unknown = bool(self.members) and each is None
         self.seconds = self.members * (each or 0.0) + (NOTEBOOK_SECONDS if self.reason else 0)
+
+
+def sets_of(run) -> str:
+    """The options that made this run of its YAML."""
+    overrides = getattr(run, "overrides", None) or {}
+    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
 
 
 def notebooks(study: str) -> dict[str, Path]:
@@ -102,11 +122,49 @@ def member_seconds(run) -> float | None:
     `seconds_per_step`, or epochs over data that was not read yet)."""
     if run.mode == "trial":
         return TRIAL_SECONDS
-    for pattern in (f"{run.run_id}/members/*", "*/members/*"):
-        rows = [record.read_json(path, {}) for path in Path(run.results_dir).glob(f"{pattern}/metrics.json")]
-        if found := [row["seconds"] for row in rows if row.get("seconds")]:
-            return statistics.median(found)
-    return config.steps(run) * run.compute.seconds_per_step or None
+    own = config.steps(run) * run.compute.seconds_per_step
+    if found := _seconds(run, f"{run.run_id}/members/*"):
+        return statistics.median(seconds for seconds, _ in found)
+    if found := _seconds(run, "*/members/*"):  # of other methods: by how much their YAMLs were wrong
+        wrong = [seconds / said for seconds, said in found if said]
+        return statistics.median(wrong) * own if wrong and own else statistics.median(s for s, _ in found)
+    return own * slowness(run) or None
+
+
+def _seconds(run, pattern: str) -> list[tuple[float, float]]:
+    """(seconds, what its YAML says of them) of the members that a run's study has a record of."""
+    found = []
+    for path in Path(run.results_dir).glob(f"{pattern}/metrics.json"):
+        if seconds := record.read_json(path, {}).get("seconds"):
+            compute = record.read_json(path.with_name("member.json"), {}).get("config", {}).get("compute", {})
+            found.append((seconds, config.steps(run) * (compute.get("seconds_per_step") or 0.0)))
+    return found
+
+
+def prepare_seconds(run) -> float:
+    """Expected seconds to make what a seed's members share."""
+    if run.mode == "trial":
+        return TRIAL_SECONDS
+    made = (record.read_json(path, {}) for path in (members.CACHE / run.study).glob("*/complete.json"))
+    found = [each["seconds"] for each in made if each.get("scale") == run.scale and each.get("mode") == run.mode]
+    return statistics.median(found) if found else run.compute.prepare_seconds * slowness(run)
+
+
+def process_seconds(run) -> float:
+    """Expected seconds of one process that measures times: it starts, and its steps are about half a member's."""
+    return TRIAL_SECONDS if run.mode == "trial" else START_SECONDS + (member_seconds(run) or 0.0) / 2
+
+
+def slowness(run) -> float:
+    """How much longer a step takes here, every core at work, than its YAML says; 1 where members train on GPUs."""
+    return 1.0 if run.compute.gpus else _slowness(pool.cores())
+
+
+@functools.cache
+def _slowness(processes: int) -> float:
+    command, one = [sys.executable, "-P", "-c", WORK], {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=one) for _ in range(processes)]
+    return statistics.fmean(float(each.communicate()[0]) for each in started) / WORK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -121,10 +179,10 @@ class Forecast:
 
 
 def forecast(planned: list[Step], slots: int) -> Forecast:
-    """Preparation, training and searches share the slots; analysis does not."""
-    training = [s for s in planned if s.kind != "analysis" and s.reason]
+    """Preparation, training and searches share the slots; measurements and analyses do not."""
+    training = [s for s in planned if s.kind in ("train", "sweep") and s.reason]
     wide = sum(s.seconds * min(s.run.compute.devices, slots) + s.prepare for s in training)  # a sharded member is wide
-    alone = sum(s.seconds for s in planned if s.kind == "analysis")
+    alone = sum(s.seconds for s in planned if s.kind in ("times", "analysis"))
     devices = max((s.run.compute.gpus for s in training), default=0)
     return Forecast(
         wall_seconds=wide / max(1, slots) + alone,
@@ -133,8 +191,17 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     )
 
 
-def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Step]:
-    """The steps for these runs (config.Run objects), each study's in order: train, sweep, analysis."""
+def steps(
+    runs: list,
+    scale: str,
+    mode: str,
+    *,
+    forced: Collection[str] = (),
+    searched: Iterable = (),
+    measured: Mapping[str, int] | None = None,
+) -> list[Step]:
+    """The steps for these runs (config.Run objects), each study's in order: train, sweep, times, analysis. `forced`: the
+    titles of steps to do again; `searched`: runs to search for; `measured`: {study/run_id: processes that measure times}."""
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
@@ -143,21 +210,22 @@ def steps(runs: list, scale: str, mode: str, *, force: bool = False) -> list[Ste
                 name = os.path.relpath(path, config.ROOT)
                 fix = f"leave this study out (--study), or add it (git checkout -- {name})"
                 raise StudyError(name, "not there", "the study's notebooks and claims", fix)
-        train = [_train(run, force) for run in mine]
-        each = TRIAL_SECONDS if mode == "trial" else mine[0].compute.prepare_seconds
-        for folder, first in {folder: step for step in reversed(train) for folder in step.inputs}.items():
+        train = {run.run_id: _train(run, forced) for run in mine}
+        for folder, first in {folder: step for step in reversed(train.values()) for folder in step.inputs}.items():
             if not (folder / "complete.json").exists():
-                first.prepare += each
-        sweeps = [_sweep(step, force) for step in train if step.run.optuna.n_trials or mode == "trial"]
-        planned += [*train, *sweeps, _analysis(study, train, sweeps, scale, mode, force)]
+                first.prepare += prepare_seconds(first.run)
+        wanted = [run for run in searched if run.study == study and (run.optuna.n_trials or mode == "trial")]
+        others = [_sweep(train[run.run_id], run, forced) for run in wanted]
+        others += [_times(step, n, forced) for step in train.values() if (n := (measured or {}).get(step.title))]
+        planned += [*train.values(), *others, _analysis(study, [*train.values(), *others], scale, mode, forced)]
     return planned
 
 
-def _why(step: Step, force: bool) -> str:
+def _why(step: Step, forced: Collection[str]) -> str:
     """Why a notebook has to be executed again, from its last status."""
     status = record.read_json(step.folder / "status.json")
-    if force:
-        return "forced (--force)"
+    if step.title in forced:
+        return FORCED
     if not status:
         return "never run"
     if status.get("status") != "succeeded":
@@ -169,36 +237,52 @@ def _why(step: Step, force: bool) -> str:
     return "" if status.get("key") == step.key else "its notebook or what it reads changed"
 
 
-def _train(run, force: bool) -> Step:
+def _train(run, forced: Collection[str]) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(run)
-    stale = [(m, why) for m in every if (why := "forced" if force else members.stale(m, folder / "members" / m.id))]
     notebook = notebooks(run.study)["train"]
     key = keys.digest([*(keys.member_key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
-    parameters = config.parameters(run)
-    step = Step("train", run.study, run.run_id, notebook, folder, parameters, key, "", run, members=len(stale))
+    step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
+    is_forced = step.title in forced
+    stale = [(m, why) for m in every if (why := FORCED if is_forced else members.stale(m, folder / "members" / m.id))]
     step.inputs = {members.inputs_folder(member.run) for member, _ in stale}
-    step.reason = _why(step, force)
-    if stale and step.reason != "never run" and not force:
+    step.members, step.reason = len(stale), _why(step, forced)
+    if stale and step.reason != "never run" and not is_forced:
         step.reason = f"{len(stale)} of {len(every)} members: {stale[0][1]}"
     step.predict()
     return step
 
 
-def _sweep(train: Step, force: bool) -> Step:
-    run, notebook, parameters = train.run, notebooks(train.run.study)["sweep"], config.parameters(train.run)
-    key = keys.digest([train.key, keys.notebook_code(notebook), keys.modules("lib.run.sweep")])
-    step = Step("sweep", run.study, run.run_id, notebook, train.folder / "sweep", parameters, key, "", run)
+def _sweep(train: Step, run, forced: Collection[str]) -> Step:
+    """Of the run as it was before open claims got more seeds: a search does not depend on them."""
+    notebook, every = notebooks(run.study)["sweep"], config.members(run)
+    made_of = [keys.member_key(m)["all"] for m in every], config.dump(run), keys.notebook_code(notebook)
+    key, folder = keys.digest([made_of, keys.modules("lib.run.sweep")]), train.folder / "sweep"
+    step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     step.needs = [train]
-    step.reason = "its run is to be done" if train.reason else _why(step, force)
+    step.reason = "its run is to be done" if train.members else _why(step, forced)
     if step.reason:
-        step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in config.members(run)}))
+        step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in every}))
         step.predict()
     return step
 
 
-def _analysis(study: str, train: list[Step], sweeps: list[Step], scale: str, mode: str, force: bool) -> Step:
-    step = analysis(study, Path(train[0].run.results_dir), scale, mode, needs=[*train, *sweeps])
-    step.reason = "its runs are to be done" if any(s.reason for s in step.needs) else _why(step, force)
+def _times(train: Step, processes: int, forced: Collection[str]) -> Step:
+    """Measures the times that claims compare, alone on the machine and in so many processes."""
+    run, folder, key = train.run, train.folder / members.TIMES, keys.measurement_key(train.run, members.TIMES)
+    step = Step("times", run.study, run.run_id, train.notebook, folder, config.parameters(run), key, "", run)
+    step.needs, step.processes = [train], processes
+    step.members = sum(members.measured(folder / str(i)) != key for i in range(processes))
+    if step.title in forced:
+        step.reason, step.members = FORCED, processes
+    elif step.members:
+        step.reason = f"{step.members} of {processes} processes"
+    step.predict()
+    return step
+
+
+def _analysis(study: str, needs: list[Step], scale: str, mode: str, forced: Collection[str]) -> Step:
+    step = analysis(study, Path(needs[0].run.results_dir), scale, mode, needs=needs)
+    step.reason = "its runs are to be done" if any(s.reason for s in step.needs) else _why(step, forced)
     if step.reason:
         last = record.read_json(step.folder / "status.json", {})
         step.seconds = last["minutes"] * 60 if last.get("status") == "succeeded" else NOTEBOOK_SECONDS * 2

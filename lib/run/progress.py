@@ -2,6 +2,7 @@
 who works in an outputs folder."""
 
 import contextlib
+import math
 import os
 import time
 from pathlib import Path
@@ -30,25 +31,42 @@ def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
 # ---- before a run
 
 
-def print_plan(steps: list[plan.Step], slots: int, price: float | None = None) -> None:
-    """The plan, a line per notebook, and what it will take in all."""
+def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float | None = None) -> None:
+    """The plan, a line per notebook of each round, and what it will take in all; `minutes`: the budget of all rounds
+    but the first."""
     print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
-    for step in steps:
-        every = len(config.members(step.run)) if step.kind == "train" else 0
-        members = f"{step.members}/{every}" if every else str(step.members or "")
-        seconds = "?" if step.unknown else duration(step.seconds)
-        print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
-        names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
-        if needs := [name for name in names if config.is_hub_id(name)]:
-            print(f"{'':34} downloads: {', '.join(needs)}")
+    for each in rounds:
+        if each.what:
+            print(f"{each.what}: {format_forecast(plan.forecast(each.steps, slots), 'about ')}")
+        for step in each.steps:
+            print_step(step)
+    steps = [step for each in rounds for step in each.steps]
     if not steps:
         return
-    found, gpus = plan.forecast(steps, slots), any(s.run is not None and s.run.compute.gpus for s in steps)
+    first, later = (plan.forecast(mine, slots) for mine in (rounds[0].steps, steps[len(rounds[0].steps) :]))
+    share = min(1.0, 60 * minutes / later.wall_seconds) if later.wall_seconds else 1.0
+    found = plan.Forecast(
+        first.wall_seconds + share * later.wall_seconds,
+        first.device_hours + share * later.device_hours,
+        first.at_least or later.at_least,
+    )
+    gpus = any(step.run is not None and step.run.compute.gpus for step in steps)
     cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
+    rest = f", {minutes:g} minutes of it for all after the first looks" if share < 1 else ""
     print(
-        f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock, "
+        f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, "
         f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
     )
+
+
+def print_step(step: plan.Step) -> None:
+    every = len(config.members(step.run)) if step.kind == "train" else 0
+    members = f"{step.members}/{every}" if every else str(step.members or "")
+    seconds = "?" if step.unknown else duration(step.seconds)
+    print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
+    names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
+    if needs := [name for name in names if config.is_hub_id(name)]:
+        print(f"{'':34} downloads: {', '.join(needs)}")
 
 
 # ---- while it runs
@@ -79,17 +97,28 @@ def _step(state: dict, of: str = "") -> str:
 
 def share_of(state: dict) -> float:
     """How much of a run's training is done, from its progress: whole members, and the steps of those that run."""
-    if state.get("phase") != "training" or not state["members"]:
+    if not state.get("members"):
         return float(state.get("phase", "preparing") != "preparing")
-    parts = [min(1.0, r["step"] / r["steps"]) for r in state["running"] if r.get("step") and r.get("steps")]
+    running = state.get("running", ())
+    parts = [min(1.0, r["step"] / r["steps"]) for r in running if r.get("step") and r.get("steps")]
     return (state["done"] + sum(parts)) / state["members"]
 
 
 def left(step: plan.Step) -> float:
-    """Predicted seconds on one slot of what is not done yet of a step's members."""
+    """Predicted seconds on one slot of what is not done yet of a step's members, and of what they share."""
     if step.state not in ("", "running"):
         return 0.0
-    return step.seconds * (1 - share_of(record.read_json(step.progress / "progress.json", {})))
+    state = record.read_json(step.progress / "progress.json", {})
+    is_prepared = step.state == "running" and state.get("phase", "preparing") != "preparing"
+    return step.seconds * (1 - share_of(state)) + (0.0 if is_prepared else step.prepare)
+
+
+def queued(step: plan.Step) -> int:
+    """How many members of a running step wait for a slot."""
+    state = record.read_json(step.progress / "progress.json", {})
+    if state.get("phase") == "training":
+        return state["members"] - state["done"] - len(state["running"])
+    return step.members if state.get("phase", "preparing") == "preparing" else 0
 
 
 class Live:
@@ -98,8 +127,8 @@ class Live:
 
     def __init__(self, runner):
         self.runner, self.shown, self.started, self.last = runner, set(), time.monotonic(), 0.0
-        self.to_do = [step for step in runner.steps if step.state != "cached"]
-        self.planned = plan.forecast(runner.steps, runner.slots)
+        self.to_do = [step for step in runner.steps if step.state in ("", "running")]  # of this round
+        self.planned = plan.forecast(self.to_do, runner.slots)
         self.block = Block(console=Console(), auto_refresh=False, transient=True)
         self.terminal = self.block.console.is_terminal and not self.block.console.is_dumb_terminal
         if self.terminal:
@@ -135,7 +164,7 @@ class Live:
     def forecast(self, elapsed: float) -> tuple[float, float]:
         """(share that is done, seconds left): at first as planned, then by what was done in the time so far."""
         counted = [step for step in self.to_do if step.state in ("", "running", "succeeded", "failed")]
-        whole = sum(step.seconds for step in counted)
+        whole = sum(step.seconds + step.prepare for step in counted)
         done = 1 - sum(map(left, counted)) / whole if whole else 1.0
         return done, elapsed * (1 - done) / done if done > 0.1 else max(0.0, self.planned.wall_seconds - elapsed)
 

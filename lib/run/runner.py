@@ -6,20 +6,23 @@ every code cell has an execution count, and the record's sentinel carries this a
 """
 
 import contextlib
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import members, model_card, pages, plan, pool, progress, wandb
+from lib.run import decide, members, model_card, pages, plan, pool, progress, wandb
 
 POLL = 0.3
 STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
@@ -33,43 +36,63 @@ class Runner:
     steps: list[plan.Step]
     slots: int
     fail_fast: bool = False
-    force: bool = False
     keep_secrets: bool = False
     max_hours: float | None = None
 
     def __post_init__(self):
         self.began, self.stopping, self.pool = time.monotonic(), False, None
         self.guard, self.mirrors = threading.Lock(), wandb.Mirrors()
-        for step in self.steps:
+        self.latest = self.began + 3600 * (self.max_hours or math.inf)
+        given, self.steps = self.steps, []
+        self.add(given)
+
+    def add(self, steps: list[plan.Step], until: float = math.inf) -> None:
+        """More steps to execute, none of which starts where it is predicted to end after `until`."""
+        self.until = min(until, self.latest)
+        self.steps = [*self.steps, *steps]
+        for step in steps:
             step.state = "" if step.reason else "cached"
 
-    def run(self) -> bool:
-        """Execute what is to be done. True where every step ended well."""
-        self.ensure_pool()
-        live, at_once = progress.Live(self), max(4, self.slots + 2)
+    def run(self, rounds: Iterable[decide.Round] = ()) -> bool:
+        """Execute what is to be done, then round after round. True where every step ended well."""
+        at_once = max(4, self.slots + 2)
         try:
             with ThreadPoolExecutor(at_once) as threads:
                 try:
-                    while any(step.state in ("", "running") for step in self.steps):
-                        for step in self.steps:
-                            if not step.state and self.count("running") < at_once and self.ready(step):
-                                step.state = "running"
-                                threads.submit(self.execute, step)
-                        live.show()
-                        time.sleep(POLL)
+                    self.finish(threads, at_once)
+                    for each in rounds:
+                        self.add(each.steps, each.until)
+                        self.finish(threads, at_once)
                 except BaseException as error:
                     self.stopping = True
-                    live.close()
-                    if isinstance(error, KeyboardInterrupt):
-                        self.wait_for_members()
-                    self.pool.close()
+                    if self.pool:
+                        if isinstance(error, KeyboardInterrupt):
+                            self.wait_for_members()
+                        self.pool.close()
                     raise
+        finally:
+            if self.pool:
+                self.pool.close()
+            self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
+        return all(step.state in ("cached", "succeeded") for step in self.steps)
+
+    def finish(self, threads: ThreadPoolExecutor, at_once: int) -> None:
+        """Execute the steps that wait, to their end."""
+        if not self.count(""):
+            return
+        self.ensure_pool()
+        live = progress.Live(self)
+        try:
+            while self.count("") or self.count("running"):
+                for step in self.steps:
+                    if not step.state and self.count("running") < at_once and self.ready(step):
+                        step.state = "running"
+                        threads.submit(self.execute, step)
+                live.show()
+                time.sleep(POLL)
             live.show()
         finally:
             live.close()
-            self.pool.close()
-            self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
-        return all(step.state in ("cached", "succeeded") for step in self.steps)
 
     def count(self, state: str) -> int:
         return sum(step.state == state for step in self.steps)
@@ -94,29 +117,40 @@ class Runner:
         os._exit(130)
 
     def ready(self, step: plan.Step) -> bool:
-        """Whether what it needs has ended and it fits into --max-hours. A sweep needs its run's success; an analysis
-        names what is missing itself. What will never be ready is blocked or postponed."""
-        needed = {each.state for each in step.needs}
-        if (self.fail_fast and self.count("failed")) or (step.kind == "sweep" and "failed" in needed):
+        """Whether what it needs has ended and it fits into the time. A sweep needs its run's success; an analysis names
+        what is missing itself. What will never be ready is blocked or postponed."""
+        needed, needs_success = {each.state for each in step.needs if each.reason}, step.kind in ("sweep", "times")
+        if (self.fail_fast and self.count("failed")) or (needs_success and "failed" in needed):
             step.state = "blocked"
-        elif needed == {"postponed"} or (step.kind == "sweep" and "postponed" in needed):
+        elif needed == {"postponed"} or (needs_success and "postponed" in needed):
             step.state = "postponed"
-        elif not needed & {"", "running"}:
+        elif not needed & {"", "running"} and not self.disturbs(step):
             if self.fits(step):
                 return True
             if not self.count("running"):  # else it waits for what runs, which may be quicker than predicted
                 step.state = "postponed"
         return False
 
+    def disturbs(self, step: plan.Step) -> bool:
+        """Whether it would hold up what runs: times are measured alone, and while enough members wait for a slot, those
+        of a later notebook only come between them and their verdicts."""
+        running = [each for each in self.steps if each.state == "running"]
+        if "times" in (step.kind, *(each.kind for each in running)):
+            return bool(running)
+        return step.kind != "analysis" and sum(map(progress.queued, running)) >= 2 * self.slots
+
     def fits(self, step: plan.Step) -> bool:
-        """Whether it is predicted to end within --max-hours, its study's analysis included."""
-        if self.max_hours is None:
+        """Whether it is predicted to end in time, its study's analysis included."""
+        if self.until == math.inf:
             return True
         shared = sum(progress.left(each) for each in self.steps if each.state == "running")
-        alone = sum(each.seconds for each in self.steps if each.kind == "analysis" and each.study == step.study)
-        if step.kind != "analysis":
-            shared, alone = shared + step.seconds, alone + step.prepare
-        return time.monotonic() - self.began + shared / self.slots + alone <= self.max_hours * 3600
+        analyses = (each for each in self.steps if each.kind == "analysis" and each.study == step.study)
+        alone = sum(each.seconds for each in analyses if each.state in ("", "running"))
+        if step.kind == "times":
+            alone += step.seconds
+        elif step.kind != "analysis":
+            shared += step.seconds + step.prepare
+        return time.monotonic() + shared / self.slots + alone <= self.until
 
     def ensure_pool(self) -> None:
         with self.guard:
@@ -136,9 +170,11 @@ class Runner:
         try:
             if step.kind == "analysis":  # its runs have ended, and the records are what they are
                 step.key = plan.analysis_key(step.study, step.folder.parent)
-            if self.force and step.kind == "train":
-                for folder in sorted((step.folder / "members").glob("*/")):
+            if step.reason == plan.FORCED:
+                for folder in sorted((step.folder / "members").glob("*/")) if step.kind == "train" else ():
                     members.archive(folder)
+                if step.kind == "times":
+                    shutil.rmtree(step.folder, ignore_errors=True)
             self.attempt(step, started)
         except BaseException as error:
             outcome = "interrupted" if self.stopping else "failed"
@@ -149,6 +185,9 @@ class Runner:
                 (step.progress / "progress.json").unlink(missing_ok=True)
         finally:
             step.minutes, step.state = (time.time() - started) / 60, outcome
+            for other in self.steps:  # what it took says how long others will take
+                if not other.state and other.kind != "analysis":
+                    other.predict()
 
     def attempt(self, step: plan.Step, started: float) -> None:
         """Execute, once more where a process was lost (its members resume from their checkpoints)."""
@@ -158,13 +197,17 @@ class Runner:
             write_status(step, "running", started)
             self.mirror(step)
             try:
+                if step.kind == "times":
+                    members.measure(step.run, processes=step.processes)
+                    break
                 check_success(step, execute_notebook(step, nonce), nonce)
                 break
             except BaseException as error:
                 if number == 2 or self.stopping or not _lost(error):
                     raise
-        os.replace(partial(step), step.output)
-        pages.notebook_html(step.output)
+        if step.kind != "times":
+            os.replace(partial(step), step.output)
+            pages.notebook_html(step.output)
         write_status(step, "succeeded", started)
         self.mirror(step)
         if step.kind == "analysis":

@@ -2,7 +2,11 @@
 
 import contextlib
 import importlib
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -84,20 +88,32 @@ def prepare(argument: dict) -> None:
         (partial / "error.json").unlink(missing_ok=True)
         record.remove_temporary(partial)
         with record_errors(partial):
+            started = time.monotonic()
             config.study_module(run.study).prepare(run, partial)
-            record.write_json(partial / "complete.json", {"study": run.study})
+            about = {"study": run.study, "scale": run.scale, "mode": run.mode}
+            record.write_json(partial / "complete.json", {**about, "seconds": round(time.monotonic() - started, 3)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
 
 
 def measure(argument: dict) -> None:
-    """A measurement of the study's own, in a slot: the rows of its `function`(run, folder, shared), behind those of the
-    processes before this one."""
-    function, folder = getattr(config.study_module(argument["study"]), argument["function"]), Path(argument["folder"])
-    path, process = folder / f"{argument['function']}.jsonl", argument["process"]
-    rows = function(run_of(argument), folder, Path(argument["inputs"]))
-    before = record.read_jsonl(path) if process else []
-    record.write_jsonl(path, before + [{"process": process, **row} for row in rows])
+    """A measurement of the study's own, in a slot and in an interpreter of its own: what is forked shares how memory lies,
+    on which times depend."""
+    if argument["mode"] == "trial":
+        measure_here(argument)
+        return
+    code = "import json, sys; from lib.run import work; work.measure_here(json.load(sys.stdin))"
+    command, environment = [sys.executable, "-P", "-c", code], {**os.environ, "PYTHONPATH": str(config.ROOT)}
+    subprocess.run(command, input=json.dumps(argument), text=True, check=True, env=environment)
+
+
+def measure_here(argument: dict) -> None:
+    """Its `function`(run, folder, shared), whose rows go into the folder."""
+    function, run = getattr(config.study_module(argument["study"]), argument["function"]), run_of(argument)
+    folder = Path(argument["folder"])
+    with in_process(run.compute.threads, not run.compute.gpus):
+        rows = function(run, folder, Path(argument["inputs"]))
+    record.write_jsonl(folder / f"{argument['function']}.jsonl", rows)
 
 
 @contextlib.contextmanager

@@ -388,8 +388,8 @@ def fit(member, folder: Path, shared: Path, kind):
     return one.fit(member, folder, one.load(shared), kind)[0]
 
 
-def step_cost(run: Run, folder: Path, shared: Path) -> None:
+def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
     """What a step costs against one of DPO, into `folder`."""
     from lib.td_dpo import member as one
 
-    one.step_cost(run, folder, shared)
+    return one.step_cost(run, folder, shared)

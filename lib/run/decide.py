@@ -1,0 +1,302 @@
+"""Where the minutes go: `Spending.rounds`, one list of notebooks after the other.
+
+The arms of all claims come first, with the seeds of the first look, the cheapest study ahead; then seeds for the claims
+that stay open, the cheapest expected decision first; then, alone, the times that claims compare; last what decides no
+claim: ablations, controls, searches. Each round is made from the record when the one before it has ended, so that the
+same command goes on after a kill, and `decide` on any other day.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lib import claims, config, record
+from lib.errors import StudyError
+from lib.run import check, members, plan, progress
+
+FUTILE = 0.1  # a claim with less chance of a word by its last look waits until the others are done
+MINUTES = 15.0  # at laptop scale, for all that comes after the first looks
+TIMES = "times"  # in the place of a cell: what is measured in processes of its own
+
+
+@dataclass
+class Round:
+    what: str
+    steps: list[plan.Step]
+    until: float = math.inf  # by time.monotonic(): a step that is predicted to end later is postponed
+
+
+@dataclass
+class Open:
+    """A claim without a word, from its row of claims.json; `arms`: (run, cell) of all that it compares."""
+
+    study: str
+    id: str
+    arms: list[tuple]
+    seeds: int  # so far
+    look: int  # the next one
+    chance: float
+    enough: int | None  # seeds that decide it with a chance of 80 %; None where that is not known
+
+    @property
+    def name(self) -> str:
+        return f"{self.study} {self.id}"
+
+
+# ---- what claims compare
+
+
+def arms(published: claims.Claims, runs: list, scale: str) -> dict[str, list[tuple[str, str]]]:
+    """{claim: (run_id, cell) of all that it compares}, of the claims that `scale` evaluates, where all of it is among
+    `runs`. A cell is BEST where the run's pilots choose it, and TIMES of a claim about time."""
+    rows, found = pd.DataFrame([row for run in runs for row in check.member_rows(run)]), {}
+    for claim in published.claims if len(rows) else ():
+        sides = [cell for side in claims.SIDES for cell in published.levels(claim, side)]
+        compared = [_arms_of(rows, cell) for cell in sides]
+        if scale in claim.scales and not claim.not_evaluated and all(compared):
+            found[claim.id] = list(dict.fromkeys(arm for side in compared for arm in side))
+            if claim.test == "cost_ratio":  # the proposed method's run measures its baseline too
+                found[claim.id] = [(run_id, TIMES) for run_id in dict.fromkeys(run_id for run_id, _ in compared[0])]
+    return found
+
+
+def _arms_of(rows: pd.DataFrame, cell: claims.Cell) -> list[tuple[str, str]]:
+    """One side's: with `best`, what pilots choose or, without pilots, every cell that it may be."""
+    mine = claims.select(rows, {key: value for key, value in cell.items() if value != claims.BEST})
+    pilots = mine[mine["pilot"]]["run_id"] if claims.BEST in cell.values() else ()
+    of_cells = mine[~mine["pilot"] & ~mine["run_id"].isin(pilots)]
+    found = [(run_id, claims.BEST) for run_id in pilots], zip(of_cells["run_id"], of_cells["cell"], strict=True)
+    return list(dict.fromkeys(itertools.chain(*found)))
+
+
+def recorded(run) -> dict[str, list[int]]:
+    """{cell: seeds} that the run's record was planned with, of cells whose record does not have to be made anew."""
+    folder, found = Path(run.results_dir) / run.run_id, {}
+    try:
+        written = config.load_yaml(folder / "config.yaml")
+        planned = config.members(config.apply(run, {key: written.get(key) for key in ("grid", "seed_list")}))
+    except StudyError:  # there is none, or it is another version's
+        return {}
+    known = {member.cell_name for member in config.members(run)}
+    fresh = {m.cell_name for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)}
+    for member in planned:
+        if member.cell_name in fresh:
+            found.setdefault(member.cell_name, []).append(member.seed)
+    return found
+
+
+# ---- rounds
+
+
+class Spending:
+    """What a command executes: `rounds`. `left`, afterwards: what there was no time for, with the command that does it."""
+
+    def __init__(self, options, runs: list, whole: list, slots: int):
+        """`whole`: all runs of the studies that `runs` are of."""
+        self.options, self.runs, self.whole, self.slots = options, runs, whole, slots
+        self.published = {run.study: claims.load(plan.claims_of(run.study)) for run in runs}
+        self.arms = {study: arms(mine, self.of(study), options.scale) for study, mine in self.published.items()}
+        self.is_staged = options.mode == "full" and not options.grid
+        self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}
+        self.forced = {f"{_title(run)}{more}" for run in runs for more in ("", " sweep")} if options.force else set()
+        self.planned: list[plan.Step] = []
+        self.asked: set[tuple[str, int]] = set()  # claims, with the seeds of a look that was asked for
+        self.left: list[str] = []
+        self.until = math.inf
+        default = options.scale == "laptop" and options.command != "decide" and not options.max_hours
+        self.minutes = options.max_minutes or (MINUTES if default else math.inf)
+
+    def of(self, study: str) -> list:
+        return [run for run in self.runs if run.study == study]
+
+    def looks_of(self, study: str) -> tuple[int, ...]:
+        return self.published[study].looks_of(self.options.scale)
+
+    def rounds(self) -> Iterator[Round]:
+        yield self.first_looks()
+        if not self.is_staged:
+            return
+        self.until = time.monotonic() + 60 * self.minutes
+        for timed in (False, True):
+            while found := self.next_look(timed):
+                yield found
+        if self.options.command != "decide":
+            yield self.rest()
+        self.list_left()
+
+    def preview(self) -> list[Round]:
+        """The rounds as far as the record foresees them: one of each kind, and in each what the ones before leave."""
+        found = [self.first_looks()]
+        if self.is_staged:
+            self.until = time.monotonic() + 60 * self.minutes
+            found += [*filter(None, (self.next_look(False), self.next_look(True))), self.rest()]
+        planned: dict[str, int] = {}
+        for each in found:
+            for step in each.steps:
+                if step.kind == "train" and step.title in planned:
+                    step.members -= planned[step.title]
+                    step.prepare, step.reason = 0.0, step.reason if step.members else ""
+                    step.predict()
+                planned[step.title] = planned.get(step.title, 0) + step.members
+        for each in found[1:]:
+            each.steps = [step for step in each.steps if step.reason]
+        return found
+
+    def first_looks(self) -> Round:
+        """The arms of all claims. All of a run that --run names, and of a study none of whose claims can be judged."""
+        if not self.is_staged:
+            return Round("", self.steps(self.runs, searches=True))
+        by_study = []
+        for study, own in self.arms.items():
+            look = self.looks_of(study)[0]
+            for run in self.of(study):
+                mine = {cell for each in own.values() for run_id, cell in each if run_id == run.run_id} - {TIMES}
+                whole = self.options.run or not any(arm[1] != TIMES for each in own.values() for arm in each)
+                self.want(run, self.first_seeds(run) if whole else dict.fromkeys(mine, run.seed_list[:look]))
+            by_study.append(self.steps([run for run in self.of(study) if self.seeds[_title(run)]]))
+        by_study.sort(key=lambda steps: plan.forecast(steps, self.slots).wall_seconds)
+        steps = [step for steps in by_study for step in steps]
+        for step in steps if self.options.command == "decide" else ():
+            if step.members:
+                fix = step.command
+                raise StudyError(f"decide: {step.title}", step.reason, "a record of the first look, up to date", fix)
+        return Round("first looks", steps)
+
+    def next_look(self, timed: bool) -> Round | None:
+        """Of the cheapest open claim, and of those whose decision is expected to fit in with it."""
+        found, lost = self.open_claims(timed), self.lost()
+        found = [each for each in found if not lost & {_title(run) for run, _ in each.arms}]
+        found = [each for each in found if (each.name, each.look) not in self.asked]
+        likely, taken, left = [each for each in found if each.chance >= FUTILE], [], self.until - time.monotonic()
+        for claim in sorted(likely or found, key=lambda claim: self.cost([self.word_of(claim)]) / (claim.chance or 1)):
+            more = [*taken, claim]
+            fits = self.cost([(each, each.look) for each in more]) <= left
+            if fits and (not taken or self.cost(list(map(self.word_of, more))) <= left):
+                taken = more
+        for claim in taken:
+            self.asked.add((claim.name, claim.look))
+            for run, cell in claim.arms:
+                self.want(run, {cell: list(range(claim.look)) if timed else run.seed_list[: claim.look]})
+        named = ", ".join(f"{claim.name} to {claim.look}" for claim in taken)
+        runs = {_title(run): run for claim in taken for run, _ in claim.arms}
+        what = f"times for {named}" if timed else f"seeds for {named}"
+        return Round(what, self.steps(list(runs.values()), timed=timed)) if taken else None
+
+    def rest(self) -> Round:
+        """Ablations, controls, what else the grids have, and the searches, in what is left of the budget."""
+        lost = self.lost()
+        runs = [run for run in self.runs if _title(run) not in lost]
+        for run in runs:
+            self.want(run, self.first_seeds(run))
+        return Round("ablations, controls and searches", self.steps(runs, searches=True), self.until)
+
+    # ---- their parts
+
+    def lost(self) -> set[str]:
+        """Runs that failed, or had no time, in this command: they are not tried again and again."""
+        return {step.title for step in self.planned if step.state not in ("", "cached", "succeeded")}
+
+    def first_seeds(self, run) -> dict[str, list[int]]:
+        """Every cell of a run's grid, with the first look's seeds at most."""
+        look, found = self.looks_of(run.study)[0], {}
+        for member in config.members(run):
+            found.setdefault(member.cell_name, []).append(member.seed)
+        return {cell: seeds[:look] for cell, seeds in found.items()}
+
+    def want(self, run, seeds: dict[str, list[int]]) -> None:
+        mine = self.seeds[_title(run)]
+        for cell, more in seeds.items():
+            mine[cell] = list(dict.fromkeys([*mine.get(cell, ()), *more]))
+
+    def wanted(self, run):
+        """The run with the seeds wanted so far; None where there are none."""
+        cells = {cell: seeds for cell, seeds in self.seeds[_title(run)].items() if cell != TIMES}
+        return (config.with_seeds(run, cells) if cells else None) if self.is_staged else run
+
+    def steps(self, runs: list, *, searches: bool = False, timed: bool = False) -> list[plan.Step]:
+        """The notebooks of these runs with the seeds wanted so far, and of their studies' analyses."""
+        options, wanted = self.options, {_title(run): self.wanted(run) for run in self.whole}
+        for study in {run.study for run in runs} if options.command != "plan" else ():
+            where = {"study": study, "scale": options.scale, "mode": options.mode}
+            listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
+            record.write_json(self.of(study)[0].results_dir / "comparison" / "runs.json", listed)
+        searched = [config.with_seeds(run, self.first_seeds(run)) if self.is_staged else run for run in runs]
+        measured = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs} if timed else {}
+        if not self.is_staged:
+            own = [
+                run for run in runs if run.role == "proposed" and hasattr(config.study_module(run.study), members.TIMES)
+            ]
+            measured = dict.fromkeys(map(_title, own), 1 if options.mode == "trial" else members.PROCESSES)
+        more = {"forced": self.forced, "searched": searched if searches else (), "measured": measured}
+        found = plan.steps([wanted[_title(run)] for run in runs], options.scale, options.mode, **more)
+        self.forced -= {step.title for step in found}
+        self.planned += found
+        return found
+
+    def open_claims(self, timed: bool) -> list[Open]:
+        """Claims without a word that more seeds (`timed`: more processes) may give one, by each study's last analysis."""
+        found = []
+        for study, own in self.arms.items():
+            runs, tests = {run.run_id: run for run in self.of(study)}, self.published[study].claims
+            folder, about = self.of(study)[0].results_dir / "comparison", {claim.id: claim.test for claim in tests}
+            judged = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
+            for row in record.read_json(folder / "claims.json", []) if judged else ():
+                name, count = row["id"], row.get("n_seeds") or 0
+                if name not in own or row.get("decided") or (about[name] == "cost_ratio") != timed:
+                    continue
+                compared = [(runs[run_id], cell) for run_id, cell in own[name]]
+                look = row.get("next_look") or (members.PROCESSES if timed and not count else 0)
+                if look and (timed or look <= min(len(run.seed_list) for run, _ in compared)):
+                    chance, enough = row.get("chance"), row.get("seeds_to_decide")
+                    found.append(Open(study, name, compared, count, look, 1.0 if chance is None else chance, enough))
+        return found
+
+    def word_of(self, claim: Open) -> tuple[Open, int]:
+        """The seeds at which a word is expected of it, its last look's at most."""
+        last = self.last_look(claim)
+        return claim, min(claim.enough or last, last)
+
+    def last_look(self, claim: Open) -> int:
+        return self.looks_of(claim.study)[-1]
+
+    def cost(self, asked: list[tuple[Open, int]]) -> float:
+        """Predicted seconds to bring what these claims compare to so many seeds."""
+        runs, most, seconds = {}, {}, 0.0
+        for claim, seeds in asked:
+            for run, cell in claim.arms:
+                runs[_title(run)] = run
+                most[_title(run), cell] = max(seeds, most.get((_title(run), cell), 0))
+        for (title, cell), seeds in most.items():
+            new, run = max(0, seeds - len(self.seeds[title].get(cell, ()))), runs[title]
+            each = plan.process_seconds(run) * self.slots if cell == TIMES else plan.member_seconds(run) or 0.0
+            seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
+        for study in {run.study for run in runs.values()}:
+            have = [len(seeds) for title, mine in self.seeds.items() for seeds in mine.values() if title in runs]
+            new = max(0, max(seeds for claim, seeds in asked if claim.study == study) - max(have, default=0))
+            first = next(run for run in runs.values() if run.study == study)
+            seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * self.slots
+        return seconds / self.slots
+
+    def list_left(self) -> None:
+        for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
+            if (claim.name, claim.look) not in self.asked:
+                command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
+                sets = plan.sets_of(claim.arms[0][0])
+                self.left.append(f"{claim.name}, open at {claim.seeds}: {self.price(claim)}: {command}{sets}")
+        for step in (step for step in self.planned if step.state == "postponed" and step.kind != "analysis"):
+            self.left.append(f"{step.title}, about {progress.duration(step.seconds)} of one core: {step.command}")
+
+    def price(self, claim: Open) -> str:
+        """What it would take to decide it."""
+        seeds = claim.enough or self.last_look(claim)
+        took = progress.duration(self.cost([(claim, seeds)]))
+        return f"about {seeds} seeds and {took} here" + " would decide it with 80 % chance" * bool(claim.enough)
+
+
+def _title(run) -> str:
+    return f"{run.study}/{run.run_id}"
