@@ -1,0 +1,138 @@
+"""Minutes of one core until each claim is decided, against studies of a fixed size, on one record of many seeds.
+
+    .venv/bin/python -m benchmarks.decide outputs/laptop-full [--minutes 60]
+
+Nothing is trained: the record is replayed. A sequential study judges all claims at the first look, then buys the next
+look of the open claim that is cheapest to bring there, and stops buying for a claim once it is decided. A fixed study
+trains all claims' arms with n seeds and judges once, by the t interval of that size. A member's cost is the seconds in
+its record; what a seed's members share is charged once per seed. Claims about times are left out.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from lib import claims, config, record, tables
+from lib.graff import report as graff
+from lib.run import decide, members, plan, runs
+from lib.td_dpo import report as td_dpo
+
+FIXED = (3, 5, 10, 20)
+
+
+def judged_by(study: str, loaded: tables.Records, planned: list) -> dict:
+    """The rows that the study's analysis gives to claims.evaluate."""
+    if study == "td_dpo":
+        return {"rows": td_dpo.question_scores(loaded, td_dpo.judged(planned, loaded)), "members": loaded.everyone}
+    if study == "iw_lora":
+        rows = loaded.pairs.rename(columns={"correct": "accuracy"}).astype({"accuracy": float})
+        return {"rows": rows.assign(status="completed"), "members": loaded.everyone}
+    scores, areas = graff.scores(loaded, "example", "exact_match"), graff.areas(loaded)
+    return {"rows": scores, "accuracy": areas, "members": graff.with_rate(loaded.everyone)}
+
+
+class Study:
+    """A study's record: its verdicts at any number of seeds, and what its arms cost."""
+
+    def __init__(self, results: Path):
+        planned = runs.planned(results)
+        self.name, loaded = results.name, tables.load(results, [m for run in planned for m in config.members(run)])
+        self.claims = claims.load(plan.claims_of(self.name))
+        self.given = judged_by(self.name, loaded, planned)
+        arms = decide.arms(self.claims, planned, "laptop")
+        about = {claim.id: claim.test for claim in self.claims.claims}
+        self.arms = {name: own for name, own in arms.items() if about[name] != "cost_ratio"}
+        everyone = loaded.members.assign(pilot=loaded.members["pilot"].astype(bool))
+        judged = everyone[~everyone["pilot"]]
+        self.seeds = list(dict.fromkeys(judged["seed"]))
+        self.chosen = judged.groupby("run_id")["cell"].agg(lambda cells: cells.mode().iat[0])
+        self.seconds = judged.set_index(["run_id", "cell", "seed"])["seconds"]
+        self.pilots = everyone.loc[everyone["pilot"], "seconds"].sum()
+        made = [record.read_json(path, {}) for path in (members.CACHE / self.name).glob("*/complete.json")]
+        self.prepare = pd.Series([one["seconds"] for one in made if one.get("mode") == "full"]).median()
+
+    def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, bool]:
+        """{claim: whether it is decided} by the first n seeds."""
+        kept = self.seeds[:n]
+        given = {name: frame[frame["seed"].isin(kept) | self.of_pilots(frame)] for name, frame in self.given.items()}
+        study = self.claims.model_copy(update={"looks": looks})
+        found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", **given)
+        return {v.id: v.decided for v in found if v.id in self.arms and v.verdict != "not evaluated"}
+
+    @staticmethod
+    def of_pilots(frame: pd.DataFrame) -> pd.Series:
+        return frame["pilot"].fillna(False).astype(bool) if "pilot" in frame else pd.Series(False, frame.index)
+
+    def needed(self, claim: str, n: int) -> set:
+        """(study, run, cell, seed) of its arms' members, and (study, seed) of what a seed's members share."""
+        cells = [(run, self.chosen[run] if cell == claims.BEST else cell) for run, cell in self.arms[claim]]
+        seeds = self.seeds[:n]
+        return {(self.name, *cell, seed) for cell in cells for seed in seeds} | {(self.name, seed) for seed in seeds}
+
+    def cost(self, needed: set) -> float:
+        return sum(self.prepare if len(one) == 2 else self.seconds.get(one[1:], 0.0) for one in needed)
+
+
+def fixed(studies: list[Study], n: int) -> tuple[float, int, int]:
+    """(core-minutes, claims decided, claims)."""
+    minutes = decided = total = 0
+    for study in studies:
+        found = study.verdicts(n, (n,))
+        needed = set().union(*(study.needed(claim, n) for claim in found))
+        minutes += (study.cost(needed) + study.pilots) / 60
+        decided, total = decided + sum(found.values()), total + len(found)
+    return minutes, decided, total
+
+
+def sequential(studies: list[Study]) -> pd.DataFrame:
+    """A row per claim: at how many seeds it was decided, and after how many core-minutes of the whole."""
+    spent, have, rows, open_claims = 0.0, set(), [], []
+    looks = {study.name: study.claims.looks_of("laptop") for study in studies}
+    words = {(s.name, n): s.verdicts(n, looks[s.name]) for s in studies for n in looks[s.name]}
+    for study in sorted(studies, key=lambda s: s.cost(set().union(*(s.needed(c, looks[s.name][0]) for c in s.arms)))):
+        first = looks[study.name][0]
+        found = words[study.name, first]
+        new = set().union(*(study.needed(claim, first) for claim in found)) - have
+        spent, have = spent + study.cost(new) + study.pilots, have | new
+        for claim, decided in found.items():
+            if decided:
+                rows.append({"study": study.name, "claim": claim, "seeds": first, "minutes": spent / 60})
+            else:
+                open_claims.append((study, claim, 1))
+    while open_claims:
+        price = {i: s.cost(s.needed(c, looks[s.name][k]) - have) for i, (s, c, k) in enumerate(open_claims)}
+        study, claim, k = open_claims.pop(min(price, key=price.__getitem__))
+        n = looks[study.name][k]
+        new = study.needed(claim, n) - have
+        spent, have = spent + study.cost(new), have | new
+        last = k + 1 == len(looks[study.name])
+        if words[study.name, n].get(claim) or last:
+            decided = spent / 60 if words[study.name, n].get(claim) else None
+            rows.append({"study": study.name, "claim": claim, "seeds": n, "minutes": decided})
+        else:
+            open_claims.append((study, claim, k + 1))
+    return pd.DataFrame(rows).assign(spent=spent / 60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("outputs", type=Path)
+    parser.add_argument("--minutes", type=float, default=60, help="of one core, by which claims are to be decided")
+    options = parser.parse_args()
+    studies = [Study(path.parent.parent) for path in sorted(options.outputs.glob("*/comparison/runs.json"))]
+    table = sequential(studies)
+    print(table.drop(columns="spent").round(1).to_string(index=False))
+    within = (table["minutes"] <= options.minutes).sum()
+    print(
+        f"\nsequential: {table['minutes'].notna().sum()} of {len(table)} claims decided in {table['spent'].max():.0f}",
+        end=" ",
+    )
+    print(f"core-minutes, {within} of them within {options.minutes:g}")
+    for n in FIXED:
+        minutes, decided, total = fixed(studies, n)
+        print(f"fixed at {n} seeds: {decided} of {total} claims decided in {minutes:.0f} core-minutes")
+
+
+if __name__ == "__main__":
+    main()
