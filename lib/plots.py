@@ -161,7 +161,10 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
     from lib import stats  # with scipy
 
     seeds = pd.Series(values, dtype=float).dropna().to_numpy()
-    return stats.interval(stats.seed_mean(seeds)) if len(seeds) > 1 else (np.nan, np.nan)
+    if len(seeds) < 2:
+        return np.nan, np.nan
+    low, high = stats.look_at(seeds[:, None]).interval(stats.bound_of((len(seeds),)))
+    return float(low), float(high)
 
 
 def legend_below(drawn: Figure) -> None:

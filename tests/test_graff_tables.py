@@ -54,7 +54,8 @@ def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():
 
 def planned_runs(*names):
     folder = ROOT / "params" / "graff" / "laptop"
-    return [config.load_run(folder / f"{n}.yaml", study="graff", scale="laptop", mode="full") for n in names]
+    runs = [config.load_run(folder / f"{n}.yaml", study="graff", scale="laptop", mode="full") for n in names]
+    return [config.apply(run, {"seed_list": [42, 43, 44]}) for run in runs]
 
 
 def write_run(results, run, ends, extra=(), loss=lambda member: 1.0):

@@ -8,7 +8,7 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import data, penalty, trainer
+from lib.iw_lora import data, penalty, study, trainer
 from lib.iw_lora.study import Adapter
 from lib.run import check
 from tests.conftest import ROOT
@@ -132,7 +132,7 @@ def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monk
     )
     (tmp_path / "inputs").mkdir()
     data.prepare(run, tmp_path / "inputs")
-    rows = trainer.step_cost(run, tmp_path, tmp_path / "inputs")
+    rows = study.step_cost(run, tmp_path, tmp_path / "inputs")
     assert len(rows) == 4
     assert all(min(r["seconds"], r["seconds_baseline"], r["step_seconds_baseline"]) > 0 for r in rows)
     calibration = record.read_json(tmp_path / "calibration.json")

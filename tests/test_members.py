@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import config, record, tables
+from lib import claims, config, record, tables
 from lib.errors import StudyError
 from lib.run import keys, members, pool, runner, work
 from tests.conftest import TINY
@@ -274,6 +274,20 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
     assert not (job.folders["default-s2"] / "metrics.json").exists()
     (missing,) = tables.load(run.results_dir, config.members(run)).missing
     assert (missing["member"], missing["status"]) == ("default-s2", "out_of_memory")
+
+
+def test_a_measurement_is_repeated_in_fresh_processes_and_those_measured_stay(tiny, pool_socket):
+    """Claims about times have a process as their unit, and may ask for more of them later."""
+    assert members.PROCESSES >= claims.MIN_PROCESSES
+    run = tiny(seed_list=[1])
+    path, before = run.results_dir / "tiny" / "step_cost.jsonl", []
+    for processes in (1, 2):
+        members.measure(run, "step_cost", processes)
+        rows = record.read_jsonl(path)
+        assert sorted({row["process"] for row in rows}) == list(range(processes))
+        assert rows[: len(before)] == before
+        before = rows
+    assert set(tables.load(run.results_dir).costs) >= {"process", "seconds", "seconds_baseline"}
 
 
 def test_exit_code_0_with_another_attempts_sentinel_is_no_success(tiny, pool_socket, monkeypatch):
