@@ -56,6 +56,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
+BEST = "best"  # in the place of a cell: the one that pilots choose
 ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
@@ -192,11 +193,15 @@ class Wandb(Section):
 
 
 class Block(Section):
-    """Grid cells: written out, or the product of lists. `seeds` null: the run's seed_list."""
+    """Grid cells: written out, or the product of lists. `seeds` null: the run's seed_list.
+
+    Of a `pilot` block every cell is trained with the run's pilot_seeds, and the best of them, which is then known
+    (lib/run/runs.py), with `seeds`."""
 
     cells: list[Annotated[dict[str, Value], Field(min_length=1)]] | None = None
     product: dict[str, Annotated[list[Value], Field(min_length=1)]] | None = None
     seeds: Seeds | None = None
+    pilot: Flag = False
 
     @model_validator(mode="after")
     def _one_kind(self):
@@ -219,6 +224,7 @@ class Run(Section):
     evaluation: Any = None
     optuna: Optuna
     seed_list: Seeds
+    pilot_seeds: Seeds | None = None  # what a cell is chosen with, and never judged
     grid: list[Block] | None = None
     wandb: Wandb | None = None
     study: str
@@ -244,6 +250,17 @@ class Run(Section):
             written, role = None, first
         method = method if written is None else written
         return {"role": role, **raw} | ({} if method is None else {"method": method})
+
+    @model_validator(mode="after")
+    def _pilots_are_not_judged(self):
+        blocks, pilots = self.grid or (), {*(self.pilot_seeds or ())}
+        if not pilots and any(block.pilot for block in blocks):
+            raise fault(
+                "missing", "seeds to choose with, for the grid's pilots", "pilot_seeds: [40, 41]", "pilot_seeds"
+            )
+        if both := sorted(pilots & {*self.seed_list, *(seed for block in blocks for seed in block.seeds or ())}):
+            raise fault(str(both), "no seed that is judged, in seed_list or in the grid", "other seeds", "pilot_seeds")
+        return self
 
 
 @functools.cache  # asked for every key of every grid cell
@@ -612,6 +629,10 @@ class Member:
     def id(self) -> str:
         return f"{self.cell_name}-s{self.seed}"
 
+    @property
+    def pilot(self) -> bool:
+        return self.seed in (self.run.pilot_seeds or ())
+
 
 def _format(value: Any) -> str:
     """%g where that is the value exactly, so that two cells never share a name; safe in a file name."""
@@ -636,7 +657,8 @@ def _product(lists: Mapping[str, list]) -> list[dict]:
 def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
     """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid."""
     if run.grid:
-        return [(block.cells or _product(block.product), block.seeds or run.seed_list) for block in run.grid]
+        seeds = [run.pilot_seeds if block.pilot else block.seeds or run.seed_list for block in run.grid]
+        return [(block.cells or _product(block.product), own) for block, own in zip(run.grid, seeds, strict=True)]
     space = {resolve(run.study, key): entry.choices for key, entry in run.optuna.search_space.items()}
     return [(_product({key: space[key] for key in run.searched if space.get(key)}), run.seed_list)]
 
@@ -675,14 +697,16 @@ def members(run: Run) -> list[Member]:
 
 
 def with_seeds(run: Run, seeds: Mapping[str, list[int]]) -> Run:
-    """The run with these of its cells alone, {name: its seeds}."""
-    cells = {one.cell_name: one.cell for one in members(run)}
+    """The run with these of its cells alone, {name: its seeds}; under BEST those of the cells that its pilots choose."""
+    cells = {one.cell_name: one.cell for one in members(run) if not one.pilot}
+    pilots = [block.model_copy(update={"seeds": seeds.get(BEST)}) for block in run.grid or () if block.pilot]
     if not run.grid:  # one cell without values, or the choices of the search, which all have the same seeds
         return apply(run, {"seed_list": list(dict.fromkeys(itertools.chain(*seeds.values())))})
     blocks: dict[tuple[int, ...], list] = {}
     for name in (name for name in cells if name in seeds):
         blocks.setdefault(tuple(seeds[name]), []).append(cells[name])
-    return apply(run, {"grid": [{"cells": of_seeds, "seeds": list(own)} for own, of_seeds in blocks.items()]})
+    judged = [{"cells": of_seeds, "seeds": list(own)} for own, of_seeds in blocks.items()]
+    return apply(run, {"grid": [*(block.model_dump() for block in pilots if block.seeds), *judged]})
 
 
 def first_cell(run: Run) -> dict[str, Any]:
@@ -705,7 +729,7 @@ def trial(run: Run) -> Run:
     changes = {
         **study_module(run.study).trial_changes(apply(run, first)),
         **{"compute.strategy": "none", "compute.processes": None, "compute.gpus": min(1, run.compute.gpus)},
-        **{"optuna.n_trials": 0, "seed_list": [seed]},
+        **{"optuna.n_trials": 0, "seed_list": [seed], "pilot_seeds": None},
         "grid": [{"cells": [first], "seeds": [seed]}] if first else None,
         "wandb": {**(run.wandb or Wandb()).model_dump(), "mode": "disabled"},
     }

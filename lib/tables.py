@@ -48,8 +48,8 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         place = (sentinel.get("run_id"), folder.name)
         if sentinel.get("status") not in record.FINISHED or (expected is not None and place not in planned):
             continue
-        planned.pop(place, None)
-        who = record.identity(record.read_json(folder / "member.json", {}))
+        member, who = planned.pop(place, None), record.identity(record.read_json(folder / "member.json", {}))
+        who["pilot"] = member.pilot if member else who["pilot"]  # as it is planned now
         name = f"{who['run_id']}/{folder.name}"
         for module, definitions in record.read_json(folder / "code.json", {}).items():
             for definition, digest in definitions.items():
@@ -61,7 +61,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         metrics = record.read_json(folder / "metrics.json", {})
         found[place] = {**who, "status": sentinel["status"], "folder": str(folder), **metrics}
         rows["history"] += [{**who, **row} for row in record.read_jsonl(folder / "history.jsonl")]
-        for row in record.read_jsonl(folder / "predictions.jsonl"):
+        for row in () if who["pilot"] else record.read_jsonl(folder / "predictions.jsonl"):  # pilots are not judged
             rows["answers" if row["kind"] == "answer" else "pairs"].append({**who, **row})
     for path in sorted(Path(results_dir).glob("*/step_cost.jsonl")):
         who = {"run_id": path.parent.name, "method": record.read_json(path.parent / "metrics.json", {}).get("method")}
@@ -124,7 +124,8 @@ def metrics_table(
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
-    own = {i: members[(members["run_id"] == i) & (members["cell"] == cell)] for i, cell in chosen.items()}
+    judged = members[~members["pilot"]] if len(members) else members
+    own = {i: judged[(judged["run_id"] == i) & (judged["cell"] == cell)] for i, cell in chosen.items()}
     lost = [(rows["status"] == "diverged").sum() for rows in own.values()]
     table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})
     table["seeds"] = [f"{len(r)}, {n} diverged" if n else f"{len(r)}" for r, n in zip(own.values(), lost, strict=True)]

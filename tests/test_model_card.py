@@ -83,7 +83,7 @@ def test_what_the_card_loads_has_the_recorded_metrics(trained, tmp_path, monkeyp
         },
     )
     metrics = record.read_json(folder / "metrics.json")
-    kept = folder / "checkpoints" / f"checkpoint-{metrics['best_step']}"
+    kept = folder / "checkpoints" / f"checkpoint-{metrics['steps']}"
     assert checkpoints.read_marker(kept)
     card = (kept / model_card.NAME).read_text()
     files = {path.name for path in kept.iterdir()}
@@ -98,7 +98,7 @@ def test_what_the_card_loads_has_the_recorded_metrics(trained, tmp_path, monkeyp
 def test_the_card_says_what_the_record_says_and_verdicts_when_there_are_some(trained):
     folder, _ = trained()
     metrics, spec = record.read_json(folder / "metrics.json"), record.read_json(folder / "member.json")
-    card = (folder / "checkpoints" / f"checkpoint-{metrics['best_step']}" / model_card.NAME).read_text()
+    card = (folder / "checkpoints" / f"checkpoint-{metrics['steps']}" / model_card.NAME).read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["td_dpo", "laptop-scale"]
     assert "datasets" not in front, "generated data are no data set of the hub"
@@ -114,7 +114,7 @@ def test_the_card_says_what_the_record_says_and_verdicts_when_there_are_some(tra
     )
     before = card
     model_card.write_all(results)
-    card = (folder / "checkpoints" / f"checkpoint-{metrics['best_step']}" / model_card.NAME).read_text()
+    card = (folder / "checkpoints" / f"checkpoint-{metrics['steps']}" / model_card.NAME).read_text()
     assert "- C7 **refuted**: All is well." in card
     assert card.split("## Verdicts")[0] == before.split("## Verdicts")[0]
 
@@ -159,12 +159,12 @@ def test_other_weights_are_not_given_the_measured_ones_metrics(tmp_path):
     cards = sorted(folder.glob("checkpoints/*/README.md"))
     assert [path.parent.name for path in cards] == ["checkpoint-4", "checkpoint-8"]
     best, last = ((folder / f"checkpoints/checkpoint-{step}/README.md").read_text() for step in (4, 8))
-    assert "0.75" in best
-    assert "0.75" not in last
-    assert "those are of step 4" in last
-    assert yaml.safe_load(best.split("---")[1])["base_model"] == "meta-llama/Llama-2-7b-chat-hf"
-    assert 'revision="abc"' in best
-    assert "load_in_4bit=True" in best
+    assert "0.75" in last
+    assert "0.75" not in best
+    assert "those are of step 8" in best
+    assert yaml.safe_load(last.split("---")[1])["base_model"] == "meta-llama/Llama-2-7b-chat-hf"
+    assert 'revision="abc"' in last
+    assert "load_in_4bit=True" in last
     record.write_json(folder / "metrics.json", {"status": "diverged", "diverged_at": 7, "steps": 7})
     model_card.write(folder)
     assert "diverged at step 7" in (folder / "checkpoints/checkpoint-4/README.md").read_text()

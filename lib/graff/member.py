@@ -54,9 +54,6 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
         predictions.append({**head, **answer, "test_loss": total / tokens if tokens else None})
     for i, row in enumerate(scored["gsm1k"]):
         predictions.append({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(row["strict"])})
-    for i in range(len(budgeted.subset)):
-        area = trainer.area(times, [float(row["hits"][i]) for row in rows], seconds)
-        predictions.append({"kind": "area", "example": f"dev-{i}", "auc": area})
     record.write_jsonl(folder / "predictions.jsonl", predictions)
 
     def share(of: list[dict], kind: str) -> float | None:

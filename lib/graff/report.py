@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 
 from lib import tables
@@ -23,16 +22,16 @@ def with_rate(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(learning_rate=set_by[0] if set_by else None)
 
 
-def scores(loaded: tables.Records, kind: str, metric: str) -> pd.DataFrame:
-    """One row per member and problem: `example` (test problems' exact_match) or `area` (dev problems' area over
-    time)."""
-    rows = with_rate(loaded.pairs).reindex(columns=["kind", *KEYS, "example", metric])
-    return rows[rows["kind"] == kind].drop(columns="kind").assign(status="completed")
+def scores(loaded: tables.Records) -> pd.DataFrame:
+    """One row per member and test problem, `exact_match` 1 or 0."""
+    rows = with_rate(loaded.pairs).reindex(columns=["kind", *KEYS, "example", "exact_match"])
+    return rows[rows["kind"] == "example"].drop(columns="kind").assign(status="completed")
 
 
 def areas(loaded: tables.Records) -> pd.DataFrame:
-    """Areas per dev problem."""
-    return scores(loaded, "area", "auc").astype({"auc": float})
+    """One row per member: its area over time, a mean over dev problems, which each seed has its own of."""
+    rows = with_rate(loaded.members).reindex(columns=[*KEYS, "pilot", "status", "auc"])
+    return rows[rows["status"] == "completed"].astype({"auc": float})
 
 
 # ---- energy to a level of exact match, as scores that a claim is judged by
@@ -80,27 +79,17 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> float:
 
 
 def energy_scores(evaluations: pd.DataFrame, level: float, reference: str = "reactor") -> pd.DataFrame:
-    """One row per member and dev problem: METRIC is -log of the energy to the level, in units of `reference`'s mean
-    whole run: larger is better. And `reached`: a run that never got there counts with its whole energy, the least that
-    it can have taken.
-
-    A run has one such figure, log E. The interval wants one value per seed and problem whose mean it is: what
-    leaving one problem of the dev subset out does to log E (the jackknife's influence values), so that the interval
-    holds the chance of the problems as well as the seeds'."""
+    """One row per member: METRIC is -log of the energy to the level, in units of `reference`'s mean whole run: larger is
+    better. And `reached`: a run that never got there counts with its whole energy, the least that it can have taken."""
     whole = evaluations.groupby(MEMBER)["joules"].transform("max").astype(float)
     theirs = evaluations["method"] == reference
     unit, out = float(whole[theirs].mean() if theirs.any() else whole.mean()), []
     for _, mine in evaluations.sort_values("used", kind="stable").groupby(MEMBER, sort=False):
-        joules, hits = mine["joules"].astype(float).tolist(), np.array(mine["hits"].tolist(), dtype=float)
-        problems = hits.shape[1]
-        without = (hits.sum(1, keepdims=True) - hits) / (problems - 1)
-        reached = energy_to_level(joules, hits.mean(1).tolist(), level)
+        joules, curve = (mine[name].astype(float).tolist() for name in ("joules", "exact_match_subset"))
+        reached = energy_to_level(joules, curve, level)
         log_e = math.log((joules[-1] if reached is None else reached) / unit)
-        left = np.log([(energy_to_level(joules, column.tolist(), level) or joules[-1]) / unit for column in without.T])
-        influence = (problems - 1) * (left.mean() - left)
-        table = pd.DataFrame({"example": [f"dev-{i}" for i in range(problems)], METRIC: -(log_e + influence)})
-        out.append(table.assign(reached=reached is not None, **mine.iloc[0][KEYS]))
-    return pd.concat(out or [pd.DataFrame(columns=[*KEYS, "example", METRIC, "reached"])], ignore_index=True)
+        out.append({**mine.iloc[0][KEYS], METRIC: -log_e, "reached": reached is not None})
+    return pd.DataFrame(out, columns=[*KEYS, METRIC, "reached"])
 
 
 def qualify(verdicts: list[Verdict], study: Claims, members: pd.DataFrame, energies: pd.DataFrame) -> None:

@@ -545,8 +545,8 @@ class BudgetTrainer(training.StudyTrainer):
         self.use_averaged_weights(False)
         if whole:
             record.write_json(self.folder / "final.json", rows)
-        hits = [int(row["strict"]) for row in rows[:n]]
-        return {"exact_match_subset": sum(hits) / n, "dev_loss": data.mean_loss(losses), "hits": hits}, units + more
+        right = sum(row["strict"] for row in rows[:n]) / n
+        return {"exact_match_subset": right, "dev_loss": data.mean_loss(losses)}, units + more
 
     def use_averaged_weights(self, averaged: bool) -> None:
         """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the one that is

@@ -79,15 +79,17 @@ def recorded(run) -> dict[str, list[int]]:
     folder, found = Path(run.results_dir) / run.run_id, {}
     try:
         written = config.load_yaml(folder / "config.yaml")
-        planned = config.members(config.apply(run, {key: written.get(key) for key in ("grid", "seed_list")}))
+        before = config.apply(run, {key: written.get(key) for key in ("grid", "seed_list", "pilot_seeds")})
+        planned = config.members(before)
     except StudyError:  # there is none, or it is another version's
         return {}
     known = {member.cell_name for member in config.members(run)}
     fresh = {m.cell_name for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)}
     for member in planned:
-        if member.cell_name in fresh:
+        if member.cell_name in fresh and not member.pilot:
             found.setdefault(member.cell_name, []).append(member.seed)
-    return found
+    chosen = [block.seeds or before.seed_list for block in before.grid or () if block.pilot]
+    return found | ({claims.BEST: list(chosen[0])} if chosen and fresh else {})
 
 
 # ---- rounds
@@ -205,7 +207,10 @@ class Spending:
         """Every cell of a run's grid, with the first look's seeds at most."""
         look, found = self.looks_of(run.study)[0], {}
         for member in config.members(run):
-            found.setdefault(member.cell_name, []).append(member.seed)
+            if member.pilot:
+                found[claims.BEST] = run.seed_list
+            else:
+                found.setdefault(member.cell_name, []).append(member.seed)
         return {cell: seeds[:look] for cell, seeds in found.items()}
 
     def want(self, run, seeds: dict[str, list[int]]) -> None:

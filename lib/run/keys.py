@@ -30,7 +30,7 @@ PACKAGES = """torch transformers trl peft bitsandbytes tokenizers accelerate num
 schedulefree prodigyopt"""
 # Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's
 # numbers.
-NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "optuna", "wandb", "compute")
+NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "pilot_seeds", "optuna", "wandb", "compute")
 
 
 # ---- the code of `lib`

@@ -235,7 +235,8 @@ def collect(job: Job) -> list[dict]:
         fix = "rerun the same command to resume what is left"
         raise StudyError(f"run {job.run.run_id}", what, "every member completed or diverged", fix)
     read = {m.id: record.read_json(job.folders[m.id] / "metrics.json") for m in job.members}
-    return [{"member": m.id, "cell": m.cell_name, "seed": m.seed, **read[m.id]} for m in job.members]
+    who = [(m.id, {"member": m.id, "cell": m.cell_name, "seed": m.seed, "pilot": m.pilot}) for m in job.members]
+    return [own | read[name] for name, own in who]
 
 
 def _progress(run, state: dict) -> None:

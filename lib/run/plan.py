@@ -20,7 +20,7 @@ from typing import Any
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members, pool
+from lib.run import keys, members, pool, runs as records
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
@@ -238,9 +238,10 @@ def _why(step: Step, forced: Collection[str]) -> str:
 
 
 def _train(run, forced: Collection[str]) -> Step:
-    folder, every = Path(run.results_dir) / run.run_id, config.members(run)
+    folder, every = Path(run.results_dir) / run.run_id, config.members(records.settle(run, guess=True))
     notebook = notebooks(run.study)["train"]
-    key = keys.digest([*(keys.member_key(m)["all"] for m in every), keys.notebook_code(notebook), config.dump(run)])
+    own = [keys.member_key(m)["all"] for m in config.members(run)]  # on which what pilots choose depends
+    key = keys.digest([*own, keys.notebook_code(notebook), config.dump(run)])
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     is_forced = step.title in forced
     stale = [(m, why) for m in every if (why := FORCED if is_forced else members.stale(m, folder / "members" / m.id))]

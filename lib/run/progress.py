@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.run import plan
+from lib.run import plan, runs
 
 
 def duration(seconds: float) -> str:
@@ -60,7 +60,7 @@ def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float
 
 
 def print_step(step: plan.Step) -> None:
-    every = len(config.members(step.run)) if step.kind == "train" else 0
+    every = len(config.members(runs.settle(step.run, guess=True))) if step.kind == "train" else 0
     members = f"{step.members}/{every}" if every else str(step.members or "")
     seconds = "?" if step.unknown else duration(step.seconds)
     print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import decide, members, model_card, pages, plan, pool, progress, wandb
+from lib.run import decide, members, model_card, pages, plan, pool, progress, runs, wandb
 
 POLL = 0.3
 STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
@@ -289,7 +289,7 @@ def check_success(step: plan.Step, notebook, nonce: str) -> None:
         raise StudyError(step.title, "its record has no sentinel of this attempt", expected, look)
     if record.read_json(step.folder / "metrics.json") is None:
         raise StudyError(step.title, "metrics.json is missing or does not parse", "a JSON object")
-    for member in config.members(step.run) if step.kind == "train" else ():
+    for member in config.members(runs.settle(step.run)) if step.kind == "train" else ():
         if reason := members.stale(member, step.folder / "members" / member.id):
             raise StudyError(step.title, f"member {member.id}: {reason}", "every member's record matching this run")
 

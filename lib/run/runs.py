@@ -48,12 +48,13 @@ def begin(run) -> dict:
 
 
 def by_cell(records: list[dict], metrics: list[str]) -> list[dict]:
-    """Mean over seeds of each cell's metrics, in the grid's order; `seeds` says over how many."""
-    table = []
-    for cell in dict.fromkeys(row["cell"] for row in records):
-        rows = [row for row in records if row["cell"] == cell]
+    """Mean over seeds of each cell's metrics, its pilots apart, in the grid's order; `seeds` says over how many."""
+    table, of = [], lambda row: (row["cell"], row.get("pilot", False))
+    for cell, pilot in dict.fromkeys(map(of, records)):
+        rows = [row for row in records if of(row) == (cell, pilot)]
         diverged = sum(row["status"] == "diverged" for row in rows)
-        table.append({"cell": cell, "seeds": len(rows), "diverged": diverged, **_means(rows, metrics)})
+        about = {"cell": cell, "pilot": pilot, "seeds": len(rows), "diverged": diverged}
+        table.append(about | _means(rows, metrics))
     return table
 
 
@@ -63,24 +64,50 @@ def _means(rows: list[dict], metrics: list[str]) -> dict[str, float | None]:
 
 
 def chosen_cell(run, records: list[dict]) -> str:
-    """The cell with the best mean validation metric among those with the most seeds: a cell seen once is not chosen
-    over cells seen three times for a lucky seed."""
+    """The cell with the best mean validation metric, of the pilots where there are any, among those with the most seeds:
+    a cell seen once is not chosen over cells seen three times for a lucky seed."""
     metric = run.optuna.objective_metric
-    rows = by_cell(records, [metric])
+    every = by_cell(counted(run, records), [metric])
+    rows = [row for row in every if row["pilot"]] or every
     most = max(row["seeds"] for row in rows)
     sign = -1 if config.study_module(run.study).METRICS.get(metric) == "minimize" else 1
     values = {row["cell"]: row[metric] for row in rows if row["seeds"] == most}
     return max(values, key=lambda cell: float("-inf") if values[cell] is None else sign * values[cell])
 
 
+def counted(run, records: list[dict]) -> list[dict]:
+    """The records, a diverged member with the study's DIVERGED values, as in its claims: leaving it out would flatter its
+    cell."""
+    worst = config.study_module(run.study).DIVERGED
+    return [{**row, **worst} if row["status"] == "diverged" else row for row in records]
+
+
+def settle(run, guess: bool = False):
+    """The run with what its pilots have chosen: of each pilot block whose pilots are all finished the chosen cell, to be
+    trained with the block's seeds, as a further block. The record of the pilots decides, so that it is the same choice
+    however many seeds follow. `guess`: the first cell stands in for a choice that is still to come."""
+    folder, chosen = Path(run.results_dir) / run.run_id / "members", []
+    for block in (block for block in run.grid or () if block.pilot):
+        pilots = config.members(run.model_copy(update={"grid": [block]}))
+        rows = []
+        for m in pilots:
+            metrics, done = (record.read_json(folder / m.id / f"{name}.json", {}) for name in ("metrics", "done"))
+            rows.append({"cell": m.cell_name, **metrics, "status": done.get("status")})
+        finished = all(row["status"] in record.FINISHED for row in rows)
+        name = chosen_cell(run, rows) if finished else pilots[0].cell_name
+        if finished or guess:
+            cell = next(m.cell for m in pilots if m.cell_name == name)
+            chosen.append(config.Block(cells=[cell], seeds=block.seeds))
+    more = [block for block in chosen if block not in run.grid]
+    return run.model_copy(update={"grid": [*run.grid, *more]}) if more else run
+
+
 def summary(run, records: list[dict]) -> dict:
-    """The run's metrics.json: the mean over seeds of its chosen cell, and its members beside it. A diverged member
-    counts with the study's DIVERGED values, as in its claims: leaving it out would flatter its cell."""
-    study = config.study_module(run.study)
-    records = [{**r, **study.DIVERGED} if r["status"] == "diverged" else r for r in records]
+    """The run's metrics.json: the mean over judged seeds of its chosen cell, and its members beside it."""
+    study, records = config.study_module(run.study), counted(run, records)
     metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
     cell = chosen_cell(run, records)
-    means = _means([r for r in records if r["cell"] == cell], metrics)
+    means = _means([r for r in records if r["cell"] == cell and not r.get("pilot")], metrics)
     primary = study.primary_metric(run)
     primary = primary if means.get(primary) is not None else study.SECOND_METRIC
     return {
@@ -112,7 +139,7 @@ def refresh(run) -> None:
         return [{"member": m, **metrics} for m, metrics in read.items() if metrics]
 
     before, status = record.read_json(folder / "metrics.json"), record.read_json(folder / "status.json")
-    every = {m.id: {"cell": m.cell_name, "seed": m.seed} for m in config.members(run)}
+    every = {m.id: {"cell": m.cell_name, "seed": m.seed, "pilot": m.pilot} for m in config.members(settle(run))}
     if before and (found := [{**every[row["member"]], **row} for row in graded(list(every))]):
         made = before | summary(run, found)
         record.write_json(folder / "metrics.json", made)
@@ -126,10 +153,10 @@ def refresh(run) -> None:
 
 
 def planned(results_dir: Path) -> list:
-    """The runs of a study as the runner planned them, whether or not they left a record."""
+    """The runs of a study as the runner planned them and their pilots chose, whether or not they left a record."""
     listed = record.read_json(Path(results_dir) / "comparison" / "runs.json")
     if listed is None:
         fix = "./run_all.sh (it runs the studies first)"
         raise MissingError(str(results_dir), "no runs here", "the results of a study", fix)
     of = ("study", "scale", "mode")
-    return [config.restore(run, **{key: run[key] for key in of}, results_dir=results_dir) for run in listed]
+    return [settle(config.restore(run, **{key: run[key] for key in of}, results_dir=results_dir)) for run in listed]

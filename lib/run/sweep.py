@@ -153,9 +153,10 @@ def ask(study: optuna.Study, space: dict, shared: bool) -> optuna.Trial:
 
 
 def trial_member(run, point: dict):
-    """The member that a point of the search space stands for, and its folder: one seed, and no judged answers (the
-    search reads validation pairs only). A point on the grid is the grid's own member."""
-    seed, cell = run.seed_list[0], {config.resolve(run.study, k): round_sampled(v) for k, v in point.items()}
+    """The member that a point of the search space stands for, and its folder: one seed, a pilot's where there are any,
+    and no judged answers (the search reads validation pairs only). A point on the grid is the grid's own member."""
+    seed = (run.pilot_seeds or run.seed_list)[0]
+    cell = {config.resolve(run.study, k): round_sampled(v) for k, v in point.items()}
     for member in config.members(run):
         if member.seed == seed and all(value_at(member.run, key) == value for key, value in cell.items()):
             return member, "members"
@@ -194,8 +195,10 @@ def table(study: optuna.Study):
 
 
 def write_best(run, study: optuna.Study, folder: Path):
-    """best.yaml: a complete run YAML of the best trial. Returns (its Run, its members)."""
+    """best.yaml: a complete run YAML of the best trial, with the seeds of the grid's first cells. Returns (its Run, its
+    members)."""
     point = {config.resolve(run.study, k): round_sampled(v) for k, v in study.best_params.items()}
-    best = config.apply(run, {**point, "grid": [{"cells": [point]}], "optuna.n_trials": 0})
+    seeds = run.grid[0].seeds if run.grid else None
+    best = config.apply(run, {**point, "grid": [{"cells": [point], "seeds": seeds}], "optuna.n_trials": 0})
     record.write_text(folder / "best.yaml", yaml.safe_dump(config.dump(best), sort_keys=False, allow_unicode=True))
     return best, config.members(best)

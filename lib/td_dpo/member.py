@@ -38,6 +38,7 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         outcome, model, frozen = fit(member, folder, given)
     else:
         model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
+        training.load_checkpoint(model, training.last_complete_checkpoint(folder / "checkpoints"))
     metrics = {
         "status": outcome.status,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,
@@ -51,13 +52,14 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
-    training.load_checkpoint(model, outcome.best or training.last_complete_checkpoint(folder / "checkpoints"))
-    return {
-        **metrics,
-        **_validation(folder, outcome.best_step),
-        **evaluate(run, model, frozen, given, member.seed, folder),
-        "step_seconds": statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")),
-    }
+    metrics |= _validation(folder, outcome.step) | evaluate(run, model, frozen, given, member.seed, folder)
+    metrics["step_seconds"] = statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl"))
+    if (best := metrics.get("oracle_score")) is not None:
+        if outcome.best and outcome.best_step != outcome.step:
+            training.load_checkpoint(model, outcome.best)
+            best = _mean([a["score"] for a in judged_answers(run, model, given.tokenizer, member.seed)])
+        metrics["best_oracle_score"] = best  # of the best checkpoint on validation, beside the last, which is judged
+    return metrics
 
 
 def policy(run, base: str, seed: int):
@@ -157,9 +159,9 @@ def base_score(member, given: SimpleNamespace) -> float:
     return _mean([a["score"] for a in answers])
 
 
-def _validation(folder: Path, step: int | None) -> dict:
-    """Validation metrics at the checkpoint that is kept, from the member's own history; the sampled KL is that of
-    answers to validation prompts."""
+def _validation(folder: Path, step: int) -> dict:
+    """Validation metrics at the last step, from the member's own history; the sampled KL is that of answers to validation
+    prompts."""
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
     names = ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss", "sampled_kl")
     return {name: rows[-1][name] for name in names if name in rows[-1]} if rows else {}

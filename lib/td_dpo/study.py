@@ -24,7 +24,7 @@ OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
-VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses checkpoints, cells and the sweep's best
+VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses the best checkpoint, cells and the sweep's best
 PUBLISHED = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo", "qlora-4bit": "nf4", None: "none"}
 PUBLISHED |= dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALIDATION_METRIC)
 GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
@@ -126,7 +126,7 @@ class Dataset(Section):
 
 
 class Training(Section):
-    """The best checkpoint on validation and the last one are kept, whatever the intervals."""
+    """The last checkpoint, which is judged, and the best one on validation are kept, whatever the intervals."""
 
     epochs: Positive | None = None
     max_steps: Count | None = None  # where given it decides, not the epochs
@@ -245,13 +245,13 @@ SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
-SCORES = ("oracle_score", "mt_bench_score", "mt_bench_score_corrected")
+SCORES = ("oracle_score", "mt_bench_score", "mt_bench_score_corrected", "best_oracle_score")
 ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "validation_raw_accuracy")
 METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
 # What a diverged member counts as: the lowest score on every question, guessing on every pair.
 DIVERGED = dict.fromkeys(SCORES, 1.0) | dict.fromkeys(ACCURACIES, 0.5)
 UNREAD = (
-    *("oracle_score", "mt_bench_score", "mt_bench_score_corrected"),  # of judged answers, which a trial may not have
+    *SCORES,  # of judged answers, which a trial may not have
     *("dataset.validation_pairs", "dataset.test_pairs"),  # read by a composed name
     *("training.optimizer", "training.fp16"),  # with one choice
 )
