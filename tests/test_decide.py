@@ -51,7 +51,7 @@ def study(tmp_path, monkeypatch):
     def finish_member(member, folder):
         record.write_json(folder / "metrics.json", {"status": "completed", "seconds": 12.0})
         record.write_json(folder / "done.json", {"status": "completed", "key": keys.member_key(member), "nonce": "n"})
-        state.trained.append(f"{member.run_id}/{member.id}")
+        state.trained.append(f"{member.run.run_id}/{member.id}")
 
     def execute(step, nonce):
         state.executed.append(step.title.partition("/")[2] + (" sweep" if step.kind == "sweep" else ""))
@@ -83,7 +83,7 @@ def study(tmp_path, monkeypatch):
             if (run.results_dir / run.run_id / "members" / m.id / "done.json").exists()
         ]
         arm = {"C2": ("discopop", 2.5), "C3": ("dpo", 0.05)}.get(name)
-        seeds = sum(arm == (m.run_id, m.run.loss.beta) for m in have) if arm else 0
+        seeds = sum(arm == (m.run.run_id, m.run.loss.beta) for m in have) if arm else 0
         until, chance = state.open.get(name, (0, 1.0))
         row = {
             "id": name,
