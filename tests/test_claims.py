@@ -202,16 +202,16 @@ def test_a_look_takes_the_first_seeds_and_leaves_those_beyond_it():
 
 @pytest.mark.parametrize("status", ["failed", "lost", "out_of_memory", "missing", None])
 def test_a_look_is_never_taken_on_a_completed_subset(status):
-    d = around(0.5)
+    d = around(0.5, seeds=9)
     found = judge_one({}, *against(d, ended={("old", 44): status}))
     assert (found.verdict, found.estimate, found.next_look) == ("not evaluated", None, None)
     assert f"old, seed 44: {'no run' if status in (None, 'missing') else status}" in found.reason
-    # of the second look: then it is the first that counts
+    # of the second look: then it is the first that counts, and not the eight that there are
     assert judge_one({}, *against(d, ended={("old", 47): status})).n_seeds == 5
     # beside a claim, the seeds that both sides have
     beside = {"baseline": "other", "beside": [{"name": "old", "baseline": "old"}]}
     rows, members = record_of({"new": d + 5, "other": d, "old": d + 4}, ended={("old", 44): status})
-    assert judge_one(beside, rows, members).beside[0]["n_seeds"] == 7
+    assert judge_one(beside, rows, members).beside[0]["n_seeds"] == 8
 
 
 def test_members_stand_in_the_order_of_the_plan_with_those_that_are_missing(tiny, tmp_path):
@@ -491,8 +491,9 @@ def test_the_best_is_chosen_on_pilots_which_are_never_judged():
     assert chosen(pd.concat([judged, pilots]))["beta"] == 0.2
     assert chosen(judged)["beta"] == 0.1, "without pilots the runs' own"
 
-    members = pd.concat([judged, pilots], ignore_index=True)
-    members = pd.concat([members, judged[judged["beta"] == 0.1].assign(method="new", beta=np.nan)], ignore_index=True)
+    members = pd.concat([pilots, judged], ignore_index=True)
+    new = members[members["beta"] == 0.1].assign(method="new", beta=np.nan)
+    members = pd.concat([members, new], ignore_index=True)
     rows = pd.concat([members.assign(question=q, score=5.0 + 0.01 * q) for q in range(20)], ignore_index=True)
     rows["score"] += np.where(rows["method"] == "new", 1.0, np.where(rows["beta"] == 0.1, 3.0, 0.0))
     rows["score"] += np.where(rows["pilot"], 100.0, 0.001 * rows["seed"] * rows["question"])
