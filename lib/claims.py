@@ -505,10 +505,10 @@ class Verdict(SimpleNamespace):
     `interval95`: the repeated interval after the last look, the intersection over `looks`; `fixed95`: the interval of a
     study whose size had been fixed at the seeds it has, for comparison. `p`: the smallest alpha whose interval gives
     either word, `holm_p` adjusted over the claims evaluated with it. `tested`: the threshold. `per_seed` maps a seed (of
-    times: a process) to its own estimate. `sds`: standard deviations of the paired difference. `next_look`: the seeds
-    of the next look, where another can decide; `chance`: of a word by the last look; `seeds_to_decide`: with 80 %
-    chance. `scored_by` names what gave the scores. `n_dropped`: questions left out for want of a score. `beside` and
-    `sensitivity` hold comparisons that decide nothing.
+    times: a process) to its own estimate. `minutes`: that one core trained what it compares. `sds`: standard deviations
+    of the paired difference. `next_look`: the seeds of the next look, where another can decide; `chance`: of a word by
+    the last look; `seeds_to_decide`: with 80 % chance. `scored_by` names what gave the scores. `n_dropped`: questions
+    left out for want of a score. `beside` and `sensitivity` hold comparisons that decide nothing.
     """
 
     def __init__(self, claim: Claim, scale: str) -> None:
@@ -518,7 +518,7 @@ class Verdict(SimpleNamespace):
             **{key: getattr(claim, key) for key in ("estimand", "gain", "tested")},
             **dict.fromkeys(("estimate", "interval95", "fixed95", "p", "holm_p", "probability_of_improvement")),
             **{"per_seed": {}, "looks": [], "sds": {}, "n_seeds": 0, "n_questions": 0, "n_dropped": 0},
-            **dict.fromkeys(("next_look", "chance", "seeds_to_decide", "premise", "sensitivity")),
+            **dict.fromkeys(("minutes", "next_look", "chance", "seeds_to_decide", "premise", "sensitivity")),
             **{"note": claim.note, "scored_by": "", "beside": []},
         )
 
@@ -534,11 +534,21 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
     def span(bounds: tuple | None) -> str:
         return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
 
-    columns = "id verdict estimate interval95 fixed95 p holm_p n_seeds seeds_to_decide per_seed scale reason"
+    columns = "id verdict estimate interval95 fixed95 p holm_p n_seeds minutes seeds_to_decide per_seed scale reason"
     rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=columns.split())
     rows["interval95"], rows["fixed95"] = rows["interval95"].map(span), rows["fixed95"].map(span)
     rows["per_seed"] = [", ".join(f"{x:.3g}" for x in v.per_seed.values() if x is not None) for v in verdicts]
-    names = ["claim", "verdict", "estimate", "95 % interval", "were the size fixed", "p", "Holm p", "seeds"]
+    names = [
+        "claim",
+        "verdict",
+        "estimate",
+        "95 % interval",
+        "were the size fixed",
+        "p",
+        "Holm p",
+        "seeds",
+        "core-minutes",
+    ]
     return rows.set_axis([*names, "would decide", "per seed", "scale", "why"], axis=1)
 
 
@@ -614,6 +624,7 @@ def evaluate(
         except Missing as missing:
             verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
         verdict.scored_by = "" if claim.test == "cost_ratio" else scored_by
+        verdict.minutes = None if claim.test == "cost_ratio" else spent(study, claim, members)
     for costs_too in (False, True):
         _adjust([v for v in verdicts if v.p is not None and (v.test == "cost_ratio") == costs_too])
     for verdict in verdicts:
@@ -648,6 +659,14 @@ def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) 
     if scale not in claim.scales:
         return f"this claim is about {' and '.join(claim.scales)} scale"
     return absent.get(claim.metric, "")
+
+
+def spent(study: Claims, claim: Claim, members: pd.DataFrame) -> float | None:
+    """Minutes that one core trained the runs of a claim, those included among which `best` was chosen."""
+    cells = [cell for side in SIDES for cell in study.levels(claim, side)]
+    parts = [select(members, {key: value for key, value in cell.items() if value != BEST}) for cell in cells]
+    mine = members.loc[members.index.isin([index for part in parts for index in part.index])]
+    return float(mine["seconds"].sum()) / 60 if "seconds" in mine and len(mine) else None
 
 
 class Comparison(NamedTuple):

@@ -253,7 +253,8 @@ def execute(options, runs: list, whole: list) -> int:
                 progress.print_table(list({step.title: step for step in engine.steps}.values()))
     index = pages.index_html(OUTPUTS)
     if full:
-        progress.print_verdicts(list({step.study: step for step in engine.steps if step.kind == "analysis"}.values()))
+        last = {step.study: step for step in engine.steps if step.kind == "analysis"}
+        progress.print_verdicts(list(last.values()), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")
     print(f"\n{os.path.relpath(index, os.getcwd())}")

@@ -39,7 +39,7 @@ class Open:
     id: str
     arms: list[tuple]
     seeds: int  # so far
-    look: int  # the next one
+    look: int  # the next one; 0 after the last
     chance: float
     enough: int | None  # seeds that decide it with a chance of 80 %; None where that is not known
 
@@ -76,7 +76,7 @@ def _arms_of(rows: pd.DataFrame, cell: claims.Cell) -> list[tuple[str, str]]:
 
 def recorded(run) -> dict[str, list[int]]:
     """{cell: seeds} that the run's record was planned with, of cells whose record does not have to be made anew."""
-    folder, found = Path(run.results_dir) / run.run_id, {}
+    folder = Path(run.results_dir) / run.run_id
     try:
         written = config.load_yaml(folder / "config.yaml")
         before = config.apply(run, {key: written.get(key) for key in ("grid", "seed_list", "pilot_seeds")})
@@ -84,12 +84,19 @@ def recorded(run) -> dict[str, list[int]]:
     except StudyError:  # there is none, or it is another version's
         return {}
     known = {member.cell_name for member in config.members(run)}
-    fresh = {m.cell_name for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)}
-    for member in planned:
-        if member.cell_name in fresh and not member.pilot:
-            found.setdefault(member.cell_name, []).append(member.seed)
-    chosen = [block.seeds or before.seed_list for block in before.grid or () if block.pilot]
-    return found | ({claims.BEST: list(chosen[0])} if chosen and fresh else {})
+    fresh = [m for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)]
+    cells = {claims.BEST if member.pilot else member.cell_name for member in fresh}
+    return {cell: seeds for cell, seeds in seeds_of(before).items() if cell in cells}
+
+
+def seeds_of(run) -> dict[str, list[int]]:
+    """{cell: its judged seeds}; of the cell that pilots choose, BEST's."""
+    found = {}
+    for block in (block for block in run.grid or () if block.pilot):
+        found[claims.BEST] = list(block.seeds or run.seed_list)
+    for member in (member for member in config.members(run) if not member.pilot):
+        found.setdefault(member.cell_name, []).append(member.seed)
+    return found
 
 
 # ---- rounds
@@ -173,7 +180,7 @@ class Spending:
         """Of the cheapest open claim, and of those whose decision is expected to fit in with it."""
         found, lost = self.open_claims(timed), self.lost()
         found = [each for each in found if not lost & {_title(run) for run, _ in each.arms}]
-        found = [each for each in found if (each.name, each.look) not in self.asked]
+        found = [each for each in found if each.look and (each.name, each.look) not in self.asked]
         likely, taken, left = [each for each in found if each.chance >= FUTILE], [], self.until - time.monotonic()
         for claim in sorted(likely or found, key=lambda claim: self.cost([self.word_of(claim)]) / (claim.chance or 1)):
             more = [*taken, claim]
@@ -205,13 +212,8 @@ class Spending:
 
     def first_seeds(self, run) -> dict[str, list[int]]:
         """Every cell of a run's grid, with the first look's seeds at most."""
-        look, found = self.looks_of(run.study)[0], {}
-        for member in config.members(run):
-            if member.pilot:
-                found[claims.BEST] = run.seed_list
-            else:
-                found.setdefault(member.cell_name, []).append(member.seed)
-        return {cell: seeds[:look] for cell, seeds in found.items()}
+        look = self.looks_of(run.study)[0]
+        return {cell: seeds[:look] for cell, seeds in seeds_of(run).items()}
 
     def want(self, run, seeds: dict[str, list[int]]) -> None:
         mine = self.seeds[_title(run)]
@@ -256,9 +258,10 @@ class Spending:
                     continue
                 compared = [(runs[run_id], cell) for run_id, cell in own[name]]
                 look = row.get("next_look") or (members.PROCESSES if timed and not count else 0)
-                if look and (timed or look <= min(len(run.seed_list) for run, _ in compared)):
-                    chance, enough = row.get("chance"), row.get("seeds_to_decide")
-                    found.append(Open(study, name, compared, count, look, 1.0 if chance is None else chance, enough))
+                if not timed and look > min(len(run.seed_list) for run, _ in compared):
+                    look = 0
+                chance, enough = row.get("chance"), row.get("seeds_to_decide")
+                found.append(Open(study, name, compared, count, look, 1.0 if chance is None else chance, enough))
         return found
 
     def word_of(self, claim: Open) -> tuple[Open, int]:
@@ -288,19 +291,20 @@ class Spending:
         return seconds / self.slots
 
     def list_left(self) -> None:
+        """What open claims would take, for the pages too, and what there was no time for."""
+        prices = {study: {} for study in self.published}
         for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
-            if (claim.name, claim.look) not in self.asked:
+            seeds, unit = claim.enough or self.last_look(claim), "processes" if claim.arms[0][1] == TIMES else "seeds"
+            chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
+            price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"
+            prices[claim.study][claim.id] = price
+            if claim.look and (claim.name, claim.look) not in self.asked:
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
-                sets = plan.sets_of(claim.arms[0][0])
-                self.left.append(f"{claim.name}, open at {claim.seeds}: {self.price(claim)}: {command}{sets}")
+                self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
+        for study, own in prices.items():
+            record.write_json(self.of(study)[0].results_dir / "comparison" / "prices.json", own)
         for step in (step for step in self.planned if step.state == "postponed" and step.kind != "analysis"):
             self.left.append(f"{step.title}, about {progress.duration(step.seconds)} of one core: {step.command}")
-
-    def price(self, claim: Open) -> str:
-        """What it would take to decide it."""
-        seeds = claim.enough or self.last_look(claim)
-        took = progress.duration(self.cost([(claim, seeds)]))
-        return f"about {seeds} seeds and {took} here" + " would decide it with 80 % chance" * bool(claim.enough)
 
 
 def _title(run) -> str:

@@ -186,6 +186,7 @@ def _group(root: Path, study: Path) -> dict | None:
         "folder": comparison,
         "status": read_json(comparison / "status.json", {}),
         "claims": read_json(comparison / "claims.json", []),
+        "prices": read_json(comparison / "prices.json", {}),
         "aggregated": aggregated,
         "figure": _figure(root, comparison, str(aggregated.get("primary_metric"))) if mode == "full" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),

@@ -192,13 +192,16 @@ def print_table(steps: list) -> None:
             print(f"  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
 
 
-def print_verdicts(steps: list) -> None:
+def print_verdicts(steps: list, *, priced: bool = False) -> None:
     for step in steps:
         claims = record.read_json(step.folder / "claims.json") if step.kind == "analysis" else None
+        prices = record.read_json(step.folder / "prices.json", {}) if priced else {}
         for claim in claims or []:
             ends = ["unbounded" if bound is None else f"{bound:+.3f}" for bound in claim.get("interval95") or ()]
             found = f"{claim['estimate']:+.3f} [{', '.join(ends)}]" if ends else "-"
             print(f"{step.study} {claim['id']}  {claim['verdict']:13} {found:28} {claim['sentence']}")
+            if price := prices.get(claim["id"]):
+                print(f"{'':{len(step.study) + len(claim['id'])}}   open at {claim.get('n_seeds') or 0}: {price}")
 
 
 def status(root: Path, studies: list[str] | None = None) -> int:
