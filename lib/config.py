@@ -684,27 +684,33 @@ def seeded(run: Run, seed: int) -> Run:
     return apply(run, dict.fromkeys(left, seed)) if left else run
 
 
+def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:
+    """{name: (cell, its seeds)}: the union of the grid's blocks in the order written, each cell with its blocks' seeds."""
+    where, found = run.source or run.run_id, {}
+    for of_block, own in _blocks(run):
+        for values in of_block:
+            cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in values.items()}
+            name = cell_name(run.study, cell)
+            first, seeds = found.setdefault(name, (cell, []))
+            if first != cell:
+                raise StudyError(f"{run.run_id}: grid", f"two cells named {name}", "one", f"drop {cell}")
+            seeds += [seed for seed in own if seed not in seeds]
+    return found
+
+
 def members(run: Run) -> list[Member]:
-    """Union of the grid's blocks in the order written, each cell with its block's seeds."""
-    of_cell: dict[str, Member] = {}
-    seeds: dict[str, list[int]] = {}
-    for cells, own in _blocks(run):
-        for new in (member(run, cell, own[0]) for cell in cells):
-            if of_cell.setdefault(new.cell_name, new).cell != new.cell:
-                raise StudyError(f"{run.run_id}: grid", f"two cells named {new.cell_name}", "one", f"drop {new.cell}")
-            seeds.setdefault(new.cell_name, []).extend(own)
-    return [member(run, of_cell[name].cell, seed) for name, own in seeds.items() for seed in dict.fromkeys(own)]
+    return [member(run, cell, seed) for cell, seeds in cells(run).values() for seed in seeds]
 
 
 def with_seeds(run: Run, seeds: Mapping[str, list[int]]) -> Run:
     """The run with these of its cells alone, {name: its seeds}; under BEST those of the cells that its pilots choose."""
-    cells = {one.cell_name: one.cell for one in members(run) if not one.pilot}
-    pilots = [block.model_copy(update={"seeds": seeds.get(BEST)}) for block in run.grid or () if block.pilot]
     if not run.grid:  # one cell without values, or the choices of the search, which all have the same seeds
         return apply(run, {"seed_list": list(dict.fromkeys(itertools.chain(*seeds.values())))})
+    pilots = [block.model_copy(update={"seeds": seeds.get(BEST)}) for block in run.grid if block.pilot]
     blocks: dict[tuple[int, ...], list] = {}
-    for name in (name for name in cells if name in seeds):
-        blocks.setdefault(tuple(seeds[name]), []).append(cells[name])
+    for name, (cell, own) in cells(run).items():
+        if name in seeds and not {*own} <= {*(run.pilot_seeds or ())}:
+            blocks.setdefault(tuple(seeds[name]), []).append(cell)
     judged = [{"cells": of_seeds, "seeds": list(own)} for own, of_seeds in blocks.items()]
     return apply(run, {"grid": [*(block.model_dump() for block in pilots if block.seeds), *judged]})
 

@@ -54,7 +54,8 @@ class Open:
 def arms(published: claims.Claims, runs: list, scale: str) -> dict[str, list[tuple[str, str]]]:
     """{claim: (run_id, cell) of all that it compares}, of the claims that `scale` evaluates, where all of it is among
     `runs`. A cell is BEST where the run's pilots choose it, and TIMES of a claim about time."""
-    rows, found = pd.DataFrame([row for run in runs for row in check.member_rows(run)]), {}
+    once = [config.with_seeds(run, {cell: seeds[:1] for cell, seeds in seeds_of(run).items()}) for run in runs]
+    rows, found = pd.DataFrame([row for run in once for row in check.member_rows(run)]), {}
     for claim in published.claims if len(rows) else ():
         sides = [cell for side in claims.SIDES for cell in published.levels(claim, side)]
         compared = [_arms_of(rows, cell) for cell in sides]
@@ -83,7 +84,7 @@ def recorded(run) -> dict[str, list[int]]:
         planned = config.members(before)
     except StudyError:  # there is none, or it is another version's
         return {}
-    known = {member.cell_name for member in config.members(run)}
+    known = config.cells(run)
     fresh = [m for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)]
     cells = {claims.BEST if member.pilot else member.cell_name for member in fresh}
     return {cell: seeds for cell, seeds in seeds_of(before).items() if cell in cells}
@@ -94,8 +95,9 @@ def seeds_of(run) -> dict[str, list[int]]:
     found = {}
     for block in (block for block in run.grid or () if block.pilot):
         found[claims.BEST] = list(block.seeds or run.seed_list)
-    for member in (member for member in config.members(run) if not member.pilot):
-        found.setdefault(member.cell_name, []).append(member.seed)
+    for cell, (_, seeds) in config.cells(run).items():
+        if judged := [seed for seed in seeds if seed not in (run.pilot_seeds or ())]:
+            found[cell] = judged
     return found
 
 
@@ -232,14 +234,16 @@ class Spending:
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
             record.write_json(self.of(study)[0].results_dir / "comparison" / "runs.json", listed)
-        searched = [config.with_seeds(run, self.first_seeds(run)) if self.is_staged else run for run in runs]
+        searched = runs if searches else []
+        if self.is_staged:
+            searched = [config.with_seeds(run, self.first_seeds(run)) for run in searched]
         measured = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs} if timed else {}
         if not self.is_staged:
             own = [
                 run for run in runs if run.role == "proposed" and hasattr(config.study_module(run.study), members.TIMES)
             ]
             measured = dict.fromkeys(map(_title, own), 1 if options.mode == "trial" else members.PROCESSES)
-        more = {"forced": self.forced, "searched": searched if searches else (), "measured": measured}
+        more = {"forced": self.forced, "searched": searched, "measured": measured}
         found = plan.steps([wanted[_title(run)] for run in runs], options.scale, options.mode, **more)
         self.forced -= {step.title for step in found}
         self.planned += found
