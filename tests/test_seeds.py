@@ -6,7 +6,7 @@ import pytest
 
 from lib import config, data, record, tables
 from lib.errors import StudyError
-from lib.run import keys, members, plan, runs, sweep
+from lib.run import decide, keys, members, plan, runs, sweep
 
 STUDIES = {"td_dpo": ("pairs", "test"), "iw_lora": ("texts", "validation"), "graff": ("problems", "test")}
 
@@ -165,6 +165,18 @@ def test_each_block_of_pilots_chooses_one_cell_for_its_own_seeds(tiny):
     finish(run, {"beta0.05-tau0.5": 0.2, "beta0.05-tau1": 0.3, "beta0.5-tau0.5": 0.9, "beta0.5-tau1": 0.1})
     judged = [m.id for m in config.members(runs.settle(run)) if not m.pilot]
     assert judged == ["beta0.05-tau1-s1", "beta0.05-tau1-s2", "beta0.5-tau0.5-s2"]
+
+
+def test_more_seeds_are_asked_for_what_pilots_choose_whichever_cell_that_is(tiny):
+    run = tiny(pilot_seeds=[8, 9], grid=[*PILOTS, {"cells": [{"beta": 1}]}])
+    assert decide.recorded(run) == {}
+    asked = config.with_seeds(run, {config.BEST: [1], "beta1": [1, 2]})
+    finish(asked, {"beta0.05": 0.6, "beta0.5": 0.7, "beta1": 0.1})
+    judged = [m.id for m in config.members(runs.settle(asked)) if not m.pilot]
+    assert sorted(judged) == ["beta0.5-s1", "beta1-s1", "beta1-s2"]
+    record.write_json(run.results_dir / "tiny" / "config.yaml", config.dump(asked))  # as a notebook begins
+    assert decide.recorded(run) == {"beta1": [1, 2], config.BEST: [1]}
+    assert not any(m.pilot for m in config.members(config.with_seeds(run, {"beta1": [1]}))), "nothing is to be chosen"
 
 
 def test_a_trial_has_no_pilots_and_a_search_asks_a_pilot_seed(tiny):

@@ -216,7 +216,7 @@ def member_rows(run: Run) -> Iterator[dict]:
             spec = {"run_id": run.run_id, "config": config.dump(member.run), "study": run.study}
             spec |= {"cell": member.cell, "cell_name": member.cell_name, "seed": member.seed}
             short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}
-            yield {"pilot": getattr(member, "pilot", False), **short, **record.identity(spec)}
+            yield short | record.identity(spec)
 
 
 # ---- notebooks
