@@ -9,6 +9,7 @@ same command goes on after a kill, and `decide` on any other day.
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,9 @@ class Open:
     study: str
     id: str
     arms: list[tuple]
-    seeds: int  # so far
     look: int  # the next one; 0 after the last
-    chance: float
-    enough: int | None  # seeds that decide it with a chance of 80 %; None where that is not known
+    chance: float = 1.0
+    enough: int | None = None  # seeds that decide it with a chance of 80 %; None where that is not known
 
     @property
     def name(self) -> str:
@@ -125,10 +125,15 @@ class Spending:
     def of(self, study: str) -> list:
         return [run for run in self.runs if run.study == study]
 
+    def folder(self, study: str) -> Path:
+        return self.of(study)[0].results_dir / "comparison"
+
     def looks_of(self, study: str) -> tuple[int, ...]:
         return self.published[study].looks_of(self.options.scale)
 
     def rounds(self) -> Iterator[Round]:
+        if self.is_staged and not any(self.seeds.values()) and (found := self.first_verdict()):
+            yield found
         yield self.first_looks()
         if not self.is_staged:
             return
@@ -138,65 +143,67 @@ class Spending:
                 yield found
         if self.options.command != "decide":
             yield self.rest()
-        self.list_left()
+        if self.options.command != "plan":
+            self.list_left()
 
     def preview(self) -> list[Round]:
-        """The rounds as far as the record foresees them: one of each kind, and in each what the ones before leave."""
-        found = [self.first_looks()]
-        if self.is_staged:
-            self.until = time.monotonic() + 60 * self.minutes
-            found += [*filter(None, (self.next_look(False), self.next_look(True))), self.rest()]
-        planned: dict[str, int] = {}
-        for each in found:
-            for step in each.steps:
-                if step.kind == "train" and step.title in planned:
-                    step.members -= planned[step.title]
-                    step.prepare, step.reason = 0.0, step.reason if step.members else ""
-                    step.predict()
-                planned[step.title] = planned.get(step.title, 0) + step.members
-        for each in found[1:]:
-            each.steps = [step for step in each.steps if step.reason]
-        return found
+        """The rounds as far as the record foresees them, and in each what those before it leave."""
+        found, planned = list(self.rounds()), Counter()
+        for step in (step for each in found for step in each.steps if step.kind == "train"):
+            if planned[step.title]:
+                step.members, step.prepare = step.members - planned[step.title], 0.0
+                step.reason = step.reason if step.members else ""
+                step.predict()
+            planned[step.title] += step.members
+        return [found[0], *(Round(each.what, [step for step in each.steps if step.reason]) for each in found[1:])]
+
+    def first_verdict(self) -> Round | None:
+        """What the cheapest claim compares: whoever waits for a first word has it in minutes."""
+        found = []
+        for study, own in self.arms.items():
+            runs, look = {run.run_id: run for run in self.of(study)}, self.looks_of(study)[0]
+            compared = [[(runs[run_id], cell) for run_id, cell in mine] for mine in own.values()]
+            found += [Open(study, "", mine, look) for mine in compared if mine[0][1] != TIMES]
+        if self.options.run or self.options.command == "decide" or not found:
+            return None
+        first = min(found, key=lambda claim: self.cost([(claim, claim.look)]))
+        return Round("first verdict", self.steps_of([first]))
 
     def first_looks(self) -> Round:
         """The arms of all claims. All of a run that --run names, and of a study none of whose claims can be judged."""
         if not self.is_staged:
+            times = {TIMES: list(range(1 if self.options.mode == "trial" else members.PROCESSES))}
+            for run in self.runs:
+                self.want(run, times if TIMES in self.cells(run) else {})
             return Round("", self.steps(self.runs, searches=True))
         by_study = []
         for study, own in self.arms.items():
             look = self.looks_of(study)[0]
             for run in self.of(study):
-                mine = {cell for each in own.values() for run_id, cell in each if run_id == run.run_id} - {TIMES}
-                whole = self.options.run or not any(arm[1] != TIMES for each in own.values() for arm in each)
-                self.want(run, self.first_seeds(run) if whole else dict.fromkeys(mine, run.seed_list[:look]))
+                whole = self.options.run or all(arm[1] == TIMES for each in own.values() for arm in each)
+                mine = dict.fromkeys(self.cells(run) - {TIMES}, run.seed_list[:look])
+                self.want(run, self.first_seeds(run) if whole else mine)
             by_study.append(self.steps([run for run in self.of(study) if self.seeds[_title(run)]]))
         by_study.sort(key=lambda steps: plan.forecast(steps, self.slots).wall_seconds)
         steps = [step for steps in by_study for step in steps]
-        for step in steps if self.options.command == "decide" else ():
-            if step.members:
-                fix = step.command
-                raise StudyError(f"decide: {step.title}", step.reason, "a record of the first look, up to date", fix)
+        if self.options.command == "decide" and (old := next((step for step in steps if step.members), None)):
+            expected = "a record of the first look, up to date"
+            raise StudyError(f"decide: {old.title}", old.reason, expected, old.command)
         return Round("first looks", steps)
 
     def next_look(self, timed: bool) -> Round | None:
         """Of the cheapest open claim, and of those whose decision is expected to fit in with it."""
-        found, lost = self.open_claims(timed), self.lost()
+        found, lost = [each for each in self.open_claims(timed) if self.has_more(each)], self.lost()
         found = [each for each in found if not lost & {_title(run) for run, _ in each.arms}]
-        found = [each for each in found if each.look and (each.name, each.look) not in self.asked]
         likely, taken, left = [each for each in found if each.chance >= FUTILE], [], self.until - time.monotonic()
         for claim in sorted(likely or found, key=lambda claim: self.cost([self.word_of(claim)]) / (claim.chance or 1)):
             more = [*taken, claim]
             fits = self.cost([(each, each.look) for each in more]) <= left
             if fits and (not taken or self.cost(list(map(self.word_of, more))) <= left):
                 taken = more
-        for claim in taken:
-            self.asked.add((claim.name, claim.look))
-            for run, cell in claim.arms:
-                self.want(run, {cell: list(range(claim.look)) if timed else run.seed_list[: claim.look]})
         named = ", ".join(f"{claim.name} to {claim.look}" for claim in taken)
-        runs = {_title(run): run for claim in taken for run, _ in claim.arms}
-        what = f"times for {named}" if timed else f"seeds for {named}"
-        return Round(what, self.steps(list(runs.values()), timed=timed)) if taken else None
+        self.asked |= {(claim.name, claim.look) for claim in taken}
+        return Round(f"{TIMES if timed else 'seeds'} for {named}", self.steps_of(taken)) if taken else None
 
     def rest(self) -> Round:
         """Ablations, controls, what else the grids have, and the searches, in what is left of the budget."""
@@ -207,6 +214,15 @@ class Spending:
         return Round("ablations, controls and searches", self.steps(runs, searches=True), self.until)
 
     # ---- their parts
+
+    def cells(self, run) -> set[str]:
+        """Those of a run that claims compare."""
+        every = (arm for own in self.arms[run.study].values() for arm in own)
+        return {cell for run_id, cell in every if run_id == run.run_id}
+
+    def has_more(self, claim: Open) -> bool:
+        """Whether a look is left that this command has not asked for."""
+        return bool(claim.look) and (claim.name, claim.look) not in self.asked
 
     def lost(self) -> set[str]:
         """Runs that failed, or had no time, in this command: they are not tried again and again."""
@@ -227,22 +243,27 @@ class Spending:
         cells = {cell: seeds for cell, seeds in self.seeds[_title(run)].items() if cell != TIMES}
         return (config.with_seeds(run, cells) if cells else None) if self.is_staged else run
 
+    def steps_of(self, asked: list[Open]) -> list[plan.Step]:
+        """What brings these claims to their next look."""
+        runs = {}
+        for each in asked:
+            for run, cell in each.arms:
+                runs[_title(run)] = run
+                self.want(run, {cell: (list(range(each.look)) if cell == TIMES else run.seed_list)[: each.look]})
+        return self.steps(list(runs.values()), timed=asked[0].arms[0][1] == TIMES)
+
     def steps(self, runs: list, *, searches: bool = False, timed: bool = False) -> list[plan.Step]:
         """The notebooks of these runs with the seeds wanted so far, and of their studies' analyses."""
         options, wanted = self.options, {_title(run): self.wanted(run) for run in self.whole}
         for study in {run.study for run in runs} if options.command != "plan" else ():
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
-            record.write_json(self.of(study)[0].results_dir / "comparison" / "runs.json", listed)
+            record.write_json(self.folder(study) / "runs.json", listed)
         searched = runs if searches else []
         if self.is_staged:
             searched = [config.with_seeds(run, self.first_seeds(run)) for run in searched]
-        measured = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs} if timed else {}
-        if not self.is_staged:
-            own = [
-                run for run in runs if run.role == "proposed" and hasattr(config.study_module(run.study), members.TIMES)
-            ]
-            measured = dict.fromkeys(map(_title, own), 1 if options.mode == "trial" else members.PROCESSES)
+        of_times = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs}
+        measured = of_times if timed or not self.is_staged else {}
         more = {"forced": self.forced, "searched": searched, "measured": measured}
         found = plan.steps([wanted[_title(run)] for run in runs], options.scale, options.mode, **more)
         self.forced -= {step.title for step in found}
@@ -253,19 +274,16 @@ class Spending:
         """Claims without a word that more seeds (`timed`: more processes) may give one, by each study's last analysis."""
         found = []
         for study, own in self.arms.items():
-            runs, tests = {run.run_id: run for run in self.of(study)}, self.published[study].claims
-            folder, about = self.of(study)[0].results_dir / "comparison", {claim.id: claim.test for claim in tests}
+            runs, folder = {run.run_id: run for run in self.of(study)}, self.folder(study)
             judged = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
             for row in record.read_json(folder / "claims.json", []) if judged else ():
-                name, count = row["id"], row.get("n_seeds") or 0
-                if name not in own or row.get("decided") or (about[name] == "cost_ratio") != timed:
+                compared = [(runs[run_id], cell) for run_id, cell in own.get(row["id"], ())]
+                if not compared or row["decided"] or (compared[0][1] == TIMES) != timed:
                     continue
-                compared = [(runs[run_id], cell) for run_id, cell in own[name]]
-                look = row.get("next_look") or (members.PROCESSES if timed and not count else 0)
-                if not timed and look > min(len(run.seed_list) for run, _ in compared):
-                    look = 0
-                chance, enough = row.get("chance"), row.get("seeds_to_decide")
-                found.append(Open(study, name, compared, count, look, 1.0 if chance is None else chance, enough))
+                look = row["next_look"] or (members.PROCESSES if timed and not row["n_seeds"] else 0)
+                look = look if timed or look <= min(len(run.seed_list) for run, _ in compared) else 0
+                chance = 1.0 if row["chance"] is None else row["chance"]
+                found.append(Open(study, row["id"], compared, look, chance, row["seeds_to_decide"]))
         return found
 
     def word_of(self, claim: Open) -> tuple[Open, int]:
@@ -284,7 +302,10 @@ class Spending:
                 runs[_title(run)] = run
                 most[_title(run), cell] = max(seeds, most.get((_title(run), cell), 0))
         for (title, cell), seeds in most.items():
-            new, run = max(0, seeds - len(self.seeds[title].get(cell, ()))), runs[title]
+            have, run = self.seeds[title].get(cell, ()), runs[title]
+            new = max(0, seeds - len(have))
+            if cell == claims.BEST and not have:
+                new += sum(seed in run.pilot_seeds for _, of_cell in config.cells(run).values() for seed in of_cell)
             each = plan.process_seconds(run) * self.slots if cell == TIMES else plan.member_seconds(run) or 0.0
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
@@ -302,11 +323,11 @@ class Spending:
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
             price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"
             prices[claim.study][claim.id] = price
-            if claim.look and (claim.name, claim.look) not in self.asked:
+            if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
                 self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
         for study, own in prices.items():
-            record.write_json(self.of(study)[0].results_dir / "comparison" / "prices.json", own)
+            record.write_json(self.folder(study) / "prices.json", own)
         for step in (step for step in self.planned if step.state == "postponed" and step.kind != "analysis"):
             self.left.append(f"{step.title}, about {progress.duration(step.seconds)} of one core: {step.command}")
 

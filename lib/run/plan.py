@@ -30,14 +30,14 @@ NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, met
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 START_SECONDS = 12.0  # of an interpreter that imports torch
 FORCED = "forced (--force)"
-# Work like a small model's, on which YAMLs' seconds are put right for this machine, and its seconds on the one that they
-# were measured on, with both cores at work.
+# Work like a small model's, by which YAMLs' seconds are put right for this machine, and what it took on theirs, with both
+# cores at work: seconds of its process, so that what else the machine does at the moment does not count.
 WORK = """import time, numpy
 a, b = numpy.random.rand(2, 96, 96).astype("float32")
-began = time.perf_counter()
+began = time.process_time()
 for _ in range(4000): a = numpy.tanh(a @ b) + sum(range(40)) * 1e-9
-print(time.perf_counter() - began)"""
-WORK_SECONDS = 1.0
+print(time.process_time() - began)"""
+WORK_SECONDS = 0.081
 
 
 @dataclass
