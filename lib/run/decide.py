@@ -57,18 +57,19 @@ def arms(published: claims.Claims, runs: list, scale: str) -> dict[str, list[tup
     once = [config.with_seeds(run, {cell: seeds[:1] for cell, seeds in seeds_of(run).items()}) for run in runs]
     rows, found = pd.DataFrame([row for run in once for row in check.member_rows(run)]), {}
     for claim in published.claims if len(rows) else ():
-        sides = [cell for side in claims.SIDES for cell in published.levels(claim, side)]
-        compared = [_arms_of(rows, cell) for cell in sides]
+        timed, sides = claim.test == "cost_ratio", (published.levels(claim, side) for side in claims.SIDES)
+        compared = [_arms_of(rows, cell, timed) for side in sides for cell in side]
         if scale in claim.scales and not claim.not_evaluated and all(compared):
-            found[claim.id] = list(dict.fromkeys(arm for side in compared for arm in side))
-            if claim.test == "cost_ratio":  # the proposed method's run measures its baseline too
-                found[claim.id] = [(run_id, TIMES) for run_id in dict.fromkeys(run_id for run_id, _ in compared[0])]
+            # the proposed method's run measures the times of its baseline too
+            found[claim.id] = list(dict.fromkeys(arm for side in compared[: 1 if timed else None] for arm in side))
     return found
 
 
-def _arms_of(rows: pd.DataFrame, cell: claims.Cell) -> list[tuple[str, str]]:
+def _arms_of(rows: pd.DataFrame, cell: claims.Cell, timed: bool) -> list[tuple[str, str]]:
     """One side's: with `best`, what pilots choose or, without pilots, every cell that it may be."""
     mine = claims.select(rows, {key: value for key, value in cell.items() if value != claims.BEST})
+    if timed:
+        return [(run_id, TIMES) for run_id in dict.fromkeys(mine["run_id"])]
     pilots = mine[mine["pilot"]]["run_id"] if claims.BEST in cell.values() else ()
     of_cells = mine[~mine["pilot"] & ~mine["run_id"].isin(pilots)]
     found = [(run_id, claims.BEST) for run_id in pilots], zip(of_cells["run_id"], of_cells["cell"], strict=True)
