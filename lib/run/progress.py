@@ -32,8 +32,8 @@ def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
 
 
 def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float | None = None) -> None:
-    """The plan, a line per notebook of each round, and what it will take in all; `minutes`: the budget of all rounds
-    but the first."""
+    """The plan, a line per notebook of each round, and what it will take in all; `minutes`: the budget of all that
+    comes after the first looks."""
     print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
     for each in rounds:
         if each.what:
@@ -43,7 +43,8 @@ def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float
     steps = [step for each in rounds for step in each.steps]
     if not steps:
         return
-    first, later = (plan.forecast(mine, slots) for mine in (rounds[0].steps, steps[len(rounds[0].steps) :]))
+    split = sum(len(each.steps) for each in rounds if each.what.startswith("first") or not each.what)
+    first, later = (plan.forecast(mine, slots) for mine in (steps[:split], steps[split:]))
     share = min(1.0, 60 * minutes / later.wall_seconds) if later.wall_seconds else 1.0
     found = plan.Forecast(
         first.wall_seconds + share * later.wall_seconds,
