@@ -207,7 +207,7 @@ def test_the_budget_ends_and_what_is_left_is_said_with_its_command(study):
     assert any(
         "td_dpo C3" in line and "./run_all.sh decide --scale laptop --study td_dpo" in line for line in study.left
     )
-    assert any("./run_all.sh full --scale laptop --study td_dpo --run td_dpo_anchored" in line for line in study.left)
+    assert any("td_dpo/td_dpo_anchored" in line and "--max-minutes" in line for line in study.left)
     study.go(command="decide")
     assert study.rounds == [
         "first looks",

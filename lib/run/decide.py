@@ -334,8 +334,12 @@ class Spending:
                 self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)
-        for step in (step for step in self.planned if step.state == "postponed" and step.kind != "analysis"):
-            self.left.append(f"{step.title}, about {progress.duration(step.seconds)} of one core: {step.command}")
+        late = [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]
+        if late:  # they decide no claim: one line for all
+            names = ", ".join(step.title for step in late[:3]) + (f" and {len(late) - 3} more" if len(late) > 3 else "")
+            took = progress.duration(sum(step.seconds for step in late))
+            more = f"./run_all.sh full --scale {self.options.scale} --max-minutes M{plan.sets_of(late[0].run)}"
+            self.left.append(f"what decides no claim ({names}), about {took} of one core: {more}")
 
 
 def _title(run) -> str:
