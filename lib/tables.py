@@ -124,7 +124,7 @@ def metrics_table(
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
-    judged = members[~members["pilot"]] if len(members) else members
+    judged = members[~members["pilot"]] if "pilot" in members else members
     own = {i: judged[(judged["run_id"] == i) & (judged["cell"] == cell)] for i, cell in chosen.items()}
     lost = [(rows["status"] == "diverged").sum() for rows in own.values()]
     table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})
