@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import claims, config, record, tables
+from lib import claims, config, tables
 from lib.graff import report as graff
-from lib.run import decide, members, plan, runs
+from lib.run import decide, plan, runs
 from lib.td_dpo import report as td_dpo
 
 FIXED = (3, 5, 10, 20)
@@ -28,8 +28,8 @@ def judged_by(study: str, loaded: tables.Records, planned: list) -> dict:
     if study == "iw_lora":
         rows = loaded.pairs.rename(columns={"correct": "accuracy"}).astype({"accuracy": float})
         return {"rows": rows.assign(status="completed"), "members": loaded.everyone}
-    scores, areas = graff.scores(loaded, "example", "exact_match"), graff.areas(loaded)
-    return {"rows": scores, "accuracy": areas, "members": graff.with_rate(loaded.everyone)}
+    members = graff.with_rate(loaded.everyone)
+    return {"rows": graff.scores(loaded), "accuracy": graff.areas(loaded), "members": members}
 
 
 class Study:
@@ -49,8 +49,7 @@ class Study:
         self.chosen = judged.groupby("run_id")["cell"].agg(lambda cells: cells.mode().iat[0])
         self.seconds = judged.set_index(["run_id", "cell", "seed"])["seconds"]
         self.pilots = everyone.loc[everyone["pilot"], "seconds"].sum()
-        made = [record.read_json(path, {}) for path in (members.CACHE / self.name).glob("*/complete.json")]
-        self.prepare = pd.Series([one["seconds"] for one in made if one.get("mode") == "full"]).median()
+        self.prepare = plan.prepare_seconds(planned[0])
 
     def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, bool]:
         """{claim: whether it is decided} by the first n seeds."""
