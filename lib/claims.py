@@ -625,8 +625,11 @@ def evaluate(
             verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
         verdict.scored_by = "" if claim.test == "cost_ratio" else scored_by
         verdict.minutes = None if claim.test == "cost_ratio" else spent(study, claim, members)
+    asked = [
+        v for claim, v in zip(study.claims, verdicts, strict=True) if not _no_verdict(claim, scale, mode, absent or {})
+    ]
     for costs_too in (False, True):
-        _adjust([v for v in verdicts if v.p is not None and (v.test == "cost_ratio") == costs_too])
+        _adjust([v for v in asked if (v.test == "cost_ratio") == costs_too])
     for verdict in verdicts:
         verdict.decided = verdict.verdict not in ("inconclusive", "not evaluated")
         if verdict.decided:
@@ -640,11 +643,13 @@ def evaluate(
 
 
 def _adjust(family: list[Verdict]) -> None:
-    """Holm over claims evaluated together, for either word."""
-    for verdict, adjusted in zip(family, st.holm([v.p for v in family]) if family else (), strict=True):
-        verdict.holm_p = float(adjusted)
-        if verdict.verdict in ("supported", "refuted") and adjusted >= HOLM_LEVEL:
-            verdict.reason += f" But so only before the correction for {len(family)} claims (Holm p {adjusted:.2g})."
+    """Holm over a study's claims, for either word. Those that have no scores yet count (p = 1): a word that is given
+    before the others are there is not taken back when they come."""
+    adjusted = st.holm([1.0 if v.p is None else v.p for v in family]) if family else ()
+    for verdict, p in zip(family, adjusted, strict=True):
+        verdict.holm_p = None if verdict.p is None else float(p)
+        if verdict.verdict in ("supported", "refuted") and p >= HOLM_LEVEL:
+            verdict.reason += f" But so only before the correction for {len(family)} claims (Holm p {p:.2g})."
             verdict.verdict = "inconclusive"
 
 

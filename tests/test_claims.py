@@ -327,13 +327,16 @@ def test_holm_takes_a_word_away_and_says_so():
     assert both["X1"].holm_p > both["X1"].p
 
 
-def test_claims_without_a_p_and_claims_about_times_are_of_no_score_claims_family():
+def test_claims_that_wait_for_scores_count_and_those_never_evaluated_or_about_times_do_not():
+    """A word that the first scores give is not taken back when the other claims' come."""
     rows, members = against(around(0.5))
     gone, time = {"baseline": "nobody"}, {"test": "cost_ratio", "metric": "seconds", "margin": 1.02}
     found = judge(study_of({}, gone, time), rows, members, costs=timed(1.0))
-    assert found["X1"].holm_p == found["X1"].p
+    assert found["X1"].holm_p == pytest.approx(2 * found["X1"].p)
     assert found["X3"].holm_p == found["X3"].p
     assert found["X2"].holm_p is None
+    never = judge(study_of({}, gone | {"not_evaluated": "no definition"}), rows, members)
+    assert never["X1"].holm_p == never["X1"].p
 
 
 def test_an_open_claim_says_what_would_decide_it():
