@@ -43,25 +43,20 @@ class Study:
         arms = decide.arms(self.claims, planned, "laptop")
         about = {claim.id: claim.test for claim in self.claims.claims}
         self.arms = {name: own for name, own in arms.items() if about[name] != "cost_ratio"}
-        everyone = loaded.members.assign(pilot=loaded.members["pilot"].astype(bool))
-        judged = everyone[~everyone["pilot"]]
+        judged, pilots = claims.judged_rows(loaded.members), loaded.members[claims.is_pilot(loaded.members)]
         self.seeds = list(dict.fromkeys(judged["seed"]))
         self.chosen = judged.groupby("run_id")["cell"].agg(lambda cells: cells.mode().iat[0])
         self.seconds = judged.set_index(["run_id", "cell", "seed"])["seconds"]
-        self.pilots = everyone.loc[everyone["pilot"], "seconds"].sum()
+        self.pilots = pilots["seconds"].sum()
         self.prepare = plan.prepare_seconds(planned[0])
 
     def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, bool]:
         """{claim: whether it is decided} by the first n seeds."""
         kept = self.seeds[:n]
-        given = {name: frame[frame["seed"].isin(kept) | self.of_pilots(frame)] for name, frame in self.given.items()}
+        given = {name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] for name, frame in self.given.items()}
         study = self.claims.model_copy(update={"looks": looks})
         found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", **given)
         return {v.id: v.decided for v in found if v.id in self.arms and v.verdict != "not evaluated"}
-
-    @staticmethod
-    def of_pilots(frame: pd.DataFrame) -> pd.Series:
-        return frame["pilot"].fillna(False).astype(bool) if "pilot" in frame else pd.Series(False, frame.index)
 
     def needed(self, claim: str, n: int) -> set:
         """(study, run, cell, seed) of its arms' members, and (study, seed) of what a seed's members share."""

@@ -3,7 +3,7 @@
 A claimed gain is tested against two thirds of itself (ratios on the log scale), parity and non-inferiority against a
 margin. The repeated confidence interval of lib/stats.py decides both words: a claim is supported where it lies on the
 claim's side of what is tested, refuted where it lies on the other, and else inconclusive. A word also needs a
-Holm-adjusted p below .05 over the claims evaluated together. Looks are taken at the numbers of seeds that `looks` says,
+Holm-adjusted p below .05 over the study's claims at this scale. Looks are taken at the numbers of seeds that `looks` says,
 each on the first so many seeds, all of them there.
 
 A claim about scores is `vacuous` where no run that it compares is shown to be above chance (`at_chance`), where all of
@@ -26,7 +26,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from lib import stats as st
-from lib.config import Section, plain, validate
+from lib.config import BEST, Section, plain, validate
 from lib.record import finite
 
 HOLM_LEVEL = 0.05
@@ -34,7 +34,6 @@ CHANCE_LEVEL = 0.05  # one-sided, at which runs are shown to be above chance
 SHARE = 2 / 3  # of a claimed gain is what is tested
 MOST_DROPPED = 0.05  # of the questions may lack a score in some run
 MIN_PROCESSES = 8  # between which a ratio of times varies
-BEST = "best"  # in a cell: the value that is chosen on the study's validation metric
 UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
 FINISHED = ("completed", "diverged")
 SIDES = ("treatment", "baseline")
@@ -274,9 +273,13 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     return frame[keep]
 
 
+def is_pilot(frame: pd.DataFrame) -> pd.Series:
+    """Whether a row is of a seed that chooses a cell, and is never judged."""
+    return frame["pilot"].fillna(False).astype(bool) if "pilot" in frame else pd.Series(False, frame.index)
+
+
 def judged_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without the pilots, whose seeds choose a cell and are never judged."""
-    return frame[~frame["pilot"].fillna(False).astype(bool)] if "pilot" in frame else frame
+    return frame[~is_pilot(frame)]
 
 
 def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
@@ -295,16 +298,17 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
         return study.fill(cell)
     rest = {key: value for key, value in cell.items() if key not in open_keys}
     runs = select(members, rest)
-    if "pilot" in runs and runs["pilot"].fillna(False).any():
-        runs = runs[runs["pilot"].fillna(False).astype(bool)]
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
-    metric = _numbers(runs[study.choose_on])
-    metric = metric.mask(runs["status"] == "diverged", study.diverged.get("accuracy", 0.5))
-    means = metric.groupby([runs[key] for key in open_keys]).mean()
-    if means.empty or metric[runs[open_keys].notna().all(axis=1)].isna().any():
+    asked = runs[is_pilot(runs)] if is_pilot(runs).any() else runs
+    metric = _numbers(asked[study.choose_on])
+    metric = metric.mask(asked["status"] == "diverged", study.diverged.get("accuracy", 0.5))
+    means = metric.groupby([asked[key] for key in open_keys]).mean()
+    if means.empty or metric[asked[open_keys].notna().all(axis=1)].isna().any():
         return None
-    best = means.idxmax()
+    # what a run has chosen among its pilots stands (runs.settle): its other cells have no judged runs
+    trained = means[means.index.isin(judged_rows(runs).groupby(open_keys).size().index)]
+    best = (trained if len(trained) else means).idxmax()
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 
 
@@ -504,7 +508,7 @@ class Verdict(SimpleNamespace):
 
     `interval95`: the repeated interval after the last look, the intersection over `looks`; `fixed95`: the interval of a
     study whose size had been fixed at the seeds it has, for comparison. `p`: the smallest alpha whose interval gives
-    either word, `holm_p` adjusted over the claims evaluated with it. `tested`: the threshold. `per_seed` maps a seed (of
+    either word, `holm_p` adjusted over the study's claims. `tested`: the threshold. `per_seed` maps a seed (of
     times: a process) to its own estimate. `minutes`: that one core trained what it compares. `sds`: standard deviations
     of the paired difference. `next_look`: the seeds of the next look, where another can decide; `chance`: of a word by
     the last look; `seeds_to_decide`: with 80 % chance. `scored_by` names what gave the scores. `n_dropped`: questions
@@ -528,28 +532,33 @@ def to_json(verdicts: list[Verdict]) -> list[dict]:
     return finite([vars(verdict) for verdict in verdicts])
 
 
+HEADINGS = {  # of the table for people
+    "id": "claim",
+    "verdict": "verdict",
+    "estimate": "estimate",
+    "interval95": "95 % interval",
+    "fixed95": "were the size fixed",
+    "p": "p",
+    "holm_p": "Holm p",
+    "n_seeds": "seeds",
+    "minutes": "core-minutes",
+    "seeds_to_decide": "would decide",
+    "per_seed": "per seed",
+    "scale": "scale",
+    "reason": "why",
+}
+
+
 def table(verdicts: list[Verdict]) -> pd.DataFrame:
     """One row per claim, for people."""
 
     def span(bounds: tuple | None) -> str:
         return "" if bounds is None else " to ".join(f"{b:.3g}" if math.isfinite(b) else "no bound" for b in bounds)
 
-    columns = "id verdict estimate interval95 fixed95 p holm_p n_seeds minutes seeds_to_decide per_seed scale reason"
-    rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=columns.split())
+    rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=[*HEADINGS])
     rows["interval95"], rows["fixed95"] = rows["interval95"].map(span), rows["fixed95"].map(span)
     rows["per_seed"] = [", ".join(f"{x:.3g}" for x in v.per_seed.values() if x is not None) for v in verdicts]
-    names = [
-        "claim",
-        "verdict",
-        "estimate",
-        "95 % interval",
-        "were the size fixed",
-        "p",
-        "Holm p",
-        "seeds",
-        "core-minutes",
-    ]
-    return rows.set_axis([*names, "would decide", "per seed", "scale", "why"], axis=1)
+    return rows.rename(columns=HEADINGS)
 
 
 def sentence(verdict: Verdict) -> str:

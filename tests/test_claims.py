@@ -508,6 +508,13 @@ def test_the_best_is_chosen_on_pilots_which_are_never_judged():
     assert "of old (beta 0.2)" in found.reason or "above old (beta 0.2)" in found.reason
 
 
+def test_what_a_run_chose_among_its_pilots_stands():
+    """By another metric, or one that is minimized, the run may have trained a cell that this one ranks lower."""
+    pilots, judged = tuned({0.1: (0.5, 0.6), 0.2: (0.9, 0.8)}, pilot=True), tuned({0.1: (0.4,)}, seeds=SEEDS[:1])
+    assert chosen(pilots)["beta"] == 0.2
+    assert chosen(pd.concat([pilots, judged]))["beta"] == 0.1
+
+
 @pytest.mark.parametrize("gap", [None, np.nan, np.inf, "failed"])
 def test_the_next_best_never_stands_for_a_best_that_is_not_known(gap):
     pilots = tuned({0.1: (0.5, 0.6), 0.2: (0.9, 0.8)}, pilot=True)

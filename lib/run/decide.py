@@ -197,9 +197,7 @@ class Spending:
         found, lost = [each for each in self.open_claims(timed) if self.has_more(each)], self.lost()
         found = [each for each in found if not lost & {_title(run) for run, _ in each.arms}]
         likely, taken, left = [each for each in found if each.chance >= FUTILE], [], self.until - time.monotonic()
-        if (
-            not timed
-        ):  # times come last, alone: what their first look takes is kept for them, up to a third of the whole
+        if not timed:  # times come last, alone: their first look's minutes are kept for them, up to a third of all
             first = self.cost([(each, each.look) for each in self.open_claims(True) if each.look == members.PROCESSES])
             left -= min(first, 60 * self.minutes / 3) if math.isfinite(left) else 0
         for claim in sorted(likely or found, key=lambda claim: self.cost([self.word_of(claim)]) / (claim.chance or 1)):
