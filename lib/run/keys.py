@@ -70,6 +70,11 @@ class Source:
             elif not isinstance(node, ast.Import | ast.ImportFrom):
                 self.effects.append(node)
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of all of the module's code; asked for every analysis that imports it."""
+        return hash_of([node for nodes in self.definitions.values() for node in nodes] + self.effects)
+
 
 def imports(tree: ast.AST, modules: Iterable[str]) -> dict[str, set[Place]]:
     """{local name: places} of all imports from `lib` in a tree, those in functions too."""
@@ -166,7 +171,7 @@ def modules(*names: str) -> dict[str, str]:
         name = todo.pop()
         if name not in hashes and name in lib.files:
             source = lib.source(name)
-            hashes[name] = hash_of([node for nodes in source.definitions.values() for node in nodes] + source.effects)
+            hashes[name] = source.hash
             todo += [module for places in source.imports.values() for module, _, _ in places]
     return dict(sorted(hashes.items()))
 

@@ -239,8 +239,9 @@ def _why(step: Step, forced: Collection[str]) -> str:
 
 def _train(run, forced: Collection[str]) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(records.settle(run, guess=True))
-    notebook = notebooks(run.study)["train"]
-    own = [keys.member_key(m)["all"] for m in config.members(run)]  # on which what pilots choose depends
+    notebook, cells = notebooks(run.study)["train"], config.cells(run)
+    # without what pilots choose, which depends on these
+    own = [keys.member_key(m)["all"] for m in every if m.seed in cells[m.cell_name][1]]
     key = keys.digest([*own, keys.notebook_code(notebook), config.dump(run)])
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     is_forced = step.title in forced
