@@ -53,10 +53,13 @@ def simulate(claim: Claim, looks, *, sds, questions, effect, n_sim, rng) -> tupl
     return words, seeds
 
 
-def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None) -> pd.DataFrame:
+def table(
+    study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None, assumed_too: bool = True
+) -> pd.DataFrame:
     """One row per claim and seed standard deviation: by the last look, without the correction for several claims.
 
     seen: {claim id: standard deviations in the record}; where one exceeds what was assumed, a row with the record's.
+    assumed_too: with the rows of what was assumed, which take as long to simulate.
     """
     rng, looks, rows = np.random.default_rng(0), study.looks_of(scale), []
     for claim in study.claims:
@@ -65,7 +68,8 @@ def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | N
         assumed = [sds_of(study, claim, sd) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))]
         (*_, (largest, questions)), mine = assumed, (seen or {}).get(claim.id)
         again = bool(mine) and any(mine[name] > 1.05 * largest[name] for name in ("seed", "question"))
-        for source, sds in [("assumed", sds) for sds, _ in assumed] + ([("this record", mine)] if again else []):
+        sources = [("assumed", sds) for sds, _ in assumed if assumed_too] + [("this record", mine)] * again
+        for source, sds in sources:
             true, boundary = sizes(claim)
             size = {"sds": sds, "questions": questions, "n_sim": study.noise.simulations, "rng": rng}
             words, seeds = simulate(claim, looks, effect=true, **size)
