@@ -120,7 +120,7 @@ def test_numeric_strings_become_numbers_at_any_depth(write, raw):
 
 
 def test_unquoted_exponent_in_a_file(write, raw):
-    text = yaml.safe_dump(raw).replace("learning_rate: 5e-4", "learning_rate: 1e-5")
+    text = yaml.safe_dump(raw).replace("learning_rate: 2e-4", "learning_rate: 1e-5")
     assert isinstance(yaml.safe_load(text)["training"]["learning_rate"], str)  # why the coercion exists
     assert load(write(text)).training.learning_rate == 1e-5
 

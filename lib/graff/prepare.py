@@ -100,10 +100,10 @@ def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     return problems, {"source": source, **report}
 
 
-# ---- the base model that is made here: a tiny Qwen3, pretrained on generated one-step problems
+# ---- the base model that is made here: a tiny Qwen3, pretrained on generated problems, most of one step
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-ONE_STEP = 8000  # problems that pretraining draws from
+PRETRAINING = 8000  # problems that it draws from
 BPE_VOCABULARY = 2048  # tokens for text that is not generated
 
 
@@ -119,6 +119,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return made.word_tokenizer(sorted(words), SPECIAL, pre_tokenizer=pieces, decoder=decoders.Fuse())
 
 
+def pretraining_problems(seed: int, two_step_share: float) -> list[dict]:
+    """Drawn apart from those that members train on, which have two steps."""
+    rng = np.random.default_rng([seed, 1])
+    return [problem(rng, 2 if i < two_step_share * PRETRAINING else 1) for i in range(PRETRAINING)]
+
+
 def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
     """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
     while not real:
@@ -130,8 +136,8 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
 
 
 def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> made.Base:
-    """Tokenizer and model, pretrained on one-step problems (or on `train`)."""
-    rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
+    """Tokenizer and model, pretrained on generated problems (or on `train`)."""
+    rows, steps = train or pretraining_problems(recipe["seed"], recipe["two_step_share"]), recipe["pretrain_steps"]
     if train is None:
         tokenizer = word_tokenizer()
     else:

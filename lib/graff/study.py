@@ -40,6 +40,7 @@ class Recipe(Section):
     pretrain_steps: Count = 1500
     pretrain_batch_size: Count = 32
     pretrain_learning_rate: Positive = 3e-3
+    two_step_share: Fraction = 0.0  # of the pretraining problems; the rest have one step
     seed: Seed | None = None  # null: the member's own
 
 
