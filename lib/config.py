@@ -48,6 +48,7 @@ from pydantic_core import PydanticCustomError
 from lib.errors import StudyError
 
 ROOT = Path(__file__).resolve().parents[1]
+SCALES = ("laptop", "small", "paper")
 TUNABLE = ("model", "dataset", "training", "loss", "evaluation")  # sections that grid cells and searches may set
 CONTEXT = ("study", "scale", "mode", "results_dir", "source", "overrides", "searched")  # not written in a run's YAML
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
@@ -189,7 +190,7 @@ class Compute(Section):
 class Wandb(Section):
     entity: str | None = None
     project: str | None = None
-    mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, offline on the laptop
+    mode: Literal["online", "offline", "disabled"] | None = None  # null: online at paper scale, else offline
 
 
 class Block(Section):
@@ -228,7 +229,7 @@ class Run(Section):
     grid: list[Block] | None = None
     wandb: Wandb | None = None
     study: str
-    scale: Literal["laptop", "paper"]
+    scale: Literal[SCALES]  # pyright: ignore[reportInvalidTypeForm]
     mode: Literal["trial", "full"]
     results_dir: Path
     source: Path | None = None
@@ -751,5 +752,5 @@ def steps(run: Run) -> int:
 
 def wandb_mode(run: Run) -> str:
     """online, offline or disabled: the YAML's word (a trial's is disabled), else online at paper scale and offline at
-    laptop scale."""
+    the others."""
     return (run.wandb.mode if run.wandb else None) or ("online" if run.scale == "paper" else "offline")

@@ -95,7 +95,7 @@ def reachable(seconds: float = SECONDS) -> bool:
 def out_of_reach(name: str) -> bool:
     """Whether `name` is a hub id (not 'made', 'generated' or an existing path) and the hub does not answer."""
     is_id = name not in ("made", "generated") and bool(HUB_ID.match(name))
-    return is_id and not Path(name).exists() and not reachable()
+    return is_id and local_path(name) is None and not reachable()
 
 
 def prepare() -> None:
@@ -107,10 +107,27 @@ def prepare() -> None:
 # ---- load
 
 
+def fetched(name: str) -> Path | None:
+    """Where `./run_all.sh fetch` keeps model `name` (lib/run/fetch.py); None where it does not."""
+    folder = cache_folder() / "models" / name
+    return folder if HUB_ID.match(name) and (folder / "provenance.json").exists() else None
+
+
 def local_path(name: str) -> Path | None:
-    """The existing file or directory called `name`, from the working directory or from the repository's root."""
+    """The existing file or directory called `name`, from the working directory or from the repository's root, or the
+    fetched model of that name."""
     path = Path(name).expanduser()
-    return next((place.resolve() for place in (path, ROOT / path) if place.exists()), None)
+    return next((place.resolve() for place in (path, ROOT / path) if place.exists()), fetched(name))
+
+
+def is_cached(name: str, kind: str, revision: str | None) -> bool:
+    """Whether the hub's cache holds this revision of a hub id (any, where none is given); `kind`: model or dataset."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision or "*"
+    return any(folder.glob(f"snapshots/{commit}/*"))
 
 
 def load_dataset(name: str, config: str | None = None, *, revision: str | None = None, **options):

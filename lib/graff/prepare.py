@@ -192,7 +192,7 @@ def prepare(run, folder: Path) -> None:
 # An episode each; half the batch is half the time on the virtual clock, so half the budget.
 STEPS, BATCHES = 100, (4, 8, 16)
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
-EPISODE_MODELS = {"laptop": (64, 2), "paper": (384, 8)}
+EPISODE_MODELS = {"laptop": (64, 2), "small": (64, 2), "paper": (384, 8)}
 
 
 def episode_of(scale: str, trial: bool, batch: int, place: Path, seed: int):

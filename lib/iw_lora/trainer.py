@@ -26,7 +26,7 @@ from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interl
 
 HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
 COST_ROUNDS, COST_WARM_UP = 20, 3  # interleaved rounds of steps in a process
-ADALORA_DELTA_T = {"laptop": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
+ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
 
 
 # ---- adapters

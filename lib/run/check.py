@@ -60,7 +60,7 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
-    other, loaded, owner = {"laptop", "paper"} - {scale}, [], {}
+    other, loaded, owner = {*config.SCALES} - {scale}, [], {}
     for path in sorted(folder.rglob("*.y*ml")):
         if path.name in NOT_RUNS or other & set(path.relative_to(folder).parts[:-1]):
             continue

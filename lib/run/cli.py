@@ -21,13 +21,14 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, compose, decide, pages, plan, pool, progress, runner, wandb
+from lib.run import check, cluster, compose, decide, fetch, pages, plan, pool, progress, runner, wandb
 
 COMMANDS = (
     "full",
     "trial",
     "plan",
     "decide",
+    "fetch",
     "check",
     "compose",
     "status",
@@ -50,13 +51,13 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument
     commands = (
         "full: the paper's scale; trial: does it run; plan: what would run and why; decide: more seeds for claims that "
-        "are open; check: may it run; "
+        "are open; fetch: get the models that the runs start from; check: may it run; "
         "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
         "the records; pull: judge the studies from W&B; judge: have saved answers graded; judge-table: verdicts on a "
         "table of your own scores; lab: JupyterLab; test"
     )
     add("command", nargs="?", choices=COMMANDS, help=commands)
-    add("--scale", choices=("laptop", "paper"), help="default: laptop, but paper for `full`")
+    add("--scale", choices=config.SCALES, help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--project", help="for sync and pull: the W&B project (default: the run's own)")
     add("--force", action="store_true", help="do again what is done; old records are kept in attempts/")
     add("--max-hours", type=positive, metavar="H", help="start nothing that is predicted to end later than this")
-    more = "after the first looks: more seeds, times, ablations (default: 15 at laptop scale for `full`)"
+    more = "after the first looks: more seeds, times, ablations (default for `full`: 15 at laptop, 60 at small scale)"
     add("--max-minutes", type=positive, metavar="M", help=more)
     add("--price", type=positive, metavar="P", help="of a GPU or core an hour (plan), of a million tokens (judge)")
     add("--json", action="store_true", help="`check` as one JSON object")
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
-    others = {"status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
+    others = {"fetch": get_models, "status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
     return report_errors(lambda: others.get(options.command, run)(options))
 
 
@@ -205,6 +206,8 @@ def run(options) -> int:
     selected = select_runs(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
     whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else selected
+    if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
+        fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
         obstacles += compose.findings(selected)
@@ -284,6 +287,11 @@ def rebuild(_) -> int:
     for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
+    return 0
+
+
+def get_models(options) -> int:
+    fetch.fetch(check.runs_of(select_runs(options)))
     return 0
 
 

@@ -5,7 +5,7 @@ What params/<study>/design.yaml holds:
     study: td_dpo
     methods: {<name>: <level>, ...}
     scales:
-      laptop | paper:
+      laptop | small | paper:
         name: <dataset>_<method>                          how runs are named
         factors: {dataset: {<name>: <level>, ...}, ...}   what else they differ in, if anything
         base: the sections of a complete run YAML
@@ -37,11 +37,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from lib import config, record
-from lib.config import Finding, RunId, Section, did_you_mean, fault
+from lib.config import SCALES, Finding, RunId, Section, did_you_mean, fault
 from lib.errors import StudyError
 from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, runs_of, yaml_findings
 
-SCALES = ("laptop", "paper")
 WRITTEN_BY = "# Written by ./run_all.sh compose from {}, which explains the keys: change it there."
 SHORT = 100  # characters of a list or mapping that is written on one line
 
@@ -84,7 +83,7 @@ class Scale(Section):
 class Design(Section):
     study: str
     methods: Levels
-    scales: dict[Literal["laptop", "paper"], Scale]
+    scales: dict[Literal[SCALES], Scale]  # pyright: ignore[reportInvalidTypeForm]
     claims: dict[str, Any] | None = None
 
     @model_validator(mode="after")

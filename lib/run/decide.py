@@ -21,7 +21,7 @@ from lib.errors import StudyError
 from lib.run import check, members, plan, progress
 
 FUTILE = 0.1  # a claim with less chance of a word by its last look waits until the others are done
-MINUTES = 15.0  # at laptop scale, for all that comes after the first looks
+MINUTES = {"laptop": 15.0, "small": 60.0}  # of `full`, for all that comes after the first looks
 TIMES = "times"  # in the place of a cell: what is measured in processes of its own
 
 
@@ -120,8 +120,8 @@ class Spending:
         self.asked: set[tuple[str, int]] = set()  # claims, with the seeds of a look that was asked for
         self.left: list[str] = []
         self.until = math.inf
-        default = options.scale == "laptop" and options.command != "decide" and not options.max_hours
-        self.minutes = options.max_minutes or (MINUTES if default else math.inf)
+        is_open = options.command == "decide" or options.max_hours
+        self.minutes = options.max_minutes or (math.inf if is_open else MINUTES.get(options.scale, math.inf))
 
     def of(self, study: str) -> list:
         return [run for run in self.runs if run.study == study]

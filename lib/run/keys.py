@@ -19,7 +19,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib import config
+from lib import config, hub
 from lib.config import ROOT
 from lib.record import digest
 from lib.run.preflight import visible_gpus
@@ -260,8 +260,9 @@ def _content(path: Path, stamp: tuple) -> str:
 
 
 def source(name: str, revision: str | None) -> str:
-    """Fingerprint of a data set or model by its name: content of a local path, name and revision of a hub id."""
-    path = Path(name)
+    """Fingerprint of a data set or model by its name: content of a local path or of a fetched model, name and revision
+    of a hub id."""
+    path = hub.fetched(name) or Path(name)
     if not path.is_absolute() or not path.exists():  # the configuration keeps local paths absolute
         return f"{name}@{revision or 'unpinned'}"
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

@@ -18,11 +18,14 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+from lib.config import SCALES
 from lib.record import read_json, redact, write_text
 from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
-FOLDERS = ("laptop-full", "paper-full", "laptop-trial", "paper-trial")  # the studies' own, in the order of the index
+FOLDERS = [
+    f"{scale}-{mode}" for mode in ("full", "trial") for scale in SCALES
+]  # the studies' own, in the order of the index
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 TAGS = (

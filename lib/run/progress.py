@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live as Block
 from rich.text import Text
 
-from lib import config, record
+from lib import config, hub, record
 from lib.errors import MissingError, StudyError
 from lib.run import plan, runs
 
@@ -66,7 +66,7 @@ def print_step(step: plan.Step) -> None:
     seconds = "?" if step.unknown else duration(step.seconds)
     print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
     names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
-    if needs := [name for name in names if config.is_hub_id(name)]:
+    if needs := [name for name in names if config.is_hub_id(name) and not hub.fetched(name)]:
         print(f"{'':34} downloads: {', '.join(needs)}")
 
 

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from lib import config, record
+from lib import config, hub, record
 from lib.errors import MissingError
 from lib.run import keys
 
@@ -26,6 +26,8 @@ def provenance(run) -> dict:
     machine = {"machine": platform.machine(), "system": platform.system(), "processor": _processor()}
     machine |= {"cores": os.cpu_count(), "device": keys.device_kind(run.compute.gpus)}
     sources = {part: digits for part, digits in keys.sources(run).items() if part != "files"}
+    if folder := hub.fetched(run.model.name):
+        sources["model_from"] = ", ".join(f"{k} {v}" for k, v in record.read_json(folder / "provenance.json").items())
     return {**code, **machine, "threads_per_member": run.compute.threads, **sources}
 
 

