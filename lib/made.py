@@ -43,7 +43,7 @@ CHATML = (
 )
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 QWEN_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
-DEBERTA_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
+BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CAUSAL = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
 # its relative attention, which decides which projections exist
@@ -55,7 +55,9 @@ FAMILIES = {  # beginning of the hub id -> (model class, its settings besides TI
     "meta-llama/": (transformers.LlamaForCausalLM, {"num_key_value_heads": 4, **CAUSAL}, LLAMA2, LLAMA_TOKENS),
     "Qwen/Qwen3": (transformers.Qwen3ForCausalLM, QWEN3, CHATML, QWEN_TOKENS),
     "mistralai/": (transformers.MistralForCausalLM, MISTRAL_7B, MISTRAL, LLAMA_TOKENS),
-    "microsoft/deberta-v3": (transformers.DebertaV2ForSequenceClassification, DEBERTA_V3, None, DEBERTA_TOKENS),
+    "HuggingFaceTB/SmolLM2": (transformers.LlamaForCausalLM, {"num_key_value_heads": 2, **CAUSAL}, CHATML, QWEN_TOKENS),
+    "sentence-transformers/all-MiniLM": (transformers.BertForSequenceClassification, {}, None, BERT_TOKENS),
+    "microsoft/deberta-v3": (transformers.DebertaV2ForSequenceClassification, DEBERTA_V3, None, BERT_TOKENS),
 }
 
 

@@ -213,11 +213,13 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
 
 
 def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
-    """{"input_ids", "label"} of each row, truncated to max_seq_length."""
+    """{"input_ids", "label"} of each row, truncated to max_seq_length, and "token_type_ids" where the tokenizer has them
+    (BERT reads from them which text is which)."""
     first, second = [row["text_a"] for row in rows], [row["text_b"] for row in rows]
     limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length}
     encoded = tokenizer(first, second if any(second) else None, **limits)
-    return [{"input_ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
+    columns = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+    return [{**{name: encoded[name][i] for name in columns}, "label": row["label"]} for i, row in enumerate(rows)]
 
 
 def prepare(run, folder: Path) -> None:

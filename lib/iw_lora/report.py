@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 
 from lib import record
 
+STACK = r"^.*?layers?\."  # what precedes a layer's number in the name of a matrix
 PLACE = r"(?P<layer>\d+)\.(?:.*\.)?(?P<projection>\w+?)(?:_proj)?$"  # of a matrix: 0.attention.self.query_proj
 
 
@@ -21,7 +23,7 @@ def adapters(members: pd.DataFrame) -> pd.DataFrame:
         for k, name in enumerate(values["matrices"]):
             row = {key: values[key][k] for key in ("s", "w", "coefficient", "delta_norm") if key in values}
             row["rank"] = values["ranks"].get(f"base_model.model.{name}")
-            rows.append({key: member[key] for key in own} | {"matrix": name.split("encoder.layer.")[-1]} | row)
+            rows.append({key: member[key] for key in own} | {"matrix": re.sub(STACK, "", name)} | row)
     table = pd.DataFrame(rows, columns=columns)
     table[["layer", "projection"]] = table["matrix"].astype(str).str.extract(PLACE)
     return table.astype({"layer": "Int64"})

@@ -25,7 +25,7 @@ class Adapter(Section):
     rank: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Fraction = 0.0
-    target_modules: Name | list[Name] = ["query_proj", "value_proj"]
+    target_modules: Name | list[Name] | None = None  # null: what PEFT adapts of the architecture (query and value)
     init_r: Count | None = None
     target_r: Count | None = None
     tinit: Whole | None = None

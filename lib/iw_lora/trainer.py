@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
@@ -24,7 +25,9 @@ from lib.errors import StudyError
 from lib.iw_lora import penalty
 from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
-HEAD = ["pooler"]  # the task type adds the classifier; without the pooler it would stay random
+# PEFT's own, and what it does not list yet; of AdaLoRA too, so that methods adapt the same matrices
+TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
+HEADS = {"pooler", "head"}  # the task type adds the classifier; without these, where there are, it would stay random
 COST_ROUNDS, COST_WARM_UP = 20, 3  # interleaved rounds of steps in a process
 ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
 
@@ -33,11 +36,19 @@ ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two a
 
 
 def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
-    """`model` with the configured adapters. Raises StudyError for an AdaLoRA schedule that never prunes."""
+    """`model` with the configured adapters. Raises StudyError for an AdaLoRA schedule that never prunes, and for an
+    architecture of which nobody says what to adapt."""
     if adapter.type == "none":
         return model
     common = {name: getattr(adapter, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
-    common |= {"task_type": TaskType.SEQ_CLS, "modules_to_save": HEAD}
+    if adapter.target_modules is None and not (found := TARGETS.get(model.config.model_type)):
+        fix = "model.adapter.target_modules: [...], names of its linear layers"
+        raise StudyError(
+            "model.adapter.target_modules", "null", f"a list: {model.config.model_type} has no default", fix
+        )
+    common["target_modules"] = adapter.target_modules or found
+    head = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
+    common |= {"task_type": TaskType.SEQ_CLS, "modules_to_save": head}
     if adapter.type == "lora":
         eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)}
         own = {"r": adapter.rank, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
@@ -227,10 +238,10 @@ def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
 
 
 def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:
-    """The ablation head_warmup_steps: a copy of `model` whose pooler and classifier were trained alone for so many
-    steps. The model itself is left alone, so that nothing but s is different."""
+    """The ablation head_warmup_steps: a copy of `model` whose head, all that learns but the adapters, was trained alone
+    for so many steps. The model itself is left alone, so that nothing but s is different."""
     model = copy.deepcopy(model)
-    head = [p for n, p in model.named_parameters() if p.requires_grad and ("pooler" in n or "classifier" in n)]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     optimizer = torch.optim.AdamW(head, lr=run.training.learning_rate, weight_decay=0.0)
     for step in record.batches("head warm-up", range(run.loss.head_warmup_steps)):
         task_loss(model, batches[step % len(batches)]).backward(inputs=head)
