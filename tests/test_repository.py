@@ -151,7 +151,7 @@ def test_a_plan_of_the_studies_imports_no_torch(tmp_path):
 def test_every_shipped_yaml_is_named_after_its_run():
     for path in sorted((ROOT / "params").glob("*/*/*.yaml")):
         assert config.load_yaml(path)["run_id"] == path.stem
-        assert path.parent.name in ("laptop", "paper")
+        assert path.parent.name in config.SCALES
         assert path.parent.parent.name in STUDIES
 
 

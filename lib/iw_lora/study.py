@@ -97,6 +97,7 @@ class Dataset(Section):
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
     split_seed: Seed | None = None  # null: the member's own; of train and tuning, while validation stays as it is
     limit: Count | None = None
+    real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real data
 
 
 class Training(Section):
@@ -218,6 +219,11 @@ GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train spli
 def recognizes(raw: dict) -> bool:
     model = raw.get("model")
     return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
+
+
+def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    """Where --set names real data in place of generated data: what the run's `dataset.real` says of it."""
+    return dict(run.dataset.real or {}) if values.get("dataset.name", "generated") != "generated" else {}
 
 
 def train_rows(run: Run) -> int | None:
