@@ -19,6 +19,7 @@ from typing import Any
 from lib.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
+MADE = ("made", "generated", "verifiable")  # models and data sets
 SECONDS = 3.0  # that the hub is waited for
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "TransportError", "TimeoutError", "gaierror"}
@@ -93,8 +94,8 @@ def reachable(seconds: float = SECONDS) -> bool:
 
 
 def out_of_reach(name: str) -> bool:
-    """Whether `name` is a hub id (not 'made', 'generated' or an existing path) and the hub does not answer."""
-    is_id = name not in ("made", "generated") and bool(HUB_ID.match(name))
+    """Whether `name` is a hub id (none of what is MADE here, nor an existing path) and the hub does not answer."""
+    is_id = name not in MADE and bool(HUB_ID.match(name))
     return is_id and local_path(name) is None and not reachable()
 
 

@@ -130,7 +130,8 @@ def load_base(run, base: str, **options: Any) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = "CAUSAL_LM") -> nn.Module:
-    """Float32 LoRA adapters per a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules), drawn from `seed`.
+    """Float32 LoRA adapters per a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules; last_layers: on so
+    many of the last layers alone), drawn from `seed`.
 
     The base is frozen. No prepare_model_for_kbit_training: it casts the whole unquantized rest to float32 and fails
     under FSDP.
@@ -138,6 +139,9 @@ def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = 
     from peft import LoraConfig, get_peft_model
 
     given = {"lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", **peft}
+    if last := given.pop("last_layers", None):
+        layers = model.config.num_hidden_layers
+        given["layers_to_transform"] = list(range(max(0, layers - last), layers))
     config = LoraConfig(r=given.pop("lora_r"), task_type=task_type, **given)
     with torch.random.fork_rng():  # the caller's random state is as it was
         torch.manual_seed(seed)

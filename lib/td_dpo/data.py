@@ -14,7 +14,7 @@ import json
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from lib import data, made, models, record
 from lib.data import BadRow, describe, require
 from lib.errors import StudyError
 from lib.td_dpo import generated
-from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sequence_logprobs, token_budget_batches
+from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sample, sequence_logprobs, token_budget_batches
 from lib.training import collate
 
 SPLITS = ("train", "validation", "test")
@@ -133,9 +133,9 @@ def prompt_key(pair: dict) -> str:
     return json.dumps(pair["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
+def load_splits(section: dict, sampled: tuple | None = None) -> tuple[dict[str, list[dict]], dict]:
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
-    carved from train by prompt, so that no prompt is in both.
+    carved from train by prompt, so that no prompt is in both. `sampled`: splits and report of `sample_pairs`.
 
     report: source, rows per split, overlap of test with train, fingerprint, and for a source that is read
     data.make_splits' own.
@@ -144,6 +144,8 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
     if name == "generated":
         sizes = (section[f"{split}_pairs"] for split in SPLITS)
         splits = generated.make_pairs(*sizes, seed=section.get("split_seed") or 0)
+    elif sampled:
+        splits, report = sampled
     else:
         sources, wanted = data.read(name, section.get("revision")), ("test", "validation", "train")
         splits, report = data.make_splits(sources, wanted, to_pair, prompt_key, LAYOUTS, section)
@@ -155,6 +157,50 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
         "test_pairs_with_a_train_prompt": sum(prompt_key(pair) in seen for pair in splits["test"]),
         "fingerprint": record.digest(splits),  # of what was read, wherever it was
     }
+
+
+# ---- verifiable pairs, of the model's own answers ----
+
+DRAWS, TEMPERATURE, CHUNK = 4, 1.0, 40  # answers to a request, how they are sampled, requests at a time
+
+
+def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, dict]:
+    """(splits, report): of each request's answers one that does what it asks for and one that does not. Test pairs are the
+    same for every seed. report: base_rates, {kind of request: share of the answers that do}.
+
+    Raises StudyError where the requests do not give as many pairs as the run wants. A trial makes up what is missing."""
+    splits, rates = {}, defaultdict(list)
+    chunk = 4 if run.mode == "trial" else CHUNK
+    settings = {"max_new_tokens": run.evaluation.max_new_tokens, "temperature": TEMPERATURE, "batch_size": 2 * CHUNK}
+    for place, split in enumerate(SPLITS):
+        size, seed = getattr(run.dataset, f"{split}_pairs"), 0 if split == "test" else run.dataset.split_seed
+        asked, pairs, rng = generated.requests(split, seed), [], random.Random(f"flipped {split} {seed}")
+        for start in range(0, len(asked), chunk):
+            if len(pairs) >= size:
+                break
+            prompts = [
+                [{"role": "user", "content": text}] for text in asked[start : start + chunk] for _ in range(DRAWS)
+            ]
+            answers = sample(model, tokenizer, prompts, seed=10_000 * (3 * seed + place) + start, **settings)
+            for i in range(0, len(prompts), DRAWS):
+                request, own = prompts[i][0]["content"], [answer["text"] for answer in answers[i : i + DRAWS]]
+                does = [text for text in own if generated.fulfilled(request, text) == 1]
+                fails = [text for text in own if text.strip() and text not in does]
+                rates[generated.constraint(request)[0]].append(len(does) / DRAWS)
+                if run.mode == "trial" and not (does and fails):
+                    does, fails = [f"{request} Yes."], ["No."]
+                if does and fails:
+                    is_flipped = split == "train" and rng.random() < run.dataset.flipped
+                    texts = (fails[0], does[0]) if is_flipped else (does[0], fails[0])
+                    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
+                    pairs.append({"prompt": prompts[i], "chosen": chosen, "rejected": rejected, "row": len(pairs)})
+        if len(pairs) < size:
+            found = f"{len(pairs)} pairs from the answers to {len(asked)} requests"
+            raise StudyError(
+                f"dataset.{split}_pairs", found, f"{size}", "fewer, or a model that does what it is asked for"
+            )
+        splits[split] = pairs[:size]
+    return splits, {"base_rates": {kind: float(np.mean(shares)) for kind, shares in sorted(rates.items())}}
 
 
 # ---- tokens ----
@@ -321,14 +367,19 @@ def prepare(run, folder: Path) -> None:
     section, (name, source) = run.dataset.model_dump(), data.source_of(run)
     if name != source:  # generated pairs stand in
         section |= {"name": name} | {f"{split}_pairs": run.dataset.limit or 8 for split in SPLITS}
-    splits, report = load_splits(section)
-    texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
+    if name == "verifiable":  # the model comes first: the pairs are of its own answers
+        splits, texts, make = None, generated.requests("train", 0), None
+    else:
+        splits, report = load_splits(section)
+        texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
     tokenizer, facts = made.base_model(run, folder, texts, make, needs_chat_template=True)
+    model = models.load_base(run, facts["base"])
+    if splits is None:
+        splits, report = load_splits(section, sample_pairs(run, model, tokenizer))
     limits = run.dataset.preprocessing
     rows, counts = {}, {}
     for split in SPLITS:
         rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
-    model = models.load_base(run, facts["base"])
     reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {

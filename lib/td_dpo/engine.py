@@ -440,14 +440,15 @@ def sample(
 
 
 def answer_questions(model, tokenizer, questions: Sequence[dict], *, seed: int, **options) -> list[dict]:
-    """Both turns of every question, the second asked after the model's own first answer; ordered by question, turn.
+    """Every turn of every question (all have as many), a second one asked after the model's own first answer; ordered by
+    question, turn.
 
-    Each answer: those of `sample`, and "question" (its id), "category", "turn" (1 or 2), "prompt" (messages) and
+    Each answer: those of `sample`, and "question" (its id), "category", "turn" (from 1), "prompt" (messages) and
     "length" (tokens, the end token included).
     """
     histories: list[list[dict]] = [[] for _ in questions]
     answers: list[dict] = []
-    for turn in (1, 2):
+    for turn in range(1, 1 + len(questions[0]["turns"])):
         prompts = [
             [*history, {"role": "user", "content": question["turns"][turn - 1]}]
             for history, question in zip(histories, questions, strict=True)

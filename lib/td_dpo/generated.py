@@ -8,6 +8,9 @@ that a judge would give. Nothing is learned here: whoever knows this file knows 
 The pairs have the message form of argilla/dpo-mix-7k. Which split an instruction belongs to is a fixed property of its
 text (a checksum), so that no instruction, first turn or second, is shared between splits or with the questions,
 whatever the seed and the sizes.
+
+At the end, requests to a pretrained model with a constraint each that code can check; their pairs are made of the
+model's own answers (data.sample_pairs).
 """
 
 from __future__ import annotations
@@ -273,3 +276,64 @@ def label_noise(pairs: Sequence[dict]) -> dict[str, float]:
     flipped = sum(chosen < rejected for chosen, rejected in rewards) / len(pairs)
     bayes = sum(label_probability(max(both), min(both)) for both in rewards) / len(pairs)
     return {"flipped": flipped, "ceiling": 1 - flipped, "bayes_accuracy": bayes}
+
+
+# ---- verifiable requests: one constraint each, which code can check
+
+ASKS = ("Tell me about {}.", "Describe {}.", "Say something about {}.", "What should I know about {}?", "Explain {}.")
+SUBJECTS = tuple(TOPICS) + ("the sea", "winter", "trains", "a good friend", "sleep", "bread", "the moon", "music")
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # kind -> what is asked, and what for
+    "word": ('Use the word "{}".', ("never", "small", "people", "because", "water", "often")),
+    "short": ("Use at most {} words.", ("15", "20", "25", "30")),
+    "avoid": ('Do not use the word "{}".', ("the", "and", "is", "of")),
+    "end": ('End with the word "{}".', ("today", "always", "you", "world")),
+    "begin": ('Begin with the word "{}".', ("Well", "Today", "Some", "Every")),
+}
+_ASKED = {kind: re.compile(re.escape(text).replace(r"\{\}", r"(\w+)")) for kind, (text, _) in KINDS.items()}
+
+
+def constraint(prompt: str) -> tuple[str, str]:
+    """(kind, what for) of a verifiable request."""
+    return next((kind, match[1]) for kind, asked in _ASKED.items() if (match := asked.search(prompt)))
+
+
+def fulfilled(prompt: str, answer: str) -> float:
+    """How far `answer` does what `prompt` asks for, in [0, 1]; an empty one does nothing."""
+    kind, asked = constraint(prompt)
+    words = re.findall(r"\w+", answer.lower())
+    if not words:
+        return 0.0
+    if kind == "short":
+        return min(1.0, int(asked) / len(words))
+    if kind == "avoid":
+        return 1 / (1 + words.count(asked))
+    place = {"word": words, "begin": words[:1], "end": words[-1:]}[kind]
+    return float(asked.lower() in place)
+
+
+@cache
+def _requests(split: str) -> tuple[str, ...]:
+    asked = [text.format(value) for text, values in KINDS.values() for value in values]
+    every = (f"{ask.format(subject)} {more}" for ask, subject, more in product(ASKS, SUBJECTS, asked))
+    return tuple(request for request in every if _split_of(request) == split)
+
+
+def requests(split: str, seed: int) -> list[str]:
+    """All verifiable requests of a split, in an order of this seed's."""
+    every = _requests(split)
+    return random.Random(f"{split} {seed}").sample(every, len(every))
+
+
+def verifiable_questions(n: int) -> list[dict]:
+    """`n` questions of one turn, the same for every seed, whose category is the kind of their constraint."""
+    asked = requests("questions", 0)[:n]
+    return [{"id": i, "category": constraint(text)[0], "turns": [text]} for i, text in enumerate(asked, start=1)]
+
+
+def verifier_score(messages: Sequence[dict], answer: str) -> float:
+    """1 to 10: how far the answer does what the last message asks for."""
+    return 1 + 9 * fulfilled(messages[-1]["content"], answer)
+
+
+JUDGES = {"oracle": (questions, score), "verifier": (verifiable_questions, verifier_score)}  # by evaluation.judge
+JUDGE_OF = {"generated": "oracle", "verifiable": "verifier"}  # the judge of each data set that is made here

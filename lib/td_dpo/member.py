@@ -54,11 +54,11 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         return metrics
     metrics |= _validation(folder, outcome.step) | evaluate(run, model, frozen, given, member.seed, folder)
     metrics["step_seconds"] = statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl"))
-    if (best := metrics.get("oracle_score")) is not None:
+    if (best := metrics.get(score := f"{run.evaluation.judge}_score")) is not None:
         if outcome.best and outcome.best_step != outcome.step:
             training.load_checkpoint(model, outcome.best)
             best = _mean([a["score"] for a in judged_answers(run, model, given.tokenizer, member.seed)])
-        metrics["best_oracle_score"] = best  # of the best checkpoint on validation, beside the last, which is judged
+        metrics[f"best_{score}"] = best  # of the best checkpoint on validation, beside the last, which is judged
     return metrics
 
 
@@ -119,14 +119,15 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
         "margin": _mean([s["rho"] for s in scores]),
     }
     metrics |= {name: _mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
-    if run.evaluation.judge == "oracle" and given.report["source"] == "generated":
+    judge = run.evaluation.judge
+    if generated.JUDGE_OF.get(given.report["source"]) == judge:
         answers = judged_answers(run, model, given.tokenizer, seed)
         ratios = engine.log_ratio_of_samples(model, frozen, answers).tolist()
         for answer, ratio in zip(answers, ratios, strict=True):
             kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
             predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
         metrics |= {
-            "oracle_score": _mean([a["score"] for a in answers]),
+            f"{judge}_score": _mean([a["score"] for a in answers]),
             "answer_length": _mean([a["length"] for a in answers]),
             "sampled_kl": _mean(ratios),
         }
@@ -145,18 +146,18 @@ def _sampling(run) -> dict:
 
 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
-    """Sampled answers to the two-turn questions, each with its oracle score (1-10)."""
-    questions = generated.questions(run.evaluation.questions)
-    answers = engine.answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
-    return [{**a, "score": generated.score(a["prompt"], a["text"])} for a in answers]
+    """Sampled answers to the judge's questions, each with its score (1-10)."""
+    questions, score = generated.JUDGES[run.evaluation.judge]
+    answers = engine.answer_questions(
+        model, tokenizer, questions(run.evaluation.questions), seed=seed, **_sampling(run)
+    )
+    return [{**a, "score": score(a["prompt"], a["text"])} for a in answers]
 
 
 @torch.no_grad()
-def base_score(member, given: SimpleNamespace) -> float:
-    """The untrained reference's own oracle score, for the notebook: what every method started from with this seed."""
-    run = member.run
-    answers = judged_answers(run, models.load_base(run, given.base), given.tokenizer, member.seed)
-    return _mean([a["score"] for a in answers])
+def base_answers(member, given: SimpleNamespace) -> list[dict]:
+    """The untrained reference's own judged answers, for the notebook: what every method started from with this seed."""
+    return judged_answers(member.run, models.load_base(member.run, given.base), given.tokenizer, member.seed)
 
 
 def _validation(folder: Path, step: int) -> dict:

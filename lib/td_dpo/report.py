@@ -35,8 +35,8 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
     if len(kinds) > 1:
         fix = f"The runs name different judges ({', '.join(kinds)}): one evaluation.judge for all"
         return Judged(None, "", fix, known=False)
-    if kinds == ["oracle"]:
-        return Judged("oracle_score", "oracle score")
+    if kinds in (["oracle"], ["verifier"]):
+        return Judged(f"{kinds[0]}_score", f"{kinds[0]} score")
     if kinds != ["mt_bench"]:
         return Judged(None, "", "No answers are judged: evaluation.judge is none")
     completed = [] if loaded.members.empty else loaded.members.query("status == 'completed'")["folder"]

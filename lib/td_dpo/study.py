@@ -16,6 +16,7 @@ from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Positive, Section, Seed, Whole, fault, renamed
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import mt_bench
+from lib.td_dpo.generated import JUDGE_OF
 
 # ---- sections of the YAML
 
@@ -54,6 +55,14 @@ class Peft(Section):
     lora_alpha: Count = 16
     lora_dropout: Fraction = 0.0
     target_modules: Name | list[Name] = "all-linear"
+    last_layers: Count | None = None  # only so many of the last have adapters; null: all
+
+    @model_validator(mode="after")
+    def _layers_of_a_list(self):
+        if self.last_layers and isinstance(self.target_modules, str):
+            found, fix = self.target_modules, "target_modules: [q_proj, v_proj]"
+            raise fault(found, "a list with last_layers: PEFT takes layers of no other", fix, "target_modules")
+        return self
 
 
 class Model(Section):
@@ -107,6 +116,7 @@ class Dataset(Section):
     )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     split_seed: Seed | None = None  # null: the member's own; of train and validation, while test stays as it is
+    flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
     preprocessing: Preprocessing = Preprocessing()
     limit: Count | None = None
     on_bad_row: Literal["refuse", "drop"] = "refuse"
@@ -114,7 +124,7 @@ class Dataset(Section):
     @model_validator(mode="before")
     @classmethod
     def _generated_sizes(cls, raw: Any):
-        if isinstance(raw, dict) and raw.get("name") == "generated":
+        if isinstance(raw, dict) and raw.get("name") in JUDGE_OF:
             return raw | {key: size for key, size in GENERATED_PAIRS.items() if raw.get(key) is None}
         return raw
 
@@ -206,7 +216,7 @@ class Evaluation(Section):
     max_new_tokens: Count = 48
     temperature: NonNegative = 0.7
     kl_prompts: Whole = 16
-    judge: Literal["oracle", "mt_bench", "none"] = "none"
+    judge: Literal["oracle", "verifier", "mt_bench", "none"] = "none"
     mt_bench: Name | None = None  # folder of MT-Bench's files: its questions are answered and saved, and graded later
 
 
@@ -240,12 +250,12 @@ class Run(config.Run):
 # ---- names
 
 BY_NAME = {"LOSSES": "loss.name"}
-JUDGED = {"oracle": "oracle_score", "mt_bench": "mt_bench_score"}  # the metric of each evaluation.judge
+JUDGED = {judge: f"{judge}_score" for judge in ("oracle", "verifier", "mt_bench")}  # the metric of evaluation.judge
 SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
-SCORES = ("oracle_score", "mt_bench_score", "mt_bench_score_corrected", "best_oracle_score")
+SCORES = (*JUDGED.values(), "mt_bench_score_corrected", *(f"best_{judge}_score" for judge in JUDGE_OF.values()))
 ACCURACIES = ("implicit_accuracy", "raw_accuracy", "validation_implicit_accuracy", "validation_raw_accuracy")
 METRICS = dict.fromkeys(SCORES + ACCURACIES, "maximize") | dict.fromkeys(("validation_loss", "sampled_kl"), "minimize")
 # What a diverged member counts as: the lowest score on every question, guessing on every pair.
@@ -275,7 +285,7 @@ def train_pairs(run: Run) -> int | None:
     """Pairs trained on, where that is known before the data is read; of other data `limit` of them at most."""
     section = run.dataset
     known = KNOWN_PAIRS.get(section.name, 0)
-    pairs = section.train_pairs if section.name == "generated" else known - round(known * section.validation_fraction)
+    pairs = section.train_pairs if section.name in JUDGE_OF else known - round(known * section.validation_fraction)
     return min(pairs, section.limit or pairs) if pairs else section.limit
 
 
@@ -296,7 +306,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
     two = ("training.max_steps", "training.eval_steps", "training.save_steps", "model.recipe.sft_steps")
     limits = dict.fromkeys((*two, "evaluation.questions", "evaluation.kl_prompts"), 2)
     limits |= {"training.warmup_steps": 1, "evaluation.max_new_tokens": 8, "model.recipe.sft_batch_size": 4}
-    if run.dataset.name == "generated":
+    if run.dataset.name in JUDGE_OF:
         limits |= {f"dataset.{key}": 2 * batch for key in GENERATED_PAIRS}
     return {
         **config.at_most(run, limits),
@@ -326,13 +336,17 @@ def check(run: Run) -> Iterator[Finding]:
     if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
         yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
     sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
-    if sized and dataset.name != "generated" and "dataset.name" not in run.overrides:
+    if sized and dataset.name not in JUDGE_OF and "dataset.name" not in run.overrides:
         yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
     if loss.average_log_probs:
         what = "an ablation: the study sums log-probabilities"
         yield Finding("warning", "loss.average_log_probs", what, "average_log_probs: false")
-    if run.evaluation.judge == "oracle" and dataset.name != "generated":
-        yield Finding("warning", "evaluation.judge", f"no oracle reward is known for {dataset.name}", "judge: none")
+    if dataset.name == "verifiable" and model.name == "made":
+        what = "made, and verifiable pairs are the answers of a pretrained model"
+        yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")
+    judge = run.evaluation.judge
+    if judge in JUDGE_OF.values() and JUDGE_OF.get(dataset.name) != judge:
+        yield Finding("warning", "evaluation.judge", f"no {judge} score is known for {dataset.name}", "judge: none")
     if run.evaluation.judge == "mt_bench" and not run.evaluation.mt_bench:
         fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
         yield Finding("error", "evaluation.mt_bench", "none: no answers would be saved to grade", fix)
