@@ -9,8 +9,8 @@ from lib.td_dpo import data, generated
 from tests.conftest import TINY
 
 WORD, SHORT = 'Describe bread. Use the word "small".', "Explain winter. Use at most 15 words."
-AVOID, END = 'Tell me about sleep. Do not use the word "the".', 'Describe trees. End with the word "today".'
-BEGIN = 'What should I know about music? Begin with the word "Well".'
+AVOID, SIGN = 'Tell me about sleep. Do not use the word "the".', 'Describe trees. Use the sign "?".'
+WITHOUT = 'What should I know about music? Do not use the sign ",".'
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,10 @@ BEGIN = 'What should I know about music? Begin with the word "Well".'
         (SHORT, "...", 0),
         (AVOID, "Sleep well, then.", 1),
         (AVOID, "The night and the day.", 1 / 3),
-        (END, "Trees grow today!", 1),
-        (END, "Today trees grow.", 0),
-        (BEGIN, "Well, it is loud.", 1),
-        (BEGIN, "It is well loud.", 0),
+        (SIGN, "Trees? Tall.", 1),
+        (SIGN, "Trees.", 0),
+        (WITHOUT, "It is loud.", 1),
+        (WITHOUT, "Loud, long, low.", 1 / 3),
     ],
 )
 def test_code_says_how_far_an_answer_does_what_was_asked(request_, answer, share):
@@ -63,8 +63,8 @@ def model_that_listens_to_every_second_draw(monkeypatch):
         texts = []
         for number, [message] in enumerate(prompts):
             kind, asked = generated.constraint(message["content"])
-            done = {"word": f"So {asked} it is.", "begin": f"{asked} so.", "end": f"It is {asked}."}
-            texts.append(done.get(kind, "Yes.") if number % 2 else f"No {'the and is of ' * 20}no.")
+            done = f"So {asked} it is." if kind in ("word", "sign") else "Yes."
+            texts.append(done if number % 2 else "No the and is of" * 20 if kind != "without" else asked)
         return [{"text": text} for text in texts]
 
     monkeypatch.setattr(data, "sample", sample)

@@ -286,10 +286,10 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # kind -> what is asked, and 
     "word": ('Use the word "{}".', ("never", "small", "people", "because", "water", "often")),
     "short": ("Use at most {} words.", ("15", "20", "25", "30")),
     "avoid": ('Do not use the word "{}".', ("the", "and", "is", "of")),
-    "end": ('End with the word "{}".', ("today", "always", "you", "world")),
-    "begin": ('Begin with the word "{}".', ("Well", "Today", "Some", "Every")),
+    "sign": ('Use the sign "{}".', ("?", "!", ":", "-")),
+    "without": ('Do not use the sign "{}".', (",", "'", "-", "!")),
 }
-_ASKED = {kind: re.compile(re.escape(text).replace(r"\{\}", r"(\w+)")) for kind, (text, _) in KINDS.items()}
+_ASKED = {kind: re.compile(re.escape(text).replace(r"\{\}", r"(\S+)")) for kind, (text, _) in KINDS.items()}
 
 
 def constraint(prompt: str) -> tuple[str, str]:
@@ -305,10 +305,8 @@ def fulfilled(prompt: str, answer: str) -> float:
         return 0.0
     if kind == "short":
         return min(1.0, int(asked) / len(words))
-    if kind == "avoid":
-        return 1 / (1 + words.count(asked))
-    place = {"word": words, "begin": words[:1], "end": words[-1:]}[kind]
-    return float(asked.lower() in place)
+    counted = answer.count(asked) if kind in ("sign", "without") else words.count(asked)
+    return float(counted > 0) if kind in ("word", "sign") else 1 / (1 + counted)
 
 
 @cache
