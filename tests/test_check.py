@@ -61,7 +61,7 @@ def named(answer: dict, *words: str) -> bool:
     return any(all(word in json.dumps(f, ensure_ascii=False) for word in words) for f in answer["findings"])
 
 
-@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("scale", config.SCALES)
 def test_the_shipped_studies_give_no_static_error(scale, capsys):
     code = cli.main(["check", "--json", "--static", "--scale", scale])
     answer = json.loads(capsys.readouterr().out)
