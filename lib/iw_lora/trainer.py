@@ -40,15 +40,12 @@ def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
     architecture of which nobody says what to adapt."""
     if adapter.type == "none":
         return model
-    common = {name: getattr(adapter, name) for name in ("lora_alpha", "lora_dropout", "target_modules")}
-    if adapter.target_modules is None and not (found := TARGETS.get(model.config.model_type)):
+    kind, common = model.config.model_type, {name: getattr(adapter, name) for name in ("lora_alpha", "lora_dropout")}
+    if not (targets := adapter.target_modules or TARGETS.get(kind)):
         fix = "model.adapter.target_modules: [...], names of its linear layers"
-        raise StudyError(
-            "model.adapter.target_modules", "null", f"a list: {model.config.model_type} has no default", fix
-        )
-    common["target_modules"] = adapter.target_modules or found
+        raise StudyError("model.adapter.target_modules", "null", f"a list: {kind} has no default", fix)
     head = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
-    common |= {"task_type": TaskType.SEQ_CLS, "modules_to_save": head}
+    common |= {"target_modules": targets, "task_type": TaskType.SEQ_CLS, "modules_to_save": head}
     if adapter.type == "lora":
         eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)}
         own = {"r": adapter.rank, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}

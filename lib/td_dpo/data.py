@@ -368,7 +368,7 @@ def prepare(run, folder: Path) -> None:
     if name != source:  # generated pairs stand in
         section |= {"name": name} | {f"{split}_pairs": run.dataset.limit or 8 for split in SPLITS}
     if name == "verifiable":  # the model comes first: the pairs are of its own answers
-        splits, texts, make = None, generated.requests("train", 0), None
+        splits, report, texts, make = None, {}, generated.requests("train", 0), None
     else:
         splits, report = load_splits(section)
         texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
