@@ -58,7 +58,8 @@ class Step:
     unknown: bool = False  # nothing tells how long one trains
     seconds: float = 0.0  # predicted of its members, on one slot, and of the notebook
     inputs: set[Path] = field(default_factory=set)  # what its members to be trained share, a folder per seed
-    prepare: float = 0.0  # predicted for those of them that this step is the first to need
+    makes: set[Path] = field(default_factory=set)  # those of them that this step is the first to need
+    prepare: float = 0.0  # predicted for these
     # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
     state: str = ""
     minutes: float = 0.0
@@ -213,6 +214,7 @@ def steps(
         train = {run.run_id: _train(run, forced) for run in mine}
         for folder, first in {folder: step for step in reversed(train.values()) for folder in step.inputs}.items():
             if not (folder / "complete.json").exists():
+                first.makes.add(folder)
                 first.prepare += prepare_seconds(first.run)
         wanted = [run for run in searched if run.study == study and (run.optuna.n_trials or mode == "trial")]
         others = [_sweep(train[run.run_id], run, forced) for run in wanted]
