@@ -246,7 +246,7 @@ def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch
                                  cluster=None, fail_fast=False, max_hours=None, max_minutes=minutes)  # fmt: skip
     study.open["C3"] = 4, 1.0
     assert cli.execute(options, study.runs, study.runs) == code
-    assert not [folder for folder in study.results.glob("td_dpo_anchored/members/*")], "there was no time left for it"
+    assert not list(study.results.glob("td_dpo_anchored/members/*")), "there was no time left for it"
 
 
 def test_decide_wants_a_record_to_go_on_from(study):
