@@ -187,7 +187,7 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     devices = max((s.run.compute.gpus for s in training), default=0)
     return Forecast(
         wall_seconds=wide / max(1, slots) + alone,
-        device_hours=sum(s.seconds for s in training) / 3600 * max(1, devices),
+        device_hours=sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600,
         at_least=any(s.members and s.unknown for s in training),
     )
 
