@@ -249,6 +249,16 @@ def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch
     assert not list(study.results.glob("td_dpo_anchored/members/*")), "there was no time left for it"
 
 
+def test_times_are_predicted_by_their_processes_and_need_no_bases(study, monkeypatch):
+    monkeypatch.setattr(plan, "prepare_seconds", lambda run: 1000.0)
+    options = argparse.Namespace(command="plan", scale="laptop", mode="full", grid=None, force=False, run=None,
+                                 max_hours=None, max_minutes=None)  # fmt: skip
+    spending = decide.Spending(options, study.runs, study.runs, slots=2)
+    timed = decide.Open("td_dpo", "C5", [(study.runs[0], decide.TIMES)], members.PROCESSES)
+    each = plan.START_SECONDS + 12 / 2  # half of a member's 12 steps of one second
+    assert spending.cost([(timed, 8)]) == pytest.approx(8 * each)
+
+
 def test_decide_wants_a_record_to_go_on_from(study):
     with pytest.raises(StudyError, match="a record of the first look"):
         study.go(command="decide")

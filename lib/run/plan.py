@@ -28,7 +28,7 @@ PLACES = ("*", "*/sweep", f"*/{members.TIMES}", "*/members/*", "*/sweep/trials/*
 RECORDS = [f"{place}/{name}.json" for place in PLACES for name in ("status", "done", "error")]
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
-START_SECONDS = 12.0  # of an interpreter that imports torch
+START_SECONDS = 7.0  # of an interpreter that imports torch
 FORCED = "forced (--force)"
 # Work like a small model's, by which YAMLs' seconds are put right for this machine, and what it took on theirs, with both
 # cores at work: seconds of its process, so that what else the machine does at the moment does not count.
