@@ -82,11 +82,12 @@ def table(
 
 def undecidable(study: Claims, claim: Claim, scale: str) -> str:
     """Why no number of seeds up to the last look can decide the claim, at the smallest noise assumed and whether it is
-    as claimed, nothing, or as much the other way round; the empty string where some can, or no size is claimed."""
+    as claimed, nothing, or as much the other way round; the empty string where some can, no size is claimed, or the claim
+    is about another scale."""
     sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
     (_, margin), looks = test_of(claim), study.looks_of(scale)
     distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
-    if not assumed_for(study, claim) or not margin:
+    if scale not in claim.scales or not assumed_for(study, claim) or not margin:
         return ""
 
     def half(seeds: int) -> float:

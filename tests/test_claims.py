@@ -739,8 +739,7 @@ def test_no_published_gain_is_tested_against_itself_or_0_and_laptop_claims_can_b
                 assert claim.tested == pytest.approx(power_of_gain)
             elif claim.test == "superiority":
                 assert claim.factor != 1, "a gain that is claimed is tested at two thirds of it"
-            if "laptop" in claim.scales:
-                assert power.undecidable(study, claim, "laptop") == "", claim.id
+            assert power.undecidable(study, claim, "laptop") == "", claim.id
 
 
 def found_by_check(tmp_path, margin, scale):
@@ -775,7 +774,8 @@ def test_check_refuses_what_no_number_of_seeds_decides_and_only_warns_at_paper_s
 
 def test_what_claims_no_size_or_whose_scale_is_not_known_before_is_left_alone():
     noise = {"noise": {"seed_sds": [1.0], "question_sd": 0.1, "questions": 400}}
-    for claim in ({"margin": 0}, {"gain": 0.1, "metric": "energy"}, {"factor": 1.2, "margin": 0}):
+    elsewhere = {"gain": 0.1, "scales": ["paper"]}
+    for claim in ({"margin": 0}, {"gain": 0.1, "metric": "energy"}, {"factor": 1.2, "margin": 0}, elsewhere):
         study = study_of(claim, **noise)
         assert power.undecidable(study, study.claims[0], "laptop") == ""
     study = study_of({"gain": 0.1}, **noise)

@@ -2,6 +2,8 @@
 record, so that nothing is trained twice and a kill costs nothing."""
 
 import argparse
+import os
+import signal
 import types
 
 import pytest
@@ -9,7 +11,7 @@ import yaml
 
 from lib import claims, config, record
 from lib.errors import StudyError
-from lib.run import decide, keys, members, model_card, pages, plan, runner
+from lib.run import cli, decide, keys, members, model_card, pages, plan, runner
 from tests.conftest import TINY
 
 # Arms: C3 compares td_dpo with dpo at beta 0.05, C2 td_dpo with discopop at 2.5; dpo at 0.5 belongs to neither.
@@ -45,10 +47,12 @@ def study(tmp_path, monkeypatch):
     results = runs[0].results_dir
     words = {"C2": "refuted", "C3": "refuted", "C5": "supported"}
     state = types.SimpleNamespace(
-        runs=runs, results=results, words=words, open={}, trained=[], executed=[], failing=set()
+        runs=runs, results=results, words=words, open={}, trained=[], executed=[], failing=set(), kill_at=None
     )
 
     def finish_member(member, folder):
+        if state.kill_at == f"{member.run.run_id}/{member.id}":
+            os.kill(os.getpid(), signal.SIGKILL)
         record.write_json(folder / "metrics.json", {"status": "completed", "seconds": 12.0})
         record.write_json(folder / "done.json", {"status": "completed", "key": keys.member_key(member), "nonce": "n"})
         state.trained.append(f"{member.run.run_id}/{member.id}")
@@ -216,6 +220,44 @@ def test_the_budget_ends_and_what_is_left_is_said_with_its_command(study):
         "times for td_dpo C5 to 8",
     ]
     assert all(m.endswith(("s9", "s1")) for m in study.trained), "nothing is trained again"
+
+
+def test_a_runner_killed_in_a_round_of_seeds_goes_on_there_and_trains_nothing_twice(study):
+    study.open["C3"] = 4, 1.0
+    study.kill_at = "td_dpo/beta0.05-tau1-s1"  # of the round that brings C3 from 3 seeds to 4
+    if not (child := os.fork()):
+        study.go()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kept = {f"{done.parents[2].name}/{done.parent.name}" for done in study.results.glob("*/members/*/done.json")}
+    study.kill_at = None
+    study.go()
+    assert "td_dpo/beta0.05-tau1-s1" in study.trained
+    assert all((study.results / arm / "done.json").exists() for arm in
+               ("td_dpo/members/beta0.05-tau1-s1", "dpo/members/beta0.05-s1"))  # fmt: skip
+    assert not kept & set(study.trained)
+
+
+@pytest.mark.parametrize(("minutes", "code"), [(None, 0), (0.01, 4)])
+def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch, tmp_path, minutes, code):
+    monkeypatch.setattr(cli, "root_of", lambda _: tmp_path / "out")
+    monkeypatch.setattr(pages, "index_html", lambda _: tmp_path / "index.html")
+    monkeypatch.setattr(decide, "MINUTES", {"laptop": 0.01})  # the default budget ends as early
+    options = argparse.Namespace(command="full", scale="laptop", mode="full", grid=None, force=False, run=None, jobs=1,
+                                 cluster=None, fail_fast=False, max_hours=None, max_minutes=minutes)  # fmt: skip
+    study.open["C3"] = 4, 1.0
+    assert cli.execute(options, study.runs, study.runs) == code
+    assert not list(study.results.glob("td_dpo_anchored/members/*")), "there was no time left for it"
+
+
+def test_times_are_predicted_by_their_processes_and_need_no_bases(study, monkeypatch):
+    monkeypatch.setattr(plan, "prepare_seconds", lambda run: 1000.0)
+    options = argparse.Namespace(command="plan", scale="laptop", mode="full", grid=None, force=False, run=None,
+                                 max_hours=None, max_minutes=None)  # fmt: skip
+    spending = decide.Spending(options, study.runs, study.runs, slots=2)
+    timed = decide.Open("td_dpo", "C5", [(study.runs[0], decide.TIMES)], members.PROCESSES)
+    each = plan.START_SECONDS + 12 / 2  # half of a member's 12 steps of one second
+    assert spending.cost([(timed, 8)]) == pytest.approx(8 * each)
 
 
 def test_decide_wants_a_record_to_go_on_from(study):

@@ -300,12 +300,9 @@ def exit_code(findings: list[Finding]) -> int:
     return 0 if not files else 3 if files == {MACHINE} else 2
 
 
-def report(findings: list[Finding], options, found: list[Loaded], slots: int) -> None:
+def report(findings: list[Finding], options, cost: plan.Forecast | None) -> None:
     """What `check` prints: the findings, whether the runs may start, and what they would cost."""
     errors = [str(finding).removeprefix("error: ") for finding in findings if finding.level == "error"]
-    runs, cost = runs_of(found), None
-    if not errors:
-        cost = plan.forecast(plan.steps(runs, options.scale, "full", searched=runs), slots)
     if options.json:
         issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]

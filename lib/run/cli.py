@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -211,14 +212,16 @@ def run(options) -> int:
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
         obstacles += compose.findings(selected)
-        check.report(obstacles, options, selected, slots_of(options))
-        return check.exit_code(obstacles)
-    code = check.exit_code(obstacles)
-    if options.command == "plan":
-        fit, slots = [entry for entry in selected if not check.has_error(entry[2])], slots_of(options)
-        if runs := check.runs_of(fit):
-            spending = decide.Spending(options, runs, check.runs_of(whole), slots)
-            progress.print_plan(spending.preview(), slots, spending.minutes, options.price)
+    code, slots = check.exit_code(obstacles), slots_of(options)
+    if options.command in ("check", "plan"):
+        fit = check.runs_of([entry for entry in selected if not check.has_error(entry[2])])
+        is_foreseen = fit and (options.command == "plan" or not code)
+        rounds, minutes = preview(options, fit, check.runs_of(whole), slots) if is_foreseen else ([], math.inf)
+        if options.command == "check":
+            cost, _ = progress.forecast_rounds(rounds, slots, minutes)
+            check.report(obstacles, options, None if code else cost)
+            return code
+        progress.print_plan(rounds, slots, minutes, options.price)
         check.print_findings(obstacles)
         return code if code == 2 else 0
     check.print_findings(obstacles, sys.stderr if code else sys.stdout)
@@ -226,6 +229,12 @@ def run(options) -> int:
         print("\nnothing was started", file=sys.stderr)
         return code
     return execute(options, check.runs_of(selected), check.runs_of(whole))
+
+
+def preview(options, runs: list, whole: list, slots: int) -> tuple[list[decide.Round], float]:
+    """(what a command would do as far as the record foresees it, its budget in minutes after the first looks)."""
+    spending = decide.Spending(argparse.Namespace(**{**vars(options), "command": "plan"}), runs, whole, slots)
+    return spending.preview(), spending.minutes
 
 
 def slots_of(options) -> int:

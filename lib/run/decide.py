@@ -314,7 +314,8 @@ class Spending:
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
             have = [len(seeds) for title, mine in self.seeds.items() for seeds in mine.values() if title in runs]
-            new = max(0, max(seeds for claim, seeds in asked if claim.study == study) - max(have, default=0))
+            every = [seeds for claim, seeds in asked if claim.study == study and claim.arms[0][1] != TIMES]
+            new = max(0, max(every, default=0) - max(have, default=0))
             first = next(run for run in runs.values() if run.study == study)
             seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * self.slots
         return seconds / self.slots
@@ -325,6 +326,7 @@ class Spending:
         for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
             seeds, unit = claim.enough or self.last_look(claim), "processes" if claim.arms[0][1] == TIMES else "seeds"
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
+            chance += f" (its last look is at {self.last_look(claim)})" if seeds > self.last_look(claim) else ""
             price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"
             prices[claim.study][claim.id] = price
             if self.has_more(claim):

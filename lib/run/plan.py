@@ -28,7 +28,7 @@ PLACES = ("*", "*/sweep", f"*/{members.TIMES}", "*/members/*", "*/sweep/trials/*
 RECORDS = [f"{place}/{name}.json" for place in PLACES for name in ("status", "done", "error")]
 NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, method cells, figures, HTML
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
-START_SECONDS = 12.0  # of an interpreter that imports torch
+START_SECONDS = 7.0  # of an interpreter that imports torch
 FORCED = "forced (--force)"
 # Work like a small model's, by which YAMLs' seconds are put right for this machine, and what it took on theirs, with both
 # cores at work: seconds of its process, so that what else the machine does at the moment does not count.
@@ -58,7 +58,8 @@ class Step:
     unknown: bool = False  # nothing tells how long one trains
     seconds: float = 0.0  # predicted of its members, on one slot, and of the notebook
     inputs: set[Path] = field(default_factory=set)  # what its members to be trained share, a folder per seed
-    prepare: float = 0.0  # predicted for those of them that this step is the first to need
+    makes: set[Path] = field(default_factory=set)  # those of them that this step is the first to need
+    prepare: float = 0.0  # predicted for these
     # What the runner makes of it: "" (waiting), running, cached, succeeded, failed, blocked, postponed, interrupted
     state: str = ""
     minutes: float = 0.0
@@ -186,7 +187,7 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     devices = max((s.run.compute.gpus for s in training), default=0)
     return Forecast(
         wall_seconds=wide / max(1, slots) + alone,
-        device_hours=sum(s.seconds for s in training) / 3600 * max(1, devices),
+        device_hours=sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600,
         at_least=any(s.members and s.unknown for s in training),
     )
 
@@ -213,6 +214,7 @@ def steps(
         train = {run.run_id: _train(run, forced) for run in mine}
         for folder, first in {folder: step for step in reversed(train.values()) for folder in step.inputs}.items():
             if not (folder / "complete.json").exists():
+                first.makes.add(folder)
                 first.prepare += prepare_seconds(first.run)
         wanted = [run for run in searched if run.study == study and (run.optuna.n_trials or mode == "trial")]
         others = [_sweep(train[run.run_id], run, forced) for run in wanted]

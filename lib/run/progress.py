@@ -43,21 +43,24 @@ def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float
     steps = [step for each in rounds for step in each.steps]
     if not steps:
         return
-    split = sum(len(each.steps) for each in rounds if each.what.startswith("first") or not each.what)
-    first, later = (plan.forecast(mine, slots) for mine in (steps[:split], steps[split:]))
-    share = min(1.0, 60 * minutes / later.wall_seconds) if later.wall_seconds else 1.0
-    found = plan.Forecast(
-        first.wall_seconds + share * later.wall_seconds,
-        first.device_hours + share * later.device_hours,
-        first.at_least or later.at_least,
-    )
+    found, is_cut = forecast_rounds(rounds, slots, minutes)
     gpus = any(step.run is not None and step.run.compute.gpus for step in steps)
     cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
-    rest = f", {minutes:g} minutes of it for all after the first looks" if share < 1 else ""
+    rest = f", {minutes:g} minutes of it for all after the first looks" if is_cut else ""
     print(
         f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, "
         f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
     )
+
+
+def forecast_rounds(rounds: list, slots: int, minutes: float) -> tuple[plan.Forecast, bool]:
+    """(what all of them take, whether `minutes`, the budget after the first looks, end before they do)."""
+    steps = [step for each in rounds for step in each.steps]
+    split = sum(len(each.steps) for each in rounds if each.what.startswith("first") or not each.what)
+    first, later = (plan.forecast(mine, slots) for mine in (steps[:split], steps[split:]))
+    share = min(1.0, 60 * minutes / later.wall_seconds) if later.wall_seconds else 1.0
+    wall, hours = (getattr(first, name) + share * getattr(later, name) for name in ("wall_seconds", "device_hours"))
+    return plan.Forecast(wall, hours, first.at_least or later.at_least), share < 1
 
 
 def print_step(step: plan.Step) -> None:
@@ -110,8 +113,8 @@ def left(step: plan.Step) -> float:
     if step.state not in ("", "running"):
         return 0.0
     state = record.read_json(step.progress / "progress.json", {})
-    is_prepared = step.state == "running" and state.get("phase", "preparing") != "preparing"
-    return step.seconds * (1 - share_of(state)) + (0.0 if is_prepared else step.prepare)
+    lacking = sum(not (folder / "complete.json").exists() for folder in step.makes) / max(1, len(step.makes))
+    return step.seconds * (1 - share_of(state)) + lacking * step.prepare
 
 
 def queued(step: plan.Step) -> int:
