@@ -9,6 +9,8 @@ own function makes of each row what it trains on; what is missing is carved from
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import hashlib
 import io
@@ -16,6 +18,7 @@ import itertools
 import json
 import lzma
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,15 +38,47 @@ Splits = dict[str, list[dict]]
 Sources = dict[str, list["Row"]]
 Parse = Callable[[dict, int], dict]  # what a study makes of a row at its place in the split; raises BadRow
 Key = Callable[[dict], str]  # rows of the same key belong in the same split
+# Columns that change what a row says: a study uses them or refuses them. Any other (ids, scores, sources, names of
+# models) may be left over, which the audit lists.
+MEANING = {"system", "system_prompt", "history", "input", "context", "tools", "functions", "tool_calls"}
+MEANING |= {"reasoning_content", "image", "images", "video", "videos", "audio", "audios"}
 
 
 class BadRow(Exception):
-    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row
-    holds."""
+    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row holds,
+    `fix` what is to be done about it."""
 
-    def __init__(self, kind: str, detail: str = ""):
-        self.kind, self.detail = kind, detail
+    def __init__(self, kind: str, detail: str = "", fix: str = "correct these rows"):
+        self.kind, self.detail, self.fix = kind, detail, fix
         super().__init__(f"{kind}: {detail}" if detail else kind)
+
+
+class Fields(dict):
+    """A row under the names that a study knows. `columns` is dataset.columns; what `take` asks for counts as used."""
+
+    def __init__(self, row: Mapping, columns: Mapping[str, str | None]):
+        for name, theirs in columns.items():
+            if theirs is not None and theirs not in row:
+                fix = f"--set dataset.columns.{name}=<a column of the file>"
+                raise BadRow(f"missing {theirs}", f"columns: {', '.join(map(str, row))}"[:200], fix)
+        known = {theirs: name for name, theirs in columns.items()}
+        self.names = {theirs: known.get(theirs, theirs) for theirs in row if theirs in known or theirs not in columns}
+        self.used: set[str] = set()
+        super().__init__({name: row[theirs] for theirs, name in self.names.items()})
+
+    def left_over(self) -> set[str]:
+        """The file's own names of columns that were not used. Raises BadRow where one of them has a MEANING."""
+        left = {theirs: self[name] for theirs, name in self.names.items() if name not in self.used}
+        refuse_meaning(left)
+        return left.keys()
+
+
+def refuse_meaning(left: Mapping[str, Any]) -> None:
+    """Raise BadRow where something that is left over has a MEANING and holds anything."""
+    for name, value in left.items():
+        if name in MEANING and value == value and str(value or "").strip("[]{} \n") not in ("", "None", "null"):
+            fix = f"--set dataset.columns.{name}=null leaves it out on purpose"
+            raise BadRow(f"{name}, which this study does not read", describe(value), fix)
 
 
 class Row(NamedTuple):
@@ -58,21 +93,58 @@ def describe(value: Any, limit: int = 60) -> str:
     return f"{type(value).__name__} {text[:limit]}{'...' if len(text) > limit else ''}"
 
 
+def take(row: dict, column: str) -> Any:
+    """The value of `column`, which then counts as used; None where there is none."""
+    if isinstance(row, Fields):
+        row.used.add(column)
+    return row.get(column)
+
+
 def require(row: dict, column: str) -> Any:
     """The value of `column`. Raises BadRow where it is missing, null, blank or an empty list."""
-    value = row.get(column)
+    value = take(row, column)
     if value is None:
-        raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200])
+        fix = "correct these rows" if column in row else f"--set dataset.columns.{column}=<the file's name for it>"
+        raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200], fix)
     if value == [] or (isinstance(value, str) and not value.strip()):
         raise BadRow(f"empty {column}")
     return value
 
 
 def require_text(row: dict, column: str) -> str:
-    """The same where it must be text."""
-    if not isinstance(value := require(row, column), str):
+    """The same where it must be text, and not text that stands for messages."""
+    if not isinstance(value := decode(require(row, column), column), str):
         raise BadRow(f"wrong type in {column} (expected text)", describe(value))
     return value
+
+
+# ---- texts that stand for structures: messages as JSON, as Python's repr, or as pandas and `datasets` write them to CSV
+
+STRUCTURE = re.compile(r"""\s*\[?\s*\{.*?['"](role|content|from|value)['"]\s*:""", re.DOTALL)
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")  # can be nothing else
+
+
+def decode(value: Any, column: str) -> Any:
+    """The message or list of messages that a text holds; any other value as it is. Raises BadRow where a text begins
+    as messages do and cannot be read."""
+    if not (isinstance(value, str) and STRUCTURE.match(value)):
+        return value
+    for parse in (json.loads, ast.literal_eval, _of_array):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError):
+            found = parse(value)
+            messages = found if isinstance(found, list) else [found]
+            if all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in messages):
+                return found
+    if MESSAGES.match(value):
+        raise BadRow(f"text in {column} that is neither an answer nor readable messages", describe(value))
+    return value
+
+
+def _of_array(text: str) -> Any:
+    """Of an array of objects as numpy prints it: without commas between its elements."""
+    tokens = [each.string for each in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+    pairs = itertools.pairwise([*tokens, ""])
+    return ast.literal_eval(" ".join(one + "," * ((one, other) == ("}", "{")) for one, other in pairs).strip())
 
 
 # ---- files to rows
@@ -154,7 +226,8 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     data/train-00000-of-00002.parquet, or in the folder of `config`; a single file is the train split."""
     ours = [place for place in sorted(folder.iterdir()) if re.sub(r"\W", "", place.name).lower() == config]
     splits: dict[str, list[Path]] = {}
-    for place in (*ours, folder, folder / "data"):
+    inner = [place for place in sorted(folder.glob("[!.]*/")) if any(form_of(path) for path in place.iterdir())]
+    for place in (*ours, folder, folder / "data", *(inner if len(inner) == 1 else ())):
         files = [path for path in sorted(place.glob("*")) if form_of(path) and path.is_file()]
         for path in files:
             if split := split_of(path.name) or (len(files) == 1 and "train"):
@@ -168,7 +241,8 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     if not splits:
         found = f"no data files for a split; it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
         expected = f"train.*, test.*, validation.* or data/train-*.parquet ({', '.join(READERS)})"
-        raise StudyError(str(folder), found, expected, "name the folder or the file that has the rows")
+        fix = " or ".join(f"--set dataset.name={place}" for place in (inner or [folder / "FILE"])[:8])
+        raise StudyError(str(folder), found, expected, fix)
     return splits
 
 
@@ -182,6 +256,7 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         files = files_of(path, config)
         return {split: [row for file in paths for row in read_file(file)] for split, paths in files.items()}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or form_of(Path(name))
+    looks_local = looks_local or ("/" in name and hub.local_path(name.rpartition("/")[0]))
     if not path and (looks_local or not hub.HUB_ID.match(name)):
         found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
         expected = "an existing path, a hub id, or 'generated'"
@@ -211,24 +286,31 @@ def source_of(run) -> tuple[str, str]:
 # ---- rows to examples
 
 
-def convert(sources: Sources, parse: Parse, expected: str, on_bad_row: str | None) -> tuple[Splits, dict]:
-    """({split: what `parse` makes of every row}, report of what was left out). All faults of all files are one
-    StudyError, unless `on_bad_row` is "drop"; None: the study has no such key."""
+def convert(sources: Sources, parse: Parse, expected: str, section: Mapping) -> tuple[Splits, dict]:
+    """({split: what `parse` makes of every row}, report: what was dropped, which columns were used and left over).
+    All faults of all files are one StudyError, unless the section's `on_bad_row` is "drop"."""
     splits: Splits = {split: [] for split in sources}  # present even where every row is bad
-    faults: dict[tuple[str, str], dict] = {}
+    faults, cures, columns = {}, {}, section.get("columns") or {}
+    used, left = set(), set()
     for split, rows in sources.items():
         for place, row in enumerate(rows):
             try:
-                splits[split].append(parse(_check(row.value), place))
+                fields = Fields(_check(row.value), columns)
+                example = parse(fields, place)
+                left |= fields.left_over()
+                used |= fields.names.keys() - fields.left_over()
+                splits[split].append(example)
             except BadRow as fault:
                 entry = {"file": row.file, "reason": fault.kind, "example": fault.detail, "rows": []}
                 faults.setdefault((row.file, fault.kind), entry)["rows"].append(row.number)
-    if faults and on_bad_row != "drop":
+                cures[fault.fix] = None
+    if faults and section.get("on_bad_row") != "drop":
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
         found = "; ".join(_describe_fault(**entry) for entry in faults.values())
-        leave = ", or leave them out and have them counted: --set dataset.on_bad_row=drop" if on_bad_row else ""
-        raise StudyError(where, found, f"{expected}; rows are counted from 0", f"correct these rows{leave}")
-    return splits, {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
+        leave = "or leave them out and have them counted: --set dataset.on_bad_row=drop"
+        raise StudyError(where, found, f"{expected}; rows are counted from 0", ", ".join([*cures, leave]))
+    dropped = {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
+    return splits, {"dropped": dropped, "columns": {"used": sorted(used), "left_over": sorted(left - used)}}
 
 
 def _check(value: Any) -> dict:
@@ -269,10 +351,10 @@ def carve(rows: list[dict], key: Key, fraction: float, seed: int, salt: str) -> 
 def make_splits(
     sources: Sources, wanted: Sequence[str], parse: Parse, key: Key, expected: str, section: Mapping
 ) -> tuple[Splits, dict]:
-    """(the `wanted` splits, report: files, dropped rows, {split carved from train: fraction}). The rows of a source
+    """(the `wanted` splits, report: `convert`'s, files, {split carved from train: fraction}). The rows of a source
     with one split are those of the last one wanted (train), from which what is missing is carved by `key`, so that no
     key is in two splits: the first one wanted, which is judged, is the same whatever the seed. `section` may have
-    on_bad_row, split_seed, validation_fraction."""
+    columns, on_bad_row, split_seed, validation_fraction."""
     last, carved, fraction = wanted[-1], {}, section.get("validation_fraction") or 0.1
     files = {split: list(dict.fromkeys(row.file for row in rows)) for split, rows in sources.items()}
     where = ", ".join(itertools.chain(*files.values()))[:300]
@@ -281,7 +363,7 @@ def make_splits(
     if last not in sources:
         raise StudyError(where, f"splits {', '.join(sources)}", f"a {last} split", f"name the file to use {last}.*")
     sources = {split: rows for split, rows in sources.items() if split in wanted}
-    splits, dropped = convert(sources, parse, expected, section.get("on_bad_row"))
+    splits, report = convert(sources, parse, expected, section)
     for split in wanted:
         if split not in splits:
             seed = 0 if split == wanted[0] else section.get("split_seed") or 0
@@ -289,11 +371,11 @@ def make_splits(
             carved[split] = fraction
     for split, rows in splits.items():
         if not rows:
-            found = f"no usable row for split {split} (dropped: {dropped['count']}; held out: {', '.join(carved) or 'none'})"
+            gone = f"dropped: {report['dropped']['count']}; held out: {', '.join(carved) or 'none'}"
+            found = f"no usable row for split {split} ({gone})"
             expected = "at least one row, and different rows of which to hold out the splits that are not given"
             raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
-    report = {"files": files, "dropped": dropped, "carved_from_train": carved}
-    return {split: splits[split] for split in wanted}, report
+    return {split: splits[split] for split in wanted}, {"files": files, **report, "carved_from_train": carved}
 
 
 # ---- baselines

@@ -333,8 +333,8 @@ BAD_ROWS = {
     "a number": (mix_row(0, chosen=7), "wrong type in chosen .*int 7"),
     "one text, one list": (mix_row(0, chosen="text"), "chosen and rejected have different prompts"),
     "messages without a role": (
-        mix_row(0, chosen=[{"from": "human", "value": "x"}]),
-        "wrong message in chosen .*'from'",
+        mix_row(0, chosen=[{"speaker": "human", "value": "x"}]),
+        "wrong message in chosen .*'speaker'",
     ),
     "content that is not text": (
         mix_row(0, chosen=[user("question 0"), assistant(None)]),
@@ -714,7 +714,13 @@ def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_
         prepare.read_problems(str(write_jsonl(tmp_path / "a.jsonl", rows)), ("test", "train"))
     for fault in ("missing answer .row 1: columns: question", "missing question .row 2", "no '#### number' .*row 3"):
         assert re.search(fault, str(caught.value)), str(caught.value)
-    assert "on_bad_row" not in str(caught.value), "the study has no such key"
+    assert "--set dataset.on_bad_row=drop" in str(caught.value)
+    splits, report = prepare.read_problems(
+        str(write_jsonl(tmp_path / "c.jsonl", [*rows, {"question": "r", "answer": "#### 2"}])),
+        ("test", "train"),
+        section={"on_bad_row": "drop"},
+    )
+    assert (sum(map(len, splits.values())), report["dropped"]["count"]) == (2, 3)
     gsm1k = prepare.read_problems(str(write_jsonl(tmp_path / "b.jsonl", [good])), ("test",))[0]["test"]
     assert gsm1k == [{"question": "q", "answer": "#### 4"}]
 

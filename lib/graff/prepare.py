@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from lib import config, data, hub, made
-from lib.data import BadRow, describe, require_text
+from lib.data import BadRow, describe, require, require_text
 from lib.graff import member
-from lib.graff.data import bucket_by_length, collate, encode, prompt, reference, target
+from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, target
 
 # ---- problems
 
@@ -59,20 +60,26 @@ def generate_problems(count: int, seed: int, steps: int) -> list[dict]:
 
 def to_problem(row: dict) -> dict:
     """A row of GSM8K's form; raises BadRow. An answer that is a number alone (GSM1k's) is one."""
-    if type(row.get("answer")) is int:
-        row = {**row, "answer": f"#### {row['answer']}"}
-    texts = {column: require_text(row, column) for column in ("question", "answer")}
-    if reference(texts["answer"]) is None:
-        raise BadRow("no '#### number' that ends answer", describe(texts["answer"][-60:]))
-    return texts
+    question, answer = require_text(row, "question"), require(row, "answer")
+    whole = int(answer) if isinstance(answer, float) and answer.is_integer() else answer  # of a column with gaps
+    alone = type(whole) in (int, float) or (isinstance(answer, str) and NUMBER.fullmatch(answer.strip()))
+    answer = f"#### {whole}" if alone else require_text(row, "answer")
+    if reference(answer) is None:
+        raise BadRow("no '#### number' that ends answer", describe(answer[-60:]))
+    return {"question": question, "answer": answer}
 
 
-def read_problems(name: str, wanted: tuple[str, ...], revision: str | None = None, **options) -> tuple[dict, dict]:
-    """(problems of the `wanted` splits, report) of GSM8K or a set in its form."""
+def read_problems(
+    name: str, wanted: tuple[str, ...], revision: str | None = None, section: Mapping = MappingProxyType({}), **options
+) -> tuple[dict, dict]:
+    """(problems of the `wanted` splits, and of validation where it is given and train is wanted, report) of GSM8K or a
+    set in its form. `section`: what make_splits reads."""
     config = "main" if name == "openai/gsm8k" or hub.local_path(name) else None
     sources = data.read(name, revision, config, **options)
+    if "validation" in sources and "train" in wanted:
+        wanted = (*wanted[:-1], "validation", wanted[-1])
     parse, expected = lambda row, _: to_problem(row), "question and answer, GSM8K's: rationale, then '#### number'"
-    return data.make_splits(sources, wanted, parse, lambda row: row["question"], expected, {})
+    return data.make_splits(sources, wanted, parse, lambda row: row["question"], expected, section)
 
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -87,15 +94,19 @@ STAND_IN = 32  # generated problems that stand in for a data set out of reach, i
 
 def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     """({train, dev, test, gsm1k}, report)."""
-    dataset, (name, source), report = run.dataset, data.source_of(run), {}
+    dataset, (name, source), report, given = run.dataset, data.source_of(run), {}, None
     if name == "generated":
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2)
     else:
-        splits, report = read_problems(name, ("test", "train"), dataset.revision, streaming=dataset.streaming)
-        rows, test = splits["train"], splits["test"]
-    train, dev = split_dev(rows, dataset.dev_size, dataset.split_seed)
-    gsm1k = read_problems(dataset.gsm1k, ("test",))[0]["test"] if dataset.gsm1k and run.mode == "full" else []
+        section = {"columns": dataset.columns, "on_bad_row": dataset.on_bad_row}
+        options = {"section": section, "streaming": dataset.streaming}
+        splits, report = read_problems(name, ("test", "train"), dataset.revision, **options)
+        rows, test, given = splits["train"], splits["test"], splits.get("validation")
+    train, dev = (rows, given[: dataset.limit]) if given else split_dev(rows, dataset.dev_size, dataset.split_seed)
+    gsm1k = []
+    if dataset.gsm1k and run.mode == "full":
+        gsm1k = read_problems(dataset.gsm1k, ("test",), section={"on_bad_row": dataset.on_bad_row})[0]["test"]
     problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
     return problems, {"source": source, **report}
 

@@ -87,11 +87,12 @@ def to_example(row: dict, task: str) -> dict:
     """A row of GLUE as ours; raises BadRow. A label is its number or its name (the test split's -1 is none)."""
     columns, names = [ALSO[own] if ALSO.get(own) in row else own for own in COLUMNS[task]], LABELS[task]
     first, second = (*(require_text(row, column) for column in columns), "")[:2]
-    given = row.get("label", row.get("gold_label"))
-    label = next((i for i, name in enumerate(names) if str(given) in (name, str(i))), None)
+    given = data.take(row, "label" if "label" in row else "gold_label")
+    label = next((i for i, name in enumerate(names) if str(given).strip() in (name, str(i))), None)
     if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", describe(given))
+        none = "; GLUE's test split has none" * (str(given) in ("None", "-1"))
+        raise BadRow(f"unknown label (expected {expected}{none})", describe(given))
     return {"text_a": first, "text_b": second, "label": label}
 
 
