@@ -19,12 +19,14 @@ import json
 import lzma
 import re
 import tokenize
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -155,15 +157,24 @@ def read_json(text: bytes) -> list:
     A line that cannot be read becomes a BadRow in its place."""
     text = text.removeprefix(b"\xef\xbb\xbf")
     if text.lstrip().startswith(b"["):
-        return json.loads(text.decode())
+        return [_valid(row, text) for row in json.loads(text.decode())]
     rows: list = []
     for number, line in enumerate(text.split(b"\n"), start=1):
         try:
             if line.strip():
-                rows.append(json.loads(line.decode()))
+                rows.append(_valid(json.loads(line.decode()), line))
         except (ValueError, RecursionError) as error:
             rows.append(BadRow("a line that is not JSON", f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"))
     return rows
+
+
+def _valid(row: Any, text: bytes) -> Any:
+    """The row of a text in JSON, whose escapes alone can spell what is not valid Unicode."""
+    try:
+        json.dumps(row if re.search(rb"\\u[dD]", text) else None, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError:
+        return BadRow("text that is not valid Unicode (a lone surrogate)")
 
 
 def read_csv(text: bytes) -> list:
@@ -320,10 +331,6 @@ def _check(value: Any) -> dict:
         raise BadRow("a row that is not an object with named columns", describe(value))
     if None in value:  # csv.DictReader's key
         raise BadRow("more fields than the header has", describe(value[None]))
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("text that is not valid Unicode (a lone surrogate)") from None
     return value
 
 
@@ -376,6 +383,103 @@ def make_splits(
             expected = "at least one row, and different rows of which to hold out the splits that are not given"
             raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
     return {split: splits[split] for split in wanted}, {"files": files, **report, "carved_from_train": carved}
+
+
+# ---- the audit: what to know of the data before training on it
+
+# (what is asked, the answers to it with the right one first, all text) of an example
+Facts = Callable[[dict], tuple[str, tuple[str, ...], str]]
+KINDS = {  # of a count that is above zero: what a warning says of these rows
+    "duplicates": "repeat an earlier row of their split",
+    "contradictory": "have an answer that an earlier row of their split contradicts",
+    "special_tokens": "spell a special token in their text",
+    "truncated": "are cut to the length limit",
+    "eos_dropped": "lose their end token by it (answers)",
+    "prompt_truncated": "have a cut prompt",
+    "prompt_not_prefix": "have a prompt that is tokenized differently before its answer",
+    "identical_after_truncation": "have the same answers once they are cut",
+    "refused_by_template": "are not written whole by the chat template",
+    "dropped": "are left out of training",
+}
+
+
+def normalize(text: str) -> str:
+    """Text as it is compared: without differences of case, of white space and of Unicode's forms."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def _row_numbers(rows: list[dict], facts: Facts, special: re.Pattern | None) -> tuple[dict[str, list[int]], list[int]]:
+    """({kind: numbers of rows in their split}, a hash of what each row asks)."""
+    asked, found, answers = [], {"duplicates": [], "contradictory": [], "special_tokens": []}, {}
+    for number, row in enumerate(rows):
+        question, given, text = facts(row)
+        asked.append(hash(normalize(question)))
+        right, *others = (hash(normalize(answer)) for answer in given)
+        before = answers.setdefault((asked[-1], *sorted([right, *others]) * bool(others)), set())
+        if before:
+            found["duplicates" if right in before else "contradictory"].append(number)
+        before.add(right)
+        if special and special.search(text):
+            found["special_tokens"].append(number)
+    return found, asked
+
+
+def audit(splits: Splits, report: Mapping, facts: Facts, tokens: Mapping | None, **more: Any) -> dict:
+    """What the reader did with a data set and what is in it, for audit.json: `counts` of each split, {kind: {count, first
+    row numbers}}, lengths in tokens (median, 95 %, longest), `more`, and in words `summary` and `warnings`.
+
+    `tokens`: {"special": texts of special tokens, "lengths": {split: {part: token counts}}, "counts": {split: {kind:
+    count}}}; None where the tokenizer is not on this machine."""
+    tokens = tokens or {"special": [], "lengths": {}, "counts": {}, "absent": True}
+    special = re.compile("|".join(map(re.escape, tokens["special"]))) if tokens["special"] else None
+    counts, asked = {}, {}
+    for split, rows in splits.items():
+        found, asked[split] = _row_numbers(rows, facts, special)
+        for other in [*asked][:-1]:
+            known = set(asked[other])
+            found[f"in_{other}"] = [number for number, key in enumerate(asked[split]) if key in known]
+        counts[split] = {kind: {"count": len(numbers), "first": numbers[:5]} for kind, numbers in found.items()}
+        measured = {kind: number for kind, number in tokens["counts"].get(split, {}).items() if kind in KINDS}
+        counts[split] |= {kind: {"count": number, "first": []} for kind, number in measured.items()}
+    levels = {"median": 0.5, "95 %": 0.95, "longest": 1}
+    lengths = {
+        split: {part: {name: float(np.quantile(each, q)) for name, q in levels.items()} for part, each in parts.items()}
+        for split, parts in tokens["lengths"].items()
+    }
+    rows = {split: len(each) for split, each in splits.items()}
+    facts_read = {
+        key: report[key] for key in ("source", "files", "dropped", "columns", "carved_from_train") if key in report
+    }
+    made = {**facts_read, "rows": rows, "counts": counts, "tokens": lengths, **more}
+    return made | {"summary": _summarize(made), "warnings": _warnings(made, "absent" in tokens)}
+
+
+def _summarize(audit: Mapping) -> list[str]:
+    lines = [", ".join(f"{split} {count:,}" for split, count in audit["rows"].items()) + f" rows of {audit['source']}"]
+    if columns := audit.get("columns"):
+        lines.append(f"columns: {', '.join(columns['used'])}; left over: {', '.join(columns['left_over']) or 'none'}")
+    named = {"turns": audit.get("turns", {})} | {f"labels of {k}": v for k, v in audit.get("labels", {}).items()}
+    lines += [f"{name}: " + ", ".join(f"{k} {n:,}" for k, n in each.items()) for name, each in named.items() if each]
+    for split, parts in audit["tokens"].items():
+        said = (f"{part} {' / '.join(f'{number:.0f}' for number in each.values())}" for part, each in parts.items())
+        lines.append(f"tokens of {split} (median / 95 % / longest): {', '.join(said)}")
+    return lines
+
+
+def _warnings(audit: Mapping, no_tokens: bool) -> list[str]:
+    """A sentence for everything that is above zero."""
+    found = [_describe_fault(**entry) + ": left out" for entry in audit.get("dropped", {}).get("reasons", ())]
+    for split, kinds in audit["counts"].items():
+        for kind, each in kinds.items():
+            if each["count"]:
+                says = KINDS.get(kind) or f"are also in {kind.removeprefix('in_')}"
+                first = f" (rows {', '.join(map(str, each['first']))}{', ...' * (each['count'] > 5)})" * bool(
+                    each["first"]
+                )
+                found.append(f"{split}: {each['count']:,} of {audit['rows'][split]:,} rows {says}{first}")
+    missing = [f"{split}: no row has the label {label}" for split, each in audit.get("labels", {}).items()
+               for label, count in each.items() if not count]  # fmt: skip
+    return found + missing + ["lengths in tokens: not counted, the tokenizer is not on this machine"] * no_tokens
 
 
 # ---- baselines

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmu
 
 from lib import config, data, hub, made
 from lib.data import BadRow, describe, require, require_text
+from lib.errors import StudyError
 from lib.graff import member
 from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, target
 
@@ -130,6 +131,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return made.word_tokenizer(sorted(words), SPECIAL, pre_tokenizer=pieces, decoder=decoders.Fuse())
 
 
+def make_tokenizer(train: list[dict] | None) -> PreTrainedTokenizerFast:
+    """The made model's, of the words of generated problems or of `train`."""
+    if train is None:
+        return word_tokenizer()
+    return made.train_bpe_tokenizer([text_of(row) for row in train], BPE_VOCABULARY, None)
+
+
 def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
     """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
     while not real:
@@ -143,10 +151,7 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
 def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> made.Base:
     """Tokenizer and model, pretrained on one-step problems (or on `train`)."""
     rows, steps = train or generate_problems(ONE_STEP, recipe["seed"], 1), recipe["pretrain_steps"]
-    if train is None:
-        tokenizer = word_tokenizer()
-    else:
-        tokenizer = made.train_bpe_tokenizer([text_of(row) for row in rows], BPE_VOCABULARY, None)
+    tokenizer = make_tokenizer(train)
     encoded = [encode(tokenizer, row, 512) for row in rows]
     rng, size = np.random.default_rng(recipe["seed"]), recipe["pretrain_batch_size"]
     batches = pretraining_batches([len(row["ids"]) for row in encoded], size, rng, train is not None)
@@ -168,16 +173,51 @@ def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> m
 FREQUENT = 4096  # vocabulary rows that the entropy is over
 
 
+def encode_split(run, tokenizer, split: str, problems: list[dict]) -> tuple[list[dict], int]:
+    """(token ids of each problem, how many answers are cut). Raises StudyError where no answer is left of any."""
+    longest = run.dataset.max_tokens
+    rows = [encode(tokenizer, row, longest) for row in problems]
+    if not any(len(row["ids"]) > row["prompt"] for row in rows):
+        most = max((row["prompt"] for row in rows), default=0)
+        found, fix = (
+            f"no problem of {len(rows)} leaves room for an answer",
+            f"--set dataset.max_tokens={2 * max(most, 64)}",
+        )
+        raise StudyError(f"dataset, split {split}", found, f"questions of less than {longest} tokens", fix)
+    return rows, sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows)
+
+
+def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the question and its number."""
+    return row["question"], (reference(row["answer"]) or "",), f"{row['question']}\n{row['answer']}"
+
+
+def audit(run) -> dict:
+    """The audit of the run's data."""
+    problems, report = load_problems(run)
+    real, tokens = None if report["source"].startswith("generated") else problems["train"], None
+    texts = (row["question"] + " " + row["answer"] for row in problems["train"])
+    if (tokenizer := made.tokenizer_of(run, texts, partial(make_tokenizer, real))) is not None:
+        tokens = {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}}
+        for split in ("train", "dev"):
+            rows, cut = encode_split(run, tokenizer, split, problems[split])
+            parts = {
+                "prompt": [row["prompt"] for row in rows],
+                "answer": [len(row["ids"]) - row["prompt"] for row in rows],
+            }
+            tokens["lengths"][split], tokens["counts"][split] = parts, {"truncated": cut}
+    return data.audit({name: rows for name, rows in problems.items() if rows}, report, facts, tokens)
+
+
 def prepare(run, folder: Path) -> None:
     """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
     problems, report = load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if report["source"].startswith("generated") else problems["train"]
     tokenizer, facts = made.base_model(run, folder, texts, partial(make_base, real))
-    longest, rows, cut = run.dataset.max_tokens, {}, {}
+    rows, cut = {}, {}
     for name in ("train", "dev"):
-        rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]
-        cut[name] = sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows[name])
+        rows[name], cut[name] = encode_split(run, tokenizer, name, problems[name])
     # a row that is cut inside its prompt has nothing to learn from
     rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])

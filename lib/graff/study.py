@@ -275,6 +275,13 @@ def prepare(run: Run, folder: Path) -> None:
     preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial", run.dataset.split_seed)
 
 
+def audit(run: Run) -> dict:
+    """What is in the run's data, before anything is made of it."""
+    from lib.graff import prepare
+
+    return prepare.audit(run)
+
+
 def train(member, folder: Path, shared: Path) -> dict:
     """Train one member in `folder` on what `prepare` made in `shared`; returns its metrics."""
     from lib.graff import member as entry

@@ -160,6 +160,13 @@ def word_tokenizer(texts: list[str], vocab_size: int):
     return made.word_tokenizer(ranked, SPECIAL, pre_tokenizer=WORDS, normalizer=normalizers.Lowercase())
 
 
+def make_tokenizer(pairs: list[tuple[str, str]] | None, recipe: dict) -> tuple:
+    """(tokenizer, `pairs`) for the made model; None: generated ones, of which there are few words."""
+    words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]
+    pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
+    return word_tokenizer([text for pair in pairs for text in pair], words), pairs
+
+
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
     """DeBERTa-v3's relative attention with shared query and key projections, small; no dropout."""
     hidden = recipe["hidden_size"]
@@ -183,9 +190,7 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
 
 def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.OnStep = lambda *_: None) -> made.Base:
     """Tokenizer and encoder, pretrained on `pairs` (None: generated ones); the closing loss is in nats per token."""
-    words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]  # real text has more
-    pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
-    tokenizer = word_tokenizer([text for pair in pairs for text in pair], words)
+    tokenizer, pairs = make_tokenizer(pairs, recipe)
     first, second = (list(side) for side in zip(*pairs, strict=True))
     ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)["input_ids"]
     marks = torch.tensor(tokenizer.all_special_ids)
@@ -213,12 +218,43 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
 # ---- what all members share
 
 
-def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
-    """{"input_ids", "label"} of each row, truncated to max_seq_length."""
+def encode(tokenizer, rows: list[dict], dataset, **options) -> list[dict]:
+    """{"input_ids", "label"} of each row, truncated to max_seq_length. `options` are the tokenizer's."""
     first, second = [row["text_a"] for row in rows], [row["text_b"] for row in rows]
-    limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length}
+    limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length} | options
     encoded = tokenizer(first, second if any(second) else None, **limits)
     return [{"input_ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
+
+
+def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the texts and the label."""
+    text = f"{row['text_a']}\n{row['text_b']}"
+    return text, (str(row["label"]),), text
+
+
+def audit(run) -> dict:
+    """The audit of the run's data."""
+    task, (name, source) = task_of(run.dataset), data.source_of(run)
+    splits, report = load_splits(run.dataset, task if name == source else name)
+    splits = {split: splits[split] for split in ("train", "tuning", "validation")}
+    pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
+    given = None if "generated" in (task, name) else pairs
+    recipe, texts = run.model.recipe, (text for pair in pairs for text in pair)
+    tokenizer, tokens = made.tokenizer_of(run, texts, lambda: make_tokenizer(given, recipe.model_dump())[0]), None
+    if tokenizer is not None:
+        longest, tokens = (
+            run.dataset.max_seq_length,
+            {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}},
+        )
+        for split, rows in splits.items():
+            lengths = [len(row["input_ids"]) for row in encode(tokenizer, rows, run.dataset, truncation=False)]
+            tokens["lengths"][split] = {"text": lengths}
+            cut = sum(length > longest for length in lengths) * run.dataset.preprocessing.truncation
+            tokens["counts"][split] = {"truncated": cut}
+    names = LABELS[task if name == source else name]
+    labels = {split: {name: sum(row["label"] == i for row in rows) for i, name in enumerate(names)}
+              for split, rows in splits.items()}  # fmt: skip
+    return data.audit(splits, {**report, "source": source}, facts, tokens, labels=labels)
 
 
 def prepare(run, folder: Path) -> None:

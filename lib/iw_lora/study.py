@@ -311,6 +311,13 @@ def prepare(run: Run, folder: Path) -> None:
     data.prepare(run, folder)
 
 
+def audit(run: Run) -> dict:
+    """What is in the run's data, before anything is made of it."""
+    from lib.iw_lora import data
+
+    return data.audit(run)
+
+
 def train(member, folder: Path, shared: Path) -> dict:
     """Train one member in `folder` on what `prepare` put into `shared`; returns its metrics."""
     from lib.iw_lora import trainer

@@ -23,7 +23,7 @@ from pathlib import Path
 from lib import config, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import cluster, keys, plan, preflight, progress, storage, watch
+from lib.run import cluster, keys, members, plan, preflight, progress, storage, watch
 from lib.run.preflight import error, refused, warning
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
@@ -281,10 +281,33 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             for notebook in plan.notebooks(study).values():
                 findings += notebook_findings(notebook)
             findings += unread_keys(study)
+        if options.mode == "full" and not has_error(findings):
+            findings += audit_findings(runs)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)
         if needs_trial and not has_error(findings):
             findings += check_trial(found, options, root)
     return list(dict.fromkeys(findings))
+
+
+def audit_findings(runs: list[Run]) -> Iterator[Finding]:
+    """What is wrong with given data that is on this machine, read as a whole; what it holds is printed."""
+    printed = set()
+    for run in runs:
+        name, key = run.dataset.name, "dataset.name"
+        if not (
+            config.is_local(name)
+            or (config.is_hub_id(name) and preflight.is_cached(name, "dataset", run.dataset.revision))
+        ):
+            continue
+        try:
+            found = members.audit(run)
+        except StudyError as fault:
+            yield error(key, f"{fault.where}: {fault.found}; expected {fault.expected}", fault.fix, run.study)
+            continue
+        if (lines := "\n  ".join(found["summary"])) not in printed:
+            print(f"data of {run.study}: {lines}", file=sys.stderr, flush=True)
+        printed.add(lines)
+        yield from (warning(key, text, file=run.study) for text in found["warnings"])
 
 
 def gpus_of(address: str | None) -> list[preflight.Gpu]:

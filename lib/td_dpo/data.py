@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -176,13 +177,13 @@ def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
     return [{"role": "user", "content": common.strip()}]
 
 
-def _without_prompt(prompt: list[dict], chosen: dict, rejected: dict) -> None:
+def _without_prompt(prompt: list[dict], *answers: dict) -> None:
     """Take the prompt off two answers that both begin with it."""
-    text, answers = prompt[-1]["content"].strip(), (chosen, rejected)
-    rests = [re.fullmatch(rf"(?s)\s*{re.escape(text)}(?!\w)\s*(\S.*)", each["content"]) for each in answers]
-    for answer, rest in zip(answers, rests, strict=True):
-        if text and all(rests):
-            answer["content"] = rest[1]
+    text = prompt[-1]["content"].strip()
+    said = [answer["content"].lstrip() for answer in answers]
+    if text and all(each.startswith(text) and re.match(r"\s+\S|[^\w\s]", each[len(text) :]) for each in said):
+        for answer, each in zip(answers, said, strict=True):
+            answer["content"] = each[len(text) :].lstrip()
 
 
 def _with_context(row: dict, prompt: list[dict], lead: list[dict]) -> list[dict]:
@@ -392,12 +393,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> PreTraine
     return made.stand_in("meta-llama/", tokenizer, seed=recipe["seed"], **sizes, **more)
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST) -> list[dict]:
+def conversations(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST, max_prompt: int | None = None
+) -> list[dict]:
     """{"ids", "prompt" (its length)} of every chosen and rejected answer, cut to `max_length` tokens."""
-    rows, _ = encode_pairs(tokenizer, pairs, max_length)
+    rows, _ = encode_pairs(tokenizer, pairs, max_length, max_prompt, "drop")
     if not rows:
         found = f"no answer within {max_length} tokens in {len(pairs)} training pairs"
-        raise StudyError("base model", found, "training pairs with answers", "check the data set")
+        fix = f"--set dataset.preprocessing.max_prompt_length={max_length // 2}"
+        raise StudyError("base model", found, "prompts that leave room for an answer", fix)
     sides = ("chosen_ids", "rejected_ids")
     return [{"ids": row["prompt_ids"] + row[side], "prompt": len(row["prompt_ids"])} for row in rows for side in sides]
 
@@ -415,11 +419,17 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
         yield from epoch
 
 
-def make_base(pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None) -> made.Base:
+def make_tokenizer(pairs: Sequence[dict], recipe: Mapping) -> PreTrainedTokenizerFast:
+    return made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
+
+
+def make_base(
+    pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None, max_prompt: int | None = None
+) -> made.Base:
     """Tokenizer and model of the training pairs. The result is the same for the same pairs, recipe and number of
     threads, and the caller's random state is left alone."""
-    tokenizer = made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
-    rows = conversations(tokenizer, pairs)
+    tokenizer = make_tokenizer(pairs, recipe)
+    rows = conversations(tokenizer, pairs, max_prompt=max_prompt)
     model, steps, rate = make_model(tokenizer, recipe).train(), recipe["sft_steps"], recipe["sft_learning_rate"]
     batches = _batches([len(row["ids"]) for row in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])
 
@@ -473,25 +483,71 @@ def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int
 # ---- what members share ----
 
 
-def prepare(run, folder: Path) -> None:
-    """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
-    line."""
+def load_run(run) -> tuple[dict[str, list[dict]], dict]:
+    """`load_splits` of the run's data set, with the source as the record calls it."""
     section, (name, source) = run.dataset.model_dump(), data.source_of(run)
     if name != source:  # generated pairs stand in
         section |= {"name": name} | {f"{split}_pairs": run.dataset.limit or 8 for split in SPLITS}
     splits, report = load_splits(section)
-    texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
+    return splits, report | {"source": source}
+
+
+def encode_split(run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], size: int | None = None):
+    """`encode_pairs` within the run's limits, so many pairs at a time: yields (rows, counts). Raises StudyError where no
+    pair of the split is left."""
+    limits, kept, size = run.dataset.preprocessing, 0, size or max(1, len(pairs))
+    for start in range(0, len(pairs), size):
+        some, cuts = pairs[start : start + size], (limits.max_length, limits.max_prompt_length)
+        rows, counts = encode_pairs(tokenizer, some, *cuts, run.dataset.on_bad_row)
+        kept += len(rows)
+        yield rows, counts
+    if not kept:
+        found = f"none of {len(pairs)} pairs leaves an answer within {limits.max_length} tokens"
+        fix = f"--set dataset.preprocessing.max_prompt_length={limits.max_length // 2}, or a larger max_length"
+        raise StudyError(f"dataset, split {split}", found, "at least one pair", fix)
+
+
+def facts(pair: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the prompt and the two answers."""
+    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in pair["prompt"])
+    answers = tuple(pair[side][-1]["content"] for side in ("chosen", "rejected"))
+    return prompt, answers, "\n".join((prompt, *answers))
+
+
+def audit(run) -> dict:
+    """The audit of the run's data; of tokens as many at a time as never fill the memory."""
+    splits, report = load_run(run)
+    make = partial(make_tokenizer, splits["train"], run.model.recipe and run.model.recipe.model_dump())
+    tokenizer = made.tokenizer_of(run, texts_of(splits["train"]), make, needs_chat_template=True)
+    parts, tokens = ("prompt", "chosen", "rejected"), None
+    if tokenizer is not None:
+        tokens = {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}}
+        for split in SPLITS:
+            lengths, counts = {part: array("i") for part in parts}, Counter()
+            for rows, some in encode_split(run, tokenizer, split, splits[split], 1000):
+                counts.update(some)
+                for part in parts:
+                    lengths[part].extend(len(row[f"{part}_ids"]) for row in rows)
+            tokens["lengths"][split], tokens["counts"][split] = lengths, counts
+    turns = Counter(m["role"] for pairs in splits.values() for p in pairs for m in (*p["prompt"], *p["chosen"]))
+    return data.audit(splits, report, facts, tokens, turns=turns)
+
+
+def prepare(run, folder: Path) -> None:
+    """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
+    line."""
+    splits, report = load_run(run)
+    longest = run.dataset.preprocessing.max_prompt_length
+    texts, make = texts_of(splits["train"]), partial(make_base, splits["train"], max_prompt=longest)
     tokenizer, facts = made.base_model(run, folder, texts, make, needs_chat_template=True)
-    limits = run.dataset.preprocessing
     rows, counts = {}, {}
     for split in SPLITS:
-        rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
+        ((rows[split], counts[split]),) = encode_split(run, tokenizer, split, splits[split])
     model = models.load_base(run, facts["base"])
     reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {
         **facts,
-        "source": source,
         "tokens": counts,
         "length_baseline": length_baseline(splits["test"]),
         "bag_of_words_baseline": bag_of_words_baseline(splits["train"], splits["test"]) if enough else None,

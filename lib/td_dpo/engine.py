@@ -359,7 +359,7 @@ def conversation_ids(
         return []
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
     texts = tokenizer.apply_chat_template(conversations, **options)
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     if (bos := tokenizer.bos_token_id) is None:
         return encoded
     bare = [list(itertools.dropwhile(lambda token: token == bos, ids)) for ids in encoded]

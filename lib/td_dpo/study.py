@@ -373,6 +373,13 @@ def prepare(run: Run, folder: Path) -> None:
     data.prepare(run, folder)
 
 
+def audit(run: Run) -> dict:
+    """What is in the run's data, before anything is made of it."""
+    from lib.td_dpo import data
+
+    return data.audit(run)
+
+
 def train(member, folder: Path, shared: Path, outcome=None) -> dict:
     """Train one member in `folder` on what `prepare` made in `shared` (where no sharded training's `outcome` is there
     to go on from); returns its metrics."""
