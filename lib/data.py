@@ -46,11 +46,14 @@ MEANING = {"system", "system_prompt", "history", "input", "context", "tools", "f
 MEANING |= {"reasoning_content", "image", "images", "video", "videos", "audio", "audios"}
 
 
+RIGHT, LATIN = "correct these rows", "iconv -f LATIN1 -t UTF-8 FILE > NEW, where it is Latin-1"
+
+
 class BadRow(Exception):
     """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row holds,
     `fix` what is to be done about it."""
 
-    def __init__(self, kind: str, detail: str = "", fix: str = "correct these rows"):
+    def __init__(self, kind: str, detail: str = "", fix: str = RIGHT):
         self.kind, self.detail, self.fix = kind, detail, fix
         super().__init__(f"{kind}: {detail}" if detail else kind)
 
@@ -106,7 +109,7 @@ def require(row: dict, column: str) -> Any:
     """The value of `column`. Raises BadRow where it is missing, null, blank or an empty list."""
     value = take(row, column)
     if value is None:
-        fix = "correct these rows" if column in row else f"--set dataset.columns.{column}=<the file's name for it>"
+        fix = RIGHT if column in row else f"--set dataset.columns.{column}=<the file's name for it>"
         raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200], fix)
     if value == [] or (isinstance(value, str) and not value.strip()):
         raise BadRow(f"empty {column}")
@@ -132,10 +135,10 @@ def decode(value: Any, column: str) -> Any:
     if not (isinstance(value, str) and STRUCTURE.match(value)):
         return value
     for parse in (json.loads, ast.literal_eval, _of_array):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError, AttributeError):
             found = parse(value)
             messages = found if isinstance(found, list) else [found]
-            if all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in messages):
+            if all(each.keys() & {"role", "from"} and each.keys() & {"content", "value"} for each in messages):
                 return found
     if MESSAGES.match(value):
         raise BadRow(f"text in {column} that is neither an answer nor readable messages", describe(value))
@@ -144,9 +147,9 @@ def decode(value: Any, column: str) -> Any:
 
 def _of_array(text: str) -> Any:
     """Of an array of objects as numpy prints it: without commas between its elements."""
-    tokens = [each.string for each in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+    tokens = [each.string for each in tokenize.generate_tokens(io.StringIO(text).readline) if each.string.strip()]
     pairs = itertools.pairwise([*tokens, ""])
-    return ast.literal_eval(" ".join(one + "," * ((one, other) == ("}", "{")) for one, other in pairs).strip())
+    return ast.literal_eval(" ".join(one + "," * ((one, other) == ("}", "{")) for one, other in pairs))
 
 
 # ---- files to rows
@@ -164,7 +167,8 @@ def read_json(text: bytes) -> list:
             if line.strip():
                 rows.append(_valid(json.loads(line.decode()), line))
         except (ValueError, RecursionError) as error:
-            rows.append(BadRow("a line that is not JSON", f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"))
+            said = f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"
+            rows.append(BadRow("a line that is not JSON", said, LATIN if isinstance(error, UnicodeError) else RIGHT))
     return rows
 
 
@@ -217,8 +221,8 @@ def read_file(path: Path) -> list[Row]:
         with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(path, compression="detect") as file:
             rows = READERS[form](file.read())
     except (OSError, ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, pa.ArrowException) as error:
-        found = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}"
-        raise StudyError(str(path), found, "a complete file of rows") from None
+        found, fix = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}", isinstance(error, UnicodeError) and LATIN
+        raise StudyError(str(path), found, "a complete file of rows", fix or "") from None
     if not rows:
         raise StudyError(str(path), "0 rows", "at least one row", "give a file that has rows")
     return [Row(str(path), number, row) for number, row in enumerate(rows)]
@@ -424,34 +428,31 @@ def _row_numbers(rows: list[dict], facts: Facts, special: re.Pattern | None) -> 
     return found, asked
 
 
-def audit(splits: Splits, report: Mapping, facts: Facts, tokens: Mapping | None, **more: Any) -> dict:
+def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Callable, **more: Any) -> dict:
     """What the reader did with a data set and what is in it, for audit.json: `counts` of each split, {kind: {count, first
     row numbers}}, lengths in tokens (median, 95 %, longest), `more`, and in words `summary` and `warnings`.
 
-    `tokens`: {"special": texts of special tokens, "lengths": {split: {part: token counts}}, "counts": {split: {kind:
-    count}}}; None where the tokenizer is not on this machine."""
-    tokens = tokens or {"special": [], "lengths": {}, "counts": {}, "absent": True}
-    special = re.compile("|".join(map(re.escape, tokens["special"]))) if tokens["special"] else None
-    counts, asked = {}, {}
-    for split, rows in splits.items():
-        found, asked[split] = _row_numbers(rows, facts, special)
+    `measure`(split, rows): ({part of a row: its length in tokens in each}, {kind: rows}), of a `tokenizer` that is not
+    None, as it is where it is not on this machine."""
+    added = [] if tokenizer is None else [token.content for token in tokenizer.added_tokens_decoder.values()]
+    special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens}))) if added else None
+    counts, asked, lengths, rows = {}, {}, {}, {split: len(each) for split, each in splits.items()}
+    for split, each in splits.items():
+        found, asked[split] = _row_numbers(each, facts, special)
         for other in [*asked][:-1]:
             known = set(asked[other])
             found[f"in_{other}"] = [number for number, key in enumerate(asked[split]) if key in known]
+        parts, measured = ({}, {}) if tokenizer is None else measure(split, each)
         counts[split] = {kind: {"count": len(numbers), "first": numbers[:5]} for kind, numbers in found.items()}
-        measured = {kind: number for kind, number in tokens["counts"].get(split, {}).items() if kind in KINDS}
-        counts[split] |= {kind: {"count": number, "first": []} for kind, number in measured.items()}
-    levels = {"median": 0.5, "95 %": 0.95, "longest": 1}
-    lengths = {
-        split: {part: {name: float(np.quantile(each, q)) for name, q in levels.items()} for part, each in parts.items()}
-        for split, parts in tokens["lengths"].items()
-    }
-    rows = {split: len(each) for split, each in splits.items()}
-    facts_read = {
+        counts[split] |= {kind: {"count": measured[kind], "first": []} for kind in measured.keys() & KINDS.keys()}
+        levels = {part: np.quantile(some, (0.5, 0.95, 1)).tolist() for part, some in parts.items()}
+        lengths[split] = {part: dict(zip(("median", "95 %", "longest"), q, strict=True)) for part, q in levels.items()}
+    known = {
         key: report[key] for key in ("source", "files", "dropped", "columns", "carved_from_train") if key in report
     }
-    made = {**facts_read, "rows": rows, "counts": counts, "tokens": lengths, **more}
-    return made | {"summary": _summarize(made), "warnings": _warnings(made, "absent" in tokens)}
+    made = {**known, "rows": rows, "counts": counts, "tokens": lengths, **more}
+    unmeasured = ["lengths in tokens: not counted, the tokenizer is not on this machine"] * (tokenizer is None)
+    return made | {"summary": _summarize(made), "warnings": _warnings(made) + unmeasured}
 
 
 def _summarize(audit: Mapping) -> list[str]:
@@ -460,26 +461,24 @@ def _summarize(audit: Mapping) -> list[str]:
         lines.append(f"columns: {', '.join(columns['used'])}; left over: {', '.join(columns['left_over']) or 'none'}")
     named = {"turns": audit.get("turns", {})} | {f"labels of {k}": v for k, v in audit.get("labels", {}).items()}
     lines += [f"{name}: " + ", ".join(f"{k} {n:,}" for k, n in each.items()) for name, each in named.items() if each]
-    for split, parts in audit["tokens"].items():
+    for split, parts in ((split, parts) for split, parts in audit["tokens"].items() if parts):
         said = (f"{part} {' / '.join(f'{number:.0f}' for number in each.values())}" for part, each in parts.items())
         lines.append(f"tokens of {split} (median / 95 % / longest): {', '.join(said)}")
     return lines
 
 
-def _warnings(audit: Mapping, no_tokens: bool) -> list[str]:
+def _warnings(audit: Mapping) -> list[str]:
     """A sentence for everything that is above zero."""
     found = [_describe_fault(**entry) + ": left out" for entry in audit.get("dropped", {}).get("reasons", ())]
     for split, kinds in audit["counts"].items():
-        for kind, each in kinds.items():
-            if each["count"]:
-                says = KINDS.get(kind) or f"are also in {kind.removeprefix('in_')}"
-                first = f" (rows {', '.join(map(str, each['first']))}{', ...' * (each['count'] > 5)})" * bool(
-                    each["first"]
-                )
-                found.append(f"{split}: {each['count']:,} of {audit['rows'][split]:,} rows {says}{first}")
-    missing = [f"{split}: no row has the label {label}" for split, each in audit.get("labels", {}).items()
-               for label, count in each.items() if not count]  # fmt: skip
-    return found + missing + ["lengths in tokens: not counted, the tokenizer is not on this machine"] * no_tokens
+        for kind in sorted(kinds):
+            count, first = kinds[kind]["count"], ", ".join(map(str, kinds[kind]["first"]))
+            says = KINDS.get(kind) or f"are also in {kind.removeprefix('in_')}"
+            which = f" (rows {first}{', ...' * (count > 5)})" if first else ""
+            found += [f"{split}: {count:,} of {audit['rows'][split]:,} rows {says}{which}"] * bool(count)
+    for split, labels in audit.get("labels", {}).items():
+        found += [f"{split}: no row has the label {label}" for label, count in labels.items() if not count]
+    return found
 
 
 # ---- baselines

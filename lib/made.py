@@ -187,12 +187,6 @@ def tokenizer_of(run, texts: Iterable[str], make: Callable[[], Any], **options: 
         return None
 
 
-def special_texts(tokenizer) -> list[str]:
-    """What a text would have to spell to be taken for one of its special tokens."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return sorted(added | {*tokenizer.all_special_tokens})
-
-
 def write_inputs(folder: Path, tokenizer, report: dict, **files: Any) -> None:
     """Write what all members of a run share, for models.load_inputs: each of `files` as JSON under its name."""
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -100,8 +100,7 @@ def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2)
     else:
-        section = {"columns": dataset.columns, "on_bad_row": dataset.on_bad_row}
-        options = {"section": section, "streaming": dataset.streaming}
+        options = {"section": vars(dataset), "streaming": dataset.streaming}
         splits, report = read_problems(name, ("test", "train"), dataset.revision, **options)
         rows, test, given = splits["train"], splits["test"], splits.get("validation")
     train, dev = (rows, given[: dataset.limit]) if given else split_dev(rows, dataset.dev_size, dataset.split_seed)
@@ -195,18 +194,18 @@ def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
 def audit(run) -> dict:
     """The audit of the run's data."""
     problems, report = load_problems(run)
-    real, tokens = None if report["source"].startswith("generated") else problems["train"], None
+    real = None if report["source"].startswith("generated") else problems["train"]
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
-    if (tokenizer := made.tokenizer_of(run, texts, partial(make_tokenizer, real))) is not None:
-        tokens = {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}}
-        for split in ("train", "dev"):
-            rows, cut = encode_split(run, tokenizer, split, problems[split])
-            parts = {
-                "prompt": [row["prompt"] for row in rows],
-                "answer": [len(row["ids"]) - row["prompt"] for row in rows],
-            }
-            tokens["lengths"][split], tokens["counts"][split] = parts, {"truncated": cut}
-    return data.audit({name: rows for name, rows in problems.items() if rows}, report, facts, tokens)
+    tokenizer = made.tokenizer_of(run, texts, partial(make_tokenizer, real))
+
+    def measure(split: str, problems: list[dict]) -> tuple[dict, dict]:
+        if split not in ("train", "dev"):  # of which nothing is cut
+            return {}, {}
+        rows, cut = encode_split(run, tokenizer, split, problems)
+        lengths = {"question": [r["prompt"] for r in rows], "answer": [len(r["ids"]) - r["prompt"] for r in rows]}
+        return lengths, {"truncated": cut}
+
+    return data.audit({name: rows for name, rows in problems.items() if rows}, report, facts, tokenizer, measure)
 
 
 def prepare(run, folder: Path) -> None:

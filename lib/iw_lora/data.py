@@ -235,26 +235,21 @@ def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
 def audit(run) -> dict:
     """The audit of the run's data."""
     task, (name, source) = task_of(run.dataset), data.source_of(run)
-    splits, report = load_splits(run.dataset, task if name == source else name)
+    task = task if name == source else name
+    splits, report = load_splits(run.dataset, task)
     splits = {split: splits[split] for split in ("train", "tuning", "validation")}
-    pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
-    given = None if "generated" in (task, name) else pairs
-    recipe, texts = run.model.recipe, (text for pair in pairs for text in pair)
-    tokenizer, tokens = made.tokenizer_of(run, texts, lambda: make_tokenizer(given, recipe.model_dump())[0]), None
-    if tokenizer is not None:
-        longest, tokens = (
-            run.dataset.max_seq_length,
-            {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}},
-        )
-        for split, rows in splits.items():
-            lengths = [len(row["input_ids"]) for row in encode(tokenizer, rows, run.dataset, truncation=False)]
-            tokens["lengths"][split] = {"text": lengths}
-            cut = sum(length > longest for length in lengths) * run.dataset.preprocessing.truncation
-            tokens["counts"][split] = {"truncated": cut}
-    names = LABELS[task if name == source else name]
-    labels = {split: {name: sum(row["label"] == i for row in rows) for i, name in enumerate(names)}
-              for split, rows in splits.items()}  # fmt: skip
-    return data.audit(splits, {**report, "source": source}, facts, tokens, labels=labels)
+    pairs, recipe = [(row["text_a"], row["text_b"]) for row in splits["train"]], run.model.recipe
+    make = partial(make_tokenizer, None if task == "generated" else pairs, recipe and recipe.model_dump())
+    tokenizer = made.tokenizer_of(run, (text for pair in pairs for text in pair), lambda: make()[0])
+
+    def measure(_: str, rows: list[dict]) -> tuple[dict, dict]:
+        lengths = [len(row["input_ids"]) for row in encode(tokenizer, rows, run.dataset, truncation=False)]
+        cut = sum(length > run.dataset.max_seq_length for length in lengths)
+        return {"text": lengths}, {"truncated": cut * run.dataset.preprocessing.truncation}
+
+    counts = {split: Counter(row["label"] for row in rows) for split, rows in splits.items()}
+    labels = {split: {label: found[i] for i, label in enumerate(LABELS[task])} for split, found in counts.items()}
+    return data.audit(splits, {**report, "source": source}, facts, tokenizer, measure, labels=labels)
 
 
 def prepare(run, folder: Path) -> None:

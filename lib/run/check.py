@@ -27,7 +27,6 @@ from lib.run import cluster, keys, members, plan, preflight, progress, storage, 
 from lib.run.preflight import error, refused, warning
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
-TEXT = (".jsonl", ".json", ".csv", ".tsv")
 Loaded = tuple[Path, Run | StudyError, list[Finding]]
 MACHINE, WHOLE_TRIAL = "this machine", "the trial"  # what a finding is about, where it is no file
 MOST_BATCHES = 2  # of a phase in a trial
@@ -134,20 +133,13 @@ def _grid(run: Run) -> Iterator[Finding]:
 
 
 def _files(run: Run) -> Iterator[Finding]:
-    """Local files that the run names are there, and its data is text in UTF-8."""
+    """Local files that the run names are there."""
     module = config.study_module(run.study)
     paths = {key: config.get(config.dump(run), key) for key in module.PATHS}
     for key, path in {key: Path(path) for key, path in paths.items() if config.is_local(path)}.items():
         if not path.exists():
             fix = module.MADE_BY.get(key, f"--set {key}=<path>, or a hub id")
             yield error(key, f"{path} does not exist{', or is a link to itself' * path.is_symlink()}", fix)
-            continue
-        files = [path, *path.glob("*"), *path.glob("data/*")] if key.startswith("dataset.") else ()
-        for file in (file for file in files if file.suffix in TEXT and file.is_file()):
-            try:
-                file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as fault:
-                yield error(key, f"{file}: {fault}", f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW (where it is Latin-1)")
 
 
 def finding_from(fault: StudyError, file: str) -> Finding:

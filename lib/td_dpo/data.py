@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -34,6 +33,7 @@ from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sequence_logprobs, 
 from lib.training import collate
 
 SPLITS = ("train", "validation", "test")
+CHUNK = 1000  # pairs that are tokenized together
 
 # ---- one row to one pair ----
 
@@ -172,7 +172,7 @@ def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
     others = [name for name, value in row.items() if isinstance(value, str) and value not in texts and " " in value]
     if others or not common.strip() or not all(text[len(common) :].strip() for text in texts):
         kind = "no prompt (expected a prompt column, or a common beginning of chosen and rejected)"
-        fix = f"--set dataset.columns.prompt={others[0]}, if that is the prompt" if others else "correct these rows"
+        fix = f"--set dataset.columns.prompt={others[0]}, if that is the prompt" if others else data.RIGHT
         raise BadRow(kind, f"columns: {', '.join(row)}"[:200], fix)
     return [{"role": "user", "content": common.strip()}]
 
@@ -221,7 +221,7 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
     carved from train by prompt, so that no prompt is in both.
 
-    report: source, rows per split, overlap of test with train, fingerprint, and for a source that is read
+    report: source, rows per split, fingerprint, and for a source that is read
     data.make_splits' own.
     """
     name, report = section["name"], {}
@@ -232,11 +232,9 @@ def load_splits(section: dict) -> tuple[dict[str, list[dict]], dict]:
         sources, wanted = data.read(name, section.get("revision")), ("test", "validation", "train")
         splits, report = data.make_splits(sources, wanted, to_pair, prompt_key, LAYOUTS, section)
     splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
-    seen = {prompt_key(pair) for pair in splits["train"]}
     return splits, report | {
         "source": name,
         "rows": {split: len(pairs) for split, pairs in splits.items()},
-        "test_pairs_with_a_train_prompt": sum(prompt_key(pair) in seen for pair in splits["test"]),
         "fingerprint": record.digest(splits),  # of what was read, wherever it was
     }
 
@@ -492,19 +490,22 @@ def load_run(run) -> tuple[dict[str, list[dict]], dict]:
     return splits, report | {"source": source}
 
 
-def encode_split(run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], size: int | None = None):
-    """`encode_pairs` within the run's limits, so many pairs at a time: yields (rows, counts). Raises StudyError where no
-    pair of the split is left."""
-    limits, kept, size = run.dataset.preprocessing, 0, size or max(1, len(pairs))
-    for start in range(0, len(pairs), size):
-        some, cuts = pairs[start : start + size], (limits.max_length, limits.max_prompt_length)
-        rows, counts = encode_pairs(tokenizer, some, *cuts, run.dataset.on_bad_row)
-        kept += len(rows)
-        yield rows, counts
+def encode_split(
+    run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], keep=dict
+) -> tuple[list, dict]:
+    """`encode_pairs` within the run's limits: (what `keep` makes of each row, counts). So many at a time as never fill the
+    memory. Raises StudyError where no pair of the split is left."""
+    limits, kept, counts = run.dataset.preprocessing, [], Counter()
+    for start in range(0, len(pairs), CHUNK):
+        some, cuts = pairs[start : start + CHUNK], (limits.max_length, limits.max_prompt_length)
+        rows, numbers = encode_pairs(tokenizer, some, *cuts, run.dataset.on_bad_row)
+        kept += [keep({**row, "pair": row["pair"] + start}) for row in rows]
+        counts.update(numbers)
     if not kept:
         found = f"none of {len(pairs)} pairs leaves an answer within {limits.max_length} tokens"
         fix = f"--set dataset.preprocessing.max_prompt_length={limits.max_length // 2}, or a larger max_length"
         raise StudyError(f"dataset, split {split}", found, "at least one pair", fix)
+    return kept, dict(counts)
 
 
 def facts(pair: dict) -> tuple[str, tuple[str, ...], str]:
@@ -515,22 +516,20 @@ def facts(pair: dict) -> tuple[str, tuple[str, ...], str]:
 
 
 def audit(run) -> dict:
-    """The audit of the run's data; of tokens as many at a time as never fill the memory."""
+    """The audit of the run's data."""
     splits, report = load_run(run)
     make = partial(make_tokenizer, splits["train"], run.model.recipe and run.model.recipe.model_dump())
     tokenizer = made.tokenizer_of(run, texts_of(splits["train"]), make, needs_chat_template=True)
-    parts, tokens = ("prompt", "chosen", "rejected"), None
-    if tokenizer is not None:
-        tokens = {"special": made.special_texts(tokenizer), "lengths": {}, "counts": {}}
-        for split in SPLITS:
-            lengths, counts = {part: array("i") for part in parts}, Counter()
-            for rows, some in encode_split(run, tokenizer, split, splits[split], 1000):
-                counts.update(some)
-                for part in parts:
-                    lengths[part].extend(len(row[f"{part}_ids"]) for row in rows)
-            tokens["lengths"][split], tokens["counts"][split] = lengths, counts
+    parts = ("prompt", "chosen", "rejected")
+
+    def measure(split: str, pairs: list[dict]) -> tuple[dict, dict]:
+        rows, counts = encode_split(
+            run, tokenizer, split, pairs, lambda row: [len(row[f"{part}_ids"]) for part in parts]
+        )
+        return dict(zip(parts, zip(*rows, strict=True), strict=True)), counts
+
     turns = Counter(m["role"] for pairs in splits.values() for p in pairs for m in (*p["prompt"], *p["chosen"]))
-    return data.audit(splits, report, facts, tokens, turns=turns)
+    return data.audit(splits, report, facts, tokenizer, measure, turns=turns)
 
 
 def prepare(run, folder: Path) -> None:
@@ -542,7 +541,7 @@ def prepare(run, folder: Path) -> None:
     tokenizer, facts = made.base_model(run, folder, texts, make, needs_chat_template=True)
     rows, counts = {}, {}
     for split in SPLITS:
-        ((rows[split], counts[split]),) = encode_split(run, tokenizer, split, splits[split])
+        rows[split], counts[split] = encode_split(run, tokenizer, split, splits[split])
     model = models.load_base(run, facts["base"])
     reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
