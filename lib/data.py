@@ -135,7 +135,9 @@ def decode(value: Any, column: str) -> Any:
     if not (isinstance(value, str) and STRUCTURE.match(value)):
         return value
     for parse in (json.loads, ast.literal_eval, _of_array):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, tokenize.TokenError, AttributeError):
+        with contextlib.suppress(
+            ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError, AttributeError
+        ):
             found = parse(value)
             messages = found if isinstance(found, list) else [found]
             if all(each.keys() & {"role", "from"} and each.keys() & {"content", "value"} for each in messages):
@@ -322,8 +324,9 @@ def convert(sources: Sources, parse: Parse, expected: str, section: Mapping) -> 
     if faults and section.get("on_bad_row") != "drop":
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
         found = "; ".join(_describe_fault(**entry) for entry in faults.values())
-        leave = "or leave them out and have them counted: --set dataset.on_bad_row=drop"
-        raise StudyError(where, found, f"{expected}; rows are counted from 0", ", ".join([*cures, leave]))
+        # a cure only where every split keeps a row
+        leave = ["or leave them out and have them counted: --set dataset.on_bad_row=drop"] * all(splits.values())
+        raise StudyError(where, found, f"{expected}; rows are counted from 0", ", ".join([*cures, *leave]))
     dropped = {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
     return splits, {"dropped": dropped, "columns": {"used": sorted(used), "left_over": sorted(left - used)}}
 

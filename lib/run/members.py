@@ -69,9 +69,9 @@ def inputs_folder(run) -> Path:
 
 
 def audit(run, folder: Path | None = None) -> dict:
-    """The audit (lib/data.py) of the data of the run's first member, made once for the same data, settings and code;
-    into audit.json of the run's `folder`."""
-    first = config.members(run)[0].run
+    """The audit (lib/data.py) of the data of the run's first cell and seed, made once for the same data, settings and
+    code; into audit.json of the run's `folder`."""
+    first = config.seeded(config.apply(run, config.first_cell(run)), run.seed_list[0])
     path = CACHE / run.study / f"audit-{keys.inputs_key(first, 'audit')}.json"
     if (found := record.read_json(path)) is None:
         found = config.study_module(run.study).audit(first)
