@@ -359,7 +359,14 @@ def conversation_ids(
         return []
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
     texts = tokenizer.apply_chat_template(conversations, **options)
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    if backend := getattr(
+        tokenizer, "backend_tokenizer", None
+    ):  # a quarter of the time goes into what else a call gives
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if (bos := tokenizer.bos_token_id) is None:
         return encoded
     bare = [list(itertools.dropwhile(lambda token: token == bos, ids)) for ids in encoded]
