@@ -162,22 +162,27 @@ def read_json(text: bytes) -> list:
     A line that cannot be read becomes a BadRow in its place."""
     text = text.removeprefix(b"\xef\xbb\xbf")
     if text.lstrip().startswith(b"["):
-        return [_valid(row, text) for row in json.loads(text.decode())]
+        odd = SURROGATE.search(text)
+        return [_valid(row) if odd else row for row in json.loads(text.decode())]
     rows: list = []
     for number, line in enumerate(text.split(b"\n"), start=1):
         try:
             if line.strip():
-                rows.append(_valid(json.loads(line.decode()), line))
+                row = json.loads(line.decode())
+                rows.append(_valid(row) if SURROGATE.search(line) else row)
         except (ValueError, RecursionError) as error:
             said = f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"
             rows.append(BadRow("a line that is not JSON", said, LATIN if isinstance(error, UnicodeError) else RIGHT))
     return rows
 
 
-def _valid(row: Any, text: bytes) -> Any:
-    """The row of a text in JSON, whose escapes alone can spell what is not valid Unicode."""
+SURROGATE = re.compile(rb"\\u[dD]")  # an escape, with which alone JSON can spell what is not valid Unicode
+
+
+def _valid(row: Any) -> Any:
+    """The row, or a BadRow in its place."""
     try:
-        json.dumps(row if re.search(rb"\\u[dD]", text) else None, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False).encode()
         return row
     except UnicodeEncodeError:
         return BadRow("text that is not valid Unicode (a lone surrogate)")
@@ -314,8 +319,8 @@ def convert(sources: Sources, parse: Parse, expected: str, section: Mapping) -> 
             try:
                 fields = Fields(_check(row.value), columns)
                 example = parse(fields, place)
-                left |= fields.left_over()
-                used |= fields.names.keys() - fields.left_over()
+                left |= (over := fields.left_over())
+                used |= fields.names.keys() - over
                 splits[split].append(example)
             except BadRow as fault:
                 entry = {"file": row.file, "reason": fault.kind, "example": fault.detail, "rows": []}

@@ -146,7 +146,8 @@ def test_it_is_in_check_the_record_the_card_and_the_index(tmp_path, monkeypatch,
     options.mode, options.scale = "full", "laptop"
     findings = list(check.audit_findings(check.runs_of(cli.select_runs(options))))
     said = capsys.readouterr().err
-    assert "rows of " in said and "left over: id" in said
+    assert "rows of " in said
+    assert "left over: id" in said
     (dropped, repeated) = sorted(findings, key=lambda finding: "repeat" in finding.what)
     assert (dropped.level, repeated.level) == ("warning", "warning")
     assert "identical chosen and rejected (row 41" in dropped.what

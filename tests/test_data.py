@@ -18,7 +18,7 @@ from lib.errors import MissingError, StudyError
 from lib.graff import data as graff_data, prepare
 from lib.iw_lora import data as iw_data
 from lib.td_dpo import generated
-from lib.td_dpo.data import bag_of_words_baseline, facts, length_baseline, load_splits, prompt_key
+from lib.td_dpo.data import bag_of_words_baseline, compared, length_baseline, load_splits, prompt_key
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 
@@ -312,7 +312,7 @@ def test_real_data_loads_whole():
     assert report["rows"]["train"] + report["rows"]["validation"] == 7223
     assert report["rows"]["test"] == 736
     assert report["dropped"]["count"] == 0
-    found = data.audit(splits, report, facts, None, None)
+    found = data.audit(splits, report, compared, None, None)
     overlaps = [kinds[kind]["count"] for kinds in found["counts"].values() for kind in kinds if kind.startswith("in_")]
     assert overlaps == [0, 0, 0]
     assert found["counts"]["train"]["duplicates"]["count"] >= len(splits["train"]) - len(
@@ -672,7 +672,7 @@ def test_prompts_in_both_shipped_splits_are_reported(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [mix_row(i) for i in range(10)])
     write_jsonl(tmp_path / "validation.jsonl", [mix_row(i) for i in range(20, 25)])
     write_jsonl(tmp_path / "test.jsonl", [mix_row(i) for i in range(8, 14)])
-    counts = data.audit(*load(tmp_path), facts, None, None)["counts"]
+    counts = data.audit(*load(tmp_path), compared, None, None)["counts"]
     assert counts["test"]["in_train"] == {"count": 2, "first": [0, 1]}
     assert counts["test"]["in_validation"] == counts["validation"]["in_train"] == {"count": 0, "first": []}
 

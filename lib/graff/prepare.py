@@ -186,7 +186,7 @@ def encode_split(run, tokenizer, split: str, problems: list[dict]) -> tuple[list
     return rows, sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows)
 
 
-def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
+def compared(row: dict) -> tuple[str, tuple[str, ...], str]:
     """What data.audit compares: the question and its number."""
     return row["question"], (reference(row["answer"]) or "",), f"{row['question']}\n{row['answer']}"
 
@@ -205,7 +205,7 @@ def audit(run) -> dict:
         lengths = {"question": [r["prompt"] for r in rows], "answer": [len(r["ids"]) - r["prompt"] for r in rows]}
         return lengths, {"truncated": cut}
 
-    return data.audit({name: rows for name, rows in problems.items() if rows}, report, facts, tokenizer, measure)
+    return data.audit({name: rows for name, rows in problems.items() if rows}, report, compared, tokenizer, measure)
 
 
 def prepare(run, folder: Path) -> None:

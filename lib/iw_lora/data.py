@@ -226,7 +226,7 @@ def encode(tokenizer, rows: list[dict], dataset, **options) -> list[dict]:
     return [{"input_ids": ids, "label": row["label"]} for ids, row in zip(encoded["input_ids"], rows, strict=True)]
 
 
-def facts(row: dict) -> tuple[str, tuple[str, ...], str]:
+def compared(row: dict) -> tuple[str, tuple[str, ...], str]:
     """What data.audit compares: the texts and the label."""
     text = f"{row['text_a']}\n{row['text_b']}"
     return text, (str(row["label"]),), text
@@ -249,7 +249,7 @@ def audit(run) -> dict:
 
     counts = {split: Counter(row["label"] for row in rows) for split, rows in splits.items()}
     labels = {split: {label: found[i] for i, label in enumerate(LABELS[task])} for split, found in counts.items()}
-    return data.audit(splits, {**report, "source": source}, facts, tokenizer, measure, labels=labels)
+    return data.audit(splits, {**report, "source": source}, compared, tokenizer, measure, labels=labels)
 
 
 def prepare(run, folder: Path) -> None:

@@ -508,7 +508,7 @@ def encode_split(
     return kept, dict(counts)
 
 
-def facts(pair: dict) -> tuple[str, tuple[str, ...], str]:
+def compared(pair: dict) -> tuple[str, tuple[str, ...], str]:
     """What data.audit compares: the prompt and the two answers."""
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in pair["prompt"])
     answers = tuple(pair[side][-1]["content"] for side in ("chosen", "rejected"))
@@ -529,7 +529,7 @@ def audit(run) -> dict:
         return dict(zip(parts, zip(*rows, strict=True), strict=True)), counts
 
     turns = Counter(m["role"] for pairs in splits.values() for p in pairs for m in (*p["prompt"], *p["chosen"]))
-    return data.audit(splits, report, facts, tokenizer, measure, turns=turns)
+    return data.audit(splits, report, compared, tokenizer, measure, turns=turns)
 
 
 def prepare(run, folder: Path) -> None:
