@@ -75,7 +75,7 @@ class Fields(dict):
         """The file's own names of columns that were not used. Raises BadRow where one of them has a MEANING."""
         left = {theirs: self[name] for theirs, name in self.names.items() if name not in self.used}
         refuse_meaning(left)
-        return left.keys()
+        return {*left}
 
 
 def refuse_meaning(left: Mapping[str, Any]) -> None:

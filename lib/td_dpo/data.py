@@ -14,7 +14,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
     """TRL's implicit prompt: what two texts have in common, to its last space, which both of them lose. Only where no
     other column could hold the prompt."""
     texts = [message["content"] for message in (chosen, rejected)]
-    common = re.match(r"(?s).*\s|", os.path.commonprefix(texts))[0]
+    common = "".join(re.findall(r"(?s)\A.*\s", os.path.commonprefix(texts)))
     others = [name for name, value in row.items() if isinstance(value, str) and value not in texts and " " in value]
     if others or not common.strip() or not all(text[len(common) :].strip() for text in texts):
         kind = "no prompt (expected a prompt column, or a common beginning of chosen and rejected)"
@@ -273,7 +273,7 @@ def writes(tokenizer: PreTrainedTokenizerFast, what: str) -> bool:
 def _tokens_behind_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """How many tokens the chat template writes behind the mark that ends the last answer (ChatML's line break); None
     where it writes no such mark. What an answer's text spells is no end."""
-    text = tokenizer.apply_chat_template([HI, {"role": "assistant", "content": MARK}], tokenize=False)
+    text = str(tokenizer.apply_chat_template([HI, {"role": "assistant", "content": MARK}], tokenize=False))
     ids = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return next((count for count, token in enumerate(reversed(ids)) if token in marks), None)
@@ -491,7 +491,7 @@ def load_run(run) -> tuple[dict[str, list[dict]], dict]:
 
 
 def encode_split(
-    run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], keep=dict
+    run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], keep: Callable[[dict], Any] = dict
 ) -> tuple[list, dict]:
     """`encode_pairs` within the run's limits: (what `keep` makes of each row, counts). So many at a time as never fill the
     memory. Raises StudyError where no pair of the split is left."""
