@@ -363,7 +363,7 @@ def encode_pairs(
 # ---- the base model 'made' ----
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
-SPECIAL |= {"additional_special_tokens": [f"<|{role}|>" for role in ROLES]}
+SPECIAL |= {"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]}
 # One BOS, and one EOS after a final answer only: in a conversation the next turn's mark ends the earlier answer. So the
 # prompt with its generation mark is, character by character and at a special token's edge, how the whole begins.
 CHAT_TEMPLATE = (
