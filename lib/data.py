@@ -444,12 +444,12 @@ def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Cal
     None, as it is where it is not on this machine."""
     added = [] if tokenizer is None else [token.content for token in tokenizer.added_tokens_decoder.values()]
     special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens}))) if added else None
-    counts, asked, lengths, rows = {}, {}, {}, {split: len(each) for split, each in splits.items()}
+    counts, earlier, lengths, rows = {}, {}, {}, {split: len(each) for split, each in splits.items()}
     for split, each in splits.items():
-        found, asked[split] = _row_numbers(each, facts, special)
-        for other in [*asked][:-1]:
-            known = set(asked[other])
-            found[f"in_{other}"] = [number for number, key in enumerate(asked[split]) if key in known]
+        found, asked = _row_numbers(each, facts, special)
+        for other, known in earlier.items():
+            found[f"in_{other}"] = [number for number, key in enumerate(asked) if key in known]
+        earlier[split] = set(asked)
         parts, measured = ({}, {}) if tokenizer is None else measure(split, each)
         counts[split] = {kind: {"count": len(numbers), "first": numbers[:5]} for kind, numbers in found.items()}
         counts[split] |= {kind: {"count": measured[kind], "first": []} for kind in measured.keys() & KINDS.keys()}

@@ -184,10 +184,8 @@ def encode_split(run, tokenizer, split: str, problems: list[dict]) -> tuple[list
     rows = [encode(tokenizer, row, longest) for row in problems]
     if not any(len(row["ids"]) > row["prompt"] for row in rows):
         most = max((row["prompt"] for row in rows), default=0)
-        found, fix = (
-            f"no problem of {len(rows)} leaves room for an answer",
-            f"--set dataset.max_tokens={2 * max(most, 64)}",
-        )
+        found = f"no problem of {len(rows)} leaves room for an answer"
+        fix = f"--set dataset.max_tokens={2 * max(most, 64)}"
         raise StudyError(f"dataset, split {split}", found, f"questions of less than {longest} tokens", fix)
     return rows, sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows)
 

@@ -286,10 +286,8 @@ def audit_findings(runs: list[Run]) -> Iterator[Finding]:
     printed = set()
     for run in runs:
         name, key = run.dataset.name, "dataset.name"
-        if not (
-            config.is_local(name)
-            or (config.is_hub_id(name) and preflight.is_cached(name, "dataset", run.dataset.revision))
-        ):
+        is_cached = config.is_hub_id(name) and preflight.is_cached(name, "dataset", run.dataset.revision)
+        if not (config.is_local(name) or is_cached):
             continue
         try:
             found = members.audit(run)

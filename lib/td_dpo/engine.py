@@ -359,9 +359,8 @@ def conversation_ids(
         return []
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
     texts = tokenizer.apply_chat_template(conversations, **options)
-    if backend := getattr(
-        tokenizer, "backend_tokenizer", None
-    ):  # a quarter of the time goes into what else a call gives
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # ids alone: a quarter of a call's time goes into what else it gives
         backend.no_truncation()
         backend.no_padding()
         encoded = [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
