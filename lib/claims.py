@@ -300,14 +300,15 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     runs = select(members, rest)
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
-    asked = runs[is_pilot(runs)] if is_pilot(runs).any() else runs
+    pilots = is_pilot(runs)
+    asked = runs[pilots] if pilots.any() else runs
     metric = _numbers(asked[study.choose_on])
     metric = metric.mask(asked["status"] == "diverged", study.diverged.get("accuracy", 0.5))
     means = metric.groupby([asked[key] for key in open_keys]).mean()
     if means.empty or metric[asked[open_keys].notna().all(axis=1)].isna().any():
         return None
     # what a run has chosen among its pilots stands (runs.settle): its other cells have no judged runs
-    trained = means[means.index.isin(judged_rows(runs).groupby(open_keys).size().index)]
+    trained = means[means.index.isin(runs[~pilots].groupby(open_keys).size().index)]
     best = (trained if len(trained) else means).idxmax()
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 

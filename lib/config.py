@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -54,7 +54,7 @@ CONTEXT = ("study", "scale", "mode", "results_dir", "source", "overrides", "sear
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 # YAML 1.1 reads 1e-5 (no dot) as a string.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pt", ".safetensors"}
+FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".pt", ".safetensors"}
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
 BEST = "best"  # in the place of a cell: the one that pilots choose
@@ -208,6 +208,26 @@ class Block(Section):
     def _one_kind(self):
         if bool(self.cells) == bool(self.product):
             raise fault("both" if self.cells else "neither", "either cells or product", "cells: [{beta: 0.05}]")
+        return self
+
+
+class Data(Section):
+    """What the `dataset` section of every study has. KNOWN: the columns of a row that the study reads."""
+
+    KNOWN: ClassVar[tuple[str, ...]] = ()
+    name: Name
+    revision: str | None = None
+    # {column as the study knows it: as the file has it}; of a column that is to be left out: null
+    columns: dict[Name, Name | None] = {}
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    split_seed: Seed | None = None  # null: the member's own; of what is chosen on, while what judges stays as it is
+    limit: Count | None = None  # rows of each split
+
+    @model_validator(mode="after")
+    def _known_columns(self):
+        for name in sorted(name for name, theirs in self.columns.items() if theirs and name not in self.KNOWN):
+            fix = did_you_mean(name, self.KNOWN, f"{name}: null leaves a column out")
+            raise fault(f"{name}: {self.columns[name]}", f"one of {', '.join(self.KNOWN)}", fix, f"columns.{name}")
         return self
 
 
@@ -431,7 +451,7 @@ def resolve(study: str, key: str, where: str = "key") -> str:
     """The dotted configuration key of a short name or a dotted name."""
     module = study_module(study)
     known, dotted = keys(module.Run), module.ALIASES.get(key, key)
-    if dotted in known or dotted.startswith("optuna.search_space."):
+    if dotted in known or dotted.startswith(("optuna.search_space.", "dataset.columns.")):
         return dotted
     expected = f"a dotted key of {study}'s YAML or one of " + ", ".join(sorted(module.ALIASES))
     raise StudyError(f"{where} {key}", "no such key", expected, did_you_mean(key, [*known, *module.ALIASES], ""))
@@ -476,10 +496,12 @@ def is_hub_id(name: str | None) -> bool:
 def _absolute(value: str) -> str:
     """Paths are kept absolute, so that a notebook's working directory does not matter; hub ids stay as they are."""
     path = Path(value).expanduser()
-    written_as_path = value.startswith(("/", "./", "../", "~")) or path.suffix in FILE_SUFFIXES
-    if value.startswith("${") or (not written_as_path and not ("/" in value and path.exists())):
+    places = (Path.cwd() / path, ROOT / path)
+    written_as_path = value.startswith(("/", "./", "../", "~")) or FILE_SUFFIXES & {*path.suffixes[-2:]}
+    is_here = any(os.path.exists(place) or ("/" in value and os.path.isdir(place.parent)) for place in places)
+    if value in ("", "made", "generated", "verifiable") or value.startswith("${") or not (written_as_path or is_here):
         return value
-    return os.path.realpath(next((p for p in (Path.cwd() / path, ROOT / path) if p.exists()), path))
+    return os.path.realpath(next((place for place in places if os.path.exists(place)), path))
 
 
 def get(raw: Any, dotted: str) -> Any:

@@ -9,6 +9,8 @@ own function makes of each row what it trains on; what is missing is carved from
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import hashlib
 import io
@@ -16,12 +18,15 @@ import itertools
 import json
 import lzma
 import re
+import tokenize
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -35,15 +40,50 @@ Splits = dict[str, list[dict]]
 Sources = dict[str, list["Row"]]
 Parse = Callable[[dict, int], dict]  # what a study makes of a row at its place in the split; raises BadRow
 Key = Callable[[dict], str]  # rows of the same key belong in the same split
+# Columns that change what a row says: a study uses them or refuses them. Any other (ids, scores, sources, names of
+# models) may be left over, which the audit lists.
+MEANING = {"system", "system_prompt", "history", "input", "context", "tools", "functions", "tool_calls"}
+MEANING |= {"reasoning_content", "image", "images", "video", "videos", "audio", "audios"}
+
+
+RIGHT, LATIN = "correct these rows", "iconv -f LATIN1 -t UTF-8 FILE > NEW, where it is Latin-1"
 
 
 class BadRow(Exception):
-    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row
-    holds."""
+    """What is wrong with one row: `kind` is the same for all rows with this fault, `detail` says what this row holds,
+    `fix` what is to be done about it."""
 
-    def __init__(self, kind: str, detail: str = ""):
-        self.kind, self.detail = kind, detail
+    def __init__(self, kind: str, detail: str = "", fix: str = RIGHT):
+        self.kind, self.detail, self.fix = kind, detail, fix
         super().__init__(f"{kind}: {detail}" if detail else kind)
+
+
+class Fields(dict):
+    """A row under the names that a study knows. `columns` is dataset.columns; what `take` asks for counts as used."""
+
+    def __init__(self, row: Mapping, columns: Mapping[str, str | None]):
+        for name, theirs in columns.items():
+            if theirs is not None and theirs not in row:
+                fix = f"--set dataset.columns.{name}=<a column of the file>"
+                raise BadRow(f"missing {theirs}", f"columns: {', '.join(map(str, row))}"[:200], fix)
+        known = {theirs: name for name, theirs in columns.items()}
+        self.names = {theirs: known.get(theirs, theirs) for theirs in row if theirs in known or theirs not in columns}
+        self.used: set[str] = set()
+        super().__init__({name: row[theirs] for theirs, name in self.names.items()})
+
+    def left_over(self) -> set[str]:
+        """The file's own names of columns that were not used. Raises BadRow where one of them has a MEANING."""
+        left = {theirs: self[name] for theirs, name in self.names.items() if name not in self.used}
+        refuse_meaning(left)
+        return {*left}
+
+
+def refuse_meaning(left: Mapping[str, Any]) -> None:
+    """Raise BadRow where something that is left over has a MEANING and holds anything."""
+    for name, value in left.items():
+        if name in MEANING and value == value and str(value or "").strip("[]{} \n") not in ("", "None", "null"):
+            fix = f"--set dataset.columns.{name}=null leaves it out on purpose"
+            raise BadRow(f"{name}, which this study does not read", describe(value), fix)
 
 
 class Row(NamedTuple):
@@ -58,21 +98,60 @@ def describe(value: Any, limit: int = 60) -> str:
     return f"{type(value).__name__} {text[:limit]}{'...' if len(text) > limit else ''}"
 
 
+def take(row: dict, column: str) -> Any:
+    """The value of `column`, which then counts as used; None where there is none."""
+    if isinstance(row, Fields):
+        row.used.add(column)
+    return row.get(column)
+
+
 def require(row: dict, column: str) -> Any:
     """The value of `column`. Raises BadRow where it is missing, null, blank or an empty list."""
-    value = row.get(column)
+    value = take(row, column)
     if value is None:
-        raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200])
+        fix = RIGHT if column in row else f"--set dataset.columns.{column}=<the file's name for it>"
+        raise BadRow(f"missing {column}", f"columns: {', '.join(map(str, row))}"[:200], fix)
     if value == [] or (isinstance(value, str) and not value.strip()):
         raise BadRow(f"empty {column}")
     return value
 
 
 def require_text(row: dict, column: str) -> str:
-    """The same where it must be text."""
-    if not isinstance(value := require(row, column), str):
+    """The same where it must be text, and not text that stands for messages."""
+    if not isinstance(value := decode(require(row, column), column), str):
         raise BadRow(f"wrong type in {column} (expected text)", describe(value))
     return value
+
+
+# ---- texts that stand for structures: messages as JSON, as Python's repr, or as pandas and `datasets` write them to CSV
+
+STRUCTURE = re.compile(r"""\s*\[?\s*\{.*?['"](role|content|from|value)['"]\s*:""", re.DOTALL)
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")  # can be nothing else
+
+
+def decode(value: Any, column: str) -> Any:
+    """The message or list of messages that a text holds; any other value as it is. Raises BadRow where a text begins
+    as messages do and cannot be read."""
+    if not (isinstance(value, str) and STRUCTURE.match(value)):
+        return value
+    for parse in (json.loads, ast.literal_eval, _of_array):
+        with contextlib.suppress(
+            ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError, AttributeError
+        ):
+            found = parse(value)
+            messages = found if isinstance(found, list) else [found]
+            if all(each.keys() & {"role", "from"} and each.keys() & {"content", "value"} for each in messages):
+                return found
+    if MESSAGES.match(value):
+        raise BadRow(f"text in {column} that is neither an answer nor readable messages", describe(value))
+    return value
+
+
+def _of_array(text: str) -> Any:
+    """Of an array of objects as numpy prints it: without commas between its elements."""
+    tokens = [each.string for each in tokenize.generate_tokens(io.StringIO(text).readline) if each.string.strip()]
+    pairs = itertools.pairwise([*tokens, ""])
+    return ast.literal_eval(" ".join(one + "," * ((one, other) == ("}", "{")) for one, other in pairs))
 
 
 # ---- files to rows
@@ -83,15 +162,30 @@ def read_json(text: bytes) -> list:
     A line that cannot be read becomes a BadRow in its place."""
     text = text.removeprefix(b"\xef\xbb\xbf")
     if text.lstrip().startswith(b"["):
-        return json.loads(text.decode())
+        odd = SURROGATE.search(text)
+        return [_valid(row) if odd else row for row in json.loads(text.decode())]
     rows: list = []
     for number, line in enumerate(text.split(b"\n"), start=1):
         try:
             if line.strip():
-                rows.append(json.loads(line.decode()))
+                row = json.loads(line.decode())
+                rows.append(_valid(row) if SURROGATE.search(line) else row)
         except (ValueError, RecursionError) as error:
-            rows.append(BadRow("a line that is not JSON", f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"))
+            said = f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"
+            rows.append(BadRow("a line that is not JSON", said, LATIN if isinstance(error, UnicodeError) else RIGHT))
     return rows
+
+
+SURROGATE = re.compile(rb"\\u[dD]")  # an escape, with which alone JSON can spell what is not valid Unicode
+
+
+def _valid(row: Any) -> Any:
+    """The row, or a BadRow in its place."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError:
+        return BadRow("text that is not valid Unicode (a lone surrogate)")
 
 
 def read_csv(text: bytes) -> list:
@@ -134,8 +228,8 @@ def read_file(path: Path) -> list[Row]:
         with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(path, compression="detect") as file:
             rows = READERS[form](file.read())
     except (OSError, ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, pa.ArrowException) as error:
-        found = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}"
-        raise StudyError(str(path), found, "a complete file of rows") from None
+        found, fix = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}", isinstance(error, UnicodeError) and LATIN
+        raise StudyError(str(path), found, "a complete file of rows", fix or "") from None
     if not rows:
         raise StudyError(str(path), "0 rows", "at least one row", "give a file that has rows")
     return [Row(str(path), number, row) for number, row in enumerate(rows)]
@@ -154,7 +248,8 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     data/train-00000-of-00002.parquet, or in the folder of `config`; a single file is the train split."""
     ours = [place for place in sorted(folder.iterdir()) if re.sub(r"\W", "", place.name).lower() == config]
     splits: dict[str, list[Path]] = {}
-    for place in (*ours, folder, folder / "data"):
+    inner = [place for place in sorted(folder.glob("[!.]*/")) if any(form_of(path) for path in place.iterdir())]
+    for place in (*ours, folder, folder / "data", *(inner if len(inner) == 1 else ())):
         files = [path for path in sorted(place.glob("*")) if form_of(path) and path.is_file()]
         for path in files:
             if split := split_of(path.name) or (len(files) == 1 and "train"):
@@ -168,7 +263,8 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     if not splits:
         found = f"no data files for a split; it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
         expected = f"train.*, test.*, validation.* or data/train-*.parquet ({', '.join(READERS)})"
-        raise StudyError(str(folder), found, expected, "name the folder or the file that has the rows")
+        fix = " or ".join(f"--set dataset.name={place}" for place in (inner or [folder / "FILE"])[:8])
+        raise StudyError(str(folder), found, expected, fix)
     return splits
 
 
@@ -182,6 +278,7 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         files = files_of(path, config)
         return {split: [row for file in paths for row in read_file(file)] for split, paths in files.items()}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or form_of(Path(name))
+    looks_local = looks_local or ("/" in name and hub.local_path(name.rpartition("/")[0]))
     if not path and (looks_local or not hub.HUB_ID.match(name)):
         found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
         expected = "an existing path, a hub id, or 'generated'"
@@ -211,24 +308,32 @@ def source_of(run) -> tuple[str, str]:
 # ---- rows to examples
 
 
-def convert(sources: Sources, parse: Parse, expected: str, on_bad_row: str | None) -> tuple[Splits, dict]:
-    """({split: what `parse` makes of every row}, report of what was left out). All faults of all files are one
-    StudyError, unless `on_bad_row` is "drop"; None: the study has no such key."""
+def convert(sources: Sources, parse: Parse, expected: str, section: Mapping) -> tuple[Splits, dict]:
+    """({split: what `parse` makes of every row}, report: what was dropped, which columns were used and left over).
+    All faults of all files are one StudyError, unless the section's `on_bad_row` is "drop"."""
     splits: Splits = {split: [] for split in sources}  # present even where every row is bad
-    faults: dict[tuple[str, str], dict] = {}
+    faults, cures, columns = {}, {}, section.get("columns") or {}
+    used, left = set(), set()
     for split, rows in sources.items():
         for place, row in enumerate(rows):
             try:
-                splits[split].append(parse(_check(row.value), place))
+                fields = Fields(_check(row.value), columns)
+                example = parse(fields, place)
+                left |= (over := fields.left_over())
+                used |= fields.names.keys() - over
+                splits[split].append(example)
             except BadRow as fault:
                 entry = {"file": row.file, "reason": fault.kind, "example": fault.detail, "rows": []}
                 faults.setdefault((row.file, fault.kind), entry)["rows"].append(row.number)
-    if faults and on_bad_row != "drop":
+                cures[fault.fix] = None
+    if faults and section.get("on_bad_row") != "drop":
         where = ", ".join(dict.fromkeys(file for file, _ in faults))[:300]
         found = "; ".join(_describe_fault(**entry) for entry in faults.values())
-        leave = ", or leave them out and have them counted: --set dataset.on_bad_row=drop" if on_bad_row else ""
-        raise StudyError(where, found, f"{expected}; rows are counted from 0", f"correct these rows{leave}")
-    return splits, {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
+        # a cure only where every split keeps a row
+        leave = ["or leave them out and have them counted: --set dataset.on_bad_row=drop"] * all(splits.values())
+        raise StudyError(where, found, f"{expected}; rows are counted from 0", ", ".join([*cures, *leave]))
+    dropped = {"count": sum(len(entry["rows"]) for entry in faults.values()), "reasons": [*faults.values()]}
+    return splits, {"dropped": dropped, "columns": {"used": sorted(used), "left_over": sorted(left - used)}}
 
 
 def _check(value: Any) -> dict:
@@ -238,10 +343,6 @@ def _check(value: Any) -> dict:
         raise BadRow("a row that is not an object with named columns", describe(value))
     if None in value:  # csv.DictReader's key
         raise BadRow("more fields than the header has", describe(value[None]))
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("text that is not valid Unicode (a lone surrogate)") from None
     return value
 
 
@@ -269,10 +370,10 @@ def carve(rows: list[dict], key: Key, fraction: float, seed: int, salt: str) -> 
 def make_splits(
     sources: Sources, wanted: Sequence[str], parse: Parse, key: Key, expected: str, section: Mapping
 ) -> tuple[Splits, dict]:
-    """(the `wanted` splits, report: files, dropped rows, {split carved from train: fraction}). The rows of a source
+    """(the `wanted` splits, report: `convert`'s, files, {split carved from train: fraction}). The rows of a source
     with one split are those of the last one wanted (train), from which what is missing is carved by `key`, so that no
     key is in two splits: the first one wanted, which is judged, is the same whatever the seed. `section` may have
-    on_bad_row, split_seed, validation_fraction."""
+    columns, on_bad_row, split_seed, validation_fraction."""
     last, carved, fraction = wanted[-1], {}, section.get("validation_fraction") or 0.1
     files = {split: list(dict.fromkeys(row.file for row in rows)) for split, rows in sources.items()}
     where = ", ".join(itertools.chain(*files.values()))[:300]
@@ -281,7 +382,7 @@ def make_splits(
     if last not in sources:
         raise StudyError(where, f"splits {', '.join(sources)}", f"a {last} split", f"name the file to use {last}.*")
     sources = {split: rows for split, rows in sources.items() if split in wanted}
-    splits, dropped = convert(sources, parse, expected, section.get("on_bad_row"))
+    splits, report = convert(sources, parse, expected, section)
     for split in wanted:
         if split not in splits:
             seed = 0 if split == wanted[0] else section.get("split_seed") or 0
@@ -289,11 +390,103 @@ def make_splits(
             carved[split] = fraction
     for split, rows in splits.items():
         if not rows:
-            found = f"no usable row for split {split} (dropped: {dropped['count']}; held out: {', '.join(carved) or 'none'})"
+            gone = f"dropped: {report['dropped']['count']}; held out: {', '.join(carved) or 'none'}"
+            found = f"no usable row for split {split} ({gone})"
             expected = "at least one row, and different rows of which to hold out the splits that are not given"
             raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
-    report = {"files": files, "dropped": dropped, "carved_from_train": carved}
-    return {split: splits[split] for split in wanted}, report
+    return {split: splits[split] for split in wanted}, {"files": files, **report, "carved_from_train": carved}
+
+
+# ---- the audit: what to know of the data before training on it
+
+# (what is asked, the answers to it with the right one first, all text) of an example
+Facts = Callable[[dict], tuple[str, tuple[str, ...], str]]
+KINDS = {  # of a count that is above zero: what a warning says of these rows
+    "duplicates": "repeat an earlier row of their split",
+    "contradictory": "have an answer that an earlier row of their split contradicts",
+    "special_tokens": "spell a special token in their text",
+    "truncated": "are cut to the length limit",
+    "eos_dropped": "lose their end token by it (answers)",
+    "prompt_truncated": "have a cut prompt",
+    "prompt_not_prefix": "have a prompt that is tokenized differently before its answer",
+    "identical_after_truncation": "have the same answers once they are cut",
+    "refused_by_template": "are not written whole by the chat template",
+    "dropped": "are left out of training",
+}
+
+
+def normalize(text: str) -> str:
+    """Text as it is compared: without differences of case, of white space and of Unicode's forms."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def _row_numbers(rows: list[dict], facts: Facts, special: re.Pattern | None) -> tuple[dict[str, list[int]], list[int]]:
+    """({kind: numbers of rows in their split}, a hash of what each row asks)."""
+    asked, found, answers = [], {"duplicates": [], "contradictory": [], "special_tokens": []}, {}
+    for number, row in enumerate(rows):
+        question, given, text = facts(row)
+        asked.append(hash(normalize(question)))
+        right, *others = (hash(normalize(answer)) for answer in given)
+        before = answers.setdefault((asked[-1], *sorted([right, *others]) * bool(others)), set())
+        if before:
+            found["duplicates" if right in before else "contradictory"].append(number)
+        before.add(right)
+        if special and special.search(text):
+            found["special_tokens"].append(number)
+    return found, asked
+
+
+def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Callable, **more: Any) -> dict:
+    """What the reader did with a data set and what is in it, for audit.json: `counts` of each split, {kind: {count, first
+    row numbers}}, lengths in tokens (median, 95 %, longest), `more`, and in words `summary` and `warnings`.
+
+    `measure`(split, rows): ({part of a row: its length in tokens in each}, {kind: rows}), of a `tokenizer` that is not
+    None, as it is where it is not on this machine."""
+    added = [] if tokenizer is None else [token.content for token in tokenizer.added_tokens_decoder.values()]
+    special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens}))) if added else None
+    counts, earlier, lengths, rows = {}, {}, {}, {split: len(each) for split, each in splits.items()}
+    for split, each in splits.items():
+        found, asked = _row_numbers(each, facts, special)
+        for other, known in earlier.items():
+            found[f"in_{other}"] = [number for number, key in enumerate(asked) if key in known]
+        earlier[split] = set(asked)
+        parts, measured = ({}, {}) if tokenizer is None else measure(split, each)
+        counts[split] = {kind: {"count": len(numbers), "first": numbers[:5]} for kind, numbers in found.items()}
+        counts[split] |= {kind: {"count": measured[kind], "first": []} for kind in measured.keys() & KINDS.keys()}
+        levels = {part: np.quantile(some, (0.5, 0.95, 1)).tolist() for part, some in parts.items()}
+        lengths[split] = {part: dict(zip(("median", "95 %", "longest"), q, strict=True)) for part, q in levels.items()}
+    known = {
+        key: report[key] for key in ("source", "files", "dropped", "columns", "carved_from_train") if key in report
+    }
+    made = {**known, "rows": rows, "counts": counts, "tokens": lengths, **more}
+    unmeasured = ["lengths in tokens: not counted, the tokenizer is not on this machine"] * (tokenizer is None)
+    return made | {"summary": _summarize(made), "warnings": _warnings(made) + unmeasured}
+
+
+def _summarize(audit: Mapping) -> list[str]:
+    lines = [", ".join(f"{split} {count:,}" for split, count in audit["rows"].items()) + f" rows of {audit['source']}"]
+    if columns := audit.get("columns"):
+        lines.append(f"columns: {', '.join(columns['used'])}; left over: {', '.join(columns['left_over']) or 'none'}")
+    named = {"turns": audit.get("turns", {})} | {f"labels of {k}": v for k, v in audit.get("labels", {}).items()}
+    lines += [f"{name}: " + ", ".join(f"{k} {n:,}" for k, n in each.items()) for name, each in named.items() if each]
+    for split, parts in ((split, parts) for split, parts in audit["tokens"].items() if parts):
+        said = (f"{part} {' / '.join(f'{number:.0f}' for number in each.values())}" for part, each in parts.items())
+        lines.append(f"tokens of {split} (median / 95 % / longest): {', '.join(said)}")
+    return lines
+
+
+def _warnings(audit: Mapping) -> list[str]:
+    """A sentence for everything that is above zero."""
+    found = [_describe_fault(**entry) + ": left out" for entry in audit.get("dropped", {}).get("reasons", ())]
+    for split, kinds in audit["counts"].items():
+        for kind in sorted(kinds):
+            count, first = kinds[kind]["count"], ", ".join(map(str, kinds[kind]["first"]))
+            says = KINDS.get(kind) or f"are also in {kind.removeprefix('in_')}"
+            which = f" (rows {first}{', ...' * (count > 5)})" if first else ""
+            found += [f"{split}: {count:,} of {audit['rows'][split]:,} rows {says}{which}"] * bool(count)
+    for split, labels in audit.get("labels", {}).items():
+        found += [f"{split}: no row has the label {label}" for label, count in labels.items() if not count]
+    return found
 
 
 # ---- baselines

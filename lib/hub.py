@@ -19,7 +19,8 @@ from typing import Any
 from lib.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
-MADE = ("made", "generated", "verifiable")  # models and data sets
+SAMPLED = ("verifiable",)  # data sets of the base model's own answers
+MADE = ("made", "generated", *SAMPLED)  # models and data sets
 SECONDS = 3.0  # that the hub is waited for
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "TransportError", "TimeoutError", "gaierror"}

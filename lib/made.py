@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lib import hub, models as base_models, record
-from lib.errors import StudyError
+from lib.errors import MissingError, StudyError
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
 Base = tuple[PreTrainedModel, PreTrainedTokenizerFast, float]  # made here; the closing loss of its pretraining
@@ -173,6 +173,20 @@ def base_model(run, folder: Path, texts: Iterable[str], make: Make, **options: A
     facts = {"base": base, "stand_in": base != run.model.name != "made", "pretraining_loss": closing}
     options["trust_remote_code"] = run.model.trust_remote_code
     return base_models.load_tokenizer(base, run.model.revision, **options), facts
+
+
+def tokenizer_of(run, texts: Iterable[str], make: Callable[[], Any], **options: Any) -> Any:
+    """The tokenizer that `base_model` would give, without its model; None where it is not on this machine."""
+    if run.model.name == "made":
+        return make()
+    if run.mode == "trial" and hub.out_of_reach(run.model.name):
+        *_, template, special = family(run.model.name)
+        return train_bpe_tokenizer(texts, 1024, template, special)
+    options["trust_remote_code"] = run.model.trust_remote_code
+    try:
+        return base_models.load_tokenizer(run.model.name, run.model.revision, **options)
+    except MissingError:
+        return None
 
 
 def write_inputs(folder: Path, tokenizer, report: dict, **files: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import config, record
+from lib import claims, config, record
 from lib.errors import StudyError
 from lib.plots import number, outcomes
 
@@ -124,7 +124,7 @@ def metrics_table(
 
     metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
     """
-    judged = members[~members["pilot"]] if "pilot" in members else members
+    judged = claims.judged_rows(members)
     own = {i: judged[(judged["run_id"] == i) & (judged["cell"] == cell)] for i, cell in chosen.items()}
     lost = [(rows["status"] == "diverged").sum() for rows in own.values()]
     table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})

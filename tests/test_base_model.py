@@ -53,6 +53,12 @@ def test_training_reports_every_step_and_learns(made):
     assert (folder / "tokenizer.json").exists()
 
 
+def test_the_made_vocabulary_begins_with_its_marks_and_no_others_whatever_roles_the_reader_knows(loaded):
+    marks = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    assert sorted(loaded[1].all_special_tokens) == sorted(marks)
+    assert loaded[1].convert_tokens_to_ids(marks) == list(range(6))
+
+
 def test_the_same_recipe_gives_the_same_weights_and_leaves_the_callers_generator_alone(pairs, made, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -18,7 +18,7 @@ from lib.errors import MissingError, StudyError
 from lib.graff import data as graff_data, prepare
 from lib.iw_lora import data as iw_data
 from lib.td_dpo import generated
-from lib.td_dpo.data import bag_of_words_baseline, length_baseline, load_splits, prompt_key
+from lib.td_dpo.data import bag_of_words_baseline, compared, length_baseline, load_splits, prompt_key
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/alpaca_eval_preferences"
 
@@ -312,7 +312,12 @@ def test_real_data_loads_whole():
     assert report["rows"]["train"] + report["rows"]["validation"] == 7223
     assert report["rows"]["test"] == 736
     assert report["dropped"]["count"] == 0
-    assert report["test_pairs_with_a_train_prompt"] == 0
+    found = data.audit(splits, report, compared, None, None)
+    overlaps = [kinds[kind]["count"] for kinds in found["counts"].values() for kind in kinds if kind.startswith("in_")]
+    assert overlaps == [0, 0, 0]
+    assert found["counts"]["train"]["duplicates"]["count"] >= len(splits["train"]) - len(
+        {json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]]) for pair in splits["train"]}
+    )
     assert report["rows"]["validation"] == pytest.approx(722, abs=15)
     assert not {prompt_key(pair) for pair in splits["train"]} & {prompt_key(pair) for pair in splits["validation"]}
     assert length_baseline(splits["test"]) == pytest.approx(0.81, abs=0.005)
@@ -333,8 +338,8 @@ BAD_ROWS = {
     "a number": (mix_row(0, chosen=7), "wrong type in chosen .*int 7"),
     "one text, one list": (mix_row(0, chosen="text"), "chosen and rejected have different prompts"),
     "messages without a role": (
-        mix_row(0, chosen=[{"from": "human", "value": "x"}]),
-        "wrong message in chosen .*'from'",
+        mix_row(0, chosen=[{"speaker": "human", "value": "x"}]),
+        "wrong message in chosen .*'speaker'",
     ),
     "content that is not text": (
         mix_row(0, chosen=[user("question 0"), assistant(None)]),
@@ -667,7 +672,9 @@ def test_prompts_in_both_shipped_splits_are_reported(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [mix_row(i) for i in range(10)])
     write_jsonl(tmp_path / "validation.jsonl", [mix_row(i) for i in range(20, 25)])
     write_jsonl(tmp_path / "test.jsonl", [mix_row(i) for i in range(8, 14)])
-    assert load(tmp_path)[1]["test_pairs_with_a_train_prompt"] == 2
+    counts = data.audit(*load(tmp_path), compared, None, None)["counts"]
+    assert counts["test"]["in_train"] == {"count": 2, "first": [0, 1]}
+    assert counts["test"]["in_validation"] == counts["validation"]["in_train"] == {"count": 0, "first": []}
 
 
 def test_fingerprint_is_of_content_not_of_place(tmp_path):
@@ -714,7 +721,13 @@ def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_
         prepare.read_problems(str(write_jsonl(tmp_path / "a.jsonl", rows)), ("test", "train"))
     for fault in ("missing answer .row 1: columns: question", "missing question .row 2", "no '#### number' .*row 3"):
         assert re.search(fault, str(caught.value)), str(caught.value)
-    assert "on_bad_row" not in str(caught.value), "the study has no such key"
+    assert "--set dataset.on_bad_row=drop" in str(caught.value)
+    splits, report = prepare.read_problems(
+        str(write_jsonl(tmp_path / "c.jsonl", [*rows, {"question": "r", "answer": "#### 2"}])),
+        ("test", "train"),
+        section={"on_bad_row": "drop"},
+    )
+    assert (sum(map(len, splits.values())), report["dropped"]["count"]) == (2, 3)
     gsm1k = prepare.read_problems(str(write_jsonl(tmp_path / "b.jsonl", [good])), ("test",))[0]["test"]
     assert gsm1k == [{"question": "q", "answer": "#### 4"}]
 

@@ -24,6 +24,12 @@ RUNS = {
 LOOKS = (2, 3, 4)
 
 
+def options_of(**given) -> argparse.Namespace:
+    """The command line's, of `full` at laptop scale."""
+    default = {"command": "full", "scale": "laptop", "mode": "full", "grid": None, "force": False, "run": None}
+    return argparse.Namespace(**default | {"max_hours": None, "max_minutes": None} | given)
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Four runs of a study, and `go(...)`, which executes rounds with notebooks that only leave their records. `words`:
@@ -113,19 +119,7 @@ def study(tmp_path, monkeypatch):
 
     def go(*, command="full", slots=1, only=None, **given):
         state.trained.clear(), state.executed.clear()
-        options = argparse.Namespace(
-            **{
-                "command": command,
-                "scale": "laptop",
-                "mode": "full",
-                "grid": None,
-                "force": False,
-                "run": None,
-                "max_hours": None,
-                "max_minutes": None,
-            }
-            | given
-        )
+        options = options_of(command=command, **given)
         spending = decide.Spending(options, [r for r in runs if only is None or r.run_id in only], runs, slots)
         state.rounds = []
 
@@ -243,8 +237,7 @@ def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch
     monkeypatch.setattr(cli, "root_of", lambda _: tmp_path / "out")
     monkeypatch.setattr(pages, "index_html", lambda _: tmp_path / "index.html")
     monkeypatch.setattr(decide, "MINUTES", {"laptop": 0.01})  # the default budget ends as early
-    options = argparse.Namespace(command="full", scale="laptop", mode="full", grid=None, force=False, run=None, jobs=1,
-                                 cluster=None, fail_fast=False, max_hours=None, max_minutes=minutes)  # fmt: skip
+    options = options_of(jobs=1, cluster=None, fail_fast=False, max_minutes=minutes)
     study.open["C3"] = 4, 1.0
     assert cli.execute(options, study.runs, study.runs) == code
     assert not list(study.results.glob("td_dpo_anchored/members/*")), "there was no time left for it"
@@ -252,8 +245,7 @@ def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch
 
 def test_times_are_predicted_by_their_processes_and_need_no_bases(study, monkeypatch):
     monkeypatch.setattr(plan, "prepare_seconds", lambda run: 1000.0)
-    options = argparse.Namespace(command="plan", scale="laptop", mode="full", grid=None, force=False, run=None,
-                                 max_hours=None, max_minutes=None)  # fmt: skip
+    options = options_of(command="plan")
     spending = decide.Spending(options, study.runs, study.runs, slots=2)
     timed = decide.Open("td_dpo", "C5", [(study.runs[0], decide.TIMES)], members.PROCESSES)
     each = plan.START_SECONDS + 12 / 2  # half of a member's 12 steps of one second
@@ -283,8 +275,7 @@ def test_a_run_that_is_named_is_executed_whole(study):
 
 
 def test_a_plan_shows_the_rounds_and_changes_nothing(study, capsys):
-    options = argparse.Namespace(command="plan", scale="laptop", mode="full", grid=None, force=False, run=None,
-                                 max_hours=None, max_minutes=None)  # fmt: skip
+    options = options_of(command="plan")
     first, looks, rest = decide.Spending(options, study.runs, study.runs, 2).preview()
     assert {s.name: s.members for s in first.steps} == {"td_dpo": 2, "discopop": 2, "comparison": 0}
     assert {s.name: s.members for s in looks.steps} == {"td_dpo": 2, "dpo": 2, "comparison": 0}

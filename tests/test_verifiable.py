@@ -2,9 +2,10 @@
 
 import pytest
 
-from lib import made, models
+from lib import made, models, record
 from lib.config import restore
 from lib.errors import StudyError
+from lib.run import members
 from lib.td_dpo import data, generated
 from tests.conftest import TINY
 
@@ -90,6 +91,22 @@ def test_the_stated_share_of_training_labels_is_turned_round():
     assert 0.1 < sum(turned) / len(turned) < 0.4
     assert splits["test"] == plain["test"]
     assert splits["validation"] == plain["validation"]
+
+
+@pytest.mark.usefixtures("model_that_listens_to_every_second_draw")
+def test_sampled_pairs_are_audited_as_they_were_prepared(tmp_path, monkeypatch):
+    run = run_of(mode="trial")
+    splits, report = data.load_run(run, data.sample_pairs(run, None, None))
+    record.write_json(tmp_path / "pairs.json", splits)
+    record.write_json(tmp_path / "report.json", report)
+    monkeypatch.setattr(members, "prepare_inputs", lambda _: tmp_path)
+    monkeypatch.setattr(members, "CACHE", tmp_path)
+    found = members.audit(run, tmp_path)
+    assert found == record.read_json(tmp_path / "audit.json")
+    assert found["rows"] == {"train": 60, "validation": 8, "test": 8}
+    assert found["turns"] == {"user": 76, "assistant": 76}
+    assert found["summary"][0].endswith("rows of verifiable")
+    assert all(parts["prompt"]["median"] > 0 for parts in found["tokens"].values())
 
 
 def test_a_model_that_never_listens_gives_no_pairs_but_a_trial(monkeypatch):

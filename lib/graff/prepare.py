@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from lib import config, data, hub, made
-from lib.data import BadRow, describe, require_text
+from lib.data import BadRow, describe, require, require_text
+from lib.errors import StudyError
 from lib.graff import member
-from lib.graff.data import bucket_by_length, collate, encode, prompt, reference, target
+from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, target
 
 # ---- problems
 
@@ -59,20 +61,26 @@ def generate_problems(count: int, seed: int, steps: int) -> list[dict]:
 
 def to_problem(row: dict) -> dict:
     """A row of GSM8K's form; raises BadRow. An answer that is a number alone (GSM1k's) is one."""
-    if type(row.get("answer")) is int:
-        row = {**row, "answer": f"#### {row['answer']}"}
-    texts = {column: require_text(row, column) for column in ("question", "answer")}
-    if reference(texts["answer"]) is None:
-        raise BadRow("no '#### number' that ends answer", describe(texts["answer"][-60:]))
-    return texts
+    question, answer = require_text(row, "question"), require(row, "answer")
+    whole = int(answer) if isinstance(answer, float) and answer.is_integer() else answer  # of a column with gaps
+    alone = type(whole) in (int, float) or (isinstance(answer, str) and NUMBER.fullmatch(answer.strip()))
+    answer = f"#### {whole}" if alone else require_text(row, "answer")
+    if reference(answer) is None:
+        raise BadRow("no '#### number' that ends answer", describe(answer[-60:]))
+    return {"question": question, "answer": answer}
 
 
-def read_problems(name: str, wanted: tuple[str, ...], revision: str | None = None, **options) -> tuple[dict, dict]:
-    """(problems of the `wanted` splits, report) of GSM8K or a set in its form."""
+def read_problems(
+    name: str, wanted: tuple[str, ...], revision: str | None = None, section: Mapping = MappingProxyType({}), **options
+) -> tuple[dict, dict]:
+    """(problems of the `wanted` splits, and of validation where it is given and train is wanted, report) of GSM8K or a
+    set in its form. `section`: what make_splits reads."""
     config = "main" if name == "openai/gsm8k" or hub.local_path(name) else None
     sources = data.read(name, revision, config, **options)
+    if "validation" in sources and "train" in wanted:
+        wanted = (*wanted[:-1], "validation", wanted[-1])
     parse, expected = lambda row, _: to_problem(row), "question and answer, GSM8K's: rationale, then '#### number'"
-    return data.make_splits(sources, wanted, parse, lambda row: row["question"], expected, {})
+    return data.make_splits(sources, wanted, parse, lambda row: row["question"], expected, section)
 
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -87,15 +95,18 @@ STAND_IN = 32  # generated problems that stand in for a data set out of reach, i
 
 def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     """({train, dev, test, gsm1k}, report)."""
-    dataset, (name, source), report = run.dataset, data.source_of(run), {}
+    dataset, (name, source), report, given = run.dataset, data.source_of(run), {}, None
     if name == "generated":
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
         test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2)
     else:
-        splits, report = read_problems(name, ("test", "train"), dataset.revision, streaming=dataset.streaming)
-        rows, test = splits["train"], splits["test"]
-    train, dev = split_dev(rows, dataset.dev_size, dataset.split_seed)
-    gsm1k = read_problems(dataset.gsm1k, ("test",))[0]["test"] if dataset.gsm1k and run.mode == "full" else []
+        options = {"section": vars(dataset), "streaming": dataset.streaming}
+        splits, report = read_problems(name, ("test", "train"), dataset.revision, **options)
+        rows, test, given = splits["train"], splits["test"], splits.get("validation")
+    train, dev = (rows, given[: dataset.limit]) if given else split_dev(rows, dataset.dev_size, dataset.split_seed)
+    gsm1k = []
+    if dataset.gsm1k and run.mode == "full":
+        gsm1k = read_problems(dataset.gsm1k, ("test",), section={"on_bad_row": dataset.on_bad_row})[0]["test"]
     problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
     return problems, {"source": source, **report}
 
@@ -125,6 +136,13 @@ def pretraining_problems(seed: int, two_step_share: float) -> list[dict]:
     return [problem(rng, 2 if i < two_step_share * PRETRAINING else 1) for i in range(PRETRAINING)]
 
 
+def make_tokenizer(train: list[dict] | None) -> PreTrainedTokenizerFast:
+    """The made model's, of the words of generated problems or of `train`."""
+    if train is None:
+        return word_tokenizer()
+    return made.train_bpe_tokenizer([text_of(row) for row in train], BPE_VOCABULARY, None)
+
+
 def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
     """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
     while not real:
@@ -138,10 +156,7 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
 def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> made.Base:
     """Tokenizer and model, pretrained on generated problems (or on `train`)."""
     rows, steps = train or pretraining_problems(recipe["seed"], recipe["two_step_share"]), recipe["pretrain_steps"]
-    if train is None:
-        tokenizer = word_tokenizer()
-    else:
-        tokenizer = made.train_bpe_tokenizer([text_of(row) for row in rows], BPE_VOCABULARY, None)
+    tokenizer = make_tokenizer(train)
     encoded = [encode(tokenizer, row, 512) for row in rows]
     rng, size = np.random.default_rng(recipe["seed"]), recipe["pretrain_batch_size"]
     batches = pretraining_batches([len(row["ids"]) for row in encoded], size, rng, train is not None)
@@ -163,16 +178,49 @@ def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> m
 FREQUENT = 4096  # vocabulary rows that the entropy is over
 
 
+def encode_split(run, tokenizer, split: str, problems: list[dict]) -> tuple[list[dict], int]:
+    """(token ids of each problem, how many answers are cut). Raises StudyError where no answer is left of any."""
+    longest = run.dataset.max_tokens
+    rows = [encode(tokenizer, row, longest) for row in problems]
+    if not any(len(row["ids"]) > row["prompt"] for row in rows):
+        most = max((row["prompt"] for row in rows), default=0)
+        found = f"no problem of {len(rows)} leaves room for an answer"
+        fix = f"--set dataset.max_tokens={2 * max(most, 64)}"
+        raise StudyError(f"dataset, split {split}", found, f"questions of less than {longest} tokens", fix)
+    return rows, sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows)
+
+
+def compared(row: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the question and its number."""
+    return row["question"], (reference(row["answer"]) or "",), f"{row['question']}\n{row['answer']}"
+
+
+def audit(run) -> dict:
+    """The audit of the run's data."""
+    problems, report = load_problems(run)
+    real = None if report["source"].startswith("generated") else problems["train"]
+    texts = (row["question"] + " " + row["answer"] for row in problems["train"])
+    tokenizer = made.tokenizer_of(run, texts, partial(make_tokenizer, real))
+
+    def measure(split: str, problems: list[dict]) -> tuple[dict, dict]:
+        if split not in ("train", "dev"):  # of which nothing is cut
+            return {}, {}
+        rows, cut = encode_split(run, tokenizer, split, problems)
+        lengths = {"question": [r["prompt"] for r in rows], "answer": [len(r["ids"]) - r["prompt"] for r in rows]}
+        return lengths, {"truncated": cut}
+
+    return data.audit({name: rows for name, rows in problems.items() if rows}, report, compared, tokenizer, measure)
+
+
 def prepare(run, folder: Path) -> None:
     """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
     problems, report = load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if report["source"].startswith("generated") else problems["train"]
     tokenizer, facts = made.base_model(run, folder, texts, partial(make_base, real))
-    longest, rows, cut = run.dataset.max_tokens, {}, {}
+    rows, cut = {}, {}
     for name in ("train", "dev"):
-        rows[name] = [encode(tokenizer, row, longest) for row in problems[name]]
-        cut[name] = sum(len(r["ids"]) == longest and r["ids"][-1] != tokenizer.eos_token_id for r in rows[name])
+        rows[name], cut[name] = encode_split(run, tokenizer, name, problems[name])
     # a row that is cut inside its prompt has nothing to learn from
     rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])

@@ -54,21 +54,16 @@ class Model(Section):
     trust_remote_code: Flag = False
 
 
-class Dataset(Section):
-    name: Name
-    revision: str | None = None
+class Dataset(config.Data):
+    KNOWN = ("question", "answer")
     train_split: Literal["train"] = "train"
     eval_split: Literal["dev", "test"] = "dev"
-    dev_size: Count = 512  # training examples, by a seeded hash
+    dev_size: Count = 512  # training examples, by a seeded hash, where the data has no validation split
     max_tokens: Count = 2048
     streaming: Flag = False
     shuffle_buffer: Count | None = None
-    limit: Count | None = None
     train_examples: Count | None = None  # of generated problems
     test_examples: Count | None = None
-    split_seed: Seed | None = (
-        None  # null: the member's own; of train, dev and the warm start, while test stays as it is
-    )
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real problems
     gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
 
@@ -279,6 +274,13 @@ def prepare(run: Run, folder: Path) -> None:
 
     preparation.prepare(run, folder)
     preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial", run.dataset.split_seed)
+
+
+def audit(run: Run) -> dict:
+    """What is in the run's data, before anything is made of it."""
+    from lib.graff import prepare
+
+    return prepare.audit(run)
 
 
 def train(member, folder: Path, shared: Path) -> dict:

@@ -87,11 +87,12 @@ def to_example(row: dict, task: str) -> dict:
     """A row of GLUE as ours; raises BadRow. A label is its number or its name (the test split's -1 is none)."""
     columns, names = [ALSO[own] if ALSO.get(own) in row else own for own in COLUMNS[task]], LABELS[task]
     first, second = (*(require_text(row, column) for column in columns), "")[:2]
-    given = row.get("label", row.get("gold_label"))
-    label = next((i for i, name in enumerate(names) if str(given) in (name, str(i))), None)
+    given = data.take(row, "label" if "label" in row else "gold_label")
+    label = next((i for i, name in enumerate(names) if str(given).strip() in (name, str(i))), None)
     if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise BadRow(f"unknown label (expected {expected}; GLUE's test split has none)", describe(given))
+        none = "; GLUE's test split has none" * (str(given) in ("None", "-1"))
+        raise BadRow(f"unknown label (expected {expected}{none})", describe(given))
     return {"text_a": first, "text_b": second, "label": label}
 
 
@@ -159,6 +160,13 @@ def word_tokenizer(texts: list[str], vocab_size: int):
     return made.word_tokenizer(ranked, SPECIAL, pre_tokenizer=WORDS, normalizer=normalizers.Lowercase())
 
 
+def make_tokenizer(pairs: list[tuple[str, str]] | None, recipe: dict) -> tuple:
+    """(tokenizer, `pairs`) for the made model; None: generated ones, of which there are few words."""
+    words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]
+    pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
+    return word_tokenizer([text for pair in pairs for text in pair], words), pairs
+
+
 def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
     """DeBERTa-v3's relative attention with shared query and key projections, small; no dropout."""
     hidden = recipe["hidden_size"]
@@ -182,9 +190,7 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
 
 def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.OnStep = lambda *_: None) -> made.Base:
     """Tokenizer and encoder, pretrained on `pairs` (None: generated ones); the closing loss is in nats per token."""
-    words = max(recipe["vocab_size"], OTHER_VOCABULARY) if pairs else recipe["vocab_size"]  # real text has more
-    pairs = pairs or generate_corpus(PRETRAINING_PAIRS, recipe["seed"])
-    tokenizer = word_tokenizer([text for pair in pairs for text in pair], words)
+    tokenizer, pairs = make_tokenizer(pairs, recipe)
     first, second = (list(side) for side in zip(*pairs, strict=True))
     ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)["input_ids"]
     marks = torch.tensor(tokenizer.all_special_ids)
@@ -212,14 +218,40 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
 # ---- what all members share
 
 
-def encode(tokenizer, rows: list[dict], dataset) -> list[dict]:
+def encode(tokenizer, rows: list[dict], dataset, **options) -> list[dict]:
     """{"input_ids", "label"} of each row, truncated to max_seq_length, and "token_type_ids" where the tokenizer has them
-    (BERT reads from them which text is which)."""
+    (BERT reads from them which text is which). `options` are the tokenizer's."""
     first, second = [row["text_a"] for row in rows], [row["text_b"] for row in rows]
-    limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length}
+    limits = {"truncation": dataset.preprocessing.truncation, "max_length": dataset.max_seq_length} | options
     encoded = tokenizer(first, second if any(second) else None, **limits)
     columns = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     return [{**{name: encoded[name][i] for name in columns}, "label": row["label"]} for i, row in enumerate(rows)]
+
+
+def compared(row: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the texts and the label."""
+    text = f"{row['text_a']}\n{row['text_b']}"
+    return text, (str(row["label"]),), text
+
+
+def audit(run) -> dict:
+    """The audit of the run's data."""
+    task, (name, source) = task_of(run.dataset), data.source_of(run)
+    task = task if name == source else name
+    splits, report = load_splits(run.dataset, task)
+    splits = {split: splits[split] for split in ("train", "tuning", "validation")}
+    pairs, recipe = [(row["text_a"], row["text_b"]) for row in splits["train"]], run.model.recipe
+    make = partial(make_tokenizer, None if task == "generated" else pairs, recipe and recipe.model_dump())
+    tokenizer = made.tokenizer_of(run, (text for pair in pairs for text in pair), lambda: make()[0])
+
+    def measure(_: str, rows: list[dict]) -> tuple[dict, dict]:
+        lengths = [len(row["input_ids"]) for row in encode(tokenizer, rows, run.dataset, truncation=False)]
+        cut = sum(length > run.dataset.max_seq_length for length in lengths)
+        return {"text": lengths}, {"truncated": cut * run.dataset.preprocessing.truncation}
+
+    counts = {split: Counter(row["label"] for row in rows) for split, rows in splits.items()}
+    labels = {split: {label: found[i] for i, label in enumerate(LABELS[task])} for split, found in counts.items()}
+    return data.audit(splits, {**report, "source": source}, compared, tokenizer, measure, labels=labels)
 
 
 def prepare(run, folder: Path) -> None:

@@ -85,18 +85,16 @@ class Preprocessing(Section):
     padding: Literal["max_length", "longest"] = "longest"
 
 
-class Dataset(Section):
+class Dataset(config.Data):
+    KNOWN = ("premise", "hypothesis", "sentence", "sentence1", "sentence2", "label")
     name: Annotated[Name, config.renamed({"glue": "nyu-mll/glue"})]
     subset: Literal["mnli", "sst2", "rte"] | None = None
-    revision: str | None = None
     splits: Splits = Splits()
     max_seq_length: Count = 256
     preprocessing: Preprocessing = Preprocessing()
     train_examples: Count | None = None  # these two are for generated data
     validation_examples: Count | None = None
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
-    split_seed: Seed | None = None  # null: the member's own; of train and tuning, while validation stays as it is
-    limit: Count | None = None
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real data
 
 
@@ -317,6 +315,13 @@ def prepare(run: Run, folder: Path) -> None:
     from lib.iw_lora import data
 
     data.prepare(run, folder)
+
+
+def audit(run: Run) -> dict:
+    """What is in the run's data, before anything is made of it."""
+    from lib.iw_lora import data
+
+    return data.audit(run)
 
 
 def train(member, folder: Path, shared: Path) -> dict:

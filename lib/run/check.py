@@ -20,14 +20,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lib import config, record
+from lib import config, hub, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import cluster, keys, plan, preflight, progress, storage, watch
+from lib.run import cluster, keys, members, plan, preflight, progress, storage, watch
 from lib.run.preflight import error, refused, warning
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
-TEXT = (".jsonl", ".json", ".csv", ".tsv")
 Loaded = tuple[Path, Run | StudyError, list[Finding]]
 MACHINE, WHOLE_TRIAL = "this machine", "the trial"  # what a finding is about, where it is no file
 MOST_BATCHES = 2  # of a phase in a trial
@@ -134,20 +133,13 @@ def _grid(run: Run) -> Iterator[Finding]:
 
 
 def _files(run: Run) -> Iterator[Finding]:
-    """Local files that the run names are there, and its data is text in UTF-8."""
+    """Local files that the run names are there."""
     module = config.study_module(run.study)
     paths = {key: config.get(config.dump(run), key) for key in module.PATHS}
     for key, path in {key: Path(path) for key, path in paths.items() if config.is_local(path)}.items():
         if not path.exists():
             fix = module.MADE_BY.get(key, f"--set {key}=<path>, or a hub id")
             yield error(key, f"{path} does not exist{', or is a link to itself' * path.is_symlink()}", fix)
-            continue
-        files = [path, *path.glob("*"), *path.glob("data/*")] if key.startswith("dataset.") else ()
-        for file in (file for file in files if file.suffix in TEXT and file.is_file()):
-            try:
-                file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as fault:
-                yield error(key, f"{file}: {fault}", f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW (where it is Latin-1)")
 
 
 def finding_from(fault: StudyError, file: str) -> Finding:
@@ -281,10 +273,31 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             for notebook in plan.notebooks(study).values():
                 findings += notebook_findings(notebook)
             findings += unread_keys(study)
+        if options.mode == "full" and not has_error(findings):
+            findings += audit_findings(runs)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)
         if needs_trial and not has_error(findings):
             findings += check_trial(found, options, root)
     return list(dict.fromkeys(findings))
+
+
+def audit_findings(runs: list[Run]) -> Iterator[Finding]:
+    """What is wrong with given data that is on this machine, read as a whole; what it holds is printed."""
+    printed = set()
+    for run in runs:
+        name, key = run.dataset.name, "dataset.name"
+        is_cached = config.is_hub_id(name) and hub.is_cached(name, "dataset", run.dataset.revision)
+        if not (config.is_local(name) or is_cached):
+            continue
+        try:
+            found = members.audit(run)
+        except StudyError as fault:
+            yield error(key, f"{fault.where}: {fault.found}; expected {fault.expected}", fault.fix, run.study)
+            continue
+        if (lines := "\n  ".join(found["summary"])) not in printed:
+            print(f"data of {run.study}: {lines}", file=sys.stderr, flush=True)
+        printed.add(lines)
+        yield from (warning(key, text, file=run.study) for text in found["warnings"])
 
 
 def gpus_of(address: str | None) -> list[preflight.Gpu]:

@@ -212,8 +212,9 @@ def run(options) -> int:
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
         obstacles += compose.findings(selected)
-    code, slots = check.exit_code(obstacles), slots_of(options)
+    code = check.exit_code(obstacles)
     if options.command in ("check", "plan"):
+        slots = slots_of(options)
         fit = check.runs_of([entry for entry in selected if not check.has_error(entry[2])])
         is_foreseen = fit and (options.command == "plan" or not code)
         rounds, minutes = preview(options, fit, check.runs_of(whole), slots) if is_foreseen else ([], math.inf)
@@ -221,7 +222,8 @@ def run(options) -> int:
             cost, _ = progress.forecast_rounds(rounds, slots, minutes)
             check.report(obstacles, options, None if code else cost)
             return code
-        progress.print_plan(rounds, slots, minutes, options.price)
+        if fit:
+            progress.print_plan(rounds, slots, minutes, options.price)
         check.print_findings(obstacles)
         return code if code == 2 else 0
     check.print_findings(obstacles, sys.stderr if code else sys.stdout)

@@ -47,6 +47,10 @@ class Open:
     def name(self) -> str:
         return f"{self.study} {self.id}"
 
+    @property
+    def is_timed(self) -> bool:
+        return self.arms[0][1] == TIMES
+
 
 # ---- what claims compare
 
@@ -254,7 +258,7 @@ class Spending:
             for run, cell in each.arms:
                 runs[_title(run)] = run
                 self.want(run, {cell: (list(range(each.look)) if cell == TIMES else run.seed_list)[: each.look]})
-        return self.steps(list(runs.values()), timed=asked[0].arms[0][1] == TIMES)
+        return self.steps(list(runs.values()), timed=asked[0].is_timed)
 
     def steps(self, runs: list, *, searches: bool = False, timed: bool = False) -> list[plan.Step]:
         """The notebooks of these runs with the seeds wanted so far, and of their studies' analyses."""
@@ -314,7 +318,7 @@ class Spending:
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
             have = [len(seeds) for title, mine in self.seeds.items() for seeds in mine.values() if title in runs]
-            every = [seeds for claim, seeds in asked if claim.study == study and claim.arms[0][1] != TIMES]
+            every = [seeds for claim, seeds in asked if claim.study == study and not claim.is_timed]
             new = max(0, max(every, default=0) - max(have, default=0))
             first = next(run for run in runs.values() if run.study == study)
             seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * self.slots
@@ -324,7 +328,7 @@ class Spending:
         """What open claims would take, for the pages too, and what there was no time for."""
         prices = {study: {} for study in self.published}
         for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
-            seeds, unit = claim.enough or self.last_look(claim), "processes" if claim.arms[0][1] == TIMES else "seeds"
+            seeds, unit = claim.enough or self.last_look(claim), "processes" if claim.is_timed else "seeds"
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
             chance += f" (its last look is at {self.last_look(claim)})" if seeds > self.last_look(claim) else ""
             price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"

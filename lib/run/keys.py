@@ -333,12 +333,12 @@ def measurement_key(run, function: str) -> str:
     return digest([numbers, run.mode, reach(run.study, function, values=flat(numbers)), versions(), sources(run)])
 
 
-def inputs_key(run) -> str:
-    """A digest of all that what a run's members share is made of."""
+def inputs_key(run, function: str = "prepare") -> str:
+    """A digest of all that what a run's members share is made of, or that the study's `function` makes of the same."""
     values, own = config.dump(run), config.study_module(run.study).MEMBER_KEYS
     sections = {s: {k: v for k, v in values[s].items() if f"{s}.{k}" not in own} for s in ("model", "dataset")}
     place = {"scale": run.scale, "mode": run.mode, "threads": run.compute.threads}
-    code = reach(run.study, "prepare", values=flat(sections))
+    code = reach(run.study, function, values=flat(sections))
     return digest([sections, place, code, versions(), device_kind(run.compute.gpus), sources(run)])
 
 

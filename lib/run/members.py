@@ -68,6 +68,20 @@ def inputs_folder(run) -> Path:
     return CACHE / run.study / keys.inputs_key(config.seeded(run, run.seed_list[0]))
 
 
+def audit(run, folder: Path | None = None) -> dict:
+    """The audit (lib/data.py) of the data of the run's first cell and seed, made once for the same data, settings and
+    code; into audit.json of the run's `folder`."""
+    first = config.seeded(config.apply(run, config.first_cell(run)), run.seed_list[0])
+    path = CACHE / run.study / f"audit-{keys.inputs_key(first, 'audit')}.json"
+    if (found := record.read_json(path)) is None:
+        given = [prepare_inputs(first)] if run.dataset.name in hub.SAMPLED else []
+        found = config.study_module(run.study).audit(first, *given)
+        record.write_json(path, found)
+    if folder is not None:
+        record.write_json(folder / "audit.json", found)
+    return found
+
+
 def _spec(run) -> dict:
     """What another process makes the run of again: work.run_of."""
     return {"study": run.study, "scale": run.scale, "mode": run.mode, "config": config.dump(run)}

@@ -56,6 +56,7 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
         checkpoint=checkpoint,
         base=base,
         revision=settings["model"].get("revision") if is_hub_id(base) else None,
+        audit=read_json(folder.parents[1] / "audit.json", {}),
         judge=read_json(folder / "judged.json", {}).get("model"),
         claims=read_json(folder.parents[2] / "comparison" / "claims.json", []),
     )

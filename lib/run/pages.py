@@ -193,7 +193,10 @@ def _group(root: Path, study: Path) -> dict | None:
         "aggregated": aggregated,
         "figure": _figure(root, comparison, str(aggregated.get("primary_metric"))) if mode == "full" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
-        "runs": [{"folder": p, "status": _status(p), "members": members_of(p)} for p in folders],
+        "runs": [
+            {"folder": p, "status": _status(p), "members": members_of(p), "audit": read_json(p / "audit.json", {})}
+            for p in folders
+        ],
         "provenance": next(filter(None, (read_json(p / "provenance.json") for p in (comparison, *folders))), {}),
     }
 

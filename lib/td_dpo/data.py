@@ -8,14 +8,13 @@ the last from the user], "chosen": [one assistant message], "rejected": [one ass
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,39 +25,45 @@ from safetensors.torch import save_file
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from lib import data, made, models, record
-from lib.data import BadRow, describe, require
+from lib import data, hub, made, models, record
+from lib.data import BadRow, decode, describe, require
 from lib.errors import StudyError
 from lib.td_dpo import generated
 from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sample, sequence_logprobs, token_budget_batches
 from lib.training import collate
 
 SPLITS = ("train", "validation", "test")
+CHUNK = 1000  # pairs that are tokenized together
 
 # ---- one row to one pair ----
 
-ROLES = ("system", "user", "assistant")
-LAYOUTS = "chosen and rejected, with or without prompt; or prompt|instruction, completion_a, completion_b and choice"
+# how files name the roles
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+LAYOUTS = (
+    "chosen and rejected (or completion_a, completion_b and choice), with a prompt of their own or a common beginning; "
+    "or the columns of UltraFeedback, HH-RLHF, Orca, ShareGPT, AlpacaEval or SHP"
+)
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the markup of HH-RLHF
-# Which texts are transcripts: a prompt that asks for an answer, an answer that begins with the request; without a
-# prompt column, any with an answer in it.
-PROMPT, ANSWER, WHOLE = r"(\A\s*|\n\n)Assistant:\s*\Z", r"\A\s*Human:", r"\A\s*Human:|\n\nAssistant:"
-STRUCTURE = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # messages that were written as text
-
-
-def decode(value: Any, column: str) -> Any:
-    """The message list that a text holds, as JSON or as Python prints it; any other value as it is."""
-    if not (isinstance(value, str) and STRUCTURE.match(value)):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
-            return parse(value)
-    raise BadRow(f"text in {column} that is neither an answer nor readable messages", describe(value))
+LOOSE = re.compile(r"(?:\A\s*|\n)(Human|Assistant):")  # without blank lines
+# Which texts are transcripts: a prompt that begins with a request or asks for an answer, an answer that begins with
+# either; without a prompt column, any with an answer in it.
+PROMPT, ANSWER = r"\A\s*Human:|(\A\s*|\n\n)Assistant:\s*\Z", r"\A\s*(Human|Assistant):"
+WHOLE = r"\A\s*Human:|\n\nAssistant:"
+ASKED = ("prompt", "instruction")
+OTHER = ("question", "messages", "conversations", "conversation")  # where the answers are not whole conversations
+# {columns of two answers and of which is preferred: {its value: the place of the preferred}}
+PREFERENCES = {
+    ("completion_a", "completion_b", "choice"): {"a": 0, "completion_a": 0, "b": 1, "completion_b": 1},
+    ("output_1", "output_2", "preference"): {"1": 0, "2": 1},  # AlpacaEval, whose weights in between are rounded
+    ("human_ref_A", "human_ref_B", "labels"): {"1": 0, "0": 1},  # SHP
+}
 
 
 def parse_turns(transcript: str) -> list[dict]:
     """Messages of a transcript ('Human: ...\n\nAssistant: ...'); text before the first turn is the system's."""
     head, *rest = TURN.split(transcript)
+    if len(rest) <= 2 < len(loose := LOOSE.split(transcript)):
+        head, *rest = loose
     turns = [{"role": "system", "content": head.strip()}] if head.strip() else []
     for speaker, content in zip(rest[::2], rest[1::2], strict=True):
         turns.append({"role": "user" if speaker == "Human" else "assistant", "content": content.strip()})
@@ -66,63 +71,142 @@ def parse_turns(transcript: str) -> list[dict]:
 
 
 def conversation(row: dict, column: str, role: str, transcript: str) -> list[dict]:
-    """A column as checked messages, [{"role", "content"}, ...] without their further keys: of a message list, of a
-    text that matches `transcript`, or one message of `role`."""
+    """A column as checked messages, [{"role", "content", ...}, ...]: of messages, of a text that matches
+    `transcript`, or one message of `role`."""
     value = decode(require(row, column), column)
     if isinstance(value, str):
         return parse_turns(value) if re.search(transcript, value) else [{"role": role, "content": value}]
-    if not isinstance(value, list):
+    if not isinstance(value, (list, dict)):
         raise BadRow(f"wrong type in {column} (expected text or messages)", describe(value))
-    for message in value:
-        keys = message if isinstance(message, dict) else {}
-        if keys.get("role") not in ROLES or not isinstance(keys.get("content"), str):
-            kind = f"wrong message in {column} (expected text as content and a role: {', '.join(ROLES)})"
-            raise BadRow(kind, describe(message))
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [to_message(each, column) for each in ([value] if isinstance(value, dict) else value)]
 
 
-def name_choice(row: dict) -> dict:
-    """A row with completions and a choice as one with chosen and rejected. Numbers are refused: 1 could be either."""
-    completions = [require(row, name) for name in ("completion_a", "completion_b")]
-    choice = str(require(row, "choice")).strip().lower().removeprefix("completion_")
-    if choice not in ("a", "b"):
-        raise BadRow("choice that names neither completion (expected a or b)", describe(row["choice"]))
-    chosen, rejected = completions if choice == "a" else reversed(completions)
-    return {**row, "chosen": chosen, "rejected": rejected}
+def to_message(given: Any, column: str) -> dict:
+    """{"role", "content"} of a message, also as ShareGPT writes it, with the further keys that a template may render."""
+    keys = given if isinstance(given, dict) else {}
+    role, content = ROLES.get(keys.get("role", keys.get("from"))), keys.get("content", keys.get("value"))
+    of_tool = ("name", "tool_call_id") if role == "tool" else ()
+    more = {name: keys[name] for name in ("tool_calls", "reasoning_content", *of_tool) if keys.get(name)}
+    content = "" if content is None and "tool_calls" in more else content
+    if role is None or not isinstance(content, str):
+        kind = f"wrong message in {column} (expected text as content and a role: {', '.join(ROLES)})"
+        raise BadRow(kind, describe(given))
+    data.refuse_meaning({name: value for name, value in keys.items() if name not in more})
+    return {"role": role, "content": content, **more}
+
+
+def to_sides(row: dict) -> None:
+    """Give the row chosen and rejected, where other columns say which of its answers is preferred."""
+    for (first, second, column), places in PREFERENCES.items():
+        if first in row or second in row:
+            answers, value = [require(row, name) for name in (first, second)], require(row, column)
+            said = str(value).strip().lower()
+            with contextlib.suppress(ValueError, OverflowError):
+                said = str(round(float(said))) if column != "choice" and float(said) % 1 != 0.5 else said
+            if said not in places or isinstance(value, bool):
+                kind = f"{column} that names neither completion (expected {' or '.join(places)})"
+                raise BadRow(kind, describe(value))
+            row["chosen"], row["rejected"] = answers if places[said] == 0 else reversed(answers)
+    if "completions" in row and "chosen" not in row:  # UltraFeedback: the best and the worst of several
+        row["chosen"], row["rejected"] = _best_and_worst(require(row, "completions"))
+
+
+def _best_and_worst(completions: Any) -> tuple[str, str]:
+    try:
+        scored = [(float(c.get("fine-grained_score", c.get("overall_score"))), c["response"]) for c in completions]
+        best, worst = (choose(scored, key=lambda each: each[0]) for choose in (max, min))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadRow("completions without response and score", describe(completions)) from None
+    if not best[0] > worst[0]:
+        raise BadRow("completions of which none is preferred", f"all have score {best[0]:g}")
+    return best[1], worst[1]
 
 
 def to_pair(row: dict, place: int) -> dict:
     """The checked pair of a source's row at `place`; raises BadRow."""
-    if "completion_a" in row or "completion_b" in row:
-        row = name_choice(row)
-    asked = next((name for name in ("prompt", "instruction") if row.get(name) is not None), None)
-    prompt, more = conversation(row, asked, "user", PROMPT) if asked else [], row.get("input")
-    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
-        prompt.pop()
-    # Alpaca's second half of a request
-    if prompt and asked == "instruction" and isinstance(more, str) and more.strip():
-        prompt[-1]["content"] += "\n\n" + more
-    sides = {side: conversation(row, side, "assistant", ANSWER if asked else WHOLE) for side in ("chosen", "rejected")}
+    to_sides(row)
+    shp = ("history",) if "human_ref_A" in row else ()
+    asked, other = (next((name for name in names if row.get(name) is not None), None) for names in (ASKED, OTHER + shp))
+    whole = WHOLE if asked is None and other is None else ANSWER
+    sides = {side: conversation(row, side, "assistant", whole) for side in ("chosen", "rejected")}
     for side, (*_, last) in sides.items():
         if last["role"] != "assistant":
             raise BadRow(f"{side} does not end with an assistant turn", f"ends with {last['role']}")
-        if not last["content"].strip():
+        if not last["content"].strip() and "tool_calls" not in last:
             raise BadRow(f"empty {side}")
-    (*lead, chosen), (*other, rejected) = sides.values()
-    if lead != other:
-        raise BadRow("chosen and rejected have different prompts", describe((lead or other)[-1]["content"]))
+    (*lead, chosen), (*opposite, rejected) = sides.values()
+    if lead != opposite:
+        raise BadRow("chosen and rejected have different prompts", describe((lead or opposite)[-1]["content"]))
+    asked = asked if lead else asked or other
+    prompt = conversation(row, asked, "user", PROMPT) if asked else []
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
+        prompt.pop()
     # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
     if lead and not {message["content"].strip() for message in prompt} <= {turn["content"].strip() for turn in lead}:
         raise BadRow("the prompt column disagrees with the conversation in chosen", describe(prompt[-1]["content"]))
-    if not (prompt := lead or prompt):
-        raise BadRow("no prompt (expected a prompt column, or a common beginning of chosen and rejected)")
-    if chosen["content"].strip() == rejected["content"].strip():
+    if not lead:
+        prompt = prompt or _common_beginning(row, chosen, rejected)
+        _without_prompt(prompt, chosen, rejected)
+    prompt = _with_context(row, prompt, lead)
+    if {**chosen, "content": chosen["content"].strip()} == {**rejected, "content": rejected["content"].strip()}:
         raise BadRow("identical chosen and rejected", describe(chosen["content"]))
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}")
     if not prompt[-1]["content"].strip():
         raise BadRow("empty prompt")
-    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "row": place}
+    tools = data.take(row, "tools") or None
+    with contextlib.suppress(ValueError, TypeError):
+        tools = json.loads(tools)
+    if not isinstance(tools, list | None):
+        raise BadRow("wrong type in tools (expected a list)", describe(tools))
+    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "row": place} | (
+        {"tools": tools} if tools else {}
+    )
+
+
+def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
+    """TRL's implicit prompt: what two texts have in common, to its last space, which both of them lose. Only where no
+    other column could hold the prompt."""
+    texts = [message["content"] for message in (chosen, rejected)]
+    common = "".join(re.findall(r"(?s)\A.*\s", os.path.commonprefix(texts)))
+    others = [name for name, value in row.items() if isinstance(value, str) and value not in texts and " " in value]
+    if others or not common.strip() or not all(text[len(common) :].strip() for text in texts):
+        kind = "no prompt (expected a prompt column, or a common beginning of chosen and rejected)"
+        fix = f"--set dataset.columns.prompt={others[0]}, if that is the prompt" if others else data.RIGHT
+        raise BadRow(kind, f"columns: {', '.join(row)}"[:200], fix)
+    return [{"role": "user", "content": common.strip()}]
+
+
+def _without_prompt(prompt: list[dict], *answers: dict) -> None:
+    """Take the prompt off two answers that both begin with it."""
+    text = prompt[-1]["content"].strip()
+    said = [answer["content"].lstrip() for answer in answers]
+    if text and all(each.startswith(text) and re.match(r"\s+\S|[^\w\s]", each[len(text) :]) for each in said):
+        for answer, each in zip(answers, said, strict=True):
+            answer["content"] = each[len(text) :].lstrip()
+
+
+def _with_context(row: dict, prompt: list[dict], lead: list[dict]) -> list[dict]:
+    """The prompt with what stands in columns beside it: Alpaca's second half of a request, earlier turns, and the
+    system's."""
+    if not lead and isinstance(more := row.get("input"), str) and more.strip():
+        prompt[-1]["content"] += "\n\n" + data.take(row, "input")
+    turns = lead or prompt
+    if isinstance(row.get("history"), list):  # of messages, or of [request, answer]
+        earlier = []
+        for each in data.take(row, "history"):
+            said = each if isinstance(each, list) else [each]
+            for role, text in zip(("user", "assistant"), said, strict=False):
+                message = {"role": role, "content": text} if isinstance(text, str) else text
+                earlier.append(to_message(message, "history"))
+        turns = earlier + turns
+    for name in ("system", "system_prompt"):
+        if isinstance(text := row.get(name), str) and text.strip():
+            data.take(row, name)
+            if turns[0]["role"] == "system" and turns[0]["content"].strip() != text.strip():
+                raise BadRow(f"two system turns, one of them in {name}", describe(text))
+            turns = turns if turns[0]["role"] == "system" else [{"role": "system", "content": text}, *turns]
+    return turns
 
 
 # ---- splits ----
@@ -137,7 +221,7 @@ def load_splits(section: dict, sampled: tuple | None = None) -> tuple[dict[str, 
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
     carved from train by prompt, so that no prompt is in both. `sampled`: splits and report of `sample_pairs`.
 
-    report: source, rows per split, overlap of test with train, fingerprint, and for a source that is read
+    report: source, rows per split, fingerprint, and for a source that is read
     data.make_splits' own.
     """
     name, report = section["name"], {}
@@ -150,18 +234,16 @@ def load_splits(section: dict, sampled: tuple | None = None) -> tuple[dict[str, 
         sources, wanted = data.read(name, section.get("revision")), ("test", "validation", "train")
         splits, report = data.make_splits(sources, wanted, to_pair, prompt_key, LAYOUTS, section)
     splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
-    seen = {prompt_key(pair) for pair in splits["train"]}
     return splits, report | {
         "source": name,
         "rows": {split: len(pairs) for split, pairs in splits.items()},
-        "test_pairs_with_a_train_prompt": sum(prompt_key(pair) in seen for pair in splits["test"]),
         "fingerprint": record.digest(splits),  # of what was read, wherever it was
     }
 
 
 # ---- verifiable pairs, of the model's own answers ----
 
-DRAWS, TEMPERATURE, CHUNK = 4, 1.0, 40  # answers to a request, how they are sampled, requests at a time
+DRAWS, TEMPERATURE, REQUESTS = 4, 1.0, 40  # answers to a request, how they are sampled, requests at a time
 
 
 def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, dict]:
@@ -170,8 +252,8 @@ def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 
     Raises StudyError where the requests do not give as many pairs as the run wants. A trial makes up what is missing."""
     splits, rates = {}, defaultdict(list)
-    chunk = 4 if run.mode == "trial" else CHUNK
-    settings = {"max_new_tokens": run.evaluation.max_new_tokens, "temperature": TEMPERATURE, "batch_size": 2 * CHUNK}
+    chunk = 4 if run.mode == "trial" else REQUESTS
+    settings = {"max_new_tokens": run.evaluation.max_new_tokens, "temperature": TEMPERATURE, "batch_size": 2 * REQUESTS}
     for place, split in enumerate(SPLITS):
         size, seed = getattr(run.dataset, f"{split}_pairs"), 0 if split == "test" else run.dataset.split_seed
         asked, pairs, rng = generated.requests(split, seed), [], random.Random(f"flipped {split} {seed}")
@@ -206,20 +288,97 @@ def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 # ---- tokens ----
 
 
-def _one_eos(ids: list[int], eos: int) -> list[int]:
-    """Cut after the answer's end token, the last one: text may spell others, and ChatML templates write a line break
-    after it. Add it if the template does not."""
-    ids = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
+MARK = "x7x"  # a text that no template writes by itself
+HI, CALL = {"role": "user", "content": "a"}, {"type": "function", "function": {"name": MARK, "arguments": {}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+PROBES = {  # what a pair may hold besides requests and answers: a conversation that holds it
+    "system": [{"role": "system", "content": MARK}, HI],
+    "tool": [HI, {**CALLING, "tool_calls": [{**CALL, "id": "call00000"}]}, {"role": "tool", "content": MARK}],
+    "tools": [HI],
+    "tool_calls": [HI, CALLING],
+    "reasoning_content": [HI, {"role": "assistant", "content": "b", "reasoning_content": MARK}],
+}
+
+
+def holds(pair: dict) -> set[str]:
+    """Which of PROBES a pair needs its chat template to write."""
+    messages = [*pair["prompt"], *pair["chosen"], *pair["rejected"]]
+    found = {name for message in messages for name in (message["role"], *message)}
+    return (found | pair.keys()) & PROBES.keys()
+
+
+def writes(tokenizer: PreTrainedTokenizerFast, what: str) -> bool:
+    """Whether the chat template writes a conversation's `what` (of PROBES), and neither refuses it nor leaves it out."""
+    schema = {"name": MARK, "description": "b", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": schema}] if what == "tools" else None
+    with contextlib.suppress(Exception):  # a template raises anything
+        return MARK in tokenizer.apply_chat_template(PROBES[what], tokenize=False, tools=tools)
+    return False
+
+
+def _tokens_behind_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """How many tokens the chat template writes behind the mark that ends the last answer (ChatML's line break); None
+    where it writes no such mark. What an answer's text spells is no end."""
+    text = str(tokenizer.apply_chat_template([HI, {"role": "assistant", "content": MARK}], tokenize=False))
+    ids = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((count for count, token in enumerate(reversed(ids)) if token in marks), None)
+
+
+def _end(ids: list[int], behind: int | None, eos: int) -> list[int]:
+    """An answer's tokens up to its end, which is added where the template writes none."""
+    ids = [*ids, eos] if behind is None else ids[: len(ids) - behind]
     while ids[-2:] == [eos, eos]:
         ids = ids[:-1]
     return ids
 
 
+def _render(tokenizer: PreTrainedTokenizerFast, pairs: list[dict]) -> list[tuple[list[int], ...]]:
+    """(prompt, with chosen, with rejected) of each pair as token ids."""
+    rows = []
+    with_tools = any("tools" in pair for pair in pairs)  # which differ from pair to pair
+    for some in [[pair] for pair in pairs] if with_tools else [pairs]:
+        tools = some[0].get("tools") if with_tools else None
+        prompts = [pair["prompt"] for pair in some]
+        alone = conversation_ids(tokenizer, prompts, add_generation_prompt=True, tools=tools)
+        sides = [[pair["prompt"] + pair[side] for pair in some] for side in ("chosen", "rejected")]
+        rows += zip(alone, *(conversation_ids(tokenizer, whole, tools=tools) for whole in sides), strict=True)
+    return rows
+
+
+def _render_all(tokenizer: PreTrainedTokenizerFast, pairs: list[dict], counts: Counter, on_bad_row: str) -> Iterator:
+    """(place, what `_render` gives) of each pair that the chat template writes whole."""
+    lacks = {what for what in set().union(*map(holds, pairs)) if not writes(tokenizer, what)}
+    refused = {i: f"no {', '.join(sorted(own))}" for i, pair in enumerate(pairs) if (own := holds(pair) & lacks)}
+    places = [i for i in range(len(pairs)) if i not in refused]
+    try:
+        rendered = _render(tokenizer, [pairs[i] for i in places])
+    except Exception:  # a template raises anything, of one of them
+        rendered = []
+        for i in places:
+            try:
+                rendered += _render(tokenizer, [pairs[i]])
+            except Exception as error:
+                refused[i] = str(error)[:100]
+    if refused and on_bad_row != "drop":
+        numbers = ", ".join(str(pairs[i].get("row", i)) for i in [*refused][:5]) + ", ..." * (len(refused) > 5)
+        found = f"{len(refused)} pairs that it does not write whole ({next(iter(refused.values()))}): rows {numbers}"
+        fix = "another model, or leave them out and have them counted: --set dataset.on_bad_row=drop"
+        raise StudyError("the model's chat template", found, "a template that writes all of a pair", fix)
+    counts.update(refused_by_template=len(refused))
+    return zip([i for i in places if i not in refused], rendered, strict=True)
+
+
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerFast, pairs: list[dict], max_length: int | None = None, max_prompt: int | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[dict],
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    on_bad_row: str = "refuse",
 ) -> tuple[list[Row], dict[str, int]]:
     """Rows of token ids and counts for the record: pairs kept, dropped, truncated (`eos_dropped`: their answers), with a
-    prompt that was truncated or is no prefix.
+    prompt that was truncated or is no prefix. Pairs that the chat template cannot write (a system turn, tools) are an
+    error, or with "drop" counted.
 
     The prompt rendered alone must be a prefix of both whole conversations. Where it is not (a template that renders it
     differently, tokens that merge over the boundary) the completion begins where they diverge, as in TRL, and the pair
@@ -227,15 +386,13 @@ def encode_pairs(
     """
     if tokenizer.eos_token_id is None:
         raise StudyError("tokenizer", "no end-of-sequence token", "a tokenizer with eos_token set")
-    rows, counts = [], Counter(pairs=len(pairs))
-    prompts = conversation_ids(tokenizer, [pair["prompt"] for pair in pairs], add_generation_prompt=True)
-    wholes = [conversation_ids(tokenizer, [p["prompt"] + p[side] for p in pairs]) for side in ("chosen", "rejected")]
-    for index, (alone, *both) in enumerate(zip(prompts, *wholes, strict=True)):
+    rows, counts, behind = [], Counter(pairs=len(pairs)), _tokens_behind_end(tokenizer)
+    for index, (alone, *both) in _render_all(tokenizer, pairs, counts, on_bad_row):
         prompt = os.path.commonprefix([alone, *both])  # of any sequences
         if not prompt:
             where, found = f"row {pairs[index].get('row', index)}", "prompt and answer share no leading token"
             raise StudyError(where, found, "a chat template that renders the prompt alike with and without the answer")
-        whole = [_one_eos(ids[len(prompt) :], tokenizer.eos_token_id) for ids in both]
+        whole = [_end(ids[len(prompt) :], behind, tokenizer.eos_token_id) for ids in both]
         counts["prompt_not_prefix"] += len(prompt) < len(alone)
         if max_prompt is not None and len(prompt) > max_prompt:  # its BOS stays, and what is nearest the answer
             prompt = prompt[:1] + prompt[len(prompt) - max_prompt + 1 :]
@@ -252,7 +409,7 @@ def encode_pairs(
 # ---- the base model 'made' ----
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
-SPECIAL |= {"additional_special_tokens": [f"<|{role}|>" for role in ROLES]}
+SPECIAL |= {"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]}
 # One BOS, and one EOS after a final answer only: in a conversation the next turn's mark ends the earlier answer. So the
 # prompt with its generation mark is, character by character and at a special token's edge, how the whole begins.
 CHAT_TEMPLATE = (
@@ -280,12 +437,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> PreTraine
     return made.stand_in("meta-llama/", tokenizer, seed=recipe["seed"], **sizes, **more)
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST) -> list[dict]:
+def conversations(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST, max_prompt: int | None = None
+) -> list[dict]:
     """{"ids", "prompt" (its length)} of every chosen and rejected answer, cut to `max_length` tokens."""
-    rows, _ = encode_pairs(tokenizer, pairs, max_length)
+    rows, _ = encode_pairs(tokenizer, pairs, max_length, max_prompt, "drop")
     if not rows:
         found = f"no answer within {max_length} tokens in {len(pairs)} training pairs"
-        raise StudyError("base model", found, "training pairs with answers", "check the data set")
+        fix = f"--set dataset.preprocessing.max_prompt_length={max_length // 2}"
+        raise StudyError("base model", found, "prompts that leave room for an answer", fix)
     sides = ("chosen_ids", "rejected_ids")
     return [{"ids": row["prompt_ids"] + row[side], "prompt": len(row["prompt_ids"])} for row in rows for side in sides]
 
@@ -303,11 +463,17 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
         yield from epoch
 
 
-def make_base(pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None) -> made.Base:
+def make_tokenizer(pairs: Sequence[dict], recipe: Mapping) -> PreTrainedTokenizerFast:
+    return made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
+
+
+def make_base(
+    pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None, max_prompt: int | None = None
+) -> made.Base:
     """Tokenizer and model of the training pairs. The result is the same for the same pairs, recipe and number of
     threads, and the caller's random state is left alone."""
-    tokenizer = made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
-    rows = conversations(tokenizer, pairs)
+    tokenizer = make_tokenizer(pairs, recipe)
+    rows = conversations(tokenizer, pairs, max_prompt=max_prompt)
     model, steps, rate = make_model(tokenizer, recipe).train(), recipe["sft_steps"], recipe["sft_learning_rate"]
     batches = _batches([len(row["ids"]) for row in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])
 
@@ -361,30 +527,79 @@ def bag_of_words_baseline(train: Sequence[dict], test: Sequence[dict], seed: int
 # ---- what members share ----
 
 
-def prepare(run, folder: Path) -> None:
-    """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
-    line."""
+def load_run(run, sampled: tuple | None = None) -> tuple[dict[str, list[dict]], dict]:
+    """`load_splits` of the run's data set, with the source as the record calls it."""
     section, (name, source) = run.dataset.model_dump(), data.source_of(run)
     if name != source:  # generated pairs stand in
         section |= {"name": name} | {f"{split}_pairs": run.dataset.limit or 8 for split in SPLITS}
-    if name == "verifiable":  # the model comes first: the pairs are of its own answers
-        splits, report, texts, make = None, {}, generated.requests("train", 0), None
+    splits, report = load_splits(section, sampled)
+    return splits, report | {"source": source}
+
+
+def encode_split(
+    run, tokenizer: PreTrainedTokenizerFast, split: str, pairs: list[dict], keep: Callable[[dict], Any] = dict
+) -> tuple[list, dict]:
+    """`encode_pairs` within the run's limits: (what `keep` makes of each row, counts). So many at a time as never fill the
+    memory. Raises StudyError where no pair of the split is left."""
+    limits, kept, counts = run.dataset.preprocessing, [], Counter()
+    for start in range(0, len(pairs), CHUNK):
+        some, cuts = pairs[start : start + CHUNK], (limits.max_length, limits.max_prompt_length)
+        rows, numbers = encode_pairs(tokenizer, some, *cuts, run.dataset.on_bad_row)
+        kept += [keep({**row, "pair": row["pair"] + start}) for row in rows]
+        counts.update(numbers)
+    if not kept:
+        found = f"none of {len(pairs)} pairs leaves an answer within {limits.max_length} tokens"
+        fix = f"--set dataset.preprocessing.max_prompt_length={limits.max_length // 2}, or a larger max_length"
+        raise StudyError(f"dataset, split {split}", found, "at least one pair", fix)
+    return kept, dict(counts)
+
+
+def compared(pair: dict) -> tuple[str, tuple[str, ...], str]:
+    """What data.audit compares: the prompt and the two answers."""
+    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in pair["prompt"])
+    answers = tuple(pair[side][-1]["content"] for side in ("chosen", "rejected"))
+    return prompt, answers, "\n".join((prompt, *answers))
+
+
+def audit(run, shared: Path | None = None) -> dict:
+    """The audit of the run's data; of sampled pairs, of those in `shared`, which `prepare` filled."""
+    if shared:
+        splits, report = (record.read_json(shared / f"{name}.json") for name in ("pairs", "report"))
     else:
-        splits, report = load_splits(section)
-        texts, make = texts_of(splits["train"]), partial(make_base, splits["train"])
+        splits, report = load_run(run)
+    make = partial(make_tokenizer, splits["train"], run.model.recipe and run.model.recipe.model_dump())
+    tokenizer = made.tokenizer_of(run, texts_of(splits["train"]), make, needs_chat_template=True)
+    parts = ("prompt", "chosen", "rejected")
+
+    def measure(split: str, pairs: list[dict]) -> tuple[dict, dict]:
+        rows, counts = encode_split(
+            run, tokenizer, split, pairs, lambda row: [len(row[f"{part}_ids"]) for part in parts]
+        )
+        return dict(zip(parts, zip(*rows, strict=True), strict=True)), counts
+
+    turns = Counter(m["role"] for pairs in splits.values() for p in pairs for m in (*p["prompt"], *p["chosen"]))
+    return data.audit(splits, report, compared, tokenizer, measure, turns=turns)
+
+
+def prepare(run, folder: Path) -> None:
+    """Make the inputs of all members in `folder`. A base model's training steps go to history.jsonl, for the live
+    line."""
+    longest = run.dataset.preprocessing.max_prompt_length
+    if run.dataset.name in hub.SAMPLED:  # the model comes first: the pairs are of its own answers
+        given, texts, make = None, generated.requests("train", 0), None
+    else:
+        given = load_run(run)
+        texts, make = texts_of(given[0]["train"]), partial(make_base, given[0]["train"], max_prompt=longest)
     tokenizer, facts = made.base_model(run, folder, texts, make, needs_chat_template=True)
     model = models.load_base(run, facts["base"])
-    if splits is None:
-        splits, report = load_splits(section, sample_pairs(run, model, tokenizer))
-    limits = run.dataset.preprocessing
+    splits, report = given or load_run(run, sample_pairs(run, model, tokenizer))
     rows, counts = {}, {}
     for split in SPLITS:
-        rows[split], counts[split] = encode_pairs(tokenizer, splits[split], limits.max_length, limits.max_prompt_length)
+        rows[split], counts[split] = encode_split(run, tokenizer, split, splits[split])
     reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {
         **facts,
-        "source": source,
         "tokens": counts,
         "length_baseline": length_baseline(splits["test"]),
         "bag_of_words_baseline": bag_of_words_baseline(splits["train"], splits["test"]) if enough else None,

@@ -49,6 +49,7 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         "bag_of_words_baseline": given.report["bag_of_words_baseline"],
         **{f"{name}_pairs": sum(c[name] for c in given.report["tokens"].values()) for name in ("dropped", "truncated")},
     }
+    metrics["dropped_pairs"] += given.report.get("dropped", {}).get("count", 0)  # by the reader
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics

@@ -105,9 +105,12 @@ class Preprocessing(Section):
         return self
 
 
-class Dataset(Section):
-    name: Name
-    revision: str | None = None
+class Dataset(config.Data):
+    KNOWN = (
+        *("prompt", "instruction", "question", "messages", "conversations", "system", "history", "input", "tools"),
+        *("chosen", "rejected", "completion_a", "completion_b", "choice", "completions"),
+        *("output_1", "output_2", "preference", "human_ref_A", "human_ref_B", "labels"),
+    )
     train_pairs: Count | None = None
     validation_pairs: Count | None = None
     test_pairs: Count | None = None
@@ -115,11 +118,8 @@ class Dataset(Section):
         0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
     )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
-    split_seed: Seed | None = None  # null: the member's own; of train and validation, while test stays as it is
     flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
     preprocessing: Preprocessing = Preprocessing()
-    limit: Count | None = None
-    on_bad_row: Literal["refuse", "drop"] = "refuse"
 
     @model_validator(mode="before")
     @classmethod
@@ -385,6 +385,13 @@ def prepare(run: Run, folder: Path) -> None:
     from lib.td_dpo import data
 
     data.prepare(run, folder)
+
+
+def audit(run: Run, shared: Path | None = None) -> dict:
+    """What is in the run's data, before anything is made of it, or in what `prepare` sampled into `shared`."""
+    from lib.td_dpo import data
+
+    return data.audit(run, shared)
 
 
 def train(member, folder: Path, shared: Path, outcome=None) -> dict:
