@@ -211,6 +211,38 @@ class Block(Section):
         return self
 
 
+class Model(Section):
+    """What the `model` section of every study has."""
+
+    name: Name
+    revision: str | None = None
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: Flag = False
+
+
+class Schedule(Section):
+    """What `training` has in a study whose runs are so many epochs or steps long."""
+
+    epochs: Positive | None = None
+    max_steps: Count | None = None
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    optimizer: Literal["adamw"] = "adamw"
+    warmup_ratio: Fraction = 0.0
+    warmup_steps: Whole | None = None
+    max_grad_norm: Positive = 1.0
+    bf16: Flag = False
+    eval_steps: Count | None = None  # null: at the end only
+
+    @model_validator(mode="after")
+    def _length_and_warmup(self):
+        if self.epochs is None and self.max_steps is None:
+            raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
+        if self.warmup_ratio and self.warmup_steps:
+            raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
+        return self
+
+
 class Data(Section):
     """What the `dataset` section of every study has. KNOWN: the columns of a row that the study reads."""
 
@@ -399,6 +431,13 @@ def validate(section: type[Section], path: str | Path) -> Any:
 
 # ---- studies, and their keys by name
 
+
+def _implied(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Where --set names real data in place of generated data: what the run's `dataset.real`, if any, says of it."""
+    is_real = values.get("dataset.name", "generated") != "generated"
+    return dict(getattr(run.dataset, "real", None) or {}) if is_real else {}
+
+
 DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "ALIASES": {},  # short name -> dotted key, in the order of a cell's name
     "DIVERGED": {},  # metric -> what a diverged member counts as
@@ -413,7 +452,7 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
     "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
-    "implied": lambda run, values: {},  # what --set brings along where it does not say otherwise
+    "implied": _implied,  # what --set brings along where it does not say otherwise
     "check": lambda run: (),  # Findings about one member's run
     "needs": lambda run: (),  # Findings: what only it needs on the machine before a full run
 }

@@ -9,7 +9,6 @@ import torch
 
 from lib import config, record
 from lib.graff import data, member, prepare, schedulers
-from lib.graff.study import implied
 from lib.run import check, members
 from tests.conftest import ROOT
 from tests.test_graff import GSM8K, curve, member_of, shared  # noqa: F401
@@ -57,7 +56,7 @@ def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(t
     assert (own.training.budget_minutes, own.evaluation.max_new_tokens, own.dataset.max_tokens) == (7, 50, 512)
     assert set(own.overrides) == {"dataset.name", "budget_minutes", "evaluation.max_new_tokens"}
     assert loaded(**{"dataset.name": "generated"}).training.budget_minutes == as_shipped.training.budget_minutes
-    assert implied(as_shipped, {"beta1": 1}) == {}
+    assert config.study_module("graff").implied(as_shipped, {"beta1": 1}) == {}
 
 
 def test_a_yaml_that_names_real_problems_itself_is_told_that_nothing_comes_along(tmp_path):

@@ -44,14 +44,11 @@ class Recipe(Section):
     seed: Seed | None = None  # null: the member's own
 
 
-class Model(Section):
-    name: Name
+class Model(config.Model):
     recipe: Recipe | None = None
-    revision: str | None = None
     torch_dtype: Literal["float32", "bfloat16"] = Field("float32", validation_alias="dtype")
     lora: Lora = Lora()
     parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the name
-    trust_remote_code: Flag = False
 
 
 class Dataset(config.Data):
@@ -64,7 +61,8 @@ class Dataset(config.Data):
     shuffle_buffer: Count | None = None
     train_examples: Count | None = None  # of generated problems
     test_examples: Count | None = None
-    real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real problems
+    # other keys, set along where --set dataset.name names real problems: of a generated one an answer has 20 tokens
+    real: dict[str, Any] | None = None
     gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
 
 
@@ -188,13 +186,6 @@ GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 def recognizes(raw: dict) -> bool:
     training = raw.get("training")
     return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
-
-
-def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:
-    """Where --set names real problems in place of generated ones: what the run's `dataset.real` says of them. The sizes
-    of the YAML are those of generated problems, of which an answer has 20 tokens."""
-    name = values.get("dataset.name")
-    return dict(run.dataset.real or {}) if name is not None and name != "generated" else {}
 
 
 def train_rows(run: Run) -> int | None:

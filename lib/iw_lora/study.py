@@ -66,13 +66,9 @@ class Recipe(Section):
     seed: Seed | None = None  # null: the member's own
 
 
-class Model(Section):
-    name: Name
+class Model(config.Model):
     recipe: Recipe | None = None
-    revision: str | None = None
     adapter: Adapter = Adapter()
-    torch_dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: Flag = False
 
 
 class Splits(Section):
@@ -98,32 +94,18 @@ class Dataset(config.Data):
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real data
 
 
-class Training(Section):
-    epochs: Positive | None = None
-    max_steps: Count | None = None
+class Training(config.Schedule):
     batch_size: Count  # of one micro-batch
     gradient_accumulation_steps: Count = 1
-    learning_rate: Positive
     loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
-    optimizer: Literal["adamw"] = "adamw"
-    weight_decay: NonNegative = 0.0
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", validation_alias="lr_scheduler")
-    warmup_ratio: Fraction = 0.0
-    warmup_steps: Whole | None = None
-    max_grad_norm: Positive = 1.0
     fp16: Flag = False
-    bf16: Flag = False
     logging_steps: Count = Field(50, validation_alias="log_every_n_steps")
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"  # not best: the last state is what is reported
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    eval_steps: Count | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.epochs is None and self.max_steps is None:
-            raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
-        if self.warmup_ratio and self.warmup_steps:
-            raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
         if self.fp16 and self.bf16:
             raise fault("fp16 and bf16", "one of them", "fp16: false", "fp16")
         if self.evaluation_strategy == "steps" and self.eval_steps is None:
@@ -217,11 +199,6 @@ GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train spli
 def recognizes(raw: dict) -> bool:
     model = raw.get("model")
     return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
-
-
-def implied(run: Run, values: dict[str, Any]) -> dict[str, Any]:
-    """Where --set names real data in place of generated data: what the run's `dataset.real` says of it."""
-    return dict(run.dataset.real or {}) if values.get("dataset.name", "generated") != "generated" else {}
 
 
 def train_rows(run: Run) -> int | None:

@@ -65,15 +65,11 @@ class Peft(Section):
         return self
 
 
-class Model(Section):
-    name: Name
-    revision: str | None = None
+class Model(config.Model):
     recipe: Recipe | None = None
     quantization: Annotated[Literal["none", "nf4"], renamed(PUBLISHED)] = "none"
     load_in_4bit: Flag | None = Field(None, exclude=True)
-    torch_dtype: Literal["float32", "bfloat16"] = "float32"
     peft: Peft | None = None
-    trust_remote_code: Flag = False
 
     @model_validator(mode="before")
     @classmethod
@@ -135,24 +131,16 @@ class Dataset(config.Data):
         return self
 
 
-class Training(Section):
-    """The last checkpoint, which is judged, and the best one on validation are kept, whatever the intervals."""
+class Training(config.Schedule):
+    """The last checkpoint, which is judged, and the best one on validation are kept, whatever the intervals. Where
+    max_steps is given it decides, not the epochs."""
 
-    epochs: Positive | None = None
-    max_steps: Count | None = None  # where given it decides, not the epochs
     global_batch_size: Count
     per_device_train_batch_size: Count
     # Of a forward pass (rows x longest row): a step's pairs, by length, in such passes.
     token_budget: Count | None = None
     gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    optimizer: Literal["adamw"] = "adamw"
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Fraction = 0.0
-    warmup_steps: Whole | None = None
-    max_grad_norm: Positive = 1.0
-    eval_steps: Count | None = None  # null: at the end only
     save_steps: Count | None = None  # null: when validation is best and at the end
     evaluation_strategy: Literal["steps"] | None = Field(None, exclude=True)
     save_strategy: Literal["best", "steps"] | None = Field(None, exclude=True)
@@ -160,16 +148,11 @@ class Training(Section):
     report_to: Literal["wandb"] | None = Field(None, exclude=True)
     seed_list: config.Seeds | None = Field(None, exclude=True)
     gradient_checkpointing: Flag = False
-    bf16: Flag = False
     fp16: Literal[False] = False  # log-probabilities need the range of bfloat16: bf16, torch_dtype: bfloat16
     logging_steps: Count = 20  # interval of console lines; the record has every step
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.epochs is None and self.max_steps is None:
-            raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
-        if self.warmup_ratio and self.warmup_steps:
-            raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
         for kind, strategy in (("eval", self.evaluation_strategy), ("save", self.save_strategy)):
             if strategy == "steps" and getattr(self, f"{kind}_steps") is None:
                 raise fault("missing", "an interval, as its strategy is steps", f"{kind}_steps: 15", f"{kind}_steps")
