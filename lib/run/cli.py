@@ -24,23 +24,23 @@ from lib import config, errors, hub, record
 from lib.errors import StudyError
 from lib.run import check, cluster, compose, decide, fetch, pages, plan, pool, progress, runner, wandb
 
-COMMANDS = (
-    "full",
-    "trial",
-    "plan",
-    "decide",
-    "fetch",
-    "check",
-    "compose",
-    "status",
-    "report",
-    "sync",
-    "pull",
-    "judge",
-    "judge-table",
-    "lab",
-    "test",
-)
+COMMANDS = {
+    "full": "the paper's scale",
+    "trial": "does it run",
+    "plan": "what would run and why",
+    "decide": "more seeds for claims that are open",
+    "fetch": "get the models that the runs start from",
+    "check": "may it run",
+    "compose": "write the run YAMLs of a design",
+    "status": "progress, from another terminal",
+    "report": "rebuild the pages",
+    "sync": "bring W&B up to date with the records",
+    "pull": "judge the studies from W&B",
+    "judge": "have saved answers graded",
+    "judge-table": "verdicts on a table of your own scores",
+    "lab": "JupyterLab",
+    "test": "pytest",
+}
 LONGEST = 180  # bytes of what --set changed in a folder's name
 FIRST = "start_here.ipynb"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
@@ -50,14 +50,7 @@ def parser() -> argparse.ArgumentParser:
     purpose = "Run the studies; without a command: all of them in full at laptop scale."
     top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
-    commands = (
-        "full: the paper's scale; trial: does it run; plan: what would run and why; decide: more seeds for claims that "
-        "are open; fetch: get the models that the runs start from; check: may it run; "
-        "compose: write the run YAMLs of a design; status; report: rebuild the pages; sync: bring W&B up to date with "
-        "the records; pull: judge the studies from W&B; judge: have saved answers graded; judge-table: verdicts on a "
-        "table of your own scores; lab: JupyterLab; test"
-    )
-    add("command", nargs="?", choices=COMMANDS, help=commands)
+    add("command", nargs="?", choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
     add("--scale", choices=config.SCALES, help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")

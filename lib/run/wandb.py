@@ -20,7 +20,6 @@ to write from the histories all the same; it waits forever for a writer that was
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import select
 import shutil
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
-from lib.record import digest, read_json, read_jsonl
+from lib.record import digest, read_json, read_jsonl, sha256
 from lib.run.preflight import wandb_host, wandb_key
 
 FROM = "from=wandb"  # in the name of a folder of records that came from W&B
@@ -81,10 +80,6 @@ def row_of(values: dict) -> tuple:
     """A row of a history as sorted (name, value) pairs, without W&B's own and what is no number or text."""
     kept = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     return tuple(sorted((name, value) for name, value in kept.items() if not name.startswith("_")))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _place(run_folder: Path) -> str:
@@ -208,9 +203,9 @@ def client():
 def api():
     """A connection for reading. Raises MissingError where there is no key (the client would ask for one at the
     terminal), where W&B refuses it, or does not answer."""
-    if not wandb_key(os.environ):
+    if not wandb_key():
         fix = ".venv/bin/wandb login (or set WANDB_API_KEY), then rerun the same command"
-        raise MissingError("W&B", f"there is no key for {wandb_host(os.environ)}", "a key", fix)
+        raise MissingError("W&B", f"there is no key for {wandb_host()}", "a key", fix)
     try:
         connection = client().Api(timeout=15)
         connection.default_entity  # noqa: B018 (asks the server who we are)

@@ -12,7 +12,6 @@ and written nowhere.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 from collections import defaultdict, deque
@@ -256,10 +255,6 @@ def expects(spec: dict) -> bool:
     return spec["config"].get("evaluation", {}).get("judge") == "mt_bench"
 
 
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / ANSWERS).read_bytes()).hexdigest()
-
-
 def reason_to_grade(folder: Path, model: str) -> str:
     """Why the member in `folder` is to be graded by `model`; the empty string where its grades are up to date."""
     judged = record.read_json(folder / JUDGED)
@@ -267,7 +262,7 @@ def reason_to_grade(folder: Path, model: str) -> str:
         return "not graded"
     if judged["model"] != model:
         return f"graded by {judged['model']}, which this replaces"
-    if judged["answers"] != _digest(folder):
+    if judged["answers"] != record.sha256(folder / ANSWERS):
         return "with answers that changed since"
     return "with answers that were refused" if judged["refused"] else ""
 
@@ -295,7 +290,8 @@ def finish(folder: Path, asked: list[dict], kept: Replies, judge: Judge) -> dict
     predictions = [row for row in record.read_jsonl(folder / "predictions.jsonl") if row["kind"] != "answer"]
     record.write_jsonl(folder / "predictions.jsonl", [*predictions, *graded])
     record.write_json(folder / "metrics.json", {**record.read_json(folder / "metrics.json", {}), **scores})
-    judged = {"model": judge.model, "endpoints": sorted({row["endpoint"] for row in own}), "answers": _digest(folder)}
+    judged = {"model": judge.model, "endpoints": sorted({row["endpoint"] for row in own})}
+    judged |= {"answers": record.sha256(folder / ANSWERS)}
     judged |= {"refused": sum(not is_final(kept[request["key"]]) for request in asked), **scores}
     record.write_json(folder / JUDGED, judged := {**judged, "spent": judge.add_up(own)})
     return judged
