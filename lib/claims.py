@@ -11,15 +11,13 @@ them diverged, where every difference is exactly 0, or where scores vary less be
 numbers are then shown, and decide nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -132,7 +130,7 @@ class Claim(Section):
     beside: tuple[SideComparison, ...] = ()
 
     @model_validator(mode="after")
-    def _complete(self) -> Claim:
+    def _complete(self) -> Self:
         if self.test == "absolute" and self.reported is None:
             raise ValueError("test absolute needs `reported`, the figure that was reported")
         if self.test != "absolute" and self.baseline is None:
@@ -190,7 +188,7 @@ class Claims(Section):
     claims: tuple[Claim, ...]
 
     @model_validator(mode="after")
-    def _consistent(self) -> Claims:
+    def _consistent(self) -> Self:
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) < len(ids):
             raise ValueError(f"claim ids are not unique: {', '.join(ids)}")

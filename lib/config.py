@@ -13,8 +13,6 @@ one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS
 members may be sharded gives `fit`. What published files write elsewhere is read by validators of the sections.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import functools

@@ -7,8 +7,6 @@ faults of a data set in one error. The way of a data set: `read` (files to rows 
 own function makes of each row what it trains on; what is missing is carved from train).
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import csv

@@ -4,8 +4,6 @@ Imports neither huggingface_hub nor torch before they are needed: the client rea
 is imported, and the command line has settings of its own to make first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ A stand-in has the architecture and chat format of its model, random weights and
 texts: it exercises a YAML end to end where the hub cannot be reached (trial); what it produces means nothing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@ Trainable parameters are always float32, whatever the compute dtype: in bfloat16
 away.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

@@ -4,8 +4,6 @@ A plot is a function DataFrame -> Drawing: a figure with its numbers and the sam
 text. `save` writes its files. Figures are made without pyplot where that is possible: no global state, no display.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

@@ -2,8 +2,6 @@
 with a wrong one at the boundary. Whole experiments are simulated and decided by the functions that decide the real one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -19,8 +19,6 @@ Arrays come as (..., S, Q), leading axes for repetitions of the whole experiment
 decides ten thousand simulated ones.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The records of a study as tables, tables for people, and the metrics of runs against their baselines."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

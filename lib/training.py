@@ -4,8 +4,6 @@ A study subclasses StudyTrainer and supplies its loss, what a step and an evalua
 resumed run must remember. Order, history, divergence, checkpoints and resume are here and nowhere else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

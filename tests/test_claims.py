@@ -744,7 +744,7 @@ def test_no_published_gain_is_tested_against_itself_or_0_and_laptop_claims_can_b
 
 def found_by_check(tmp_path, margin, scale):
     """What `check` says where TD-DPO's parity is claimed within `margin`, at both scales."""
-    text, old = (ROOT / "params/td_dpo/claims.yaml").read_text(), "    margin: 0.3\n    scales: [laptop]\n"
+    text, old = (ROOT / "params/td_dpo/claims.yaml").read_text(), "    margin: 0.3\n    scales: [laptop, small]\n"
     assert old in text
     (tmp_path / "claims.yaml").write_text(text.replace(old, f"    margin: {margin}\n"))
     found = check.claims_findings("td_dpo", [], scale, tmp_path / "claims.yaml")

@@ -3,8 +3,6 @@
 lib/graff/prepare.py writes what all members of a run share, `load` reads it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """One member of the GRAFF study: train one cell with one seed until its budget is used up, score dev inside and test
 after."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import set_seed

@@ -5,8 +5,6 @@ Adam direction, g gradient of the next fresh batch, delta = -eta m u. N blocks, 
 `delta`, `s`, `y` are lists of P tensors, `blocks` the block of each). Tensor mathematics: no model, no clock.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

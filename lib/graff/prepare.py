@@ -4,8 +4,6 @@ and the planner's warm start, which is also made by one command:
     .venv/bin/python -m lib.graff.prepare FILE.safetensors
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """What decides the claims beyond exact match: areas under it, and energy to a level of it."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

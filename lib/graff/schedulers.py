@@ -4,8 +4,6 @@ plan = scheduler.decide(seen)   eta / eta_0, multipliers per block, exponent of 
 scheduler.learn(...)            with the gradient of the fresh batch, before the step is taken
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from typing import NamedTuple

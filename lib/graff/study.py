@@ -1,8 +1,6 @@
 """The GRAFF study: the sections of its run YAML, the names others know it by, its checks, and its two entries,
 `prepare` (what all members share) and `train` (one member). Imports no torch until one of these is called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,8 +1,6 @@
 """Training until the budget is used up: a scheduler decides each step, an optimizer applies one rate per block, and
 evaluation happens inside the budget, which is a clock of two kinds; energy is read with its source or not at all."""
 
-from __future__ import annotations
-
 import math
 import re
 import threading

@@ -4,8 +4,6 @@ Examples are generated or read (lib/data.py) with GLUE's columns. Tuning is a se
 reported on. `prepare` writes them, tokenized, beside the base model; models.load_inputs reads them.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from functools import partial

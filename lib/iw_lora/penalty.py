@@ -9,8 +9,6 @@ Norms are averaged, not their squares. W_k is the frozen base weight: lora_A's o
 initialization (B = 0) and tells nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

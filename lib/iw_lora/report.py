@@ -1,7 +1,5 @@
 """What the notebooks read off the study's records besides tables.load's."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """The IW-LoRA study: the sections of its run YAML, the names others know it by, its checks, and its entries, `prepare`
 (what all members share), `train` (one member) and `step_cost`. Imports no torch until one of these is called."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """One member of the study: adapters by PEFT, calibration where the method asks for it, training with the penalty, and
 the scores on validation."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import statistics

@@ -4,8 +4,6 @@ Nothing runs before the trial does, which is of one run per method and watched f
 among the findings keeps all of a command's runs from starting.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import itertools

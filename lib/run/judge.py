@@ -1,8 +1,6 @@
 """The command `judge`: members' saved MT-Bench answers graded, the cost shown before anything is sent and recorded
 afterwards. How they are graded is in lib/td_dpo/judge.py."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

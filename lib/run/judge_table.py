@@ -11,8 +11,6 @@ A table of n seeds is judged as a study whose size was fixed at n; with `looks: 
 stopped at any of them.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

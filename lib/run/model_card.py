@@ -6,8 +6,6 @@ the study's verdicts; that of any other checkpoint says what it is. Times are le
 same card.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lib.config import is_hub_id

@@ -5,8 +5,6 @@ What a cell printed or displayed, and what a record holds, may be text of a data
 allow-list of tags, and each page's Content-Security-Policy forbids every request and every script but the index's own.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

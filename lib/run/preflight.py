@@ -4,8 +4,6 @@ what only its study knows of.
 Asked before anything starts; each finding says what to do. No value of a key or token is ever part of one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -21,8 +19,15 @@ from lib.errors import MissingError, StudyError
 from lib.run import fetch, storage
 
 NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 60}  # of free disk, for downloads and for checkpoints
-
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    device: str  # as CUDA_VISIBLE_DEVICES names it
+    name: str
+    memory_gb: float
+    capability: tuple[int, int]
 
 
 def refused(found: StudyError, key: str, file: str = "") -> Finding:
@@ -42,14 +47,6 @@ def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> l
 
 
 # ---- GPUs
-
-
-@dataclass(frozen=True)
-class Gpu:
-    device: str  # as CUDA_VISIBLE_DEVICES names it
-    name: str
-    memory_gb: float
-    capability: tuple[int, int]
 
 
 def visible_gpus() -> list[Gpu]:

@@ -10,8 +10,6 @@ out by rows. Checkpoints are gathered to the full adapters and optimizer state, 
 # Sharded stands in front of a trainer that has the attributes.
 # pyright: reportAttributeAccessIssue=false
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

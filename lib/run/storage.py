@@ -4,8 +4,6 @@
 reference reaches records, logs and pages. Optuna and SQLAlchemy are imported where they are needed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

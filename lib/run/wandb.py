@@ -17,8 +17,6 @@ to write from the histories all the same; it waits forever for a writer that was
 (`transactionlog: EOF`); and what W&B holds it knows from a marker file, not from W&B.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

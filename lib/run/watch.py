@@ -5,8 +5,6 @@ written outside the places that belong to the run, which addresses are connected
 code that trains.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -6,8 +6,6 @@ with or without `prompt`; prompt|instruction with completion_a, completion_b and
 the last from the user], "chosen": [one assistant message], "rejected": [one assistant message], "row": int}.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -7,8 +7,6 @@ positions. Repeating p_last gives every position one label: the next token of it
 without padding; only attention takes them apart.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

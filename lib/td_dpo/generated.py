@@ -13,8 +13,6 @@ At the end, requests to a pretrained model with a constraint each that code can 
 model's own answers (data.sample_pairs).
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

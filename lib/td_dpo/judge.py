@@ -9,8 +9,6 @@ The endpoint is OPENAI_BASE_URL (a local vLLM server will do) and its key OPENAI
 and written nowhere.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

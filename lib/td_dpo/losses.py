@@ -7,8 +7,6 @@ anchor (or None), each (B,).
 sp(-x) is written -logsigmoid(x): torch's softplus turns linear above 20, an error of 2e-9 that float64 tests see.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """One member of the TD-DPO study: train one cell with one seed, then score its test pairs and its sampled answers."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from pathlib import Path

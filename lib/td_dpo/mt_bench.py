@@ -5,8 +5,6 @@ The folder holds question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.
 fastchat/llm_judge/data/mt_bench, where the prompts lie in the folder above. None of it is part of this repository.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lib import hub, record

@@ -1,7 +1,5 @@
 """What decides TD-DPO's claims: which score, of which rows. The analysis notebook makes the tables and figures."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,8 +1,6 @@
 """The TD-DPO study: the sections of its run YAML, the names others know it by, its checks, and its entries: `prepare`
 (what all members share), `train` (one member) and what the runner measures. Imports no torch until one is called."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -7,8 +7,6 @@ trl.DPOTrainer: its data, reference, head, loss, log and saving would all be rep
 its cast of adapters to bfloat16 undone. That losses, gradients and a whole run equal TRL's is tested instead.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
