@@ -162,9 +162,8 @@ class Claim(Section):
         thirds += " on the log scale" if thirds and self.test in RATIOS else ""
         m = f"{self.tested:.3g}"
         if self.factor != 1:
-            return (
-                f"above {self.factor**SHARE:.3g} times the baseline's, two thirds of the claimed {self.factor:g} times"
-            )
+            tested, claimed = f"{self.factor**SHARE:.3g}", f"{self.factor:g}"
+            return f"above {tested} times the baseline's, two thirds of the claimed {claimed} times"
         return {
             "superiority": f"at least {m}{thirds}" if self.tested else "above 0",
             "non_inferiority": f"at most {m} below",
@@ -311,6 +310,23 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 
 
+class Data(NamedTuple):
+    """The tables that every claim is evaluated on; see `evaluate`."""
+
+    rows: pd.DataFrame
+    accuracy: pd.DataFrame | None
+    members: pd.DataFrame
+    costs: pd.DataFrame
+    looks: tuple[int, ...]
+
+    def scores(self, metric: str) -> pd.DataFrame:
+        """Scores per question where there are any, else the runs' own (F1, say): one number per seed."""
+        for rows in (self.rows, self.accuracy):
+            if rows is not None and metric in rows:
+                return rows
+        return self.members
+
+
 class Missing(ValueError):
     """What is missing of the runs or the scores that a comparison needs."""
 
@@ -318,21 +334,14 @@ class Missing(ValueError):
         return f"missing: {self.args[0]}"
 
 
-def pair_up(
-    study: Claims,
-    rows: pd.DataFrame,
-    members: pd.DataFrame,
-    cells: list[Cell],
-    metric: str,
-    looks: tuple[int, ...] | None = None,
-) -> Paired:
+def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tuple[int, ...] = ()) -> Paired:
     """The scores of `cells` as one array: diverged runs with the worst score, questions with a gap left out of every
     run. Raises Missing.
 
     With `looks` the first seeds of the list are taken, in its order and as many as the last look that all of them
     suffice for; without, the seeds that the cells share.
     """
-    rows, members = judged_rows(rows), judged_rows(members)
+    rows, members = judged_rows(data.scores(metric)), judged_rows(data.members)
     tables, states, ready, gaps = [_scores(rows, cell, metric) for cell in cells], [], [], []
     for cell, table in zip(cells, tables, strict=True):
         runs = select(members, cell)
@@ -583,23 +592,6 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
 # ---- from claims to verdicts
 
 
-class Data(NamedTuple):
-    """The tables that every claim is evaluated on; see `evaluate`."""
-
-    rows: pd.DataFrame
-    accuracy: pd.DataFrame | None
-    members: pd.DataFrame
-    costs: pd.DataFrame
-    looks: tuple[int, ...]
-
-    def scores(self, metric: str) -> pd.DataFrame:
-        """Scores per question where there are any, else the runs' own (F1, say): one number per seed."""
-        for rows in (self.rows, self.accuracy):
-            if rows is not None and metric in rows:
-                return rows
-        return self.members
-
-
 def evaluate(
     study: Claims,
     rows: pd.DataFrame,
@@ -623,19 +615,17 @@ def evaluate(
     """
     members = read_members(rows, study.keys) if members is None else members
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, study.looks_of(scale))
-    verdicts = [Verdict(claim, scale) for claim in study.claims]
+    verdicts, asked = [Verdict(claim, scale) for claim in study.claims], []
     for claim, verdict in zip(study.claims, verdicts, strict=True):
         try:
             verdict.reason = _no_verdict(claim, scale, mode, absent or {})
             if not verdict.reason:
+                asked.append(verdict)
                 (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
         except Missing as missing:
             verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
         verdict.scored_by = "" if claim.test == "cost_ratio" else scored_by
         verdict.minutes = None if claim.test == "cost_ratio" else spent(study, claim, members)
-    asked = [
-        v for claim, v in zip(study.claims, verdicts, strict=True) if not _no_verdict(claim, scale, mode, absent or {})
-    ]
     for costs_too in (False, True):
         _adjust([v for v in asked if (v.test == "cost_ratio") == costs_too])
     for verdict in verdicts:
@@ -691,13 +681,13 @@ class Comparison(NamedTuple):
     pairs: Paired
 
 
-def _compare(study: Claims, claim: Claim, data: Data, looks: tuple[int, ...] | None) -> Comparison:
+def _compare(study: Claims, claim: Claim, data: Data, looks: tuple[int, ...] = ()) -> Comparison:
     """The claim's two sides; raises Missing."""
     treatment, baseline = study.levels(claim, "treatment"), study.levels(claim, "baseline")
     cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
     if None in cells:
         raise Missing(f"a run with {study.choose_on}")
-    pairs = pair_up(study, data.scores(claim.metric), data.members, cells, claim.metric, looks)
+    pairs = pair_up(study, data, cells, claim.metric, looks)
     n = len(treatment)
     name = study.label(cells[0] if n == 1 else claim.treatment)
     other = claim.baseline_name or study.label(cells[n] if len(baseline) == 1 else claim.baseline or {})
@@ -744,7 +734,7 @@ def _compare_sides(study: Claims, claim: Claim, other: SideComparison, data: Dat
     changes = sides | ({"baseline_name": "", "factor": 1.0} if other.baseline else {})
     asked, out = claim.model_copy(update=changes), {"name": other.name, "decides": False}
     try:
-        comparison = _compare(study, asked, data, None)
+        comparison = _compare(study, asked, data)
         _, n, names, pairs = comparison
         out |= {"treatment": names[0], "baseline": names[1], "n_seeds": len(pairs.seeds)}
         if len(pairs.seeds) > 1:
@@ -814,7 +804,7 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
     cells, n, names, _ = comparison
     if not (chance := study.chance):
         return {}
-    pairs = pair_up(study, data.scores(chance.metric), data.members, cells, chance.metric)
+    pairs = pair_up(study, data, cells, chance.metric)
     if len(pairs.seeds) < 2:
         raise Missing("one seed tells nothing about seeds")
     if any(pairs.diverged):
@@ -827,9 +817,7 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
             if np.any(p <= level):
                 return {}
     means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
-    shown = " and ".join(
-        f"{part.max():.3f} of {name}" for part, name in zip((means[:n], means[n:]), names, strict=True)
-    )
+    shown = f"{means[:n].max():.3f} of {names[0]} and {means[n:].max():.3f} of {names[1]}"
     text = (
         f"no run is shown to have learned anything: {chance.metric.replace('_', ' ')} is {shown}, not shown to be above "
         f"{upper:.3f} ({chance.what}), and differences between runs at chance show nothing"

@@ -306,9 +306,7 @@ class Run(Section):
     def _pilots_are_not_judged(self):
         blocks, pilots = self.grid or (), {*(self.pilot_seeds or ())}
         if not pilots and any(block.pilot for block in blocks):
-            raise fault(
-                "missing", "seeds to choose with, for the grid's pilots", "pilot_seeds: [40, 41]", "pilot_seeds"
-            )
+            raise fault("missing", "seeds for the grid's pilots", "pilot_seeds: [40, 41]", "pilot_seeds")
         if both := sorted(pilots & {*self.seed_list, *(seed for block in blocks for seed in block.seeds or ())}):
             raise fault(str(both), "no seed that is judged, in seed_list or in the grid", "other seeds", "pilot_seeds")
         return self

@@ -124,6 +124,7 @@ def require_text(row: dict, column: str) -> str:
 # ---- texts that stand for structures: messages as JSON, as Python's repr, or as pandas and `datasets` write them to CSV
 
 STRUCTURE = re.compile(r"""\s*\[?\s*\{.*?['"](role|content|from|value)['"]\s*:""", re.DOTALL)
+NO_MESSAGES = ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError, AttributeError
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")  # can be nothing else
 
 
@@ -133,9 +134,7 @@ def decode(value: Any, column: str) -> Any:
     if not (isinstance(value, str) and STRUCTURE.match(value)):
         return value
     for parse in (json.loads, ast.literal_eval, _of_array):
-        with contextlib.suppress(
-            ValueError, SyntaxError, RecursionError, tokenize.TokenError, TypeError, AttributeError
-        ):
+        with contextlib.suppress(*NO_MESSAGES):
             found = parse(value)
             messages = found if isinstance(found, list) else [found]
             if all(each.keys() & {"role", "from"} and each.keys() & {"content", "value"} for each in messages):
@@ -282,9 +281,8 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         expected = "an existing path, a hub id, or 'generated'"
         raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")
     datasets.disable_progress_bars()  # they flood a log
-    tables = (
-        datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, config, revision=revision, **options)
-    )
+    options |= {"config": config, "revision": revision}
+    tables = datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, **options)
     tables = tables if isinstance(tables, dict) else {"train": tables}
     try:
         return {
@@ -453,10 +451,14 @@ def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Cal
         counts[split] |= {kind: {"count": measured[kind], "first": []} for kind in measured.keys() & KINDS.keys()}
         levels = {part: np.quantile(some, (0.5, 0.95, 1)).tolist() for part, some in parts.items()}
         lengths[split] = {part: dict(zip(("median", "95 %", "longest"), q, strict=True)) for part, q in levels.items()}
-    known = {
-        key: report[key] for key in ("source", "files", "dropped", "columns", "carved_from_train") if key in report
+    known = ("source", "files", "dropped", "columns", "carved_from_train")
+    made = {
+        **{key: report[key] for key in known if key in report},
+        "rows": rows,
+        "counts": counts,
+        "tokens": lengths,
+        **more,
     }
-    made = {**known, "rows": rows, "counts": counts, "tokens": lengths, **more}
     unmeasured = ["lengths in tokens: not counted, the tokenizer is not on this machine"] * (tokenizer is None)
     return made | {"summary": _summarize(made), "warnings": _warnings(made) + unmeasured}
 

@@ -93,10 +93,8 @@ def _wrap(tokenizer: Tokenizer, special: dict, chat_template: str | None = None)
     if "cls_token" in special:
         marks = [(special[name], tokenizer.token_to_id(special[name])) for name in ("sep_token", "cls_token")]
         tokenizer.post_processor = processors.BertProcessing(*marks)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="right", clean_up_tokenization_spaces=False, **special
-    )
-    wrapped.chat_template = chat_template
+    options = {"padding_side": "right", "clean_up_tokenization_spaces": False, "chat_template": chat_template}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options, **special)
     if wrapped.pad_token is None:
         wrapped.pad_token = wrapped.unk_token or wrapped.eos_token
     return wrapped

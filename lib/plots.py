@@ -355,7 +355,6 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
             last = look is looks[-1]
             place.plot([look["low"], look["high"]], [y, y], color=color, linewidth=5 if last else 2, alpha=0.5)
             place.plot([look["estimate"]], [y], "D", color=color, markersize=8 if last else 4)
-            place.annotate(
-                f"{look['seeds']} seeds", (look["high"], y), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            beside = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            place.annotate(f"{look['seeds']} seeds", (look["high"], y), (4, 0), **beside)
     return Drawing(drawn, title, f"{title}: {'. '.join(words)}.", pd.DataFrame(data))

@@ -24,9 +24,8 @@ def sds_of(study: Claims, claim: Claim, seed_sd: float) -> tuple[dict[str, float
 
 def assumed_for(study: Claims, claim: Claim) -> bool:
     """Whether the noise assumed is that of the claim's difference, on a scale that is known before."""
-    return claim.test in RATIOS or (
-        claim.metric == study.noise.metric and claim.factor == 1 and claim.test != "absolute"
-    )
+    is_of_scores = claim.metric == study.noise.metric and claim.factor == 1 and claim.test != "absolute"
+    return claim.test in RATIOS or is_of_scores
 
 
 def sizes(claim: Claim) -> tuple[float, float]:
@@ -95,8 +94,7 @@ def undecidable(study: Claims, claim: Claim, scale: str) -> str:
 
     if half(looks[-1]) < distance:
         return ""
-    enough = next(
-        (int(n) for n in np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)) if half(n) < distance), 0
-    )
+    sizes = np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)).tolist()
+    enough = next((n for n in sizes if half(n) < distance), 0)
     more = f"{enough} seeds would" if enough else "no number of seeds would: more questions, or a wider margin"
     return f"{looks[-1]} seeds cannot decide {claim.threshold_text} (interval ±{half(looks[-1]):.2g}); {more}"

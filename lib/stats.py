@@ -155,15 +155,15 @@ class Sequential(NamedTuple):
         return smallest
 
 
-def look_sequentially(d: np.ndarray, looks: Sequence[int], level: float = LEVEL) -> Sequential:
+def look_sequentially(d: np.ndarray, looks: Sequence[int]) -> Sequential:
     """The looks that the seeds of d (..., S, Q), in their order, suffice for. Raises ValueError where they suffice for
     none."""
     planned = tuple(looks)
     taken = [look_at(d[..., :n, :]) for n in planned if n <= d.shape[-2]]
     if not taken:
         raise ValueError(f"{d.shape[-2]} seeds: the first look is at {planned[0]}")
-    bound = bound_of(planned, level)
-    low, high = (np.stack(ends) for ends in zip(*(look.interval(bound) for look in taken), strict=True))
+    ends = [look.interval(bound_of(planned)) for look in taken]
+    low, high = (np.stack(each) for each in zip(*ends, strict=True))
     return Sequential(planned, taken, np.maximum.accumulate(low), np.minimum.accumulate(high))
 
 

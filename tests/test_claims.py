@@ -264,7 +264,7 @@ def test_a_question_is_the_mean_of_its_turns_and_missing_if_one_is():
     rows = pd.DataFrame({"method": "old", "seed": 42, "question": [1, 1, 2, 2], "score": [4, 8, 5, None]})
     rows = pd.concat([rows, *(pd.DataFrame({**rows, "question": q, "score": 1.0}) for q in range(3, 30))])
     members = pd.DataFrame({"method": ["old"], "seed": [42], "status": ["completed"]})
-    pairs = pair_up(study_of({}), rows, members, [{"method": "old"}], "score")
+    pairs = pair_up(study_of({}), c.Data(rows, None, members, rows[:0], ()), [{"method": "old"}], "score")
     assert (pairs.values[0, 0, 0], pairs.values.shape, pairs.dropped) == (6.0, (1, 1, 28), 1)
 
 
@@ -449,7 +449,8 @@ def test_a_diverged_run_has_the_worst_score_and_what_completed_stands_beside():
     assert (found.sensitivity["n_seeds"], found.sensitivity["estimate"]) == (4, pytest.approx(d[[0, 2, 3, 4]].mean()))
     assert "verdict" not in found.sensitivity
     rows, members = against(d, ended={("old", 43): "diverged"}, metric="accuracy")
-    assert pair_up(study_of({}), rows, members, [{"method": "old"}], "accuracy").values[0, 1].mean() == 0.5
+    data = c.Data(rows, None, members, rows[:0], ())
+    assert pair_up(study_of({}), data, [{"method": "old"}], "accuracy").values[0, 1].mean() == 0.5
 
 
 def test_a_claim_of_no_divergence_is_not_supported_where_a_run_of_its_own_diverged():

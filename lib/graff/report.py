@@ -66,9 +66,8 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> float:
     if stated is not None:
         return stated
     if "fixed" not in set(evaluations["method"]):
-        raise NoEnergy(
-            f"{none}no level is stated (evaluation.energy_level), and no fixed rate's record to choose one by"
-        )
+        unstated = "no level is stated (evaluation.energy_level)"
+        raise NoEnergy(f"{none}{unstated}, and no fixed rate's record to choose one by")
     end = float(curves.last()["fixed"].mean())
     if end - base < 1e-9:  # means are not exact
         ends = f"the fixed rate ends at {end:.3f}, not above the base model's {base:.3f}"

@@ -77,20 +77,19 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
     sides = [(c, cell) for c in study.claims for side in SIDES for cell in study.levels(c, side)]
     seeds = {seed for _, cell in sides for seed in claims.select(rows, cell)["seed"]}
     for claim, cell in sides:
-        mine, name = claims.select(rows, cell), study.label(cell)
+        mine, name, where = claims.select(rows, cell), study.label(cell), f"{claims_path}: {claim.id}"
         if mine.empty:
             methods = sorted(set(rows["method"]))
             near = config.did_you_mean(str(cell.get("method", "")), methods)
-            raise StudyError(f"{claims_path}: {claim.id}", f"no rows of {name}", ", ".join(methods), near)
+            raise StudyError(where, f"no rows of {name}", ", ".join(methods), near)
         if len(open_ := [f for f in factors if f not in cell and mine[f].nunique() > 1]):
-            raise StudyError(
-                f"{claims_path}: {claim.id}", f"{name} has several {open_[0]}", f"a cell with one {open_[0]}"
-            )
+            raise StudyError(where, f"{name} has several {open_[0]}", f"a cell with one {open_[0]}")
         if missing := sorted(seeds - set(mine["seed"])):
             raise fault(f"{name} lacks seed {missing[0]:g}", "every seed for every cell of a claim")
-        if unit and mine.groupby("seed")[unit[0]].nunique().nunique() > 1:
-            few = mine.groupby("seed")[unit[0]].nunique().idxmin()
-            raise fault(f"{name}, seed {few:g}: fewer {unit[0]}s than other seeds", f"every {unit[0]} in every seed")
+        if unit and (counts := mine.groupby("seed")[unit[0]].nunique()).nunique() > 1:
+            raise fault(
+                f"{name}, seed {counts.idxmin():g}: fewer {unit[0]}s than other seeds", f"every {unit[0]} in every seed"
+            )
     looks = study.looks_of(SCALE) if "looks" in study.model_fields_set else (len(seeds),)
     if len(seeds) < min(looks) or len(seeds) < 2:
         raise fault(f"{len(seeds)} seeds", f"at least {max(2, min(looks))}")

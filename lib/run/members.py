@@ -208,9 +208,8 @@ def watch(job: Job) -> None:
         nonlocal began
         began = began or time.monotonic()  # of the first member's turn, not of its place in the queue
         if task.ended:
-            print(
-                f"[{sum(t.ended for t in tasks)}/{len(tasks)}] {task.name}: {_outcome(task, job.run.optuna.objective_metric)}"
-            )
+            outcome = _outcome(task, job.run.optuna.objective_metric)
+            print(f"[{sum(t.ended for t in tasks)}/{len(tasks)}] {task.name}: {outcome}")
 
     def tick() -> None:
         now = time.monotonic()

@@ -157,9 +157,8 @@ def to_pair(row: dict, place: int) -> dict:
         tools = json.loads(tools)
     if not isinstance(tools, list | None):
         raise BadRow("wrong type in tools (expected a list)", describe(tools))
-    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "row": place} | (
-        {"tools": tools} if tools else {}
-    )
+    more = {"tools": tools} if tools else {}
+    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "row": place, **more}
 
 
 def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
@@ -258,12 +257,11 @@ def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         for start in range(0, len(asked), chunk):
             if len(pairs) >= size:
                 break
-            prompts = [
-                [{"role": "user", "content": text}] for text in asked[start : start + chunk] for _ in range(DRAWS)
-            ]
-            answers = sample(model, tokenizer, prompts, seed=10_000 * (3 * seed + place) + start, **settings)
-            for i in range(0, len(prompts), DRAWS):
-                request, own = prompts[i][0]["content"], [answer["text"] for answer in answers[i : i + DRAWS]]
+            prompts = [[{"role": "user", "content": text}] for text in asked[start : start + chunk]]
+            each = [prompt for prompt in prompts for _ in range(DRAWS)]
+            answers = sample(model, tokenizer, each, seed=10_000 * (3 * seed + place) + start, **settings)
+            for i, prompt in enumerate(prompts):
+                request, own = prompt[0]["content"], [a["text"] for a in answers[i * DRAWS : (i + 1) * DRAWS]]
                 does = [text for text in own if generated.fulfilled(request, text) == 1]
                 fails = [text for text in own if text.strip() and text not in does]
                 rates[generated.constraint(request)[0]].append(len(does) / DRAWS)
@@ -273,12 +271,11 @@ def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
                     is_flipped = split == "train" and rng.random() < run.dataset.flipped
                     texts = (fails[0], does[0]) if is_flipped else (does[0], fails[0])
                     chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
-                    pairs.append({"prompt": prompts[i], "chosen": chosen, "rejected": rejected, "row": len(pairs)})
+                    pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": len(pairs)})
         if len(pairs) < size:
             found = f"{len(pairs)} pairs from the answers to {len(asked)} requests"
-            raise StudyError(
-                f"dataset.{split}_pairs", found, f"{size}", "fewer, or a model that does what it is asked for"
-            )
+            fix = "fewer, or a model that does what it is asked for"
+            raise StudyError(f"dataset.{split}_pairs", found, f"{size}", fix)
         splits[split] = pairs[:size]
     return splits, {"base_rates": {kind: float(np.mean(shares)) for kind, shares in sorted(rates.items())}}
 
@@ -570,9 +567,7 @@ def audit(run, shared: Path | None = None) -> dict:
     parts = ("prompt", "chosen", "rejected")
 
     def measure(split: str, pairs: list[dict]) -> tuple[dict, dict]:
-        rows, counts = encode_split(
-            run, tokenizer, split, pairs, lambda row: [len(row[f"{part}_ids"]) for part in parts]
-        )
+        rows, counts = encode_split(run, tokenizer, split, pairs, lambda row: [len(row[f"{p}_ids"]) for p in parts])
         return dict(zip(parts, zip(*rows, strict=True), strict=True)), counts
 
     turns = Counter(m["role"] for pairs in splits.values() for p in pairs for m in (*p["prompt"], *p["chosen"]))

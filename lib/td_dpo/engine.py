@@ -434,9 +434,8 @@ def sample(
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                output = model.generate(
-                    **inputs, generation_config=settings, logits_processor=LogitsProcessorList(draw)
-                )
+                options = {"generation_config": settings, "logits_processor": LogitsProcessorList(draw)}
+                output = model.generate(**inputs, **options)
         finally:
             model.generation_config = own
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

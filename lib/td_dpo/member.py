@@ -109,9 +109,8 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
     model.eval()
     rows = given.rows["test"]
     scores = engine.pair_scores(model, rows, given.reference["test"])
-    predictions = [
-        {"kind": "pair", "split": "test", "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)
-    ]
+    about = {"kind": "pair", "split": "test"}
+    predictions = [{**about, "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)]
     metrics = {
         "implicit_accuracy": _mean([float((s["rho"] or 0) > 0) for s in scores]),
         "raw_accuracy": _mean([float((s["delta"] or 0) > 0) for s in scores]),
@@ -146,10 +145,9 @@ def _sampling(run) -> dict:
 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the judge's questions, each with its score (1-10)."""
-    questions, score = generated.JUDGES[run.evaluation.judge]
-    answers = engine.answer_questions(
-        model, tokenizer, questions(run.evaluation.questions), seed=seed, **_sampling(run)
-    )
+    make, score = generated.JUDGES[run.evaluation.judge]
+    questions = make(run.evaluation.questions)
+    answers = engine.answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
     return [{**a, "score": score(a["prompt"], a["text"])} for a in answers]
 
 
