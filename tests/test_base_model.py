@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.errors import StudyError
 from lib.made import save, train_bpe_tokenizer
+from lib.td_dpo import data
 from lib.td_dpo.data import conversations, make_base
 from lib.td_dpo.engine import answer_questions, sample
 from lib.td_dpo.generated import make_pairs, questions
@@ -24,6 +25,10 @@ RECIPE = {
     "seed": 0,
 }
 REAL = Path(__file__).parents[2] / "shared/data/alpaca_eval_preferences/data/test-00000-of-00001.parquet"
+
+
+def quiet(*_):
+    """Of pretraining's steps."""
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +67,11 @@ def test_the_made_vocabulary_begins_with_its_marks_and_no_others_whatever_roles_
 def test_the_same_recipe_gives_the_same_weights_and_leaves_the_callers_generator_alone(pairs, made, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    save(*make_base(pairs, RECIPE)[:2], tmp_path)
+    save(*make_base(pairs, RECIPE, quiet)[:2], tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert (tmp_path / "model.safetensors").read_bytes() == (made[0] / "model.safetensors").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
-    save(*make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1})[:2], tmp_path)
+    save(*make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1}, quiet)[:2], tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() != (made[0] / "model.safetensors").read_bytes()
 
 
@@ -97,14 +102,15 @@ def test_any_text_survives_the_tokenizer(loaded):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded):
+def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded, monkeypatch):
     with pytest.raises(StudyError, match="vocab_size"):
         train_bpe_tokenizer(["a"], 100)
+    monkeypatch.setattr(data, "LONGEST", 4)
     with pytest.raises(StudyError, match="no answer within 4 tokens"):
-        conversations(loaded[1], pairs, 4)
+        conversations(loaded[1], pairs)
 
 
-def test_real_conversations_are_cut_and_learned_from():
+def test_real_conversations_are_cut_and_learned_from(monkeypatch):
     if not REAL.exists():
         pytest.skip(f"{REAL} is not on this machine")
     import pandas as pd
@@ -114,9 +120,10 @@ def test_real_conversations_are_cut_and_learned_from():
         {"prompt": list(chosen[:-1]), "chosen": [chosen[-1]], "rejected": [rejected[-1]], "row": k}
         for k, (chosen, rejected) in enumerate(zip(rows["chosen"], rows["rejected"], strict=True))
     ]
-    tokenizer = make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600})[1]
+    tokenizer = make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600}, quiet)[1]
     assert len(tokenizer) == 600
-    kept = conversations(tokenizer, real, 128)
+    monkeypatch.setattr(data, "LONGEST", 128)
+    kept = conversations(tokenizer, real)
     assert 0 < len(kept) <= 120
     assert all(0 < row["prompt"] < len(row["ids"]) <= 128 for row in kept)
 

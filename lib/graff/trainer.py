@@ -264,11 +264,6 @@ class Probes:
 # ---- what a run is trained with
 
 
-def load_warm_start(file: Path) -> dict:
-    """The planner's tensors."""
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-
-
 def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None) -> Any:
     """The run's scheduler; `planner`: tensors that the warm start goes on from, learning the encoder too."""
     section, file = run.training.scheduler, Path(shared) / "warm_start.safetensors"
@@ -279,7 +274,9 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
         return scheduler
     scheduler: Any = schedulers.SCHEDULERS[section.type](section, layers)
     if path := section.warm_start_ckpt:
-        scheduler.planner.load_state_dict(load_warm_start(file if path == "made" else Path(path)))
+        path = file if path == "made" else Path(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        scheduler.planner.load_state_dict(tensors)
     if hasattr(scheduler, "gain") and file.exists():  # hypergradient descent, matched to the planner
         planner = pl.Planner()
         planner.load_state_dict(load_file(file))

@@ -6,6 +6,7 @@ by JUPYTER_DEFAULT_PROVISIONER_NAME, so that JupyterLab and plain papermill keep
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import uuid
@@ -62,14 +63,6 @@ class PoolProvisioner(LocalProvisioner):
         return self.connection_info
 
 
-def _redacted(value):
-    if isinstance(value, str):
-        return record.redact(value)
-    if isinstance(value, dict):
-        return {k: _redacted(v) for k, v in value.items()}
-    return [_redacted(v) for v in value] if isinstance(value, list) else value
-
-
 class Client(PapermillNotebookClient):
     """Replaces secrets in every message before it becomes an output that papermill saves."""
 
@@ -84,7 +77,7 @@ class Client(PapermillNotebookClient):
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):
-            msg["content"] = _redacted(msg["content"])
+            msg["content"] = json.loads(record.redact(json.dumps(msg["content"])))
         return super().process_message(msg, cell, cell_index)
 
 

@@ -176,12 +176,6 @@ def modules(*names: str) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
-def imported_by(code: str) -> dict[str, str]:
-    """`modules` of what a piece of code imports."""
-    places = imports(ast.parse(code), current().files).values()
-    return modules(*{module for each in places for module, _, _ in each})
-
-
 def entry(node: ast.AST, key) -> ast.AST | None:
     """What a table (a dictionary, or a tuple or set of names, written out) says of this key; None where that is not
     certain."""
@@ -240,12 +234,14 @@ def changed(old: dict, new: dict) -> list[str]:
 # ---- data, models, packages, the device
 
 
-def notebook_code(path: Path, *, imports: bool = False) -> str:
-    """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does. `imports`: with
-    everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""
+def notebook_code(path: Path, *, with_imports: bool = False) -> str:
+    """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does. `with_imports`:
+    with everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    return digest([code, [imported_by(c) for c in code] if imports else None])
+    imported = [imports(ast.parse(c), current().files).values() for c in code] if with_imports else []
+    own = [modules(*{module for places in each for module, _, _ in places}) for each in imported]
+    return digest([code, own if with_imports else None])
 
 
 @functools.cache

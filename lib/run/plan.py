@@ -307,7 +307,7 @@ def analysis_key(study: str, results: Path) -> str:
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
-    code = keys.notebook_code(notebooks(study)["analysis"], imports=True)
+    code = keys.notebook_code(notebooks(study)["analysis"], with_imports=True)
     runs = record.read_json(folder / "runs.json")
     return keys.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
 

@@ -432,14 +432,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Mapping) -> PreTraine
     return made.stand_in("meta-llama/", tokenizer, seed=recipe["seed"], **sizes, **more)
 
 
-def conversations(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[dict], max_length: int = LONGEST, max_prompt: int | None = None
-) -> list[dict]:
-    """{"ids", "prompt" (its length)} of every chosen and rejected answer, cut to `max_length` tokens."""
-    rows, _ = encode_pairs(tokenizer, pairs, max_length, max_prompt, "drop")
+def conversations(tokenizer, pairs: Sequence[dict], max_prompt: int | None = None) -> list[dict]:
+    """{"ids", "prompt" (its length)} of every chosen and rejected answer, cut to LONGEST tokens."""
+    rows, _ = encode_pairs(tokenizer, pairs, LONGEST, max_prompt, "drop")
     if not rows:
-        found = f"no answer within {max_length} tokens in {len(pairs)} training pairs"
-        fix = f"--set dataset.preprocessing.max_prompt_length={max_length // 2}"
+        found = f"no answer within {LONGEST} tokens in {len(pairs)} training pairs"
+        fix = f"--set dataset.preprocessing.max_prompt_length={LONGEST // 2}"
         raise StudyError("base model", found, "prompts that leave room for an answer", fix)
     sides = ("chosen_ids", "rejected_ids")
     return [{"ids": row["prompt_ids"] + row[side], "prompt": len(row["prompt_ids"])} for row in rows for side in sides]
@@ -462,13 +460,11 @@ def make_tokenizer(pairs: Sequence[dict], recipe: Mapping) -> PreTrainedTokenize
     return made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
 
 
-def make_base(
-    pairs: Sequence[dict], recipe: Mapping, on_step: made.OnStep = lambda *_: None, max_prompt: int | None = None
-) -> made.Base:
+def make_base(pairs: list[dict], recipe: Mapping, on_step: made.OnStep, max_prompt: int | None = None) -> made.Base:
     """Tokenizer and model of the training pairs. The result is the same for the same pairs, recipe and number of
     threads, and the caller's random state is left alone."""
     tokenizer = make_tokenizer(pairs, recipe)
-    rows = conversations(tokenizer, pairs, max_prompt=max_prompt)
+    rows = conversations(tokenizer, pairs, max_prompt)
     model, steps, rate = make_model(tokenizer, recipe).train(), recipe["sft_steps"], recipe["sft_learning_rate"]
     batches = _batches([len(row["ids"]) for row in rows], recipe["sft_batch_size"], MAX_TOKENS, recipe["seed"])
 

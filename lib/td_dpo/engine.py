@@ -18,15 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -341,11 +333,7 @@ def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor) -> 
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict]],
-    *,
-    add_generation_prompt: bool = False,
-    tools: list[dict] | None = None,
+    tokenizer, conversations: list[list[dict]], *, add_generation_prompt: bool = False, tools: list[dict] | None = None
 ) -> list[list[int]]:
     """Token ids of each conversation through the chat template, with at most one BOS.
 
@@ -391,7 +379,7 @@ class _InverseTransform(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
     """The tokenizer's end token and whatever the model's own configuration adds (Llama-3's <|eot_id|>, say)."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
@@ -400,8 +388,8 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 @torch.inference_mode()
 def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: torch.nn.Module,
+    tokenizer,
     prompts: Sequence[Sequence[dict]],
     *,
     max_new_tokens: int,
@@ -419,9 +407,8 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand((len(prompts), max_new_tokens), generator=generator, dtype=torch.float64)
     ends = _end_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-    )
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    settings = GenerationConfig(eos_token_id=ends, **settings)
     answers: list[dict | None] = [None] * len(prompts)
     # like lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
@@ -434,8 +421,7 @@ def sample(
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                options = {"generation_config": settings, "logits_processor": LogitsProcessorList(draw)}
-                output = model.generate(**inputs, **options)
+                output = model.generate(**inputs, generation_config=settings, logits_processor=draw)
         finally:
             model.generation_config = own
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
