@@ -14,10 +14,7 @@ class StudyError(Exception):
 
     def __init__(self, where: str, found: str, expected: str, fix: str = ""):
         self.where, self.found, self.expected, self.fix = where, found, expected, fix
-        lines = [f"{where}: {found}", f"  expected: {expected}"]
-        if fix:
-            lines.append(f"  fix: {fix}")
-        super().__init__("\n".join(lines))
+        super().__init__(f"{where}: {found}\n  expected: {expected}" + f"\n  fix: {fix}" * bool(fix))
 
     def __reduce__(self):  # pickled between processes with its parts, not with the joined message
         return type(self), (self.where, self.found, self.expected, self.fix)

@@ -198,14 +198,12 @@ def decide(test: str, sequence: Sequential, margin: float) -> Decision:
     return Decision(code, np.minimum(sequence.p(threshold, 1), sequence.p(threshold, -1)))
 
 
-def chance_of_word(
-    test: str, look: Look, margin: float, looks: Sequence[int], seeds: int, known: bool = False
-) -> float:
+def chance_of_word(test: str, look: Look, margin: float, looks: tuple, seeds: int, known: bool = False) -> float:
     """Probability that the interval at `seeds` seeds decides, as this look has it: the mean after further seeds with
     the same standard deviations, of a true difference that is as uncertain as the look leaves it, or (`known`) equal to
     the estimate, in a study of that many new seeds."""
     share = 1.0 if known else max(0.0, seeds - look.seeds) / look.seeds
-    sd, half = float(np.sqrt(look.seed_variance / seeds * share)), float(look.half_width(bound_of(tuple(looks)), seeds))
+    sd, half = float(np.sqrt(look.seed_variance / seeds * share)), float(look.half_width(bound_of(looks), seeds))
     mean = stats.norm(float(look.mean), max(sd, 1e-12))
     if test == "equivalence":
         inside = mean.cdf(margin - half) - mean.cdf(half - margin)
@@ -214,11 +212,11 @@ def chance_of_word(
     return float(mean.sf(threshold + half) + mean.cdf(threshold - half))
 
 
-def seeds_to_decide(test: str, look: Look, margin: float, looks: Sequence[int], chance: float = 0.8) -> int | None:
-    """How many seeds would decide with this chance if the estimate and its standard deviations are true; None where
+def seeds_to_decide(test: str, look: Look, margin: float, looks: tuple) -> int | None:
+    """How many seeds would decide with a chance of 80 % if the estimate and its standard deviations are true; None where
     10,000 would not: the questions, or an estimate at the margin, leave it open."""
     sizes = np.unique(np.geomspace(look.seeds + 1, 10_000, 200).astype(int))
-    enough = (n for n in sizes if chance_of_word(test, look, margin, looks, int(n), known=True) >= chance)
+    enough = (n for n in sizes if chance_of_word(test, look, margin, looks, int(n), known=True) >= 0.8)
     return next((int(n) for n in enough), None)
 
 

@@ -99,10 +99,9 @@ def token_credit(eta: float, dw: Tensor, slopes: Tensor) -> Tensor:
     return -eta * (dw * slopes).mean()
 
 
-def adam_jacobian(
-    g: Tensor, m_hat: Tensor, v_hat: Tensor, k1: float, k2: float, b1: float, b2: float, eps: float
-) -> Tensor:
-    """J = du/dg, elementwise, of u = m_hat / (sqrt(v_hat) + eps); k1, k2 the bias corrections."""
+def adam_jacobian(g: Tensor, m_hat: Tensor, v_hat: Tensor, corrections: tuple, betas: tuple, eps: float) -> Tensor:
+    """J = du/dg, elementwise, of u = m_hat / (sqrt(v_hat) + eps); `corrections`: k1, k2 of the bias."""
+    (k1, k2), (b1, b2) = corrections, betas
     root = v_hat.sqrt().clamp_min(eps * 1e-4)
     p = root + eps
     return (1 - b1) / k1 / p - m_hat / p**2 * ((1 - b2) / k2) * g / root
@@ -232,6 +231,5 @@ class BlockAdam(torch.optim.Optimizer):
         out = []
         for p, g, b in zip(self.parameters, self.g, self.blocks.tolist(), strict=True):
             m_hat, v_hat = self.state[p]["m"] / k1, self.state[p]["v"] / k2
-            j = adam_jacobian(g, m_hat, v_hat, k1, k2, *group["betas"], group["eps"])  # pyright: ignore[reportCallIssue]
-            out.append(m[b] * self.coefficient * j)
+            out.append(m[b] * self.coefficient * adam_jacobian(g, m_hat, v_hat, self.k, group["betas"], group["eps"]))
         return out

@@ -113,9 +113,7 @@ class ImportanceTrainer(StudyTrainer):
 
     loss_is_scaled_for_ga = False  # DeBERTa accepts num_items_in_batch and ignores it
 
-    def __init__(
-        self, run, given: SimpleNamespace, model: nn.Module, seed: int, folder: Path, term: Term | None = None
-    ):
+    def __init__(self, run, given, model: nn.Module, seed: int, folder: Path, term: Term | None = None):
         self.run, self.given, self.term, self.parts = run, given, term, []
         training, rows = run.training, given.rows["train"]
         steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
@@ -217,9 +215,9 @@ def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
 def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
     batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
-    chosen, collate = (
-        itertools.islice(batches, run.loss.sensitivity_warmup_steps),
+    collate, chosen = (
         DataCollatorWithPadding(given.tokenizer),
+        itertools.islice(batches, run.loss.sensitivity_warmup_steps),
     )
     return [to_device(collate(batch), models.current_device()) for batch in chosen]
 

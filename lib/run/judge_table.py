@@ -72,7 +72,8 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
     key = ["method", *factors, "seed", *unit]
     if (twice := rows.duplicated(key)).any():
         line = int(np.flatnonzero(twice)[0])
-        raise fault(f"a second score of {_words(rows.iloc[line][key])}", "one", line=line + 2)
+        words = ", ".join(f"{name} {value}" for name, value in rows.iloc[line][key].items())
+        raise fault(f"a second score of {words}", "one", line=line + 2)
     rows = rows.assign(status="completed")
     sides = [(c, cell) for c in study.claims for side in SIDES for cell in study.levels(c, side)]
     seeds = {seed for _, cell in sides for seed in claims.select(rows, cell)["seed"]}
@@ -95,7 +96,3 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
         raise fault(f"{len(seeds)} seeds", f"at least {max(2, min(looks))}")
     asked = tuple(claim.model_copy(update={"scales": (SCALE,)}) for claim in study.claims)
     return rows, study.model_copy(update={"claims": asked, "looks": looks, "keys": tuple(factors)})
-
-
-def _words(row: pd.Series) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.items())

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from lib import config, hub, record
 from lib.config import ROOT
-from lib.record import digest
 from lib.run.preflight import visible_gpus
 
 ABSENT = ast.Constant(None)
@@ -153,7 +152,9 @@ class Lib:
 
 
 def current() -> Lib:
-    files = {path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))}
+    files = {
+        path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))
+    }
     return _read(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files.items()))
 
 
@@ -241,7 +242,7 @@ def notebook_code(path: Path, *, with_imports: bool = False) -> str:
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     imported = [imports(ast.parse(c), current().files).values() for c in code] if with_imports else []
     own = [modules(*{module for places in each for module, _, _ in places}) for each in imported]
-    return digest([code, own if with_imports else None])
+    return record.digest([code, own if with_imports else None])
 
 
 @functools.cache
@@ -314,18 +315,20 @@ def member_key(member) -> dict:
     unused = config.study_module(run.study).NOT_NUMBERS  # no number depends on these, says the study
     parts = {
         "config": {k: v for k, v in flat(numbers).items() if k not in unused} | {"seed": member.seed, "mode": run.mode},
-        "code": digest(member_code(member)),
+        "code": record.digest(member_code(member)),
         **sources(run),
         "versions": versions(),
         "device": device_kind(run.compute.gpus),
     }
-    return {**parts, "all": digest(parts)}
+    return {**parts, "all": record.digest(parts)}
 
 
 def measurement_key(run, function: str) -> str:
     """A digest of all that a measurement of the study's depends on, but the machine."""
     numbers = {k: v for k, v in config.dump(run).items() if k not in NOT_NUMBERS}
-    return digest([numbers, run.mode, reach(run.study, function, values=flat(numbers)), versions(), sources(run)])
+    return record.digest(
+        [numbers, run.mode, reach(run.study, function, values=flat(numbers)), versions(), sources(run)]
+    )
 
 
 def inputs_key(run, function: str = "prepare") -> str:
@@ -334,7 +337,7 @@ def inputs_key(run, function: str = "prepare") -> str:
     sections = {s: {k: v for k, v in values[s].items() if f"{s}.{k}" not in own} for s in ("model", "dataset")}
     place = {"scale": run.scale, "mode": run.mode, "threads": run.compute.threads}
     code = reach(run.study, function, values=flat(sections))
-    return digest([sections, place, code, versions(), device_kind(run.compute.gpus), sources(run)])
+    return record.digest([sections, place, code, versions(), device_kind(run.compute.gpus), sources(run)])
 
 
 def flat(values: dict, prefix: str = "") -> dict:

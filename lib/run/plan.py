@@ -244,7 +244,7 @@ def _train(run, forced: Collection[str]) -> Step:
     notebook, cells = notebooks(run.study)["train"], config.cells(run)
     # without what pilots choose, which depends on these
     own = [keys.member_key(m)["all"] for m in every if m.seed in cells[m.cell_name][1]]
-    key = keys.digest([*own, keys.notebook_code(notebook), config.dump(run)])
+    key = record.digest([*own, keys.notebook_code(notebook), config.dump(run)])
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     is_forced = step.title in forced
     stale = [(m, why) for m in every if (why := FORCED if is_forced else members.stale(m, folder / "members" / m.id))]
@@ -260,7 +260,7 @@ def _sweep(train: Step, run, forced: Collection[str]) -> Step:
     """Of the run as it was before open claims got more seeds: a search does not depend on them."""
     notebook, every = notebooks(run.study)["sweep"], config.members(run)
     made_of = [keys.member_key(m)["all"] for m in every], config.dump(run), keys.notebook_code(notebook)
-    key, folder = keys.digest([made_of, keys.modules("lib.run.sweep")]), train.folder / "sweep"
+    key, folder = record.digest([made_of, keys.modules("lib.run.sweep")]), train.folder / "sweep"
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     step.needs = [train]
     step.reason = "its run is to be done" if train.members else _why(step, forced)
@@ -309,7 +309,7 @@ def analysis_key(study: str, results: Path) -> str:
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
     code = keys.notebook_code(notebooks(study)["analysis"], with_imports=True)
     runs = record.read_json(folder / "runs.json")
-    return keys.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
+    return record.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
 
 
 def _made_by(path: Path) -> tuple:

@@ -21,7 +21,7 @@ def provenance(run) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     dirty = git("status", "--porcelain")
-    code = {"versions": keys.versions(), "code": keys.digest(keys.reach(run.study, "prepare", "train"))}
+    code = {"versions": keys.versions(), "code": record.digest(keys.reach(run.study, "prepare", "train"))}
     code |= {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if dirty is None else bool(dirty)}
     machine = {"machine": platform.machine(), "system": platform.system(), "processor": _processor()}
     machine |= {"cores": os.cpu_count(), "device": keys.device_kind(run.compute.gpus)}

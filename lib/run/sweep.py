@@ -78,7 +78,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     name = f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"  # a database holds other searches too
     settings = keys.member_key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
-        study_name=f"{name}@{keys.digest([*settings, run.optuna.objective_metric])}",
+        study_name=f"{name}@{record.digest([*settings, run.optuna.objective_metric])}",
         storage=storage.open_storage(run, folder),
         direction=run.optuna.direction,
         load_if_exists=True,

@@ -286,38 +286,35 @@ def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, token_budget:
 # ---- policy against reference ----
 
 
-def log_ratio_of_samples(
-    model: torch.nn.Module, reference_model: torch.nn.Module | None, samples: list[dict]
-) -> Tensor:
+def log_ratio_of_samples(model: torch.nn.Module, reference: torch.nn.Module | None, samples: list[dict]) -> Tensor:
     """(N,) sum over tokens of log pi - log pi_0, in nats, of answers {"prompt_ids", "ids"} sampled from pi.
 
-    Their mean is the sampled KL(pi || pi_0) (the k1 estimator). With `reference_model=None` the reference is `model`
+    Their mean is the sampled KL(pi || pi_0) (the k1 estimator). With None as `reference` it is `model`
     with its adapters switched off. An answer is scored as a pair with its own first token, which the layouts need and
     which costs next to nothing.
     """
     answers = [(sample["prompt_ids"], sample["ids"]) for sample in samples]
     rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids[:1]} for prompt, ids in answers]
     policy = sequence_logprobs(model, rows)[:, 0]
-    with model.disable_adapter() if reference_model is None else contextlib.nullcontext():
-        return policy - sequence_logprobs(reference_model or model, rows)[:, 0]
+    with model.disable_adapter() if reference is None else contextlib.nullcontext():
+        return policy - sequence_logprobs(reference or model, rows)[:, 0]
+
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns of rows and of batches
 
 
 def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     """Rows with their two columns of reference log-probabilities."""
     return [
-        {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        for row, (chosen, rejected) in zip(rows, reference.tolist(), strict=True)
+        {**row, **dict(zip(REFERENCE, two, strict=True))} for row, two in zip(rows, reference.tolist(), strict=True)
     ]
 
 
 def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The columns of a batch that the objective needs besides the policy's log-probabilities."""
-    return {
-        "ref_chosen_logps": torch.tensor([r["ref_chosen_logps"] for r in rows], dtype=dtype),
-        "ref_rejected_logps": torch.tensor([r["ref_rejected_logps"] for r in rows], dtype=dtype),
-        "chosen_length": torch.tensor([len(r["chosen_ids"]) for r in rows]),
-        "rejected_length": torch.tensor([len(r["rejected_ids"]) for r in rows]),
-    }
+    columns = {name: torch.tensor([row[name] for row in rows], dtype=dtype) for name in REFERENCE}
+    lengths = {side: torch.tensor([len(row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected")}
+    return columns | {f"{side}_length": length for side, length in lengths.items()}
 
 
 def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor) -> list[dict]:

@@ -307,17 +307,12 @@ def fulfilled(prompt: str, answer: str) -> float:
     return float(counted > 0) if kind in ("word", "sign") else 1 / (1 + counted)
 
 
-@cache
-def _requests(split: str) -> tuple[str, ...]:
-    asked = [text.format(value) for text, values in KINDS.values() for value in values]
-    every = (f"{ask.format(subject)} {more}" for ask, subject, more in product(ASKS, SUBJECTS, asked))
-    return tuple(request for request in every if _split_of(request) == split)
-
-
 def requests(split: str, seed: int) -> list[str]:
     """All verifiable requests of a split, in an order of this seed's."""
-    every = _requests(split)
-    return random.Random(f"{split} {seed}").sample(every, len(every))
+    asked = [text.format(value) for text, values in KINDS.values() for value in values]
+    every = [f"{ask.format(subject)} {more}" for ask, subject, more in product(ASKS, SUBJECTS, asked)]
+    mine = [request for request in every if _split_of(request) == split]
+    return random.Random(f"{split} {seed}").sample(mine, len(mine))
 
 
 def verifiable_questions(n: int) -> list[dict]:

@@ -95,13 +95,8 @@ def trl_loss(name: str, *, chosen, rejected, ref_chosen, ref_rejected, lengths, 
         _total_train_tokens=0,
         args=SimpleNamespace(discopop_tau=DISCOPOP_TEMPERATURE),
     )
-    inputs = {
-        "input_ids": mask,
-        "completion_mask": mask,
-        "attention_mask": mask,
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
-    }
+    inputs = dict.fromkeys(("input_ids", "completion_mask", "attention_mask"), mask)
+    inputs |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     loss = DPOTrainer._compute_loss(stand_in, lambda **_: outputs, inputs, return_outputs=False)
     return loss.expand(len(chosen)), None
 

@@ -114,7 +114,7 @@ class PreferenceTrainer(shared.StudyTrainer):
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
         table = engine.sequence_logprobs(self.model, self.first_rows)
         columns = engine.reference_columns(self.first_rows, table.dtype)
-        reference = torch.stack([columns["ref_chosen_logps"], columns["ref_rejected_logps"]], dim=1)
+        reference = torch.stack([columns[name] for name in engine.REFERENCE], dim=1)
         low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
         slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
         apart = (table - reference).abs()
