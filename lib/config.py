@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, ValidationError, model_validator
@@ -54,8 +54,7 @@ PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 # ---- types of values
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Something about a run that a person should know before it starts. An error keeps the run from starting.
 
     `key`: of the YAML, or the place in another `file`: a notebook's cell, a line; empty for the whole of it.

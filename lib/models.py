@@ -84,11 +84,9 @@ def nf4(compute: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndByte
 def load_causal_lm(
     name: str,
     *,
-    revision: str | None = None,
     torch_dtype: str = "float32",
     quantization: str = "none",
     quant_storage: str | None = None,
-    trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     auto_class: Any = AutoModelForCausalLM,
     **options: Any,
@@ -97,24 +95,25 @@ def load_causal_lm(
     the CUDA device, else the CPU).
 
     `auto_class` serves other heads (AutoModelForSequenceClassification). `options` go to from_pretrained:
-    attn_implementation, num_labels, use_safetensors=None (the default is safetensors only; a few models publish none).
+    revision, trust_remote_code, attn_implementation, num_labels, use_safetensors=None (the default is safetensors only;
+    a few models publish none).
     """
     dtype, source = getattr(torch, torch_dtype), _locate(name, "config.json")
     place = torch.device(device) if device is not None else current_device()
-    options = {"dtype": dtype, "revision": revision, "use_safetensors": True} | options
+    options = {"dtype": dtype, "use_safetensors": True} | options
     if quantization == "nf4":
         config = nf4(dtype, getattr(torch, quant_storage or "uint8"))
         options |= {"quantization_config": config, "device_map": {"": place}}
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # it floods a log
     try:
-        model = auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        model = auto_class.from_pretrained(source, **options)
     except torch.OutOfMemoryError:
         found = f"{place} has not enough free memory"
         fix = "--set model.quantization=nf4, a smaller model or a larger GPU"
         raise MissingError(f"model.name = {name}", found, "a GPU that holds it", fix) from None
     except Exception as error:
-        raise hub.explain(error, name, kind="model", revision=revision) from error
+        raise hub.explain(error, name, kind="model", revision=options.get("revision")) from error
     if quantization == "none":
         model = model.to(place)
     model.config.use_cache = False  # training; generate() turns it on for itself

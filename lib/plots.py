@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import matplotlib
@@ -39,8 +40,7 @@ MARGIN_SIGNS = {"non_inferiority": (-1,), "absolute": (-1,), "equivalence": (-1,
 VERDICT_COLORS = {"supported": "#0072B2", "refuted": "#B34700"}
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How one series is drawn wherever it appears."""
 
     label: str

@@ -393,9 +393,8 @@ def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
         assert run.dataset.revision == "f8869fc91bde5c71a104667292addcbbfd15985d"
         assert (run.model.quantization, run.model.peft.lora_r, run.model.peft.lora_alpha) == ("nf4", 64, 16)
         assert config.steps(run) == 144
-        assert run.training.accumulation(run.compute.devices) == 8, (
-            "16 pairs in a pass, as far as the token budget allows"
-        )
+        pairs = run.training.per_device_train_batch_size * run.compute.devices
+        assert run.training.global_batch_size == 8 * pairs, "16 pairs in a pass, as far as the token budget allows"
         space = run.optuna.search_space["learning_rate"]
         assert (space.type, space.low, space.high) == ("loguniform", 5e-6, 5e-5)
         assert {m.seed for m in config.members(run)} == {42, 43, 44}

@@ -613,9 +613,9 @@ def test_a_token_budget_changes_the_passes_and_not_the_numbers(tmp_path, monkeyp
     assert max(map(len, widths)) > 1
 
 
-def test_accumulation_follows_from_the_global_batch():
+def test_steps_follow_from_the_global_batch():
     published = Training(global_batch_size=128, per_device_train_batch_size=4, epochs=3, learning_rate=1e-5)
-    assert (published.steps(6075), published.accumulation(devices=4)) == (144, 8)
+    assert published.steps(6075) == 144
 
 
 def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):

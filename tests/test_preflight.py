@@ -123,7 +123,7 @@ def test_gpus_of_several_kinds_are_refused_and_each_kind_is_named(run, machine):
     gpus = (
         Gpu("7", "NVIDIA T4-like", 85.0, (8, 0)),
         Gpu("GPU-ab", A100.name, 85.0, (8, 0)),
-        Gpu("3", *list(vars(A100).values())[1:]),
+        Gpu("3", *A100[1:]),
     )
     machine(gpus=gpus)
     mixed = findings(run)["compute.gpu_type"]

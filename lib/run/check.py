@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from lib import config, hub, record
@@ -64,7 +63,7 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
         file = display_path(path)
         try:
             run = config.load_run(path, scale=scale, mode="full", overrides=overrides)
-            found = [replace(finding, file=file) for finding in findings(run)]
+            found = [finding._replace(file=file) for finding in findings(run)]
             loaded.append((path, config.trial(run) if mode == "trial" and not has_error(found) else run, found))
             if (first := owner.setdefault((run.study, run.run_id), file)) != file:
                 found.append(error("run_id", f"{run.run_id} is also the run_id of {first}", "rename one of them", file))
@@ -264,7 +263,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
     findings, is_check, runs = yaml_findings(found), options.command == "check", runs_of(found)
     if options.mode == "full" and not is_check:
         missing = preflight.find_missing(runs, gpus_of(options.cluster), options.jobs)
-        findings += [replace(finding, file=MACHINE) for finding in missing]
+        findings += [finding._replace(file=MACHINE) for finding in missing]
     if is_check or options.mode == "full" and options.command != "plan":
         for study in dict.fromkeys(run.study for run in runs):
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
@@ -317,7 +316,7 @@ def report(findings: list[Finding], options, cost: plan.Forecast | None) -> None
     if options.json:
         issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]
-        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost and asdict(cost)}
+        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost and cost._asdict()}
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     print_findings(findings)

@@ -152,9 +152,7 @@ class Lib:
 
 
 def current() -> Lib:
-    files = {
-        path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))
-    }
+    files = {path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))}
     return _read(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files.items()))
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib import config, record
 from lib.errors import StudyError
@@ -168,8 +168,7 @@ def _slowness(processes: int) -> float:
     return statistics.fmean(float(each.communicate()[0]) for each in started) / WORK_SECONDS
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """Of a list of steps. `wall_seconds` with the slots at hand, and `at_least` where some of their members train for
     as many steps as their data turns out to have; `device_hours`: of a GPU where members train on one, else of a
     core."""

@@ -8,9 +8,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 from lib import hub
@@ -22,8 +22,7 @@ NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 60}  # of free disk, for downl
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     device: str  # as CUDA_VISIBLE_DEVICES names it
     name: str
     memory_gb: float

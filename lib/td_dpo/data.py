@@ -328,40 +328,33 @@ def _end(ids: list[int], behind: int | None, eos: int) -> list[int]:
     return ids
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, pairs: list[dict]) -> list[tuple[list[int], ...]]:
-    """(prompt, with chosen, with rejected) of each pair as token ids."""
-    rows = []
-    with_tools = any("tools" in pair for pair in pairs)  # which differ from pair to pair
-    for some in [[pair] for pair in pairs] if with_tools else [pairs]:
-        tools = some[0].get("tools") if with_tools else None
-        prompts = [pair["prompt"] for pair in some]
-        alone = conversation_ids(tokenizer, prompts, add_generation_prompt=True, tools=tools)
-        sides = [[pair["prompt"] + pair[side] for pair in some] for side in ("chosen", "rejected")]
-        rows += zip(alone, *(conversation_ids(tokenizer, whole, tools=tools) for whole in sides), strict=True)
-    return rows
+def _render(tokenizer: PreTrainedTokenizerFast, pairs: list[dict]) -> Iterator[tuple[list[int], ...]]:
+    """(prompt, with chosen, with rejected) of pairs with the same tools, as token ids."""
+    prompts, tools = [pair["prompt"] for pair in pairs], pairs[0].get("tools")
+    alone = conversation_ids(tokenizer, prompts, add_generation_prompt=True, tools=tools)
+    sides = [[pair["prompt"] + pair[side] for pair in pairs] for side in ("chosen", "rejected")]
+    return zip(alone, *(conversation_ids(tokenizer, whole, tools=tools) for whole in sides), strict=True)
 
 
 def _render_all(tokenizer: PreTrainedTokenizerFast, pairs: list[dict], counts: Counter, on_bad_row: str) -> Iterator:
     """(place, what `_render` gives) of each pair that the chat template writes whole."""
     lacks = {what for what in set().union(*map(holds, pairs)) if not writes(tokenizer, what)}
     refused = {i: f"no {', '.join(sorted(own))}" for i, pair in enumerate(pairs) if (own := holds(pair) & lacks)}
-    places = [i for i in range(len(pairs)) if i not in refused]
-    try:
-        rendered = _render(tokenizer, [pairs[i] for i in places])
-    except Exception:  # a template raises anything, of one of them
-        rendered = []
-        for i in places:
-            try:
-                rendered += _render(tokenizer, [pairs[i]])
-            except Exception as error:
-                refused[i] = str(error)[:100]
+    places, rendered = [i for i in range(len(pairs)) if i not in refused], {}
+    todo = [[i] for i in places] if any("tools" in pair for pair in pairs) else [places] * bool(places)
+    for some in todo:  # which grows
+        try:
+            rendered |= zip(some, _render(tokenizer, [pairs[i] for i in some]), strict=True)
+        except Exception as error:  # a template raises anything, of one of them
+            refused |= {i: str(error)[:100] for i in some if len(some) == 1}
+            todo += [[i] for i in some if len(some) > 1]
     if refused and on_bad_row != "drop":
         numbers = ", ".join(str(pairs[i].get("row", i)) for i in [*refused][:5]) + ", ..." * (len(refused) > 5)
         found = f"{len(refused)} pairs that it does not write whole ({next(iter(refused.values()))}): rows {numbers}"
         fix = "another model, or leave them out and have them counted: --set dataset.on_bad_row=drop"
         raise StudyError("the model's chat template", found, "a template that writes all of a pair", fix)
     counts.update(refused_by_template=len(refused))
-    return zip([i for i in places if i not in refused], rendered, strict=True)
+    return iter(rendered.items())
 
 
 def encode_pairs(

@@ -18,9 +18,9 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from lib.errors import StudyError
 
@@ -63,8 +63,7 @@ _LINE_STYLES = {"bullets": re.compile(r"^- (\w+)$"), "numbers": re.compile(r"^\d
 _SYMBOLS_PER_ITEM = 2  # a number and its point, or a comma: what the three styles need
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the last user turn asks for, earlier turns taken into account."""
 
     topic: str

@@ -5,6 +5,7 @@ The folder holds question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.
 fastchat/llm_judge/data/mt_bench, where the prompts lie in the folder above. None of it is part of this repository.
 """
 
+import itertools
 from pathlib import Path
 
 from lib import hub, record
@@ -52,18 +53,16 @@ def digest(question: dict) -> str:
     return record.digest(question["turns"])
 
 
+def temperature_of(question: dict) -> float:
+    return TEMPERATURES.get(question["category"], 0.7)
+
+
 def batches(bench: dict, size: int, count: int | None = None) -> list[tuple[float, list[dict]]]:
     """(temperature, questions) in a fixed order: a resumed member samples the same batches as an undisturbed one.
     `count`: only the first so many questions."""
-    by_temperature: dict[float, list[dict]] = {}
-    for number in sorted(bench["questions"])[:count]:
-        question = bench["questions"][number]
-        by_temperature.setdefault(TEMPERATURES.get(question["category"], 0.7), []).append(question)
-    return [
-        (temperature, rows[start : start + size])
-        for temperature, rows in sorted(by_temperature.items())
-        for start in range(0, len(rows), size)
-    ]
+    rows = sorted((bench["questions"][number] for number in sorted(bench["questions"])[:count]), key=temperature_of)
+    alike = [(t, list(mine)) for t, mine in itertools.groupby(rows, temperature_of)]
+    return [(t, mine[start : start + size]) for t, mine in alike for start in range(0, len(mine), size)]
 
 
 def answer(

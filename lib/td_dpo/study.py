@@ -137,7 +137,7 @@ class Training(config.Schedule):
     per_device_train_batch_size: Count
     # Of a forward pass (rows x longest row): a step's pairs, by length, in such passes.
     token_budget: Count | None = None
-    gradient_accumulation_steps: Count | None = None  # derived; a stated value is only checked
+    gradient_accumulation_steps: Count | None = None  # derived from the global batch; a stated value is only checked
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     save_steps: Count | None = None  # null: when validation is best and at the end
     evaluation_strategy: Literal["steps"] | None = Field(None, exclude=True)
@@ -167,11 +167,6 @@ class Training(config.Schedule):
     def numbers(self) -> dict:
         """The section without what changes no number of a training."""
         return self.model_dump(exclude={key.removeprefix("training.") for key in NOT_NUMBERS})
-
-    def accumulation(self, devices: int) -> int:
-        """Micro-batches per optimizer step on each device: what makes the global batch. A stated value never overrides
-        it."""
-        return max(1, self.global_batch_size // (self.per_device_train_batch_size * devices))
 
 
 class Loss(Section):
