@@ -25,7 +25,6 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -664,8 +663,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
 # ---- members: the grid's cells times its seeds; and a run's trial form, which has one
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One training: a cell of the run's grid with one seed. `run` has the cell's values in place."""
 
     run: Run

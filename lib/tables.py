@@ -4,6 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -87,8 +88,7 @@ def _state(folder: Path) -> dict:
 # ---- tables for people
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table that shows itself in a notebook. The first column names the rows."""
 
     frame: pd.DataFrame

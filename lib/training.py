@@ -12,13 +12,13 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -42,11 +42,7 @@ def rank() -> int:
 
 def all_gather(value: Any) -> list:
     """The processes' values, by rank."""
-    if world() == 1:
-        return [value]
-    values: list = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
+    return gather_object([value])
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:
@@ -202,8 +198,7 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
 # ---- training ----
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """How a training ended. `step`: steps done, or the step that diverged. `best_step` and `best`: the checkpoint of
     the best evaluation (the earliest of equals), None where none is chosen."""
 

@@ -11,8 +11,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -25,15 +25,13 @@ MINUTES = {"laptop": 15.0, "small": 60.0}  # of `full`, for all that comes after
 TIMES = "times"  # in the place of a cell: what is measured in processes of its own
 
 
-@dataclass
-class Round:
+class Round(NamedTuple):
     what: str
     steps: list[plan.Step]
     until: float = math.inf  # by time.monotonic(): a step that is predicted to end later is postponed
 
 
-@dataclass
-class Open:
+class Open(NamedTuple):
     """A claim without a word, from its row of claims.json; `arms`: (run, cell) of all that it compares."""
 
     study: str

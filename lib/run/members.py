@@ -16,9 +16,8 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -55,8 +54,7 @@ def archive(folder: Path) -> None:
     folder.rename(attempts / f"{folder.name}.{record.next_number(attempts, folder.name + '.*')}")
 
 
-@dataclass
-class Job:
+class Job(NamedTuple):
     run: Any
     members: list
     folders: dict[str, Path]
@@ -159,19 +157,14 @@ def measured(place: Path) -> str | None:
 def submit(run, members: list | None = None, *, subfolder: str = "members") -> Job:
     """Queue every member whose record is not up to date; the others are used as they are."""
     members = config.members(run) if members is None else members
-    job, reasons = Job(run, members, {}, {}), {}
-    for member in members:
-        folder = Path(run.results_dir) / run.run_id / subfolder / member.id
-        job.folders[member.id] = folder
-        if not (reason := stale(member, folder)):
-            work.drop_training_state(folder)  # where it was killed just after its sentinel
-            continue
-        reasons[member.id] = reason
+    folders = {m.id: Path(run.results_dir) / run.run_id / subfolder / m.id for m in members}
+    reasons = {m.id: reason for m in members if (reason := stale(m, folders[m.id]))}
+    for member_id in folders.keys() - reasons.keys():
+        work.drop_training_state(folders[member_id])  # where it was killed just after its sentinel
     late = [member for member in members if member.id in reasons]
     if late:
         prepare_inputs(*(member.run for member in late))
-    for member in late:
-        job.tasks[member.id] = _member_task(member, job.folders[member.id])
+    job = Job(run, members, folders, {m.id: _member_task(m, folders[m.id]) for m in late})
     for task in job.tasks.values():
         _start(task, work.train)
     print(f"{len(members)} members: {len(members) - len(job.tasks)} cached, {len(job.tasks)} to train")
