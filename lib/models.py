@@ -149,8 +149,7 @@ def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = 
 def float32_trainables(model: nn.Module) -> nn.Module:
     """`model`, every trainable parameter of which is now float32; there is at least one."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise AssertionError("the model has no trainable parameter")
+    assert trainable, "the model has no trainable parameter"
     for parameter in trainable:
         parameter.data = parameter.data.float()
     return model

@@ -1,6 +1,7 @@
 """The GRAFF study: the sections of its run YAML, the names others know it by, its checks, and its two entries,
 `prepare` (what all members share) and `train` (one member). Imports no torch until one of these is called."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,11 +187,6 @@ def recognizes(raw: dict) -> bool:
     return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
 
 
-def train_rows(run: Run) -> int | None:
-    rows = GSM8K_ROWS - run.dataset.dev_size if run.dataset.name == "openai/gsm8k" else None
-    return min(rows, run.dataset.limit or rows) if rows else None
-
-
 def steps(run: Run) -> int | None:
     """The cap on top of the budget, or what `seconds_per_step` fits into it: how many it allows shows only when it
     runs."""
@@ -219,7 +215,9 @@ def trial_changes(run: Run) -> dict[str, Any]:
 
 
 def check(run: Run) -> Iterator[Finding]:
-    dataset, rows, count, name = run.dataset, train_rows(run), run.model.parameter_count, run.model.name
+    dataset, count, name = run.dataset, run.model.parameter_count, run.model.name
+    rows = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else math.inf
+    rows = min(rows, dataset.limit or rows)
     yield from config.check_batch(run.training, run.training.micro_batch_size)
     yield from _check_scheduler(run)
     if dataset.eval_split == "test" and run.optuna.search_space:
@@ -227,7 +225,7 @@ def check(run: Run) -> Iterator[Finding]:
     buffer, key = dataset.shuffle_buffer, "dataset.shuffle_buffer"
     if buffer is not None and not dataset.streaming:
         yield Finding("warning", key, "read when streaming only: every epoch is shuffled whole", "shuffle_buffer: null")
-    elif buffer is not None and rows is not None and buffer > rows:
+    elif buffer is not None and buffer > rows:
         yield Finding("warning", key, f"{buffer} for {rows} training rows: a full shuffle", "shuffle_buffer: null")
     if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
         fix = "--set dataset.name=..., or its values in their sections"

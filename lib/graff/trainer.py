@@ -5,7 +5,6 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,12 +153,6 @@ def energy_to_level(joules: list, exact_match: list, level: float | None) -> flo
 # ---- what a step looks at
 
 
-def blocks_of(names: Iterable[str]) -> Tensor:
-    """(P,) the block of each trained tensor: 2 layer + (1 for mlp)."""
-    places = [BLOCK.search(name).groups() for name in names]
-    return torch.tensor([2 * int(layer) + (kind == "mlp") for layer, kind in places])
-
-
 class Probes:
     """What a step looks at in a model with adapters: token losses, entropies, the secant on one micro-batch, losses
     along a direction. `frequent` (V',) are the vocabulary rows that entropies are over."""
@@ -167,7 +160,8 @@ class Probes:
     def __init__(self, model, frequent: Tensor):
         self.base: PreTrainedModel = model.get_base_model()
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.parameters, self.blocks = [p for _, p in named], blocks_of(n for n, _ in named)
+        self.parameters, places = [p for _, p in named], [BLOCK.search(name).groups() for name, _ in named]
+        self.blocks = torch.tensor([2 * int(layer) + (kind == "mlp") for layer, kind in places])  # (P,) of each
         self.layers = self.base.config.num_hidden_layers
         self.frequent = frequent.to(self.base.device)
         self.size = sum(p.numel() for p in model.parameters())

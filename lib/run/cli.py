@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, compose, decide, fetch, pages, plan, pool, progress, runner, wandb
+from lib.run import check, cluster, compose, decide, fetch, judge_table, pages, plan, pool, progress, runner, wandb
 
 COMMANDS = {
     "full": "the paper's scale",
@@ -100,14 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         # last.
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(more or ["tests"])], cwd=config.ROOT)
-    if command == "lab":
-        lab(more)
-    if command == "compose":
-        return report_errors(lambda: compose.main(more))
-    if command == "judge-table":
-        from lib.run import judge_table  # pandas, which no other command needs here
-
-        return report_errors(lambda: judge_table.main(more))
+    apart = {"lab": lab, "compose": compose.main, "judge-table": judge_table.main}  # which have options of their own
+    if command in apart:
+        return report_errors(lambda: apart[command](more))
     options = parser().parse_args(argv)
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")

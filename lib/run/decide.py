@@ -294,11 +294,8 @@ class Spending:
 
     def word_of(self, claim: Open) -> tuple[Open, int]:
         """The seeds at which a word is expected of it, its last look's at most."""
-        last = self.last_look(claim)
+        last = self.looks_of(claim.study)[-1]
         return claim, min(claim.enough or last, last)
-
-    def last_look(self, claim: Open) -> int:
-        return self.looks_of(claim.study)[-1]
 
     def cost(self, asked: list[tuple[Open, int]]) -> float:
         """Predicted seconds to bring what these claims compare to so many seeds."""
@@ -326,9 +323,10 @@ class Spending:
         """What open claims would take, for the pages too, and what there was no time for."""
         prices = {study: {} for study in self.published}
         for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
-            seeds, unit = claim.enough or self.last_look(claim), "processes" if claim.is_timed else "seeds"
+            last, unit = self.looks_of(claim.study)[-1], "processes" if claim.is_timed else "seeds"
+            seeds = claim.enough or last
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
-            chance += f" (its last look is at {self.last_look(claim)})" if seeds > self.last_look(claim) else ""
+            chance += f" (its last look is at {last})" if seeds > last else ""
             price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"
             prices[claim.study][claim.id] = price
             if self.has_more(claim):

@@ -26,8 +26,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lib import config, record
 from lib.errors import MissingError, StudyError
@@ -56,8 +56,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 # ---- what W&B is to hold, read from the record
 
 
-@dataclass
-class Entry:
+class Entry(NamedTuple):
     """One W&B run. `init`: what `wandb.init` is called with; `config`: the settings, and as `record` what it states of
     the record that it was sent; `files`: {name on W&B: local path}, the name being the path below the study's results
     folder; `finished`: its record is final."""
@@ -335,7 +334,7 @@ def send_all(folders: list[Path], **address: str) -> int:
     left = [entry for folder in folders for entry in entries(folder)]
     sender, looked, sent = Sender("online"), len(left), 0
     for entry in left:
-        entry.init |= {key: value for key, value in address.items() if value}
+        entry.init.update({key: value for key, value in address.items() if value})
     for seconds in range(4):  # what was sent is looked at again; its server may take a moment to show it
         time.sleep(seconds)
         left = [entry for entry in left if sender.send(entry, True)]

@@ -358,11 +358,7 @@ def _render_all(tokenizer: PreTrainedTokenizerFast, pairs: list[dict], counts: C
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: list[dict],
-    max_length: int | None = None,
-    max_prompt: int | None = None,
-    on_bad_row: str = "refuse",
+    tokenizer, pairs: list[dict], max_length: int | None = None, max_prompt: int | None = None, on_bad_row="refuse"
 ) -> tuple[list[Row], dict[str, int]]:
     """Rows of token ids and counts for the record: pairs kept, dropped, truncated (`eos_dropped`: their answers), with a
     prompt that was truncated or is no prefix. Pairs that the chat template cannot write (a system turn, tools) are an

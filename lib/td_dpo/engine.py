@@ -385,14 +385,7 @@ def _end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
 
 @torch.inference_mode()
 def sample(
-    model: torch.nn.Module,
-    tokenizer,
-    prompts: Sequence[Sequence[dict]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
+    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, temperature: float, seed: int, batch_size: int
 ) -> list[dict]:
     """One answer per prompt (a list of messages ending with a user turn), in the order of `prompts`.
 
@@ -400,7 +393,7 @@ def sample(
     Each answer: "prompt_ids"; "ids", with the end token if the model gave one; "text" without special tokens;
     "finished", whether it ended by itself. temperature 0 is greedy.
     """
-    prompt_ids = conversation_ids(tokenizer, [list(prompt) for prompt in prompts], add_generation_prompt=True)
+    prompt_ids = conversation_ids(tokenizer, prompts, add_generation_prompt=True)
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand((len(prompts), max_new_tokens), generator=generator, dtype=torch.float64)
     ends = _end_tokens(model, tokenizer)
