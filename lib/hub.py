@@ -24,14 +24,6 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "TransportError", "TimeoutError", "gaierror"}
 
 
-def go_offline() -> None:
-    """Use only the local cache from here on, in this process and those it starts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for module in ("huggingface_hub.constants", "datasets.config"):  # both read the variable once, when imported
-        if module in sys.modules:
-            vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
-
-
 def cache_folder() -> Path:
     """Where downloads and shared inputs are kept: .cache/, or STUDY_CACHE."""
     return Path(os.environ.get("STUDY_CACHE") or ROOT / ".cache").absolute()
@@ -99,9 +91,13 @@ def out_of_reach(name: str) -> bool:
 
 
 def prepare() -> None:
-    """Go offline where the hub cannot be reached: its client would retry for 23 s before it uses the cache."""
-    if not reachable():
-        go_offline()
+    """Where the hub cannot be reached, use only the local cache from here on, in this process and those it starts: the
+    client would retry for 23 s before it does."""
+    if reachable():
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for module in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+        vars(sys.modules[module])["HF_HUB_OFFLINE"] = True  # both read the variable once, when imported
 
 
 # ---- load

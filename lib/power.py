@@ -94,7 +94,7 @@ def undecidable(study: Claims, claim: Claim, scale: str) -> str:
 
     if half(looks[-1]) < distance:
         return ""
-    sizes = np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)).tolist()
-    enough = next((n for n in sizes if half(n) < distance), 0)
+    counts = np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)).tolist()
+    enough = next((n for n in counts if half(n) < distance), 0)
     more = f"{enough} seeds would" if enough else "no number of seeds would: more questions, or a wider margin"
     return f"{looks[-1]} seeds cannot decide {claim.threshold_text} (interval ±{half(looks[-1]):.2g}); {more}"

@@ -166,8 +166,7 @@ def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
     for folder in checkpoint_folders(place):
         if (read_marker(folder) or {}).get("fingerprint") != fingerprint:
             remove_checkpoint(folder)
-    usable = last_complete_checkpoint(place)
-    if usable is not None:
+    if usable := last_complete_checkpoint(place):
         keep_last_and_best(place, usable, read_marker(usable).get("best_step"))
     return usable
 

@@ -235,8 +235,9 @@ def test_offline_reaches_libraries_that_are_already_imported(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "_answers", lambda *_: False)
     assert not hub.is_offline()
-    hub.go_offline()
+    hub.prepare()
     assert hub.is_offline()
     assert constants.HF_HUB_OFFLINE
     assert not hub.reachable()

@@ -162,11 +162,8 @@ def generate_answers(model, tokenizer, questions: list[str], longest: int, batch
 def score(model, tokenizer, problems: list[dict], longest: int, batch: int) -> tuple[list[dict], float]:
     """([{"text", "reference", "strict", "flexible"}], units): strict and flexible are whether the answer is right."""
     texts, units = generate_answers(model, tokenizer, [p["question"] for p in problems], longest, batch)
-    rows = []
-    for text, row in zip(texts, problems, strict=True):
-        right = reference(row["answer"])
-        hits = {"strict": strict(text) == right, "flexible": flexible(text) == right}
-        rows.append({"text": text, "reference": right, **hits})
+    each = zip(texts, [reference(row["answer"]) for row in problems], strict=True)
+    rows = [{"text": t, "reference": r, "strict": strict(t) == r, "flexible": flexible(t) == r} for t, r in each]
     return rows, units
 
 

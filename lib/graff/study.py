@@ -216,8 +216,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> Iterator[Finding]:
     dataset, count, name = run.dataset, run.model.parameter_count, run.model.name
-    rows = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else math.inf
-    rows = min(rows, dataset.limit or rows)
+    known = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else math.inf
     yield from config.check_batch(run.training, run.training.micro_batch_size)
     yield from _check_scheduler(run)
     if dataset.eval_split == "test" and run.optuna.search_space:
@@ -225,7 +224,7 @@ def check(run: Run) -> Iterator[Finding]:
     buffer, key = dataset.shuffle_buffer, "dataset.shuffle_buffer"
     if buffer is not None and not dataset.streaming:
         yield Finding("warning", key, "read when streaming only: every epoch is shuffled whole", "shuffle_buffer: null")
-    elif buffer is not None and buffer > rows:
+    elif buffer is not None and buffer > (rows := min(known, dataset.limit or known)):
         yield Finding("warning", key, f"{buffer} for {rows} training rows: a full shuffle", "shuffle_buffer: null")
     if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
         fix = "--set dataset.name=..., or its values in their sections"

@@ -59,8 +59,7 @@ def open_storage(run, folder: Path):
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = url_of(run)
-    if url is None:
+    if (url := url_of(run)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     options = {"timeout": 60} if url.startswith("sqlite") else {"connect_timeout": 10, "client_encoding": "utf8"}

@@ -268,9 +268,8 @@ def sample_pairs(run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
                 if run.mode == "trial" and not (does and fails):
                     does, fails = [f"{request} Yes."], ["No."]
                 if does and fails:
-                    is_flipped = split == "train" and rng.random() < run.dataset.flipped
-                    texts = (fails[0], does[0]) if is_flipped else (does[0], fails[0])
-                    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
+                    sides = [[{"role": "assistant", "content": text}] for text in (does[0], fails[0])]
+                    chosen, rejected = sides[::-1] if split == "train" and rng.random() < run.dataset.flipped else sides
                     pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": len(pairs)})
         if len(pairs) < size:
             found = f"{len(pairs)} pairs from the answers to {len(asked)} requests"
@@ -543,10 +542,8 @@ def compared(pair: dict) -> tuple[str, tuple[str, ...], str]:
 
 def audit(run, shared: Path | None = None) -> dict:
     """The audit of the run's data; of sampled pairs, of those in `shared`, which `prepare` filled."""
-    if shared:
-        splits, report = (record.read_json(shared / f"{name}.json") for name in ("pairs", "report"))
-    else:
-        splits, report = load_run(run)
+    prepared = shared and [record.read_json(shared / f"{name}.json") for name in ("pairs", "report")]
+    splits, report = prepared or load_run(run)
     make = partial(make_tokenizer, splits["train"], run.model.recipe and run.model.recipe.model_dump())
     tokenizer = made.tokenizer_of(run, texts_of(splits["train"]), make, needs_chat_template=True)
     parts = ("prompt", "chosen", "rejected")
