@@ -108,7 +108,7 @@ def test_a_glue_folder_needs_no_other_setting(tmp_path, task, columns, labels):
             for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = laptop(**{"dataset.name": str(folder), "model.recipe.pretrain_steps": 2})
+    run = laptop(**{"dataset.name": str(folder), "dataset.tuning_fraction": 0.1, "model.recipe.pretrain_steps": 2})
     assert [f for f in check.findings(run) if f.level == "error"] == []
     made = tmp_path / "inputs"
     made.mkdir()
@@ -207,3 +207,14 @@ def test_a_text_of_unknown_words_does_not_stop_pretraining():
     corrupted, replaced = data.replace_tokens(ids, ids == 1, torch.Generator().manual_seed(0))
     assert torch.equal(corrupted[1], ids[1])
     assert not replaced[1].any()
+
+
+def test_label_noise_moves_a_share_of_labels_of_train_and_tuning_and_none_of_validation():
+    dataset = {"dataset.train_examples": 2000, "dataset.validation_examples": 20, "dataset.split_seed": 3}
+    runs = [laptop(**dataset, **{"dataset.label_noise": share}) for share in (0.2, 0.0)]
+    noisy, right = (data.load_splits(run.dataset, "generated")[0] for run in runs)
+    assert noisy["validation"] == right["validation"]
+    for split in ("train", "tuning"):
+        assert [row["text_b"] for row in noisy[split]] == [row["text_b"] for row in right[split]]
+        moved = [a["label"] != b["label"] for a, b in zip(noisy[split], right[split], strict=True)]
+        assert np.mean(moved) == pytest.approx(0.2, abs=0.04)

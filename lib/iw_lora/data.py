@@ -61,6 +61,12 @@ def generate(count: int, seed: int) -> list[dict]:
     return [rows[i] for i in np.random.default_rng([seed, count]).permutation(count)]
 
 
+def mislabel(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """`rows`, about a `share` of them with the other label."""
+    wrong = np.random.default_rng([seed, len(rows)]).random(len(rows)) < share
+    return [{**row, "label": row["label"] ^ int(other)} for row, other in zip(rows, wrong, strict=True)]
+
+
 def generate_corpus(count: int, seed: int) -> list[tuple[str, str]]:
     """Unlabeled pairs of sentences for pretraining: a fact, and the same fact again (always truly)."""
     generators = (np.random.default_rng([seed, place, 1]) for place in range(count))
@@ -113,7 +119,8 @@ def load_splits(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
     """(rows by split, those of the task `generated` made here; the reader's report)."""
     if task == "generated":
         sizes, report = (dataset.train_examples or 64, dataset.validation_examples or 64), {}
-        splits = {"train": generate(sizes[0], dataset.split_seed), "validation": generate(sizes[1], JUDGED)}
+        train = mislabel(generate(sizes[0], dataset.split_seed), dataset.label_noise, dataset.split_seed)
+        splits = {"train": train, "validation": generate(sizes[1], JUDGED)}
     else:
         splits, report = read_task(dataset, task)
     train = splits["train"]
@@ -141,11 +148,12 @@ def bag_of_words(splits: dict) -> float | None:
 
 # ---- the small base model: a word tokenizer and a tiny DeBERTa-v2, pretrained without labels
 # By replaced-token detection: some tokens are replaced by others of the same text (in place of ELECTRA's generator
-# network), and the encoder learns, token by token, which ones were: binary cross-entropy.
+# network), and the encoder learns, token by token, which ones were, and at [CLS] whether any was: binary cross-entropy.
+# Without the latter [CLS], which classifiers read, holds nothing of use, and where training found it was luck.
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 WORDS = pre_tokenizers.BertPreTokenizer()
-REPLACED = 0.15
+REPLACED = 0.5  # largest share of a row's tokens; each row has its own, so that there are easy and hard ones
 LONGEST = 64
 PRETRAINING_PAIRS = 20_000
 OTHER_VOCABULARY = 8192  # words at most for text that is not generated
@@ -178,7 +186,8 @@ def tiny_deberta(recipe: dict, tokens: int, pad: int) -> DebertaV2Model:
 def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(corrupted ids, 1.0 where a token now differs), both (B, L). A replacement is a token from elsewhere in the same
     row, which only its place betrays; special tokens (`special`, bool) are neither replaced nor drawn."""
-    chosen = (torch.rand(ids.shape, generator=generator) < REPLACED) & ~special
+    shares = REPLACED * torch.rand(len(ids), 1, generator=generator)
+    chosen = (torch.rand(ids.shape, generator=generator) < shares) & ~special
     drawn = (~special).float()
     drawn[drawn.sum(1) == 0] = 1.0  # a row of special tokens alone (all its words unknown): nothing is replaced there
     places = torch.multinomial(drawn, ids.shape[1], replacement=True, generator=generator)
@@ -203,6 +212,7 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         special = torch.isin(padded["input_ids"], marks)
         corrupted, replaced = replace_tokens(padded["input_ids"], special, generator)
+        special[:, 0], replaced[:, 0] = False, replaced.amax(1)  # [CLS]
         hidden = model(input_ids=corrupted, attention_mask=padded["attention_mask"]).last_hidden_state
         logits = head(hidden).squeeze(-1)
         return nn.functional.binary_cross_entropy_with_logits(logits[~special], replaced[~special])

@@ -86,8 +86,9 @@ class Dataset(config.Data):
     splits: Splits = Splits()
     max_seq_length: Count = 256
     preprocessing: Preprocessing = Preprocessing()
-    train_examples: Count | None = None  # these two are for generated data
+    train_examples: Count | None = None  # these three are for generated data
     validation_examples: Count | None = None
+    label_noise: Fraction = 0.0  # share of train's rows, tuning's too, that get the other label
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real data
 
