@@ -17,10 +17,11 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lib.errors import StudyError
 
+T = TypeVar("T")
 FINISHED = ("completed", "diverged")  # both are results; anything else is not
 TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind
 
@@ -133,7 +134,7 @@ def count(phase: str, number: int) -> None:
     """Batch `number` of a phase begins: told to nobody, unless `check` watches (lib/run/watch.py takes its place)."""
 
 
-def batches(phase: str, items: Iterable) -> Iterator:
+def batches(phase: str, items: Iterable[T]) -> Iterator[T]:
     """`items`, counted: a trial may take two at most in each phase that touches data."""
     for number, item in enumerate(items, 1):
         count(phase, number)

@@ -340,13 +340,14 @@ def _render_all(tokenizer: PreTrainedTokenizerFast, pairs: list[dict], counts: C
     lacks = {what for what in set().union(*map(holds, pairs)) if not writes(tokenizer, what)}
     refused = {i: f"no {', '.join(sorted(own))}" for i, pair in enumerate(pairs) if (own := holds(pair) & lacks)}
     places, rendered = [i for i in range(len(pairs)) if i not in refused], {}
-    todo = [[i] for i in places] if any("tools" in pair for pair in pairs) else [places] * bool(places)
-    for some in todo:  # which grows
+    if places and not any("tools" in pair for pair in pairs):
+        with contextlib.suppress(Exception):  # a template raises anything, of one of them
+            rendered = dict(zip(places, _render(tokenizer, [pairs[i] for i in places]), strict=True))
+    for i in [] if rendered else places:
         try:
-            rendered |= zip(some, _render(tokenizer, [pairs[i] for i in some]), strict=True)
-        except Exception as error:  # a template raises anything, of one of them
-            refused |= {i: str(error)[:100] for i in some if len(some) == 1}
-            todo += [[i] for i in some if len(some) > 1]
+            (rendered[i],) = _render(tokenizer, [pairs[i]])
+        except Exception as error:
+            refused[i] = str(error)[:100]
     if refused and on_bad_row != "drop":
         numbers = ", ".join(str(pairs[i].get("row", i)) for i in [*refused][:5]) + ", ..." * (len(refused) > 5)
         found = f"{len(refused)} pairs that it does not write whole ({next(iter(refused.values()))}): rows {numbers}"
@@ -357,7 +358,11 @@ def _render_all(tokenizer: PreTrainedTokenizerFast, pairs: list[dict], counts: C
 
 
 def encode_pairs(
-    tokenizer, pairs: list[dict], max_length: int | None = None, max_prompt: int | None = None, on_bad_row="refuse"
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[dict],
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    on_bad_row: str = "refuse",
 ) -> tuple[list[Row], dict[str, int]]:
     """Rows of token ids and counts for the record: pairs kept, dropped, truncated (`eos_dropped`: their answers), with a
     prompt that was truncated or is no prefix. Pairs that the chat template cannot write (a system turn, tools) are an

@@ -62,7 +62,7 @@ def requests(folder: Path, model: str, data: str | None = None) -> list[dict]:
     asked, texts = [], {}
     for row in sorted(answers, key=lambda row: (row["question"], row["turn"])):
         question = bench["questions"].get(row["question"])
-        if question is None or row["asked"] != record.digest(question["turns"]):
+        if question is None or row["asked"] != mt_bench.digest(question):
             found = f"question {row['question']} was answered in other words than {place} has"
             raise StudyError(str(folder), found, "the MT-Bench that was answered", "--data DIR with that one")
         texts.setdefault(row["question"], []).append(row["text"])

@@ -29,9 +29,6 @@ PUBLISHED |= dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALID
 GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
 
 
-FRACTION = AliasChoices("validation_fraction", AliasPath("split", "val"))  # the published files' split: {val: 0.1}
-
-
 class Recipe(Section):
     """How the small Llama of `model.name: made` is made: SFT on the data set's own training answers."""
 
@@ -111,7 +108,9 @@ class Dataset(config.Data):
     train_pairs: Count | None = None
     validation_pairs: Count | None = None
     test_pairs: Count | None = None
-    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(0.1, validation_alias=FRACTION)
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(
+        0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
+    )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
     preprocessing: Preprocessing = Preprocessing()
