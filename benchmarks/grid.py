@@ -1,14 +1,14 @@
 """Wall-clock of a whole grid: this repository's runner against trl.DPOTrainer run cell by cell.
 
-    python -m benchmarks.grid                       48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop
-    scale python -m benchmarks.grid --trl-cells 6         the same with only 6 cells of TRL, whose mean stands for the
-    others python -m benchmarks.grid --data PATH           the same on real chat pairs, with a made model of
-    preference_step.py's
-                                                    vocabulary, width and depth
+    python -m benchmarks.grid                   48 cells each (12 cells of TD-DPO, 4 of DPO, three seeds), laptop scale
+    python -m benchmarks.grid --trl-cells 6     the same with only 6 cells of TRL, whose mean stands for the others
+    python -m benchmarks.grid --scale small     16 cells (one seed): a pretrained model, adapters on its last 8 layers
+    python -m benchmarks.grid --data PATH       the laptop's on real chat pairs, with a made model of preference_step.py's
+                                                vocabulary, width and depth
 
-Both train the same made model on the same generated pairs with the same steps, batches, evaluations (validation
-implicit accuracy every 40 steps) and kept checkpoints. Neither samples answers, and neither is charged for making the
-model; ours also scores the test pairs, analyses and writes its pages.
+Both train the same model on the same pairs with the same trained layers, steps, batches, evaluations (validation
+implicit accuracy every eval_steps) and kept checkpoints. Neither samples answers while it trains, and neither is charged
+for making the model and the pairs; ours also scores the test pairs, analyses and writes its pages.
 
 Ours is `python -m lib full`: notebooks, a pool of forked members, one thread and one core each. TRL is run in two ways,
 with all cores and with its reference precomputed and cached on disk. At its best: one process that loops over the
@@ -48,7 +48,8 @@ ARMS = {"best": "TRL at its best, one process", "shipped": "TRL as shipped, a pr
 
 
 def study(folder: Path, smallest: bool, data: str | None = None) -> None:
-    """The laptop's YAMLs of both methods, every cell with every seed; what TRL would not do as well is left out.
+    """The YAMLs of both methods at the scale that `folder` is called, every cell with three seeds, with one at small
+    scale; what TRL would not do as well is left out.
 
     With `data`, real pairs and the vocabulary, width and depth of preference_step.py's model: ten steps of 8 pairs a
     cell, so that it ends within the hour.
@@ -63,15 +64,18 @@ def study(folder: Path, smallest: bool, data: str | None = None) -> None:
             rows = found[split][: 64 if smallest else count]
             (folder / "pairs" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     for method in METHODS:
-        run = yaml.safe_load((ROOT / "params/td_dpo/laptop" / f"{method}.yaml").read_text())
+        run = yaml.safe_load((ROOT / "params/td_dpo" / folder.name / f"{method}.yaml").read_text())
         grid = {"beta": [0.01, 0.05, 0.5, 2.5]} | ({"tau": [0.5, 1.0, 2.0]} if method == "td_dpo" else {})
-        run |= {"role": "comparative", "grid": [{"product": grid}]}  # the proposed run also times steps against DPO's
+        seeds = [42] if folder.name == "small" else [42, 43, 44]
+        # the proposed run also times steps against DPO's
+        run |= {"role": "comparative", "grid": [{"product": grid}], "seed_list": seeds}
         run["evaluation"] |= {"judge": "none", "kl_prompts": 0}
         run["optuna"] |= {"n_trials": 0}
         if smallest:
             run |= {"grid": [{"product": {key: values[:1] for key, values in grid.items()}}], "seed_list": [42]}
             run["training"] |= {"max_steps": 4, "eval_steps": 2, "save_steps": 2}
-            run["model"]["recipe"] |= {"vocab_size": 384, "hidden_size": 32, "layers": 2, "sft_steps": 2}
+            if recipe := run["model"].get("recipe"):
+                recipe |= {"vocab_size": 384, "hidden_size": 32, "layers": 2, "sft_steps": 2}
             run["dataset"] |= {"train_pairs": 32, "validation_pairs": 8, "test_pairs": 8}
         if data:
             run["dataset"] |= {"name": str(folder / "pairs")}
@@ -90,6 +94,14 @@ def study(folder: Path, smallest: bool, data: str | None = None) -> None:
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
 
 
+def scale_of(home: Path) -> str:
+    return next((home / "params/td_dpo").iterdir()).name
+
+
+def records_of(home: Path) -> Path:
+    return home / "outputs" / f"{scale_of(home)}-full" / "td_dpo"
+
+
 def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[str], dict]:
     environment = {
         **os.environ,
@@ -106,7 +118,7 @@ def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[
         "lib",
         *arguments,
         "--scale",
-        "laptop",
+        scale_of(home),
         "--params",
         str(home / "params"),
         *slots,
@@ -130,7 +142,7 @@ def ours(home: Path, jobs: int | None) -> dict:
         """When each run's first optimizer step was recorded."""
         while not over.wait(0.02):
             for method in METHODS:
-                recorded = (home / "outputs/laptop-full/td_dpo" / method).glob("members/*/history.jsonl")
+                recorded = (records_of(home) / method).glob("members/*/history.jsonl")
                 if method not in first and any(path.stat().st_size for path in recorded):
                     first[method] = time.time()
 
@@ -143,7 +155,7 @@ def ours(home: Path, jobs: int | None) -> dict:
     watcher.join()
     if done.returncode:
         sys.exit(f"the grid failed with {done.returncode}:\n{done.stdout[-3000:]}")
-    records = home / "outputs/laptop-full/td_dpo"
+    records = records_of(home)
     members = [path.parent for path in records.glob("*/members/*/metrics.json")]
     whole = sum(json.loads((m / "metrics.json").read_text())["seconds"] for m in members)
     steps = sum(json.loads(row)["seconds"] for m in members for row in (m / "timing.jsonl").read_text().splitlines())
@@ -184,11 +196,12 @@ def trl(spec: dict) -> None:
     import transformers
     import trl.trainer.utils
     from datasets import Dataset, disable_progress_bars, load_from_disk
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig
 
     from benchmarks.preference_arms import Stock
-    from lib.td_dpo import member as td_dpo
+    from lib import models
 
     torch.set_num_threads(spec["threads"])
     disable_progress_bars()
@@ -196,7 +209,7 @@ def trl(spec: dict) -> None:
     transformers.utils.logging.disable_progress_bar()
     if spec["arm"] == "best":
         trl.trainer.utils._use_triton = lambda device: True  # its head scores completion tokens only, on the CPU too
-    given, training = td_dpo.load(Path(spec["shared"])), spec["training"]
+    given, training = models.load_inputs(Path(spec["shared"]), "rows"), spec["training"]
     needed = (
         training["max_steps"] * training["per_device_train_batch_size"]
     )  # a reference that is not used is not waited for
@@ -244,10 +257,16 @@ def trl(spec: dict) -> None:
                 gradient_checkpointing=False,
                 bf16=False,
             )
-            model = AutoModelForCausalLM.from_pretrained(given.base)
+            model, peft = AutoModelForCausalLM.from_pretrained(given.base, dtype="float32"), spec["peft"]
+            if peft:
+                layers = model.config.num_hidden_layers
+                trained = list(range(layers - peft["last_layers"], layers))
+                options = {k: peft[k] for k in ("lora_alpha", "lora_dropout", "target_modules")}
+                peft = LoraConfig(r=peft["lora_r"], layers_to_transform=trained, task_type="CAUSAL_LM", **options)
             trainer = Stock(
                 model,
                 args=args,
+                peft_config=peft,
                 train_dataset=rows["train"],
                 eval_dataset=rows["validation"],
                 processing_class=given.tokenizer,
@@ -271,7 +290,7 @@ def trl(spec: dict) -> None:
 
 def cells(home: Path) -> list[tuple[float, int]]:
     """(beta, seed) of every member, spread so that the first few are of all kinds."""
-    records = home / "outputs/laptop-full/td_dpo"
+    records = records_of(home)
     found = [json.loads(path.read_text()) for path in sorted(records.glob("*/members/*/member.json"))]
     found = [(m["cell"]["loss.beta"], m["seed"]) for m in found]
     return found[::7] + [cell for index, cell in enumerate(found) if index % 7]
@@ -290,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", help="real preference pairs, with a larger model (as wide and deep as preference_step.py's)"
     )
+    parser.add_argument("--scale", choices=["laptop", "small"], default="laptop")
     parser.add_argument("--smallest", action="store_true", help="two cells of a few steps: does the benchmark run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -298,15 +318,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="grid-") as place:
         home = Path(place)
-        study(home / "params/td_dpo/laptop", options.smallest, options.data)
+        study(home / "params/td_dpo" / options.scale, options.smallest, options.data)
         prepare(home, options.jobs)
         found = ours(home, options.jobs)
         todo = cells(home)
-        training = yaml.safe_load((home / "params/td_dpo/laptop/dpo.yaml").read_text())["training"]
+        run = yaml.safe_load((home / "params/td_dpo" / options.scale / "dpo.yaml").read_text())
+        training = run["training"]
         shared = next((home / "cache").glob("td_dpo/*/complete.json")).parent
         spec = {
             "threads": options.threads,
             "shared": str(shared),
+            "peft": run["model"].get("peft"),
             "training": training | {"learning_rate": float(training["learning_rate"])},
         }
         theirs = {

@@ -28,22 +28,24 @@ from benchmarks import random_llama
 from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models
-from lib.td_dpo.engine import sequence_logprobs
+from lib.td_dpo.engine import sequence_logprobs, trunk_depth
 from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import SeededOrder
 
 PAD, SEED, BETA, LEARNING_RATE = 2, 1, 0.05, 1e-5
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def base(spec: dict) -> nn.Module:
-    model = random_llama.random_llama(
-        spec["shape"],
-        quantization=spec["quantization"],
-        torch_dtype=spec["dtype"],
-        device=spec["device"],
-        gradient_checkpointing=spec["checkpointing"],
-    )
+    options = {"quantization": spec["quantization"], "torch_dtype": spec["dtype"], "device": spec["device"]}
+    if spec["model"]:
+        model = models.load_causal_lm(spec["model"], **options)
+        if spec["checkpointing"]:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        checkpointing = spec["checkpointing"]
+        model = random_llama.random_llama(spec["shape"], **options, gradient_checkpointing=checkpointing)
     models.keep_4bit_differentiable(
         model
     )  # for every arm: TRL's reference pass would else leave it without gradients on some CPUs
@@ -51,7 +53,7 @@ def base(spec: dict) -> nn.Module:
 
 
 def _lora(spec: dict) -> dict:
-    return {"lora_r": spec["lora"], "lora_alpha": 16, "target_modules": "all-linear"}
+    return {"lora_r": spec["lora"], "lora_alpha": 16, "target_modules": LINEAR, "last_layers": spec["last_layers"]}
 
 
 def same_start(model: nn.Module) -> None:
@@ -82,8 +84,9 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
     model = policy(spec)
     gate.parts.watch_policy(model)
     started = now()
+    depth = trunk_depth(model, spec["last_layers"], spec["rows"])
     with model.disable_adapter() if spec["lora"] else contextlib.nullcontext():
-        reference = sequence_logprobs(model, spec["rows"])
+        reference = sequence_logprobs(model, spec["rows"], depth=depth)
     gate.ready(now() - started)
 
     class Passing(PreferenceTrainer):
@@ -140,9 +143,10 @@ def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
     if spec["lora"]:
         from peft import LoraConfig
 
-        peft["peft_config"] = LoraConfig(
-            r=spec["lora"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        layers = spec["shape"]["num_hidden_layers"]
+        trained = list(range(layers - spec["last_layers"], layers)) if spec["last_layers"] else None
+        options = {"target_modules": LINEAR, "layers_to_transform": trained, "task_type": "CAUSAL_LM"}
+        peft["peft_config"] = LoraConfig(r=spec["lora"], lora_alpha=16, **options)
     args = DPOConfig(
         output_dir=folder,
         beta=BETA,

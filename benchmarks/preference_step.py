@@ -2,18 +2,21 @@
 
     python -m benchmarks.preference_step                   CPU, 32k vocabulary, generated pairs
     python -m benchmarks.preference_step --data PATH       the same on real chat pairs
+    python -m benchmarks.preference_step --inputs .cache/td_dpo/FOLDER --lora 16 --last-layers 8
+                                                           a small study's model and pairs, as its members find them
     python -m benchmarks.preference_step --device cuda --shape llama-2-7b --nf4 --longest 2048 --micro 1 2 4 --arms trl
     ours
 
 Each arm is a process of its own that takes a step when it is its turn (preference_arms.py says what each does), and the
 peak memory is the arm's own. Every arm is tried at each micro-batch of `--micro`
-and its fastest counts; pairs per optimizer step are the same. Weights are random: time and memory depend on the shape
-alone. Generated lengths are those of gpu_checks.py (log-normal, assumed to be like chat data) times --scale.
+and its fastest counts; pairs per optimizer step are the same. Without --inputs weights are random: time and memory depend
+on the shape alone. Generated lengths are those of gpu_checks.py (log-normal, assumed to be like chat data) times --scale.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -44,6 +47,14 @@ def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
     return {"vocab_size": vocabulary or size, "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": layers or depth, "num_attention_heads": heads, "num_key_value_heads": heads,
             "max_position_embeddings": 4096}  # fmt: skip
+
+
+def config_of(model: str) -> dict:
+    """The same of a local or hub model."""
+    from lib.models import load_causal_lm
+
+    config = load_causal_lm(model, device="meta").config
+    return {name: getattr(config, name) for name in shape_of("tiny", None, None)}
 
 
 def real_rows(path: str, count: int, vocabulary: int, longest: int) -> list[dict]:
@@ -78,7 +89,7 @@ def matmul_peak(device: str, dtype: str, seconds: float = 1.0) -> float:
 
 def useful_flops(shape: dict, rows: list[dict], rank: int) -> float:
     """Matrix products that a pair's step cannot do without, on average: each prompt once, the head at answer tokens
-    only.
+    only, of the layers those behind a frozen trunk.
 
     Attention's own products and what checkpointing recomputes are left out, so the fraction of the peak is a lower
     bound.
@@ -248,9 +259,11 @@ def conditions(options: argparse.Namespace, spec: dict, peak: float) -> str:
         [
             f"{machine}, {options.threads} threads, load {os.getloadavg()[0]:.1f}",
             f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
-            f"{options.shape} shape, {spec['shape']['vocab_size']} vocabulary, {spec['dtype']}{', NF4' * options.nf4}, "
-            + (f"LoRA r {spec['lora']}" if spec["lora"] else "all weights trained"),
-            f"{options.data or 'generated pairs'}, median tokens {medians}",
+            f"{spec['model'] or options.shape + ' shape'}, "
+            f"{spec['shape']['vocab_size']} vocabulary, {spec['dtype']}{', NF4' * options.nf4}, "
+            + (f"LoRA r {spec['lora']}" if spec["lora"] else "all weights trained")
+            + (f" on the last {spec['last_layers']} layers" if spec["last_layers"] else ""),
+            f"{options.inputs or options.data or 'generated pairs'}, median tokens {medians}",
             f"{options.batch} pairs per step, {options.rounds} rounds",
             f"matmul peak {peak / 1e12:.3f} TFLOP/s",
         ]
@@ -272,6 +285,10 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         "--checkpointing", action=argparse.BooleanOptionalAction, help="of gradients (default: on a GPU)"
     )
     parser.add_argument("--data", help="real pairs: a file, a folder or a hub id (default: generated)")
+    parser.add_argument(
+        "--inputs", type=Path, help="a folder that a TD-DPO study prepared: its model and training pairs"
+    )
+    parser.add_argument("--last-layers", type=int, help="adapters on so many of the last layers alone (default: all)")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt with one answer")
     parser.add_argument("--scale", type=float, help="of generated lengths (default: longest / 2048)")
     parser.add_argument("--batch", type=int, default=8, help="pairs per optimizer step")
@@ -291,16 +308,25 @@ def spec_of(options: argparse.Namespace) -> dict:
     """What every arm is reported: the model's shape, the tokenized pairs, the device and the batch."""
     from benchmarks.gpu_checks import pairs
 
-    cuda, shape = options.device == "cuda", shape_of(options.shape, options.vocabulary, options.layers)
+    model, cuda, shape = None, options.device == "cuda", shape_of(options.shape, options.vocabulary, options.layers)
     dtype = options.dtype or ("bfloat16" if cuda or options.nf4 else "float32")
     steps = WARM_UP + options.rounds + PROFILED
-    if options.data:
+    if options.inputs:
+        report, rows = (json.loads((options.inputs / f"{name}.json").read_text()) for name in ("report", "rows"))
+        rows, model = rows["train"][: steps * options.batch], report["base"]
+        shape = config_of(model)
+        if len(rows) < steps * options.batch:
+            sys.exit(
+                f"{options.inputs}: {len(rows)} training pairs, {steps * options.batch} needed: lower --rounds or --batch"
+            )
+    elif options.data:
         rows = real_rows(options.data, steps * options.batch, shape["vocab_size"], options.longest)
     else:
         rows = pairs(
             steps * options.batch, shape["vocab_size"], options.longest, options.scale or options.longest / 2048
         )
-    return {"shape": shape, "rows": rows, "device": options.device, "dtype": dtype, "batch": options.batch,
+    return {"shape": shape, "rows": rows, "model": model, "last_layers": options.last_layers,
+            "device": options.device, "dtype": dtype, "batch": options.batch,
             "lora": options.lora if options.lora is not None else 64 * options.nf4, "steps": steps,
             "quantization": "nf4" if options.nf4 else "none", "threads": options.threads,
             "checkpointing": cuda if options.checkpointing is None else options.checkpointing}  # fmt: skip
@@ -327,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     print(conditions(options, spec, peak) + "\n")
     clock = "cpu_seconds" if options.device == "cpu" and options.threads == 1 else "seconds"
     if any(arm == "ours" for arm, _ in found):
-        print("\n".join(table(found, useful_flops(spec["shape"], rows, spec["lora"]), peak, clock)))
+        shape = spec["shape"] | ({"num_hidden_layers": options.last_layers} if options.last_layers else {})
+        print("\n".join(table(found, useful_flops(shape, rows, spec["lora"]), peak, clock)))
     for arm, micro in (name for name, variant in running.items() if "out_of_memory" in variant):
         print(f"\n{NAMES[arm]}, micro-batch {micro}: out of memory")
     return 0

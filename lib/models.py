@@ -116,6 +116,8 @@ def load_causal_lm(
         raise hub.explain(error, name, kind="model", revision=options.get("revision")) from error
     if quantization == "none":
         model = model.to(place)
+    if source == str(hub.fetched(name)):
+        model.name_or_path = name  # as adapters name their base: another machine has it from the hub
     model.config.use_cache = False  # training; generate() turns it on for itself
     return model.eval()
 

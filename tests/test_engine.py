@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib import record, training as runs
+from lib import models as base_models, record, training as runs
 from lib.errors import StudyError
 from lib.td_dpo import data, engine, losses, trainer
 from lib.td_dpo.engine import pair_scores, reference_columns, with_reference
@@ -297,6 +297,51 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
+def on_the_last(model, last):
+    """Adapters on the last layers alone, moved away from zero."""
+    peft = {"lora_r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "last_layers": last}
+    model = base_models.add_lora(model, peft, seed=5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    return model
+
+
+def test_rows_that_enter_behind_the_frozen_layers_have_the_scores_and_gradients_of_whole_passes():
+    rows = [dict(row) for row in ROWS]
+    depth = engine.trunk_depth(make_model(layers=4), 1, rows)
+    reference = engine.sequence_logprobs(make_model(layers=4), rows, depth=depth)
+    assert depth == 3
+    assert all(row["trunk"][1].shape == (engine.packed_tokens(row), 32) for row in rows)
+    assert torch.equal(reference, engine.sequence_logprobs(make_model(layers=4), ROWS))
+    model, found = on_the_last(make_model(layers=4), 1), []
+    assert not torch.allclose(engine.sequence_logprobs(model, ROWS), reference)
+    for given in (ROWS, rows):
+        with engine.completion_head(model):
+            chosen, rejected = engine.batch_logprobs(model, engine.layout(model)(given[:8]))
+        (chosen.square() - rejected).sum().backward()
+        found.append([chosen, rejected, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad(set_to_none=True)
+    for whole, entered in zip(*found, strict=True):
+        torch.testing.assert_close(entered, whole, rtol=1e-5, atol=1e-5)
+    model.model.model.embed_tokens.weight.data.zero_()  # what is below the trunk is not looked at
+    torch.testing.assert_close(
+        engine.sequence_logprobs(model, rows)[:, 0][:8], found[0][0].detach(), rtol=1e-5, atol=1e-5
+    )
+    assert len(model.get_base_model().model.layers) == 4
+
+
+def test_no_trunk_is_kept_of_a_model_whose_first_layers_are_trained_or_take_no_inputs_or_of_too_many_rows(monkeypatch):
+    model, other, eager = (make_model(layers=4) for _ in range(3))
+    other.config.model_type = "gemma"  # scales what it is given by sqrt(H)
+    eager.config._attn_implementation = "eager"
+    assert [engine.trunk_depth(model, last, ROWS) for last in (None, 1, 4, 9)] == [0, 3, 0, 0]
+    assert engine.trunk_depth(other, 1, ROWS) == engine.trunk_depth(eager, 1, ROWS) == 0
+    monkeypatch.setattr(engine, "TRUNK_BYTES", 1000)
+    assert engine.trunk_depth(model, 1, ROWS) == 0
+
+
 @pytest.mark.parametrize("layout", [engine.paired_batch, engine.packed_batch])
 def test_gradients_are_those_of_the_definition_in_float64(layout, monkeypatch, double_norm):
     model, rows = make_model().double(), ROWS[:6]
@@ -454,6 +499,11 @@ def test_sampled_log_ratios_with_a_model_or_with_adapters_off():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     unmoved = engine.log_ratio_of_samples(with_adapter(make_model()), None, samples)
     assert unmoved.shape == (40,)
+    upper = on_the_last(make_model(), 1)  # whose reference enters behind the frozen layer
+    expected = engine.sequence_logprobs(upper, ROWS)[:, 0] - REFERENCE["train"][:, 0]
+    got = engine.log_ratio_of_samples(upper, None, samples)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert got.abs().max() > 0.1
     assert unmoved.abs().max() < 1e-4
 
 

@@ -1,12 +1,13 @@
 """Verifiable preferences: what code checks, the pairs of a model's own answers, and adapters on the last layers."""
 
 import pytest
+import torch
 
 from lib import made, models, record
 from lib.config import restore
 from lib.errors import StudyError
 from lib.run import members
-from lib.td_dpo import data, generated
+from lib.td_dpo import data, engine, generated, member
 from tests.conftest import TINY
 
 WORD, SHORT = 'Describe bread. Use the word "small".', "Explain winter. Use at most 15 words."
@@ -125,3 +126,19 @@ def test_adapters_are_on_the_last_layers_alone():
     with pytest.raises(StudyError, match="PEFT takes layers of no other"):
         restore({**TINY, "model": {"name": "made", "peft": {"lora_r": 2, "last_layers": 2}}}, study="td_dpo", scale="laptop",
                 mode="full")  # fmt: skip
+
+
+def test_members_with_adapters_on_those_layers_enter_behind_the_others(tmp_path):
+    def run_with(last):
+        peft = {"lora_r": 2, "target_modules": ["q_proj"], "last_layers": last}
+        recipe = TINY["model"]["recipe"] | {"layers": 3}
+        return restore({**TINY, "model": {"name": "made", "recipe": recipe, "peft": peft}}, study="td_dpo",
+                       scale="laptop", mode="full")  # fmt: skip
+
+    data.prepare(run_with(2), tmp_path)
+    for last, depth in ((1, 1), (2, 1), (None, None), (3, None)):
+        given = member.load(run_with(last), tmp_path)
+        assert [row.get("trunk", [None])[0] for row in given.rows["test"]] == [depth] * len(given.rows["test"])
+    model = models.load_causal_lm(given.base)
+    for split, rows in member.load(run_with(2), tmp_path).rows.items():
+        assert torch.equal(engine.sequence_logprobs(model, rows), given.reference[split])

@@ -7,6 +7,7 @@ the last from the user], "chosen": [one assistant message], "rejected": [one ass
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_cosine_sc
 from lib import data, hub, made, models, record
 from lib.data import BadRow, decode, describe, require
 from lib.errors import StudyError
-from lib.td_dpo import generated
+from lib.td_dpo import engine, generated
 from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sample, sequence_logprobs, token_budget_batches
 from lib.training import collate
 
@@ -576,10 +577,16 @@ def prepare(run, folder: Path) -> None:
     rows, counts = {}, {}
     for split in SPLITS:
         rows[split], counts[split] = encode_split(run, tokenizer, split, splits[split])
-    reference = {split: sequence_logprobs(model, rows[split]) for split in SPLITS}
+    last = run.model.peft and run.model.peft.last_layers
+    depth = engine.trunk_depth(model, last, [*itertools.chain(*rows.values())])
+    reference = {split: sequence_logprobs(model, rows[split], depth=depth) for split in SPLITS}
+    if depth:
+        trunk = {split: torch.cat([row.pop("trunk")[1] for row in rows[split]]) for split in SPLITS}
+        save_file(trunk, folder / "trunk.safetensors")
     enough = len(splits["train"]) >= 20  # to fit anything (not in trial mode)
     report |= {
         **facts,
+        "trunk": {"depth": depth, "last_layers": last},
         "tokens": counts,
         "length_baseline": length_baseline(splits["test"]),
         "bag_of_words_baseline": bag_of_words_baseline(splits["train"], splits["test"]) if enough else None,

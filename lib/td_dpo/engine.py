@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lib import models, record
 from lib.errors import StudyError
-from lib.training import pad_rows, to_device
+from lib.training import pad_rows, to_device, world
 
 Row = dict[str, Any]  # {"pair": position in the input list, "prompt_ids", "chosen_ids", "rejected_ids": list[int]}
 
@@ -128,10 +128,13 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
         raise StudyError("model.name", found, expected, "choose another model")
     original, on_instance, attention = model.forward, "forward" in model.__dict__, config._attn_implementation
 
-    def forward(self, *args, score_labels: Tensor | None = None, **kwargs):
+    def forward(self, *args, score_labels: Tensor | None = None, trunk: Tensor | None = None, depth=0, **kwargs):
         if score_labels is None:
             return original(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        if depth:
+            kwargs |= {"input_ids": None, "inputs_embeds": trunk}
+        with _layers_from(self.base_model, depth) if depth else contextlib.nullcontext():
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head, scored = self.get_output_embeddings(), score_labels != IGNORE
         values = token_scores(hidden[scored], head.weight, head.bias, score_labels[scored])
         return values.new_zeros(scored.shape).masked_scatter(scored, values)
@@ -149,12 +152,47 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
             model.forward = original
 
 
+# ---- the trunk: layers below the first adapter give a row the same output in every arm, step and epoch ----
+
+TRUNK_OF = ("llama", "mistral", "qwen2", "qwen3")  # whose first layer takes inputs_embeds as they are
+TRUNK_BYTES = 2**30  # of all rows; more go through all layers each time
+
+
+@contextlib.contextmanager
+def _layers_from(stack: torch.nn.Module, depth: int) -> Iterator[None]:
+    """Inside, the decoder `stack` begins at layer `depth`."""
+    layers = stack.layers
+    stack.layers = layers[depth:]
+    try:
+        yield
+    finally:
+        stack.layers = layers
+
+
+def trunk_depth(model: torch.nn.Module, last_layers: int | None, rows: list[dict]) -> int:
+    """How many first layers of the model give `rows` an output to be kept, where adapters are on the `last_layers` alone;
+    0 where rows cannot enter behind them, or are too many."""
+    config = model.config.get_text_config()
+    size = sum(map(packed_tokens, rows)) * config.hidden_size * model.dtype.itemsize
+    fits = world() == 1 and config.model_type in TRUNK_OF and layout(model) is packed_batch and size <= TRUNK_BYTES
+    return max(config.num_hidden_layers - last_layers, 0) if last_layers and fits else 0
+
+
+def with_trunk(rows: list[dict], depth: int, hidden: Tensor) -> list[dict]:
+    """Rows with `trunk`: (depth, their own part of `hidden`, (tokens, H), which has them end to end)."""
+    parts = hidden.split([packed_tokens(row) for row in rows])
+    return [{**row, "trunk": (depth, part)} for row, part in zip(rows, parts, strict=True)]
+
+
 # ---- log-probabilities of pairs ----
 
 SCORING_TOKENS = 4096  # tokens of a batch when scoring without gradients
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 
-Batch = dict[str, Tensor | tuple[int, ...]]
+# of a batch: what the model is given
+INPUTS = ("input_ids", "attention_mask", "position_ids", "lengths", "trunk", "depth")
+
+Batch = dict[str, Tensor | tuple[int, ...] | int]
 
 
 def paired_batch(rows: list[dict]) -> Batch:
@@ -174,7 +212,8 @@ def paired_batch(rows: list[dict]) -> Batch:
 
 def packed_batch(rows: list[dict]) -> Batch:
     """input_ids, position_ids, labels (1, T) of B rows end to end; their `lengths`; segments (B, L) and a boolean
-    attention_mask (B, 1, L, L; True: may look) of the rows laid out, and `slots` (T,), each token's place in those."""
+    attention_mask (B, 1, L, L; True: may look) of the rows laid out, and `slots` (T,), each token's place in those. Where
+    the rows have it, also the `trunk` (1, T, H), which enters at layer `depth`."""
     tokens, positions, labels, segments = [], [], [], []
     for row in rows:
         prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
@@ -183,6 +222,10 @@ def packed_batch(rows: list[dict]) -> Batch:
         positions += [*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))]
         labels += [IGNORE] * head + chosen + rejected
         segments.append([PROMPT] * head + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
+    trunk = {}
+    if "trunk" in rows[0]:
+        depths, parts = zip(*(row["trunk"] for row in rows), strict=True)
+        trunk = {"trunk": torch.cat(parts)[None], "depth": depths[0]}
     segment = pad_rows(segments, PADDING)
     query, key = segment[:, :, None], segment[:, None, :]
     return {
@@ -194,7 +237,13 @@ def packed_batch(rows: list[dict]) -> Batch:
         "segments": segment,
         "slots": (segment != PADDING).flatten().nonzero()[:, 0],
         "lengths": tuple(map(len, segments)),
+        **trunk,
     }
+
+
+def packed_tokens(row: dict) -> int:
+    """Tokens of a pair's packed row."""
+    return len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, lengths=None, **kwargs):
@@ -230,7 +279,7 @@ def layout(model: torch.nn.Module) -> Callable[[list[dict]], Batch]:
 def batch_logprobs(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities (B,) of the chosen and of the rejected answers, in nats. Inside
     `completion_head(model)`."""
-    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "lengths")}
+    inputs = {k: v for k, v in batch.items() if k in INPUTS}
     tokens = model(**inputs, score_labels=batch["labels"])
     if "slots" not in batch:
         return tuple(tokens.sum(dim=1).chunk(2))
@@ -270,16 +319,25 @@ def evaluating(model: torch.nn.Module):
         model.train(training)
 
 
-def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, token_budget: int = SCORING_TOKENS) -> Tensor:
-    """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`."""
+def sequence_logprobs(
+    model: torch.nn.Module, rows: list[dict], *, token_budget: int = SCORING_TOKENS, depth: int = 0
+) -> Tensor:
+    """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`. With a
+    `depth` each row is left with its `trunk`, on the CPU too."""
     collate, device = layout(model), model.device
     order, values = [], [torch.empty(0, 2)]
-    with completion_head(model), evaluating(model):
+    hook, entered = contextlib.ExitStack(), []
+    if depth:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hook.callback(base.base_model.layers[depth].register_forward_pre_hook(lambda _, x: entered.append(x[0])).remove)
+    with completion_head(model), evaluating(model), hook:
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):
             batch = to_device(collate([rows[i] for i in indices]), device)
             values.append(torch.stack(batch_logprobs(model, batch), dim=1).cpu())
             order += indices
+            for i, part in zip(indices, entered.pop()[0].cpu().split(batch["lengths"]), strict=True) if depth else ():
+                rows[i]["trunk"] = depth, part
     return torch.cat(values)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
@@ -295,7 +353,9 @@ def log_ratio_of_samples(model: torch.nn.Module, reference: torch.nn.Module | No
     """
     answers = [(sample["prompt_ids"], sample["ids"]) for sample in samples]
     rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids[:1]} for prompt, ids in answers]
-    policy = sequence_logprobs(model, rows)[:, 0]
+    adapters = getattr(model, "peft_config", {}).get("default")
+    depth = trunk_depth(model, len(getattr(adapters, "layers_to_transform", None) or ()), rows)
+    policy = sequence_logprobs(model, rows, depth=depth)[:, 0]
     with model.disable_adapter() if reference is None else contextlib.nullcontext():
         return policy - sequence_logprobs(reference or model, rows)[:, 0]
 

@@ -20,18 +20,25 @@ MT_BATCH = 16  # long answers: their cached keys and values fill the memory
 COST_ROUNDS = 24, 3  # interleaved pairs of steps in a process, after those to warm up
 
 
-def load(folder: Path) -> SimpleNamespace:
+def load(run, folder: Path) -> SimpleNamespace:
     """What all members of a grid share, which data.prepare wrote into `folder`: besides models.load_inputs' own, `rows`
-    (token ids), `pairs` (texts) and `reference` (log-probabilities), each by split."""
+    (token ids and, where no layer of it is trained, the trunk), `pairs` (texts) and `reference` (log-probabilities), each
+    by split."""
     given = models.load_inputs(Path(folder), "rows", "pairs")
     given.reference = load_file(Path(folder) / "reference.safetensors")
+    trunk, last = given.report["trunk"], run.model.peft and run.model.peft.last_layers
+    if trunk["depth"] and last and last <= trunk["last_layers"] and training.world() == 1:
+        hidden = load_file(Path(folder) / "trunk.safetensors")
+        given.rows = {
+            split: engine.with_trunk(rows, trunk["depth"], hidden[split]) for split, rows in given.rows.items()
+        }
     return given
 
 
 def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) -> dict:
     """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured.
     `outcome`: of a training that is over (lib/run/sharding.py) and whose checkpoints are in `folder`."""
-    run, given = member.run, load(shared)
+    run, given = member.run, load(member.run, shared)
     if outcome is None:
         outcome, model, frozen = fit(member, folder, given)
     else:
@@ -172,7 +179,7 @@ def _mean(values: list) -> float | None:
 
 def step_cost(run, folder: Path, shared: Path) -> list[dict]:
     """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved."""
-    given, seed, own = load(shared), run.seed_list[0], run.loss.model_dump()
+    given, seed, own = load(run, shared), run.seed_list[0], run.loss.model_dump()
     rounds, warm_up = (1, 1) if run.mode == "trial" else COST_ROUNDS
     policies = {name: policy(run, given.base, seed) for name in ("own", "dpo")}
 

@@ -382,7 +382,7 @@ def fit(member, folder: Path, shared: Path, kind):
     """The training alone, by a trainer of another `kind` (lib/run/sharding.py); returns its outcome."""
     from lib.td_dpo import member as one
 
-    return one.fit(member, folder, one.load(shared), kind)[0]
+    return one.fit(member, folder, one.load(member.run, shared), kind)[0]
 
 
 def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
