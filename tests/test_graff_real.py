@@ -2,6 +2,7 @@
 honoured."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_gsm8ks_answers_are_not_cut_by_what_the_study_sets():
     assert (report["source"], report["carved_from_train"]) == (run.dataset.name, {})
     words = [len(data.target(r["answer"]).split()) for r in problems["train"]]
     assert max(words) < run.evaluation.max_new_tokens
+
+
+def test_larger_numbers_are_in_every_split_of_generated_problems_and_are_words_of_the_made_model():
+    def numbers(**sets):
+        splits = prepare.load_problems(loaded(**{"dataset.split_seed": "30"}, **sets))[0]
+        return {name: {int(n) for row in splits[name] for n in re.findall(r"\d+", row["question"])} for name in splits}
+
+    usual, larger = numbers(), numbers(**{"dataset.numbers_below": "67"})
+    for name in ("train", "dev", "test"):
+        assert max(usual[name]) == 9
+        assert 60 < max(larger[name]) < 67
+    words = prepare.word_tokenizer()
+    rows = prepare.generate_problems(2000, 0, 2, 67)
+    assert not any(words.unk_token_id in words(prepare.text_of(row))["input_ids"] for row in rows)
 
 
 # ---- loss beside exact match

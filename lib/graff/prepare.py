@@ -31,19 +31,18 @@ from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, re
 
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
-# Operands lie below it; one-step problems start below twice that, so that every second step occurs as a first.
-HIGH = 10
 JUDGED = 2**32  # the seed of the test problems: none that a member can have
 
 
-def problem(rng, steps: int) -> dict:
-    """{"question", "answer"} in GSM8K's form: `steps` additions and subtractions, one line of rationale each."""
+def problem(rng, steps: int, high: int = 10) -> dict:
+    """{"question", "answer"} in GSM8K's form: `steps` additions and subtractions of numbers below `high`, one line of
+    rationale each. One-step problems start below twice `high`, so that every second step occurs as a first."""
     name, thing = NAMES[rng.integers(len(NAMES))], THINGS[rng.integers(len(THINGS))]
-    total = int(rng.integers(2, 2 * HIGH if steps == 1 else HIGH))
+    total = int(rng.integers(2, 2 * high if steps == 1 else high))
     question, worked = [f"{name} has {total} {thing}."], []
     for _ in range(steps):
         less = total > 2 and rng.random() < 0.5
-        n = int(rng.integers(1, min(total, HIGH) if less else HIGH))
+        n = int(rng.integers(1, min(total, high) if less else high))
         verb, sign, result = ("gives away", "-", total - n) if less else ("gets", "+", total + n)
         question.append(f"{name} {verb} {n}.")
         worked.append(f"{total}{sign}{n}=<<{total}{sign}{n}={result}>>{result} {thing}.")
@@ -52,9 +51,9 @@ def problem(rng, steps: int) -> dict:
     return {"question": " ".join(question), "answer": "\n".join([*worked, f"#### {total}"])}
 
 
-def generate_problems(count: int, seed: int, steps: int) -> list[dict]:
+def generate_problems(count: int, seed: int, steps: int, high: int = 10) -> list[dict]:
     rng = np.random.default_rng([seed, steps])
-    return [problem(rng, steps) for _ in range(count)]
+    return [problem(rng, steps, high) for _ in range(count)]
 
 
 def to_problem(row: dict) -> dict:
@@ -93,10 +92,10 @@ STAND_IN = 32  # generated problems that stand in for a data set out of reach, i
 
 def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     """({train, dev, test, gsm1k}, report)."""
-    dataset, (name, source), report, given = run.dataset, data.source_of(run), {}, None
+    dataset, (name, source), report, given, high = run.dataset, data.source_of(run), {}, None, run.dataset.numbers_below
     if name == "generated":
-        rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2)
-        test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2)
+        rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2, high)
+        test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2, high)
     else:
         options = {"section": vars(dataset), "streaming": dataset.streaming}
         splits, report = read_problems(name, ("test", "train"), dataset.revision, **options)

@@ -60,6 +60,8 @@ class Dataset(config.Data):
     shuffle_buffer: Count | None = None
     train_examples: Count | None = None  # of generated problems
     test_examples: Count | None = None
+    # of generated problems; the made model's words are numbers to 199, and answers stay below three of these
+    numbers_below: Annotated[int, Field(ge=3, le=67)] = 10
     # other keys, set along where --set dataset.name names real problems: of a generated one an answer has 20 tokens
     real: dict[str, Any] | None = None
     gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
