@@ -42,8 +42,6 @@ def card(checkpoint: Path, step: int, folder: Path, spec: dict, metrics: dict) -
         tags=[spec["study"], settings["method"], f"{spec['scale']}-scale"],
     )
     base = adapter.get("base_model_name_or_path") or model
-    if base == str(fetched(model)):  # another machine has it from the hub
-        base = model
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = _cell
