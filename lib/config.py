@@ -167,6 +167,7 @@ class Compute(Section):
     # Of one member; with prepare_seconds, what `plan` goes by before it has a record.
     seconds_per_step: NonNegative = 0.0
     prepare_seconds: NonNegative = 0.0
+    on_gpu: dict[str, Any] | None = None  # other keys, set along where --set compute.gpus asks for one
 
     @property
     def devices(self) -> int:
@@ -418,9 +419,12 @@ def validate(section: type[Section], path: str | Path) -> Any:
 
 
 def _implied(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Where --set names real data in place of generated data: what the run's `dataset.real`, if any, says of it."""
-    is_real = values.get("dataset.name", "generated") != "generated"
-    return dict(getattr(run.dataset, "real", None) or {}) if is_real else {}
+    """Where --set names real data in place of generated data or asks for a GPU: what the run's `dataset.real` and
+    `compute.on_gpu`, if any, say of it."""
+    is_real, on_gpu = values.get("dataset.name", "generated") != "generated", values.get("compute.gpus", 0)
+    return ((getattr(run.dataset, "real", None) or {}) if is_real else {}) | (
+        (run.compute.on_gpu or {}) if on_gpu else {}
+    )
 
 
 DEFAULTS: dict[str, Any] = {  # of what a study's module may define

@@ -887,3 +887,23 @@ def test_several_runs_may_be_named():
     said = cli.parser().parse_args(["plan", "--run", "fixed", "--run", "graff*"])
     assert [name for name in ("fixed", "cosine", "graff_mlp") if plan.matches(said, name)] == ["fixed", "graff_mlp"]
     assert plan.matches(cli.parser().parse_args(["plan"]), "anything")
+
+
+@pytest.mark.parametrize(
+    ("study", "run", "key", "value"),
+    [
+        ("td_dpo", "dpo", "model.torch_dtype", "bfloat16"),
+        ("iw_lora", "lora", "training.bf16", True),
+        ("graff", "fixed", "training.mixed_precision", "bf16"),
+    ],
+)
+def test_a_gpu_asked_for_at_small_scale_brings_bfloat16_along(study, run, key, value):
+    path = config.ROOT / f"params/{study}/small/{run}.yaml"
+
+    def found(**overrides):
+        given = config.load_run(path, scale="small", mode="full", overrides=overrides)
+        assert not [f for f in check.findings(given) if f.level == "error"]
+        return config.get(config.dump(given), key)
+
+    assert found(**{"compute.gpus": "1"}) == value
+    assert found(**{"compute.gpus": "0"}) != value
