@@ -48,7 +48,7 @@ def test_real_problems_bring_along_what_they_need_and_the_users_own_values_win(t
     for key, value in as_shipped.dataset.real.items():
         assert config.get(config.dump(run), key) == value, key
         assert config.get(config.dump(as_shipped), key) != value, key
-    assert run.evaluation.max_new_tokens == 320  # as in the specification; an answer of 28 tokens cannot reach its ####
+    assert run.evaluation.max_new_tokens == 320  # an answer of 28 tokens cannot reach its ####
     assert (run.optuna.objective_metric, run.optuna.direction) == (
         "dev_loss",
         "minimize",
