@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,25 @@ from lib import config
 from lib.errors import StudyError
 from lib.run import check, cli, keys, members, plan
 
-PUBLISHED = config.ROOT.parent / "shared" / "reference" / "run_configs"
+REFERENCE = config.ROOT.parent / "shared" / "reference" / "run_configs"
 SHIPPED = sorted((config.ROOT / "params").glob("*/*/*.yaml"))
+FIXED = sorted((config.ROOT / "params" / "published").glob("*.yaml"))
+FIX = re.compile(r"^# (\w+\.[\w.]+): (.+?) \| .+$", re.MULTILINE)  # key: published value | why
 STUDY_OF = {"Llama": "td_dpo", "DeBERTa": "iw_lora", "Qwen3": "graff"}
 
 
-def published():
-    return sorted(PUBLISHED.glob("*.yaml")) if PUBLISHED.is_dir() else []
+def as_published(path):
+    """A configuration of params/published/ with its fixes undone, each by its comment line: as it was published."""
+    raw = config.load_yaml(path)
+    for key, value in FIX.findall(path.read_text()):
+        section, _, last = key.rpartition(".")
+        if value == "-":
+            del config.get(raw, section)[last]
+            if not config.get(raw, section):
+                del raw[section]
+        else:
+            config.put(raw, key, yaml.safe_load(value))
+    return raw
 
 
 @pytest.fixture
@@ -260,7 +273,7 @@ def test_no_mutated_file_is_anything_but_loaded_or_refused(write, raw):
         [None],
         ["x", 1],
     ]
-    files = [raw, *map(config.load_yaml, published())]
+    files = [raw, *map(as_published, FIXED)]
     outcomes = set()
     for _ in range(400):
         mutated = copy.deepcopy(rng.choice(files))
@@ -307,9 +320,13 @@ def test_shipped_files_load_without_a_finding(path):
     }
 
 
-@pytest.mark.parametrize("path", SHIPPED + published(), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_dump_then_load_is_the_identity(path, write):
-    run = config.load_run(path, scale="paper", mode="full")
+@pytest.mark.parametrize(
+    ("path", "undo"),
+    [*((path, False) for path in SHIPPED + FIXED), *((path, True) for path in FIXED)],
+    ids=lambda value: f"{value.parent.name}/{value.stem}" if isinstance(value, Path) else "",
+)
+def test_dump_then_load_is_the_identity(path, undo, write):
+    run = config.load_run(write(as_published(path)) if undo else path, scale="paper", mode="full")
     again = config.load_run(write(config.dump(run)), study=run.study, scale="paper", mode="full")
     restored = config.restore(config.dump(run), study=run.study, scale="paper", mode="full")
     notebook = config.from_notebook(config.parameters(run) | {"nonce": "n"})
@@ -400,12 +417,39 @@ def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
         assert {m.seed for m in config.members(run)} == {42, 43, 44}
 
 
-@pytest.mark.skipif(not published(), reason="../shared/reference/run_configs is not here")
+@pytest.mark.parametrize("path", FIXED, ids=lambda p: p.stem)
+def test_a_published_configuration_is_fixed_where_it_says_so(path):
+    raw, before, fixes = config.load_yaml(path), as_published(path), FIX.findall(path.read_text())
+    assert fixes
+    assert raw["run_id"] == path.stem
+    assert all(config.get(raw, key) != config.get(before, key) for key, _ in fixes)
+    assert len([line for line in path.read_text().splitlines() if line.startswith("# ")]) == len(fixes) + 2
+    if REFERENCE.is_dir():
+        assert before == config.load_yaml(REFERENCE / path.name)
+
+
+def test_the_fixed_configurations_run_and_no_scale_sweeps_them_in():
+    loaded = check.load_folder(FIXED[0].parent, "paper", "trial")
+    assert [path for path, _, _ in loaded] == FIXED
+    assert len(FIXED) == 6
+    for path, run, found in loaded:
+        assert found == [], path.name
+        assert run.mode == "trial"
+        assert len(config.members(run)) == 1
+    for scale in config.SCALES:
+        options = cli.parser().parse_args(["plan", "--scale", scale])
+        options.mode = "full"
+        assert not {path for path, _, _ in cli.select_runs(options)} & {*FIXED}
+
+
 class TestPublished:
     @pytest.fixture(scope="class")
     @staticmethod
-    def loaded():
-        return {path.stem: (run, findings) for path, run, findings in check.load_folder(PUBLISHED, "paper", "full")}
+    def loaded(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("published")
+        for path in FIXED:
+            (folder / path.name).write_text(yaml.safe_dump(as_published(path), sort_keys=False))
+        return {path.stem: (run, findings) for path, run, findings in check.load_folder(folder, "paper", "full")}
 
     def test_all_six_load_and_are_recognized(self, loaded):
         assert len(loaded) == 6
@@ -434,12 +478,30 @@ class TestPublished:
             f.key == "optuna.n_trials" and "20, where another method of the study gets 36" in f.what for f in baseline
         )
 
+    def test_names_that_meant_something_else_warn_once_each(self, loaded):
+        renamed = {"loss.name": "dpo_loss is TD-DPO at tau 1", "loss.average_log_probs": "averages them"}
+        renamed |= {"optuna.objective_metric": "raw (Delta > 0)"}
+        for name in ("proposed", "comparative-1"):
+            run, findings = loaded[f"{name}-Llama-2-Chat-7B-Argilla-DPO-Mix-7k"]
+            said = {key: [f for f in findings if f.key == key] for key in renamed}
+            expected = 0 if name == "proposed" else 1  # td_dpo_loss is TD-DPO there too
+            assert [len(found) for found in said.values()] == [expected, 1, 1]
+            assert all(
+                f.level == "warning" and renamed[f.key] in f.what and f.fix for found in said.values() for f in found
+            )
+            assert (run.loss.average_log_probs, run.optuna.objective_metric) == (False, "validation_implicit_accuracy")
+        stated = {"loss.name": "td_dpo", "loss.tau": 1.0, "optuna.objective_metric": "validation_raw_accuracy"}
+        stated |= {"grid": [{"product": {"beta": [0.01]}}]}
+        said = {f.key for f in check.findings(config.apply(run, stated))}
+        assert said & {*renamed} == {"loss.average_log_probs"}
+
     def test_iw_lora_fp16_is_an_error_with_its_fix(self, loaded):
         for name in ("proposed-DeBERTaV3-base-86-M--GLUE-MNLI", "comparative-1-DeBERTaV3-base-86-M--GLUE-MNLI"):
             run, findings = loaded[name]
             errors = [finding for finding in findings if finding.level == "error"]
             assert [finding.key for finding in errors] == ["training.fp16"]
             assert "bf16" in errors[0].fix
+            assert any("choose on what is reported" in f.what for f in findings if f.key == "optuna.objective_metric")
             assert config.steps(run) == 36_816
         run, _ = loaded["proposed-DeBERTaV3-base-86-M--GLUE-MNLI"]
         assert (run.method, run.loss.penalty, run.loss.alpha, run.loss.sensitivity_buffer_size) == (

@@ -149,7 +149,7 @@ def test_no_verdict_rests_on_a_level_that_was_not_reached():
     )  # refuted only by the least that REACTOR can have taken
 
 
-# ---- every reported claim of the specification is there, at the scale it is about
+# ---- every claim of notebooks/graff/METHOD.md is there, at the scale it is about
 
 
 def test_the_reported_claims_are_all_there():

@@ -38,7 +38,7 @@ def test_gradients_match_finite_differences(name, beta, tau):
 
 
 @pytest.mark.parametrize(("beta", "tau"), SETTINGS)
-def test_derivatives_are_those_of_the_specification(beta, tau):
+def test_derivatives_are_those_of_their_formulas(beta, tau):
     tensors = four()
     r_chosen, r_rejected = tensors[0] - tensors[2], tensors[1] - tensors[3]
     rho, delta = r_chosen - r_rejected, tensors[0] - tensors[1]

@@ -18,6 +18,7 @@ import pytest
 from lib import plots
 from lib.run import pages
 from lib.run.pages import ASSETS, mathml, render
+from tests.conftest import ROOT
 
 TABLE = (ASSETS / "table.js").read_text()
 EVIL = "<script>alert('data')</script><img src=http://evil.example/p.png onerror=alert(1)>"
@@ -199,10 +200,12 @@ def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
 
     folder = tmp_path / "outputs" / "laptop-full" / "td_dpo" / "dpo"
     folder.mkdir(parents=True)
-    nbformat.write(notebook(v4.new_markdown_cell("# Run")), folder / "run.ipynb")
-    write(folder / "status.json", {"command": "./run_all.sh full --study td_dpo --run dpo"})
+    nbformat.write(notebook(v4.new_markdown_cell("# Run\n\n[METHOD.md](METHOD.md)")), folder / "run.ipynb")
+    write(folder / "status.json", {"command": "./run_all.sh full --study td_dpo --run dpo", "study": "td_dpo"})
     page = Page(pages.notebook_html(folder / "run.ipynb").read_text())
-    assert [a["href"] for a in page.all("a")][1:3] == ["../../../index.html", "run.ipynb"]
+    *_, method = hrefs = [a["href"] for a in page.all("a")]
+    assert hrefs[1:3] == ["../../../index.html", "run.ipynb"]
+    assert (folder / method).resolve() == ROOT / "notebooks" / "td_dpo" / "METHOD.md"
     assert "./run_all.sh full --study td_dpo --run dpo --force" in page.text
 
 

@@ -1,4 +1,4 @@
-"""lib/stats.py against the specification: constants by simulation, coverage and error rates on grids of noise, peers."""
+"""lib/stats.py against its formulas: constants by simulation, coverage and error rates on grids of noise, peers."""
 
 import functools
 
@@ -18,7 +18,7 @@ def test_the_stored_bounds_are_those_of_the_simulated_paths(looks):
 
 
 def test_critical_values_are_their_formula():
-    """c_k = F_t^-1(Phi(C); n_k - 1), as the specification prints them to three digits."""
+    """c_k = F_t^-1(Phi(C); n_k - 1), as tables print them to three digits."""
     for n, printed in zip(LOOKS, (3.982, 3.140, 2.830, 2.633), strict=True):
         c = st.critical(st.bound_of(LOOKS), n)
         assert stats.t.cdf(c, n - 1) == pytest.approx(stats.norm.cdf(st.bound_of(LOOKS)), abs=1e-6)

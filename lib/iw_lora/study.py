@@ -240,6 +240,9 @@ def check(run: Run) -> Iterator[Finding]:
     training, total, kind = run.training, steps(run), run.model.adapter.type
     yield from config.check_schedule(training, total, training.evaluation_strategy == "steps" and training.eval_steps)
     yield from _check_penalty(run, total)
+    if run.optuna.search_space and run.optuna.objective_metric.startswith("validation"):
+        what = f"{run.optuna.objective_metric}: the search would choose on what is reported"
+        yield Finding("warning", "optuna.objective_metric", what, "objective_metric: tuning_accuracy")
     if training.fp16 and "deberta" in run.model.name.lower():
         yield Finding("error", "training.fp16", "DeBERTa-v3's attention overflows in float16", "bf16: true on a GPU")
     if training.bf16 and not run.compute.gpus:

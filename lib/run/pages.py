@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from lib.config import SCALES
+from lib.config import ROOT, SCALES
 from lib.record import read_json, redact, write_text
 from lib.run import progress
 
@@ -45,11 +45,13 @@ def notebook_html(notebook: Path) -> Path:
     links = [("This notebook", quote(notebook.name))]
     if root := next((p for p in folder.parents if p.name.split(",")[0] in FOLDERS), None):
         links.insert(0, ("All studies", _href(folder, root.parent / "index.html")))
-    command = read_json(folder / "status.json", {}).get("command", "")
+    status = read_json(folder / "status.json", {})
+    command = status.get("command", "")
     members = members_of(folder) if page.name == "run.html" else []
     about = {"command": command and f"{command} --force", "links": links, "members": members}
     text = render(nbformat.read(notebook, as_version=4), title=page.stem, files=partial(_links, folder), **about)
-    write_text(page, redact(text))
+    method = _href(folder, ROOT / "notebooks" / status.get("study", "") / "METHOD.md")  # beside the notebook's source
+    write_text(page, redact(text.replace('href="METHOD.md"', f'href="{method}"')))
     return page
 
 

@@ -25,7 +25,8 @@ TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
 VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses the best checkpoint, cells and the sweep's best
 PUBLISHED = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo", "qlora-4bit": "nf4", None: "none"}
-PUBLISHED |= dict.fromkeys(("val_pairwise_accuracy", "pairwise_accuracy"), VALIDATION_METRIC)
+PUBLISHED_ACCURACY = ("val_pairwise_accuracy", "pairwise_accuracy")
+PUBLISHED |= dict.fromkeys(PUBLISHED_ACCURACY, VALIDATION_METRIC)
 GENERATED_PAIRS = {"train_pairs": 640, "validation_pairs": 400, "test_pairs": 400}
 
 
@@ -320,6 +321,7 @@ def check(run: Run) -> Iterator[Finding]:
     if dataset.name == "verifiable" and model.name == "made":
         what = "made, and verifiable pairs are the answers of a pretrained model"
         yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")
+    yield from _meant_otherwise(run)
     judge = run.evaluation.judge
     if judge in JUDGE_OF.values() and JUDGE_OF.get(dataset.name) != judge:
         yield Finding("warning", "evaluation.judge", f"no {judge} score is known for {dataset.name}", "judge: none")
@@ -327,6 +329,22 @@ def check(run: Run) -> Iterator[Finding]:
         fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
         yield Finding("error", "evaluation.mt_bench", "none: no answers would be saved to grade", fix)
     yield from _mt_bench(run, StudyError)
+
+
+def _meant_otherwise(run: Run) -> Iterator[Finding]:
+    """Published names in the YAML whose own code meant something else by them (notebooks/td_dpo/METHOD.md)."""
+    written = config.load_yaml(run.source) if run.source else {}
+    keys = ("loss.name", "loss.average_log_probs", "optuna.objective_metric")
+    name, averaged, metric = (config.get(written, key) for key in keys)
+    if name == "dpo_loss" and run.loss.name == "dpo":
+        what = "dpo_loss is read as DPO; the published code's dpo_loss is TD-DPO at tau 1"
+        yield Finding("warning", keys[0], what, "name: dpo, or name: td_dpo with tau: 1.0")
+    if name in ("dpo_loss", "td_dpo_loss") and averaged is None:
+        what = f"log-probabilities are summed over tokens; the published code's {name} averages them"
+        yield Finding("warning", keys[1], what, "average_log_probs: false, or true for an ablation")
+    if metric in PUBLISHED_ACCURACY and run.optuna.objective_metric == VALIDATION_METRIC:
+        what = f"{metric} is read as implicit accuracy (rho > 0); the published code's is raw (Delta > 0)"
+        yield Finding("warning", keys[2], what, f"objective_metric: {VALIDATION_METRIC}, or validation_raw_accuracy")
 
 
 def needs(run: Run) -> Iterator[Finding]:
