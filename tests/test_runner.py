@@ -424,6 +424,24 @@ def test_the_time_left_follows_how_quickly_the_planned_work_was_done(thirty):
     assert seconds == pytest.approx(630.0 * 14.25 / 15.75)
 
 
+def test_a_run_whose_pilots_have_ended_does_not_begin_again_in_the_time_left(thirty):
+    live, step = progress.Live(thirty), thirty.steps[2]
+    step.members, thirty.steps[:] = 18, [step]
+    live.to_do, found = [step], []
+    for state in (
+        {"phase": "preparing"},
+        {"phase": "training", "pilots": True, "done": 4, "members": 8, "running": []},
+        {"phase": "recording", "pilots": True, "done": 8, "members": 8, "running": []},
+        {"phase": "preparing"},  # of the others' seeds
+        {"phase": "training", "pilots": False, "done": 0, "members": 10, "running": []},
+        {"phase": "training", "pilots": False, "done": 5, "members": 10, "running": []},
+        {"phase": "recording", "pilots": False, "done": 10, "members": 10, "running": []},
+    ):
+        record.write_json(step.progress / "progress.json", state)
+        found.append(round(18 * live.forecast(600.0)[0]))
+    assert found == [0, 4, 8, 8, 8, 13, 18]
+
+
 def started(tmp_path, *arguments, **more):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
     environment.pop("STUDY_POOL", None)

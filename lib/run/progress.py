@@ -114,7 +114,11 @@ def left(step: plan.Step) -> float:
         return 0.0
     state = record.read_json(step.progress / "progress.json", {})
     lacking = sum(not (folder / "complete.json").exists() for folder in step.makes) / max(1, len(step.makes))
-    return step.seconds * (1 - share_of(state)) + lacking * step.prepare
+    share = share_of(state)
+    if state.get("members") and step.members:  # of pilots, which others follow, or of those that follow them
+        members = step.members if state.get("pilots") else min(step.members, state["members"])
+        share = 1 - (members - share * state["members"]) / step.members
+    return step.seconds * (1 - share) + lacking * step.prepare
 
 
 def queued(step: plan.Step) -> int:
@@ -133,6 +137,9 @@ class Live:
         self.runner, self.shown, self.started, self.last = runner, set(), time.monotonic(), 0.0
         self.to_do = [step for step in runner.steps if step.state in ("", "running")]  # of this round
         self.planned = plan.forecast(self.to_do, runner.slots)
+        self.least: dict[
+            str, float
+        ] = {}  # of `left`: what is prepared between pilots and others counts from zero again
         self.block = Block(console=Console(), auto_refresh=False, transient=True)
         self.terminal = self.block.console.is_terminal and not self.block.console.is_dumb_terminal
         if self.terminal:
@@ -169,7 +176,8 @@ class Live:
         """(share that is done, seconds left): at first as planned, then by what was done in the time so far."""
         counted = [step for step in self.to_do if step.state in ("", "running", "succeeded", "failed")]
         whole = sum(step.seconds + step.prepare for step in counted)
-        done = 1 - sum(map(left, counted)) / whole if whole else 1.0
+        self.least = {step.title: min(self.least.get(step.title, math.inf), left(step)) for step in counted}
+        done = 1 - sum(self.least.values()) / whole if whole else 1.0
         return done, elapsed * (1 - done) / done if done > 0.1 else max(0.0, self.planned.wall_seconds - elapsed)
 
     def close(self) -> None:
