@@ -115,3 +115,44 @@ def test_the_papers_warm_start_learns_on_the_runs_own_training_problems(tmp_path
         model = prepare.make_base(own, recipe.model_dump(), lambda *_: None)[0]
     tokens = prepare.BPE_VOCABULARY - model.config.vocab_size  # of real problems; these have few words
     assert sum(p.numel() for p in model.parameters()) + tokens * recipe.hidden_size == pytest.approx(70e6, rel=0.03)
+
+
+# ---- IW-LoRA
+
+
+def test_iw_loras_search_has_the_published_batch_sizes_and_adalora_prunes_at_each():
+    for run in paper("iw_lora").values():
+        assert bounds(run, "batch_size") == (16, 32, 64), run.run_id
+        assert bounds(run, "learning_rate") == (1e-5, 5e-4)
+        if run.method in ("iw_lora", "lora", "adalora", "full"):
+            assert run.optuna.n_trials == 30
+        if run.model.adapter.type == "adalora":
+            rows = round((1 - run.dataset.tuning_fraction) * (config.study_module("iw_lora").train_rows(run) or 0))
+            for size in (16, 32, 64):
+                steps = config.apply(run, {"training.batch_size": size}).training.optimizer_steps(rows)
+                assert run.model.adapter.tinit + run.model.adapter.tfinal < steps, (run.run_id, size)
+
+
+def test_the_other_weightings_and_the_excerpts_penalty_run_on_mnli_and_stand_beside_its_claim():
+    runs, content = paper("iw_lora"), config.load_yaml(ROOT / "params" / "iw_lora" / "claims.yaml")
+    (claim,) = [claim for claim in content["claims"] if claim["id"] == "C4"]
+    beside = {part.get("baseline", {}).get("run_id"): part for part in claim["beside"]}
+    for name, penalty in (("factor_l2", "factor_l2"), ("max", "max"), ("inv_mean", "inv_mean")):
+        run = runs[f"mnli_iw_{name}"]
+        assert (run.loss.penalty, run.dataset.subset) == (penalty, "mnli")
+        assert run.loss.alpha == beside[run.run_id]["treatment"]["alpha"] == runs["mnli_iw_uniform"].loss.alpha
+
+
+def test_the_warm_up_is_the_published_500_steps_but_on_rte_which_is_shorter():
+    for name, run in paper("iw_lora").items():
+        steps, training = config.steps(run), run.training
+        assert training.warmup(steps) == (500 if not name.startswith("rte") else -(-steps // 10)), name
+    assert "the published 500 steps of warm-up do not fit" in DESIGNS["iw_lora"]
+
+
+def test_one_member_of_iw_lora_over_several_gpus_is_refused_by_name():
+    run = paper("iw_lora")["mnli_iw_lora"]
+    found = config.study_module("iw_lora").check(config.apply(run, {"compute.strategy": "fsdp", "compute.gpus": 2}))
+    assert ("error", "compute.strategy") in {(finding.level, finding.key) for finding in found}
+    with pytest.raises(config.StudyError, match=r"compute\.strategy"):
+        config.apply(run, {"compute.strategy": "ddp"})
