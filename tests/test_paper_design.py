@@ -108,7 +108,9 @@ def test_the_papers_warm_start_learns_on_the_runs_own_training_problems(tmp_path
     assert (problems["train"], problems["gsm1k"], len(problems["dev"])) == (own[:30], [], 8)
     assert len(seen) == 3
     assert (recipe.hidden_size, recipe.pretrain_steps) == (64, 2), "small in a trial"
-    recipe = prepare.episode_of("paper", False, 4, tmp_path, 0).model.recipe
+    full, generated = (prepare.episode_of(scale, False, 4, tmp_path, 0) for scale in ("paper", "laptop"))
+    assert full.training.budget_minutes > 158 / 50 * generated.training.budget_minutes, "as problems are longer"
+    recipe = full.model.recipe
     with torch.device("meta"):
         monkeypatch.setattr(prepare.models, "current_device", lambda: torch.device("meta"))
         monkeypatch.setattr(prepare.made, "pretrain", lambda *_: 0.0)
