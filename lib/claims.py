@@ -346,6 +346,8 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
     for cell, table in zip(cells, tables, strict=True):
         runs = select(members, cell)
         gaps += _duplicates(study, cell, runs)
+        capped = runs["seed"][runs["capped"].eq(True)] if "capped" in runs else ()
+        gaps += [f"{study.label(cell)}, seed {s:g}: a run that its budget ended, not total_steps" for s in capped]
         state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
         states.append(state)
         ready.append({s for s in state if state[s] == "diverged" or (state[s] == "completed" and s in table.index)})

@@ -199,6 +199,17 @@ def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say
     assert "no public definition" in found["C14"].reason
 
 
+def test_no_claim_is_judged_by_a_run_that_a_cap_ended_before_its_budget():
+    rows, members = scored({"graff": 0.5, "reactor": 0.3, "fixed": 0.4, "hypergradient": 0.4})
+    members["capped"] = (members["method"] == "reactor") & (members["seed"] == 43)
+    found = verdicts_of(rows, members)
+    assert (found["C1"].verdict, found["C3"].verdict != "not evaluated") == ("not evaluated", True)
+    assert "seed 43: a run that its budget ended, not total_steps" in found["C1"].reason
+    assert verdicts_of(rows, members.assign(capped=None))["C1"].verdict != "not evaluated", (
+        "a record that knows no caps"
+    )
+
+
 # ---- where next to nothing is answered
 
 

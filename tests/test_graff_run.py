@@ -307,6 +307,23 @@ def test_the_last_evaluation_ends_by_the_budget_whatever_it_is(tmp_path, shared,
     assert found["in_budget"], (found["used"], found["budget"])
 
 
+def test_a_run_that_a_cap_ends_says_so_and_r_t_is_of_the_running_mean_of_the_loss(tmp_path, shared):  # noqa: F811
+    for steps, capped in ((6, True), (None, False)):
+        changes = {"training.total_steps": steps, "training.budget_minutes": 1 if steps else 0.25}
+        (tmp_path / str(steps)).mkdir()
+        found = member.train(member_of("fixed", changes=changes), tmp_path / str(steps), shared)
+        assert (found["status"], found["capped"]) == ("completed", capped)
+    rows = [row for row in curve(tmp_path / "6") if "eta" in row]
+    mean = least = rows[0]["loss"]
+    total = 0.0
+    for row in rows:
+        mean = 0.9 * mean + 0.1 * row["loss"]
+        least = min(least, mean)
+        total += (mean - least) / row["used"]
+        assert row["r_t"] == pytest.approx(total)
+    assert 0 <= rows[-1]["r_t"] < rows[-1]["regret"], "single batches' losses are further above the least of them"
+
+
 def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):
     file = tmp_path / "gsm1k.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in prepare.generate_problems(3, 99, 2)))

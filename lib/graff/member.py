@@ -73,10 +73,12 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
         "used": rows[-1]["used"],
         "budget": seconds,
         "in_budget": in_budget,
+        "capped": budgeted.capped,
         "energy": budgeted.energy.joules,
         "energy_source": budgeted.energy.source,
         "energy_reason": budgeted.energy.reason,
         "energy_to_level": trainer.energy_to_level(joules, curve, run.evaluation.energy_level),
         "gsm1k_gap": None if gsm1k is None or test is None else test - gsm1k,
         "regret": last["regret"],
+        "r_t": last["r_t"],
     }

@@ -1,7 +1,7 @@
 """What is made before members train, once for all of them: problems (generated ones, GSM8K and GSM1k), the base model,
 and the planner's warm start, which is also made by one command:
 
-    .venv/bin/python -m lib.graff.prepare FILE.safetensors
+    .venv/bin/python -m lib.graff.prepare FILE.safetensors [paper]
 """
 
 import sys
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from lib import config, data, hub, made
+from lib import config, data, hub, made, models
 from lib.data import BadRow, describe, require, require_text
 from lib.errors import StudyError
 from lib.graff import member
 from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, target
+from lib.training import to_device
 
 # ---- problems
 
@@ -87,10 +88,11 @@ def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[
     return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]
 
 
+Problems = tuple[dict[str, list[dict]], dict]  # by split, and a report
 STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
 
 
-def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
+def load_problems(run) -> Problems:
     """({train, dev, test, gsm1k}, report)."""
     dataset, (name, source), report, given, high = run.dataset, data.source_of(run), {}, None, run.dataset.numbers_below
     if name == "generated":
@@ -103,7 +105,8 @@ def load_problems(run) -> tuple[dict[str, list[dict]], dict]:
     train, dev = (rows, given[: dataset.limit]) if given else split_dev(rows, dataset.dev_size, dataset.split_seed)
     gsm1k = []
     if dataset.gsm1k and run.mode == "full":
-        gsm1k = read_problems(dataset.gsm1k, ("test",), section={"on_bad_row": dataset.on_bad_row})[0]["test"]
+        named, *pin = [dataset.gsm1k] if config.is_local(dataset.gsm1k) else dataset.gsm1k.split("@")
+        gsm1k = read_problems(named, ("test",), *pin, section={"on_bad_row": dataset.on_bad_row})[0]["test"]
     problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
     return problems, {"source": source, **report}
 
@@ -160,10 +163,12 @@ def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> m
     hidden = recipe["hidden_size"]
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
     shape |= {"num_hidden_layers": recipe["layers"], "max_position_embeddings": 2048, "tie_word_embeddings": True}
-    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape).train()
+    device = models.current_device() if train else torch.device("cpu")
+    model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape).to(device).train()
 
     def loss() -> Tensor:
-        return model(**collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)).loss
+        inputs = collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)
+        return model(**to_device(inputs, device)).loss
 
     optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
@@ -209,9 +214,10 @@ def audit(run) -> dict:
     return data.audit({name: rows for name, rows in problems.items() if rows}, report, compared, tokenizer, measure)
 
 
-def prepare(run, folder: Path) -> None:
-    """Problems, base model, tokenizer, rows and a report of them, into `folder`."""
-    problems, report = load_problems(run)
+def prepare(run, folder: Path, loaded: Problems | None = None) -> Problems:
+    """Problems (`loaded`, or those that the run names), base model, tokenizer, rows and a report of them, into `folder`;
+    returns what was loaded."""
+    problems, report = loaded = loaded or load_problems(run)
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if report["source"].startswith("generated") else problems["train"]
     tokenizer, facts = made.base_model(run, folder, texts, partial(make_base, real))
@@ -229,6 +235,7 @@ def prepare(run, folder: Path) -> None:
     }
     frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
     made.write_inputs(folder, tokenizer, report, rows=rows, problems=problems, frequent=frequent)
+    return loaded
 
 
 # ---- the planner's warm start: 300 steps as three episodes with different budgets on a small made model
@@ -237,14 +244,18 @@ def prepare(run, folder: Path) -> None:
 # An episode each; half the batch is half the time on the virtual clock, so half the budget.
 STEPS, BATCHES = 100, (4, 8, 16)
 BUDGET_MINUTES = 0.16  # per problem of the batch: room for the steps and the last evaluation
-EPISODE_MODELS = {"laptop": (64, 2), "small": (64, 2), "paper": (384, 8)}
+SMALL = {"hidden_size": 64, "layers": 2}
+# At paper scale, on the run's own training split: 71 M parameters, of the published 70 M. GSM8K's problems have 158 tokens
+# on average, generated ones 50.
+PUBLISHED, LONGER = {"hidden_size": 768, "layers": 13, "pretrain_learning_rate": 5e-4}, 4
 
 
 def episode_of(scale: str, trial: bool, batch: int, place: Path, seed: int):
     """The run of one episode."""
-    hidden, layers = EPISODE_MODELS[scale]
-    recipe = {"hidden_size": hidden, "layers": layers, "pretrain_steps": 2 if trial else 300, "seed": seed}
-    training = {"budget_minutes": BUDGET_MINUTES * batch, "clock": "virtual", "total_steps": 2 if trial else STEPS}
+    published = scale == "paper" and not trial
+    recipe = {**(PUBLISHED if published else SMALL), "pretrain_steps": 2 if trial else 300, "seed": seed}
+    minutes = BUDGET_MINUTES * batch * (LONGER if published else 1)
+    training = {"budget_minutes": minutes, "clock": "virtual", "total_steps": 2 if trial else STEPS}
     training |= {"global_batch_size": batch, "micro_batch_size": batch}
     training["optimizer"] = {"lr_init": 3e-3, "betas": [0.9, 0.98]}
     training["scheduler"] = {"type": "graff", "cold": True, "outer_lr": 3e-3}
@@ -258,16 +269,22 @@ def episode_of(scale: str, trial: bool, batch: int, place: Path, seed: int):
     return config.restore(raw, study="graff", scale=scale, mode="full", results_dir=place)
 
 
-def warm_start(out: Path, scale: str = "laptop", trial: bool = False, seed: int = 0) -> list[dict]:
+def warm_start(
+    out: Path, scale: str = "laptop", trial: bool = False, seed: int = 0, loaded: Problems | None = None
+) -> list[dict]:
     """Train the planner over the episodes, each on a fresh copy of the model; writes `out`; returns each one's
-    metrics."""
-    metrics, planner = [], {}
+    metrics. At paper scale they are of `loaded`, the run's own training problems, elsewhere of generated ones."""
+    metrics, planner, own = [], {}, None
+    if scale == "paper" and loaded:
+        splits, report = loaded
+        few = {name: splits[name][:8] for name in ("dev", "test")}
+        own = {"train": splits["train"], "gsm1k": [], **few}, {"source": report["source"]}
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         shared, runs = place / "inputs", [episode_of(scale, trial, batch, place, seed) for batch in BATCHES]
         shared.mkdir()
-        prepare(runs[0], shared)
+        prepare(runs[0], shared, own)
         for number, run in enumerate(runs):
             folder = place / f"episode-{number}"
             folder.mkdir()
@@ -279,7 +296,10 @@ def warm_start(out: Path, scale: str = "laptop", trial: bool = False, seed: int 
 
 
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    for row in warm_start(file, *sys.argv[2:3]):
+    file, scale, problems = Path(sys.argv[1]), (*sys.argv[2:], "laptop")[0], None
+    if scale == "paper":
+        yaml = config.ROOT / "params/graff/paper/graff_30.yaml"
+        problems = load_problems(config.load_run(yaml, scale=scale, mode="full"))
+    for row in warm_start(file, scale, loaded=problems):
         print({key: row.get(key) for key in ("status", "steps", "used", "budget", "dev_loss")})
     print(f"saved {file}, {file.stat().st_size} bytes")

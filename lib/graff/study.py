@@ -64,7 +64,7 @@ class Dataset(config.Data):
     numbers_below: Annotated[int, Field(ge=3, le=67)] = 10
     # other keys, set along where --set dataset.name names real problems: of a generated one an answer has 20 tokens
     real: dict[str, Any] | None = None
-    gsm1k: Name | None = None  # a file or hub id in GSM8K's form; null: no result
+    gsm1k: Name | None = None  # a file, or a hub id (at @revision), in GSM8K's form; null: no result
 
 
 class Optimizer(Section):
@@ -260,8 +260,9 @@ def prepare(run: Run, folder: Path) -> None:
     """What all members of the run share, into `folder`: problems, base model, tokens, and the planner's warm start."""
     from lib.graff import prepare as preparation
 
-    preparation.prepare(run, folder)
-    preparation.warm_start(folder / "warm_start.safetensors", run.scale, run.mode == "trial", run.dataset.split_seed)
+    loaded = preparation.prepare(run, folder)
+    options = {"trial": run.mode == "trial", "seed": run.dataset.split_seed, "loaded": loaded}
+    preparation.warm_start(folder / "warm_start.safetensors", run.scale, **options)
 
 
 def audit(run: Run) -> dict:

@@ -305,7 +305,7 @@ class BudgetTrainer(training.StudyTrainer):
     it."""
 
     SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
-    SAVED += ("regret", "credit", "final")
+    SAVED += ("regret", "running", "credit", "final", "capped")
 
     def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
@@ -319,6 +319,8 @@ class BudgetTrainer(training.StudyTrainer):
         self.recent: list[float] = []  # seconds of the last steps, one with a secant among them
         self.eval_seconds, self.evaluations, self.dtau_mean = 0.0, 0, None
         self.best, self.regret, self.final, self.credit, self.saved_at = math.inf, 0.0, False, None, time.monotonic()
+        self.capped = False  # ended by total_steps before its budget
+        self.running: tuple | None = None  # the running mean of the loss, its least, R_T
         parts = {name: config.dump(run)[name] for name in ("model", "dataset", "training", "evaluation")}
         super().__init__(
             model,
@@ -443,6 +445,11 @@ class BudgetTrainer(training.StudyTrainer):
         self.recent = [*self.recent, self.dtau][-2 * schedulers.EVERY :]
         self.best = min(self.best, self.loss)
         self.regret += (self.loss - self.best) / max(used, 1e-9)
+        mean, least, total = self.running or (self.loss, self.loss, 0.0)
+        mean = 0.9 * mean + 0.1 * self.loss  # the least of single batches is an easy batch
+        least = min(least, mean)
+        total += (mean - least) / max(used, 1e-9)
+        self.running = mean, least, total
         eta, step = self.eta, self.state.global_step + 1
         if not isinstance(optimizer, pl.BlockAdam):
             eta = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1.0)
@@ -460,6 +467,7 @@ class BudgetTrainer(training.StudyTrainer):
                 "lambda": self.lam or None,
                 "c_eta": self.c_eta,
                 "regret": self.regret,
+                "r_t": total,
                 **scheduler.log,
             }
         )
@@ -489,7 +497,8 @@ class BudgetTrainer(training.StudyTrainer):
             found += f"({used:.3g} s and {self.eval_seconds:.3g} s)"
             fix = f"--set training.budget_minutes={2 * (used + evaluation) / 60:.2g}"
             raise StudyError("training.budget_minutes", found, "a budget for at least that", fix)
-        self.final = last or used + self.next_step() + evaluation >= self.clock.budget
+        by_budget = used + self.next_step() + evaluation >= self.clock.budget
+        self.final, self.capped = last or by_budget, last and not by_budget
         place, share = int(EVALUATIONS * self.clock.fraction), len(self.subset) / len(self.dev)
         room = used + self.next_step() + evaluation * (1 + share) < self.clock.budget
         control, now = self.control, time.monotonic()

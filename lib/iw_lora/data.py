@@ -101,7 +101,7 @@ def to_example(row: dict, task: str) -> dict:
 
 
 def read_task(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
-    """({train, validation}, report): GLUE's of the hub, a folder's or a file's."""
+    """({train, validation, and MNLI's mismatched where it is there}, report): GLUE's of the hub, a folder's or a file's."""
     sources, chosen = data.read(dataset.name, dataset.revision, task), {}
     for ours, theirs in dataset.splits:
         split = next((s for s in (theirs, f"{theirs}_matched") if s in sources), None)
@@ -112,7 +112,10 @@ def read_task(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
             raise StudyError(f"dataset.splits.{ours}", found, ", ".join(sources), fix)
     parse, key = lambda row, _: to_example(row, task), lambda row: str(list(row.values())[:2])
     expected = f"the columns of {task}: {', '.join(COLUMNS[task])}, label"
-    return data.make_splits(chosen or sources, ("validation", "train"), parse, key, expected, vars(dataset))
+    splits, report = data.make_splits(chosen or sources, ("validation", "train"), parse, key, expected, vars(dataset))
+    if (other := sources.get("validation_mismatched")) and other not in chosen.values():
+        splits |= data.convert({"mismatched": other}, parse, expected, vars(dataset))[0]
+    return splits, report
 
 
 def load_splits(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:

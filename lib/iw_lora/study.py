@@ -183,6 +183,7 @@ MEMBER_KEYS = ("model.adapter",)  # what members of one preparation may differ i
 SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1")
 METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "validation_loss": "minimize"}
+METRICS["mismatched_accuracy"] = "maximize"  # MNLI's second validation split
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
 DIVERGED = dict.fromkeys(SCORES, 0.0)
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
@@ -190,7 +191,8 @@ ALIASES = dict.fromkeys(("alpha", "iw_reg_alpha"), "loss.alpha") | {"beta": "los
 ALIASES |= {key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")}
 ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha"}
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
-UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup")  # keys with one choice
+# keys with one choice; a metric that is null but on MNLI
+UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup", "mismatched_accuracy")
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 

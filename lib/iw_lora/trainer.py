@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -21,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
+from lib.training import StudyTrainer, make_stepper, rank, seeded_batches, time_interleaved, to_device, world
 
 # PEFT's own, and what it does not list yet; of AdaLoRA too, so that methods adapt the same matrices
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
@@ -223,11 +224,16 @@ def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
 
 
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
-    """(s (K,), number of batches left out): the sensitivities before any training."""
+    """(s (K,), number of batches left out): the sensitivities before any training. The processes of a data-parallel
+    training share the batches out, and each has the mean over all of them."""
     if run.loss.head_warmup_steps:
         model = warm_up_head(run, model, batches)
-    norms, skipped = penalty.gradient_norms(model, batches, task_loss)
-    return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
+    found = penalty.gradient_norms(model, batches[rank() :: world()], task_loss)
+    parts = [found] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, found)
+    norms = torch.cat([norms for norms, _ in parts])
+    return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), sum(skipped for _, skipped in parts)
 
 
 def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:
@@ -302,6 +308,7 @@ def train(member, folder: Path, shared: Path) -> dict:
         **metrics,
         **trainer.validate(),
         **{f"validation_{name}": value for name, value in values.items()},
+        "mismatched_accuracy": trainer.score("mismatched")[1]["accuracy"] if "mismatched" in given.rows else None,
         "step_seconds": statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl")),
     }
 
@@ -341,8 +348,8 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
     repeats: calibration is done once and counted apart, in passes and in seconds."""
     given, first = load(shared), config.members(run)[0]
     rounds, warm_up = (1, 1) if run.mode == "trial" else (COST_ROUNDS, COST_WARM_UP)
-    plain, rank = config.apply(first.run, {"loss.penalty": "none"}), run.model.adapter.rank
-    schedule = {"type": "adalora", "init_r": rank * 3 // 2, "target_r": rank, "tinit": 0, "tfinal": 1}
+    plain, r = config.apply(first.run, {"loss.penalty": "none"}), run.model.adapter.rank
+    schedule = {"type": "adalora", "init_r": r * 3 // 2, "target_r": r, "tinit": 0, "tfinal": 1}
     adapter = config.dump(plain)["model"]["adapter"] | schedule | {"delta_t": ADALORA_DELTA_T[run.scale]}
     runs = (first.run, plain, config.apply(plain, {"model.adapter": adapter}))
     built = [build(each, given, first.seed, max(rounds + warm_up, 3)) for each in runs]
