@@ -8,9 +8,12 @@ the whole is validated. A value that only the cells supply (`${opt.name}`) holds
 A study is a folder of lib/ with a study.py, which gives Run (the typed sections), METRICS (name -> "maximize" or
 "minimize"; the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What else it may
 give is in DEFAULTS, with what holds where it does not; and, of its metrics: VALIDATION_METRIC (chooses checkpoints,
-cells and the sweep's best; the reported one), SECOND_METRIC (where the reported one is not measured yet; the validation
-one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS), primary_metric(run). A study whose
-members may be sharded gives `fit`. What published files write elsewhere is read by validators of the sections.
+cells and the sweep's best; the reported one), SECOND_METRIC (drawn, and said so, where the reported one is not measured
+yet; the validation one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS), GRADED_BY (metric
+-> the command that makes it where training does not), primary_metric(run), published_name(run) of it, GROUP (keys: runs
+that differ in them are not held against each other; model and data set), LEADS (part of the name of the group that
+speaks for the study; the first does). A study whose members may be sharded gives `fit`. What published files write
+elsewhere is read by validators of the sections.
 """
 
 import copy

@@ -147,30 +147,48 @@ def run_metrics(results_dir: Path) -> dict[str, dict]:
     return {run_id: own for run_id, own in metrics.items() if own and "chosen_cell" in own}
 
 
-def aggregate_metrics(study: str, results_dir: Path) -> dict:
-    """primary_metric; metrics {name: {run_id: value}}, value being the mean over seeds of the run's cell chosen on
-    validation; best_proposed and best_baseline {run_id, value}; gap in percent of the best baseline, positive where the
-    proposed method is better; members {run_id: {cell, members}} too.
+def aggregate_metrics(planned: list) -> dict:
+    """Of a study's runs (config.Run), in the published form: primary_metric by its published name; metrics {name:
+    {run_id: value}}, value being the mean over seeds of the run's cell chosen on validation; best_proposed and
+    best_baseline {run_id, value}; gap in percent of the best baseline, positive where the proposed method is better.
+    These three are of the leading one of `groups`, each a model and data set (and budget). While answers of a group are
+    not graded, its three are null and `graded_by` is the command. Also members {run_id: {role, cell, members ...}}.
     """
-    directions, runs = config.study_module(study).METRICS, run_metrics(results_dir)
-    names = [n for n in directions if any(r["metrics"].get(n) is not None for r in runs.values())]
-    shared = {r["key_metric"]["name"] for r in runs.values()}
-    primary = shared.pop() if len(shared) == 1 else next(iter(names), None)
-    sign = -1 if directions.get(primary) == "minimize" else 1
+    study, runs = config.study_module(planned[0].study), run_metrics(planned[0].results_dir)
+    runs = {run.run_id: runs[run.run_id] for run in planned if run.run_id in runs}
+    groups: dict[str, list] = {}
+    keys = getattr(study, "GROUP", ("model.name", "dataset.name"))
+    for run in planned:
+        groups.setdefault(_group(run, keys), []).append(run)
+    compared = {name: _compare(study, group, runs) for name, group in groups.items()}
+    lead = min(groups, key=lambda name: getattr(study, "LEADS", "") not in name)
+    first = compared[lead]
+    names = dict.fromkeys([first["primary_key"], *(name for own in runs.values() for name in own["metrics"])])
+    metrics = {name: {i: own["metrics"].get(name) for i, own in runs.items()} for name in names}
+    metrics = {first["primary_metric"]: metrics[first["primary_key"]]} | metrics
+    kept = ("role", "chosen_on", "members")
+    members = {i: {"cell": own["chosen_cell"]} | {k: own[k] for k in kept} for i, own in runs.items()}
+    return {**first, "group": lead, "metrics": metrics, "groups": compared, "members": members}
 
-    def best(role: str) -> dict | None:
-        own = [{"run_id": i, "value": r["metrics"].get(primary)} for i, r in runs.items() if r["role"] == role]
-        return max((r for r in own if r["value"] is not None), key=lambda r: sign * r["value"], default=None)
 
-    proposed, baseline, gap = best("proposed"), best("comparative"), None
+def _group(run, keys: Sequence[str]) -> str:
+    """Qwen3-0.6B, gsm8k, 30 budget minutes."""
+    values = [(key.rpartition(".")[2].replace("_", " "), config.get(config.dump(run), key)) for key in keys]
+    return ", ".join(Path(v).name if isinstance(v, str) else f"{v:g} {k}" for k, v in values if v is not None)
+
+
+def _compare(study, group: list, runs: Mapping[str, dict]) -> dict:
+    """A group's part of aggregate_metrics."""
+    rows, key = [runs[run.run_id] for run in group if run.run_id in runs], study.primary_metric(group[0])
+    sides = [[row for row in rows if row["role"] == role] for role in ("proposed", "comparative")]
+    graded_by = {row["key_metric"].get("graded_by") for row in (*sides[0], *sides[1])} - {None}
+    best, sign = [], -1 if study.METRICS[key] == "minimize" else 1
+    for side in sides:
+        own = [{"run_id": row["run_id"], "value": row["metrics"].get(key)} for row in side if not graded_by]
+        best.append(max((r for r in own if r["value"] is not None), key=lambda r: sign * r["value"], default=None))
+    (proposed, baseline), gap = best, None
     if proposed and baseline and baseline["value"]:
         gap = sign * (proposed["value"] - baseline["value"]) / abs(baseline["value"]) * 100
-    of_cell = ("chosen_on", "members")
-    return {
-        "primary_metric": primary,
-        "metrics": {n: {i: r["metrics"].get(n) for i, r in runs.items()} for n in names},
-        "best_proposed": proposed,
-        "best_baseline": baseline,
-        "gap": gap,
-        "members": {i: {"cell": r["chosen_cell"]} | {k: r[k] for k in of_cell} for i, r in runs.items()},
-    }
+    named = {"primary_metric": getattr(study, "published_name", study.primary_metric)(group[0]), "primary_key": key}
+    named |= {"best_proposed": proposed, "best_baseline": baseline, "gap": gap}
+    return named | {"graded_by": next(iter(graded_by), None), "runs": [row["run_id"] for row in rows]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from lib import plots as figures, tables
 from lib.plots import PALETTE, Drawing, Look, looks, number, outcomes
 from lib.td_dpo import report as study
+from tests.conftest import ROOT
 
 FIXED = {0.01: 0.5, 0.05: 1.0, 0.5: 1.0, 2.5: 2.0}
 LEVEL = {"dpo": {0.01: 2.5, 0.05: 6.1, 0.5: 7.9, 2.5: 7.6}, "discopop": {0.01: 1.9, 0.05: 3.5, 0.5: 7.6, 2.5: 7.0}}
@@ -346,3 +349,13 @@ def test_no_heavy_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_figures_are_named_after_their_run_or_the_comparison():
+    for path in [*(ROOT / "notebooks").glob("*/*.ipynb"), ROOT / "notebooks" / "sweep.ipynb"]:
+        source = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        start = 'f"comparison_{' if path.name == "analysis.ipynb" else 'f"{run.run_id}_'
+        for call in source.split("plots.save(")[1:]:
+            folder, _, name = call.partition('folder / "figures",')
+            assert len(folder) < 700, f"{path}: a figure somewhere else"
+            assert name.lstrip().startswith(start), f"{path}: {name[:60]}"

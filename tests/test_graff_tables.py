@@ -65,11 +65,12 @@ def write_run(results, run, ends, extra=(), loss=lambda member: 1.0):
     budget = 60 * run.training.budget_minutes
     for member in config.members(run):
         history = []
-        for share in (0.0, 0.25, 0.49, 0.51, 1.0):
+        for step, share in enumerate((0.0, 0.25, 0.49, 0.51, 1.0), 1):
             match = {"exact_match_subset": ends * share, "dev_loss": 1 - share / 2}
             history.append({"step": 0, "used": share * budget, "joules": share * budget, **match})
             blocks = {"log_m": [-0.1, 0.1], "a": 0.5, "gain": 1.0, "lambda": 2.0}
-            history.append({"step": 1, "used": share * budget, "fraction": share, "eta": 0.001 + share, **blocks})
+            taken = {"step": step, "loss": 2 - share, "used": share * budget, "fraction": share, "eta": 0.001 + share}
+            history.append(taken | blocks)
         rows = [
             {"kind": "example", "example": i, "exact_match": i < 40 * ends, "test_loss": 2 - ends} for i in range(40)
         ]
@@ -83,7 +84,12 @@ def test_the_figures_and_tables_say_their_numbers(tmp_path):
     for run, ends in zip(planned, (0.8, 0.4, 0.6), strict=True):
         write_run(tmp_path, run, ends, extra, loss=lambda m: 0.5 if "0.0003" in m.cell_name else 1.0)
     alt, names = analyze(tmp_path, planned)
-    assert set(alt) == {"rates", "rates_low", "exact_match", "dev_loss", "multipliers", "energy"}
+    own = {"primary_metric", "seeds", "learning_curves"}  # which every study has
+    assert set(alt) == {"rates", "rates_low", "exact_match", "dev_loss", "multipliers", "energy"} | own
+    assert "graff from 2 at step 1 to " in alt["learning_curves"]
+    for name in ("primary_metric", "seeds"):
+        assert "proposed at run graff: mean 0.8 (seeds 0.8, 0.8, 0.8)" in alt[name]
+    assert names["total"]["metrics"]["energy"] == dict.fromkeys(("graff", "fixed", "graff_cold"), 180.0)
     assert "graff ends at 0.8 with area 0.4" in alt["exact_match"]
     assert "graff from 1 to 0.5" in alt["dev_loss"]
     assert "Level: 0.2." in alt["energy"]  # half of what the fixed rate ends at
@@ -124,7 +130,7 @@ def test_a_method_of_ones_own_comes_into_the_figures_by_its_role_and_other_budge
         write_run(tmp_path, run, 0.4)
     alt, names = analyze(tmp_path, [graff, fixed, own, longer])
     assert set(names["main"]) == {"graff", "fixed", "mine", "fixed_60"}
-    assert {"exact_match_made_3", "exact_match_made_60"} <= set(alt)
+    assert {f"{name}_made_{length}" for name in ("exact_match", "seeds") for length in (3, 60)} <= set(alt)
     assert "mine" in alt["exact_match_made_3"]
     assert "fixed_60" not in alt["exact_match_made_3"]
     assert set(names["compared"]) == {"graff", "fixed", "mine"}

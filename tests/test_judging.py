@@ -620,11 +620,13 @@ def test_a_runs_own_metrics_follow_its_members_grades(tiny, data):
         {"trials": 3, "final": {"cell": "default", "seeds": 2, "mt_bench_score": None}, "final_members": list(scores)},
     )
     runs.refresh(run)
-    assert record.read_json(folder / "metrics.json")["key_metric"] == {"name": "implicit_accuracy", "value": 0.5}
+    waits = {"name": "mt_bench_score", "value": None, "graded_by": "./run_all.sh judge --study td_dpo"}
+    assert record.read_json(folder / "metrics.json")["key_metric"] == waits, "no other metric in its place"
     for member, score in scores.items():
+        assert record.read_json(folder / "metrics.json")["key_metric"] == waits, "while an answer is not graded"
         path = folder / "members" / member / "metrics.json"
         record.write_json(path, record.read_json(path) | {"mt_bench_score": score})
-    runs.refresh(run)
+        runs.refresh(run)
     made = record.read_json(folder / "metrics.json")
     assert (made["key_metric"], made["base_oracle_score"]) == ({"name": "mt_bench_score", "value": 5.5}, 6.0)
     status = record.read_json(folder / "status.json")

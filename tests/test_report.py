@@ -277,7 +277,7 @@ def outputs(tmp_path):
     write(
         study / "comparison" / "aggregated_metrics.json",
         {
-            "primary_metric": "oracle_score",
+            "primary_metric": "Exact-match accuracy at 30 min wall-clock.",
             "metrics": {},
             "best_proposed": {"run_id": "td_dpo", "value": 7.02},
             "best_baseline": {"run_id": "dpo", "value": 7.95},
@@ -286,13 +286,13 @@ def outputs(tmp_path):
     )
     write(study / "comparison" / "analysis.html", "page")
     write(
-        study / "comparison" / "figures" / "comparison_oracle_score.links.json",
+        study / "comparison" / "figures" / "comparison_primary_metric.links.json",
         [{"left": 0.25, "top": 0.5, "href": "../dpo/run.html#beta0.05-s42", "words": "dpo, seed 42: 7.25"}],
     )
-    for name in ("comparison_a_first", "comparison_oracle_score"):
+    for name in ("comparison_a_first", "comparison_primary_metric"):
         (study / "comparison" / "figures").mkdir(exist_ok=True)
         (study / "comparison" / "figures" / f"{name}.png").write_bytes(png())
-    write(study / "comparison" / "figures" / "comparison_oracle_score.alt.txt", 'DPO 7.95 "at" <beta> 0.5')
+    write(study / "comparison" / "figures" / "comparison_primary_metric.alt.txt", 'DPO 7.95 "at" <beta> 0.5')
     write(tmp_path / "laptop-full" / "graff" / "a run & more" / "status.json", {"status": "running", "minutes": None})
     write(tmp_path / "laptop-trial" / "td_dpo" / "dpo" / "status.json", '{"run_id": "dpo", "stat')
     write(
@@ -305,6 +305,7 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
     page = assert_inert(pages.index_html(outputs).read_text(), TABLE)
     for said in (
         "TD-DPO, laptop scale",
+        "Exact-match accuracy at 30 min wall-clock: best proposed td_dpo",
         "GRAFF, laptop scale",
         "TD-DPO, laptop scale, trial",
         "✓ succeeded",

@@ -335,31 +335,87 @@ def test_the_cell_is_chosen_on_validation_among_those_with_the_most_seeds(tiny):
     assert summary["key_metric"] == {"name": "oracle_score", "value": 5.5}
 
 
-def test_aggregated_metrics_in_the_contracts_form(tmp_path):
-    for run_id, role, value in [
-        ("ours", "proposed", 6.0),
-        ("base_a", "comparative", 8.0),
-        ("base_b", "comparative", 7.0),
-        ("abl", "ablation", 9.0),
-    ]:
-        record.write_json(
-            tmp_path / run_id / "metrics.json",
-            {
-                "run_id": run_id,
-                "role": role,
-                "chosen_cell": "c",
-                "chosen_on": "validation_implicit_accuracy",
-                "key_metric": {"name": "oracle_score", "value": value},
-                "metrics": {"oracle_score": value, "sampled_kl": 1.0},
-                "members": {},
-            },
-        )
-    made = tables.aggregate_metrics("td_dpo", tmp_path)
+def recorded(folder, run, value, metric, **key):
+    """`run` with its results in `folder`, and its metrics.json there."""
+    run = run.model_copy(update={"results_dir": folder})
+    key = {"name": metric, "value": None if key else value, **key}
+    own = {"run_id": run.run_id, "role": run.role, "chosen_cell": "c", "chosen_on": "v", "members": {}}
+    metrics = {metric: value, "energy": 2.0}
+    record.write_json(folder / run.run_id / "metrics.json", {**own, "key_metric": key, "metrics": metrics})
+    return run
+
+
+def paper(study, *run_ids):
+    folder = config.ROOT / "params" / study / "paper"
+    return [config.load_run(folder / f"{i}.yaml", study=study, scale="paper", mode="full") for i in run_ids]
+
+
+def test_aggregated_metrics_in_the_contracts_form(tmp_path, tiny):
+    planned = [
+        recorded(tmp_path, tiny().model_copy(update={"run_id": run_id, "role": role}), value, "oracle_score")
+        for run_id, role, value in [
+            ("abl", "ablation", 9.0),
+            ("base_a", "comparative", 8.0),
+            ("base_b", "comparative", 7.0),
+            ("ours", "proposed", 6.0),
+        ]
+    ]
+    made = tables.aggregate_metrics(planned)
     assert made["primary_metric"] == "oracle_score"
     assert made["metrics"]["oracle_score"] == {"abl": 9.0, "base_a": 8.0, "base_b": 7.0, "ours": 6.0}
+    assert made["metrics"]["energy"]["ours"] == 2.0, "every metric that was collected"
     assert made["best_proposed"] == {"run_id": "ours", "value": 6.0}
     assert made["best_baseline"] == {"run_id": "base_a", "value": 8.0}, "an ablation is no baseline"
     assert made["gap"] == pytest.approx(-25.0)
+    assert made["members"]["ours"] == {"cell": "c", "role": "proposed", "chosen_on": "v", "members": {}}
+
+
+def test_runs_of_other_data_models_or_budgets_are_not_held_against_each_other(tmp_path):
+    values = {"rte_iw_lora": 0.73, "rte_lora": 0.72, "mnli_iw_lora": 0.851, "mnli_lora": 0.846, "sst2_lora": 0.93}
+    f1 = {run_id: "validation_f1" if "rte" in run_id else "validation_accuracy" for run_id in values}
+    found = paper("iw_lora", *values)
+    made = tables.aggregate_metrics([recorded(tmp_path, r, values[r.run_id], f1[r.run_id]) for r in found])
+    assert (made["group"], made["best_proposed"]["run_id"]) == ("deberta-v3-base, glue, mnli", "mnli_iw_lora")
+    assert made["best_baseline"] == {"run_id": "mnli_lora", "value": 0.846}, "and not the higher one on SST-2"
+    rte = made["groups"]["deberta-v3-base, glue, rte"]
+    assert (rte["primary_metric"], rte["runs"]) == ("validation_f1", ["rte_iw_lora", "rte_lora"])
+    assert rte["best_proposed"]["value"] == 0.73
+    assert made["groups"]["deberta-v3-base, glue, sst2"]["gap"] is None
+
+    found = paper("graff", "fixed_60", "mistral_graff_30", "graff_30", "reactor_30")
+    values = {"fixed_60": 0.9, "mistral_graff_30": 0.8, "graff_30": 0.6, "reactor_30": 0.5}
+    made = tables.aggregate_metrics([recorded(tmp_path, r, values[r.run_id], "exact_match") for r in found])
+    assert made["primary_metric"] == "Exact-match accuracy at 30 min wall-clock."
+    assert made["metrics"][made["primary_metric"]] == made["metrics"][made["primary_key"]] == values
+    assert (made["best_proposed"]["run_id"], made["best_baseline"]["run_id"]) == ("graff_30", "reactor_30")
+    assert made["gap"] == pytest.approx(20.0)
+    virtual = [config.apply(run, {"training.clock": "virtual"}) for run in found]
+    virtual = [run.model_copy(update={"results_dir": tmp_path}) for run in virtual]
+    assert tables.aggregate_metrics(virtual)["primary_metric"] == "exact_match", "nothing was published of such minutes"
+    assert set(made["groups"]) == {
+        "Qwen3-0.6B, gsm8k, 60 budget minutes",
+        "Mistral-7B-Instruct-v0.3, gsm8k, 30 budget minutes",
+        "Qwen3-0.6B, gsm8k, 30 budget minutes",
+    }
+
+
+def test_the_primary_metric_is_null_while_answers_are_ungraded(tmp_path):
+    command = "./run_all.sh judge --study td_dpo"
+    dpo, ours = paper("td_dpo", "dpo", "td_dpo")
+    planned = [recorded(tmp_path, dpo, 6.0, "mt_bench_score"), recorded(tmp_path, ours, 7.0, "mt_bench_score")]
+    assert tables.aggregate_metrics(planned)["gap"] == pytest.approx(100 / 6)
+    recorded(tmp_path, ours, 7.0, "mt_bench_score", graded_by=command)  # some of its seeds are not
+    made = tables.aggregate_metrics(planned)
+    assert (made["primary_metric"], made["graded_by"]) == ("mt_bench_score", command)
+    assert made["best_proposed"] is made["best_baseline"] is made["gap"] is None
+
+
+def test_a_runs_metrics_say_where_its_settings_and_histories_are(tiny):
+    row = {"member": "a-s1", "cell": "a", "seed": 1, "status": "completed", "in_budget": True}
+    made = runs.summary(tiny(), [{**row, "validation_implicit_accuracy": 0.5, "oracle_score": 6.0, "energy": 3.5}])
+    assert made["metrics"] == {"oracle_score": 6.0, "validation_implicit_accuracy": 0.5, "energy": 3.5}
+    assert made["configuration"] == "config.yaml"
+    assert made["history"] == {"a-s1": "members/a-s1/history.jsonl"}
 
 
 def test_a_diverged_seed_counts_as_the_worst_and_not_as_absent(tiny):

@@ -320,7 +320,7 @@ def judged(results, planned):
         name: getattr(loaded, name).drop(columns="folder", errors="ignore")
         for name in ("members", "history", "answers", "pairs", "costs", "everyone")
     }
-    return frames, claims.to_json(verdict), aggregate_metrics("td_dpo", results)
+    return frames, claims.to_json(verdict), aggregate_metrics(planned)
 
 
 def test_a_study_judged_from_wandb_is_the_same_study(server, tmp_path, outputs):

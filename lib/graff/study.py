@@ -167,6 +167,8 @@ SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("exact_match", "dev_exact_match", "flexible_match", "auc")
 METRICS = dict.fromkeys(SCORES, "maximize")
 METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap"), "minimize")
+GROUP = ("model.name", "dataset.name", "training.budget_minutes")
+LEADS = "Qwen3-0.6B, gsm8k, 30 budget minutes"
 DIVERGED = dict.fromkeys(SCORES, 0.0)  # what a diverged run has
 CLAIM_METRICS = ("exact_match", "auc", "energy_score")  # columns that claims.evaluate is given
 # metrics that are null where nothing can be read; a key with one choice
@@ -182,6 +184,12 @@ MADE_BY = {  # a missing file: the command that makes it
     "--set training.scheduler.cold=true for an untrained planner"
 }
 GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
+
+
+def published_name(run: Run) -> str:
+    if run.training.clock == "virtual":  # of its minutes nothing was published
+        return "exact_match"
+    return f"Exact-match accuracy at {run.training.budget_minutes:g} min wall-clock."
 
 
 def recognizes(raw: dict) -> bool:

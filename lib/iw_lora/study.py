@@ -184,6 +184,8 @@ SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("validation_accuracy", "tuning_accuracy", "validation_f1", "validation_macro_f1")
 METRICS = {**dict.fromkeys(SCORES, "maximize"), "tuning_loss": "minimize", "validation_loss": "minimize"}
 METRICS["mismatched_accuracy"] = "maximize"  # MNLI's second validation split
+GROUP = ("model.name", "dataset.name", "dataset.subset")
+LEADS = "mnli"  # what was published first
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
 DIVERGED = dict.fromkeys(SCORES, 0.0)
 CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
@@ -195,6 +197,11 @@ NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not t
 UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup", "mismatched_accuracy")
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
+
+
+def primary_metric(run: Run) -> str:
+    """Published for RTE was F1 on entailment."""
+    return "validation_f1" if run.dataset.subset == "rte" else "validation_accuracy"
 
 
 def recognizes(raw: dict) -> bool:

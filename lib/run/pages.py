@@ -190,7 +190,7 @@ def _group(root: Path, study: Path) -> dict | None:
         "claims": read_json(comparison / "claims.json", []),
         "prices": read_json(comparison / "prices.json", {}),
         "aggregated": aggregated,
-        "figure": _figure(root, comparison, str(aggregated.get("primary_metric"))) if mode == "full" else "",
+        "figure": _figure(root, comparison) if mode == "full" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
         "runs": [
             {"folder": p, "status": _status(p), "members": members_of(p), "audit": read_json(p / "audit.json", {})}
@@ -220,12 +220,12 @@ def members_of(run: Path) -> list[dict]:
     return members
 
 
-def _figure(root: Path, comparison: Path, metric: str) -> str:
+def _figure(root: Path, comparison: Path) -> str:
     """The figure that shows the result: the primary metric's, else the claims', else the first; embedded with its
     words, its points linked to their members."""
     from lib.plots import embed  # with matplotlib
 
-    names = ("comparison_primary*", f"comparison_{metric}*", "comparison_seeds", "comparison_claims", "*")
+    names = ("comparison_primary*", "comparison_seeds", "comparison_claims", "*")
     pictures = (path for name in names for path in sorted((comparison / "figures").glob(f"{name}.png")))
     if (path := next(pictures, None)) is None:
         return ""

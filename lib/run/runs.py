@@ -105,22 +105,29 @@ def settle(run, guess: bool = False):
 
 
 def summary(run, records: list[dict]) -> dict:
-    """The run's metrics.json: the mean over judged seeds of its chosen cell, and its members beside it."""
+    """The run's metrics.json: the mean over judged seeds of its chosen cell, its members beside it, and where its settings
+    and histories are. A key metric that is not graded yet is null, with the command that grades it."""
     study, records = config.study_module(run.study), counted(run, records)
-    metrics = [m for m in study.METRICS if any(r.get(m) is not None for r in records)]
+    numbers = [name for r in records for name, value in r.items() if type(value) in (int, float) and name != "seed"]
+    metrics = [m for m in dict.fromkeys([*study.METRICS, *numbers]) if m in numbers]
     cell = chosen_cell(run, records)
-    means = _means([r for r in records if r["cell"] == cell and not r.get("pilot")], metrics)
-    primary = study.primary_metric(run)
-    primary = primary if means.get(primary) is not None else study.SECOND_METRIC
+    rows = [r for r in records if r["cell"] == cell and not r.get("pilot")]
+    means, primary = _means(rows, metrics), study.primary_metric(run)
+    key = {"name": primary, "value": means.get(primary)}
+    graded_by = getattr(study, "GRADED_BY", {}).get(primary)
+    if graded_by and any(r.get(primary) is None for r in rows):
+        key |= {"value": None, "graded_by": graded_by}
     return {
         "run_id": run.run_id,
         "method": run.method,
         "role": run.role,
         "chosen_cell": cell,
         "chosen_on": run.optuna.objective_metric,
-        "key_metric": {"name": primary, "value": means.get(primary)},
+        "key_metric": key,
         "metrics": means,
         "members": {r["member"]: {m: r.get(m) for m in ["status", *metrics]} for r in records},
+        "configuration": "config.yaml",
+        "history": {r["member"]: f"members/{r['member']}/history.jsonl" for r in records},
     }
 
 

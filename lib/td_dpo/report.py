@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lib import claims, record, tables
-from lib.td_dpo.study import SECOND_METRIC
+from lib.td_dpo.study import GRADED_BY, SECOND_METRIC
 
 ABLATIONS = ("td_dpo_anchored", "discopop_card")  # trained where one claim looks, not over beta
 
@@ -39,7 +39,7 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
         return Judged(None, "", "No answers are judged: evaluation.judge is none")
     completed = [] if loaded.members.empty else loaded.members.query("status == 'completed'")["folder"]
     models = Counter(record.read_json(Path(folder) / "judged.json", {}).get("model") for folder in completed)
-    ungraded, command = models.pop(None, 0), f"./run_all.sh judge --study {planned[0].study}"
+    ungraded, command = models.pop(None, 0), GRADED_BY["mt_bench_score"]
     if len(models) > 1:
         counted = ", ".join(f"{model}: {count} members" for model, count in sorted(models.items()))
         fix = f"Graded by several judges ({counted}): {command} --model {min(models)} has all graded by one"

@@ -228,7 +228,8 @@ class Run(config.Run):
 
 BY_NAME = {"LOSSES": "loss.name"}
 JUDGED = {judge: f"{judge}_score" for judge in ("oracle", "verifier", "mt_bench")}  # the metric of evaluation.judge
-SECOND_METRIC = "implicit_accuracy"  # where no answer has been judged
+SECOND_METRIC = "implicit_accuracy"  # where no answers are judged
+GRADED_BY = {"mt_bench_score": "./run_all.sh judge --study td_dpo"}
 CLAIM_METRICS = ("score", "seconds")  # columns that the analysis gives to claims.evaluate
 MEMBER_KEYS = ("model.peft",)  # what members of one preparation may differ in: the base model is the same
 SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
