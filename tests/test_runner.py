@@ -284,6 +284,18 @@ def test_outputs_of_other_params_and_other_paths_have_their_own_folders(tmp_path
     assert "hunter2" not in root("--set", "optuna.storage=postgresql://me:hunter2@h/db")
 
 
+def test_results_dir_takes_the_place_of_outputs_and_keeps_its_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)  # restored
+    monkeypatch.setattr(cli, "run", lambda options: print(cli.select_runs(options)[0][1].results_dir) or 0)
+    asked = ["full", "--scale", "laptop", "--study", "td_dpo"]
+    for more, folder in ([], "laptop-full"), (["--set", "loss.beta=1"], "laptop-full,loss.beta=1"):
+        assert cli.main([*asked, *more, "--results-dir", str(tmp_path / "mine")]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "mine" / folder / "td_dpo")
+    given = ["--params", str(config.ROOT / "params" / "td_dpo" / "laptop"), "--results-dir", str(tmp_path / "mine")]
+    assert cli.main([*asked, *given]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "mine" / "laptop-full" / "td_dpo")
+
+
 def test_a_number_is_not_given_twice(tmp_path):
     for number in (1, 2, 10):
         (tmp_path / f"run.{number}.failed.ipynb").touch()

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
     add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
+    add("--results-dir", metavar="DIR", help="write and read the results here instead of in outputs/")
     add("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
     add("--grid", choices=("all",), help="all: every cell with every seed")
     add("--jobs", type=count, metavar="N", help="members trained at a time (default: one per GPU, else per core)")
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     if command in apart:
         return report_errors(lambda: apart[command](more))
     options = parser().parse_args(argv)
+    global OUTPUTS
+    OUTPUTS = Path(options.results_dir).absolute() if options.results_dir else OUTPUTS
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
@@ -135,7 +138,8 @@ def root_of(options) -> Path:
     overwrites the study. Where a run is mirrored or searched is no variation of it."""
     sets = [text.partition("=")[::2] for text in options.sets]
     changes = sorted((key, value) for key, value in sets if not key.startswith(("wandb.", "optuna.storage")))
-    if options.params and "STUDY_OUTPUTS" not in os.environ:  # who names the outputs has chosen a place already
+    named = options.results_dir or "STUDY_OUTPUTS" in os.environ  # who names the outputs has chosen a place already
+    if options.params and not named:
         changes.append(("params", os.path.abspath(options.params)))
     if options.grid:
         changes.append(("grid", options.grid))
