@@ -50,6 +50,16 @@ def simulate(claim: Claim, looks, *, sds, questions, effect, n_sim, rng) -> tupl
     return words, seeds
 
 
+def by_look(study: Claims, claim: Claim, looks: tuple[int, ...]) -> dict[int, float]:
+    """{look: the chance that the claim is supported by then, if it is true as claimed, at the most noise assumed and
+    without the correction for several claims}; NaN where no noise is assumed."""
+    sds, questions = sds_of(study, claim, max(study.noise.seed_sds))
+    size = {"effect": sizes(claim)[0], "n_sim": study.noise.simulations, "rng": np.random.default_rng(0)}
+    words, seeds = simulate(claim, looks, sds=sds, questions=questions, **size)
+    by = {n: float(((words == st.SUPPORTED) & (seeds <= n)).mean()) for n in looks}
+    return by if assumed_for(study, claim) else dict.fromkeys(looks, np.nan)
+
+
 def table(
     study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None, assumed_too: bool = True
 ) -> pd.DataFrame:

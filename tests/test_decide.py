@@ -9,9 +9,9 @@ import types
 import pytest
 import yaml
 
-from lib import claims, config, record
+from lib import claims, config, power, record
 from lib.errors import StudyError
-from lib.run import cli, decide, keys, members, model_card, pages, plan, runner
+from lib.run import cli, decide, keys, members, model_card, pages, plan, preflight, runner
 from tests.conftest import TINY
 
 # Arms: C3 compares td_dpo with dpo at beta 0.05, C2 td_dpo with discopop at 2.5; dpo at 0.5 belongs to neither.
@@ -27,7 +27,7 @@ LOOKS = (2, 3, 4)
 def options_of(**given) -> argparse.Namespace:
     """The command line's, of `full` at laptop scale."""
     default = {"command": "full", "scale": "laptop", "mode": "full", "grid": None, "force": False, "run": None}
-    return argparse.Namespace(**default | {"max_hours": None, "max_minutes": None} | given)
+    return argparse.Namespace(**default | {"max_hours": None, "max_minutes": None, "claims": None} | given)
 
 
 @pytest.fixture
@@ -281,3 +281,118 @@ def test_a_plan_shows_the_rounds_and_changes_nothing(study, capsys):
     assert {s.name: s.members for s in looks.steps} == {"td_dpo": 2, "dpo": 2, "comparison": 0}
     assert {s.name: s.members for s in rest.steps} == {"dpo": 2, "td_dpo_anchored": 2, "comparison": 0}
     assert not study.results.exists()
+
+
+# ---- what claims cost, and --claims
+
+
+def spending_of(study, **given):
+    return decide.Spending(options_of(command="plan", **given), study.runs, study.runs, slots=2)
+
+
+def test_a_claim_is_priced_at_each_look_by_what_it_lacks_and_shared_arms_count_once(study):
+    def seconds(*asked):
+        return round(3600 * spending.hours(list(asked)), 6)
+
+    spending = spending_of(study)
+    priced = {looks[0].id: looks for looks in spending.priced()}
+    c2, c3 = priced["C2"], priced["C3"]
+    assert [seconds(each) for each in c3] == [2 * 2 * 12, 2 * 3 * 12, 2 * 4 * 12], "two cells, 12 s a member"
+    assert seconds(c2[0], c3[0]) == seconds(c2[0]) + seconds(c3[0]), "they share no cell"
+    shared = c3[2]._replace(id="C9", arms=[c3[2].arms[0], c2[2].arms[1]])
+    assert seconds(c3[2], shared) == 3 * 4 * 12 < seconds(c3[2]) + seconds(shared)
+    study.go()
+    spending = spending_of(study)
+    assert [seconds(each) for each in spending.priced()[1]] == [0, 2 * 12, 2 * 2 * 12], "what is on record is not paid"
+
+
+def test_of_a_run_whose_times_alone_are_asked_one_member_is_priced_too(study):
+    timed = decide.Open("td_dpo", "C5", [(run, decide.TIMES) for run in study.runs if run.run_id == "td_dpo"], 8)
+    scored = next(looks[0] for looks in spending_of(study).priced() if looks[0].id == "C3")
+    measured = 8 * (plan.START_SECONDS + 12 / 2)
+    assert 3600 * spending_of(study).hours([timed]) == pytest.approx(measured + 12)
+    assert 3600 * spending_of(study).hours([timed, scored]) == pytest.approx(measured + 4 * 12)
+
+
+def test_the_cheapest_likely_decision_of_each_study_and_what_fits_into_a_day(study):
+    spending = spending_of(study)
+    c2, c3 = (next(looks for looks in spending.priced() if looks[0].id == name) for name in ("C2", "C3"))
+
+    def at(looks, *chances, study="td_dpo"):
+        return [each._replace(study=study, chance=chance) for each, chance in zip(looks, chances, strict=True)]
+
+    def chosen(limit, *priced):
+        return [[(each.name, each.look) for each in found] for found in spending.choose(list(priced), limit)]
+
+    second, first = at(c3, 0.1, 0.6, 0.9), at(c2, 0.6, 0.7, 0.8)
+    assert chosen(24.0, second, first) == [[("td_dpo C2", 2)], [("td_dpo C2", 2), ("td_dpo C3", 3)]]
+    other = at(c3, 0.2, 0.3, 0.5, study="graff")
+    ahead = [("td_dpo C2", 2), ("graff C3", 4)]
+    assert chosen(24.0, second, first, other) == [ahead, [*ahead, ("td_dpo C3", 3)]]
+    assert chosen(144 / 3600, second, first, other)[1] == [*ahead, ("td_dpo C3", 3)], "its arms are graff's here: free"
+    assert chosen(143 / 3600, second, first, other)[1] == [("td_dpo C2", 2), ("td_dpo C3", 3)], (
+        "graff's 96 s do not fit"
+    )
+    assert chosen(119 / 3600, second, first, other)[1] == [("td_dpo C2", 2)]
+    assert chosen(24.0, at(c2, *3 * [float("nan")])) == [[], []], "no noise is assumed: nothing is expected"
+
+
+def test_prices_say_what_is_cheapest_and_where_nothing_is_expected(study, monkeypatch):
+    chances = {"C2": (0.1, 0.6, 0.9), "C3": (0.1, 0.2, 0.3)}
+    monkeypatch.setattr(power, "by_look", lambda _, claim, looks: dict(zip(looks, chances[claim.id], strict=True)))
+    monkeypatch.setattr(decide.Spending, "hours", lambda self, asked: 7.0 * sum(each.look for each in asked))
+    asked = decide.select(["C2", "C3"], study.runs, "laptop")
+    lines = list(spending_of(study, claims=asked).prices())
+    assert lines[1] == "td_dpo C2       2:  14.0 ( 10%)   3:  21.0 ( 60%)   4:  28.0 ( 90%)"
+    assert lines[-2].endswith("--claims td_dpo/C2, 21.0 device-hours")
+    chances["C2"] = (0.1, 0.1, float("nan"))
+    lines = list(spending_of(study, claims=asked).prices())
+    assert "(   ?)" in lines[1]
+    assert [line.endswith(": 0.0 device-hours; none of td_dpo") for line in lines[-2:]] == [True, True]
+
+
+def test_the_chance_of_a_look_grows_and_is_unknown_where_no_noise_is_assumed():
+    published = claims.load(plan.claims_of("td_dpo"))
+    found = power.by_look(published, next(each for each in published.claims if each.id == "C2"), (3, 5, 8))
+    assert 0 < found[3] < found[5] < found[8] < 1
+    published = claims.load(plan.claims_of("graff"))
+    unknown = power.by_look(published, next(each for each in published.claims if each.id == "C8"), (3, 5, 8))
+    assert all(chance != chance for chance in unknown.values())
+
+
+def test_claims_that_are_named_are_all_that_is_run(study):
+    asked = decide.select(["C3"], study.runs, "laptop")
+    study.go(claims=asked, only=["td_dpo", "dpo"])
+    assert set(study.trained) == {
+        f"{arm}-s{seed}" for arm in ("td_dpo/beta0.05-tau1", "dpo/beta0.05") for seed in (7, 5)
+    }
+    assert study.rounds == ["first looks"], "no times, no ablations, no searches"
+
+
+def test_where_times_alone_are_named_one_member_is_trained_and_they_are_measured(study):
+    study.go(claims=decide.select(["td_dpo/C5"], study.runs, "laptop"), only=["td_dpo"])
+    assert study.trained == ["td_dpo/beta2.5-tau2-s7"]
+    assert study.rounds == ["first looks", "times for td_dpo C5 to 8"]
+
+
+@pytest.mark.parametrize("command", ["trial", "full"])
+def test_claims_select_runs_on_the_command_line(monkeypatch, command):
+    seen = []
+    monkeypatch.setattr(preflight, "find_missing", lambda *_: [])
+    monkeypatch.setattr(cli, "execute", lambda options, runs, whole: seen.append((options, runs)) or 0)
+    assert cli.main([command, "--scale", "laptop", "--claims", "td_dpo/C2,C11"]) == 0
+    options, runs = seen[0]
+    assert [(run.study, run.run_id) for run in runs] == [
+        ("iw_lora", "iw_lora"),
+        ("td_dpo", "discopop"),
+        ("td_dpo", "td_dpo"),
+    ]
+    assert {study: list(own) for study, own in options.claims.items()} == {"iw_lora": ["C11"], "td_dpo": ["C2"]}
+
+
+def test_an_unknown_claim_is_named_with_those_there_are(capsys):
+    assert cli.main(["plan", "--scale", "paper", "--study", "td_dpo", "--claims", "C1,C99"]) == 2
+    said = capsys.readouterr()
+    assert "no claim C99 at paper scale" in said.err
+    assert "td_dpo/C1, td_dpo/C2, td_dpo/C4, td_dpo/C5, td_dpo/C6" in said.err
+    assert not said.out

@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
+    only = "only what these claims compare (C1: of every study; td_dpo/C1: of one); `plan` says what it costs"
+    add("--claims", metavar="C1,C2", type=lambda text: text.split(","), help=only)
     add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
     add("--results-dir", metavar="DIR", help="write and read the results here instead of in outputs/")
     add("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
@@ -192,13 +194,22 @@ def select_runs(options) -> list[check.Loaded]:
     return selected
 
 
+def changed(options, **given) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **given})
+
+
 def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
         kinds = dict.fromkeys(cluster.gpus(options.cluster))
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
-    selected = select_runs(options)
+    (asked, options.claims), selected = (options.claims, None), select_runs(options)
     # An analysis judges its whole study, whichever of its runs --run picked for this time.
-    whole = select_runs(argparse.Namespace(**{**vars(options), "run": None})) if options.run else selected
+    whole = select_runs(changed(options, run=None)) if options.run or asked else selected
+    if asked and len(check.runs_of(selected)) == len(selected):  # else what is refused is reported
+        full = select_runs(changed(options, mode="full"))  # a trial's runs have one cell
+        options.claims = decide.select(asked, check.runs_of(full), options.scale)
+        named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
+        selected = [entry for entry in selected if (entry[1].study, entry[1].run_id) in named]
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
@@ -216,6 +227,9 @@ def run(options) -> int:
             return code
         if fit:
             progress.print_plan(rounds, slots, minutes, options.price)
+            if options.mode == "full" and (options.scale == "paper" or options.claims):
+                spending = decide.Spending(changed(options, command="plan"), fit, check.runs_of(whole), slots)
+                print(*spending.prices(), sep="\n")
         check.print_findings(obstacles)
         return code if code == 2 else 0
     check.print_findings(obstacles, sys.stderr if code else sys.stdout)
@@ -227,13 +241,12 @@ def run(options) -> int:
 
 def preview(options, runs: list, whole: list, slots: int) -> tuple[list[decide.Round], float]:
     """(what a command would do as far as the record foresees it, its budget in minutes after the first looks)."""
-    spending = decide.Spending(argparse.Namespace(**{**vars(options), "command": "plan"}), runs, whole, slots)
+    spending = decide.Spending(changed(options, command="plan"), runs, whole, slots)
     return spending.preview(), spending.minutes
 
 
 def slots_of(options) -> int:
-    here = cluster.slots(options.cluster) if options.cluster else len(pool.gpus()) or pool.cores()
-    return options.jobs or here
+    return options.jobs or (cluster.slots(options.cluster) if options.cluster else len(pool.gpus()) or pool.cores())
 
 
 def execute(options, runs: list, whole: list) -> int:

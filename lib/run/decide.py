@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lib import claims, config, record
+from lib import claims, config, power, record
 from lib.errors import StudyError
 from lib.run import check, members, plan, progress
 
+LIKELY = 0.5  # a decision is expected from this chance on
 FUTILE = 0.1  # a claim with less chance of a word by its last look waits until the others are done
 MINUTES = {"laptop": 15.0, "small": 60.0}  # of `full`, for all that comes after the first looks
 TIMES = "times"  # in the place of a cell: what is measured in processes of its own
@@ -64,6 +65,20 @@ def arms(published: claims.Claims, runs: list, scale: str) -> dict[str, list[tup
         if scale in claim.scales and not claim.not_evaluated and all(compared):
             # the proposed method's run measures the times of its baseline too
             found[claim.id] = list(dict.fromkeys(arm for side in compared[: 1 if timed else None] for arm in side))
+    return found
+
+
+def select(asked: list[str], runs: list, scale: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """{study: `arms`} of the claims that are asked for: C1 of every study, td_dpo/C1 of one. Raises StudyError where one
+    is unknown."""
+    found, known = {}, []
+    for study in dict.fromkeys(run.study for run in runs):
+        own = arms(claims.load(plan.claims_of(study)), [run for run in runs if run.study == study], scale)
+        known += [f"{study}/{claim}" for claim in own]
+        if mine := {claim: own[claim] for claim in own if claim in asked or f"{study}/{claim}" in asked}:
+            found[study] = mine
+    if unknown := {*asked} - {*known} - {name.partition("/")[2] for name in known}:
+        raise StudyError("--claims", f"no claim {', '.join(sorted(unknown))} at {scale} scale", ", ".join(known))
     return found
 
 
@@ -114,7 +129,8 @@ class Spending:
         """`whole`: all runs of the studies that `runs` are of."""
         self.options, self.runs, self.whole, self.slots = options, runs, whole, slots
         self.published = {run.study: claims.load(plan.claims_of(run.study)) for run in runs}
-        self.arms = {study: arms(mine, self.of(study), options.scale) for study, mine in self.published.items()}
+        every = {study: arms(mine, self.of(study), options.scale) for study, mine in self.published.items()}
+        self.arms = options.claims or every
         self.is_staged = options.mode == "full" and not options.grid
         self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}
         self.forced = {f"{_title(run)}{more}" for run in runs for more in ("", " sweep")} if options.force else set()
@@ -144,7 +160,7 @@ class Spending:
         for timed in (False, True):
             while found := self.next_look(timed):
                 yield found
-        if self.options.command != "decide":
+        if self.options.command != "decide" and not self.options.claims:
             yield self.rest()
         if self.options.command != "plan":
             self.list_left()
@@ -162,11 +178,8 @@ class Spending:
 
     def first_verdict(self) -> Round | None:
         """What the cheapest claim compares: whoever waits for a first word has it in minutes."""
-        found = []
-        for study, own in self.arms.items():
-            runs, look = {run.run_id: run for run in self.of(study)}, self.looks_of(study)[0]
-            compared = [[(runs[run_id], cell) for run_id, cell in mine] for mine in own.values()]
-            found += [Open(study, "", mine, look) for mine in compared if mine[0][1] != TIMES]
+        scored = ((study, mine) for study in self.arms for mine in self.compared(study).values() if mine[0][1] != TIMES)
+        found = [Open(study, "", mine, self.looks_of(study)[0]) for study, mine in scored]
         if self.options.run or self.options.command == "decide" or not found:
             return None
         first = min(found, key=lambda claim: self.cost([(claim, claim.look)]))
@@ -178,14 +191,15 @@ class Spending:
             times = {TIMES: list(range(1 if self.options.mode == "trial" else members.PROCESSES))}
             for run in self.runs:
                 self.want(run, times if TIMES in self.cells(run) else {})
-            return Round("", self.steps(self.runs, searches=True))
+            return Round("", self.steps(self.runs, searches=not self.options.claims))
         by_study = []
         for study, own in self.arms.items():
             look = self.looks_of(study)[0]
             for run in self.of(study):
                 whole = self.options.run or all(arm[1] == TIMES for each in own.values() for arm in each)
                 mine = dict.fromkeys(self.cells(run) - {TIMES}, run.seed_list[:look])
-                self.want(run, self.first_seeds(run) if whole else mine)
+                every = self.first_seeds(run) if whole else mine
+                self.want(run, mine or _least(run) if self.options.claims else every)
             by_study.append(self.steps([run for run in self.of(study) if self.seeds[_title(run)]]))
         by_study.sort(key=lambda steps: plan.forecast(steps, self.slots).wall_seconds)
         steps = [step for steps in by_study for step in steps]
@@ -213,13 +227,17 @@ class Spending:
 
     def rest(self) -> Round:
         """Ablations, controls, what else the grids have, and the searches, in what is left of the budget."""
-        lost = self.lost()
-        runs = [run for run in self.runs if _title(run) not in lost]
+        runs = [run for run in self.runs if _title(run) not in self.lost()]
         for run in runs:
             self.want(run, self.first_seeds(run))
         return Round("ablations, controls and searches", self.steps(runs, searches=True), self.until)
 
     # ---- their parts
+
+    def compared(self, study: str) -> dict[str, list[tuple]]:
+        """{claim: (run, cell) of all that it compares}."""
+        runs = {run.run_id: run for run in self.of(study)}
+        return {name: [(runs[run_id], cell) for run_id, cell in mine] for name, mine in self.arms[study].items()}
 
     def cells(self, run) -> set[str]:
         """Those of a run that claims compare."""
@@ -265,9 +283,7 @@ class Spending:
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
             record.write_json(self.folder(study) / "runs.json", listed)
-        searched = runs if searches else []
-        if self.is_staged:
-            searched = [config.with_seeds(run, self.first_seeds(run)) for run in searched]
+        searched = [config.with_seeds(r, self.first_seeds(r)) if self.is_staged else r for r in runs if searches]
         of_times = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs}
         measured = of_times if timed or not self.is_staged else {}
         more = {"forced": self.forced, "searched": searched, "measured": measured}
@@ -279,11 +295,11 @@ class Spending:
     def open_claims(self, timed: bool) -> list[Open]:
         """Claims without a word that more seeds (`timed`: more processes) may give one, by each study's last analysis."""
         found = []
-        for study, own in self.arms.items():
-            runs, folder = {run.run_id: run for run in self.of(study)}, self.folder(study)
+        for study in self.arms:
+            own, folder = self.compared(study), self.folder(study)
             judged = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
             for row in record.read_json(folder / "claims.json", []) if judged else ():
-                compared = [(runs[run_id], cell) for run_id, cell in own.get(row["id"], ())]
+                compared = own.get(row["id"])
                 if not compared or row["decided"] or (compared[0][1] == TIMES) != timed:
                     continue
                 look = row["next_look"] or (members.PROCESSES if timed and not row["n_seeds"] else 0)
@@ -297,9 +313,9 @@ class Spending:
         last = self.looks_of(claim.study)[-1]
         return claim, min(claim.enough or last, last)
 
-    def cost(self, asked: list[tuple[Open, int]]) -> float:
+    def cost(self, asked: list[tuple[Open, int]], slots: int = 0) -> float:
         """Predicted seconds to bring what these claims compare to so many seeds."""
-        runs, most, seconds = {}, {}, 0.0
+        runs, most, seconds, slots = {}, {}, 0.0, slots or self.slots
         for claim, seeds in asked:
             for run, cell in claim.arms:
                 runs[_title(run)] = run
@@ -309,15 +325,60 @@ class Spending:
             new = max(0, seeds - len(have))
             if cell == claims.BEST and not have:
                 new += sum(seed in run.pilot_seeds for _, of_cell in config.cells(run).values() for seed in of_cell)
-            each = plan.process_seconds(run) * self.slots if cell == TIMES else plan.member_seconds(run) or 0.0
+            each = plan.process_seconds(run) * slots if cell == TIMES else plan.member_seconds(run) or 0.0
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
             have = [len(seeds) for title, mine in self.seeds.items() for seeds in mine.values() if title in runs]
             every = [seeds for claim, seeds in asked if claim.study == study and not claim.is_timed]
             new = max(0, max(every, default=0) - max(have, default=0))
             first = next(run for run in runs.values() if run.study == study)
-            seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * self.slots
-        return seconds / self.slots
+            seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * slots
+        return seconds / slots
+
+    # ---- what claims cost before anything runs
+
+    def hours(self, asked: list[Open]) -> float:
+        """Device-hours of what these lack until their looks; what they share counts once."""
+        own = [arm for claim in asked for arm in claim.arms]
+        has = {_title(run) for run, cell in own if cell != TIMES or self.seeds[_title(run)]}
+        more = [Open(r.study, "", [(r, cell)], 1) for r, _ in own if _title(r) not in has for cell in _least(r)]
+        gpus = max([1, *(run.compute.gpus for run, _ in own)])
+        return self.cost([(claim, claim.look) for claim in (*asked, *more)], slots=1) * gpus / 3600
+
+    def priced(self) -> list[list[Open]]:
+        """Each claim at each of its looks, with its chance of support by then."""
+        found = []
+        for study, known in self.published.items():
+            own, looks = self.compared(study), self.looks_of(study)
+            for claim in (each for each in known.claims if each.id in own):
+                mine = [Open(study, claim.id, own[claim.id], *at) for at in power.by_look(known, claim, looks).items()]
+                found.append([each for each in mine if not each.is_timed or each.look >= claims.MIN_PROCESSES])
+        return list(filter(None, found))
+
+    def choose(self, priced: list[list[Open]], limit: float) -> tuple[list[Open], list[Open]]:
+        """(of each study the look that is likely to decide a claim for least; of all these looks, one of each study ahead,
+        those that fit into so many hours)."""
+        likely = sorted((e for looks in priced for e in looks if e.chance >= LIKELY), key=lambda e: self.hours([e]))
+        best, found = list({each.study: each for each in reversed(likely)}.values())[::-1], {}
+        for each in (*best, *likely):
+            if each.name not in found and self.hours([*found.values(), each]) <= limit:
+                found[each.name] = each
+        return best, list(found.values())
+
+    def prices(self) -> Iterator[str]:
+        """For `plan`: a line per claim, what all take, the cheapest that decides one of each study, what a day decides."""
+        priced = self.priced()
+        yield f"\n{'claim':14} device-hours to a look (chance of support by then, true as claimed, at the most noise assumed)"
+        for looks in priced:
+            said = (f"{each.look:4}: {self.hours([each]):5.1f} ({each.chance:4.0%})" for each in looks)
+            yield f"{looks[0].name:13}{''.join(said)}{' processes' * looks[0].is_timed}".replace("nan%", "   ?")
+        first, last = (self.hours([looks[end] for looks in priced]) for end in (0, -1))
+        yield f"{'together':14}{first:.1f} to the first looks, {last:.1f} to the last; what claims share counts once"
+        what = f"cheapest decision of each study (chance at least {LIKELY:.0%})", "expected of one A100-day (24 hours)"
+        for title, chosen in zip(what, self.choose(priced, 24.0), strict=True):
+            named = ",".join(f"{each.study}/{each.id}" for each in chosen)
+            none = "".join(f"; none of {study}" for study in self.arms if f"{study}/" not in named)
+            yield f"{title}: {f'--claims {named}, ' * bool(named)}{self.hours(chosen):.1f} device-hours{none}"
 
     def list_left(self) -> None:
         """What open claims would take, for the pages too, and what there was no time for."""
@@ -344,3 +405,8 @@ class Spending:
 
 def _title(run) -> str:
     return f"{run.study}/{run.run_id}"
+
+
+def _least(run) -> dict[str, list[int]]:
+    """What is trained of a run of which times alone are asked: one seed of a cell, where it can be of one without pilots."""
+    return {[*seeds_of(run)][-1]: run.seed_list[:1]}

@@ -47,10 +47,8 @@ def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float
     gpus = any(step.run is not None and step.run.compute.gpus for step in steps)
     cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
     rest = f", {minutes:g} minutes of it for all after the first looks" if is_cut else ""
-    print(
-        f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, "
-        f"{'more than ' if found.at_least else ''}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
-    )
+    hours = f"{'more than ' * found.at_least}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
+    print(f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, {hours}")
 
 
 def forecast_rounds(rounds: list, slots: int, minutes: float) -> tuple[plan.Forecast, bool]:
@@ -137,9 +135,8 @@ class Live:
         self.runner, self.shown, self.started, self.last = runner, set(), time.monotonic(), 0.0
         self.to_do = [step for step in runner.steps if step.state in ("", "running")]  # of this round
         self.planned = plan.forecast(self.to_do, runner.slots)
-        self.least: dict[
-            str, float
-        ] = {}  # of `left`: what is prepared between pilots and others counts from zero again
+        # of `left`: what is prepared between pilots and others counts from zero again
+        self.least: dict[str, float] = {}
         self.block = Block(console=Console(), auto_refresh=False, transient=True)
         self.terminal = self.block.console.is_terminal and not self.block.console.is_dumb_terminal
         if self.terminal:
