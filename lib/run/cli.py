@@ -209,7 +209,8 @@ def run(options) -> int:
         full = select_runs(changed(options, mode="full"))  # a trial's runs have one cell
         options.claims = decide.select(asked, check.runs_of(full), options.scale)
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
-        selected = [entry for entry in selected if (entry[1].study, entry[1].run_id) in named]
+        pairs = zip(selected, check.runs_of(selected), strict=True)
+        selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
