@@ -38,6 +38,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "POLL", 0.01)
     monkeypatch.setattr(plan, "slowness", lambda run: 1.0)
     monkeypatch.setattr(plan, "NOTEBOOK_SECONDS", 0.0)
+    monkeypatch.setattr(members, "CACHE", tmp_path / "cache")  # what was prepared on this machine is measured too
     runs = []
     for name, cells in RUNS.items():
         path = tmp_path / "params" / "td_dpo" / "laptop" / f"{name}.yaml"
