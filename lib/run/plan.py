@@ -154,7 +154,7 @@ def prepare_seconds(run) -> float:
 def process_seconds(run) -> float:
     """Expected seconds of one process that measures times: it starts, and its steps are about half a member's, but 150 at
     most (some tens of rounds)."""
-    share = min(0.5, 150 / max(1, config.steps(run)))
+    share = min(0.5, 150 / (config.steps(run) or 1))
     return TRIAL_SECONDS if run.mode == "trial" else START_SECONDS + (member_seconds(run) or 0.0) * share
 
 
