@@ -24,7 +24,7 @@ def trained(tiny, monkeypatch):
         run = tiny(seed_list=[1], **changes)
         job = members.submit(run)
         members.collect(job)
-        return job.folders["default-s1"], load(members.prepare_inputs(run))
+        return job.folders["default-s1"], load(run, members.prepare_inputs(run))
 
     return make
 
