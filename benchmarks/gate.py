@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lib import models
+
 
 class End(Exception):
     """The parent has seen enough: what is left of training (a checkpoint) is not run."""
@@ -52,7 +54,7 @@ class Parts:
 
     def watch_policy(self, model: nn.Module) -> None:
         self.watch(model, "model")
-        self.watch(_causal(model).base_model, "backbone", count=True)
+        self.watch(models.unwrapped(model).base_model, "backbone", count=True)
 
     def watch_training(self) -> None:
         """Backward passes, gradient clipping and optimizer steps of this process, whoever calls them."""
@@ -74,10 +76,6 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _causal(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _resident(key: str) -> float:

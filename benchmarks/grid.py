@@ -196,7 +196,6 @@ def trl(spec: dict) -> None:
     import transformers
     import trl.trainer.utils
     from datasets import Dataset, disable_progress_bars, load_from_disk
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig
 
@@ -258,15 +257,10 @@ def trl(spec: dict) -> None:
                 bf16=False,
             )
             model, peft = AutoModelForCausalLM.from_pretrained(given.base, dtype="float32"), spec["peft"]
-            if peft:
-                layers = model.config.num_hidden_layers
-                trained = list(range(layers - peft["last_layers"], layers))
-                options = {k: peft[k] for k in ("lora_alpha", "lora_dropout", "target_modules")}
-                peft = LoraConfig(r=peft["lora_r"], layers_to_transform=trained, task_type="CAUSAL_LM", **options)
             trainer = Stock(
                 model,
                 args=args,
-                peft_config=peft,
+                peft_config=peft and models.lora_config(model, peft),
                 train_dataset=rows["train"],
                 eval_dataset=rows["validation"],
                 processing_class=given.tokenizer,

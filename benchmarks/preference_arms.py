@@ -139,14 +139,9 @@ def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
         import trl.trainer.utils as utils
 
         utils._use_triton = lambda device: True  # in this module it decides one thing: which positions the head scores
-    peft = {}
+    model, peft = base(spec), {}
     if spec["lora"]:
-        from peft import LoraConfig
-
-        layers = spec["shape"]["num_hidden_layers"]
-        trained = list(range(layers - spec["last_layers"], layers)) if spec["last_layers"] else None
-        options = {"target_modules": LINEAR, "layers_to_transform": trained, "task_type": "CAUSAL_LM"}
-        peft["peft_config"] = LoraConfig(r=spec["lora"], lora_alpha=16, **options)
+        peft["peft_config"] = models.lora_config(model, _lora(spec))
     args = DPOConfig(
         output_dir=folder,
         beta=BETA,
@@ -168,7 +163,7 @@ def trl(spec: dict, gate: Gate, folder: str, completions: bool = False) -> None:
     rows = [spec["rows"][index] for index in SeededOrder(len(spec["rows"]), SEED)]
     rows = Dataset.from_list([{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows])
     trainer = Stock(
-        base(spec), args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[_Passing(gate)], **peft
+        model, args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[_Passing(gate)], **peft
     )
     trainer.remove_callback(transformers.PrinterCallback)
     same_start(trainer.model)

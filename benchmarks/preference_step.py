@@ -51,9 +51,11 @@ def shape_of(name: str, vocabulary: int | None, layers: int | None) -> dict:
 
 def config_of(model: str) -> dict:
     """The same of a local or hub model."""
-    from lib.models import load_causal_lm
+    from transformers import AutoConfig
 
-    config = load_causal_lm(model, device="meta").config
+    from lib import hub
+
+    config = AutoConfig.from_pretrained(hub.local_path(model) or model)
     return {name: getattr(config, name) for name in shape_of("tiny", None, None)}
 
 

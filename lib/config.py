@@ -9,11 +9,9 @@ A study is a folder of lib/ with a study.py, which gives Run (the typed sections
 "minimize"; the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What else it may
 give is in DEFAULTS, with what holds where it does not; and, of its metrics: VALIDATION_METRIC (chooses checkpoints,
 cells and the sweep's best; the reported one), SECOND_METRIC (drawn, and said so, where the reported one is not measured
-yet; the validation one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS), GRADED_BY (metric
--> the command that makes it where training does not), primary_metric(run), published_name(run) of it, GROUP (keys: runs
-that differ in them are not held against each other; model and data set), LEADS (part of the name of the group that
-speaks for the study; the first does). A study whose members may be sharded gives `fit`. What published files write
-elsewhere is read by validators of the sections.
+yet; the validation one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS),
+primary_metric(run) and published_name(run) of it. A study whose members may be sharded gives `fit`. What published
+files write elsewhere is read by validators of the sections.
 """
 
 import copy
@@ -424,10 +422,9 @@ def validate(section: type[Section], path: str | Path) -> Any:
 def _implied(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
     """Where --set names real data in place of generated data or asks for a GPU: what the run's `dataset.real` and
     `compute.on_gpu`, if any, say of it."""
-    is_real, on_gpu = values.get("dataset.name", "generated") != "generated", values.get("compute.gpus", 0)
-    return ((getattr(run.dataset, "real", None) or {}) if is_real else {}) | (
-        (run.compute.on_gpu or {}) if on_gpu else {}
-    )
+    real = values.get("dataset.name", "generated") != "generated" and getattr(run.dataset, "real", None)
+    on_gpu = values.get("compute.gpus") and run.compute.on_gpu
+    return {**(real or {}), **(on_gpu or {})}
 
 
 DEFAULTS: dict[str, Any] = {  # of what a study's module may define
@@ -440,6 +437,9 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "PATHS": ("model.name", "dataset.name"),  # keys that may name a local file
     "MADE_BY": {},  # such a key -> the command that makes its file
     "BY_NAME": {},  # table -> the key that picks the one entry of it that a member uses
+    "GROUP": ("model.name", "dataset.name"),  # keys: runs that differ in them are not held against each other
+    "LEADS": "",  # part of the name of the group that speaks for the study; the first that has it
+    "GRADED_BY": {},  # metric -> the command that makes it where training does not
     "recognizes": lambda raw: False,  # whether a YAML outside params/<study>/ belongs to it
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
@@ -464,7 +464,8 @@ def study_module(study: str) -> types.ModuleType:
     reported, metrics = next(iter(module.METRICS)), tuple(module.METRICS)
     chosen = getattr(module, "VALIDATION_METRIC", reported)
     own = {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen, "CLAIM_METRICS": metrics}
-    for name, value in {**DEFAULTS, **own, "primary_metric": lambda run: reported}.items():
+    own |= {"primary_metric": lambda run: reported, "published_name": lambda run: module.primary_metric(run)}
+    for name, value in {**DEFAULTS, **own}.items():
         vars(module).setdefault(name, value)
     return module
 

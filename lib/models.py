@@ -128,20 +128,32 @@ def load_base(run, base: str, **options: Any) -> PreTrainedModel:
     return load_causal_lm(base, **{key: getattr(run.model, key) for key in keys if hasattr(run.model, key)}, **options)
 
 
-def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = "CAUSAL_LM") -> nn.Module:
-    """Float32 LoRA adapters per a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules; last_layers: on so
-    many of the last layers alone), drawn from `seed`.
+def unwrapped(model: nn.Module) -> Any:
+    """The model under its adapters, if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    The base is frozen. No prepare_model_for_kbit_training: it casts the whole unquantized rest to float32 and fails
-    under FSDP.
-    """
-    from peft import LoraConfig, get_peft_model
+
+def lora_config(model: PreTrainedModel, peft: dict, task_type: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration of a `peft` section (lora_r, lora_alpha, lora_dropout, target_modules; last_layers: on so many
+    of the model's last layers alone)."""
+    from peft import LoraConfig
 
     given = {"lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", **peft}
     if last := given.pop("last_layers", None):
         layers = model.config.num_hidden_layers
         given["layers_to_transform"] = list(range(max(0, layers - last), layers))
-    config = LoraConfig(r=given.pop("lora_r"), task_type=task_type, **given)
+    return LoraConfig(r=given.pop("lora_r"), task_type=task_type, **given)
+
+
+def add_lora(model: PreTrainedModel, peft: dict, seed: int, *, task_type: str = "CAUSAL_LM") -> nn.Module:
+    """Float32 LoRA adapters per a `peft` section (`lora_config`), drawn from `seed`.
+
+    The base is frozen. No prepare_model_for_kbit_training: it casts the whole unquantized rest to float32 and fails
+    under FSDP.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(model, peft, task_type)
     with torch.random.fork_rng():  # the caller's random state is as it was
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)

@@ -157,11 +157,10 @@ def aggregate_metrics(planned: list) -> dict:
     study, runs = config.study_module(planned[0].study), run_metrics(planned[0].results_dir)
     runs = {run.run_id: runs[run.run_id] for run in planned if run.run_id in runs}
     groups: dict[str, list] = {}
-    keys = getattr(study, "GROUP", ("model.name", "dataset.name"))
     for run in planned:
-        groups.setdefault(_group(run, keys), []).append(run)
+        groups.setdefault(_group(run, study.GROUP), []).append(run)
     compared = {name: _compare(study, group, runs) for name, group in groups.items()}
-    lead = min(groups, key=lambda name: getattr(study, "LEADS", "") not in name)
+    lead = min(groups, key=lambda name: study.LEADS not in name)
     first = compared[lead]
     names = dict.fromkeys([first["primary_key"], *(name for own in runs.values() for name in own["metrics"])])
     metrics = {name: {i: own["metrics"].get(name) for i, own in runs.items()} for name in names}
@@ -189,6 +188,6 @@ def _compare(study, group: list, runs: Mapping[str, dict]) -> dict:
     (proposed, baseline), gap = best, None
     if proposed and baseline and baseline["value"]:
         gap = sign * (proposed["value"] - baseline["value"]) / abs(baseline["value"]) * 100
-    named = {"primary_metric": getattr(study, "published_name", study.primary_metric)(group[0]), "primary_key": key}
+    named = {"primary_metric": study.published_name(group[0]), "primary_key": key}
     named |= {"best_proposed": proposed, "best_baseline": baseline, "gap": gap}
     return named | {"graded_by": next(iter(graded_by), None), "runs": [row["run_id"] for row in rows]}

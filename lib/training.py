@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -41,8 +40,11 @@ def rank() -> int:
 
 
 def all_gather(value: Any) -> list:
-    """The processes' values, by rank."""
-    return gather_object([value])
+    """The processes' values, by rank. (Accelerate's own knows of one process until a Trainer has been made.)"""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:

@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
-from lib import config, models, record
+from lib import config, models, record, training
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, make_stepper, rank, seeded_batches, time_interleaved, to_device, world
+from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
 # PEFT's own, and what it does not list yet; of AdaLoRA too, so that methods adapt the same matrices
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
@@ -228,12 +227,9 @@ def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
     training share the batches out, and each has the mean over all of them."""
     if run.loss.head_warmup_steps:
         model = warm_up_head(run, model, batches)
-    found = penalty.gradient_norms(model, batches[rank() :: world()], task_loss)
-    parts = [found] * world()
-    if world() > 1:
-        dist.all_gather_object(parts, found)
-    norms = torch.cat([norms for norms, _ in parts])
-    return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), sum(skipped for _, skipped in parts)
+    mine = penalty.gradient_norms(model, batches[training.rank() :: training.world()], task_loss)
+    norms, skipped = zip(*training.all_gather(mine), strict=True)
+    return penalty.sensitivities(torch.cat(norms), run.loss.sensitivity_buffer_size), sum(skipped)
 
 
 def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:

@@ -202,11 +202,13 @@ def run(options) -> int:
     if options.cluster:  # its GPUs are asked first: they are part of what a record depends on
         kinds = dict.fromkeys(cluster.gpus(options.cluster))
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
-    (asked, options.claims), selected = (options.claims, None), select_runs(options)
-    # An analysis judges its whole study, whichever of its runs --run picked for this time.
-    whole = select_runs(changed(options, run=None)) if options.run or asked else selected
+    asked, options.claims = options.claims, None  # until their arms are known
+    selected = select_runs(options)
+    # An analysis judges its whole study, whichever of its runs --run or --claims picked for this time.
+    whole = select_runs(changed(options, run=None)) if options.run else selected
     if asked and len(check.runs_of(selected)) == len(selected):  # else what is refused is reported
-        full = select_runs(changed(options, mode="full"))  # a trial's runs have one cell
+        # a trial's runs have one cell
+        full = selected if options.mode == "full" else select_runs(changed(options, mode="full"))
         options.claims = decide.select(asked, check.runs_of(full), options.scale)
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
         pairs = zip(selected, check.runs_of(selected), strict=True)

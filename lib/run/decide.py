@@ -129,8 +129,7 @@ class Spending:
         """`whole`: all runs of the studies that `runs` are of."""
         self.options, self.runs, self.whole, self.slots = options, runs, whole, slots
         self.published = {run.study: claims.load(plan.claims_of(run.study)) for run in runs}
-        every = {study: arms(mine, self.of(study), options.scale) for study, mine in self.published.items()}
-        self.arms = options.claims or every
+        self.arms = options.claims or {s: arms(own, self.of(s), options.scale) for s, own in self.published.items()}
         self.is_staged = options.mode == "full" and not options.grid
         self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}
         self.forced = {f"{_title(run)}{more}" for run in runs for more in ("", " sweep")} if options.force else set()
@@ -227,7 +226,8 @@ class Spending:
 
     def rest(self) -> Round:
         """Ablations, controls, what else the grids have, and the searches, in what is left of the budget."""
-        runs = [run for run in self.runs if _title(run) not in self.lost()]
+        lost = self.lost()
+        runs = [run for run in self.runs if _title(run) not in lost]
         for run in runs:
             self.want(run, self.first_seeds(run))
         return Round("ablations, controls and searches", self.steps(runs, searches=True), self.until)

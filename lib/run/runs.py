@@ -108,13 +108,13 @@ def summary(run, records: list[dict]) -> dict:
     """The run's metrics.json: the mean over judged seeds of its chosen cell, its members beside it, and where its settings
     and histories are. A key metric that is not graded yet is null, with the command that grades it."""
     study, records = config.study_module(run.study), counted(run, records)
-    numbers = [name for r in records for name, value in r.items() if type(value) in (int, float) and name != "seed"]
+    numbers = {name: None for r in records for name, x in r.items() if type(x) in (int, float) and name != "seed"}
     metrics = [m for m in dict.fromkeys([*study.METRICS, *numbers]) if m in numbers]
     cell = chosen_cell(run, records)
     rows = [r for r in records if r["cell"] == cell and not r.get("pilot")]
     means, primary = _means(rows, metrics), study.primary_metric(run)
     key = {"name": primary, "value": means.get(primary)}
-    graded_by = getattr(study, "GRADED_BY", {}).get(primary)
+    graded_by = study.GRADED_BY.get(primary)
     if graded_by and any(r.get(primary) is None for r in rows):
         key |= {"value": None, "graded_by": graded_by}
     return {

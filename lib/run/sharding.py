@@ -33,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
-from lib import config, record, training
+from lib import config, models, record, training
 from lib.errors import MissingError
 from lib.run import work
 from lib.run.pool import end_with_parent
@@ -110,8 +110,7 @@ def train(argument: dict) -> training.Outcome:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder stack under adapters and head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model
+    return models.unwrapped(model).base_model
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -120,7 +119,7 @@ def shard(model: nn.Module) -> nn.Module:
     The head stays whole on each process: it is scored in chunks outside of its own forward. NF4 weights need a floating
     storage type (model loaded with quant_storage = its dtype): FSDP does not shard integers.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = models.unwrapped(model)
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

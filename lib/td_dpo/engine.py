@@ -116,7 +116,7 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
     stay in force. Calls without `score_labels` are the model's own, generation included. The patch is taken off at the
     end, because a deep copy of a patched model would still run the original's weights.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = models.unwrapped(model)
     if getattr(model, "_scores_completions", False):
         yield
         return
@@ -222,10 +222,8 @@ def packed_batch(rows: list[dict]) -> Batch:
         positions += [*range(head), *range(head, head + len(chosen)), *range(head, head + len(rejected))]
         labels += [IGNORE] * head + chosen + rejected
         segments.append([PROMPT] * head + [CHOSEN] * len(chosen) + [REJECTED] * len(rejected))
-    trunk = {}
-    if "trunk" in rows[0]:
-        depths, parts = zip(*(row["trunk"] for row in rows), strict=True)
-        trunk = {"trunk": torch.cat(parts)[None], "depth": depths[0]}
+    parts = [row["trunk"][1] for row in rows if "trunk" in row]
+    trunk = {"trunk": torch.cat(parts)[None], "depth": rows[0]["trunk"][0]} if parts else {}
     segment = pad_rows(segments, PADDING)
     query, key = segment[:, :, None], segment[:, None, :]
     return {
@@ -328,8 +326,8 @@ def sequence_logprobs(
     order, values = [], [torch.empty(0, 2)]
     hook, entered = contextlib.ExitStack(), []
     if depth:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hook.callback(base.base_model.layers[depth].register_forward_pre_hook(lambda _, x: entered.append(x[0])).remove)
+        layer = models.unwrapped(model).base_model.layers[depth]
+        hook.callback(layer.register_forward_pre_hook(lambda _, x: entered.append(x[0])).remove)
     with completion_head(model), evaluating(model), hook:
         batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
         for indices in record.batches("scoring of pairs", batches):

@@ -29,9 +29,7 @@ def load(run, folder: Path) -> SimpleNamespace:
     trunk, last = given.report["trunk"], run.model.peft and run.model.peft.last_layers
     if trunk["depth"] and last and last <= trunk["last_layers"] and training.world() == 1:
         hidden = load_file(Path(folder) / "trunk.safetensors")
-        given.rows = {
-            split: engine.with_trunk(rows, trunk["depth"], hidden[split]) for split, rows in given.rows.items()
-        }
+        given.rows = {s: engine.with_trunk(rows, trunk["depth"], hidden[s]) for s, rows in given.rows.items()}
     return given
 
 
