@@ -195,7 +195,7 @@ def _member_task(member, folder: Path) -> pool.Task:
 def watch(job: Job) -> None:
     """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
     tasks, steps = list(job.tasks.values()), {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
-    began, pilots = None, all(m.pilot for m in job.members)
+    began, whole = None, {"pilots": all(m.pilot for m in job.members), "members": len(tasks)}
 
     def changed(task: pool.Task) -> None:
         nonlocal began
@@ -208,12 +208,11 @@ def watch(job: Job) -> None:
         now = time.monotonic()
         at_work = [t for t in tasks if t.state == "running"]
         running = [{"member": t.name, "steps": steps[t.name], **_last(t.folder)} for t in at_work]
-        counts = {"done": sum(t.ended for t in tasks), "members": len(tasks), "elapsed": round(now - (began or now), 1)}
-        _progress(job.run, {"phase": "training", "pilots": pilots, **counts, "running": running})
+        counts = {"done": sum(t.ended for t in tasks), "elapsed": round(now - (began or now), 1)}
+        _progress(job.run, {"phase": "training", **whole, **counts, "running": running})
 
     pool.wait_for(tasks, changed, tick)
-    ended = {"done": len(tasks), "members": len(tasks), "running": []}
-    _progress(job.run, {"phase": "recording", "pilots": pilots, **ended})
+    _progress(job.run, {"phase": "recording", **whole, "done": len(tasks), "running": []})
 
 
 def _ending(task: pool.Task) -> tuple[str, str]:

@@ -239,3 +239,4 @@ if __name__ == "__main__":
     end_with_parent()  # torchrun gives each worker a session of its own, where nobody's group kill reaches it
     # by its own name: the functions above must be those that the study's modules import
     importlib.import_module("lib.run.sharding").worker(json.loads(Path(sys.argv[1]).read_text()))
+    os._exit(0)  # all is written; now and then one aborted as it unloaded its libraries, and its job began once more
