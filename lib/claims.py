@@ -138,7 +138,9 @@ class Claim(Section):
             raise ValueError("test absolute needs `reported`, the figure that was reported")
         if self.test != "absolute" and self.baseline is None:
             raise ValueError(f"test {self.test} needs a `baseline`")
-        if (self.test == "variance_ratio" and not self.across) or (self.across and self.test in ("cost_ratio", "absolute")):
+        if (self.test == "variance_ratio" and not self.across) or (
+            self.across and self.test in ("cost_ratio", "absolute")
+        ):
             raise ValueError(f"`across` (a key and its levels): test variance_ratio needs it, {self.test} has none")
         if len(self.across) > 1:
             raise ValueError("`across` takes one key")
@@ -393,9 +395,11 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
 def average(parts: list[Paired]) -> Paired:
     """Comparisons on questions of their own as one, whose mean is the mean of theirs: what few questions a part has
     weigh more each."""
-    seeds = [seed for seed in parts[0].seeds if all(seed in part.seeds for part in parts)]
+    seeds = min((part.seeds for part in parts), key=len)
+    if any(part.seeds[: len(seeds)] != seeds for part in parts):
+        raise Missing("the same seeds in every part of the average")
     total, diverged = sum(part.values.shape[2] for part in parts), []
-    scaled = [p.values[:, [p.seeds.index(s) for s in seeds]] * total / (len(parts) * p.values.shape[2]) for p in parts]
+    scaled = [p.values[:, : len(seeds)] * total / (len(parts) * p.values.shape[2]) for p in parts]
     for side in range(len(parts[0].values)):
         diverged.append([seed for seed in seeds if any(seed in part.diverged[side] for part in parts)])
     return Paired(np.concatenate(scaled, axis=2), seeds, diverged, sum(part.dropped for part in parts))

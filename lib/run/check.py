@@ -197,7 +197,9 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     level, fix = error if is_own else warning, f"a run of it in params/{study}/{scale}/, or scales: without {scale}"
     trials = {run.run_id: run.optuna.n_trials for run in runs}
     for claim in asked:
-        cells = [cell for side in claims.SIDES for cell in published.levels(claim, side) if claims.TUNED in cell.values()]
+        cells = [
+            cell for side in claims.SIDES for cell in published.levels(claim, side) if claims.TUNED in cell.values()
+        ]
         tuned = {i: trials[i] for cell in cells for i in claims.select(members, cell)["run_id"]}
         if len({*tuned.values()}) > 1:
             what = "tuned with unequal trials: " + ", ".join(f"{name} {number}" for name, number in tuned.items())

@@ -284,7 +284,9 @@ class Spending:
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
             record.write_json(self.folder(study) / "runs.json", listed)
-        tuned = {_title(r) for r in runs if claims.TUNED in (self.seeds[_title(r)] if self.is_staged else self.cells(r))}
+        tuned = {
+            _title(r) for r in runs if claims.TUNED in (self.seeds[_title(r)] if self.is_staged else self.cells(r))
+        }
         searched = [r for r in runs if searches or _title(r) in tuned]
         searched = [config.with_seeds(r, self.first_seeds(r)) if self.is_staged else r for r in searched]
         of_times = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs}
