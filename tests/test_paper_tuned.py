@@ -11,7 +11,7 @@ from lib import config, record, tables
 from lib.graff import prepare
 from lib.iw_lora import data
 from lib.made import write_stand_in
-from lib.run import runs
+from lib.run import members, runs
 from tests.conftest import PATIENCE, ROOT
 from tests.test_judging_path import run
 from tests.test_tracking import PROJECT, server  # noqa: F401 (a fixture)
@@ -118,7 +118,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
     names = {f"{task}_{method}": {} for task in data.COLUMNS for method in ("lora", "iw_lora")}
     for name, own in names.items():
         own |= {"loss.sensitivity_warmup_steps": 2} if name.endswith("iw_lora") else {}
-    asked = ",".join(f"iw_lora/{claim}" for claim in ("C4", "C8", "C12", "C13", "C19", "C21"))
+    asked = ",".join(f"iw_lora/{claim}" for claim in ("C4", "C8", "C12", "C13", "C19", "C21", "C26"))
     results, said = full(tmp_path, "iw_lora", names, changes, asked)
     order = [said.index(f"iw_lora/rte_lora{more}  ") for more in (" sweep", "")]
     assert order == sorted(order), "the search before what it finds"
@@ -132,13 +132,15 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
     assert verdicts["C12"]["estimate"] == pytest.approx(np.mean(gains))
     assert verdicts["C8"]["estimate"] == pytest.approx(gains[2])
     assert verdicts["C19"]["estimate"] == pytest.approx(total["validation_f1"]["rte_lora"] - 0.72)
+    assert verdicts["C26"]["n_seeds"] == 8, "processes"
+    assert 1 < verdicts["C26"]["estimate"] < 3
     assert verdicts["C5"]["verdict"] == "not evaluated"
     assert "--claims iw_lora/C5 searches" in verdicts["C5"]["reason"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * PATIENCE)
-def test_graff_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa: F811
+def test_graff_is_judged_by_what_its_searches_find(tmp_path, server, monkeypatch):  # noqa: F811
     problems = prepare.generate_problems(40, 0, 2, 10)
     texts = [row[part] for row in problems for part in ("question", "answer")]
     write_stand_in("Qwen/Qwen3-0.6B", tmp_path / "qwen", texts, vocab_size=384)
@@ -149,8 +151,16 @@ def test_graff_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa: F
         "training.micro_batch_size": 8, "training.gradient_checkpointing": False, "evaluation.dev_subset": 6,
         "evaluation.max_new_tokens": 6, "evaluation.energy_level": None,
     }  # fmt: skip
-    names = {"fixed_30": {}, "reactor_30": {}}
-    names["graff_30"] = {"training.scheduler": {"type": "graff", "outer_lr": 5e-3, "cold": True}}
+    names = {"fixed_30": {}, "reactor_30": {}, "graff_30": {}}
+    # what members share, but with a warm start of two batches: the published one trains 71 M parameters
+    monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
+    path = write_runs(tmp_path, "graff", names, changes) / "graff" / "paper" / "fixed_30.yaml"
+    one = config.load_run(path, scale="paper", mode="full")
+    shared = members.inputs_folder(one)
+    shared.mkdir(parents=True)
+    loaded = prepare.prepare(one, shared)
+    prepare.warm_start(shared / "warm_start.safetensors", "paper", trial=True, loaded=loaded)
+    record.write_json(shared / "complete.json", {"seconds": 1.0, "scale": "paper", "mode": "full"})
     results, said = full(tmp_path, "graff", names, changes, "C6,C8,C12,C13")
     assert said.index("graff/graff_30 sweep") < said.index("graff/graff_30  ")
     verdicts = assert_agree(results, server, {"exact_match": "exact_match", "auc": "auc"})

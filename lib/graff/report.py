@@ -35,7 +35,7 @@ def areas(loaded: tables.Records) -> pd.DataFrame:
     seconds = history["used"].astype(float).groupby([history[name] for name in MEMBER]).diff()
     mean = history.assign(step_score=seconds)[history["eta"].notna()].groupby(MEMBER)["step_score"].mean()
     rows = rows[rows["status"] == "completed"].astype({"auc": float})
-    return rows.merge(-np.log(mean).reset_index().set_index(MEMBER), on=MEMBER, how="left")
+    return rows.merge(-np.log(mean.where(mean > 0)).reset_index().set_index(MEMBER), on=MEMBER, how="left")
 
 
 # ---- energy to a level of exact match, as scores that a claim is judged by
