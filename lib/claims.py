@@ -24,7 +24,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from lib import stats as st
-from lib.config import BEST, Section, plain, validate
+from lib.config import BEST, TUNED, Section, plain, validate
 from lib.record import finite
 
 HOLM_LEVEL = 0.05
@@ -40,7 +40,8 @@ SIDES = ("treatment", "baseline")
 #
 # A cell is named by equalities on the columns of the scores: {method: td_dpo, beta: 0.01, tau: 0.5}; a name alone is a
 # method. A key that is fixed in advance by another (tau by beta) may be left out and is filled in; a cell that
-# contradicts it is refused, so that nobody chooses it on the judged score.
+# contradicts it is refused, so that nobody chooses it on the judged score. `cell: tuned` is what the search of a run
+# found, whatever its values: it answers to that name alone.
 
 
 def _as_cell(value: object) -> object:
@@ -104,7 +105,9 @@ class Claim(Section):
     gain: the size that was claimed, of a difference (superiority) or as a ratio (variance_ratio, cost_ratio); two
     thirds of it are tested. margin: what is tested where no gain is claimed: the largest difference of parity
     (equivalence) and the largest loss (non_inferiority, absolute), or a limit of its own. factor: the baseline's scores
-    are multiplied by it ("22 % above": 1.22), two thirds of it too. not_evaluated: why no record can decide it.
+    are multiplied by it ("22 % above": 1.22), two thirds of it too. across: a key and its levels, whose variance is
+    compared or, in other tests, over which the difference is averaged: every level counts alike, on questions of its own.
+    not_evaluated: why no record can decide it.
     baseline_name: what the baseline is in sentences, where it is not a method's own score.
     """
 
@@ -115,7 +118,7 @@ class Claim(Section):
     treatment: Cell
     baseline: Cell | None = None
     baseline_name: str = ""
-    across: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    across: dict[str, tuple[float | str, ...]] = Field(default_factory=dict)
     metric: str = "score"
     gain: float | None = None
     margin: float | None = None
@@ -135,8 +138,10 @@ class Claim(Section):
             raise ValueError("test absolute needs `reported`, the figure that was reported")
         if self.test != "absolute" and self.baseline is None:
             raise ValueError(f"test {self.test} needs a `baseline`")
-        if (self.test == "variance_ratio") != bool(self.across):
-            raise ValueError("`across` (a key and its levels) belongs to test variance_ratio and to no other")
+        if (self.test == "variance_ratio" and not self.across) or (
+            self.across and self.test in ("cost_ratio", "absolute")
+        ):
+            raise ValueError(f"`across` (a key and its levels): test variance_ratio needs it, {self.test} has none")
         if len(self.across) > 1:
             raise ValueError("`across` takes one key")
         if (self.gain is None) == (self.margin is None):
@@ -262,12 +267,20 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     if not set(cell) <= set(frame):
         return frame.iloc[:0]
     keep = np.ones(len(frame), dtype=bool)
+    if "cell" in frame and "cell" not in cell:
+        keep &= (frame["cell"] != TUNED).to_numpy()
     for key, value in cell.items():
         if isinstance(value, str):
             keep &= (frame[key] == value).to_numpy()
         else:
             keep &= np.isclose(pd.to_numeric(frame[key], errors="coerce"), float(value), rtol=1e-9)
     return frame[keep]
+
+
+def select_any(frame: pd.DataFrame, claim: Claim, cell: Cell) -> pd.DataFrame:
+    """The rows that a cell of the claim may be about: with a key that is `best`, whichever; of a cost, tuned ones too."""
+    rows = frame.drop(columns="cell", errors="ignore") if claim.test == "cost_ratio" else frame
+    return select(rows, {key: value for key, value in cell.items() if value != BEST})
 
 
 def is_pilot(frame: pd.DataFrame) -> pd.Series:
@@ -377,6 +390,19 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
     worst = study.diverged.get(metric, 0.0)
     filled = [table.reindex(index=wanted, columns=complete).astype(float).fillna(worst) for table in scored]
     return Paired(np.stack(filled), wanted, diverged, dropped)
+
+
+def average(parts: list[Paired]) -> Paired:
+    """Comparisons on questions of their own as one, whose mean is the mean of theirs: what few questions a part has
+    weigh more each."""
+    seeds = min((part.seeds for part in parts), key=len)
+    if any(part.seeds[: len(seeds)] != seeds for part in parts):
+        raise Missing("the same seeds in every part of the average")
+    total, diverged = sum(part.values.shape[2] for part in parts), []
+    scaled = [p.values[:, : len(seeds)] * total / (len(parts) * p.values.shape[2]) for p in parts]
+    for side in range(len(parts[0].values)):
+        diverged.append([seed for seed in seeds if any(seed in part.diverged[side] for part in parts)])
+    return Paired(np.concatenate(scaled, axis=2), seeds, diverged, sum(part.dropped for part in parts))
 
 
 def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
@@ -583,7 +609,7 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     sides = [(claim, side, cell) for claim in study.claims for side in SIDES for cell in study.levels(claim, side)]
     for claim, side, cell in sides:
         # where a key is `best`, any of its runs may be it
-        runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+        runs = select_any(members, claim, cell)
         seeds = {s: runs["seed"][runs["status"] == s].astype(int) if len(runs) else [] for s in statuses}
         row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}
         row["finished"] = sum(len(seeds[status]) for status in FINISHED)
@@ -623,6 +649,7 @@ def evaluate(
             verdict.reason = _no_verdict(claim, scale, mode, absent or {})
             if not verdict.reason:
                 asked.append(verdict)
+                _need_searches(study, claim, scale, members)
                 (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
         except Missing as missing:
             verdict.reason = f"{missing}. {fix}" if fix and claim.test != "cost_ratio" else str(missing)
@@ -666,16 +693,25 @@ def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) 
     return absent.get(claim.metric, "")
 
 
+def _need_searches(study: Claims, claim: Claim, scale: str, members: pd.DataFrame) -> None:
+    """Raise Missing where a search that the claim compares has not ended: nothing else stands in for what it finds."""
+    cells = [cell for side in SIDES for cell in study.levels(claim, side) if cell.get("cell") == TUNED]
+    if late := [study.label(cell) for cell in cells if select(members, cell).empty]:
+        run = f"./run_all.sh full --scale {scale} --claims {study.study}/{claim.id}"
+        raise Missing(f"{', '.join(late)}: no search has ended; {run} searches, then trains what is found")
+
+
 def spent(study: Claims, claim: Claim, members: pd.DataFrame) -> float | None:
-    """Minutes that one core trained the runs of a claim, those included among which `best` was chosen."""
+    """Minutes that one core trained the runs of a claim, those included among which `best` was chosen (a search's trials
+    are not)."""
     cells = [cell for side in SIDES for cell in study.levels(claim, side)]
-    parts = [select(members, {key: value for key, value in cell.items() if value != BEST}) for cell in cells]
+    parts = [select_any(members, claim, cell) for cell in cells]
     mine = members.loc[members.index.isin([index for part in parts for index in part.index])]
     return float(mine["seconds"].sum()) / 60 if "seconds" in mine and len(mine) else None
 
 
 class Comparison(NamedTuple):
-    """The cells of a claim with their names; the first `n` are the treatment's. `pairs`: their scores."""
+    """The cells of a claim with their names. `pairs`: their scores, of which the first `n` are the treatment's."""
 
     cells: list[Cell]
     n: int
@@ -689,10 +725,14 @@ def _compare(study: Claims, claim: Claim, data: Data, looks: tuple[int, ...] = (
     cells = [choose(study, cell, data.members) for cell in [*treatment, *baseline]]
     if None in cells:
         raise Missing(f"a run with {study.choose_on}")
-    pairs = pair_up(study, data, cells, claim.metric, looks)
     n = len(treatment)
     name = study.label(cells[0] if n == 1 else claim.treatment)
     other = claim.baseline_name or study.label(cells[n] if len(baseline) == 1 else claim.baseline or {})
+    if claim.across and claim.test != "variance_ratio":
+        parts = zip(cells[:n], cells[n:], strict=True)
+        pairs, n = average([pair_up(study, data, [*part], claim.metric, looks) for part in parts]), 1
+    else:
+        pairs = pair_up(study, data, cells, claim.metric, looks)
     return Comparison(cells, n, (name, other if baseline else "the reported figure"), pairs)
 
 
@@ -771,7 +811,7 @@ def _hide_verdict(measured: dict) -> dict:
 
 def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> None:
     """From pairs `metric`, `metric`_baseline: a fresh process is what repeats, with the median of its log ratios."""
-    names = study.label(claim.treatment), study.label(claim.baseline)
+    names = study.label(claim.treatment), claim.baseline_name or study.label(claim.baseline)
     columns = [claim.metric, f"{claim.metric}_baseline"]
     pairs = data.costs if {*columns, "process"} <= set(data.costs) else pd.DataFrame(columns=[*columns, "process"])
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
@@ -806,19 +846,20 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
     cells, n, names, _ = comparison
     if not (chance := study.chance):
         return {}
-    pairs = pair_up(study, data, cells, chance.metric)
-    if len(pairs.seeds) < 2:
+    parts = [pair_up(study, data, [cell], chance.metric) for cell in cells]
+    if min(len(part.seeds) for part in parts) < 2:
         raise Missing("one seed tells nothing about seeds")
-    if any(pairs.diverged):
+    if any(part.diverged[0] for part in parts):
         return {}
     limits = [_chance_limits(study, cell, data.members) for cell in cells]
-    runs = len(cells) * len(pairs.seeds)
-    for values, (upper, lower) in zip(pairs.values, limits, strict=True):
+    runs = sum(len(part.seeds) for part in parts)
+    for (values,), (upper, lower) in zip((part.values for part in parts), limits, strict=True):
         for each, level in ((values.mean(-1), CHANCE_LEVEL), (values, CHANCE_LEVEL / runs)):
             p = np.minimum(st.t_tail(each, upper, 1), st.t_tail(each, lower, -1)) if each.shape[-1] > 1 else 1.0
             if np.any(p <= level):
                 return {}
-    means, upper = pairs.values.mean((1, 2)), max(limit for limit, _ in limits)
+    means, upper = np.array([part.values.mean() for part in parts]), max(limit for limit, _ in limits)
+    n = len(cells) * n // len(comparison.pairs.values)
     shown = f"{means[:n].max():.3f} of {names[0]} and {means[n:].max():.3f} of {names[1]}"
     text = (
         f"no run is shown to have learned anything: {chance.metric.replace('_', ' ')} is {shown}, not shown to be above "

@@ -47,6 +47,7 @@ FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".pt",
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
 BEST = "best"  # in the place of a cell: the one that pilots choose
+TUNED = "tuned"  # the name of the cell that a search finds
 ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
 
@@ -186,16 +187,20 @@ class Block(Section):
     """Grid cells: written out, or the product of lists. `seeds` null: the run's seed_list.
 
     Of a `pilot` block every cell is trained with the run's pilot_seeds, and the best of them, which is then known
-    (lib/run/runs.py), with `seeds`."""
+    (lib/run/runs.py), with `seeds`. A `tuned` block has one cell, named so: what the run's search finds, whose trials
+    are the pilots."""
 
     cells: list[Annotated[dict[str, Value], Field(min_length=1)]] | None = None
     product: dict[str, Annotated[list[Value], Field(min_length=1)]] | None = None
     seeds: Seeds | None = None
     pilot: Flag = False
+    tuned: Flag = False
 
     @model_validator(mode="after")
     def _one_kind(self):
-        if bool(self.cells) == bool(self.product):
+        if self.tuned and (self.pilot or self.product or len(self.cells or ()) > 1):
+            raise fault("more than seeds", "seeds alone: the search finds the cell", "tuned: true", "tuned")
+        if bool(self.cells) == bool(self.product) and not self.tuned:
             raise fault("both" if self.cells else "neither", "either cells or product", "cells: [{beta: 0.05}]")
         return self
 
@@ -708,23 +713,36 @@ def _product(lists: Mapping[str, list]) -> list[dict]:
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def _blocks(run: Run) -> list[tuple[list[dict], list[int]]]:
-    """(cells, seeds) of each block. Without a grid, the choices of the searched keys are the grid."""
+def _blocks(run: Run) -> list[tuple[list[dict], list[int], str]]:
+    """(cells, seeds, name of the cell where it has one of its own) of each block. Without a grid, the choices of the
+    searched keys are the grid."""
     if run.grid:
         seeds = [run.pilot_seeds if block.pilot else block.seeds or run.seed_list for block in run.grid]
-        return [(block.cells or _product(block.product), own) for block, own in zip(run.grid, seeds, strict=True)]
+        found = [block.cells or (_product(block.product) if block.product else []) for block in run.grid]
+        return list(zip(found, seeds, [TUNED * block.tuned for block in run.grid], strict=True))
     space = {resolve(run.study, key): entry.choices for key, entry in run.optuna.search_space.items()}
-    return [(_product({key: space[key] for key in run.searched if space.get(key)}), run.seed_list)]
+    return [(_product({key: space[key] for key in run.searched if space.get(key)}), run.seed_list, "")]
 
 
-def member(run: Run, cell: Mapping[str, Any], seed: int) -> Member:
-    """Any one member of a run, on its grid or not (a trial of the search)."""
+def tune(run: Run, cell: Mapping[str, Any] | None = None) -> Run:
+    """The run with `cell` in its tuned block, where its grid has one; without a cell, with the run's own values of what
+    its search looks for."""
+    if not any(block.tuned for block in run.grid or ()):
+        return run
+    raw, keys_of = run.model_dump(mode="json"), [resolve(run.study, name) for name in run.optuna.search_space]
+    tuned = {"cells": [dict(cell or {key: get(raw, key) for key in keys_of})]}
+    grid = [block.model_copy(update=tuned) if block.tuned else block for block in run.grid or ()]
+    return run.model_copy(update={"grid": grid})
+
+
+def member(run: Run, cell: Mapping[str, Any], seed: int, name: str = "") -> Member:
+    """Any one member of a run, on its grid or not (a trial of the search); its cell's `name`: after its values."""
     where = run.source or run.run_id
     cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in cell.items()}
     for key in cell:
         if key.split(".")[0] not in TUNABLE:
             raise StudyError(f"{where}: grid: {key}", "not a key that differs between members", ", ".join(TUNABLE))
-    name = cell_name(run.study, cell)
+    name = name or cell_name(run.study, cell)
     trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell else run
     for key, marked in trained.searched.items():
         raise StudyError(f"{where}: cell {name}: {key}", *_not_supplied(marked, key))
@@ -741,10 +759,10 @@ def seeded(run: Run, seed: int) -> Run:
 def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:
     """{name: (cell, its seeds)}: the union of the grid's blocks in the order written, each cell with its blocks' seeds."""
     where, found = run.source or run.run_id, {}
-    for of_block, own in _blocks(run):
+    for of_block, own, of_cell in _blocks(run):
         for values in of_block:
             cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in values.items()}
-            name = cell_name(run.study, cell)
+            name = of_cell or cell_name(run.study, cell)
             first, seeds = found.setdefault(name, (cell, []))
             if first != cell:
                 raise StudyError(f"{run.run_id}: grid", f"two cells named {name}", "one", f"drop {cell}")
@@ -753,20 +771,22 @@ def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:
 
 
 def members(run: Run) -> list[Member]:
-    return [member(run, cell, seed) for cell, seeds in cells(run).values() for seed in seeds]
+    return [member(run, cell, seed, name) for name, (cell, seeds) in cells(run).items() for seed in seeds]
 
 
 def with_seeds(run: Run, seeds: Mapping[str, list[int]]) -> Run:
-    """The run with these of its cells alone, {name: its seeds}; under BEST those of the cells that its pilots choose."""
+    """The run with these of its cells alone, {name: its seeds}; under BEST those of the cells that its pilots choose,
+    under TUNED that of the cell that its search finds."""
     if not run.grid:  # one cell without values, or the choices of the search, which all have the same seeds
         return apply(run, {"seed_list": list(dict.fromkeys(itertools.chain(*seeds.values())))})
-    pilots = [block.model_copy(update={"seeds": seeds.get(BEST)}) for block in run.grid if block.pilot]
+    chosen = [block for block in run.grid if block.pilot or block.tuned]
+    chosen = [b.model_copy(update={"seeds": seeds.get(TUNED if b.tuned else BEST)}) for b in chosen]
     blocks: dict[tuple[int, ...], list] = {}
     for name, (cell, own) in cells(run).items():
-        if name in seeds and not {*own} <= {*(run.pilot_seeds or ())}:
+        if name in {*seeds} - {TUNED} and not {*own} <= {*(run.pilot_seeds or ())}:
             blocks.setdefault(tuple(seeds[name]), []).append(cell)
     judged = [{"cells": of_seeds, "seeds": list(own)} for own, of_seeds in blocks.items()]
-    return apply(run, {"grid": [*(block.model_dump() for block in pilots if block.seeds), *judged]})
+    return apply(run, {"grid": [*(block.model_dump() for block in chosen if block.seeds), *judged]})
 
 
 def first_cell(run: Run) -> dict[str, Any]:

@@ -231,6 +231,14 @@ def log_variance_ratio(treatment: np.ndarray, baseline: np.ndarray) -> np.ndarra
         return np.log(across[0] / across[1])[..., None]
 
 
+def ratio_scores(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """(n,): scores of n questions whose mean is sum(numerator) / sum(denominator), and the mean of fewer of them what
+    that ratio would be without the others, to first order: the infinitesimal jackknife's pseudo-values (Efron 1982). By
+    them a statistic such as F1 is judged as a mean over questions is."""
+    ratio = numerator.sum() / max(denominator.sum(), 1e-12)
+    return ratio + (numerator - ratio * denominator) / max(denominator.mean(), 1e-12)
+
+
 # ---- several claims; effect sizes; fixed sizes
 
 

@@ -147,6 +147,24 @@ def run_metrics(results_dir: Path) -> dict[str, dict]:
     return {run_id: own for run_id, own in metrics.items() if own and "chosen_cell" in own}
 
 
+def tuned_runs(planned: list) -> pd.DataFrame:
+    """A row per run (config.Run) whose search has ended: the configuration that it found, after how many trials, and the
+    mean of each metric over the seeds of its final runs. Where these are the run's cell `tuned`, which its claims
+    compare, they are the numbers of its metrics.json."""
+    rows = []
+    for run in planned:
+        folder = Path(run.results_dir) / run.run_id
+        search, own = (record.read_json(path, {}) for path in (folder / "sweep/metrics.json", folder / "metrics.json"))
+        final = search.get("final")
+        if own.get("chosen_cell") == config.TUNED:
+            final = {"seeds": sum(name.startswith(f"{config.TUNED}-s") for name in own["members"]), **own["metrics"]}
+        if final:
+            row = {"run": run.run_id, **search["best"], "trials": search["trials"], "seeds": final["seeds"]}
+            metrics = config.study_module(run.study).METRICS
+            rows.append(row | {name: final[name] for name in metrics if final.get(name) is not None})
+    return pd.DataFrame(rows)
+
+
 def aggregate_metrics(planned: list) -> dict:
     """Of a study's runs (config.Run), in the published form: primary_metric by its published name; metrics {name:
     {run_id: value}}, value being the mean over seeds of the run's cell chosen on validation; best_proposed and

@@ -16,12 +16,17 @@ from tests.judge_endpoint import Endpoint, completion, grade_of
 BENCH = ROOT.parent / "shared" / "data" / "mt_bench"
 BENCH = BENCH if BENCH.exists() else Path("/work/shared/data/mt_bench")
 SEEDS = 5  # the first look's
+# the command line, whatever room a disk has: stand-ins need none
+LIB = """import sys
+from lib.run import cli, preflight
+preflight.NEEDED_GB = dict.fromkeys(preflight.NEEDED_GB, 0)
+raise SystemExit(cli.main(sys.argv[1:]))"""
 
 
 def run(place: Path, *arguments: str, **environ: str) -> str:
     reported = {k: v for k, v in os.environ.items() if k not in ("STUDY_POOL", "OPENAI_API_KEY", "OPENAI_BASE_URL")}
     done = subprocess.run(
-        [sys.executable, "-m", "lib", *arguments],
+        [sys.executable, "-c", LIB, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

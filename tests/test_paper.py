@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from lib import record
+from lib import config, record, tables
 from lib.made import write_stand_in
+from lib.run import runs, wandb
 from tests.conftest import PATIENCE
 from tests.judge_endpoint import write_bench
 from tests.test_engine import make_pairs
@@ -60,6 +61,26 @@ def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_pa
     assert len(answers) == 4 * 2, "two turns"
     claims = record.read_json(results / "comparison" / "claims.json")
     assert {claim["verdict"] for claim in claims} == {"not evaluated"}
+    # its claims are about the published cells: what the search found is a table beside them, and no run's chosen cell
+    (planned,) = (each for each in runs.planned(results) if each.run_id == "dpo")
+    (tuned,) = tables.tuned_runs([planned]).to_dict("records")
+    assert (tuned["run"], tuned["trials"], tuned["seeds"]) == ("dpo", 5, 1)
+    assert f"{tuned['validation_loss']:.6f}" in (results / "comparison" / "analysis.ipynb").read_text()
+    own, total = (
+        record.read_json(results / name) for name in ("dpo/metrics.json", "comparison/aggregated_metrics.json")
+    )
+    *_, final = wandb.entries(results / "dpo")
+    cell = total["members"]["dpo"]["cell"]
+    assert own["chosen_cell"] == cell == final.config["record"]["chosen"].rsplit("-s", 1)[0]
+    assert cell in config.cells(planned)
+    assert final.summary == own["metrics"]
+    for metric in ("implicit_accuracy", "validation_loss"):
+        (metrics,) = [record.read_json(p) for p in (results / "dpo" / "members").glob(f"{cell}-s42/metrics.json")]
+        assert metrics[metric] == own["metrics"][metric] == total["metrics"][metric]["dpo"]
+        (card,) = (results / "dpo" / "members" / f"{cell}-s42" / "checkpoints").glob(
+            f"checkpoint-{metrics['steps']}/README.md"
+        )
+        assert f"| {metric} | {metrics[metric]:.6g} |" in card.read_text()
     again = run(tmp_path, *chosen)
     assert "nothing to do" in again
     assert "no trial of these runs" not in again

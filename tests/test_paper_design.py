@@ -45,12 +45,12 @@ def test_a_budget_ends_graffs_runs_and_no_number_of_steps():
 def test_graffs_search_is_the_published_one_where_it_says_nothing_else():
     runs, tuned = paper("graff"), set()
     for run in runs.values():
-        ablation = run.role == "ablation"
-        assert run.optuna.n_trials == (0 if ablation else 50), run.run_id
+        ablation, transfer = run.role == "ablation", run.run_id.startswith("mistral")
+        assert run.optuna.n_trials == (0 if ablation or transfer else 50), run.run_id
         if run.method != "schedulefree":
             assert bounds(run, "adapter_lr_init") == (1e-4, 5e-4), run.run_id
         assert bounds(run, "lora_r") == (32, 64, 96)
-        tuned |= set() if ablation else {run.method}
+        tuned |= {run.method} if run.optuna.n_trials else set()
     assert {"fixed", "cosine", "reactor", "hypergradient", "graff"} < tuned
     assert bounds(runs["graff_30"], "outer_lr") == bounds(runs["hypergradient_30"], "outer_lr") == (5e-4, 1e-2)
     assert bounds(runs["reactor_30"], "controller_lr") == (5e-5, 1e-2)
@@ -68,7 +68,7 @@ def test_reconstructions_and_ablations_run_at_the_papers_scale_too_and_are_label
         run = runs[f"{method}_30"]
         assert run.role == ("control" if "reconstructed" in method else "ablation")
         assert ("reconstructed" in method) == ("(reconstructed)" in names[method])
-        assert run.grid is None, "the laptop's rate is not theirs"
+        assert run.grid[0].cells == [{"adapter_lr_init": run.training.optimizer.lr_init}], "not the laptop's rate"
     assert (runs["graff_mlp_30"].training.scheduler.graph, runs["graff_frozen_30"].training.scheduler.frozen) == (0, 1)
     assert not runs["graff_no_budget_30"].training.scheduler.budget_feature
 

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 
 from lib import tables
 from lib.claims import Claims, Verdict, choose, select
 from lib.graff.trainer import energy_to_level
 
-KEYS = ["run_id", "method", "learning_rate", "seed"]
+KEYS = ["run_id", "method", "cell", "learning_rate", "seed"]
 MEMBER = ["run_id", "cell", "seed"]
 METRIC = "energy_score"
 
@@ -27,9 +28,14 @@ def scores(loaded: tables.Records) -> pd.DataFrame:
 
 
 def areas(loaded: tables.Records) -> pd.DataFrame:
-    """One row per member: its area over time, a mean over dev problems, which each seed has its own of."""
+    """One row per member: its area over time, a mean over dev problems, which each seed has its own of; and `step_score`,
+    -log of the seconds that a step took on average, evaluations left out: larger is faster."""
     rows = with_rate(loaded.members).reindex(columns=[*KEYS, "pilot", "status", "auc"])
-    return rows[rows["status"] == "completed"].astype({"auc": float})
+    history = loaded.history.reindex(columns=[*MEMBER, "used", "eta"])
+    seconds = history["used"].astype(float).groupby([history[name] for name in MEMBER]).diff()
+    mean = history.assign(step_score=seconds)[history["eta"].notna()].groupby(MEMBER)["step_score"].mean()
+    rows = rows[rows["status"] == "completed"].astype({"auc": float})
+    return rows.merge(-np.log(mean.where(mean > 0)).reset_index().set_index(MEMBER), on=MEMBER, how="left")
 
 
 # ---- energy to a level of exact match, as scores that a claim is judged by

@@ -170,7 +170,7 @@ METRICS |= dict.fromkeys(("energy_to_level", "dev_loss", "test_loss", "gsm1k_gap
 GROUP = ("model.name", "dataset.name", "training.budget_minutes")
 LEADS = "Qwen3-0.6B, gsm8k, 30 budget minutes"
 DIVERGED = dict.fromkeys(SCORES, 0.0)  # what a diverged run has
-CLAIM_METRICS = ("exact_match", "auc", "energy_score")  # columns that claims.evaluate is given
+CLAIM_METRICS = ("exact_match", "auc", "energy_score", "step_score")  # columns that claims.evaluate is given
 # metrics that are null where nothing can be read; a key with one choice
 UNREAD = ("energy_to_level", "gsm1k_gap", "dataset.train_split")
 ALIASES = dict.fromkeys(("learning_rate", "adapter_lr_init"), "training.optimizer.lr_init")

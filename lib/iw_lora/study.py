@@ -188,7 +188,8 @@ GROUP = ("model.name", "dataset.name", "dataset.subset")
 LEADS = "mnli"  # what was published first
 # What a diverged member counts as, as in claims.yaml: nothing right. Guessing would be more than some get on MNLI.
 DIVERGED = dict.fromkeys(SCORES, 0.0)
-CLAIM_METRICS = ("accuracy", "seconds", "step_seconds")  # columns that the analysis gives to claims.evaluate
+# columns that the analysis gives to claims.evaluate
+CLAIM_METRICS = ("accuracy", "f1", "score", "seconds", "step_seconds", "training_seconds")
 ALIASES = dict.fromkeys(("alpha", "iw_reg_alpha"), "loss.alpha") | {"beta": "loss.beta", "penalty": "loss.penalty"}
 ALIASES |= {key: f"training.{key}" for key in ("learning_rate", "batch_size", "weight_decay", "epochs", "max_steps")}
 ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_alpha"}

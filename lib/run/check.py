@@ -121,6 +121,11 @@ def _grid(run: Run) -> Iterator[Finding]:
     except StudyError as fault:
         yield refused(fault, f"grid: {fault.where}")
         return
+    if any(block.tuned for block in run.grid or ()):
+        if not run.optuna.n_trials:
+            yield error("grid: tuned", "no search finds it", "optuna.n_trials, or a grid without it")
+        if not run.pilot_seeds:
+            yield error("pilot_seeds", "missing", "pilot_seeds: [40], with which the search's trials are trained")
     for name, entry in run.optuna.search_space.items() if run.optuna.n_trials else ():
         dotted = config.study_module(run.study).ALIASES.get(name, name)
         values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
@@ -190,9 +195,18 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         yield warning("keys", what, "run_id among `keys`, and in the claim's cell", file)
     is_own = all(run.source and run.source.is_relative_to(path.parent) and not run.overrides for run in runs)
     level, fix = error if is_own else warning, f"a run of it in params/{study}/{scale}/, or scales: without {scale}"
+    trials = {run.run_id: run.optuna.n_trials for run in runs}
+    for claim in asked:
+        cells = [
+            cell for side in claims.SIDES for cell in published.levels(claim, side) if claims.TUNED in cell.values()
+        ]
+        tuned = {i: trials[i] for cell in cells for i in claims.select(members, cell)["run_id"]}
+        if len({*tuned.values()}) > 1:
+            what = "tuned with unequal trials: " + ", ".join(f"{name} {number}" for name, number in tuned.items())
+            yield error(claim.id, what, "the same optuna.n_trials for all that it compares", file)
     for claim, side in itertools.product(asked, claims.SIDES):
         for cell in published.levels(claim, side):
-            if claims.select(members, {key: value for key, value in cell.items() if value != claims.BEST}).empty:
+            if claims.select_any(members, claim, cell).empty:
                 what = f"no run at {scale} scale trains {published.label(cell)}"
                 yield level(f"{claim.id}.{side}", what, fix, file)
 
@@ -201,7 +215,7 @@ def member_rows(run: Run) -> Iterator[dict]:
     """A run's members as the tables of an analysis name them: the cell's keys by their own names and the short ones."""
     aliases = config.study_module(run.study).ALIASES.items()
     with contextlib.suppress(StudyError):  # a wrong grid is a finding of its YAML
-        for member in config.members(run):
+        for member in config.members(config.tune(run)):
             spec = {"run_id": run.run_id, "config": config.dump(member.run), "study": run.study}
             spec |= {"cell": member.cell, "cell_name": member.cell_name, "seed": member.seed}
             short = {alias: member.cell[dotted] for alias, dotted in aliases if dotted in member.cell}

@@ -18,7 +18,7 @@ import pandas as pd
 
 from lib import claims, config, power, record
 from lib.errors import StudyError
-from lib.run import check, members, plan, progress
+from lib.run import check, members, plan, progress, runs as records
 
 LIKELY = 0.5  # a decision is expected from this chance on
 FUTILE = 0.1  # a claim with less chance of a word by its last look waits until the others are done
@@ -56,12 +56,13 @@ class Open(NamedTuple):
 
 def arms(published: claims.Claims, runs: list, scale: str) -> dict[str, list[tuple[str, str]]]:
     """{claim: (run_id, cell) of all that it compares}, of the claims that `scale` evaluates, where all of it is among
-    `runs`. A cell is BEST where the run's pilots choose it, and TIMES of a claim about time."""
+    `runs`. A cell is BEST where the run's pilots choose it, TUNED where its search does, and TIMES of a claim about
+    time."""
     once = [config.with_seeds(run, {cell: seeds[:1] for cell, seeds in seeds_of(run).items()}) for run in runs]
     rows, found = pd.DataFrame([row for run in once for row in check.member_rows(run)]), {}
     for claim in published.claims if len(rows) else ():
         timed, sides = claim.test == "cost_ratio", (published.levels(claim, side) for side in claims.SIDES)
-        compared = [_arms_of(rows, cell, timed) for side in sides for cell in side]
+        compared = [_arms_of(rows, claim, cell) for side in sides for cell in side]
         if scale in claim.scales and not claim.not_evaluated and all(compared):
             # the proposed method's run measures the times of its baseline too
             found[claim.id] = list(dict.fromkeys(arm for side in compared[: 1 if timed else None] for arm in side))
@@ -82,10 +83,10 @@ def select(asked: list[str], runs: list, scale: str) -> dict[str, dict[str, list
     return found
 
 
-def _arms_of(rows: pd.DataFrame, cell: claims.Cell, timed: bool) -> list[tuple[str, str]]:
+def _arms_of(rows: pd.DataFrame, claim: claims.Claim, cell: claims.Cell) -> list[tuple[str, str]]:
     """One side's: with `best`, what pilots choose or, without pilots, every cell that it may be."""
-    mine = claims.select(rows, {key: value for key, value in cell.items() if value != claims.BEST})
-    if timed:
+    mine = claims.select_any(rows, claim, cell)
+    if claim.test == "cost_ratio":
         return [(run_id, TIMES) for run_id in dict.fromkeys(mine["run_id"])]
     pilots = mine[mine["pilot"]]["run_id"] if claims.BEST in cell.values() else ()
     of_cells = mine[~mine["pilot"] & ~mine["run_id"].isin(pilots)]
@@ -99,20 +100,20 @@ def recorded(run) -> dict[str, list[int]]:
     try:
         written = config.load_yaml(folder / "config.yaml")
         before = config.apply(run, {key: written.get(key) for key in ("grid", "seed_list", "pilot_seeds")})
-        planned = config.members(before)
+        planned = config.members(records.settle(before))
     except StudyError:  # there is none, or it is another version's
         return {}
-    known = config.cells(run)
+    known = config.cells(records.settle(run))
     fresh = [m for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)]
     cells = {claims.BEST if member.pilot else member.cell_name for member in fresh}
     return {cell: seeds for cell, seeds in seeds_of(before).items() if cell in cells}
 
 
 def seeds_of(run) -> dict[str, list[int]]:
-    """{cell: its judged seeds}; of the cell that pilots choose, BEST's."""
+    """{cell: its judged seeds}; of the cell that pilots choose, BEST's, and of what the search finds, TUNED's."""
     found = {}
-    for block in (block for block in run.grid or () if block.pilot):
-        found[claims.BEST] = list(block.seeds or run.seed_list)
+    for block in (block for block in run.grid or () if block.pilot or block.tuned):
+        found[claims.TUNED if block.tuned else claims.BEST] = list(block.seeds or run.seed_list)
     for cell, (_, seeds) in config.cells(run).items():
         if judged := [seed for seed in seeds if seed not in (run.pilot_seeds or ())]:
             found[cell] = judged
@@ -167,7 +168,7 @@ class Spending:
     def preview(self) -> list[Round]:
         """The rounds as far as the record foresees them, and in each what those before it leave."""
         found, planned = list(self.rounds()), Counter()
-        for step in (step for each in found for step in each.steps if step.kind == "train"):
+        for step in (step for each in found for step in each.steps if step.kind in ("train", "sweep")):
             if planned[step.title]:
                 step.members, step.prepare = step.members - planned[step.title], 0.0
                 step.reason = step.reason if step.members else ""
@@ -283,7 +284,11 @@ class Spending:
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
             record.write_json(self.folder(study) / "runs.json", listed)
-        searched = [config.with_seeds(r, self.first_seeds(r)) if self.is_staged else r for r in runs if searches]
+        tuned = {
+            _title(r) for r in runs if claims.TUNED in (self.seeds[_title(r)] if self.is_staged else self.cells(r))
+        }
+        searched = [r for r in runs if searches or _title(r) in tuned]
+        searched = [config.with_seeds(r, self.first_seeds(r)) if self.is_staged else r for r in searched]
         of_times = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs}
         measured = of_times if timed or not self.is_staged else {}
         more = {"forced": self.forced, "searched": searched, "measured": measured}
@@ -325,6 +330,7 @@ class Spending:
             new = max(0, seeds - len(have))
             if cell == claims.BEST and not have:
                 new += sum(seed in run.pilot_seeds for _, of_cell in config.cells(run).values() for seed in of_cell)
+            new += plan.trials_left(run) if cell == claims.TUNED else 0
             each = plan.process_seconds(run) * slots if cell == TIMES else plan.member_seconds(run) or 0.0
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:

@@ -132,7 +132,9 @@ def prepare_inputs(run, *others) -> Path:
 
 def measure(run, function: str = TIMES, processes: int = PROCESSES) -> None:
     """Run a measurement of the study in so many processes, one after the other, each of which writes into a folder of its
-    own, and put what they wrote together in the run's. Processes that have been measured stay."""
+    own, and put what they wrote together in the run's. Processes that have been measured stay. What the search is
+    to find is left out: the run's own values, at paper scale the published ones, are measured."""
+    run = config.tune(run)
     folder, inputs, key = Path(run.results_dir) / run.run_id, prepare_inputs(run), keys.measurement_key(run, function)
     rows = []
     for number in range(processes):

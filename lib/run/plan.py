@@ -218,9 +218,14 @@ def steps(
                 first.makes.add(folder)
                 first.prepare += prepare_seconds(first.run)
         wanted = [run for run in searched if run.study == study and (run.optuna.n_trials or mode == "trial")]
-        others = [_sweep(train[run.run_id], run, forced) for run in wanted]
-        others += [_times(step, n, forced) for step in train.values() if (n := (measured or {}).get(step.title))]
-        planned += [*train.values(), *others, _analysis(study, [*train.values(), *others], scale, mode, forced)]
+        searches = {run.run_id: _sweep(train[run.run_id], run, forced) for run in wanted}
+        first = [step for step in searches.values() if not step.needs]  # their runs wait for what they find
+        for step in first:
+            train[step.name].needs = [step]
+            train[step.name].reason = train[step.name].reason or "its search is to be done" * bool(step.reason)
+        mine = [*first, *train.values(), *(step for step in searches.values() if step.needs)]
+        mine += [_times(step, n, forced) for step in train.values() if (n := (measured or {}).get(step.title))]
+        planned += [*mine, _analysis(study, mine, scale, mode, forced)]
     return planned
 
 
@@ -243,8 +248,8 @@ def _why(step: Step, forced: Collection[str]) -> str:
 def _train(run, forced: Collection[str]) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(records.settle(run, guess=True))
     notebook, cells = notebooks(run.study)["train"], config.cells(run)
-    # without what pilots choose, which depends on these
-    own = [keys.member_key(m)["all"] for m in every if m.seed in cells[m.cell_name][1]]
+    # without what pilots choose, which depends on these, or a search
+    own = [keys.member_key(m)["all"] for m in every if m.seed in cells.get(m.cell_name, ({}, []))[1]]
     key = record.digest([*own, keys.notebook_code(notebook), config.dump(run)])
     step = Step("train", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
     is_forced = step.title in forced
@@ -263,12 +268,20 @@ def _sweep(train: Step, run, forced: Collection[str]) -> Step:
     made_of = [keys.member_key(m)["all"] for m in every], config.dump(run), keys.notebook_code(notebook)
     key, folder = record.digest([made_of, keys.modules("lib.run.sweep")]), train.folder / "sweep"
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
-    step.needs = [train]
-    step.reason = "its run is to be done" if train.members else _why(step, forced)
+    is_first = any(block.tuned for block in run.grid or ())
+    step.needs = [] if is_first else [train]
+    step.reason = "its run is to be done" if train.members and not is_first else _why(step, forced)
     if step.reason:
-        step.members = max(0, run.optuna.n_trials - len({m.cell_name for m in every}))
+        of_grid = {m.cell_name for m in every if m.seed == (run.pilot_seeds or run.seed_list)[0]}
+        step.members = max(0, run.optuna.n_trials - len(of_grid))
         step.predict()
     return step
+
+
+def trials_left(run) -> int:
+    """Trials that the run's search still lacks."""
+    done = len(list((Path(run.results_dir) / run.run_id).glob("sweep/trials/*/done.json")))
+    return 0 if records.found_by_search(run) else max(0, run.optuna.n_trials - done)
 
 
 def _times(train: Step, processes: int, forced: Collection[str]) -> Step:

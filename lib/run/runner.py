@@ -117,9 +117,9 @@ class Runner:
         os._exit(130)
 
     def ready(self, step: plan.Step) -> bool:
-        """Whether what it needs has ended and it fits into the time. A sweep needs its run's success; an analysis names
-        what is missing itself. What will never be ready is blocked or postponed."""
-        needed, needs_success = {each.state for each in step.needs if each.reason}, step.kind in ("sweep", "times")
+        """Whether what it needs has ended and it fits into the time. A sweep needs its run's success, or the run its
+        sweep's; an analysis names what is missing itself. What will never be ready is blocked or postponed."""
+        needed, needs_success = {each.state for each in step.needs if each.reason}, step.kind != "analysis"
         if (self.fail_fast and self.count("failed")) or (needs_success and "failed" in needed):
             step.state = "blocked"
         elif needed == {"postponed"} or (needs_success and "postponed" in needed):

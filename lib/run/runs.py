@@ -66,9 +66,11 @@ def _means(rows: list[dict], metrics: list[str]) -> dict[str, float | None]:
 
 
 def chosen_cell(run, records: list[dict]) -> str:
-    """The cell with the best mean validation metric, of the pilots where there are any, among those with the most seeds:
-    a cell seen once is not chosen over cells seen three times for a lucky seed."""
+    """The cell that a search found; else the one with the best mean validation metric, of the pilots where there are any,
+    among those with the most seeds: a cell seen once is not chosen over cells seen three times for a lucky seed."""
     metric = run.optuna.objective_metric
+    if any(row["cell"] == config.TUNED for row in records):
+        return config.TUNED
     every = by_cell(counted(run, records), [metric])
     rows = [row for row in every if row["pilot"]] or every
     most = max(row["seeds"] for row in rows)
@@ -86,8 +88,11 @@ def counted(run, records: list[dict]) -> list[dict]:
 
 def settle(run, guess: bool = False):
     """The run with what its pilots have chosen: of each pilot block whose pilots are all finished the chosen cell, to be
-    trained with the block's seeds, as a further block. The record of the pilots decides, so that it is the same choice
-    however many seeds follow. `guess`: the first cell stands in for a choice that is still to come."""
+    trained with the block's seeds, as a further block; in its tuned block what its search found. The record of the pilots
+    decides, so that it is the same choice however many seeds follow. `guess`: the first cell stands in for a choice that
+    is still to come."""
+    found = found_by_search(run)
+    run = config.tune(run, found) if found or guess else run
     folder, chosen = Path(run.results_dir) / run.run_id / "members", []
     for block in (block for block in run.grid or () if block.pilot):
         pilots = config.members(run.model_copy(update={"grid": [block]}))
@@ -102,6 +107,17 @@ def settle(run, guess: bool = False):
             chosen.append(config.Block(cells=[cell], seeds=block.seeds))
     more = [block for block in chosen if block not in run.grid]
     return run.model_copy(update={"grid": [*run.grid, *more]}) if more else run
+
+
+def found_by_search(run) -> dict | None:
+    """The cell of the best trial, {dotted key: value}; None until the search has ended that the run asks for."""
+    searched = record.read_json(Path(run.results_dir) / run.run_id / "sweep" / "metrics.json", {})
+    return searched.get("cell") if searched.get("search") == search_of(run) else None
+
+
+def search_of(run) -> str:
+    """What tells one search of a run from another: a digest of its space, objective, seed and number of trials."""
+    return record.digest(config.dump(run)["optuna"])
 
 
 def summary(run, records: list[dict]) -> dict:

@@ -50,9 +50,10 @@ def value_at(run, name: str):
 
 
 def cells(run) -> list[dict]:
-    """The grid's cells as points of the search space; a cell outside the space is no trial."""
+    """The grid's cells (in the place of a tuned one, the run's own values) as points of the search space; a cell outside
+    the space is no trial."""
     space, points = distributions(run), []
-    for member in config.members(run):
+    for member in config.members(config.tune(run)):
         point = {name: value_at(member.run, name) for name in space}
         if point not in points and all(contains(d, point[name]) for name, d in space.items()):
             points.append(point)
@@ -76,7 +77,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     objective do not count.
     """
     name = f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"  # a database holds other searches too
-    settings = keys.member_key(config.members(run)[0])["all"], config.dump(run)["optuna"]["search_space"]
+    settings = keys.member_key(config.members(config.tune(run))[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{record.digest([*settings, run.optuna.objective_metric])}",
         storage=storage.open_storage(run, folder),
@@ -196,9 +197,9 @@ def table(study: optuna.Study):
 
 def write_best(run, study: optuna.Study, folder: Path):
     """best.yaml: a complete run YAML of the best trial, with the seeds of the grid's first cells. Returns (its Run, its
-    members)."""
+    members; none where the best is the run's cell `tuned`, which the run's own notebook trains)."""
     point = {config.resolve(run.study, k): round_sampled(v) for k, v in study.best_params.items()}
     seeds = run.grid[0].seeds if run.grid else None
     best = config.apply(run, {**point, "grid": [{"cells": [point], "seeds": seeds}], "optuna.n_trials": 0})
     record.write_text(folder / "best.yaml", yaml.safe_dump(config.dump(best), sort_keys=False, allow_unicode=True))
-    return best, config.members(best)
+    return best, [] if any(block.tuned for block in run.grid or ()) else config.members(best)

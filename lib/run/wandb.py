@@ -7,8 +7,8 @@
     fetch, results          the way back: a study's records from W&B, each file checked by its SHA-256
 
 A member is the W&B run `<run_id>--<member>-<8 digits of its key, place and attempt>` in the group `<run_id>`; the final
-run, that of the cell chosen on validation, carries the run_id (with `--laptop` behind it at laptop scale) and names its
-members. Trials of a search are not mirrored, only the final run of the best. A W&B run states a digest of the record it
+run, that of the run's chosen cell as in its metrics.json, carries the run_id (with `--laptop` behind it at laptop scale)
+and names its members. Trials of a search are not mirrored. A W&B run states a digest of the record it
 was sent, and is marked as finished after everything else has got through: that is how sending twice changes nothing,
 and how what was cut off is completed.
 
@@ -116,17 +116,15 @@ def member_entry(member: Path) -> Entry | None:
 
 def final_entry(run_folder: Path, members: dict[str, Entry]) -> Entry | None:
     """The run's own W&B run: the history of its chosen cell's first member, the means over seeds as its summary, and
-    the ids of its finished `members`. With a search, of the best. None while there is no whole record."""
+    the ids of its finished `members`. None while there is no whole record, or its search is still to come."""
     metrics, searched = read_json(run_folder / "metrics.json", {}), read_json(run_folder / "sweep" / "metrics.json", {})
     if "chosen_cell" not in metrics or not (run_folder / "done.json").exists():
         return None
     summary, folder = metrics["metrics"], run_folder.parents[1].name
     chosen = next((name for name in members if name.rsplit("-s", 1)[0] == metrics["chosen_cell"]), None)
-    if searched.get("final"):
-        chosen, summary = searched["final_members"][0], {k: v for k, v in searched["final"].items() if k != "cell"}
     settings = members[chosen].config if chosen in members else None
-    if not settings or ((settings.get("optuna") or {}).get("n_trials") and not searched.get("final")):
-        return None  # its search is still to come
+    if not settings or ((settings.get("optuna") or {}).get("n_trials") and not searched.get("trials")):
+        return None
     scale, mode = settings["record"]["scale"], settings["record"]["mode"]
     id = run_folder.name[:110] + ("" if scale == "paper" else f"--{scale}")
     if folder != f"{scale}-{mode}":  # a variation must not take the study's own place
