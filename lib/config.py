@@ -444,6 +444,7 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
     "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
+    "unread": lambda run: {},  # {key: why} of what this run does not read, so that --set of it is refused
     "implied": _implied,  # what --set brings along where it does not say otherwise
     "check": lambda run: (),  # Findings about one member's run
     "needs": lambda run: (),  # Findings: what only it needs on the machine before a full run
@@ -632,9 +633,38 @@ def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
     if "run_id" in overrides:
         raise StudyError("--set run_id", "names the records", "another key", "copy the YAML under another run_id")
     values = {resolve(run.study, key, "--set"): parse_yaml(text, f"--set {key}") for key, text in overrides.items()}
-    written = " ".join(f"--set {key}={text}" for key, text in overrides.items())
-    run = apply(run, study_module(run.study).implied(run, values) | values, where=f"{where} with {written}")
-    return run.model_copy(update={"overrides": dict(overrides)})
+    where += " with" + "".join(f" --set {key}={text}" for key, text in overrides.items())
+    run = apply(run, study_module(run.study).implied(run, values) | values, where=where)
+    only = _alone(run, values)
+    if both := [key for key in only if any(f"{name}.".startswith(f"{key}.") for name in values)]:
+        found, expected = f"{both[0]} supplies what another --set does", "each setting once"
+        raise StudyError(where, found, expected, "leave one of the two out")
+    return (apply(run, only, where=where) if only else run).model_copy(update={"overrides": dict(overrides)})
+
+
+def _alone(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to change for these values of --set to be the only ones in the run's members: cells of the grid, their
+    blocks' seeds, the space of the search."""
+    raw, changed = dump(run), {}
+    fixed = tuple(f"{key}." for key in values if key.split(".")[0] in TUNABLE and key not in run.searched)
+
+    def is_set(name: str) -> bool:
+        return f"{resolve(run.study, name)}.".startswith(fixed)
+
+    blocks, space = copy.deepcopy(raw["grid"] or []), raw["optuna"]["search_space"]
+    for block in blocks:
+        block["seeds"] = None if "seed_list" in values else block["seeds"]
+        for cell in block["cells"] or ():
+            cell |= {name: get(raw, resolve(run.study, name)) for name in filter(is_set, cell)}
+        for name in filter(is_set, block["product"] or ()):
+            block["product"][name] = [get(raw, resolve(run.study, name))]
+    if blocks != (raw["grid"] or []):
+        changed["grid"] = blocks
+    if any(map(is_set, space)):
+        changed["optuna.search_space"] = {name: entry for name, entry in space.items() if not is_set(name)}
+        if not changed["optuna.search_space"] and "optuna.n_trials" not in values:
+            changed["optuna.n_trials"] = 0
+    return changed
 
 
 def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: Any = None) -> Run:

@@ -577,6 +577,74 @@ def test_bad_overrides_are_refused(write, raw, key, value, said):
     assert said in refused(load, write(raw), overrides={key: value})
 
 
+@pytest.mark.parametrize("name", ["td_dpo/laptop/td_dpo", "iw_lora/laptop/iw_lora", "graff/small/hypergradient"])
+def test_a_setting_takes_effect_whatever_else_supplies_its_key(name):
+    """In every member and in no search, one after the other for each key that a grid or a search supplies."""
+    path, (study, scale, _) = config.ROOT / f"params/{name}.yaml", name.split("/")
+    plain = load(path, scale=scale)
+    supplied = {key for member in config.members(plain) for key in member.cell}
+    supplied |= {config.resolve(study, key) for key in plain.optuna.search_space}
+    for key in supplied:
+        run = config.load_run(
+            path, scale=path.parent.name, mode="full", overrides={key: "0.0123", "seed_list": "[7, 8]"}
+        )
+        members = config.members(run)
+        assert {config.get(config.dump(member.run), key) for member in members} == {0.0123}, key
+        assert {member.seed for member in members if not member.pilot} <= {7, 8}
+        assert 0 < len(members) < len(config.members(plain))
+        assert key not in {config.resolve(study, name) for name in run.optuna.search_space}
+        assert bool(run.optuna.n_trials) == bool(run.optuna.search_space) or not plain.optuna.n_trials
+        assert not check.has_error(check.findings(run)) or study == "graff"
+
+
+def test_settings_that_contradict_each_other_are_refused(write, raw):
+    both = {"beta": "0.2", "grid": "[{cells: [{beta: 0.1, tau: 1}]}]"}
+    assert "grid supplies what another --set does" in refused(load, write(raw), overrides=both)
+    assert config.members(load(write(raw), overrides=both | {"beta": "0.1"}))[0].cell["loss.beta"] == 0.1
+    searched = {"tau": "1", "optuna.search_space.tau": "{type: uniform, low: 1, high: 2}"}
+    assert "optuna.search_space supplies" in refused(load, write(raw), overrides=searched)
+    section, path = {"loss": "{penalty: importance, alpha: 0.2}"}, config.ROOT / "params/iw_lora/laptop/iw_lora.yaml"
+    assert {member.cell["loss.alpha"] for member in config.members(load(path, overrides=section))} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "said"),
+    [
+        ("td_dpo/laptop/dpo", {"epochs": "2"}, "max_steps is 120"),
+        ("td_dpo/laptop/dpo", {"epochs": "2", "max_steps": "null"}, ""),
+        ("td_dpo/laptop/dpo", {"dataset.name": "a/b", "dataset.train_pairs": "20"}, "generated data"),
+        ("td_dpo/laptop/dpo", {"loss.name": "sft", "method": "sft", "beta": "0.2"}, "sft has none"),
+        ("iw_lora/laptop/lora", {"alpha": "0.2"}, "it has no penalty"),
+        ("iw_lora/laptop/lora", {"loss.penalty": "none"}, ""),
+        ("iw_lora/laptop/iw_lora", {"alpha": "0.2"}, ""),
+        ("iw_lora/small/lora", {"model.recipe.layers": "3"}, "the model is"),
+        ("iw_lora/laptop/lora", {"model.name": "a/b", "model.recipe": "null"}, ""),
+        ("graff/laptop/graff", {"dataset.name": "a/b", "dataset.numbers_below": "9"}, "generated problems"),
+    ],
+)
+def test_a_setting_that_a_run_does_not_read_is_refused(path, overrides, said):
+    run = config.load_run(
+        config.ROOT / f"params/{path}.yaml", scale=path.split("/")[1], mode="full", overrides=overrides
+    )
+    found = [str(finding) for finding in check.findings(run) if "changes nothing" in finding.what]
+    assert [said in line for line in found] == [True] * bool(said)
+
+
+def test_what_is_set_is_set_in_the_runs_that_are_selected(write, raw, tmp_path, monkeypatch):
+    """Others stay as their YAMLs have them, unless their record lies in the same place, where all was made with it."""
+    for name in ("mine", "other", "recorded"):
+        write(raw | {"run_id": name, "grid": None}, f"{name}.yaml")
+    chosen = ["plan", "--run", "mine", "--params", str(tmp_path), "--results-dir", str(tmp_path / "results")]
+    options = cli.parser().parse_args([*chosen, "--set", "seed_list=[7]"])
+    options.mode, options.scale = "full", "laptop"
+    monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "results")
+    results = cli.root_of(options) / "td_dpo"
+    (results / "recorded").mkdir(parents=True)
+    whole = check.runs_of(cli.whole_of(options, cli.select_runs(options)))
+    assert [(run.run_id, run.seed_list == [7]) for run in whole] == [("mine", 1), ("other", 0), ("recorded", 1)]
+    assert {run.results_dir for run in whole} == {results}
+
+
 def test_an_override_for_a_loss_that_does_not_read_it():
     path = config.ROOT / "params/td_dpo/laptop/dpo.yaml"
     assert "dpo does not read it" in refused(load, path, overrides={"tau": "1"})

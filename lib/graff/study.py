@@ -204,6 +204,12 @@ def steps(run: Run) -> int | None:
     return max(1, round(60 * run.training.budget_minutes / (run.compute.seconds_per_step or 1.0)))
 
 
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    generated = ("train_examples", "test_examples", "numbers_below") if run.dataset.name != "generated" else ()
+    return {f"dataset.{key}": "it is of generated problems" for key in generated}
+
+
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in warm start, training and evaluation; no warm-start file is asked for."""
     batch, warm_start = min(run.training.micro_batch_size, 4), run.training.scheduler.warm_start_ckpt

@@ -223,6 +223,14 @@ def steps(run: Run) -> int | None:
     return run.training.optimizer_steps(train_rows(run))
 
 
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    generated = ("train_examples", "validation_examples", "label_noise") if run.dataset.name != "generated" else ()
+    penalized = [key for key in config.keys(Loss) if key != "penalty"] if run.loss.penalty == "none" else ()
+    found = {f"dataset.{key}": "it is of generated data" for key in generated}
+    return found | {f"loss.{key}": "it has no penalty" for key in penalized}
+
+
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, calibration and evaluation, all of which read these values."""
     batch = min(run.training.batch_size, 4)

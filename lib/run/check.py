@@ -84,7 +84,21 @@ def findings(run: Run) -> list[Finding]:
         typical = config.apply(run, config.first_cell(run))
     except StudyError:  # what is wrong with the cell is among the findings already
         return found
-    return found if typical.searched else [*found, *config.study_module(run.study).check(typical)]
+    return found if typical.searched else [*found, *_unread(typical), *config.study_module(run.study).check(typical)]
+
+
+def _unread(run: Run) -> Iterator[Finding]:
+    """Settings of --set that would change nothing in this run."""
+    values, unread, model = (
+        config.dump(run),
+        config.study_module(run.study).unread(run),
+        getattr(run.model, "name", "made"),
+    )
+    unread |= {} if model == "made" else {"model.recipe": f"the model is {model}"}
+    for key in (config.resolve(run.study, name) for name in run.overrides):
+        why = next((unread[part] for part in unread if f"{key}.".startswith(f"{part}.")), None)
+        if why and config.get(values, key) is not None:
+            yield error(key, f"--set of it changes nothing here: {why}", "leave it out, or --run the runs that read it")
 
 
 def _search(run: Run) -> Iterator[Finding]:

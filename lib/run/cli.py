@@ -164,10 +164,10 @@ def roots_of(options) -> list[Path]:
     return [root for root in roots if root.is_dir() and wandb.FROM not in root.name]
 
 
-def select_runs(options) -> list[check.Loaded]:
-    """(path, Run or StudyError, findings) of every run YAML that the options name."""
+def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
+    """(path, Run or StudyError, findings) of every run YAML that the options name; `plain`: without what --set says."""
     overrides = {}
-    for text in options.sets:
+    for text in () if plain else options.sets:
         key, equals, overrides[key] = text.partition("=")
         if not equals:
             raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
@@ -194,6 +194,19 @@ def select_runs(options) -> list[check.Loaded]:
     return selected
 
 
+def whole_of(options, selected: list[check.Loaded]) -> list[check.Loaded]:
+    """All runs of the studies of these: an analysis judges its whole study, whichever of its runs were picked for this
+    time. What --set says holds for these alone, and for those that have a record with it in the same place."""
+    every, root, picked = select_runs(changed(options, run=None)), root_of(options), {path for path, _, _ in selected}
+    if not options.sets:
+        return every
+    picked |= {
+        path for path, run, _ in every if isinstance(run, config.Run) and (root / run.study / run.run_id).exists()
+    }
+    touched = {entry[0]: entry for entry in every if entry[0] in picked}
+    return [touched.get(entry[0], entry) for entry in select_runs(changed(options, run=None), plain=True)]
+
+
 def changed(options, **given) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(options), **given})
 
@@ -204,8 +217,6 @@ def run(options) -> int:
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
     asked, options.claims = options.claims, None  # until their arms are known
     selected = select_runs(options)
-    # An analysis judges its whole study, whichever of its runs --run or --claims picked for this time.
-    whole = select_runs(changed(options, run=None)) if options.run else selected
     if asked and len(check.runs_of(selected)) == len(selected):  # else what is refused is reported
         # a trial's runs have one cell
         full = selected if options.mode == "full" else select_runs(changed(options, mode="full"))
@@ -213,6 +224,7 @@ def run(options) -> int:
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
         pairs = zip(selected, check.runs_of(selected), strict=True)
         selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
+    whole = whole_of(options, selected) if options.run or asked else selected
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))

@@ -278,6 +278,15 @@ def primary_metric(run: Run) -> str:
     return JUDGED.get(run.evaluation.judge, SECOND_METRIC)
 
 
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    most = run.training.max_steps
+    found = {"training.epochs": f"max_steps is {most}; --set training.max_steps=null too"} if most else {}
+    found |= {"loss.beta": "sft has none"} if run.loss.name == "sft" else {}
+    sizes = GENERATED_PAIRS if run.dataset.name not in JUDGE_OF else ()
+    return found | {f"dataset.{key}": "it sizes generated data" for key in sizes}
+
+
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, reference, evaluation and, for a made model, SFT."""
     batch = min(run.training.per_device_train_batch_size, run.training.global_batch_size, 4)
