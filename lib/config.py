@@ -23,6 +23,7 @@ import math
 import os
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -350,7 +351,10 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
     except ValidationError as error:
         # Unknown keys first: a slip of the pen is why another key is missing.
         errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-    faults = []
+    faults, tables = (
+        [],
+        {key: [table] for table, key in getattr(sys.modules[section.__module__], "BY_NAME", {}).items()},
+    )
     for item in errors:
         kind, value, context = item["type"], item["input"], item.get("ctx", {})
         key = ".".join(filter(None, [*map(str, item["loc"]), context.get("key")])) or "(top level)"
@@ -363,7 +367,9 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
         elif isinstance(value, str) and (marker := MARKER.fullmatch(value)) and item["loc"][0] in TUNABLE:
             words = _not_supplied(marker[1], key)
         else:
-            words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), ""
+            near = did_you_mean(str(value), re.findall("'([^']*)'", context.get("expected", "")), "")
+            fixes = [near, *(f"CONTRIBUTING.md says how to add one to {table}" for table in tables.get(key, ()))]
+            words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), " ".join(filter(None, fixes))
         faults.append((key, *words))
     if len(faults) == 1:
         raise StudyError(f"{where}: {key}", *words)

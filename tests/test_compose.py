@@ -16,7 +16,7 @@ import yaml
 
 from lib import config
 from lib.errors import StudyError
-from lib.run import cli, compose as command
+from lib.run import check, cli, compose as command
 from lib.td_dpo import report
 from tests.conftest import ROOT
 
@@ -151,6 +151,17 @@ def test_runs_are_complete_and_say_where_they_come_from(design, capsys):
 def test_only_rules_out_what_has_none_of_these(design):
     design("    like: dpo\n", "    like: dpo\n    only: [paper, small]\n")
     assert [name for name in rendered(design.path) if "ipo" in name] == ["laptop/ipo-small.yaml"]
+
+
+def test_an_option_on_a_loss_is_a_method_of_its_own(design):
+    design("set: {loss.name: ipo}", "set: {loss.average_log_probs: true}")
+    design("  ipo:\n", "  dpo_averaged:\n")
+    assert compose(design.path) == 0
+    loaded = check.load_folder(design.folder / "laptop", "laptop", "full")
+    assert {run.run_id: found for _, run, found in loaded if run.method == "dpo_averaged"} == {
+        "dpo_averaged-generated": [],
+        "dpo_averaged-small": [],
+    }
 
 
 CONTENT = {

@@ -855,6 +855,8 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
         ({"training.warmup_ratio": 0, "training.warmup_steps": 120}, "warning", "training.warmup_steps"),
         ({"training.bf16": True}, "error", "training.bf16"),
         ({"method": "dpo"}, "error", "method"),
+        ({"method": "td_dpo_averaged", "loss.average_log_probs": True}, "", ""),
+        ({"method": "graff_with_ipo"}, "", ""),
         ({"dataset.name": "argilla/dpo-mix-7k", "evaluation.judge": "none"}, "warning", "dataset.train_pairs"),
         ({"loss.average_log_probs": True}, "warning", "loss.average_log_probs"),
         ({"model.name": "/nowhere/model", "model.recipe": None}, "error", "model.name"),
@@ -862,7 +864,41 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
 )
 def test_contradictions_are_found(write, raw, changes, level, key):
     run = config.apply(load(write(raw)), changes)
-    assert (level, key) in [(finding.level, finding.key) for finding in check.findings(run)]
+    found = [(finding.level, finding.key) for finding in check.findings(run)]
+    assert (level, key) in found if level else found == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "ipoo"}, ["did you mean ipo?", "CONTRIBUTING.md says how to add one to LOSSES"]),
+        ({"name": "mine"}, ["CONTRIBUTING.md says how to add one to LOSSES"]),
+        *(({"name": name, "average_log_probs": True}, [f"{name} averages"]) for name in ("ipo", "sigmoid_norm", "sft")),
+        ({"name": "hinge", "average_log_probs": True}, []),
+        ({"name": "aot", "label_smoothing": 0.1}, []),
+        ({"name": "dpo", "label_smoothing": 0.1}, ["0 for dpo"]),
+    ],
+)
+def test_an_option_that_a_loss_contains_or_does_not_read_is_refused(write, raw, change, said):
+    raw["loss"] = {"beta": 0.1} | change
+    raw |= {"grid": None, "method": "mine", "optuna": {"n_trials": 0}}
+    words = refused(load, write(raw)) if said else ""
+    assert said or not check.has_error(check.findings(load(write(raw))))
+    assert [word for word in said if word not in words] == []
+
+
+def test_an_unknown_entry_of_any_table_is_answered_with_where_to_add_one():
+    for study, module in ((study, config.study_module(study)) for study in config.studies()):
+        (path, *_) = sorted((config.ROOT / "params" / study / "laptop").glob("*.yaml"))
+        for table, key in module.BY_NAME.items():
+            assert f"to add one to {table}" in refused(load, path, overrides={key: "nobodys"}), study
+
+
+def test_a_method_may_have_a_name_of_its_own_but_not_another_schedulers(write):
+    raw = config.load_yaml(config.ROOT / "params/graff/laptop/cosine.yaml")
+    for method, wrong in {"cosine_long": 0, "slow": 0, "graff": 1, "fixed_rate": 1}.items():
+        found = [f.key for f in check.findings(load(write(raw | {"method": method}))) if f.level == "error"]
+        assert found == ["method"] * wrong, method
 
 
 def test_iw_lora_and_graff_refuse_what_they_do_not_read():

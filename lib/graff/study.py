@@ -252,8 +252,10 @@ def check(run: Run) -> Iterator[Finding]:
 
 def _check_scheduler(run: Run) -> Iterator[Finding]:
     scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
-    if run.method != kind and not run.method.startswith("graff_" if kind == "graff" else kind):
-        yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}")
+    named = next((name for name in READS if f"{run.method}_".startswith(f"{name}_")), kind)
+    if named != kind:
+        fix = f"method: {kind} in its YAML, or a name that begins with no other scheduler's"
+        yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", fix)
     if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
         what, key = "missing: the planner's encoder is learned in the warm start", at + "warm_start_ckpt"
         yield Finding("error", key, what, MADE_BY[key])
