@@ -451,6 +451,8 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
     "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
     "unread": lambda run: {},  # {key: why} of what this run does not read, so that --set of it is refused
+    # (4,) tensors that what BY_NAME picks makes of four small ones, for `check`
+    "dry_call": lambda run: (),
     "implied": _implied,  # what --set brings along where it does not say otherwise
     "check": lambda run: (),  # Findings about one member's run
     "needs": lambda run: (),  # Findings: what only it needs on the machine before a full run

@@ -268,6 +268,17 @@ def _check_scheduler(run: Run) -> Iterator[Finding]:
         yield Finding("warning", at + "stability_guard", what, "guard: literal for the bare figure, off for none")
 
 
+def dry_call(run: Run) -> tuple:
+    """The scheduler's weights of four tokens and the rates of two layers' four blocks, each (4,)."""
+    import torch
+
+    from lib.graff import schedulers
+
+    scheduler = schedulers.SCHEDULERS[run.training.scheduler.type](run.training.scheduler, 2)
+    plan = scheduler.decide(schedulers.Seen(0.5, 0.5, torch.zeros(4)))
+    return scheduler.token_weights(plan, torch.ones(4), torch.zeros(4)), plan.log_eta + plan.log_m
+
+
 # ---- the two entries
 
 

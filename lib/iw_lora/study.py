@@ -303,6 +303,16 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
         yield Finding("warning", "optuna.search_space.alpha", what, "high: 1e-1")
 
 
+def dry_call(run: Run) -> tuple:
+    """What the penalty puts on four matrices, (4,)."""
+    import torch
+
+    from lib.iw_lora import penalty
+
+    name, s = run.loss.penalty, torch.tensor([0.1, 0.4, 0.2, 0.3])
+    return () if name == "none" else (penalty.COEFFICIENTS[name](s, run.loss.beta, 0),)
+
+
 # ---- the entries
 
 

@@ -6,6 +6,7 @@ among the findings keeps all of a command's runs from starting.
 
 import ast
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lib import config, hub, record
@@ -249,6 +250,36 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
 # ---- all of it
 
 
+def dry_fault(call: Callable[[], Iterable]) -> str:
+    """What is wrong with the tensors that a dry call returns, each to be (4,) and finite; "" where nothing is."""
+    import torch
+
+    try:
+        for value in call():
+            if not torch.is_tensor(value) or value.shape != (4,):
+                shape = f"of shape {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+                return f"returns a value {shape}, not a tensor of shape (4,), a number for each of four"
+            if not torch.isfinite(value).all():
+                return f"returns {value.tolist()}, or has a gradient of it"
+    except Exception as fault:  # whatever code of somebody's own may raise
+        return f"raises {type(fault).__name__}: {fault}"
+    return ""
+
+
+def dry_findings(runs: list[Run]) -> Iterator[Finding]:
+    """What a call on four small tensors shows of the loss, penalty or scheduler that runs name, once for each."""
+    called = set()
+    for run in (config.apply(run, config.first_cell(run)) for run in runs):
+        module = config.study_module(run.study)
+        for key in module.BY_NAME.values():
+            name = config.get(config.dump(run), key)
+            if (run.study, name) not in called and (fault := dry_fault(functools.partial(module.dry_call, run))):
+                yield error(
+                    key, f"{name} {fault}", "CONTRIBUTING.md says what it takes and returns", f"lib/{run.study}"
+                )
+            called.add((run.study, name))
+
+
 def unread_keys(study: str) -> Iterator[Finding]:
     """Keys of the study's own sections whose name stands nowhere in code that could read it. Not of the sections that
     lib/config.py defines: the runner, the search and W&B read those."""
@@ -284,6 +315,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             for notebook in plan.notebooks(study).values():
                 findings += notebook_findings(notebook)
             findings += unread_keys(study)
+        findings += dry_findings(runs) if is_check and not has_error(findings) else ()
         if options.mode == "full" and not has_error(findings):
             findings += audit_findings(runs)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)

@@ -389,6 +389,21 @@ def _mt_bench(run: Run, kind: type[StudyError]) -> Iterator[Finding]:
             yield Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected)
 
 
+def dry_call(run: Run) -> tuple:
+    """(the loss of four pairs, its two terms, its gradient by the chosen answers' log-probabilities), each (4,)."""
+    import torch
+
+    from lib.td_dpo import losses
+
+    if run.loss.name in OWN_LOSSES and run.loss.name not in losses.LOSSES:
+        raise LookupError(f"not in LOSSES of {losses.__name__}")
+    chosen = torch.tensor([-9.0, -20.0, -7.0, -12.0], requires_grad=True)
+    four = chosen, chosen.flip(0), chosen.detach() + 0.5, chosen.detach() - 1.0
+    options = run.loss.model_dump(include={"beta", "tau", "label_smoothing"})
+    terms = losses.preference_loss(run.loss.name, *four, **options, lengths=(torch.tensor([5, 9, 4, 6]),) * 2)
+    return *terms, *torch.autograd.grad(terms[0].sum(), chosen)
+
+
 # ---- the entries
 
 
