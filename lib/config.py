@@ -47,6 +47,12 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".pt", ".safetensors"}
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
+YAML_FIXES = {  # what the parser says: what to do
+    "mapping values are not allowed": "quote a text that holds a colon, as in about: 'DPO: the baseline'",
+    "expected ':'": "write a space after the colon, as in beta: 0.1",
+    "\\t": "indent with spaces, not with tabs",
+    "constructor": "plain values: no !!python is read, nor another tag",
+}
 BEST = "best"  # in the place of a cell: the one that pilots choose
 ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
 PLAIN = (str, int, float, list, tuple, dict, set, bytes, type(None))
@@ -401,7 +407,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark, found = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise StudyError(place, found, "plain YAML, not nested too deeply", "correct it; no !!python is read") from None
+        fix = next((fix for words, fix in YAML_FIXES.items() if words in found), "correct it")
+        raise StudyError(place, found, "plain YAML, not nested too deeply", fix) from None
 
 
 def load_yaml(path: str | Path) -> dict:

@@ -179,7 +179,7 @@ ALIASES |= {"controller_lr": "training.scheduler.controller_lr", "budget_minutes
 ALIASES |= {"method": "training.scheduler.type", "lora_r": "model.lora.r"}
 PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
 MADE_BY = {  # a missing file: the command that makes it
-    "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.prepare FILE.safetensors makes one, then "
+    "training.scheduler.warm_start_ckpt": "make one: .venv/bin/python -m lib.graff.prepare FILE.safetensors; then "
     "--set training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
     "--set training.scheduler.cold=true for an untrained planner"
 }

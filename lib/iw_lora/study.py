@@ -307,10 +307,10 @@ def dry_call(run: Run) -> tuple:
     """What the penalty puts on four matrices, (4,)."""
     import torch
 
-    from lib.iw_lora import penalty
+    from lib.iw_lora.penalty import COEFFICIENTS  # the table alone: see lib/run/keys.py
 
     name, s = run.loss.penalty, torch.tensor([0.1, 0.4, 0.2, 0.3])
-    return () if name == "none" else (penalty.COEFFICIENTS[name](s, run.loss.beta, 0),)
+    return () if name == "none" else (COEFFICIENTS[name](s, run.loss.beta, 0),)
 
 
 # ---- the entries

@@ -56,7 +56,7 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
     whether it has a trial form. Of one that is refused, the StudyError in the run's place is its only finding."""
     folder = Path(folder).absolute()
     if not folder.is_dir():
-        raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
+        raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "correct --params")
     other, loaded, owner = {*config.SCALES} - {scale}, [], {}
     for path in sorted(folder.rglob("*.y*ml")):
         if path.name in NOT_RUNS or other & set(path.relative_to(folder).parts[:-1]):
@@ -234,11 +234,13 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
     try:
         cells = nbformat.read(path, as_version=4).cells
     except Exception as fault:  # whatever nbformat makes of a file that is no notebook
-        yield error("", f"not a notebook: {fault}", "git checkout -- it", file)
+        yield error("", f"not a notebook: {fault}", f"git checkout -- {file}", file)
         return
     for place, cell in ((f"cell {n}", cell) for n, cell in enumerate(cells, 1) if cell.cell_type == "code"):
         if cell.outputs or cell.execution_count is not None:
-            yield error(place, "holds outputs, which its executed copy is for", f"nbstripout --keep-id {file}", file)
+            yield error(
+                place, "holds outputs, which its executed copy is for", f".venv/bin/nbstripout --keep-id {file}", file
+            )
         try:
             ast.parse(cell.source)
         except SyntaxError as fault:
