@@ -16,7 +16,7 @@ from lib.run import cli, compose, judge_table
 from tests.conftest import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "lib/run/README.md", "tests/chaos/README.md")]
-PAGES += sorted((ROOT / "notebooks").glob("*/*.md")) + [ROOT / "benchmarks" / "README.md"]
+PAGES += sorted((ROOT / "notebooks").glob("*/*.md")) + [ROOT / "benchmarks" / "README.md", ROOT / "docs" / "log.md"]
 CODE = sorted((ROOT / "lib").rglob("*.py"))
 START = "./run_all.sh"
 STANDS_FOR = {  # what is put into a message when it is shown, by the last name in its code
