@@ -23,6 +23,7 @@ import math
 import os
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,6 +47,12 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".pt", ".safetensors"}
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
+YAML_FIXES = {  # what the parser says: what to do
+    "mapping values are not allowed": "quote a text that holds a colon, as in about: 'DPO: the baseline'",
+    "expected ':'": "write a space after the colon, as in beta: 0.1",
+    "\\t": "indent with spaces, not with tabs",
+    "constructor": "plain values: no !!python is read, nor another tag",
+}
 BEST = "best"  # in the place of a cell: the one that pilots choose
 TUNED = "tuned"  # the name of the cell that a search finds
 ASSIGNED = re.compile(r"^([A-Za-z]\w*)\s*(?::[^=\n]*)?=(?!=)", re.MULTILINE)  # in the source of a cell
@@ -355,7 +362,10 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
     except ValidationError as error:
         # Unknown keys first: a slip of the pen is why another key is missing.
         errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-    faults = []
+    faults, tables = (
+        [],
+        {key: [table] for table, key in getattr(sys.modules[section.__module__], "BY_NAME", {}).items()},
+    )
     for item in errors:
         kind, value, context = item["type"], item["input"], item.get("ctx", {})
         key = ".".join(filter(None, [*map(str, item["loc"]), context.get("key")])) or "(top level)"
@@ -368,7 +378,9 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
         elif isinstance(value, str) and (marker := MARKER.fullmatch(value)) and item["loc"][0] in TUNABLE:
             words = _not_supplied(marker[1], key)
         else:
-            words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), ""
+            near = did_you_mean(str(value), re.findall("'([^']*)'", context.get("expected", "")), "")
+            fixes = [near, *(f"CONTRIBUTING.md says how to add one to {table}" for table in tables.get(key, ()))]
+            words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), " ".join(filter(None, fixes))
         faults.append((key, *words))
     if len(faults) == 1:
         raise StudyError(f"{where}: {key}", *words)
@@ -400,7 +412,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits, an impossible date
         mark, found = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise StudyError(place, found, "plain YAML, not nested too deeply", "correct it; no !!python is read") from None
+        fix = next((fix for words, fix in YAML_FIXES.items() if words in found), "correct it")
+        raise StudyError(place, found, "plain YAML, not nested too deeply", fix) from None
 
 
 def load_yaml(path: str | Path) -> dict:
@@ -449,6 +462,9 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
     "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
+    "unread": lambda run: {},  # {key: why} of what this run does not read, so that --set of it is refused
+    # (4,) tensors that what BY_NAME picks makes of four small ones, for `check`
+    "dry_call": lambda run: (),
     "implied": _implied,  # what --set brings along where it does not say otherwise
     "check": lambda run: (),  # Findings about one member's run
     "needs": lambda run: (),  # Findings: what only it needs on the machine before a full run
@@ -637,9 +653,38 @@ def _override(run: Run, overrides: Mapping[str, str], where: str) -> Run:
     if "run_id" in overrides:
         raise StudyError("--set run_id", "names the records", "another key", "copy the YAML under another run_id")
     values = {resolve(run.study, key, "--set"): parse_yaml(text, f"--set {key}") for key, text in overrides.items()}
-    written = " ".join(f"--set {key}={text}" for key, text in overrides.items())
-    run = apply(run, study_module(run.study).implied(run, values) | values, where=f"{where} with {written}")
-    return run.model_copy(update={"overrides": dict(overrides)})
+    where += " with" + "".join(f" --set {key}={text}" for key, text in overrides.items())
+    run = apply(run, study_module(run.study).implied(run, values) | values, where=where)
+    only = _alone(run, values)
+    if both := [key for key in only if any(f"{name}.".startswith(f"{key}.") for name in values)]:
+        found, expected = f"{both[0]} supplies what another --set does", "each setting once"
+        raise StudyError(where, found, expected, "leave one of the two out")
+    return (apply(run, only, where=where) if only else run).model_copy(update={"overrides": dict(overrides)})
+
+
+def _alone(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to change for these values of --set to be the only ones in the run's members: cells of the grid, their
+    blocks' seeds, the space of the search."""
+    raw, changed = dump(run), {}
+    fixed = tuple(f"{key}." for key in values if key.split(".")[0] in TUNABLE and key not in run.searched)
+
+    def is_set(name: str) -> bool:
+        return f"{resolve(run.study, name)}.".startswith(fixed)
+
+    blocks, space = copy.deepcopy(raw["grid"] or []), raw["optuna"]["search_space"]
+    for block in blocks:
+        block["seeds"] = None if "seed_list" in values else block["seeds"]
+        for cell in block["cells"] or ():
+            cell |= {name: get(raw, resolve(run.study, name)) for name in filter(is_set, cell)}
+        for name in filter(is_set, block["product"] or ()):
+            block["product"][name] = [get(raw, resolve(run.study, name))]
+    if blocks != (raw["grid"] or []):
+        changed["grid"] = blocks
+    if any(map(is_set, space)):
+        changed["optuna.search_space"] = {name: entry for name, entry in space.items() if not is_set(name)}
+        if not changed["optuna.search_space"] and "optuna.n_trials" not in values:
+            changed["optuna.n_trials"] = 0
+    return changed
 
 
 def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: Any = None) -> Run:

@@ -55,7 +55,7 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
                 digest_before, name_before = code.setdefault((module, definition), (digest, name))
                 if digest_before != digest:
                     seen = f"members made by different code ({module} {definition}): {name_before} and {name}"
-                    fix = "./run_all.sh (it retrains what is stale)"
+                    fix = "rerun the command that made them: it trains again what is stale"
                     raise StudyError(str(results_dir), seen, "records of one state of the code", fix)
         metrics = record.read_json(folder / "metrics.json", {})
         found[place] = {**who, "status": sentinel["status"], "folder": str(folder), **metrics}

@@ -1,11 +1,13 @@
 """`check`: each fault that published experiment code failed review for is planted into a copy of a study, found and
 named."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,65 @@ def test_what_a_trial_downloads_lies_where_downloads_lie_and_is_no_stray_file(mo
     ]
     assert seen["HF_HUB_CACHE"] == str(tmp_path / "hub")
     assert answer == [str(tmp_path / "stray")]
+
+
+def _of(place):
+    study, name = place.split("/")
+    return config.load_run(
+        ROOT / f"params/{place.replace('/', '/laptop/')}.yaml", study=study, scale="laptop", mode="full"
+    )
+
+
+BROKEN = {  # what may be wrong with a registered function: (its run, table, what stands there, what is said)
+    "not there": ("td_dpo/dpo", "losses.LOSSES", None, "dpo raises LookupError: not in LOSSES"),
+    "one number": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho.mean(), None), "a value of shape ()"),
+    "a number for each but one": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho[1:], None), "of shape (3,)"),
+    "an anchor of another shape": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho, rho[:1]), "of shape (1,)"),
+    "no anchor": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: rho, "dpo raises ValueError: too many values"),
+    "no tensor": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho.tolist(), None), "dpo raises"),
+    "another signature": ("td_dpo/dpo", "losses.LOSSES", lambda *, gamma, **_: gamma, "dpo raises TypeError: "),
+    "not finite": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: ((-rho * rho).log(), None), "dpo returns [nan"),
+    "infinite where it is steep": (
+        "td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: ((rho - rho).sqrt() + rho, None), "dpo returns [nan"),
+    "no gradient": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho.detach(), None), "dpo raises RuntimeError"),
+    "a penalty of one number": ("iw_lora/iw_lora", "penalty.COEFFICIENTS", lambda s, beta, seed: s.sum(), "of shape ()"),
+    "a penalty that is not there": ("iw_lora/iw_lora", "penalty.COEFFICIENTS", None, "importance raises KeyError"),
+    "a scheduler that is not there": ("graff/cosine", "schedulers.SCHEDULERS", None, "cosine raises KeyError"),
+    "a scheduler of another signature": ("graff/cosine", "schedulers.SCHEDULERS", lambda: None, "cosine raises TypeErr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "table", "function", "said"), BROKEN.values(), ids=BROKEN)
+def test_what_a_dry_call_shows_is_checked(monkeypatch, place, table, function, said):
+    run, (module, name) = _of(place), table.split(".")
+    entries = getattr(importlib.import_module(f"lib.{run.study}.{module}"), name)
+    assert list(checks.dry_findings([run])) == []
+    ((key,),) = [config.study_module(run.study).BY_NAME.values()]
+    own = config.get(config.dump(run), key)
+    if function:
+        monkeypatch.setitem(entries, own, function)
+    else:
+        monkeypatch.delitem(entries, own)
+    (found,) = checks.dry_findings([run, run])
+    assert (found.level, found.key, found.file) == ("error", key, f"lib/{run.study}")
+    assert said in found.what
+
+
+def test_every_entry_that_a_study_names_passes_its_dry_call():
+    for place, key in {"td_dpo/dpo": "loss.name", "iw_lora/iw_lora": "loss.penalty"}.items():
+        run = _of(place)
+        section = type(run.loss).model_fields[key.partition(".")[2]]
+        for name in typing.get_args(section.annotation):
+            more = {"loss.tau": 1.0 if name.startswith("td_dpo") else None} if run.study == "td_dpo" else {}
+            more |= {"loss.label_smoothing": 0.1} if name == "exo_pair" else {}
+            assert list(checks.dry_findings([config.apply(run, {key: name, **more})])) == [], name
+    exo = config.apply(_of("td_dpo/dpo"), {"loss.name": "exo_pair"})
+    assert ["inf" in found.what for found in checks.dry_findings([exo])] == [True]  # TRL's own asks for some smoothing
+
+
+def test_a_study_with_a_wrong_loss_is_not_ready(monkeypatch, capsys):
+    monkeypatch.delitem(importlib.import_module("lib.td_dpo.losses").LOSSES, "dpo")
+    assert cli.main(["check", "--json", "--static", "--study", "td_dpo", "--run", "dpo"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["is_code_ready"]
+    assert named(answer, "lib/td_dpo", "loss.name", "dpo raises LookupError: not in LOSSES of lib.td_dpo.losses")

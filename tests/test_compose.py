@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import config
+from lib import config, record
 from lib.errors import StudyError
-from lib.run import cli, compose as command
+from lib.run import check, cli, compose as command
 from lib.td_dpo import report
 from tests.conftest import ROOT
 
@@ -153,6 +153,17 @@ def test_only_rules_out_what_has_none_of_these(design):
     assert [name for name in rendered(design.path) if "ipo" in name] == ["laptop/ipo-small.yaml"]
 
 
+def test_an_option_on_a_loss_is_a_method_of_its_own(design):
+    design("set: {loss.name: ipo}", "set: {loss.average_log_probs: true}")
+    design("  ipo:\n", "  dpo_averaged:\n")
+    assert compose(design.path) == 0
+    loaded = check.load_folder(design.folder / "laptop", "laptop", "full")
+    assert {run.run_id: found for _, run, found in loaded if run.method == "dpo_averaged"} == {
+        "dpo_averaged-generated": [],
+        "dpo_averaged-small": [],
+    }
+
+
 CONTENT = {
     "numbers": {"small": 5e-7, "text": "5e-7", "large": 1e22, "whole": 3, "none": None, "flag": "off", "yes": True},
     "names": {"30": "1", "a b": "# no comment", "long": "word: " * 40, "lines": "one\ntwo\n", "umlaut": "ü"},
@@ -280,8 +291,10 @@ def test_a_file_that_differs_is_kept_without_force(design, capsys):
     capsys.readouterr()
     assert cli.main(["compose", str(design.path)]) == 2
     said = capsys.readouterr().err
-    assert all(f"laptop/{name}.yaml" in said for name in ("td_dpo-small", "dpo-small", "dpo-generated"))
-    assert "--force" in said
+    assert [name for name in before if name in said] == ["laptop/td_dpo-small.yaml"], (
+        "the others are as they were written"
+    )
+    assert f"./run_all.sh compose {design.path} --force" in said
     assert written(design.folder) == before
 
     assert compose(design.path, "--dry-run") == 0
@@ -293,6 +306,28 @@ def test_a_file_that_differs_is_kept_without_force(design, capsys):
     assert compose(design.path, "--force") == 0
     assert "3 files written" in capsys.readouterr().out
     assert written(design.folder) == rendered(design.path)
+
+
+def test_an_edit_of_the_design_is_written_without_being_asked_for_force(design, capsys):
+    compose(design.path)
+    for old, new in (("The baseline,", "A baseline,"), ("A baseline,", "The baseline,")):
+        design(old, new)
+        capsys.readouterr()
+        assert compose(design.path) == 0
+        assert capsys.readouterr().out.endswith("2 files written\n")
+        assert written(design.folder) == rendered(design.path)
+    (design.folder / command.DIGESTS).unlink()
+    design("The baseline,", "A baseline,")
+    with pytest.raises(StudyError, match="files that somebody changed"):
+        compose(design.path)
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda path: path.parent.name)
+def test_the_digests_of_what_shipped_designs_write_are_shipped(design):
+    texts = command.compose(design)[1].values()
+    assert record.read_json(design.with_name(command.DIGESTS)) == sorted(map(record.digest, texts)), (
+        "./run_all.sh compose"
+    )
 
 
 def test_plan_and_check_take_what_is_written_and_check_names_what_differs(design, capsys):

@@ -577,6 +577,74 @@ def test_bad_overrides_are_refused(write, raw, key, value, said):
     assert said in refused(load, write(raw), overrides={key: value})
 
 
+@pytest.mark.parametrize("name", ["td_dpo/laptop/td_dpo", "iw_lora/laptop/iw_lora", "graff/small/hypergradient"])
+def test_a_setting_takes_effect_whatever_else_supplies_its_key(name):
+    """In every member and in no search, one after the other for each key that a grid or a search supplies."""
+    path, (study, scale, _) = config.ROOT / f"params/{name}.yaml", name.split("/")
+    plain = load(path, scale=scale)
+    supplied = {key for member in config.members(plain) for key in member.cell}
+    supplied |= {config.resolve(study, key) for key in plain.optuna.search_space}
+    for key in supplied:
+        run = config.load_run(
+            path, scale=path.parent.name, mode="full", overrides={key: "0.0123", "seed_list": "[7, 8]"}
+        )
+        members = config.members(run)
+        assert {config.get(config.dump(member.run), key) for member in members} == {0.0123}, key
+        assert {member.seed for member in members if not member.pilot} <= {7, 8}
+        assert 0 < len(members) < len(config.members(plain))
+        assert key not in {config.resolve(study, name) for name in run.optuna.search_space}
+        assert bool(run.optuna.n_trials) == bool(run.optuna.search_space) or not plain.optuna.n_trials
+        assert not check.has_error(check.findings(run)) or study == "graff"
+
+
+def test_settings_that_contradict_each_other_are_refused(write, raw):
+    both = {"beta": "0.2", "grid": "[{cells: [{beta: 0.1, tau: 1}]}]"}
+    assert "grid supplies what another --set does" in refused(load, write(raw), overrides=both)
+    assert config.members(load(write(raw), overrides=both | {"beta": "0.1"}))[0].cell["loss.beta"] == 0.1
+    searched = {"tau": "1", "optuna.search_space.tau": "{type: uniform, low: 1, high: 2}"}
+    assert "optuna.search_space supplies" in refused(load, write(raw), overrides=searched)
+    section, path = {"loss": "{penalty: importance, alpha: 0.2}"}, config.ROOT / "params/iw_lora/laptop/iw_lora.yaml"
+    assert {member.cell["loss.alpha"] for member in config.members(load(path, overrides=section))} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "said"),
+    [
+        ("td_dpo/laptop/dpo", {"epochs": "2"}, "max_steps is 120"),
+        ("td_dpo/laptop/dpo", {"epochs": "2", "max_steps": "null"}, ""),
+        ("td_dpo/laptop/dpo", {"dataset.name": "a/b", "dataset.train_pairs": "20"}, "generated data"),
+        ("td_dpo/laptop/dpo", {"loss.name": "sft", "method": "sft", "beta": "0.2"}, "sft has none"),
+        ("iw_lora/laptop/lora", {"alpha": "0.2"}, "it has no penalty"),
+        ("iw_lora/laptop/lora", {"loss.penalty": "none"}, ""),
+        ("iw_lora/laptop/iw_lora", {"alpha": "0.2"}, ""),
+        ("iw_lora/small/lora", {"model.recipe.layers": "3"}, "the model is"),
+        ("iw_lora/laptop/lora", {"model.name": "a/b", "model.recipe": "null"}, ""),
+        ("graff/laptop/graff", {"dataset.name": "a/b", "dataset.numbers_below": "9"}, "generated problems"),
+    ],
+)
+def test_a_setting_that_a_run_does_not_read_is_refused(path, overrides, said):
+    run = config.load_run(
+        config.ROOT / f"params/{path}.yaml", scale=path.split("/")[1], mode="full", overrides=overrides
+    )
+    found = [str(finding) for finding in check.findings(run) if "changes nothing" in finding.what]
+    assert [said in line for line in found] == [True] * bool(said)
+
+
+def test_what_is_set_is_set_in_the_runs_that_are_selected(write, raw, tmp_path, monkeypatch):
+    """Others stay as their YAMLs have them, unless their record lies in the same place, where all was made with it."""
+    for name in ("mine", "other", "recorded"):
+        write(raw | {"run_id": name, "grid": None}, f"{name}.yaml")
+    chosen = ["plan", "--run", "mine", "--params", str(tmp_path), "--results-dir", str(tmp_path / "results")]
+    options = cli.parser().parse_args([*chosen, "--set", "seed_list=[7]"])
+    options.mode, options.scale = "full", "laptop"
+    monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "results")
+    results = cli.root_of(options) / "td_dpo"
+    (results / "recorded").mkdir(parents=True)
+    whole = check.runs_of(cli.whole_of(options, cli.select_runs(options)))
+    assert [(run.run_id, run.seed_list == [7]) for run in whole] == [("mine", 1), ("other", 0), ("recorded", 1)]
+    assert {run.results_dir for run in whole} == {results}
+
+
 def test_an_override_for_a_loss_that_does_not_read_it():
     path = config.ROOT / "params/td_dpo/laptop/dpo.yaml"
     assert "dpo does not read it" in refused(load, path, overrides={"tau": "1"})
@@ -787,6 +855,8 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
         ({"training.warmup_ratio": 0, "training.warmup_steps": 120}, "warning", "training.warmup_steps"),
         ({"training.bf16": True}, "error", "training.bf16"),
         ({"method": "dpo"}, "error", "method"),
+        ({"method": "td_dpo_averaged", "loss.average_log_probs": True}, "", ""),
+        ({"method": "graff_with_ipo"}, "", ""),
         ({"dataset.name": "argilla/dpo-mix-7k", "evaluation.judge": "none"}, "warning", "dataset.train_pairs"),
         ({"loss.average_log_probs": True}, "warning", "loss.average_log_probs"),
         ({"model.name": "/nowhere/model", "model.recipe": None}, "error", "model.name"),
@@ -794,7 +864,41 @@ def test_trial_keeps_what_is_smaller_already(write, raw):
 )
 def test_contradictions_are_found(write, raw, changes, level, key):
     run = config.apply(load(write(raw)), changes)
-    assert (level, key) in [(finding.level, finding.key) for finding in check.findings(run)]
+    found = [(finding.level, finding.key) for finding in check.findings(run)]
+    assert (level, key) in found if level else found == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "ipoo"}, ["did you mean ipo?", "CONTRIBUTING.md says how to add one to LOSSES"]),
+        ({"name": "mine"}, ["CONTRIBUTING.md says how to add one to LOSSES"]),
+        *(({"name": name, "average_log_probs": True}, [f"{name} averages"]) for name in ("ipo", "sigmoid_norm", "sft")),
+        ({"name": "hinge", "average_log_probs": True}, []),
+        ({"name": "aot", "label_smoothing": 0.1}, []),
+        ({"name": "dpo", "label_smoothing": 0.1}, ["0 for dpo"]),
+    ],
+)
+def test_an_option_that_a_loss_contains_or_does_not_read_is_refused(write, raw, change, said):
+    raw["loss"] = {"beta": 0.1} | change
+    raw |= {"grid": None, "method": "mine", "optuna": {"n_trials": 0}}
+    words = refused(load, write(raw)) if said else ""
+    assert said or not check.has_error(check.findings(load(write(raw))))
+    assert [word for word in said if word not in words] == []
+
+
+def test_an_unknown_entry_of_any_table_is_answered_with_where_to_add_one():
+    for study, module in ((study, config.study_module(study)) for study in config.studies()):
+        (path, *_) = sorted((config.ROOT / "params" / study / "laptop").glob("*.yaml"))
+        for table, key in module.BY_NAME.items():
+            assert f"to add one to {table}" in refused(load, path, overrides={key: "nobodys"}), study
+
+
+def test_a_method_may_have_a_name_of_its_own_but_not_another_schedulers(write):
+    raw = config.load_yaml(config.ROOT / "params/graff/laptop/cosine.yaml")
+    for method, wrong in {"cosine_long": 0, "slow": 0, "graff": 1, "fixed_rate": 1}.items():
+        found = [f.key for f in check.findings(load(write(raw | {"method": method}))) if f.level == "error"]
+        assert found == ["method"] * wrong, method
 
 
 def test_iw_lora_and_graff_refuse_what_they_do_not_read():

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lib import config
 from tests.conftest import ROOT
@@ -182,6 +184,55 @@ def test_nothing_heavy_is_tracked():
         path = ROOT / name
         assert not name.startswith(("outputs/", ".cache/", ".venv/")), name
         assert not path.exists() or path.stat().st_size < 400_000, f"{name} is large"
+
+
+TOP = {
+    "notebooks",
+    "lib",
+    "params",
+    "outputs",
+    "tests",
+    "benchmarks",
+    "docs",
+    ".github",
+    ".ci",
+    "pyproject.toml",
+    "run_all.sh",
+}
+TOP |= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "constraints.txt"}
+TOP |= {".gitignore", ".pre-commit-config.yaml"}
+
+
+def test_the_top_level_stays_as_it_is():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in filter(None, tracked.stdout.split("\0"))} <= TOP
+    assert {path.name for path in (ROOT / "docs").iterdir()} == {"log.md"}
+
+
+def test_the_citation_says_what_the_package_says():
+    """Valid by cffconvert 2.0.0; what may drift is compared here."""
+    cited, package = (
+        yaml.safe_load((ROOT / "CITATION.cff").read_text()),
+        tomllib.loads((ROOT / "pyproject.toml").read_text()),
+    )
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys(), "what the schema requires"
+    assert cited["version"] == package["project"]["version"]
+    assert cited["license"] == package["project"]["license"]
+
+
+def test_the_log_of_what_did_not_pay_can_be_traced():
+    """Each paragraph has a figure, and each commit that it names is there."""
+    text = (ROOT / "docs" / "log.md").read_text()
+    entries = re.findall(r"^- \*\*.+?(?=^- \*\*|^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert 12 <= len(entries) <= 25
+    assert [entry for entry in entries if not re.search(r"\d", entry)] == []
+    named = set(re.findall(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{7}\b", text))
+    assert len(named) > 8
+    if (ROOT / ".git").exists() and not (ROOT / ".git" / "shallow").exists():
+        for commit in named:
+            assert not subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT).returncode, commit
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lib").rglob("__init__.py")), ids=lambda p: p.parent.name)

@@ -179,7 +179,7 @@ ALIASES |= {"controller_lr": "training.scheduler.controller_lr", "budget_minutes
 ALIASES |= {"method": "training.scheduler.type", "lora_r": "model.lora.r"}
 PATHS = ("model.name", "dataset.name", "dataset.gsm1k", "training.scheduler.warm_start_ckpt")
 MADE_BY = {  # a missing file: the command that makes it
-    "training.scheduler.warm_start_ckpt": ".venv/bin/python -m lib.graff.prepare FILE.safetensors makes one, then "
+    "training.scheduler.warm_start_ckpt": "make one: .venv/bin/python -m lib.graff.prepare FILE.safetensors; then "
     "--set training.scheduler.warm_start_ckpt=FILE.safetensors; or null with "
     "--set training.scheduler.cold=true for an untrained planner"
 }
@@ -202,6 +202,12 @@ def steps(run: Run) -> int | None:
     if run.training.total_steps is not None:
         return run.training.total_steps
     return max(1, round(60 * run.training.budget_minutes / (run.compute.seconds_per_step or 1.0)))
+
+
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    generated = ("train_examples", "test_examples", "numbers_below") if run.dataset.name != "generated" else ()
+    return {f"dataset.{key}": "it is of generated problems" for key in generated}
 
 
 def trial_changes(run: Run) -> dict[str, Any]:
@@ -246,8 +252,10 @@ def check(run: Run) -> Iterator[Finding]:
 
 def _check_scheduler(run: Run) -> Iterator[Finding]:
     scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
-    if run.method != kind and not run.method.startswith("graff_" if kind == "graff" else kind):
-        yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}")
+    named = next((name for name in READS if f"{run.method}_".startswith(f"{name}_")), kind)
+    if named != kind:
+        fix = f"method: {kind} in its YAML, or a name that begins with no other scheduler's"
+        yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", fix)
     if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
         what, key = "missing: the planner's encoder is learned in the warm start", at + "warm_start_ckpt"
         yield Finding("error", key, what, MADE_BY[key])
@@ -258,6 +266,17 @@ def _check_scheduler(run: Run) -> Iterator[Finding]:
     if bound is not None and scheduler.guard == "adam":
         what = f"multiplied by (1 + b1)/(1 - b1) = {(1 + beta1) / (1 - beta1):.3g}, Adam's edge of stability"
         yield Finding("warning", at + "stability_guard", what, "guard: literal for the bare figure, off for none")
+
+
+def dry_call(run: Run) -> tuple:
+    """The scheduler's weights of four tokens and the rates of two layers' four blocks, each (4,)."""
+    import torch
+
+    from lib.graff import schedulers
+
+    scheduler = schedulers.SCHEDULERS[run.training.scheduler.type](run.training.scheduler, 2)
+    plan = scheduler.decide(schedulers.Seen(0.5, 0.5, torch.zeros(4)))
+    return scheduler.token_weights(plan, torch.ones(4), torch.zeros(4)), plan.log_eta + plan.log_m
 
 
 # ---- the two entries

@@ -224,6 +224,14 @@ def steps(run: Run) -> int | None:
     return run.training.optimizer_steps(train_rows(run))
 
 
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    generated = ("train_examples", "validation_examples", "label_noise") if run.dataset.name != "generated" else ()
+    penalized = [key for key in config.keys(Loss) if key != "penalty"] if run.loss.penalty == "none" else ()
+    found = {f"dataset.{key}": "it is of generated data" for key in generated}
+    return found | {f"loss.{key}": "it has no penalty" for key in penalized}
+
+
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, calibration and evaluation, all of which read these values."""
     batch = min(run.training.batch_size, 4)
@@ -294,6 +302,16 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
     if (entry := space.get("loss.alpha")) and (entry.high or 1) < 1e-2:
         what = f"the penalty hardly acts at {entry.high:g}"
         yield Finding("warning", "optuna.search_space.alpha", what, "high: 1e-1")
+
+
+def dry_call(run: Run) -> tuple:
+    """What the penalty puts on four matrices, (4,)."""
+    import torch
+
+    from lib.iw_lora.penalty import COEFFICIENTS  # the table alone: see lib/run/keys.py
+
+    name, s = run.loss.penalty, torch.tensor([0.1, 0.4, 0.2, 0.3])
+    return () if name == "none" else (COEFFICIENTS[name](s, run.loss.beta, 0),)
 
 
 # ---- the entries

@@ -6,6 +6,7 @@ among the findings keeps all of a command's runs from starting.
 
 import ast
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lib import config, hub, record
@@ -55,7 +56,7 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
     whether it has a trial form. Of one that is refused, the StudyError in the run's place is its only finding."""
     folder = Path(folder).absolute()
     if not folder.is_dir():
-        raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "check --params")
+        raise StudyError(str(folder), "no such folder", "a folder of run YAMLs", "correct --params")
     other, loaded, owner = {*config.SCALES} - {scale}, [], {}
     for path in sorted(folder.rglob("*.y*ml")):
         if path.name in NOT_RUNS or other & set(path.relative_to(folder).parts[:-1]):
@@ -84,7 +85,21 @@ def findings(run: Run) -> list[Finding]:
         typical = config.apply(run, config.first_cell(run))
     except StudyError:  # what is wrong with the cell is among the findings already
         return found
-    return found if typical.searched else [*found, *config.study_module(run.study).check(typical)]
+    return found if typical.searched else [*found, *_unread(typical), *config.study_module(run.study).check(typical)]
+
+
+def _unread(run: Run) -> Iterator[Finding]:
+    """Settings of --set that would change nothing in this run."""
+    values, unread, model = (
+        config.dump(run),
+        config.study_module(run.study).unread(run),
+        getattr(run.model, "name", "made"),
+    )
+    unread |= {} if model == "made" else {"model.recipe": f"the model is {model}"}
+    for key in (config.resolve(run.study, name) for name in run.overrides):
+        why = next((unread[part] for part in unread if f"{key}.".startswith(f"{part}.")), None)
+        if why and config.get(values, key) is not None:
+            yield error(key, f"--set of it changes nothing here: {why}", "leave it out, or --run the runs that read it")
 
 
 def _search(run: Run) -> Iterator[Finding]:
@@ -233,11 +248,13 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
     try:
         cells = nbformat.read(path, as_version=4).cells
     except Exception as fault:  # whatever nbformat makes of a file that is no notebook
-        yield error("", f"not a notebook: {fault}", "git checkout -- it", file)
+        yield error("", f"not a notebook: {fault}", f"git checkout -- {file}", file)
         return
     for place, cell in ((f"cell {n}", cell) for n, cell in enumerate(cells, 1) if cell.cell_type == "code"):
         if cell.outputs or cell.execution_count is not None:
-            yield error(place, "holds outputs, which its executed copy is for", f"nbstripout --keep-id {file}", file)
+            yield error(
+                place, "holds outputs, which its executed copy is for", f".venv/bin/nbstripout --keep-id {file}", file
+            )
         try:
             ast.parse(cell.source)
         except SyntaxError as fault:
@@ -247,6 +264,36 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
 
 
 # ---- all of it
+
+
+def dry_fault(call: Callable[[], Iterable]) -> str:
+    """What is wrong with the tensors that a dry call returns, each to be (4,) and finite; "" where nothing is."""
+    import torch
+
+    try:
+        for value in call():
+            if not torch.is_tensor(value) or value.shape != (4,):
+                shape = f"of shape {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+                return f"returns a value {shape}, not a tensor of shape (4,), a number for each of four"
+            if not torch.isfinite(value).all():
+                return f"returns {value.tolist()}, or has a gradient of it"
+    except Exception as fault:  # whatever code of somebody's own may raise
+        return f"raises {type(fault).__name__}: {fault}"
+    return ""
+
+
+def dry_findings(runs: list[Run]) -> Iterator[Finding]:
+    """What a call on four small tensors shows of the loss, penalty or scheduler that runs name, once for each."""
+    called = set()
+    for run in (config.apply(run, config.first_cell(run)) for run in runs):
+        module = config.study_module(run.study)
+        for key in module.BY_NAME.values():
+            name = config.get(config.dump(run), key)
+            if (run.study, name) not in called and (fault := dry_fault(functools.partial(module.dry_call, run))):
+                yield error(
+                    key, f"{name} {fault}", "CONTRIBUTING.md says what it takes and returns", f"lib/{run.study}"
+                )
+            called.add((run.study, name))
 
 
 def unread_keys(study: str) -> Iterator[Finding]:
@@ -284,6 +331,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             for notebook in plan.notebooks(study).values():
                 findings += notebook_findings(notebook)
             findings += unread_keys(study)
+        findings += dry_findings(runs) if is_check and not has_error(findings) else ()
         if options.mode == "full" and not has_error(findings):
             findings += audit_findings(runs)
         needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)

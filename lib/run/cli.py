@@ -7,6 +7,7 @@ early (| head). A refuted claim is a result, not a failure.
 
 import argparse
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import itertools
@@ -38,8 +39,8 @@ COMMANDS = {
     "pull": "judge the studies from W&B",
     "judge": "have saved answers graded",
     "judge-table": "verdicts on a table of your own scores",
-    "lab": "JupyterLab",
-    "test": "pytest",
+    "lab": "JupyterLab, which takes further options",
+    "test": "pytest, likewise",
 }
 LONGEST = 180  # bytes of what --set changed in a folder's name
 FIRST = "start_here.ipynb"  # of JupyterLab
@@ -50,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
     purpose = "Run the studies; without a command: all of them in full at laptop scale."
     top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
-    add("command", nargs="?", choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
-    add("--scale", choices=config.SCALES, help="default: laptop, but paper for `full`")
+    add("command", nargs="?", type=one_of(COMMANDS), choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
+    add("--scale", type=one_of(config.SCALES), choices=config.SCALES, help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
@@ -82,6 +83,18 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what it would take, and send nothing")
     add("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
     return top
+
+
+def one_of(known: Iterable[str]):
+    """A type of argument: refuses what is none of these, naming the nearest."""
+
+    def checked(text: str) -> str:
+        if text not in known:
+            near = config.did_you_mean(text, known, f"expected one of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"found {text!r}; {near}")
+        return text
+
+    return checked
 
 
 def positive(text: str, kind: type = float):
@@ -164,10 +177,10 @@ def roots_of(options) -> list[Path]:
     return [root for root in roots if root.is_dir() and wandb.FROM not in root.name]
 
 
-def select_runs(options) -> list[check.Loaded]:
-    """(path, Run or StudyError, findings) of every run YAML that the options name."""
+def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
+    """(path, Run or StudyError, findings) of every run YAML that the options name; `plain`: without what --set says."""
     overrides = {}
-    for text in options.sets:
+    for text in () if plain else options.sets:
         key, equals, overrides[key] = text.partition("=")
         if not equals:
             raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
@@ -177,7 +190,8 @@ def select_runs(options) -> list[check.Loaded]:
     folders = [Path(options.params)] if options.params else [folder for folder in folders if folder.is_dir()]
     selected = []
     loaded = (check.load_folder(folder, options.scale, options.mode, overrides) for folder in folders)
-    for path, run, findings in itertools.chain.from_iterable(loaded):
+    every = list(itertools.chain.from_iterable(loaded))
+    for path, run, findings in every:
         if isinstance(run, StudyError):
             wanted = plan.matches(options, path.stem)
         elif wanted := plan.matches(options, run.run_id, run.study):
@@ -187,11 +201,25 @@ def select_runs(options) -> list[check.Loaded]:
                 run = config.apply(run, {"grid": blocks or None})
         if wanted:
             selected.append((path, run, findings))
-    if not selected:
-        what = f"none for --study {options.study or 'any'} --run {' '.join(options.run or '*')} --scale {options.scale}"
-        where = f"files below {', '.join(map(str, folders))}"
-        raise StudyError("the run YAMLs", what, where, "./run_all.sh plan lists them")
+    names = {path.stem if isinstance(run, StudyError) else run.run_id for path, run, _ in every}
+    if lost := [glob for glob in options.run or ["*"] if not fnmatch.filter(names, glob)]:
+        where = f"a run below {', '.join(map(check.display_path, folders))}"
+        near = config.did_you_mean(lost[0], names, f"list them: ./run_all.sh plan --scale {options.scale}")
+        raise StudyError(f"--run {lost[0]}", f"no such run at {options.scale} scale", where, near)
     return selected
+
+
+def whole_of(options, selected: list[check.Loaded]) -> list[check.Loaded]:
+    """All runs of the studies of these: an analysis judges its whole study, whichever of its runs were picked for this
+    time. What --set says holds for these alone, and for those that have a record with it in the same place."""
+    every, root, picked = select_runs(changed(options, run=None)), root_of(options), {path for path, _, _ in selected}
+    if not options.sets:
+        return every
+    picked |= {
+        path for path, run, _ in every if isinstance(run, config.Run) and (root / run.study / run.run_id).exists()
+    }
+    touched = {entry[0]: entry for entry in every if entry[0] in picked}
+    return [touched.get(entry[0], entry) for entry in select_runs(changed(options, run=None), plain=True)]
 
 
 def changed(options, **given) -> argparse.Namespace:
@@ -204,8 +232,6 @@ def run(options) -> int:
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
     asked, options.claims = options.claims, None  # until their arms are known
     selected = select_runs(options)
-    # An analysis judges its whole study, whichever of its runs --run or --claims picked for this time.
-    whole = select_runs(changed(options, run=None)) if options.run else selected
     if asked and len(check.runs_of(selected)) == len(selected):  # else what is refused is reported
         # a trial's runs have one cell
         full = selected if options.mode == "full" else select_runs(changed(options, mode="full"))
@@ -213,6 +239,7 @@ def run(options) -> int:
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
         pairs = zip(selected, check.runs_of(selected), strict=True)
         selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
+    whole = whole_of(options, selected) if options.run or asked else selected
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
@@ -298,7 +325,15 @@ def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Rou
 
 
 def status(options) -> int:
-    return progress.status(root_of(options), options.study)
+    """Of what was asked for or, where nothing was and there is none of the usual, of all that there is."""
+    roots = [root_of(options)]
+    if options.everywhere and not roots[0].is_dir():
+        roots = sorted({path.parents[2] for path in OUTPUTS.glob("*/*/*/status.json")}) or roots
+    for root in roots:
+        if root != root_of(options):
+            print(f"{root.name}:")
+        progress.status(root, options.study)
+    return 0
 
 
 def rebuild(_) -> int:
@@ -383,6 +418,11 @@ def lab(more: list[str]) -> None:
     first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     quiet["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore::FutureWarning"  # of tqdm and of transformers
+    if os.geteuid() == 0 and not any(option.startswith("--allow-root") for option in more):
+        print(
+            "options are JupyterLab's, which does not start for root but with one: ./run_all.sh lab --allow-root",
+            flush=True,
+        )
     command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
     os.chdir(plan.NOTEBOOKS)
     os.execve(sys.executable, [*command, *more], {**quiet, **os.environ, **first})

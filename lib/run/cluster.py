@@ -203,7 +203,7 @@ def run(argument: dict) -> None:
                 folder.rename(inner["final"])
             sys.exit(ended)
         print(f"attempt {attempt}: {gone}; sent again, from the last checkpoint", flush=True)
-    what, fix = f"lost {ATTEMPTS} times on the cluster", "look at `ray status`, then rerun the same command"
+    what, fix = f"lost {ATTEMPTS} times on the cluster", "look at .venv/bin/ray status, then rerun the same command"
     raise StudyError(f"{argument['target']} for {folder.name}", what, "a node that keeps it", fix)
 
 

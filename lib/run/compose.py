@@ -39,6 +39,7 @@ from lib.config import SCALES, Finding, RunId, Section, did_you_mean, fault
 from lib.errors import StudyError
 from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, runs_of, yaml_findings
 
+DIGESTS = ".written.json"  # beside a design: of the texts that it wrote, which it may replace without being asked
 WRITTEN_BY = "# Written by ./run_all.sh compose from {}, which explains the keys: change it there."
 SHORT = 100  # characters of a list or mapping that is written on one line
 
@@ -190,20 +191,24 @@ def _dump(value: Any, flow: bool | None = True) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Nothing is written before every design's files are known to be valid, and to be new or as they are."""
+    """Nothing is written before every design's files are known to be valid, and to be new or as they were written."""
     top = argparse.ArgumentParser(prog="./run_all.sh compose", description=__doc__.split("\n\n")[0])
     top.add_argument("design", nargs="*", type=Path, help="a design.yaml (default: those of all studies in params/)")
     top.add_argument("--force", action="store_true", help="overwrite files that differ")
     top.add_argument("--dry-run", action="store_true", help="write nothing; show the lines that would change")
-    options, changed = top.parse_args(argv), {}
+    options, changed, differing, digests = top.parse_args(argv), {}, [], {}
     for path in map(Path.absolute, options.design or sorted((config.ROOT / "params").glob("*/design.yaml"))):
         study, files = compose(path)
         _validate(study, path, files)
         changed |= {file: text for file, text in files.items() if _read(file) != text}
-    differing = [display_path(file) for file in changed if file.exists()]
+        own = record.read_json(path.with_name(DIGESTS), [])
+        differing += [f for f in files if f in changed and f.exists() and record.digest(_read(f)) not in own]
+        digests[path.with_name(DIGESTS)] = sorted(map(record.digest, files.values()))
     if differing and not (options.force or options.dry_run):
-        fix = "--dry-run shows how; --force overwrites them; or change the design to what they say"
-        raise StudyError("compose", f"files that differ: {', '.join(differing)}", "files as they are, or new", fix)
+        found = f"files that somebody changed: {', '.join(map(display_path, differing))}"
+        command = " ".join(["./run_all.sh compose", *map(str, options.design)])
+        fix = f"{command} --dry-run (shows how), {command} --force (overwrites), or change the design"
+        raise StudyError("compose", found, "files as they were written, or new", fix)
     for file, text in changed.items():
         if options.dry_run:
             lines = _read(file).splitlines(), text.splitlines()
@@ -211,6 +216,9 @@ def main(argv: list[str]) -> int:
         else:
             record.write_text(file, text)
             print(f"written: {display_path(file)}")
+    for file, own in () if options.dry_run else digests.items():
+        if own != record.read_json(file):
+            record.write_json(file, own)
     print(f"{len(changed)} files {'to change (--dry-run)' if options.dry_run else 'written'}")
     return 0
 
@@ -233,7 +241,7 @@ def _validate(study: str, path: Path, files: Mapping[Path, str]) -> None:
                 wrong += claims_findings(study, runs_of(loaded), scale, folder / "claims.yaml")
     if lines := "".join(f"\n  {finding}" for finding in dict.fromkeys(wrong) if finding.level == "error"):
         found = f"faults in what it writes:{lines.replace(str(folder), display_path(path.parent))}"
-        raise StudyError(display_path(path), found, "run YAMLs and claims that ./run_all.sh check takes")
+        raise StudyError(display_path(path), found, "run YAMLs and claims without an error of ./run_all.sh check")
 
 
 def findings(loaded: list[Loaded]) -> Iterator[Finding]:
@@ -248,5 +256,5 @@ def findings(loaded: list[Loaded]) -> Iterator[Finding]:
             continue
         for file in (file for file, text in files.items() if _read(file) != text):
             what = "differs from what its design writes" if file.exists() else "is missing, and its design writes it"
-            fix = f"./run_all.sh compose {display_path(path)} (--dry-run, --force), or change the design"
+            fix = f"./run_all.sh compose {display_path(path)} --dry-run (shows how), or change the design"
             yield Finding("warning", "", what, fix, display_path(file))

@@ -79,7 +79,8 @@ def select(asked: list[str], runs: list, scale: str) -> dict[str, dict[str, list
         if mine := {claim: own[claim] for claim in own if claim in asked or f"{study}/{claim}" in asked}:
             found[study] = mine
     if unknown := {*asked} - {*known} - {name.partition("/")[2] for name in known}:
-        raise StudyError("--claims", f"no claim {', '.join(sorted(unknown))} at {scale} scale", ", ".join(known))
+        near = config.did_you_mean(min(unknown), [*known, *(name.partition("/")[2] for name in known)], "")
+        raise StudyError("--claims", f"no claim {', '.join(sorted(unknown))} at {scale} scale", ", ".join(known), near)
     return found
 
 
@@ -405,7 +406,8 @@ class Spending:
         if late:  # they decide no claim: one line for all
             names = ", ".join(step.title for step in late[:3]) + (f" and {len(late) - 3} more" if len(late) > 3 else "")
             took = progress.duration(sum(step.seconds for step in late))
-            more = f"./run_all.sh full --scale {self.options.scale} --max-minutes M{plan.sets_of(late[0].run)}"
+            minutes = math.ceil(sum(step.seconds for step in late) / 60)  # enough on one slot
+            more = f"./run_all.sh full --scale {self.options.scale} --max-minutes {minutes}{plan.sets_of(late[0].run)}"
             self.left.append(f"what decides no claim ({names}), about {took} of one core: {more}")
 
 

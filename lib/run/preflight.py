@@ -79,7 +79,7 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
         if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
             here += f" (CUDA_VISIBLE_DEVICES={shown})"
         what = f"each member needs {wanted} GPU{'s' * (wanted > 1)}{f' with at least {floor:g} GB' * bool(floor)}, here: {here}"
-        fix = "run it on a machine that has them (./run_all.sh full --scale laptop needs none)"
+        fix = "run it on a machine that has them; none are needed for ./run_all.sh full --scale laptop"
         fix += ", or lower the batch and then compute.min_gpu_memory_gb" * bool(gpus)
         yield error("compute.gpus", what, fix)
         return
@@ -87,7 +87,11 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     if len(kinds) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
         what = f"{', '.join(kinds)}: a member would train on any of these, and sums round differently"
         fix = " or ".join(f"CUDA_VISIBLE_DEVICES={devices} ({name})" for name, devices in kinds.items())
-        yield error("compute.gpu_type", what, f"{fix}; on a cluster: ray start --num-gpus=0 on the nodes of the others")
+        yield error(
+            "compute.gpu_type",
+            what,
+            f"{fix}; on a cluster: .venv/bin/ray start --num-gpus=0 on the nodes of the others",
+        )
     elif (run.compute.gpu_type or "").split("-")[0].lower() not in gpus[0].name.lower():
         what = f"{gpus[0].name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
         yield warning("compute.gpu_type", what, "compute.gpu_type: null says that any will do")

@@ -4,6 +4,7 @@ who works in an outputs folder."""
 import contextlib
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -253,7 +254,9 @@ def lock(root: Path):
         raise StudyError(str(root), "another runner works here", "one runner at a time", fix) from None
     except OSError as error:
         found = f"cannot write there ({error.strerror})"
-        raise MissingError(str(root), found, "a folder this user can write to", f"chmod -R u+w {root}") from None
+        there = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
+        fix = f"chmod -R u+w {shlex.quote(str(there))}, or --results-dir with another"
+        raise MissingError(str(root), found, "a folder this user can write to", fix) from None
     with held:
         yield
 

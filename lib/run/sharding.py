@@ -49,7 +49,7 @@ def launch(target: str, argument: dict, count: int, threads: int = 1) -> Any:
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         found = f"{torch.cuda.device_count()} GPUs given to this member"
-        fix = f"./run_all.sh with --jobs unset on a machine with {count} GPUs, or compute.strategy: none"
+        fix = f"a machine with {count} GPUs, with --jobs left out; or --set compute.strategy=none"
         raise MissingError("compute.gpus", found, f"{count}", fix)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]

@@ -40,7 +40,7 @@ MIRRORED = (".json", ".jsonl", ".yaml")
 NOT_MIRRORED = {"status.json", "progress.json", "error.json"}  # the runner's own, of one attempt
 POLL = 1.0  # seconds between two looks at the histories
 STALL_SECONDS = 600  # for sending one W&B run; for the client's files, which a slow disk may hold up
-SYNC = "./run_all.sh sync where its records are"
+SYNC = "where its records are: ./run_all.sh sync"
 # Nothing of this machine or its user goes with a run, and nothing is sent but what is asked for.
 SETTINGS = {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True}
 SETTINGS |= {"save_code": False, "disable_job_creation": True, "x_save_requirements": False, "silent": True}
@@ -181,7 +181,7 @@ class Mirrors:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         if logs := [str(folder / "wandb.log") for folder, process in self.senders.items() if process.wait()]:
-            fix = "the record is whole; fix: ./run_all.sh sync brings W&B up to date"
+            fix = "the record is whole; to send the rest: ./run_all.sh sync"
             print(f"W&B mirror not complete, see {', '.join(logs)}; {fix}", file=sys.stderr)
 
 
@@ -206,7 +206,10 @@ def api():
         connection.default_entity  # noqa: B018 (asks the server who we are)
         return connection
     except Exception as error:  # the client raises errors of half a dozen kinds, some of them plain ValueErrors
-        what, fix = f"no usable answer ({error!r:.200})", "check the connection and WANDB_BASE_URL, then sync again"
+        what, fix = (
+            f"no usable answer ({error!r:.200})",
+            "check the connection and WANDB_BASE_URL, then rerun the same command",
+        )
         raise MissingError("W&B", what, "a server that knows this key", fix) from None
 
 

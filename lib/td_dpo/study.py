@@ -23,6 +23,8 @@ OWN_LOSSES = ("dpo", "discopop", "discopop_card", "td_dpo", "td_dpo_anchored")
 TRL_LOSSES = ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 TRL_LOSSES += ("apo_zero", "apo_down", "sft", "sigmoid_norm")
 WITH_TAU = ("td_dpo", "td_dpo_anchored")
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # read label_smoothing
+AVERAGED = ("ipo", "sigmoid_norm", "sft")  # divide by the answers' lengths by themselves
 VALIDATION_METRIC = "validation_implicit_accuracy"  # chooses the best checkpoint, cells and the sweep's best
 PUBLISHED = {"dpo_loss": "dpo", "td_dpo_loss": "td_dpo", "sigmoid": "dpo", "qlora-4bit": "nf4", None: "none"}
 PUBLISHED_ACCURACY = ("val_pairwise_accuracy", "pairwise_accuracy")
@@ -183,8 +185,11 @@ class Loss(Section):
         if (self.tau is None) == (self.name in WITH_TAU):
             expected = f"a temperature for {self.name}" if self.tau is None else f"none: {self.name} does not read it"
             raise fault(str(self.tau), expected, "tau: 1.0, or null; with --set add --run 'td_dpo*'", "tau")
-        if self.label_smoothing and self.name not in ("robust", "exo_pair"):
-            raise fault(str(self.label_smoothing), f"0 for {self.name}", "name: robust or exo_pair", "label_smoothing")
+        if self.label_smoothing and self.name not in SMOOTHED:
+            raise fault(str(self.label_smoothing), f"0 for {self.name}", f"name: {SMOOTHED[0]}", "label_smoothing")
+        if self.average_log_probs and self.name in AVERAGED:
+            expected = f"false: {self.name} averages over tokens by itself"
+            raise fault("true", expected, "average_log_probs: false", "average_log_probs")
         return self
 
 
@@ -278,6 +283,15 @@ def primary_metric(run: Run) -> str:
     return JUDGED.get(run.evaluation.judge, SECOND_METRIC)
 
 
+def unread(run: Run) -> dict[str, str]:
+    """{key: why} of what this run does not read."""
+    most = run.training.max_steps
+    found = {"training.epochs": f"max_steps is {most}; --set training.max_steps=null too"} if most else {}
+    found |= {"loss.beta": "sft has none"} if run.loss.name == "sft" else {}
+    sizes = GENERATED_PAIRS if run.dataset.name not in JUDGE_OF else ()
+    return found | {f"dataset.{key}": "it sizes generated data" for key in sizes}
+
+
 def trial_changes(run: Run) -> dict[str, Any]:
     """At most 2 batches in training, reference, evaluation and, for a made model, SFT."""
     batch = min(run.training.per_device_train_batch_size, run.training.global_batch_size, 4)
@@ -309,16 +323,19 @@ def check(run: Run) -> Iterator[Finding]:
     yield from config.check_schedule(training, steps(run), training.eval_steps)
     if training.bf16 and model.torch_dtype == "float32":
         yield Finding("error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16")
-    if run.method != loss.name:
-        yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", f"method: {loss.name}")
+    if run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
+        fix = f"method: {loss.name} (--set method={loss.name}), or a name that no other loss has"
+        yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", fix)
     if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
         yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
     sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
     if sized and dataset.name not in JUDGE_OF and "dataset.name" not in run.overrides:
         yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
-    if loss.average_log_probs:
-        what = "an ablation: the study sums log-probabilities"
-        yield Finding("warning", "loss.average_log_probs", what, "average_log_probs: false")
+    if loss.average_log_probs and run.method == loss.name:
+        what = f"an ablation: {loss.name} sums log-probabilities"
+        yield Finding(
+            "warning", "loss.average_log_probs", what, "average_log_probs: false, or a method of its own name"
+        )
     if dataset.name == "verifiable" and model.name == "made":
         what = "made, and verifiable pairs are the answers of a pretrained model"
         yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")
@@ -370,6 +387,21 @@ def _mt_bench(run: Run, kind: type[StudyError]) -> Iterator[Finding]:
     except StudyError as error:
         if type(error) is kind:
             yield Finding("error", "evaluation.mt_bench", f"{error.where}: {error.found}", error.fix or error.expected)
+
+
+def dry_call(run: Run) -> tuple:
+    """(the loss of four pairs, its two terms, its gradient by the chosen answers' log-probabilities), each (4,)."""
+    import torch
+
+    from lib.td_dpo import losses
+
+    if run.loss.name in OWN_LOSSES and run.loss.name not in losses.LOSSES:
+        raise LookupError(f"not in LOSSES of {losses.__name__}")
+    chosen = torch.tensor([-9.0, -20.0, -7.0, -12.0], requires_grad=True)
+    four = chosen, chosen.flip(0), chosen.detach() + 0.5, chosen.detach() - 1.0
+    options = run.loss.model_dump(include={"beta", "tau", "label_smoothing"})
+    terms = losses.preference_loss(run.loss.name, *four, **options, lengths=(torch.tensor([5, 9, 4, 6]),) * 2)
+    return *terms, *torch.autograd.grad(terms[0].sum(), chosen)
 
 
 # ---- the entries
