@@ -138,9 +138,8 @@ class Claim(Section):
             raise ValueError("test absolute needs `reported`, the figure that was reported")
         if self.test != "absolute" and self.baseline is None:
             raise ValueError(f"test {self.test} needs a `baseline`")
-        if (self.test == "variance_ratio" and not self.across) or (
-            self.across and self.test in ("cost_ratio", "absolute")
-        ):
+        needed = {"variance_ratio": True, "cost_ratio": False, "absolute": False}.get(self.test, bool(self.across))
+        if needed != bool(self.across):
             raise ValueError(f"`across` (a key and its levels): test variance_ratio needs it, {self.test} has none")
         if len(self.across) > 1:
             raise ValueError("`across` takes one key")

@@ -114,6 +114,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
     changes = {
         "model.name": str(tmp_path / "deberta"), "dataset.name": str(tmp_path / "glue"), "dataset.max_seq_length": 64,
         "dataset.tuning_fraction": 0.2, "training.max_steps": 8, "training.bf16": False, "training.logging_steps": 4,
+        "optuna.objective_metric": "tuning_loss", "optuna.direction": "minimize",
     }  # fmt: skip
     names = {f"{task}_{method}": {} for task in data.COLUMNS for method in ("lora", "iw_lora")}
     for name, own in names.items():
@@ -122,7 +123,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
     results, said = full(tmp_path, "iw_lora", names, changes, asked)
     order = [said.index(f"iw_lora/rte_lora{more}  ") for more in (" sweep", "")]
     assert order == sorted(order), "the search before what it finds"
-    measured = {"accuracy": "validation_accuracy", "f1": "validation_f1"}
+    measured = {"accuracy": "validation_accuracy", "f1": "validation_f1", "loss": "validation_loss"}
     verdicts = assert_agree(results, server, measured)
     total = record.read_json(results / "comparison" / "aggregated_metrics.json")["metrics"]
     gains = []
@@ -150,6 +151,7 @@ def test_graff_is_judged_by_what_its_searches_find(tmp_path, server, monkeypatch
         "training.budget_minutes": 1, "training.clock": "virtual", "training.global_batch_size": 8,
         "training.micro_batch_size": 8, "training.gradient_checkpointing": False, "evaluation.dev_subset": 6,
         "evaluation.max_new_tokens": 6, "evaluation.energy_level": None,
+        "optuna.objective_metric": "dev_loss", "optuna.direction": "minimize",
     }  # fmt: skip
     names = {"fixed_30": {}, "reactor_30": {}, "graff_30": {}}
     # what members share, but with a warm start of two batches: the published one trains 71 M parameters
@@ -163,6 +165,6 @@ def test_graff_is_judged_by_what_its_searches_find(tmp_path, server, monkeypatch
     record.write_json(shared / "complete.json", {"seconds": 1.0, "scale": "paper", "mode": "full"})
     results, said = full(tmp_path, "graff", names, changes, "C6,C8,C12,C13")
     assert said.index("graff/graff_30 sweep") < said.index("graff/graff_30  ")
-    verdicts = assert_agree(results, server, {"exact_match": "exact_match", "auc": "auc"})
+    verdicts = assert_agree(results, server, {"exact_match": "exact_match", "auc": "auc", "loss": "dev_loss"})
     assert {verdicts[name]["n_seeds"] for name in ("C6", "C8", "C12", "C13")} == {3}
     assert verdicts["C18"]["verdict"] == "not evaluated", "of the published rate, which nothing here asked for"
