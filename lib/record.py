@@ -13,6 +13,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,12 @@ def finite(value) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return value
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are there; None where none is."""
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
 
 
 def digest(value) -> str:

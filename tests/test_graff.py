@@ -297,15 +297,6 @@ def test_the_last_evaluation_ends_by_the_budget(tmp_path, shared):
     assert clock.fraction == 1.0
 
 
-def test_a_resumed_wall_clock_keeps_what_was_spent_and_going_back_is_an_error():
-    times = iter([0.0, 5.0, 4.0])
-    clock = trainer.Clock("monotonic", 60, now=lambda: next(times))
-    clock.start()
-    assert clock.tick() == 5.0
-    with pytest.raises(StudyError, match="went back by 1.000 s"):
-        clock.tick()
-
-
 def test_a_budget_too_short_for_one_step_and_one_evaluation(tmp_path, shared):
     (tmp_path / "m").mkdir()
     with pytest.raises(StudyError, match="not even one step and one evaluation"):

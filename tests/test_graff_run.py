@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lib.errors import StudyError
 from lib.graff import data, member, planner as pl, prepare, schedulers, trainer
 from tests.test_graff import curve, member_of, shared  # noqa: F401
 
@@ -274,16 +273,6 @@ def test_a_cut_run_on_the_wall_clock_never_gets_its_budget_back(tmp_path, shared
     again = next(r for r in steps if r["used"] > checkpointed)
     assert again["used"] == spent + 2.0
     assert steps[-1]["used"] <= 60.0
-
-
-def test_a_clock_that_goes_back_ends_a_run_with_one_error(tmp_path, shared, monkeypatch):  # noqa: F811
-    times = iter([*(float(i) for i in range(8)), *(5.0 - i for i in range(99))])
-    make = trainer.Clock.__init__
-    monkeypatch.setattr(
-        trainer.Clock, "__init__", lambda self, kind, budget: make(self, kind, budget, now=lambda: next(times))
-    )
-    with pytest.raises(StudyError, match="went back by"):
-        member.train(member_of("fixed", changes={"training.clock": "monotonic"}), tmp_path, shared)
 
 
 def test_a_run_that_overran_its_budget_has_no_exact_match(tmp_path, shared, monkeypatch):  # noqa: F811

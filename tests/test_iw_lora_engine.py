@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from lib import training as checkpoints
-from lib.iw_lora import penalty, trainer
-from tests.test_iw_lora import ADALORA, BATCH, COLLATE, deberta, fit, moved, rows, trainables, trainer_of
+from lib.iw_lora import trainer
+from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, trainables, trainer_of
 
 
 def test_two_processes_count_the_penalty_once(tmp_path):
@@ -53,32 +53,6 @@ def one_step(folder, processes: int) -> list[dict]:
                 os._exit(1)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
     return [json.loads((folder / str(rank) / "said.json").read_text()) for rank in range(processes)]
-
-
-def test_two_processes_share_out_the_calibration_and_have_the_sensitivities_of_one(tmp_path, monkeypatch):
-    """Five batches, which two do not divide: a mean over batches, and not of the processes' means."""
-    batches, measure, seen = [COLLATE(rows(40)[8 * i : 8 * i + 8]) for i in range(5)], penalty.gradient_norms, []
-    run = trainer_of(tmp_path / "t", deberta(), steps=1).run
-    alone, _ = trainer.calibrate(run, moved(deberta()), batches)
-    monkeypatch.setattr(penalty, "gradient_norms", lambda m, mine, loss: seen.extend(mine) or measure(m, mine, loss))
-    children = []
-    for place in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=place, world_size=2)
-                s, skipped = trainer.calibrate(run, moved(deberta()), batches)
-                (tmp_path / f"{place}.json").write_text(json.dumps([s.tolist(), skipped, len(seen)]))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    for place, mine in ((0, 3), (1, 2)):
-        s, skipped, count = json.loads((tmp_path / f"{place}.json").read_text())
-        assert (skipped, count) == (0, mine)
-        assert s == pytest.approx(alone.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1])

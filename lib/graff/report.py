@@ -15,10 +15,8 @@ METRIC = "energy_score"
 
 
 def with_rate(rows: pd.DataFrame) -> pd.DataFrame:
-    """With a column `learning_rate`, under whichever of its names the grid set it."""
-    names = ["learning_rate", "adapter_lr_init", "lr_init", "training.optimizer.lr_init"]
-    set_by = [rows[name] for name in names if name in rows and rows[name].notna().any()]
-    return rows.assign(learning_rate=set_by[0] if set_by else None)
+    """With a column `learning_rate`: the grid's training.optimizer.lr_init, None where it sets none."""
+    return rows.assign(learning_rate=rows.get("lr_init"))
 
 
 def scores(loaded: tables.Records) -> pd.DataFrame:

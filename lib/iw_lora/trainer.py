@@ -18,7 +18,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
-from lib import config, models, record, training
+from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
 from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
@@ -215,21 +215,16 @@ def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
 def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
     batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
-    collate, chosen = (
-        DataCollatorWithPadding(given.tokenizer),
-        itertools.islice(batches, run.loss.sensitivity_warmup_steps),
-    )
-    return [to_device(collate(batch), models.current_device()) for batch in chosen]
+    collate, count = DataCollatorWithPadding(given.tokenizer), run.loss.sensitivity_warmup_steps
+    return [to_device(collate(batch), models.current_device()) for batch in itertools.islice(batches, count)]
 
 
 def calibrate(run, model: nn.Module, batches: list[dict]) -> tuple[Tensor, int]:
-    """(s (K,), number of batches left out): the sensitivities before any training. The processes of a data-parallel
-    training share the batches out, and each has the mean over all of them."""
+    """(s (K,), number of batches left out): the sensitivities before any training."""
     if run.loss.head_warmup_steps:
         model = warm_up_head(run, model, batches)
-    mine = penalty.gradient_norms(model, batches[training.rank() :: training.world()], task_loss)
-    norms, skipped = zip(*training.all_gather(mine), strict=True)
-    return penalty.sensitivities(torch.cat(norms), run.loss.sensitivity_buffer_size), sum(skipped)
+    norms, skipped = penalty.gradient_norms(model, batches, task_loss)
+    return penalty.sensitivities(norms, run.loss.sensitivity_buffer_size), skipped
 
 
 def warm_up_head(run, model: nn.Module, batches: list[dict]) -> nn.Module:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import statistics
 import subprocess
 from pathlib import Path
 
@@ -56,13 +55,8 @@ def by_cell(records: list[dict], metrics: list[str]) -> list[dict]:
         rows = [row for row in records if of(row) == (cell, pilot)]
         diverged = sum(row["status"] == "diverged" for row in rows)
         about = {"cell": cell, "pilot": pilot, "seeds": len(rows), "diverged": diverged}
-        table.append(about | _means(rows, metrics))
+        table.append(about | {metric: record.mean(row.get(metric) for row in rows) for metric in metrics})
     return table
-
-
-def _means(rows: list[dict], metrics: list[str]) -> dict[str, float | None]:
-    values = {m: [row[m] for row in rows if row.get(m) is not None] for m in metrics}
-    return {m: statistics.fmean(present) if present else None for m, present in values.items()}
 
 
 def chosen_cell(run, records: list[dict]) -> str:
@@ -128,7 +122,7 @@ def summary(run, records: list[dict]) -> dict:
     metrics = [m for m in dict.fromkeys([*study.METRICS, *numbers]) if m in numbers]
     cell = chosen_cell(run, records)
     rows = [r for r in records if r["cell"] == cell and not r.get("pilot")]
-    means, primary = _means(rows, metrics), study.primary_metric(run)
+    means, primary = {m: record.mean(row.get(m) for row in rows) for m in metrics}, study.primary_metric(run)
     key = {"name": primary, "value": means.get(primary)}
     graded_by = study.GRADED_BY.get(primary)
     if graded_by and any(r.get(primary) is None for r in rows):

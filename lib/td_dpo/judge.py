@@ -265,11 +265,6 @@ def reason_to_grade(folder: Path, model: str) -> str:
     return "with answers that were refused" if judged["refused"] else ""
 
 
-def _mean(graded: Iterable[dict]) -> float | None:
-    scores = [row["score"] for row in graded if row["score"] is not None]
-    return sum(scores) / len(scores) if scores else None
-
-
 def finish(folder: Path, asked: list[dict], kept: Replies, judge: Judge) -> dict:
     """Write a member's grades into its record; returns judged.json, which is written last. An answer that was refused,
     or whose every reply was without a grade, has none and is counted; no score stands in for it."""
@@ -279,8 +274,8 @@ def finish(folder: Path, asked: list[dict], kept: Replies, judge: Judge) -> dict
         names = ("question", "category", "turn", "score", "length", "text")
         graded.append({"kind": "answer", "judge": "mt_bench", **{name: row[name] for name in names}})
     scores = {
-        "mt_bench_score": _mean(graded),
-        "mt_bench_score_corrected": _mean(row for row in graded if row["question"] not in WRONG_REFERENCES),
+        "mt_bench_score": record.mean(row["score"] for row in graded),
+        "mt_bench_score_corrected": record.mean(r["score"] for r in graded if r["question"] not in WRONG_REFERENCES),
         "mt_bench_unparsed": sum(row["score"] is None for row in graded),
     }
     (folder / JUDGED).unlink(missing_ok=True)  # until the new one is there the record is neither judge's

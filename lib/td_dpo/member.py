@@ -61,7 +61,7 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     if (best := metrics.get(score := f"{run.evaluation.judge}_score")) is not None:
         if outcome.best and outcome.best_step != outcome.step:
             training.load_checkpoint(model, outcome.best)
-            best = _mean([a["score"] for a in judged_answers(run, model, given.tokenizer, member.seed)])
+            best = record.mean([a["score"] for a in judged_answers(run, model, given.tokenizer, member.seed)])
         metrics[f"best_{score}"] = best  # of the best checkpoint on validation, beside the last, which is judged
     return metrics
 
@@ -93,7 +93,7 @@ def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], typ
         answers = engine.sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
         answers = training.all_gather(answers)[0]  # what all processes score must be the same to the last token
         ratios = engine.log_ratio_of_samples(now, frozen, answers).tolist()
-        return {"sampled_kl": _mean(ratios), "sample_length": _mean([len(a["ids"]) for a in answers])}
+        return {"sampled_kl": record.mean(ratios), "sample_length": record.mean([len(a["ids"]) for a in answers])}
 
     trainer = kind(PreferenceTrainer)(
         model,
@@ -117,11 +117,11 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
     about = {"kind": "pair", "split": "test"}
     predictions = [{**about, "pair": row["pair"], **score} for row, score in zip(rows, scores, strict=True)]
     metrics = {
-        "implicit_accuracy": _mean([float((s["rho"] or 0) > 0) for s in scores]),
-        "raw_accuracy": _mean([float((s["delta"] or 0) > 0) for s in scores]),
-        "margin": _mean([s["rho"] for s in scores]),
+        "implicit_accuracy": record.mean([float((s["rho"] or 0) > 0) for s in scores]),
+        "raw_accuracy": record.mean([float((s["delta"] or 0) > 0) for s in scores]),
+        "margin": record.mean([s["rho"] for s in scores]),
     }
-    metrics |= {name: _mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
+    metrics |= {name: record.mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
     judge = run.evaluation.judge
     if generated.JUDGE_OF.get(given.report["source"]) == judge:
         answers = judged_answers(run, model, given.tokenizer, seed)
@@ -130,16 +130,16 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
             kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
             predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
         metrics |= {
-            f"{judge}_score": _mean([a["score"] for a in answers]),
-            "answer_length": _mean([a["length"] for a in answers]),
-            "sampled_kl": _mean(ratios),
+            f"{judge}_score": record.mean([a["score"] for a in answers]),
+            "answer_length": record.mean([a["length"] for a in answers]),
+            "sampled_kl": record.mean(ratios),
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
         bench, file = mt_bench.read(run.evaluation.mt_bench), folder / "answers.jsonl"
         options = {"max_new_tokens": run.evaluation.max_new_tokens, "count": run.evaluation.questions}
         answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, batch_size=MT_BATCH, **options)
-        metrics["answer_length"] = _mean([a["length"] for a in answers])
+        metrics["answer_length"] = record.mean([a["length"] for a in answers])
     return metrics
 
 
@@ -168,11 +168,6 @@ def _validation(folder: Path, step: int) -> dict:
     rows = [r for r in record.read_jsonl(folder / "history.jsonl") if "validation_loss" in r and r["step"] == step]
     names = ("validation_implicit_accuracy", "validation_raw_accuracy", "validation_loss", "sampled_kl")
     return {name: rows[-1][name] for name in names if name in rows[-1]} if rows else {}
-
-
-def _mean(values: list) -> float | None:
-    present = [v for v in values if v is not None]
-    return statistics.fmean(present) if present else None
 
 
 def step_cost(run, folder: Path, shared: Path) -> list[dict]:

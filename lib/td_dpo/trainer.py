@@ -49,8 +49,6 @@ class PreferenceTrainer(shared.StudyTrainer):
         on_evaluate: Callable[[int, torch.nn.Module], dict | None] = lambda step, model: None,
         max_batches: int | None = None,
     ):
-        if not rows["train"]:
-            raise StudyError("training pairs", "0 rows", "at least one pair left after tokenization")
         pairs, held_out = (engine.with_reference(rows[split], reference[split]) for split in ("train", "validation"))
         steps, world = training.steps(len(pairs)), shared.world()
         steps = min(steps, max_batches or steps)
