@@ -18,19 +18,26 @@ find_python() {  # the first of these commands that is Python 3.11 or newer
 if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   # A venv without pip is one that was not made to its end, or whose Python has gone.
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    if [ -n "${PYTHON:-}" ]; then python="$(find_python "$PYTHON")"; else python="$(find_python python3.13 python3.12 python3.11 python3)"; fi || {
-      echo "Python: ${PYTHON:-none found that} is not version 3.11 or newer; install one, or name it: PYTHON=/path/to/python3.11 ./run_all.sh" >&2
+    if [ -n "${PYTHON:-}" ]; then python="$(find_python "$PYTHON" || true)"
+    else python="$(find_python python3.13 python3.12 python3.11 python3 || true)"; fi
+    if [ -z "$python" ]; then
+      echo "Python: found ${PYTHON:-none on PATH}; expected version 3.11 or newer;" \
+        "install one, or name it: PYTHON=/path/to/python3.11 ./run_all.sh" >&2
+      exit 3
+    fi
+    clear=""; if [ -f "$venv/pyvenv.cfg" ] && ! "$venv/bin/python" -c "" 2>/dev/null; then clear=--clear; fi
+    "$python" -m venv $clear "$venv" || {
+      echo "creating $venv failed (on Debian and Ubuntu: apt install python3-venv); rerun the same command to resume" >&2
       exit 3
     }
-    clear=""; if [ -f "$venv/pyvenv.cfg" ] && ! "$venv/bin/python" -c "" 2>/dev/null; then clear=--clear; fi
-    "$python" -m venv $clear "$venv" \
-      || { echo "creating $venv failed (on Debian and Ubuntu: apt install python3-venv); rerun the same command to resume" >&2; exit 3; }
   fi
-  "$venv/bin/python" "$root/lib/run/install.py" $extra || {
-    echo "installing the packages failed (see above); rerun the same command to resume (with STUDY_INSTALLER=pip: by pip)" >&2
+  "$venv/bin/python" "$root/install.py" $extra || {
+    echo "installing the packages failed (see above; a wrong hash is mostly a download that was cut off);" \
+      "rerun the same command to resume, or with STUDY_INSTALLER=pip" >&2
     exit 3
   }
-  for done in "$venv/.installed" "$stamp"; do echo "$wanted" > "$done"; done
+  echo "$wanted" > "$venv/.installed"
+  echo "$wanted" > "$stamp"
 fi
 
 # -P: a folder named lib where you stand must not be taken for this one.

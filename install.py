@@ -4,26 +4,20 @@ by pip. ./run_all.sh calls it; it needs nothing but Python.
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent
 PIP, CONSTRAINTS = [sys.executable, "-m", "pip", "--disable-pip-version-check"], ["-c", f"{ROOT}/constraints.txt"]
 # pip's settings that are handed on, and uv's variable for each; of two names for one, the later one counts
 NAMES = """index-url=UV_DEFAULT_INDEX extra-index-url=UV_INDEX find-links=UV_FIND_LINKS no-index=UV_NO_INDEX proxy=ALL_PROXY
 trusted-host=UV_INSECURE_HOST default-timeout=UV_HTTP_TIMEOUT timeout=UV_HTTP_TIMEOUT cert=SSL_CERT_FILE"""
-DULL = (
-    "+ ",
-    "- ",
-    "~ ",
-    "Collecting ",
-    "Requirement already ",
-    "Using ",
-    "Looking in ",
-)  # a line each for 170 packages
+# what either of them says in a line for each of 170 packages
+DULL = re.compile(r"\s*([-+~] |Collecting |Requirement already |Using |Looking in |━)")
 
 
 def main(extra: str = "") -> int:
@@ -32,17 +26,16 @@ def main(extra: str = "") -> int:
     # Python that may not write bytecode as it runs would compile everything each time: it is made here, as pip does.
     compiled = ["--compile-bytecode"] * bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     command = [uv, "pip", "install", "--python", sys.executable, *compiled] if uv else [*PIP, "install"]
-    output = (
-        {} if uv and sys.stderr.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    )  # or its bars
+    pipe = None if uv and sys.stderr.isatty() else subprocess.PIPE  # on a terminal uv draws bars
     environment = {**settings(uv), **os.environ} if uv else None
     print(f"installing into {sys.prefix} with {uv or 'pip'} (once; about 2 GB, more with CUDA)", flush=True)
     # torch first and alone: a range in another package must not choose a different build.
     for what in (["torch"], ["-e", f"{ROOT}[{extra}]" if extra else f"{ROOT}"]):
-        with subprocess.Popen([*command, *CONSTRAINTS, *what], env=environment, text=True, **output) as process:
-            for line in process.stdout or ():
-                if not line.strip().startswith(DULL):
-                    print(line, end="", flush=True)
+        line, errors = [*command, *CONSTRAINTS, *what], pipe and subprocess.STDOUT
+        with subprocess.Popen(line, stdout=pipe, stderr=errors, env=environment, text=True) as process:
+            for said in process.stdout or ():
+                if not DULL.match(said):
+                    print(said, end="", flush=True)
         if process.returncode:
             return process.returncode
     return 0
@@ -62,7 +55,7 @@ def find_uv() -> str:
 
 def settings(uv: str) -> dict[str, str]:
     """What pip's variables and files say, as variables of uv, which reads none of them."""
-    names, found = dict(pair.split("=") for pair in NAMES.split()), {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip
+    names, found = dict(re.findall(r"(\S+)=(\S+)", NAMES)), {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip
     said = subprocess.run([*PIP, "config", "list"], capture_output=True, text=True).stdout.splitlines()
     for section in ("global.", "install.", ":env:."):  # the later one counts
         for key, _, value in (line.partition("=") for line in said if line.startswith(section)):
