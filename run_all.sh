@@ -4,27 +4,39 @@ set -eu
 root="$(cd "$(dirname "$0")" && pwd)"
 
 venv="${STUDY_VENV:-$root/.venv}"
-stamp="$venv/.installed"
+extra=""; if [ "${1:-}" = test ]; then extra=test; fi  # what only tests need comes with the first `test`
+stamp="$venv/.installed${extra:+-$extra}"
 wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
 
-if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-  python=""
-  for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
-    [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$candidate"; break; fi
+find_python() {  # the first of these commands that is Python 3.11 or newer
+  for candidate in "$@"; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$candidate"; return; fi
   done
-  if [ -z "$python" ]; then
-    echo "Python: none of version 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.11 ./run_all.sh" >&2
-    exit 3
+  return 1
+}
+
+if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+  # A venv without pip is one that was not made to its end, or whose Python has gone.
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "${PYTHON:-}" ]; then python="$(find_python "$PYTHON" || true)"
+    else python="$(find_python python3.13 python3.12 python3.11 python3 || true)"; fi
+    if [ -z "$python" ]; then
+      echo "Python: found ${PYTHON:-none on PATH}; expected version 3.11 or newer;" \
+        "install one, or name it: PYTHON=/path/to/python3.11 ./run_all.sh" >&2
+      exit 3
+    fi
+    clear=""; if [ -f "$venv/pyvenv.cfg" ] && ! "$venv/bin/python" -c "" 2>/dev/null; then clear=--clear; fi
+    "$python" -m venv $clear "$venv" || {
+      echo "creating $venv failed (on Debian and Ubuntu: apt install python3-venv); rerun the same command to resume" >&2
+      exit 3
+    }
   fi
-  echo "creating the environment in $venv (once; a minute or two)"
-  # A venv without pip is one that was not made to its end.
-  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" \
-    || { echo "creating $venv failed (on Debian and Ubuntu: apt install python3-venv); rerun the same command to resume" >&2; exit 3; }
-  # torch first and alone: a range in another package must not choose a different build.
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch \
-    && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]" \
-    || { echo "installing the packages failed (see above); rerun the same command to resume" >&2; exit 3; }
+  "$venv/bin/python" "$root/install.py" $extra || {
+    echo "installing the packages failed (see above; a wrong hash is mostly a download that was cut off);" \
+      "rerun the same command to resume, or with STUDY_INSTALLER=pip" >&2
+    exit 3
+  }
+  echo "$wanted" > "$venv/.installed"
   echo "$wanted" > "$stamp"
 fi
 

@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-minutes", type=positive, metavar="M", help=more)
     add("--price", type=positive, metavar="P", help="of a GPU or core an hour (plan), of a million tokens (judge)")
     add("--json", action="store_true", help="`check` as one JSON object")
+    add("--site", metavar="DIR", help="for `report`: also copy what the pages lead to into DIR, to be published")
     add("--static", action="store_true", help="`check` without its trial")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add = top.add_argument_group("for judge").add_argument
@@ -336,11 +337,13 @@ def status(options) -> int:
     return 0
 
 
-def rebuild(_) -> int:
-    """Make the pages anew from the notebooks and the records."""
+def rebuild(options) -> int:
+    """Make the pages anew from the notebooks and the records; with --site, also a folder to publish."""
     for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
+    if options.site:
+        print(f"{pages.site(OUTPUTS, Path(options.site))} files in {options.site}")
     return 0
 
 

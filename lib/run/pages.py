@@ -10,13 +10,15 @@ import hashlib
 import html
 import os
 import re
+import shutil
 import time
 import warnings
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from lib.config import ROOT, SCALES
+from lib.errors import StudyError
 from lib.record import read_json, redact, write_text
 from lib.run import progress
 
@@ -30,6 +32,7 @@ TAGS = (
     "i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"
 )
 ATTRIBUTES = {"alt", "class", "colspan", "height", "href", "id", "rowspan", "scope", "style", "title", "width"}
+PUBLISHED = (".html", ".ipynb", ".json", ".yaml", ".csv", ".png", ".pdf")
 PLACE = ("left", "top")  # of a link over a figure's point (plots.embed): no other style is let in
 
 
@@ -243,3 +246,40 @@ def _links(page_folder: Path, folder: Path, files: dict[str, str]) -> list[tuple
 
 def _href(page_folder: Path, path: Path) -> str:
     return quote(os.path.relpath(path, page_folder))
+
+
+# ---- a site
+
+
+def site(root: Path, target: Path) -> int:
+    """Copy into `target` what a reader of <root>/index.html is led to: pages, executed notebooks, figures, tables, without
+    the machine's paths. A link to anything else (weights, logs) becomes text. Returns the number of files."""
+    root, found = root.resolve(), [Path("index.html")]
+    if target.resolve() == root:
+        raise StudyError(
+            "--site", f"{target}, where the record is", "another folder", "./run_all.sh report --site site"
+        )
+    texts = [path.read_text(encoding="utf-8") for path in root.rglob("*.ipynb")]  # which say where they were executed
+    made_in = {folder for text in texts for folder in re.findall(r'"input_path": "(.+)/notebooks/', text)}
+    folders = sorted({*made_in, str(root.parent), str(ROOT)}, key=len, reverse=True)
+
+    def link(page: Path, match: re.Match) -> str:
+        path = Path(os.path.normpath(page.parent / unquote(html.unescape(match[1])).partition("#")[0]))
+        if re.match(r"[a-z]+:|#", match[1]) or path in found:
+            return match[0]
+        if ".." in path.parts or path.suffix not in PUBLISHED or not (root / path).is_file():
+            return ""
+        found.append(path)
+        return match[0]
+
+    for path in found:  # which grows
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".png", ".pdf"):
+            shutil.copyfile(root / path, target / path)
+            continue
+        text = (root / path).read_text(encoding="utf-8")
+        for folder in folders:
+            text = text.replace(f"{folder}/", "")
+        text = re.sub(r' (?:href|src)="([^"]*)"', partial(link, path), text) if path.suffix == ".html" else text
+        write_text(target / path, text)
+    return len(found)
