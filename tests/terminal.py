@@ -1,5 +1,6 @@
 """A pseudo-terminal for tests."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -22,9 +23,10 @@ class Terminal:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             try:
-                self.written += os.read(self.ours, 4096).decode(errors="replace")
+                self.written += decoder.decode(os.read(self.ours, 4096))
             except OSError:
                 return
 

@@ -30,12 +30,17 @@ def duration(seconds: float) -> str:
 
 def rough(seconds: float) -> str:
     """A predicted time, as precise as predictions are."""
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours > 1.5 else f"{max(1, round(60 * hours))} min"
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes} min"
+
+
+def width() -> int:
+    """Characters of a line: the terminal's, where there is one."""
+    return min(WIDTH, Console().width) if sys.stdin.isatty() else WIDTH
 
 
 def clip(text: str) -> str:
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+    return text if len(text) <= width() else f"{text[: width() - 1]}…"
 
 
 def some(names: list[str], most: int = 3) -> str:
@@ -44,8 +49,7 @@ def some(names: list[str], most: int = 3) -> str:
 
 def say(text: str) -> None:
     """Print it in lines that fit, the later ones indented."""
-    width = min(WIDTH, Console().width) if sys.stdin.isatty() else WIDTH
-    print(textwrap.fill(text, width, subsequent_indent=" " * 12, break_long_words=False), flush=True)
+    print(textwrap.fill(text, width(), subsequent_indent=" " * 12, break_long_words=False), flush=True)
 
 
 def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
@@ -209,8 +213,7 @@ class Live:
         text, lines, share = self.state(now := time.monotonic())
         if self.block:
             self.copy()
-            width = min(60, self.block.console.width)
-            bar = f"{'━' * round(width * share):─<{width}}"
+            bar = f"{'━' * round(min(60, width()) * share):─<{min(60, width())}}"
             block = Text("\n".join([bar, text, *lines[:5]]), no_wrap=True, overflow="ellipsis")
             self.block.update(block, refresh=True)
         if is_due := now - self.last >= 30:
@@ -248,7 +251,7 @@ class Live:
 
 def print_table(steps: list) -> None:
     """What was executed, with the minutes of all its rounds, how many were not, and what went wrong."""
-    done = {step.title: step for step in steps if step.state not in ("", "cached", "postponed")}
+    done = {step.title: step for step in steps if step.state not in ("", "cached", "postponed", "blocked")}
     others = Counter({step.title: step.state or "not started" for step in steps if step.title not in done}.values())
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
     for title, step in done.items():
@@ -257,7 +260,8 @@ def print_table(steps: list) -> None:
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
         state = status.get("status", state) if state == "failed" else state
         print(f"{title:34} {state:11} {minutes:7.2f}  {value}")
-    print(*(f"and {n} {state}" for state, n in others.items()), sep="\n")
+    for state, n in others.items():
+        print(f"and {n} {state}")
     for step in done.values():
         if error := step.error:
             where = f" in cell {error['cell']}" if error["cell"] else ""
