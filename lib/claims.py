@@ -639,8 +639,7 @@ def evaluate(
             verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
             n = verdict.seeds_to_decide
-            text = f" Were the estimate true, {roughly(n)} seeds would decide it with 80 % chance." if n else ""
-            verdict.reason += text
+            verdict.reason += f" Were the estimate true, {roughly(n)} seeds would decide it (80 % chance)." if n else ""
     return verdicts
 
 

@@ -5,6 +5,7 @@ text. `save` writes its files. Figures are made without pyplot where that is pos
 """
 
 import base64
+import functools
 import html
 import io
 import itertools
@@ -154,14 +155,14 @@ def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = 
     return table.assign(diverged=diverged, value=values.mask(diverged, diverged_value))
 
 
-def t_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean over seeds; (nan, nan) with fewer than two."""
+def t_interval(values: Iterable[float], limits: tuple[float, float] = (-np.inf, np.inf)) -> tuple[float, float]:
+    """Student's 95 % interval of a mean over seeds, within `limits`; (nan, nan) with fewer than two."""
     from lib import stats  # with scipy
 
     seeds = pd.Series(values, dtype=float).dropna().to_numpy()
     if len(seeds) < 2:
         return np.nan, np.nan
-    low, high = stats.look_at(seeds[:, None]).interval(stats.bound_of((len(seeds),)))
+    low, high = np.clip(stats.look_at(seeds[:, None]).interval(stats.bound_of((len(seeds),))), *limits)
     return float(low), float(high)
 
 
@@ -214,11 +215,7 @@ def bars(
     colors = {name: own.color for name, own in look.items()}
     drawn, axes = canvas(height=4.2, title=title)
     place, words, points = axes[0, 0], [], []
-
-    def interval(values: Iterable[float]) -> tuple[float, float]:
-        low, high = np.clip(t_interval(values), *limits)
-        return float(low), float(high)
-
+    interval = functools.partial(t_interval, limits=limits)
     style = {"x": "category", "y": "value", "hue": by, "order": places, "hue_order": list(look), "palette": colors}
     style |= {"saturation": 1, "width": WIDE, "dodge": not alone, "legend": False, "ax": place}
     several = table[table.groupby(["category", by])["value"].transform("count") >= 3]

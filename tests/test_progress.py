@@ -80,9 +80,7 @@ def test_without_a_terminal_a_short_line_names_only_what_runs_and_what_has_ended
     assert len(thirty.published) == 2, "at the beginning, and as something ended"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(9, "1 min"), (200, "3 min"), (5000, "83 min"), (114540, "31.8 h")]
-)
+@pytest.mark.parametrize(("seconds", "said"), [(9, "1 min"), (200, "3 min"), (5000, "83 min"), (114540, "31.8 h")])
 def test_a_prediction_is_said_as_precisely_as_it_is_known(seconds, said):
     assert progress.rough(seconds) == said
 

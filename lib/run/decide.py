@@ -395,9 +395,8 @@ class Spending:
             seeds = claim.enough or last
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
             chance += f" (its last look is at {last})" if seeds > last else ""
-            price = (
-                f"about {seeds} {unit} and {progress.rough(self.cost([(claim, seeds)]))} more on this machine{chance}"
-            )
+            took = progress.rough(self.cost([(claim, seeds)]))
+            price = f"about {seeds} {unit} and {took} more on this machine{chance}"
             if seeds > claims.FAR:
                 price = f"{claims.roughly(seeds)} {unit} would decide it, far out of reach (its last look is at {last})"
             prices[claim.study][claim.id] = price
@@ -409,10 +408,8 @@ class Spending:
             record.write_json(self.folder(study) / "prices.json", own)
         late = [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]
         if late:  # they decide no claim: one line for all
-            names, took = (
-                progress.some([step.title for step in late]),
-                progress.rough(sum(step.seconds for step in late)),
-            )
+            names = progress.some([step.title for step in late])
+            took = progress.rough(sum(step.seconds for step in late))
             more = f"./run_all.sh full --scale {self.options.scale} --max-minutes M{plan.sets_of(late[0].run)}"
             self.left.append(f"what decides no claim ({names}), about {took} of one core:\n    {more}")
 

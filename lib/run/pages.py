@@ -41,11 +41,7 @@ def notebook_html(notebook: Path) -> Path:
     page of a run lists its members, each at the anchor of its name."""
     import nbformat
 
-    page, folder, source = (
-        notebook.with_suffix(".html"),
-        notebook.resolve().parent,
-        nbformat.read(notebook, as_version=4),
-    )
+    page, folder, source = notebook.with_suffix(".html"), notebook.resolve().parent, nbformat.read(notebook, 4)
     links, status, name, method = [], read_json(folder / "status.json", {}), "", ""
     if root := next((p for p in folder.parents if p.name.split(",")[0] in FOLDERS), None):
         name = f"{folder.relative_to(root)} ({root.name})"
@@ -224,24 +220,17 @@ def _group(root: Path, study: Path) -> dict | None:
         "aggregated": aggregated,
         "figure": _figure(root, comparison) if mode == "full" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
-        "runs": [
-            {
-                "folder": p,
-                "status": _status(p, alive),
-                "members": members_of(p),
-                "audit": read_json(p / "audit.json", {}),
-            }
-            for p in folders
-        ],
+        "runs": [_run(path, alive) for path in folders],
         "provenance": next(filter(None, (read_json(p / "provenance.json") for p in (comparison, *folders))), {}),
     }
 
 
-def _status(run: Path, alive: bool) -> dict:
-    status = read_json(run / "status.json", {})
+def _run(folder: Path, alive: bool) -> dict:
+    status = read_json(folder / "status.json", {})
     if status.get("status") == "running":  # or its runner is gone
-        status |= {"line": progress.line(run)} if alive else {"status": "interrupted"}
-    return status
+        status |= {"line": progress.line(folder)} if alive else {"status": "interrupted"}
+    about = {"folder": folder, "status": status, "members": members_of(folder)}
+    return about | {"audit": read_json(folder / "audit.json", {})}
 
 
 def members_of(run: Path) -> list[dict]:

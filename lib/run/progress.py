@@ -300,10 +300,8 @@ def status(root: Path, studies: list[str] | None = None) -> int:
             continue
         if how == "running" and alive:
             said = line(path.parent.parent if sweep else path.parent) or "starting, or waiting for a slot"
-        elif how == "running":
+        elif how in ("running", "interrupted"):
             how, said = "interrupted", "its runner is gone; rerun the same command to resume"
-        elif how == "interrupted":
-            said += "  rerun the same command to resume"
         title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep
         print(clip(f"{title:34} {how:11} {said.splitlines()[0]}"))
         if error:
