@@ -32,6 +32,7 @@ CHANCE_LEVEL = 0.05  # one-sided, at which runs are shown to be above chance
 SHARE = 2 / 3  # of a claimed gain is what is tested
 MOST_DROPPED = 0.05  # of the questions may lack a score in some run
 MIN_PROCESSES = 8  # between which a ratio of times varies
+FAR = 100  # more seeds than this are out of reach, and their number is a guess
 UNITS = ("question", "problem", "example", "pair")  # the column that says what one score is about
 FINISHED = ("completed", "diverged")
 SIDES = ("treatment", "baseline")
@@ -664,8 +665,13 @@ def evaluate(
             verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
             n = verdict.seeds_to_decide
-            verdict.reason += f" Were the estimate true, about {n} seeds would decide it with 80 % chance." if n else ""
+            verdict.reason += f" Were the estimate true, {roughly(n)} seeds would decide it (80 % chance)." if n else ""
     return verdicts
+
+
+def roughly(seeds: int) -> str:
+    """A predicted number of seeds, as precise as such predictions are."""
+    return f"about {seeds}" if seeds <= FAR else "hundreds of" if seeds < 1000 else "thousands of"
 
 
 def _adjust(family: list[Verdict]) -> None:

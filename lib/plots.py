@@ -5,6 +5,7 @@ text. `save` writes its files. Figures are made without pyplot where that is pos
 """
 
 import base64
+import functools
 import html
 import io
 import itertools
@@ -154,14 +155,14 @@ def outcomes(members: pd.DataFrame, metric: str, diverged_value: float | None = 
     return table.assign(diverged=diverged, value=values.mask(diverged, diverged_value))
 
 
-def t_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean over seeds; (nan, nan) with fewer than two."""
+def t_interval(values: Iterable[float], limits: tuple[float, float] = (-np.inf, np.inf)) -> tuple[float, float]:
+    """Student's 95 % interval of a mean over seeds, within `limits`; (nan, nan) with fewer than two."""
     from lib import stats  # with scipy
 
     seeds = pd.Series(values, dtype=float).dropna().to_numpy()
     if len(seeds) < 2:
         return np.nan, np.nan
-    low, high = stats.look_at(seeds[:, None]).interval(stats.bound_of((len(seeds),)))
+    low, high = np.clip(stats.look_at(seeds[:, None]).interval(stats.bound_of((len(seeds),))), *limits)
     return float(low), float(high)
 
 
@@ -195,7 +196,7 @@ def bars(
     ylabel: str = "",
     known: Mapping[str, Look] | None = None,
     diverged_value: float | None = None,
-    floor: float = 0.0,
+    limits: tuple[float, float] = (0.0, np.inf),
     reference: tuple[float, str] | None = None,
     boxes: bool = False,
 ) -> Drawing:
@@ -203,7 +204,8 @@ def bars(
     has one): the mean with Student's 95 % interval over seeds, or with `boxes` a box from three seeds on; every seed as
     a point, a diverged seed as a cross.
 
-    floor: the lowest possible value of the metric, where bars start; reference: a level and its name.
+    limits: the lowest possible value of the metric, where bars start, and the highest; no interval is drawn beyond them.
+    reference: a level and its name.
     """
     xlabel, ylabel = xlabel or x, ylabel or metric.replace("_", " ")
     table = outcomes(members, metric, diverged_value, x, by, "seed")
@@ -213,6 +215,7 @@ def bars(
     colors = {name: own.color for name, own in look.items()}
     drawn, axes = canvas(height=4.2, title=title)
     place, words, points = axes[0, 0], [], []
+    interval = functools.partial(t_interval, limits=limits)
     style = {"x": "category", "y": "value", "hue": by, "order": places, "hue_order": list(look), "palette": colors}
     style |= {"saturation": 1, "width": WIDE, "dodge": not alone, "legend": False, "ax": place}
     several = table[table.groupby(["category", by])["value"].transform("count") >= 3]
@@ -220,14 +223,13 @@ def bars(
         sns.boxplot(several, showfliers=False, fill=False, gap=0.2, linewidth=1.3, **style)
     elif not boxes and table["value"].notna().any():
         line = {"color": INK, "linewidth": 1.3}
-        sns.barplot(table, errorbar=t_interval, gap=0.08, alpha=0.4, err_kws=line, **style)
-        place.set_ylim(bottom=floor)
+        sns.barplot(table, errorbar=interval, gap=0.08, alpha=0.4, err_kws=line, **style)
     for i, (name, own) in enumerate(look.items()):
         for category, cell in table[table[by] == name].groupby("category", sort=False):
             middle = places.index(category) + (0 if alone else WIDE * ((i + 0.5) / len(look) - 0.5))
             across = middle + WIDE / 4 / len(look) * (np.linspace(-1, 1, len(cell)) if len(cell) > 1 else np.zeros(1))
             points += [_mark(place, at, row, own) for at, row in zip(across, cell.to_dict("records"), strict=True)]
-            seeds, diverged, (low, high) = cell["value"].dropna(), cell["diverged"].sum(), t_interval(cell["value"])
+            seeds, diverged, (low, high) = cell["value"].dropna(), cell["diverged"].sum(), interval(cell["value"])
             text = f"mean {number(seeds.mean())} (seeds {', '.join(map(number, seeds))})" if len(seeds) else "no value"
             text += f", 95 % interval {number(low)} to {number(high)}" if np.isfinite(low) else ""
             text += f", {diverged} of {len(cell)} diverged" if diverged else ""
@@ -236,6 +238,8 @@ def bars(
                 over = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
                 place.annotate(number(seeds.mean()), (middle, np.nanmax([high, *seeds])), (0, 3), **over)
     place.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(places)), xticklabels=places)
+    if not boxes and table["value"].notna().any():
+        place.set_ylim(bottom=limits[0])  # its top is where the highest point is
     if reference is not None:
         reference_line(place, *reference)
         words.append(f"{reference[1]}: {number(reference[0])}.")

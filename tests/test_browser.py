@@ -29,6 +29,13 @@ CONTRAST = """
   return bad;
 })()
 """
+# What goes on beyond its edge, and neither says so nor shows a shadow there.
+UNCUED = """
+[...document.querySelectorAll('body *')].filter(e => e.scrollWidth > e.clientWidth + 1
+    && /auto|scroll/.test(getComputedStyle(e).overflowX) && e.offsetParent && !e.matches('pre, math'))
+  .filter(e => !/gradient/.test(getComputedStyle(e).backgroundImage) && !/swipe/.test(getComputedStyle(e, '::before').content))
+  .map(e => e.outerHTML.slice(0, 80))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,22 @@ def test_pages_ask_for_nothing_and_fit(page, index, width, dark):
         assert [a for a in page.asked if a != url and not a.startswith("data:")] == []
         assert page.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         assert page.ask(CONTRAST) == []
+        assert page.ask(UNCUED) == [], "what is cut has no cue"
+    page.open(index.replace("index.html", "method/td_dpo.html"), width=width, dark=dark)
+    assert page.ask("document.documentElement.scrollWidth") <= width
+    assert page.reported == []
+
+
+def test_a_phone_sees_a_card_whole_and_a_cue_where_a_figure_goes_on(page, index):
+    page.open(index, width=390)
+    box = "(e => [e.left, e.right])(document.querySelector('%s').getBoundingClientRect())"
+    for part in (".card", ".card svg", ".card h4"):
+        left, right = page.ask(box % part)
+        assert 0 <= left < right <= 390, part
+    assert page.ask("document.querySelector('figure').scrollWidth > 390")
+    assert "swipe" in page.ask("getComputedStyle(document.querySelector('figure'), '::before').content")
+    page.open(index, width=1280)
+    assert page.ask("getComputedStyle(document.querySelector('figure'), '::before').content") == "none"
 
 
 def test_runs_are_sorted_and_filtered_by_keyboard(page, index):

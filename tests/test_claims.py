@@ -343,7 +343,7 @@ def test_an_open_claim_says_what_would_decide_it():
     found = judge_one({}, *against(around(0.3, seed_sd=0.5)))
     assert (found.verdict, found.next_look) == ("inconclusive", 12)
     assert 0 < found.chance < 1
-    assert f"about {found.seeds_to_decide} seeds would decide it with 80 % chance" in found.reason
+    assert f"about {found.seeds_to_decide} seeds would decide it (80 % chance)" in found.reason
     at_threshold = judge_one({}, *against(around(0.2)[:5]))
     assert (at_threshold.seeds_to_decide, "would decide" in at_threshold.reason) == (None, False)
 

@@ -4,6 +4,7 @@ record, so that nothing is trained twice and a kill costs nothing."""
 import argparse
 import os
 import signal
+import time
 import types
 
 import pytest
@@ -397,3 +398,31 @@ def test_an_unknown_claim_is_named_with_those_there_are(capsys):
     assert "no claim C99 at paper scale" in said.err
     assert "td_dpo/C1, td_dpo/C2, td_dpo/C4, td_dpo/C5, td_dpo/C6" in said.err
     assert not said.out
+
+
+def test_a_round_says_how_much_comes_after_it(study):
+    """The first verdict: the other first looks and the budget; the first looks: the budget alone; then what is left."""
+    spending = spending_of(study, max_minutes=10)
+    rounds = spending.rounds()
+    first, looks = next(rounds), next(rounds)
+    assert (first.what, looks.what) == ("first verdict", "first looks")
+    assert looks.after == 600.0
+    assert first.after > 600.0
+    spending.until = time.monotonic() + 100.0
+    assert 0 < spending.later([]) <= 100.0
+    without = decide.Spending(options_of(command="decide"), study.runs, study.runs, slots=2)
+    assert without.later([]) == 0.0, "without a budget nothing more is known"
+
+
+def test_a_number_of_seeds_that_nobody_trains_is_no_price(study):
+    study.open["C3"] = 4, 0.5
+    study.go(max_minutes=0.01)
+    spending = spending_of(study)
+    row = next(row for row in record.read_json(spending.folder("td_dpo") / "claims.json") if row["id"] == "C3")
+    rows = [{**row, "seeds_to_decide": 4339, "decided": False}]
+    record.write_json(spending.folder("td_dpo") / "claims.json", rows)
+    spending.list_left()
+    (said,) = record.read_json(spending.folder("td_dpo") / "prices.json").values()
+    assert said.startswith("thousands of seeds would decide it, far out of reach")
+    assert "4339" not in said
+    assert sum("decide --scale" in line for line in spending.left) <= 1, "a command is said once for all its claims"

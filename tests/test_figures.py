@@ -142,7 +142,7 @@ def drawings() -> dict:
             curves, "validation_implicit_accuracy", title="Accuracy", by="method", panel="beta", known=LOOKS
         ),
         "box": figures.bars(ARMS, "oracle_score", boxes=True, title="Box", **over),
-        "bars": figures.bars(ARMS, "oracle_score", title="Bars", floor=1, reference=reference, **over),
+        "bars": figures.bars(ARMS, "oracle_score", title="Bars", limits=(1, 10), reference=reference, **over),
         "claims": figures.claims(CLAIMS),
     }
 
@@ -260,7 +260,7 @@ def test_empty_tables_draw_without_error(tmp_path):
     empty = figures.learning_curves(HISTORY, "sampled_kl", title="KL", by="method", panel="beta")
     assert len(figures.save(empty, tmp_path, "comparison_kl").data) == 0
     lost = ARMS.assign(oracle_score=None)
-    assert "no value" in figures.bars(lost, "oracle_score", title="Bars", floor=1, **OVER_BETA).alt
+    assert "no value" in figures.bars(lost, "oracle_score", title="Bars", limits=(1, 10), **OVER_BETA).alt
     nothing = pd.DataFrame()  # what lib.record gives where no member has finished
     for drawing in (
         figures.bars(nothing, "oracle_score", title="t", **OVER_BETA),
@@ -359,3 +359,15 @@ def test_figures_are_named_after_their_run_or_the_comparison():
             folder, _, name = call.partition('folder / "figures",')
             assert len(folder) < 700, f"{path}: a figure somewhere else"
             assert name.lstrip().startswith(start), f"{path}: {name[:60]}"
+
+
+def test_no_interval_is_drawn_or_said_beyond_what_the_metric_can_be():
+    """Two seeds near the top: Student's interval reaches far beyond 10."""
+    two = pd.DataFrame({"method": "dpo", "beta": 0.1, "seed": [1, 2], "status": "completed", "score": [9.0, 9.9]})
+    assert figures.t_interval(two["score"])[1] > 15
+    drawing = figures.bars(two, "score", title="Bars", limits=(1, 10), **OVER_BETA)
+    place = drawing.canvas.axes[0]
+    assert max(line.get_ydata().max() for line in place.lines) <= 10
+    assert drawing.alt.endswith("95 % interval 3.73 to 10.")
+    assert place.get_ylim()[0] == 1
+    assert place.get_ylim()[1] > 9.9, "every point lies on the axes"

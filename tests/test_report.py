@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lib import plots
-from lib.run import pages
+from lib.run import pages, runner
 from lib.run.pages import ASSETS, mathml, render
 from tests.conftest import ROOT
 
@@ -205,8 +205,56 @@ def test_a_page_in_the_outputs_folder_leads_to_the_index(tmp_path):
     page = Page(pages.notebook_html(folder / "run.ipynb").read_text())
     *_, method = hrefs = [a["href"] for a in page.all("a")]
     assert hrefs[1:3] == ["../../../index.html", "run.ipynb"]
-    assert (folder / method).resolve() == ROOT / "notebooks" / "td_dpo" / "METHOD.md"
+    assert (folder / method).resolve() == (tmp_path / "outputs" / "method" / "td_dpo.html").resolve()
+    assert "To do again what has changed: ./run_all.sh full --study td_dpo --run dpo" in page.text
+    assert "--force" not in page.text, "without members there is nothing to train again"
+    write(folder / "members" / "beta0.05-s42" / "done.json", {"status": "completed"})
+    page = Page(pages.notebook_html(folder / "run.ipynb").read_text())
     assert "./run_all.sh full --study td_dpo --run dpo --force" in page.text
+    assert not re.search(r"\brm\b", page.text)
+
+
+def test_no_two_pages_have_one_title(outputs):
+    study = outputs / "laptop-full" / "td_dpo"
+    shared = notebook(v4.new_markdown_cell("# Does it work?"))
+    for path in (
+        study / "dpo" / "run",
+        study / "dpo" / "sweep" / "sweep",
+        study / "td_dpo" / "run",
+        study / "comparison" / "analysis",
+    ):
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(shared, path.with_suffix(".ipynb"))
+        pages.notebook_html(path.with_suffix(".ipynb"))
+    pages.index_html(outputs)
+    titles = [
+        re.findall("<title>(.*?)</title>", page.read_text())[0]
+        for page in outputs.rglob("*.html")
+        if "analysis" not in page.name
+    ]
+    assert len(titles) == len(set(titles)) > 4
+    assert "td_dpo/dpo (laptop-full): Does it work?" in titles
+
+
+def test_no_page_has_a_path_of_this_machine(tmp_path, monkeypatch):
+    """Of the record's own folder, wherever it was made, of the repository, and of who ran it."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    folder = tmp_path / "outputs" / "laptop-full" / "td_dpo" / "dpo"
+    folder.mkdir(parents=True)
+    made_in = "/data/elsewhere/outputs/laptop-full/td_dpo"
+    printed = f"{ROOT}/lib/training.py line 3, /home/somebody/pairs.jsonl"
+    cells = code(f'results_dir = "{made_in}"'), code("x", v4.new_output("stream", name="stdout", text=printed))
+    nb = notebook(*cells)
+    nb.metadata["papermill"] = {"parameters": {"results_dir": made_in}}
+    nbformat.write(nb, folder / "run.ipynb")
+    write(folder / "status.json", {"status": "failed", "error": {"exception": f"StudyError: {printed}"}})
+    write(folder / "audit.json", {"warnings": [f"{tmp_path}/outputs/laptop-full/x has a duplicate"]})
+    for page in (pages.notebook_html(folder / "run.ipynb"), pages.index_html(tmp_path / "outputs")):
+        text = page.read_text()
+        for path in (str(ROOT), "/home/somebody", "/data/elsewhere", str(tmp_path)):
+            assert path not in text, path
+        assert "lib/training.py line 3, ~/pairs.jsonl" in text
+    assert "outputs/laptop-full/td_dpo" in Page((folder / "run.html").read_text()).text
 
 
 # --- the index ---
@@ -269,6 +317,9 @@ def outputs(tmp_path):
                 "interval95": [-0.62, -0.33],
                 "holm_p": 1.0,
                 "reason": "it scores below",
+                "n_seeds": 5,
+                "minutes": 1.93,
+                "scored_by": "oracle score",
             },
             {"id": "C2", "verdict": "not_evaluated"},
             {"id": "C4", "verdict": "vacuous", "estimate": None, "interval95": [None, None]},
@@ -282,6 +333,7 @@ def outputs(tmp_path):
             "best_proposed": {"run_id": "td_dpo", "value": 7.02},
             "best_baseline": {"run_id": "dpo", "value": 7.95},
             "gap": -11.7,
+            "members": {"td_dpo": {"cell": "beta0.05-tau1", "chosen_on": "validation_accuracy"}},
         },
     )
     write(study / "comparison" / "analysis.html", "page")
@@ -305,7 +357,7 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
     page = assert_inert(pages.index_html(outputs).read_text(), TABLE)
     for said in (
         "TD-DPO, laptop scale",
-        "Exact-match accuracy at 30 min wall-clock: best proposed td_dpo",
+        "Exact-match accuracy at 30 min wall-clock of the cell that each run chose on validation accuracy, not on this",
         "GRAFF, laptop scale",
         "TD-DPO, laptop scale, trial",
         "✓ succeeded",
@@ -326,27 +378,118 @@ def test_the_index_lists_every_run_with_what_it_came_to(outputs):
     links = [a["href"] for a in page.all("a")]
     assert "laptop-full/td_dpo/dpo/run.html" in links
     assert "laptop-full/td_dpo/comparison/analysis.html" in links
-    for href in links:
+    papers = [href for href in links if href.startswith("https://arxiv.org/abs/")]
+    assert len(papers) > 4, "what it is compared with can be read"
+    assert "method/td_dpo.html" in links
+    for href in {*links} - {*papers}:
         assert href.startswith("#") or (outputs / href.replace("%20", " ").partition("#")[0]).exists(), href
 
 
 def test_claims_come_first_with_verdict_and_interval(outputs):
     text = pages.index_html(outputs).read_text()
     page = Page(text)
-    assert (
-        text.index("refuted")
-        < text.index("<figure>")
-        < text.index("<caption>Runs.")
-        < text.index("<summary>Provenance")
-    )
+    places = ('class="card refuted"', "<figure>", "<caption>Runs.", "<summary>Provenance")
+    assert sorted(places, key=text.index) == list(places)
     assert "−0.620 to −0.330" in page.text
+    assert "5 seeds · 1.9 core-minutes · laptop scale · oracle score" in page.text
     assert "−0.471" in page.text
     assert "it scores below" in page.text
     assert "1 claim not evaluated here" in page.text
     assert len(page.all("details")) > 1
-    assert [a["class"] for a in page.all("span")].count("verdict not-evaluated") == 1  # a trial's claims are not shown
-    assert "best proposed td_dpo 7.02, best baseline dpo 7.95, gap −11.7 %." in page.text
+    shown = [a.get("class") for a in page.all("span")]
+    assert shown.count("verdict not-evaluated") == 1  # a trial's claims are not shown
+    assert "best proposed td_dpo 7.02 (beta0.05-tau1), best baseline dpo 7.95, gap −11.7 %." in page.text
     assert "A trial shows that every run starts" in page.text
+
+
+def test_words_are_defined_before_they_are_used(outputs):
+    text = pages.index_html(outputs).read_text()
+    defined = ", ".join(re.findall("<dt>(.*?)</dt>", text)).split(", ")
+    before = Page(text.split("<dl>")[0].split("<body>")[1]).text
+    for word in ("supported", "inconclusive", "vacuous", "oracle score", "verifier score", "member", "trial"):
+        assert word in defined, word
+        assert word == "supported" or word not in before, word  # that one is said of the drawing
+
+
+@pytest.mark.parametrize(
+    ("test", "estimate", "ends", "tested", "shaded"),
+    [
+        ("superiority", 2.0, [1.0, 3.0], 1.5, (1.5, None)),
+        ("non_inferiority", -0.1, [-0.4, 0.2], 0.3, (-0.3, None)),
+        ("equivalence", 0.1, [-0.1, 0.3], 0.5, (-0.5, 0.5)),
+        ("cost_ratio", 1.1, [1.05, 1.15], 1.02, (None, 1.02)),
+        ("superiority", 2.0, [None, 3.0], 1.5, (1.5, None)),
+        ("superiority", 0.0, [0.0, 0.0], 0.0, (0.0, None)),
+    ],
+)
+def test_an_interval_is_drawn_to_scale_with_what_supports_the_claim(tmp_path, test, estimate, ends, tested, shaded):
+    claim = {
+        "id": "C1",
+        "verdict": "supported",
+        "test": test,
+        "estimate": estimate,
+        "interval95": ends,
+        "tested": tested,
+    }
+    write(tmp_path / "laptop-full" / "td_dpo" / "comparison" / "claims.json", [claim])
+    page = Page(pages.index_html(tmp_path).read_text())
+    (bar,) = [a for a in page.all("line") if a["class"] == "bar"]
+    (nothing,) = [a for a in page.all("line") if a["class"] == "nothing"]
+    (region,) = [a for a in page.all("rect") if a["class"] == "claimed"]
+    (dot,) = [a for a in page.all("rect") if a["class"] == "dot"]
+    none = 1.0 if "ratio" in test else 0.0
+    known = [v for v in (estimate, *ends, none, *shaded) if v is not None]
+
+    def place(value, otherwise=None):
+        return otherwise if value is None else 20 + 260 * (value - min(known)) / ((max(known) - min(known)) or 1)
+
+    assert (float(bar["x1"]), float(bar["x2"])) == pytest.approx((place(ends[0], 0), place(ends[1], 300)), abs=0.1)
+    assert float(nothing["x1"]) == pytest.approx(place(none), abs=0.1)
+    assert float(dot["x"]) + 4.5 == pytest.approx(place(estimate), abs=0.1)
+    left, right = float(region["x"]), float(region["x"]) + float(region["width"])
+    assert (left, right) == pytest.approx((place(shaded[0], 0), place(shaded[1], 300)), abs=0.1)
+    assert all(0 <= x <= 300 for x in (left, right, float(bar["x1"]), float(bar["x2"])))
+
+
+def test_the_index_is_there_from_the_first_minute_with_what_runs(tmp_path):
+    """Before anything has left a record, and while it runs."""
+    from lib.run import progress
+
+    root = tmp_path / "laptop-full"
+    with progress.lock(root):
+        page = assert_inert(pages.index_html(tmp_path).read_text(), TABLE)
+        assert "Running now, laptop-full: it has just begun" in page.text
+        write(
+            root / "progress.json",
+            {"text": "[1m00s] first looks: 3 of 14 notebooks done", "lines": ["graff/graff: step 3"]},
+        )
+        write(root / "td_dpo" / "dpo" / "status.json", {"run_id": "dpo", "status": "running"})
+        write(root / "td_dpo" / "dpo" / "progress.json", {"phase": "preparing", "step": 3, "steps": 9})
+        page = assert_inert(pages.index_html(tmp_path).read_text(), TABLE)
+        for said in (
+            "3 of 14 notebooks done",
+            "graff/graff: step 3",
+            "… running",
+            "base model step 3/9",
+            "No verdict yet",
+        ):
+            assert said in page.text, said
+    page = Page(pages.index_html(tmp_path).read_text())
+    assert "Running now" not in page.text
+    assert "interrupted" in page.text
+
+
+def test_a_run_writes_the_index_and_survives_one_that_cannot_be_written(tmp_path, monkeypatch):
+    mine = runner.Runner([], 1, root=tmp_path / "laptop-full")
+    mine.publish({"text": "[0m00s] 0 of 1 notebooks done"})
+    assert "<h1>" in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "laptop-full" / "progress.json").exists()
+
+    def fails(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(pages, "index_html", fails)
+    mine.publish({})
 
 
 def test_the_main_figure_is_the_primary_metrics_with_its_words(outputs):

@@ -202,20 +202,6 @@ def test_who_only_looks_for_a_runner_keeps_none_out(tmp_path):
     assert not progress.is_running(tmp_path)
 
 
-def test_status_of_a_runner_that_is_gone_is_interrupted(tmp_path, capsys):
-    root = tmp_path / "outputs"
-    record.write_json(
-        root / "td_dpo" / "tiny" / "status.json", {"run_id": "tiny", "study": "td_dpo", "status": "running"}
-    )
-    progress.status(root)
-    assert "interrupted" in capsys.readouterr().out
-    with progress.lock(root):
-        progress.status(root)
-        assert "running" in capsys.readouterr().out
-    progress.status(root)
-    assert "its runner is gone" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("error", "code", "reported", "not_told"), [
     (OSError(errno.ENOSPC, "No space left on device"), 3, "writing a file: No space left on device", "None"),
     (OSError(errno.EROFS, "Read-only file system", "/o/x"), 3, "/o/x: Read-only file system", "None"),
@@ -356,102 +342,6 @@ def test_an_analysis_of_runs_that_left_no_record_says_so(pool_socket, tmp_path, 
     assert {claim["verdict"] for claim in record.read_json(tmp_path / "comparison" / "claims.json")} == {
         "not evaluated"
     }
-
-
-# --------------------------------------------------------------------------------------------------------- what is
-# shown
-
-
-def test_a_line_says_member_step_loss_and_when_it_will_end(tmp_path):
-    def line(**state):
-        record.write_json(tmp_path / "progress.json", state)
-        return progress.line(tmp_path)
-
-    assert progress.line(tmp_path / "none") == "", "it starts"
-    assert line(phase="preparing", step=40, steps=300, loss=3.21) == "preparing, base model step 40/300, loss 3.210"
-    waiting = {"phase": "training", "done": 0, "members": 6, "running": [], "elapsed": 0.0}
-    assert line(**waiting) == "", "it waits for a slot"
-    running = [{"member": "a", "step": 30, "steps": 60, "loss": 0.5}, {"member": "b", "steps": 60}]
-    assert line(**waiting | {"done": 2, "running": running, "elapsed": 50.0}) == (
-        "member 3-4 of 6, step 30/60, loss 0.500, ETA 1m10s"
-    )  # 2.5 of 6 members in 50 s: 20 s each
-    assert line(**waiting | {"running": [{"member": "a", "step": 3}]}) == "member 1 of 6, step 3"
-    assert line(phase="measuring step cost") == "measuring step cost"
-    assert line(phase="recording", done=6, members=6, running=[]) == "recording"
-
-
-@pytest.fixture
-def thirty(tmp_path, tiny):
-    """A runner of thirty notebooks of 100 s, of which three are executed, and one of these trains."""
-    steps = [
-        plan.Step("train", "td_dpo", f"run number {i}", tmp_path, tmp_path / str(i), {}, "", "never run", tiny())
-        for i in range(30)
-    ]
-    for step in steps[:3]:
-        state = {"phase": "training", "done": 0, "members": 2, "running": [], "elapsed": 30.0}
-        record.write_json(step.folder / "progress.json", state)
-    running = [{"member": "a", "step": 5, "steps": 10, "loss": 0.25}]
-    record.write_json(steps[0].folder / "progress.json", {**state, "done": 1, "running": running})
-    record.write_json(steps[1].folder / "progress.json", {"phase": "preparing"})
-    for step in steps:
-        step.state, step.seconds = "running" if step in steps[:3] else "", 100.0
-    return types.SimpleNamespace(steps=steps, slots=2)
-
-
-def test_without_a_terminal_a_short_line_names_only_what_runs_and_what_has_ended(thirty, capsys):
-    live = progress.Live(thirty)
-    live.show()
-    said = capsys.readouterr().out
-    first = "td_dpo/run number 0: member 2 of 2, step 5/10, loss 0.250, ETA"
-    assert said.startswith(f"[0m00s] 0 of 30 notebooks done, about 25m00s left | {first}")
-    assert said.endswith("…\n")
-    assert len(said) == 121
-    thirty.steps[0].state = "failed"
-    live.show()
-    assert capsys.readouterr().out == "  td_dpo/run number 0 failed in 0.0 min\n", "and no other line within 30 s"
-
-
-def test_a_terminal_has_a_block_with_a_bar_and_what_runs(thirty, monkeypatch, capsys):
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "60"}.items():
-        monkeypatch.setenv(name, value)
-    live = progress.Live(thirty)
-    live.show()
-    live.close()
-    live.close()  # in whatever order a run ends
-    lines = capsys.readouterr().out.splitlines()
-    text = next(line for line in lines if "notebooks done" in line)
-    assert "━" in lines[lines.index(text) - 1]
-    assert "td_dpo/run number 0: member 2 of 2" in lines[lines.index(text) + 1]
-    assert not any("run number 2" in line for line in lines), "it waits"
-
-
-def test_the_time_left_follows_how_quickly_the_planned_work_was_done(thirty):
-    live = progress.Live(thirty)
-    done, seconds = live.forecast(60.0)
-    assert (done, seconds) == pytest.approx((0.75 / 30, 30 * 100.0 / 2 - 60)), "too little is done to tell: as planned"
-    for step in thirty.steps[3:18]:
-        step.state = "succeeded"
-    done, seconds = live.forecast(630.0)
-    assert done == pytest.approx(15.75 / 30)
-    assert seconds == pytest.approx(630.0 * 14.25 / 15.75)
-
-
-def test_a_run_whose_pilots_have_ended_does_not_begin_again_in_the_time_left(thirty):
-    live, step = progress.Live(thirty), thirty.steps[2]
-    step.members, thirty.steps[:] = 18, [step]
-    live.to_do, found = [step], []
-    for state in (
-        {"phase": "preparing"},
-        {"phase": "training", "pilots": True, "done": 4, "members": 8, "running": []},
-        {"phase": "recording", "pilots": True, "done": 8, "members": 8, "running": []},
-        {"phase": "preparing"},  # of the others' seeds
-        {"phase": "training", "pilots": False, "done": 0, "members": 10, "running": []},
-        {"phase": "training", "pilots": False, "done": 5, "members": 10, "running": []},
-        {"phase": "recording", "pilots": False, "done": 10, "members": 10, "running": []},
-    ):
-        record.write_json(step.progress / "progress.json", state)
-        found.append(round(18 * live.forecast(600.0)[0]))
-    assert found == [0, 4, 8, 8, 8, 13, 18]
 
 
 def started(tmp_path, *arguments, **more):

@@ -292,7 +292,7 @@ def execute(options, runs: list, whole: list) -> int:
         spending = decide.Spending(options, runs, whole, slots)
         needs_secrets = full and (options.scale == "paper" or any(run.optuna.storage for run in runs))
         limits = {"fail_fast": options.fail_fast, "max_hours": options.max_hours}
-        engine, started = runner.Runner([], slots, keep_secrets=needs_secrets, **limits), time.time()
+        engine, started = runner.Runner([], slots, keep_secrets=needs_secrets, root=root, **limits), time.time()
         try:
             engine.run(announced(spending.rounds(), slots))
         finally:
@@ -304,7 +304,7 @@ def execute(options, runs: list, whole: list) -> int:
     index = pages.index_html(OUTPUTS)
     if full:
         last = {step.study: step for step in engine.steps if step.kind == "analysis"}
-        progress.print_verdicts(list(last.values()), priced=True)
+        progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")
     print(f"\n{os.path.relpath(index, os.getcwd())}")
@@ -320,8 +320,11 @@ def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Rou
         long = progress.format_forecast(plan.forecast(each.steps, slots), "about ") if to_do else "nothing to do"
         said = f"{to_do} of {len(each.steps)} notebooks to execute, {slots} members at a time; {long}"
         print(f"{each.what}{': ' * bool(each.what)}{said}")
+        why: dict[str, list[str]] = {}
         for step in each.steps:
-            print(f"  {step.title:32} {step.reason or 'cached: up to date'}", flush=True)
+            why.setdefault(step.reason.partition(": ")[2] or step.reason or "cached", []).append(step.title)
+        for reason, titles in why.items():
+            print(progress.clip(f"  {reason}: {progress.some(titles)}"), flush=True)
         yield each
 
 

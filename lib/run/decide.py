@@ -30,6 +30,7 @@ class Round(NamedTuple):
     what: str
     steps: list[plan.Step]
     until: float = math.inf  # by time.monotonic(): a step that is predicted to end later is postponed
+    after: float = 0.0  # predicted seconds of what comes after it
 
 
 class Open(NamedTuple):
@@ -160,7 +161,7 @@ class Spending:
         self.until = time.monotonic() + 60 * self.minutes
         for timed in (False, True):
             while found := self.next_look(timed):
-                yield found
+                yield found._replace(after=self.later(found.steps))
         if self.options.command != "decide" and not self.options.claims:
             yield self.rest()
         if self.options.command != "plan":
@@ -184,7 +185,8 @@ class Spending:
         if self.options.run or self.options.command == "decide" or not found:
             return None
         first = min(found, key=lambda claim: self.cost([(claim, claim.look)]))
-        return Round("first verdict", self.steps_of([first]))
+        steps = self.steps_of([first])  # what it trains is no part of what comes after
+        return Round("first verdict", steps, after=self.cost([(claim, claim.look) for claim in found]) + self.later([]))
 
     def first_looks(self) -> Round:
         """The arms of all claims. All of a run that --run names, and of a study none of whose claims can be judged."""
@@ -207,7 +209,12 @@ class Spending:
         if self.options.command == "decide" and (old := next((step for step in steps if step.members), None)):
             expected = "a record of the first look, up to date"
             raise StudyError(f"decide: {old.title}", old.reason, expected, old.command)
-        return Round("first looks", steps)
+        return Round("first looks", steps, after=self.later([]))
+
+    def later(self, steps: list[plan.Step]) -> float:
+        """Seconds of the budget that are left after these steps; 0 where there is none."""
+        left = min(self.until - time.monotonic(), 60 * self.minutes)
+        return max(0.0, left - plan.forecast(steps, self.slots).wall_seconds) if math.isfinite(left) else 0.0
 
     def next_look(self, timed: bool) -> Round | None:
         """Of the cheapest open claim, and of those whose decision is expected to fit in with it."""
@@ -389,26 +396,30 @@ class Spending:
 
     def list_left(self) -> None:
         """What open claims would take, for the pages too, and what there was no time for."""
-        prices = {study: {} for study in self.published}
+        prices, commands = {study: {} for study in self.published}, {}
         for claim in (each for timed in (False, True) for each in self.open_claims(timed)):
             last, unit = self.looks_of(claim.study)[-1], "processes" if claim.is_timed else "seeds"
             seeds = claim.enough or last
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
             chance += f" (its last look is at {last})" if seeds > last else ""
-            price = f"about {seeds} {unit} and {progress.duration(self.cost([(claim, seeds)]))} more on this machine{chance}"
+            took = progress.rough(self.cost([(claim, seeds)]))
+            price = f"about {seeds} {unit} and {took} more on this machine{chance}"
+            if seeds > claims.FAR:
+                price = f"{claims.roughly(seeds)} {unit} would decide it, far out of reach (its last look is at {last})"
             prices[claim.study][claim.id] = price
             if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
-                self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
+                commands.setdefault(command + plan.sets_of(claim.arms[0][0]), []).append(claim.name)
+        self.left += [f"{', '.join(names)}: {command}" for command, names in commands.items()]
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)
         late = [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]
         if late:  # they decide no claim: one line for all
-            names = ", ".join(step.title for step in late[:3]) + (f" and {len(late) - 3} more" if len(late) > 3 else "")
-            took = progress.duration(sum(step.seconds for step in late))
-            minutes = math.ceil(sum(step.seconds for step in late) / 60)  # enough on one slot
+            names = progress.some([step.title for step in late])
+            took = sum(step.seconds for step in late)
+            minutes = math.ceil(took / 60)  # enough on one slot
             more = f"./run_all.sh full --scale {self.options.scale} --max-minutes {minutes}{plan.sets_of(late[0].run)}"
-            self.left.append(f"what decides no claim ({names}), about {took} of one core: {more}")
+            self.left.append(f"what decides no claim ({names}), about {progress.rough(took)} of one core:\n    {more}")
 
 
 def _title(run) -> str:

@@ -44,18 +44,42 @@ def notebook_html(notebook: Path) -> Path:
     page of a run lists its members, each at the anchor of its name."""
     import nbformat
 
-    page, folder = notebook.with_suffix(".html"), notebook.resolve().parent
-    links = [("This notebook", quote(notebook.name))]
+    page, folder, source = notebook.with_suffix(".html"), notebook.resolve().parent, nbformat.read(notebook, 4)
+    links, status, name, method = [], read_json(folder / "status.json", {}), "", ""
     if root := next((p for p in folder.parents if p.name.split(",")[0] in FOLDERS), None):
-        links.insert(0, ("All studies", _href(folder, root.parent / "index.html")))
-    status = read_json(folder / "status.json", {})
-    command = status.get("command", "")
+        name = f"{folder.relative_to(root)} ({root.name})"
+        links.append(("All studies", _href(folder, root.parent / "index.html")))
+        method = _href(folder, root.parent / "method" / f"{status.get('study')}.html")
     members = members_of(folder) if page.name == "run.html" else []
-    about = {"command": command and f"{command} --force", "links": links, "members": members}
-    text = render(nbformat.read(notebook, as_version=4), title=page.stem, files=partial(_links, folder), **about)
-    method = _href(folder, ROOT / "notebooks" / status.get("study", "") / "METHOD.md")  # beside the notebook's source
-    write_text(page, redact(text.replace('href="METHOD.md"', f'href="{method}"')))
+    about = {"command": status.get("command", ""), "links": [*links, ("This notebook", quote(notebook.name))]}
+    text = render(source, title=page.stem, name=name, files=partial(_links, folder), members=members, **about)
+    made_in = Path(source.metadata.get("papermill", {}).get("parameters", {}).get("results_dir") or "results").parents
+    write_text(page, anonymous(text.replace('href="METHOD.md"', f'href="{method}"'), *made_in[2:3]))
     return page
+
+
+def anonymous(text: str, *folders: Path) -> str:
+    """Without secrets and without paths of the machine: what lies in `folders`, in the repository or at home is named
+    from there."""
+    for folder in (*folders, ROOT, Path.home()):
+        text = text.replace(f"{folder}/", "~/" if folder == Path.home() else "") if len(folder.parts) > 1 else text
+    return redact(text)
+
+
+def method_html(root: Path, study: str) -> list[tuple[str, str]]:
+    """Write <root>/method/<study>.html, what was published and what is done instead; (text, href) of it and of the papers
+    that it names, as seen from `root`."""
+    from nbformat import v4
+
+    source, page = ROOT / "notebooks" / study / "METHOD.md", root / "method" / f"{study}.html"
+    if not source.exists():
+        return []
+    text = source.read_text(encoding="utf-8")
+    if not page.exists() or page.stat().st_mtime < source.stat().st_mtime:
+        cell = v4.new_markdown_cell(re.sub(r"\[([^]]*)\]\((?!http|#)[^)]*\)", r"\1", text))  # files that are not here
+        write_text(page, render(v4.new_notebook(cells=[cell]), title=study, links=[("All studies", "../index.html")]))
+    papers = re.findall(r"\[([^]]*)\]\((https://arxiv\.org/[^)]*)\)", text)
+    return [("What was published, what is done instead", quote(f"method/{page.name}")), *papers]
 
 
 def render(notebook, *, title: str, **about) -> str:
@@ -70,8 +94,8 @@ def render(notebook, *, title: str, **about) -> str:
     text = "\n\n".join(_markdown(cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
     heads = [(e.name, e.get_text().strip(), e["id"]) for e in BeautifulSoup(text, "html.parser")(["h1", "h2"])]
     page = {
-        "title": next((text for name, text, _ in heads if name == "h1"), title),
-        "contents": [(text, anchor) for name, text, anchor in heads if name == "h2"],
+        "title": next((text for tag, text, _ in heads if tag == "h1"), title),
+        "contents": [(text, anchor) for tag, text, anchor in heads if tag == "h2"],
         "css": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "policy": POLICY,
         **about,
@@ -152,11 +176,13 @@ def index_html(outputs_root: str | Path) -> Path:
 
     from lib.plots import number
 
-    root, groups = Path(outputs_root), []
+    root, groups, working = Path(outputs_root), [], []
     for folder in [p for name in FOLDERS for p in (root / name, *sorted(root.glob(f"{name},*"))) if p.is_dir()]:
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         with_records = [group for study in studies if (group := _group(root, study))]
         groups += sorted(with_records, key=lambda group: not group["claims"])  # what has verdicts before what has none
+        if progress.is_running(folder):
+            working.append({"folder": folder.name, "at": time.time(), **read_json(folder / "progress.json", {})})
     script = (ASSETS / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     loader = jinja2.FileSystemLoader(ASSETS)
@@ -164,12 +190,13 @@ def index_html(outputs_root: str | Path) -> Path:
     environment.filters |= {"number": number, "utc": lambda at: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))}
     text = environment.get_template("index.html.j2").render(
         groups=groups,
+        working=working,
         files=partial(_links, root),
         css=(ASSETS / "style.css").read_text(encoding="utf-8"),
         script=script,
         policy=f"{POLICY}; script-src 'sha256-{digest}'",
     )
-    write_text(root / "index.html", redact(text))
+    write_text(root / "index.html", anonymous(text, root.absolute().parent))
     return root / "index.html"
 
 
@@ -182,32 +209,31 @@ def _group(root: Path, study: Path) -> dict | None:
         return None
     own, _, variation = study.parent.name.partition(",")
     scale, _, mode = own.partition("-")
-    aggregated = read_json(comparison / "aggregated_metrics.json", {})
+    aggregated, alive = read_json(comparison / "aggregated_metrics.json", {}), progress.is_running(study.parent)
     return {
         "anchor": f"{study.parent.name}-{study.name}",
         "scale": scale,
         "mode": mode,
         "name": study.name.replace("_", "-").upper() + (f" ({variation})" if variation else ""),
         "folder": comparison,
+        "method": method_html(root, study.name),
         "status": read_json(comparison / "status.json", {}),
         "claims": read_json(comparison / "claims.json", []),
         "prices": read_json(comparison / "prices.json", {}),
         "aggregated": aggregated,
         "figure": _figure(root, comparison) if mode == "full" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
-        "runs": [
-            {"folder": p, "status": _status(p), "members": members_of(p), "audit": read_json(p / "audit.json", {})}
-            for p in folders
-        ],
+        "runs": [_run(path, alive) for path in folders],
         "provenance": next(filter(None, (read_json(p / "provenance.json") for p in (comparison, *folders))), {}),
     }
 
 
-def _status(run: Path) -> dict:
-    status = read_json(run / "status.json", {})
-    if status.get("status") == "running" and not progress.is_running(run.parent.parent):
-        status["status"] = "interrupted"  # its runner is gone
-    return status
+def _run(folder: Path, alive: bool) -> dict:
+    status = read_json(folder / "status.json", {})
+    if status.get("status") == "running":  # or its runner is gone
+        status |= {"line": progress.line(folder)} if alive else {"status": "interrupted"}
+    about = {"folder": folder, "status": status, "members": members_of(folder)}
+    return about | {"audit": read_json(folder / "audit.json", {})}
 
 
 def members_of(run: Path) -> list[dict]:

@@ -89,7 +89,7 @@ def remove_stale_folders() -> None:
 class Pool:
     """A running server. It lives as long as this object's pipe to it: a killed owner takes it along."""
 
-    def __init__(self, slots: int | None = None, *, bare: bool = False, keep_secrets: bool = False):
+    def __init__(self, slots: int | None = None, *, bare: bool = False, keep_secrets: bool = False, output=None):
         devices = gpus()
         self.slots = slots or len(devices) or cores()
         remove_stale_folders()
@@ -105,7 +105,8 @@ class Pool:
         environment.pop("STUDY_POOL", None)
         os.mkdir(environment["TMPDIR"])
         command = [sys.executable, "-P", "-c", "from lib.run.pool import serve; serve()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}  # of it and of its children
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         about = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare}
         self._say(json.dumps({**about, "secrets": record.secret_variables(os.environ)}))
         deadline = time.monotonic() + START_SECONDS

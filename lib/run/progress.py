@@ -5,7 +5,11 @@ import contextlib
 import math
 import os
 import shlex
+import sys
+import textwrap
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,16 +21,42 @@ from lib import config, hub, record
 from lib.errors import MissingError, StudyError
 from lib.run import plan, runs
 
+WIDTH = 120  # characters of a line
+
 
 def duration(seconds: float) -> str:
     minutes, rest = divmod(int(round(seconds)), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
+def rough(seconds: float) -> str:
+    """A predicted time, as precise as predictions are."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes} min"
+
+
+def width() -> int:
+    """Characters of a line: the terminal's, where there is one."""
+    return min(WIDTH, Console().width) if sys.stdin.isatty() else WIDTH
+
+
+def clip(text: str) -> str:
+    return text if len(text) <= width() else f"{text[: width() - 1]}…"
+
+
+def some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def say(text: str) -> None:
+    """Print it in lines that fit, the later ones indented."""
+    print(textwrap.fill(text, width(), subsequent_indent=" " * 12, break_long_words=False), flush=True)
+
+
 def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
     """The wall-clock of a forecast, in words; a lower bound where members train for as long as their data turns out to
     have."""
-    return f"{'more than ' if forecast.at_least else about}{duration(forecast.wall_seconds)}"
+    return f"{'more than ' if forecast.at_least else about}{rough(forecast.wall_seconds)}"
 
 
 # ---- before a run
@@ -130,112 +160,155 @@ def queued(step: plan.Step) -> int:
 
 class Live:
     """What a runner does: on a terminal a block that is rewritten in place, elsewhere a line now and then; above it a
-    line for each notebook as it ends, and the verdicts as they come."""
+    line for what has ended, and the verdicts as they come."""
 
     def __init__(self, runner):
-        self.runner, self.shown, self.started, self.last = runner, set(), time.monotonic(), 0.0
-        self.to_do = [step for step in runner.steps if step.state in ("", "running")]  # of this round
-        self.planned = plan.forecast(self.to_do, runner.slots)
+        self.runner, self.began, self.last, self.block = runner, time.monotonic(), -math.inf, None
+        self.verdicts: set[str] = set()  # those that were printed
+        self.printed, self.pipe = b"", (-1, None)  # by children, whose output comes above the block too
+
+    def begin(self, what: str = "", after: float = 0.0) -> None:
+        """A round, after which so many seconds are predicted for others."""
+        self.what, self.after, self.started = what.partition(" for ")[0], after, time.monotonic()
+        self.to_do = [step for step in self.runner.steps if step.state in ("", "running")]
+        self.planned = plan.forecast(self.to_do, self.runner.slots)
         # of `left`: what is prepared between pilots and others counts from zero again
         self.least: dict[str, float] = {}
-        self.block = Block(console=Console(), auto_refresh=False, transient=True)
-        self.terminal = self.block.console.is_terminal and not self.block.console.is_dumb_terminal
-        if self.terminal:
+        self.shown: set[str] = set()
+
+    def start(self) -> None:
+        """Put the block on the terminal, where there is one."""
+        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[0], False)
+            self.block = Block(Text("planning"), console=Console(highlight=False), auto_refresh=False, transient=True)
             self.block.start()
 
+    def close(self) -> None:
+        """Take the block off the terminal. Prints nothing: whoever read what was printed may be gone."""
+        with contextlib.suppress(OSError):
+            if self.block:
+                self.block.stop()
+                self.copy()
+
+    def copy(self) -> None:
+        """Print the whole lines that children wrote."""
+        with contextlib.suppress(BlockingIOError):
+            self.printed += os.read(self.pipe[0], 1 << 16)
+        whole, _, self.printed = self.printed.rpartition(b"\n")
+        if whole:
+            self.block.console.out(whole.decode(errors="replace"))
+
     def show(self) -> None:
+        ended: dict[str, list] = {}
         for step in self.to_do:
             if step.state not in ("", "running") and step.title not in self.shown:
                 self.shown.add(step.title)
-                print(f"  {step.title} {step.state} in {step.minutes:.1f} min", flush=True)
-                if step.state == "succeeded" and step.parameters["mode"] == "full":
-                    print_verdicts([step])
-        now = time.monotonic()
-        if now - self.last < (0.5 if self.terminal else 30):
-            return
-        self.last = now
-        done, seconds = self.forecast(now - self.started)
+                ended.setdefault(step.state, []).append(step)
+        for state, steps in ended.items():
+            said = [f"{step.title} {state} in {step.minutes:.1f} min" for step in steps if step.minutes]
+            for text in said or [f"{state}: {some([step.title for step in steps])}"]:
+                print(clip(f"  {text}"), flush=True)
+        judged = [step for step in ended.get("succeeded", ()) if step.kind == "analysis"]
+        print_verdicts([step.folder for step in judged if step.parameters["mode"] == "full"], self.verdicts)
+        text, lines, share = self.state(now := time.monotonic())
+        if self.block:
+            self.copy()
+            bar = f"{'━' * round(min(60, width()) * share):─<{min(60, width())}}"
+            block = Text("\n".join([bar, text, *lines[:5]]), no_wrap=True, overflow="ellipsis")
+            self.block.update(block, refresh=True)
+        if is_due := now - self.last >= 30:
+            self.last = now
+        if is_due and not self.block:
+            print(clip(" | ".join([text, *lines])), flush=True)
+        if is_due or ended:
+            self.runner.publish({"text": text, "lines": lines})
+
+    def state(self, now: float) -> tuple[str, list[str], float]:
+        """(how far it is, a line for each notebook that trains, share of the whole time that is over)."""
         waiting = [step for step in self.to_do if step.state in ("", "running")]
+        seconds = self.forecast(now - self.started)[1] * bool(waiting) + self.after
         about = "more than" if any(step.unknown for step in waiting) else "about"
-        text = f"[{duration(now - self.started)}] {len(self.to_do) - len(waiting)} of {len(self.to_do)} notebooks done"
-        text += f", {about} {duration(seconds)} left" if waiting else ""
+        text = f"[{duration(now - self.began)}] {self.what}{': ' * bool(self.what)}"
+        text += f"{len(self.to_do) - len(waiting)} of {len(self.to_do)} notebooks done"
+        text += f", {about} {rough(seconds)} left in all" if seconds else ""
         running = [step for step in waiting if step.state == "running"]
         said = {step.title: line(step.progress) or "judging" * (step.kind == "analysis") for step in running}
         lines = [f"{title}: {words}" for title, words in said.items() if words]
-        if self.terminal:
-            bar = f"{'━' * round(40 * done):─<40}"
-            block = Text("\n".join([bar, text, *lines[:6]]), no_wrap=True, overflow="ellipsis")
-            self.block.update(block, refresh=True)
-        else:
-            text = " | ".join([text, *lines])
-            print(text if len(text) <= 120 else f"{text[:119]}…", flush=True)
+        return text, lines, (now - self.began) / (now - self.began + seconds or 1)
 
     def forecast(self, elapsed: float) -> tuple[float, float]:
-        """(share that is done, seconds left): at first as planned, then by what was done in the time so far."""
+        """(share of this round that is done, seconds left of it): at first as planned, then by what was done in the
+        time so far."""
         counted = [step for step in self.to_do if step.state in ("", "running", "succeeded", "failed")]
         whole = sum(step.seconds + step.prepare for step in counted)
         self.least = {step.title: min(self.least.get(step.title, math.inf), left(step)) for step in counted}
         done = 1 - sum(self.least.values()) / whole if whole else 1.0
         return done, elapsed * (1 - done) / done if done > 0.1 else max(0.0, self.planned.wall_seconds - elapsed)
 
-    def close(self) -> None:
-        """Take the block off the terminal. Prints nothing: whoever read what was printed may be gone."""
-        with contextlib.suppress(OSError):
-            self.block.stop()
-
 
 # ---- after it
 
 
 def print_table(steps: list) -> None:
+    """What was executed, with the minutes of all its rounds, how many were not, and what went wrong."""
+    done = {step.title: step for step in steps if step.state not in ("", "cached", "postponed", "blocked")}
+    others = Counter({step.title: step.state or "not started" for step in steps if step.title not in done}.values())
     print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
-    for step in steps:
-        state, status = step.state or "not started", record.read_json(step.folder / "status.json", {})
-        metric = status.get("key_metric") or {}
+    for title, step in done.items():
+        state, status = step.state, record.read_json(step.folder / "status.json", {})
+        metric, minutes = status.get("key_metric") or {}, sum(each.minutes for each in steps if each.title == title)
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
         state = status.get("status", state) if state == "failed" else state
-        print(f"{step.title:34} {state:11} {step.minutes:7.2f}  {value}")
-    for step in steps:
+        print(f"{title:34} {state:11} {minutes:7.2f}  {value}")
+    for state, n in others.items():
+        print(f"and {n} {state}")
+    for step in done.values():
         if error := step.error:
             where = f" in cell {error['cell']}" if error["cell"] else ""
             print(f"\n{step.title} failed{where}\n  {error['exception']}")
             print(f"  notebook: {error['notebook']}\n  log: {error['log']}\n  again: {error['again']}")
 
 
-def print_verdicts(steps: list, *, priced: bool = False) -> None:
-    for step in steps:
-        claims = record.read_json(step.folder / "claims.json") if step.kind == "analysis" else None
-        prices = record.read_json(step.folder / "prices.json", {}) if priced else {}
-        for claim in claims or []:
+def print_verdicts(folders: Iterable[Path], printed: set[str], *, priced: bool = False) -> None:
+    """The words of these analyses that were not `printed` yet; where `priced`, with what is open."""
+    for folder in folders:
+        prices = record.read_json(folder / "prices.json", {}) if priced else {}
+        for claim in record.read_json(folder / "claims.json", []):
+            price = prices.get(claim["id"])
             ends = ["unbounded" if bound is None else f"{bound:+.3f}" for bound in claim.get("interval95") or ()]
-            found = f"{claim['estimate']:+.3f} [{', '.join(ends)}]" if ends else "-"
-            print(f"{step.study} {claim['id']}  {claim['verdict']:13} {found:28} {claim['sentence']}")
-            if price := prices.get(claim["id"]):
-                print(f"{'':{len(step.study) + len(claim['id'])}}   open at {claim.get('n_seeds') or 0}: {price}")
+            found = f"{claim['estimate']:+.3f} [{', '.join(ends)}]  " if ends else ""
+            text = f"{folder.parent.name} {claim['id']:4} {claim['verdict']:13} {found}{claim['sentence']}"
+            if text not in printed and (price or claim["verdict"] != "not evaluated"):
+                say(text + f" Open at {claim.get('n_seeds') or 0}: {price}." * bool(price))
+            printed.add(text)
 
 
 def status(root: Path, studies: list[str] | None = None) -> int:
-    rows = sorted(root.glob("*/*/status.json")) + sorted(root.glob("*/*/sweep/status.json"))
-    if not rows:
+    rows, alive, done = [*root.glob("*/*/status.json"), *root.glob("*/*/sweep/status.json")], is_running(root), 0
+    if alive:
+        print(clip(record.read_json(root / "progress.json", {}).get("text", "a runner has just started")))
+    elif not rows:
         print(f"nothing has run in {os.path.relpath(root, os.getcwd())} yet: ./run_all.sh")
-        return 0
-    alive = is_running(root)
-    for path in rows:
+    for path in sorted(rows):
         state = record.read_json(path, {})
         if studies and state.get("study") not in studies:
             continue
-        sweep, how = state.get("kind") == "sweep", state.get("status", "?")
-        said = f"{state.get('minutes') or 0:.2f} min"
-        if how == "running" and not alive:
-            how, said = "interrupted", "its runner is gone; rerun the same command to resume"
-        elif how == "running":
+        sweep, how, error = state.get("kind") == "sweep", state.get("status", "?"), state.get("error") or {}
+        said = error.get("exception", f"{state.get('minutes') or 0:.2f} min")
+        if how == "succeeded":
+            done += 1
+            continue
+        if how == "running" and alive:
             said = line(path.parent.parent if sweep else path.parent) or "starting, or waiting for a slot"
-        elif how == "interrupted":
-            said += "  rerun the same command to resume"
-        elif state.get("error"):
-            said += "  " + state["error"]["exception"].splitlines()[0] + f"  again: {state['error']['again']}"
+        elif how in ("running", "interrupted"):
+            how, said = "interrupted", "its runner is gone; rerun the same command to resume"
         title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep
-        print(f"{title:34} {how:11} {said}")
+        print(clip(f"{title:34} {how:11} {said.splitlines()[0]}"))
+        if error:
+            print(f"  again: {error['again']}")
+    print(f"{done} succeeded" if done else "", end="\n" * bool(done))
+    print_verdicts((f for f in sorted(root.glob("*/comparison")) if not studies or f.parent.name in studies), set())
     return 0
 
 

@@ -38,10 +38,11 @@ class Runner:
     fail_fast: bool = False
     keep_secrets: bool = False
     max_hours: float | None = None
+    root: Path | None = None  # outputs/<scale>-<mode>, where whoever looks on finds how far it is
 
     def __post_init__(self):
         self.began, self.stopping, self.pool = time.monotonic(), False, None
-        self.guard, self.mirrors = threading.Lock(), wandb.Mirrors()
+        self.guard, self.mirrors, self.live = threading.Lock(), wandb.Mirrors(), progress.Live(self)
         self.latest = self.began + 3600 * (self.max_hours or math.inf)
         given, self.steps = self.steps, []
         self.add(given)
@@ -56,21 +57,26 @@ class Runner:
     def run(self, rounds: Iterable[decide.Round] = ()) -> bool:
         """Execute what is to be done, then round after round. True where every step ended well."""
         at_once = max(4, self.slots + 2)
+        self.live.begin()
         try:
+            self.live.start()
             with ThreadPoolExecutor(at_once) as threads:
                 try:
                     self.finish(threads, at_once)
                     for each in rounds:
                         self.add(each.steps, each.until)
+                        self.live.begin(each.what, each.after)
                         self.finish(threads, at_once)
                 except BaseException as error:
                     self.stopping = True
+                    self.live.close()
                     if self.pool:
                         if isinstance(error, KeyboardInterrupt):
                             self.wait_for_members()
                         self.pool.close()
                     raise
         finally:
+            self.live.close()
             if self.pool:
                 self.pool.close()
             self.mirrors.close(0 if self.stopping else MIRROR_SECONDS)
@@ -81,18 +87,21 @@ class Runner:
         if not self.count(""):
             return
         self.ensure_pool()
-        live = progress.Live(self)
-        try:
-            while self.count("") or self.count("running"):
-                for step in self.steps:
-                    if not step.state and self.count("running") < at_once and self.ready(step):
-                        step.state = "running"
-                        threads.submit(self.execute, step)
-                live.show()
-                time.sleep(POLL)
-            live.show()
-        finally:
-            live.close()
+        while self.count("") or self.count("running"):
+            for step in self.steps:
+                if not step.state and self.count("running") < at_once and self.ready(step):
+                    step.state = "running"
+                    threads.submit(self.execute, step)
+            self.live.show()
+            time.sleep(POLL)
+        self.live.show()
+
+    def publish(self, state: dict) -> None:
+        """How far it is, for `status` and for the index, which is written anew."""
+        with contextlib.suppress(Exception):  # of records that are being written; a page is no reason to end a run
+            if self.root:
+                record.write_json(self.root / "progress.json", state)
+                pages.index_html(self.root.parent)
 
     def count(self, state: str) -> int:
         return sum(step.state == state for step in self.steps)
@@ -112,6 +121,7 @@ class Runner:
         """The second Ctrl-C. Members, kernels and mirrors die with us; nothing waits for anything."""
         print("left at once: rerun the same command to resume from the last checkpoints", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # whatever state it is in, it is to go
+            self.live.close()
             self.pool.close()
             self.mirrors.close(0)
         os._exit(130)
@@ -158,7 +168,7 @@ class Runner:
                 return
             if self.pool:
                 self.pool.close()
-            self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets)
+            self.pool = pool.Pool(self.slots, keep_secrets=self.keep_secrets, output=self.live.pipe[1])
             os.environ |= {"STUDY_POOL": self.pool.socket, "STUDY_SLOTS": str(self.slots)}
 
     def execute(self, step: plan.Step) -> None:

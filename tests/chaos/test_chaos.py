@@ -1,14 +1,9 @@
 """The short form of `python -m tests.chaos`: one study that dies of every hard kind of fault, one after the other."""
 
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
-import termios
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,60 +12,13 @@ from lib import record
 from lib.run import runner
 from tests.chaos import __main__ as chaos, lives, schedule
 from tests.conftest import until
+from tests.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
 
 FIGURE = f"{lives.RUN.replace('tiny', 'comparison')}/figures/comparison_claims.pdf"  # the analysis' first
 # Checkpoints only every fourth step: one at step 2 can only be that of a member that was asked to stop.
 SETTINGS = {**lives.STUDY, "training": {**lives.STUDY["training"], "save_steps": 4}}
-
-
-class Terminal:
-    """A real pseudo-terminal of 100 columns, and what a person would see on it."""
-
-    def __init__(self):
-        self.ours, self.theirs = pty.openpty()
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        self.written = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                self.written += os.read(self.ours, 4096).decode(errors="replace")
-            except OSError:
-                return
-
-    def screen(self) -> list[str]:
-        """The lines on it. Of what moves the cursor or erases, only what rich's live block uses is known here."""
-        lines, row, fresh = [""], 0, True  # fresh: what is written next begins its line
-        whole = re.sub(r"\x1b(\[[?\d;]*)?$", "", self.written)  # the rest of a sequence may still be on its way
-        for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", whole):
-            if part[0] == "\x1b":
-                assert re.search(r"\[(\d*A|2K|J|\?25[lh]|[\d;]*m)$", part), (
-                    f"an escape sequence that is not ours: {part!r}"
-                )
-                if part.endswith("A"):
-                    row = max(0, row - int(part[2:-1]))
-                elif part.endswith(("K", "J")):
-                    lines[row:] = [""] if part.endswith("J") else ["", *lines[row + 1 :]]
-            elif part == "\n":
-                row, fresh = row + 1, True
-                lines += [""] * (row + 1 - len(lines))
-            elif part == "\r":
-                fresh = True
-            else:
-                lines[row], fresh = part if fresh else lines[row] + part, False
-        return lines
-
-    def wait_for(self, process: subprocess.Popen | None, *texts: str) -> str:
-        """The first line that holds all of these, once `process` has written it; None: it may have ended before we read
-        it."""
-
-        def found() -> list[str]:
-            return [line for line in self.screen() if all(text in line for text in texts)]
-
-        return until(found, lambda: f"no {texts} on the screen:\n" + "\n".join(self.screen()), process)[0]
 
 
 def strike(number: int, role: str, event: str, path: str, do: str, n: int = 1) -> dict:
