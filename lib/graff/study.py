@@ -246,7 +246,8 @@ def check(run: Run) -> Iterator[Finding]:
 
 def _check_scheduler(run: Run) -> Iterator[Finding]:
     scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
-    if run.method != kind and not run.method.startswith("graff_" if kind == "graff" else kind):
+    own = run.idea or run.method.startswith("graff_" if kind == "graff" else kind)
+    if run.method != kind and not own:
         yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", f"method: {kind}")
     if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
         what, key = "missing: the planner's encoder is learned in the warm start", at + "warm_start_ckpt"
@@ -284,3 +285,31 @@ def train(member, folder: Path, shared: Path) -> dict:
     from lib.graff import member as entry
 
     return entry.train(member, folder, shared)
+
+
+# ---- a schedule of the user's own (`./run_all.sh try`)
+
+IDEA = {
+    "signature": "schedule(fraction, state)",
+    "replaces": {"training.scheduler": {"type": "fixed"}},
+    "keeps": ("training.optimizer.lr_init",),
+    "below": 1.0,
+    "unit": "a share of the problems: 0.06 are 6 points",
+}
+
+
+def adopt(idea) -> None:
+    """Have `idea` in the place of the fixed rate in this process."""
+    from lib.graff import schedulers
+
+    schedulers.SCHEDULERS["fixed"] = lambda section, layers: schedulers.Given(section, layers, idea)
+
+
+def try_out(idea, run: Run) -> None:
+    """At the start, the middle and the end of a budget. Raises ValueError with what is wrong."""
+    from lib.graff import schedulers
+
+    given = schedulers.Given(run.training.scheduler, 1, idea)
+    for fraction in (0.0, 0.5, 1.0):
+        given.multiplier(fraction)
+        given.learn(1.0, None, 0.0, 0.0, 0.0)

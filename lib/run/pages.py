@@ -22,7 +22,7 @@ from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
 # the studies' own, in the order of the index
-FOLDERS = [f"{scale}-{mode}" for mode in ("full", "trial") for scale in SCALES]
+FOLDERS = [f"{scale}-{mode}" for mode in ("full", "try", "trial") for scale in SCALES]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 TAGS = (
@@ -190,7 +190,7 @@ def _group(root: Path, study: Path) -> dict | None:
         "claims": read_json(comparison / "claims.json", []),
         "prices": read_json(comparison / "prices.json", {}),
         "aggregated": aggregated,
-        "figure": _figure(root, comparison) if mode == "full" else "",
+        "figure": _figure(root, comparison) if mode != "trial" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
         "runs": [
             {"folder": p, "status": _status(p), "members": members_of(p), "audit": read_json(p / "audit.json", {})}
