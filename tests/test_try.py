@@ -89,7 +89,7 @@ def test_what_cannot_be_tried_costs_a_line_and_nothing_else(attempt, tmp_path, t
 def test_what_is_asked_for_wrongly(attempt, tmp_path):
     assert "did you mean dpo?" in attempt(DPO, "--against", "dop", "--gain", "0.3")[1]
     assert "one of discopop, discopop_card, dpo, td_dpo" in attempt(DPO, "--against", "lora", "--gain", "0.3")[1]
-    assert "a share of the problems" in attempt(FIXED, "--against", "fixed", "--gain", "6")[1]
+    assert "a share: 0.01 is a point" in attempt(FIXED, "--against", "fixed", "--gain", "6")[1]
     assert attempt(DPO, "--against", "dpo")[0] == 2
     assert "no such key" in attempt(DPO, "--against", "dpo", "--gain", "0.3", "--set", "loss.bta=1")[1]
     assert cli.main(["try", str(tmp_path / "none.py"), "--against", "dpo", "--gain", "0.3"]) == 2
@@ -178,10 +178,10 @@ def test_a_setting_applies_to_both_sides(attempt, tmp_path):
     code, said = attempt(DPO, "--against", "dpo", "--gain", "0.3", *sets)
     assert code == 0, said
     about, runs = made(tmp_path, "laptop-try,mine-*")
-    for run in runs.values():
-        (cell,) = (cell for cell, _ in config.cells(run).values())
-        assert cell == {"loss.beta": 2.5}
-        assert run.training.max_steps == 60
+    for member in (config.members(run)[0] for run in runs.values()):
+        assert member.run.loss.beta == 2.5
+        assert member.run.training.max_steps == 60
+    assert config.members(runs["dpo"])[0].cell == {"loss.beta": 2.5}
     assert about["command"].endswith("--set loss.beta=2.5 --set training.max_steps=60")
 
 
@@ -239,7 +239,7 @@ def test_an_adapter_of_ones_own_trains_the_head_that_lora_trains():
     from peft import LoraConfig
     from transformers import AutoModelForSequenceClassification
 
-    from lib.iw_lora import data, study, trainer
+    from lib.iw_lora import data, trainer
 
     run = config.load_run(ROOT / "params/iw_lora/laptop/lora.yaml", scale="laptop", mode="full")
     recipe, trained = run.model.recipe.model_dump(), []
@@ -253,7 +253,6 @@ def test_an_adapter_of_ones_own_trains_the_head_that_lora_trains():
         trained.append({name for name, p in build(model).named_parameters() if p.requires_grad})
     assert trained[0] == trained[1]
     assert any("pooler" in name for name in trained[0])
-    assert study.IDEA["signature"] == "adapter(model)"
 
 
 # ---- from the command to the word: the notebook that judges, on made scores

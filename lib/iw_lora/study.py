@@ -328,13 +328,8 @@ def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
 
 # ---- an adapter of the user's own (`./run_all.sh try`)
 
-IDEA = {
-    "signature": "adapter(model)",
-    "replaces": {"model.adapter": {"type": "lora"}, "loss.penalty": "none"},
-    "keeps": ("training.learning_rate",),
-    "below": 1.0,
-    "unit": "a share of the examples: 0.01 is a point",
-}
+IDEA = "adapter(model)"
+IDEA_RUN = {"model.adapter": {"type": "lora"}, "loss.penalty": "none"}  # whose own function it takes the place of
 
 
 def adopt(idea) -> None:

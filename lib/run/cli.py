@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,9 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument_group("for try").add_argument
     add("--against", metavar="RUN", help="the baseline, a shipped run: dpo, lora, fixed ...")
     add("--gain", type=positive, metavar="G", help="claimed, in the study's score; two thirds of it are tested")
-    add(
-        "--same-seeds", action="store_true", help="those of the first idea, in place of fresh ones: quicker, and biased"
-    )
+    add("--same-seeds", action="store_true", help="the first idea's, in place of fresh ones: quicker, and biased")
     return top
 
 
@@ -124,15 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
-    others = {
-        "fetch": get_models,
-        "status": status,
-        "report": rebuild,
-        "sync": sync,
-        "pull": pull,
-        "judge": judge,
-        "try": try_idea,
-    }
+    others = {"fetch": get_models, "status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
+    others["try"] = lambda options: try_idea(options, argv)
     return report_errors(lambda: others.get(options.command, run)(options))
 
 
@@ -359,15 +351,12 @@ def judge(options) -> int:
 # ---- an idea of one's own
 
 
-def try_idea(options) -> int:
+def try_idea(options, argv: list[str]) -> int:
     """It is judged against a shipped baseline, seed by seed until its claim is decided or the minutes are over."""
     if not (options.idea and options.against and options.gain) or options.scale == "paper" or options.run:
-        found = "something missing, or an option that a try has not"
-        expected = (
-            "try IDEA.py --against RUN --gain G [--scale laptop|small] [--max-minutes M] [--same-seeds] [--set K=V]"
-        )
-        raise StudyError("try", found, expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
-    options.root = ideas.prepare(options, OUTPUTS, overrides_of(options.sets))
+        expected = "IDEA.py --against RUN --gain G [--scale laptop|small] [--max-minutes M] [--same-seeds] [--set K=V]"
+        raise StudyError("try", "less, or more", expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
+    options.root = ideas.prepare(options, OUTPUTS, overrides_of(options.sets), f"./run_all.sh {shlex.join(argv)}")
     options.params, options.sets = str(options.root / "params"), []
     code = run(options)
     print(*ideas.summary(options.root), sep="\n")

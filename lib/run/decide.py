@@ -393,11 +393,9 @@ class Spending:
             prices[claim.study][claim.id] = price
             if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
-                command += plan.sets_of(claim.arms[0][0])
                 if self.options.command == "try":
-                    minutes = math.ceil(self.cost([(claim, seeds)]) / 60) + 1
-                    command = f"{self.planned[-1].command} --max-minutes {minutes}"
-                self.left.append(f"{claim.name}: {price}: {command}")
+                    command = f"{self.planned[-1].command} --max-minutes {self.cost([(claim, seeds)]) // 60 + 2:.0f}"
+                self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)
         late = [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]

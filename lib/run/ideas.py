@@ -10,11 +10,9 @@ theirs.
 """
 
 import inspect
-import itertools
 import os
 import re
 import runpy
-import shlex
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +33,7 @@ RECORD = "try.json"  # of a try, in its folder
 def load(path: Path) -> tuple[str, Callable]:
     """(study, function) of an idea's file. Raises StudyError where it cannot be read, or holds another function."""
     modules = {study: config.study_module(study) for study in config.studies()}
-    wanted = {module.IDEA["signature"]: study for study, module in modules.items() if hasattr(module, "IDEA")}
+    wanted = {module.IDEA: study for study, module in modules.items() if hasattr(module, "IDEA")}
     try:
         scope = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
@@ -45,9 +43,7 @@ def load(path: Path) -> tuple[str, Callable]:
         raise StudyError(str(path), f"{len(found)} of the functions that are tried", f"one of {'; '.join(wanted)}")
     name, *asked = re.findall(r"\w+", found[0])
     own = inspect.signature(scope[name])
-    if asked != [
-        given.name for given in own.parameters.values() if given.default is given.empty or given.name in asked
-    ]:
+    if asked != [p.name for p in own.parameters.values() if p.default is p.empty or p.name in asked]:
         raise StudyError(str(path), f"{name}{own}", f"{found[0]}; what more it takes has defaults")
     return wanted[found[0]], scope[name]
 
@@ -76,18 +72,21 @@ def tries(outputs: Path, **about: Any) -> list[dict]:
     return sorted((e for e in found if about.items() <= e.items()), key=lambda e: e["number"])
 
 
-def prepare(options, outputs: Path, sets: dict[str, str]) -> Path:
+def prepare(options, outputs: Path, sets: dict[str, str], command: str) -> Path:
     """Write what a try is made of; returns its folder. The same idea goes on in the folder that it has; another gets
     seeds that no try against this baseline has had or, with --same-seeds, those of the first one."""
     path, scale, against, gain, same = options.idea, options.scale, options.against, options.gain, options.same_seeds
     study, function = load(path)
     module, shipped = config.study_module(study), config.ROOT / "params" / study
-    idea, files = module.IDEA, {file.stem: file for file in sorted((shipped / scale).glob("*.yaml"))}
+    files = {file.stem: file for file in sorted((shipped / scale).glob("*.yaml"))}
     if against not in files:
         found, near = f"no run of {study} at {scale} scale", config.did_you_mean(against, files, "")
         raise StudyError(f"--against {against}", found, f"one of {', '.join(files)}", near)
-    if gain >= idea["below"]:
-        raise StudyError(f"--gain {gain:g}", f"not below {idea['below']:g}", f"a gain {idea['unit']}", "a smaller one")
+    content = config.load_yaml(shipped / "claims.yaml")
+    metric = content["noise"].get("metric", "score")
+    if gain >= (most := 9 if metric == "score" else 1):
+        expected = f"a gain of {metric}, {'on a scale from 1 to 10' if most > 1 else 'a share: 0.01 is a point'}"
+        raise StudyError(f"--gain {gain:g}", f"not below {most}", expected)
     baseline, cell = _baseline(files[against], study, scale, sets)
     stem = re.sub(r"[^a-z0-9]+", "_", path.stem.lower()).strip("_")
     text, about = path.read_text(encoding="utf-8"), {"study": study, "scale": scale, "against": against}
@@ -101,8 +100,7 @@ def prepare(options, outputs: Path, sets: dict[str, str]) -> Path:
         made = {**about, "idea": path.name, "run_id": f"idea_{stem}", "number": len(before) + 1, "gain": gain}
         made |= {"seeds": seeds, "again": again}
     run_id, kept = made["run_id"], root / "idea" / path.name
-    own = {key: value for key, value in cell.items() if key in idea["keeps"]}
-    mine = config.apply(baseline, cell | idea["replaces"] | _members(own, made["seeds"]) | {"role": "proposed"})
+    mine = config.apply(baseline, cell | module.IDEA_RUN | _members({}, made["seeds"]) | {"role": "proposed"})
     mine = mine.model_copy(update={"run_id": run_id, "method": run_id, "idea": str(kept)})
     other = config.apply(baseline, cell | _members(cell, made["seeds"]) | {"role": "comparative"})
     try:
@@ -112,12 +110,10 @@ def prepare(options, outputs: Path, sets: dict[str, str]) -> Path:
         raise _fault(path, error) from None
     record.write_text(kept, text)
     written = {f"params/{study}/{scale}/{run.run_id}.yaml": config.dump(run) for run in (mine, other)}
-    written[f"{study}/claims.yaml"] = _claims(config.load_yaml(shipped / "claims.yaml"), made, other, cell)
+    written[f"{study}/claims.yaml"] = _claims(content, metric, made, other, cell)
     for name, content in written.items():
         record.write_text(root / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    words = [str(path), "--against", against, "--gain", f"{gain:g}", "--scale", scale, *["--same-seeds"] * same]
-    words += itertools.chain(*(("--set", f"{key}={value}") for key, value in sets.items()))
-    record.write_json(root / RECORD, {**made, "command": f"./run_all.sh try {shlex.join(words)}"})
+    record.write_json(root / RECORD, {**made, "command": command})
     return root
 
 
@@ -139,9 +135,9 @@ def _members(cell: dict, seeds: list[int]) -> dict[str, Any]:
     return {"grid": grid, "seed_list": seeds, "pilot_seeds": None, "wandb": {"mode": "disabled"}, **nothing}
 
 
-def _claims(shipped: dict, made: dict, baseline, cell: dict) -> dict:
+def _claims(shipped: dict, metric: str, made: dict, baseline, cell: dict) -> dict:
     """The study's claims.yaml with one claim in place of its own."""
-    names, seeds, metric = shipped["names"], made["seeds"], shipped["noise"].get("metric", "score")
+    names, seeds = shipped["names"], made["seeds"]
     at = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cell.items())
     name = f"{names.get(baseline.method, baseline.method)}{' at ' * bool(at)}{at}"
     on = f"on seeds that no idea before it had ({min(seeds)} to {max(seeds)})"

@@ -360,8 +360,7 @@ def difference(old: dict, new: dict, ran: dict | None = None, runs: dict | None 
         named = changed(ran, runs) if ran else []
         more = f" and {len(named) - 2} more" if len(named) > 2 else ""
         reasons.append("code changed" + f": {', '.join(named[:2])}{more}" * bool(named))
-    reasons += [
-        f"{part} changed" for part in ("data", "model", "device", "files", "idea") if old.get(part) != new.get(part)
-    ]
+    parts = ("data", "model", "device", "files", "idea")
+    reasons += [f"{part} changed" for part in parts if old.get(part) != new.get(part)]
     then = old.get("versions", {})
     return ", ".join(reasons + [f"{k} {then.get(k)} -> {v}" for k, v in new["versions"].items() if then.get(k) != v])

@@ -212,8 +212,7 @@ def steps(
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        results = Path(mine[0].results_dir)
-        for path in (*notebooks(study, results).values(), claims_of(study, results)):
+        for path in (*notebooks(study, mine[0].results_dir).values(), claims_of(study, mine[0].results_dir)):
             if not path.exists():
                 name = os.path.relpath(path, config.ROOT)
                 fix = f"leave this study out (--study), or add it (git checkout -- {name})"
