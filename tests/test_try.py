@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lib import config, record
+from lib import config, plots, record
 from lib.run import cli, ideas, keys, members, model_card, pages, plan, runner
 from tests.conftest import ROOT
 from tests.notebook import write_member
@@ -198,6 +198,11 @@ def test_records_of_the_same_baseline_are_taken_over(attempt, tmp_path):
     assert not members.stale(member, taken / member.id)
 
 
+def test_the_shipped_examples_can_be_tried():
+    found = {path.stem: ideas.load(path)[0] for path in sorted((ROOT / "notebooks" / "try").glob("*.py"))}
+    assert found == {"flipped": "td_dpo", "same": "iw_lora", "tenfold": "graff"}
+
+
 # ---- what runs in the place of the method's own function
 
 
@@ -269,11 +274,12 @@ def judged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "check_success", lambda *_: None)
     monkeypatch.setattr(model_card, "write_all", lambda *_: None)
     monkeypatch.setattr(pages, "notebook_html", lambda *_: None)
+    monkeypatch.setattr(plots, "save", lambda *_: None)  # figures are made, and not written
 
     def scores(member, better):
         study, own = member.run.study, np.random.default_rng([member.seed, member.run.idea is not None])
         shared = np.random.default_rng(member.seed)
-        for i in range(200):
+        for i in range(80):
             value = shared.normal(6.0, 1.0) if study == "td_dpo" else float(shared.random() < 0.5)
             value += (better(own) if callable(better) else better) if member.run.idea else 0.0
             if study == "td_dpo":
