@@ -231,7 +231,7 @@ def run(options) -> int:
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
         pairs = zip(selected, check.runs_of(selected), strict=True)
         selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
-    if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide", "try"):
+    if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
@@ -356,7 +356,8 @@ def try_idea(options, argv: list[str]) -> int:
     if not (options.idea and options.against and options.gain) or options.scale == "paper" or options.run:
         expected = "IDEA.py --against RUN --gain G [--scale laptop|small] [--max-minutes M] [--same-seeds] [--set K=V]"
         raise StudyError("try", "less, or more", expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
-    options.root = ideas.prepare(options, OUTPUTS, overrides_of(options.sets), f"./run_all.sh {shlex.join(argv)}")
+    command, sets = f"./run_all.sh {shlex.join(argv)}", overrides_of(options.sets)
+    options.root = ideas.prepare(options, OUTPUTS, sets, command, fetch.fetch)
     options.params, options.sets = str(options.root / "params"), []
     code = run(options)
     print(*ideas.summary(options.root), sep="\n")

@@ -72,9 +72,10 @@ def tries(outputs: Path, **about: Any) -> list[dict]:
     return sorted((e for e in found if about.items() <= e.items()), key=lambda e: e["number"])
 
 
-def prepare(options, outputs: Path, sets: dict[str, str], command: str) -> Path:
+def prepare(options, outputs: Path, sets: dict[str, str], command: str, fetch: Callable) -> Path:
     """Write what a try is made of; returns its folder. The same idea goes on in the folder that it has; another gets
-    seeds that no try against this baseline has had or, with --same-seeds, those of the first one."""
+    seeds that no try against this baseline has had or, with --same-seeds, those of the first one. `fetch` gets the models
+    that runs start from."""
     path, scale, against, gain, same = options.idea, options.scale, options.against, options.gain, options.same_seeds
     study, function = load(path)
     module, shipped = config.study_module(study), config.ROOT / "params" / study
@@ -103,6 +104,7 @@ def prepare(options, outputs: Path, sets: dict[str, str], command: str) -> Path:
     mine = config.apply(baseline, cell | module.IDEA_RUN | _members({}, made["seeds"]) | {"role": "proposed"})
     mine = mine.model_copy(update={"run_id": run_id, "method": run_id, "idea": str(kept)})
     other = config.apply(baseline, cell | _members(cell, made["seeds"]) | {"role": "comparative"})
+    fetch([mine])
     try:
         with warnings.catch_warnings(action="ignore"):
             module.try_out(function, config.members(mine)[0].run)

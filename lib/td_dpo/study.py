@@ -435,9 +435,7 @@ def try_out(idea, run: Run) -> None:
     found = idea(*policy, *policy.detach() - 0.5, beta=run.loss.beta)
     shape = tuple(getattr(found, "shape", ()))
     if shape != (4,) or not isinstance(found, torch.Tensor):
-        raise ValueError(
-            f"returns a {type(found).__name__} of shape {shape}; expected a tensor (4,), a loss for each pair"
-        )
+        raise ValueError(f"returns a {type(found).__name__} of shape {shape}; expected a tensor (4,): 4 pairs' losses")
     found.sum().backward()
     if not (found.isfinite().all() and policy.grad.isfinite().all()):
         raise ValueError(f"returns {found.tolist()}, gradient {policy.grad.tolist()}; expected finite numbers")
