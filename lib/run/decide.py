@@ -394,7 +394,8 @@ class Spending:
             if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
                 if self.options.command == "try":
-                    command = f"{self.planned[-1].command} --max-minutes {self.cost([(claim, seeds)]) // 60 + 2:.0f}"
+                    minutes = self.cost([(claim, max(seeds, claim.look))]) // 60 + 2
+                    command = f"{self.planned[-1].command} --max-minutes {minutes:.0f}"
                 self.left.append(f"{claim.name}: {price}: {command}{plan.sets_of(claim.arms[0][0])}")
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)

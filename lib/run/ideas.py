@@ -160,4 +160,4 @@ def summary(root: Path) -> Iterator[str]:
         is_same = claim["reason"].startswith("identical: ")
         yield claim["reason"] if is_same else f"{claim['verdict']}: {claim['reason']}"
         yield f"{claim['note']} Training took {claim['minutes'] or 0:.1f} minutes of one core."
-    yield f"page: {os.path.relpath(folder / 'analysis.html')}"
+        yield f"page: {os.path.relpath(folder / 'analysis.html')}"
