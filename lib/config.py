@@ -281,6 +281,8 @@ class Run(Section):
     pilot_seeds: Seeds | None = None  # what a cell is chosen with, and never judged
     grid: list[Block] | None = None
     wandb: Wandb | None = None
+    # Of `try`: a file whose function takes the place of the method's own. Not written where there is none.
+    idea: Name | None = Field(None, exclude_if=lambda path: path is None)
     study: str
     scale: Literal[SCALES]  # pyright: ignore[reportInvalidTypeForm]
     mode: Literal["trial", "full"]

@@ -243,6 +243,31 @@ class Graff(Fixed):
         return self.edge_of_stability(beta1) / lam if lam > 0 else math.inf
 
 
+class Given(Fixed):
+    """A function of the user's own, called before each step: idea(fraction, state) -> multiplier of eta_0, 1e-4 at the
+    least. `state` is a dictionary of its own, kept in checkpoints, with the number of steps taken (`step`) and the loss
+    of the last one (`loss`, None before it)."""
+
+    saved = ("log_eta", "memory")
+
+    def __init__(self, section, layers: int, idea):
+        self.idea, self.memory = idea, {"step": 0, "loss": None}
+        super().__init__(section, layers)
+
+    def decide(self, seen):
+        self.log_eta = math.log(max(1e-4, self.multiplier(seen.fraction)))
+        return super().decide(seen)
+
+    def multiplier(self, fraction: float) -> float:
+        found = self.idea(fraction, self.memory)
+        if not (isinstance(found, int | float | Tensor) and 0 <= float(found) < math.inf):
+            raise ValueError(f"returns {found!r} at fraction {fraction:g}; expected a finite number, 0 or above")
+        return float(found)
+
+    def learn(self, loss, c, lam, eta0, beta1):
+        self.memory |= {"step": self.memory["step"] + 1, "loss": loss}
+
+
 SCHEDULERS = {
     "fixed": Fixed,
     "cosine": Cosine,

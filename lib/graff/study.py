@@ -253,7 +253,7 @@ def check(run: Run) -> Iterator[Finding]:
 def _check_scheduler(run: Run) -> Iterator[Finding]:
     scheduler, kind, at = run.training.scheduler, run.training.scheduler.type, "training.scheduler."
     named = next((name for name in READS if f"{run.method}_".startswith(f"{name}_")), kind)
-    if named != kind:
+    if named != kind and not run.idea:
         fix = f"method: {kind} in its YAML, or a name that begins with no other scheduler's"
         yield Finding("error", "method", f"{run.method}, but the scheduler is {kind}", fix)
     if kind == "graff" and run.mode == "full" and scheduler.warm_start_ckpt is None and not scheduler.cold:
@@ -303,3 +303,26 @@ def train(member, folder: Path, shared: Path) -> dict:
     from lib.graff import member as entry
 
     return entry.train(member, folder, shared)
+
+
+# ---- a schedule of the user's own (`./run_all.sh try`)
+
+IDEA = "schedule(fraction, state)"
+IDEA_RUN = {"training.scheduler": {"type": "fixed"}}  # whose own function it takes the place of
+
+
+def adopt(idea) -> None:
+    """Have `idea` in the place of the fixed rate in this process."""
+    from lib.graff import schedulers
+
+    schedulers.SCHEDULERS["fixed"] = lambda section, layers: schedulers.Given(section, layers, idea)
+
+
+def try_out(idea, run: Run) -> None:
+    """At the start, the middle and the end of a budget. Raises ValueError with what is wrong."""
+    from lib.graff import schedulers
+
+    given = schedulers.Given(run.training.scheduler, 1, idea)
+    for fraction in (0.0, 0.5, 1.0):
+        given.multiplier(fraction)
+        given.learn(1.0, None, 0.0, 0.0, 0.0)

@@ -343,3 +343,36 @@ def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
     from lib.iw_lora import trainer
 
     return trainer.step_cost(run, folder, shared)
+
+
+# ---- an adapter of the user's own (`./run_all.sh try`)
+
+IDEA = "adapter(model)"
+IDEA_RUN = {"model.adapter": {"type": "lora"}, "loss.penalty": "none"}  # whose own function it takes the place of
+
+
+def adopt(idea) -> None:
+    """Have the configuration that `idea` returns in the place of LoRA's in this process."""
+    from lib.iw_lora import trainer
+
+    trainer.add_adapters = lambda model, *_: trainer.add_own(model, idea(model))
+
+
+def try_out(idea, run: Run) -> None:
+    """Adapters on a model of the run's architecture, without its weights. Raises ValueError with what is wrong."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from lib import hub
+    from lib.iw_lora import data, trainer
+
+    recipe, place = run.model.recipe, hub.fetched(run.model.name) or run.model.name
+    if place == "made":
+        kind: Any = data.tiny_deberta(recipe.model_dump(), recipe.vocab_size, 0).config
+    else:
+        kind = AutoConfig.from_pretrained(place, trust_remote_code=run.model.trust_remote_code)
+    model = AutoModelForSequenceClassification.from_config(kind)
+    adapted = trainer.add_own(model, idea(model))
+    ids = torch.arange(1, 8)[None]
+    if not adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all():
+        raise ValueError("the adapted model's logits are not finite")

@@ -56,6 +56,17 @@ def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
     return get_peft_model(model, AdaLoraConfig(**schedule, deltaT=adapter.delta_t, total_step=total, **common))
 
 
+def add_own(model: nn.Module, own: Any) -> nn.Module:
+    """`model` with adapters of a configuration of the user's own; the head is trained as it is with the study's."""
+    if not hasattr(own, "peft_type"):
+        raise ValueError(f"returns {type(own).__name__}; expected a configuration of PEFT, LoraConfig(...) say")
+    own.task_type = TaskType.SEQ_CLS
+    if hasattr(own, "modules_to_save"):
+        head = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
+        own.modules_to_save = list(dict.fromkeys([*(own.modules_to_save or ()), *head]))
+    return get_peft_model(model, own)
+
+
 def initialize_eva(model: nn.Module, batches: list[dict]) -> None:
     """EVA's data-driven A (PEFT's own): principal directions of what each adapted matrix is given by `batches`."""
 

@@ -183,7 +183,7 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
 
     from lib import claims, power
 
-    path, module = path or plan.claims_of(study), config.study_module(study)
+    path, module = path or plan.claims_of(study, runs[0].results_dir), config.study_module(study)
     file = display_path(path)
     try:
         published = claims.load(path)
@@ -328,7 +328,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
     if is_check or options.mode == "full" and options.command != "plan":
         for study in dict.fromkeys(run.study for run in runs):
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
-            for notebook in plan.notebooks(study).values():
+            for notebook in plan.notebooks(study, root / study).values():
                 findings += notebook_findings(notebook)
             findings += unread_keys(study)
         findings += dry_findings(runs) if is_check and not has_error(findings) else ()

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lib import config, errors, hub, record
 from lib.errors import StudyError
-from lib.run import check, cluster, compose, decide, fetch, judge_table, pages, plan, pool, progress, runner, wandb
+from lib.run import check, cluster, compose, decide, fetch, ideas, members, pages, plan, pool, progress, runner, wandb
 
 COMMANDS = {
     "full": "the paper's scale",
@@ -39,6 +40,7 @@ COMMANDS = {
     "pull": "judge the studies from W&B",
     "judge": "have saved answers graded",
     "judge-table": "verdicts on a table of your own scores",
+    "try": "your own idea against a shipped baseline",
     "lab": "JupyterLab, which takes further options",
     "test": "pytest, likewise",
 }
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
     add("command", nargs="?", type=one_of(COMMANDS), choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
+    add("idea", nargs="?", metavar="IDEA.py", type=Path, help="for try: a file with a loss, an adapter or a schedule")
     add("--scale", type=one_of(config.SCALES), choices=config.SCALES, help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
@@ -83,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
     add("--dry-run", action="store_true", help="say what it would take, and send nothing")
     add("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
+    add = top.add_argument_group("for try").add_argument
+    add("--against", metavar="RUN", help="the baseline, a shipped run: dpo, lora, fixed ...")
+    add("--gain", type=positive, metavar="G", help="claimed, in the study's score; two thirds of it are tested")
+    add("--same-seeds", action="store_true", help="the first idea's, in place of fresh ones: quicker, and biased")
     return top
 
 
@@ -117,10 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         # last.
         several = ["-n", str(min(4, pool.cores() + 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.call([sys.executable, "-m", "pytest", *several, *(more or ["tests"])], cwd=config.ROOT)
-    apart = {"lab": lab, "compose": compose.main, "judge-table": judge_table.main}  # which have options of their own
+    apart = {"lab": lab, "compose": compose.main, "judge-table": judge_table}  # which have options of their own
     if command in apart:
         return report_errors(lambda: apart[command](more))
     options = parser().parse_args(argv)
+    if options.idea and options.command != "try":
+        parser().error(f"unrecognized arguments: {options.idea}")
     global OUTPUTS
     OUTPUTS = Path(options.results_dir).absolute() if options.results_dir else OUTPUTS
     options.everywhere = options.scale is None and not options.sets and not options.grid
@@ -129,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
     others = {"fetch": get_models, "status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
+    others["try"] = lambda options: try_idea(options, argv)
     return report_errors(lambda: others.get(options.command, run)(options))
 
 
@@ -153,6 +163,8 @@ def root_of(options) -> Path:
     """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
     overwrites the study. Where a run is mirrored or searched is no variation of it."""
     sets = [text.partition("=")[::2] for text in options.sets]
+    if root := getattr(options, "root", None):  # of a try
+        return root
     changes = sorted((key, value) for key, value in sets if not key.startswith(("wandb.", "optuna.storage")))
     named = options.results_dir or "STUDY_OUTPUTS" in os.environ  # who names the outputs has chosen a place already
     if options.params and not named:
@@ -178,13 +190,19 @@ def roots_of(options) -> list[Path]:
     return [root for root in roots if root.is_dir() and wandb.FROM not in root.name]
 
 
-def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
-    """(path, Run or StudyError, findings) of every run YAML that the options name; `plain`: without what --set says."""
+def overrides_of(sets: Iterable[str]) -> dict[str, str]:
+    """{key: value} of --set, as written."""
     overrides = {}
-    for text in () if plain else options.sets:
+    for text in sets:
         key, equals, overrides[key] = text.partition("=")
         if not equals:
             raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
+    return overrides
+
+
+def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
+    """(path, Run or StudyError, findings) of every run YAML that the options name; `plain`: without what --set says."""
+    overrides = overrides_of(() if plain else options.sets)
     for study in options.study or []:
         config.study_module(study)
     folders = [config.ROOT / "params" / study / options.scale for study in options.study or config.studies()]
@@ -267,6 +285,8 @@ def run(options) -> int:
     if code:
         print("\nnothing was started", file=sys.stderr)
         return code
+    if options.command == "try":
+        first_look(options, check.runs_of(selected))
     return execute(options, check.runs_of(selected), check.runs_of(whole))
 
 
@@ -302,7 +322,7 @@ def execute(options, runs: list, whole: list) -> int:
                 print(f"ended after {progress.duration(time.time() - started)}")
                 progress.print_table(list({step.title: step for step in engine.steps}.values()))
     index = pages.index_html(OUTPUTS)
-    if full:
+    if full and options.command != "try":
         last = {step.study: step for step in engine.steps if step.kind == "analysis"}
         progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
@@ -355,12 +375,50 @@ def get_models(options) -> int:
     return 0
 
 
+def judge_table(more: list[str]) -> int:
+    from lib.run import judge_table
+
+    return judge_table.main(more)
+
+
 def judge(options) -> int:
     """Have saved answers graded."""
     from lib.run import judge
 
     named = {(run.study, run.run_id) for run in check.runs_of(select_runs(options))} if options.params else None
     return judge.judge(options, roots_of(options), named, OUTPUTS)
+
+
+# ---- an idea of one's own
+
+
+def try_idea(options, argv: list[str]) -> int:
+    """It is judged against a shipped baseline, seed by seed until its claim is decided or the minutes are over."""
+    if not (options.idea and options.against and options.gain) or options.scale == "paper" or options.run:
+        expected = "IDEA.py --against RUN --gain G [--scale laptop|small] [--max-minutes M] [--same-seeds] [--set K=V]"
+        raise StudyError("try", "less, or more", expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
+    command, sets = f"./run_all.sh {shlex.join(argv)}", overrides_of(options.sets)
+    options.root = ideas.prepare(options, OUTPUTS, sets, command, fetch.fetch)
+    options.params, options.sets = str(options.root / "params"), []
+    code = run(options)
+    print(*ideas.summary(options.root), sep="\n")
+    return code
+
+
+def first_look(options, runs: list) -> None:
+    """What a try has of the records of others; says what its first look takes where that is more than its minutes.
+    Raises StudyError where they were asked for."""
+    for each in runs:
+        members.take_over(each, OUTPUTS)
+    slots = slots_of(options)
+    spending = decide.Spending(changed(options, command="plan"), runs, runs, slots)
+    cost, minutes = plan.forecast(spending.first_looks().steps, slots).wall_seconds, spending.minutes
+    what = f"the first look is predicted to take {progress.duration(cost)} on this machine"
+    if cost > 60 * minutes and options.max_minutes:
+        fix = f"--max-minutes {math.ceil(cost / 60)}"
+        raise StudyError(f"--max-minutes {minutes:g}", what, "minutes that cover it", fix)
+    if cost > 60 * minutes:
+        print(f"{what}, more than the {minutes:g} minutes that a try has: it is taken, and no other after it")
 
 
 # ---- W&B brought up to date with the records, and the studies judged from what W&B holds

@@ -131,7 +131,7 @@ class Spending:
     def __init__(self, options, runs: list, whole: list, slots: int):
         """`whole`: all runs of the studies that `runs` are of."""
         self.options, self.runs, self.whole, self.slots = options, runs, whole, slots
-        self.published = {run.study: claims.load(plan.claims_of(run.study)) for run in runs}
+        self.published = {run.study: claims.load(plan.claims_of(run.study, run.results_dir)) for run in runs}
         self.arms = options.claims or {s: arms(own, self.of(s), options.scale) for s, own in self.published.items()}
         self.is_staged = options.mode == "full" and not options.grid
         self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}
@@ -153,16 +153,17 @@ class Spending:
         return self.published[study].looks_of(self.options.scale)
 
     def rounds(self) -> Iterator[Round]:
+        began = time.monotonic()
         if self.is_staged and not any(self.seeds.values()) and (found := self.first_verdict()):
             yield found
         yield self.first_looks()
         if not self.is_staged:
             return
-        self.until = time.monotonic() + 60 * self.minutes
+        self.until = (began if self.options.command == "try" else time.monotonic()) + 60 * self.minutes
         for timed in (False, True):
             while found := self.next_look(timed):
                 yield found._replace(after=self.later(found.steps))
-        if self.options.command != "decide" and not self.options.claims:
+        if self.options.command not in ("decide", "try") and not self.options.claims:
             yield self.rest()
         if self.options.command != "plan":
             self.list_left()
@@ -182,7 +183,7 @@ class Spending:
         """What the cheapest claim compares: whoever waits for a first word has it in minutes."""
         scored = ((study, mine) for study in self.arms for mine in self.compared(study).values() if mine[0][1] != TIMES)
         found = [Open(study, "", mine, self.looks_of(study)[0]) for study, mine in scored]
-        if self.options.run or self.options.command == "decide" or not found:
+        if self.options.run or self.options.command in ("decide", "try") or not found:
             return None
         first = min(found, key=lambda claim: self.cost([(claim, claim.look)]))
         steps = self.steps_of([first])  # what it trains is no part of what comes after
@@ -409,6 +410,9 @@ class Spending:
             prices[claim.study][claim.id] = price
             if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
+                if self.options.command == "try":
+                    minutes = self.cost([(claim, max(seeds, claim.look))]) // 60 + 2
+                    command = f"{self.planned[-1].command} --max-minutes {minutes:.0f}"
                 commands.setdefault(command + plan.sets_of(claim.arms[0][0]), []).append(claim.name)
         self.left += [f"{', '.join(names)}: {command}" for command, names in commands.items()]
         for study, own in prices.items():

@@ -29,7 +29,7 @@ PACKAGES = """torch transformers trl peft bitsandbytes tokenizers accelerate num
 schedulefree prodigyopt"""
 # Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's
 # numbers.
-NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "pilot_seeds", "optuna", "wandb", "compute")
+NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "pilot_seeds", "optuna", "wandb", "compute", "idea")
 
 
 # ---- the code of `lib`
@@ -298,10 +298,11 @@ def sources(run) -> dict:
 
 
 def member_code(member) -> dict[str, dict[str, str]]:
-    """What code a member executes: {module: {definition: hash}}. Kept with its record, so that `plan` can name what
-    changed."""
+    """What code of `lib` a member executes: {module: {definition: hash}}. Kept with its record, so that `plan` can name
+    what changed."""
     more = ("lib.run.sharding",) if member.run.compute.strategy == "fsdp" else ()
-    return reach(member.run.study, "prepare", "train", values=flat(config.dump(member.run)), more=more)
+    entries = ("prepare", "train", *(["adopt"] if member.run.idea else []))
+    return reach(member.run.study, *entries, values=flat(config.dump(member.run)), more=more)
 
 
 def member_key(member) -> dict:
@@ -315,6 +316,7 @@ def member_key(member) -> dict:
         "config": {k: v for k, v in flat(numbers).items() if k not in unused} | {"seed": member.seed, "mode": run.mode},
         "code": record.digest(member_code(member)),
         **sources(run),
+        **({"idea": source(run.idea, None)} if run.idea else {}),
         "versions": versions(),
         "device": device_kind(run.compute.gpus),
     }
@@ -358,6 +360,7 @@ def difference(old: dict, new: dict, ran: dict | None = None, runs: dict | None 
         named = changed(ran, runs) if ran else []
         more = f" and {len(named) - 2} more" if len(named) > 2 else ""
         reasons.append("code changed" + f": {', '.join(named[:2])}{more}" * bool(named))
-    reasons += [f"{part} changed" for part in ("data", "model", "device", "files") if old.get(part) != new.get(part)]
+    parts = ("data", "model", "device", "files", "idea")
+    reasons += [f"{part} changed" for part in parts if old.get(part) != new.get(part)]
     then = old.get("versions", {})
     return ", ".join(reasons + [f"{k} {then.get(k)} -> {v}" for k, v in new["versions"].items() if then.get(k) != v])

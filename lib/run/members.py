@@ -54,6 +54,18 @@ def archive(folder: Path) -> None:
     folder.rename(attempts / f"{folder.name}.{record.next_number(attempts, folder.name + '.*')}")
 
 
+def take_over(run, outputs: Path) -> None:
+    """Copy the records of a run's members that another folder below `outputs` has, up to date and under the same name."""
+    for member in config.members(run):
+        mine = Path(run.results_dir) / run.run_id / "members" / member.id
+        others = sorted(outputs.glob(f"*/{run.study}/{run.run_id}/members/{member.id}")) if not mine.exists() else ()
+        if found := [other for other in others if (other / "done.json").exists() and not stale(member, other)]:
+            partial = mine.parent.with_name(f"{member.id}.partial")
+            shutil.copytree(found[0], partial, dirs_exist_ok=True)
+            mine.parent.mkdir(exist_ok=True)
+            partial.rename(mine)
+
+
 class Job(NamedTuple):
     run: Any
     members: list

@@ -24,7 +24,7 @@ from lib.run import progress
 
 ASSETS = Path(__file__).parent / "assets"
 # the studies' own, in the order of the index
-FOLDERS = [f"{scale}-{mode}" for mode in ("full", "trial") for scale in SCALES]
+FOLDERS = [f"{scale}-{mode}" for mode in ("full", "try", "trial") for scale in SCALES]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 TAGS = (
@@ -221,7 +221,7 @@ def _group(root: Path, study: Path) -> dict | None:
         "claims": read_json(comparison / "claims.json", []),
         "prices": read_json(comparison / "prices.json", {}),
         "aggregated": aggregated,
-        "figure": _figure(root, comparison) if mode == "full" else "",
+        "figure": _figure(root, comparison) if mode != "trial" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
         "runs": [_run(path, alive) for path in folders],
         "provenance": next(filter(None, (read_json(p / "provenance.json") for p in (comparison, *folders))), {}),

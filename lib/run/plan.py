@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members, pool, runs as records
+from lib.run import ideas, keys, members, pool, runs as records
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
@@ -82,6 +82,8 @@ class Step:
     @property
     def command(self) -> str:
         """The command that runs exactly this step's run (of an analysis: its study) again."""
+        if tried := record.read_json(self.folder.parents[1] / ideas.RECORD):
+            return tried["command"]
         run = self.run or next((step.run for step in self.needs), None)
         if run is None and (last := record.read_json(self.folder / "status.json", {}).get("command")):
             return last  # an analysis of records as they are: whoever made them said how
@@ -102,14 +104,17 @@ def sets_of(run) -> str:
     return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
 
 
-def notebooks(study: str) -> dict[str, Path]:
-    """A study's notebooks, by the kind of step that executes them."""
-    own = {kind: NOTEBOOKS / study / f"{kind}.ipynb" for kind in ("train", "analysis")}
+def notebooks(study: str, results: Path | None = None) -> dict[str, Path]:
+    """A study's notebooks, by the kind of step that executes them; those of a try where `results` are one's."""
+    folder = "try" if claims_of(study, results).parent == results else study
+    own = {kind: NOTEBOOKS / folder / f"{kind}.ipynb" for kind in ("train", "analysis")}
     return {**own, "sweep": NOTEBOOKS / "sweep.ipynb"}
 
 
-def claims_of(study: str) -> Path:
-    return config.ROOT / "params" / study / "claims.yaml"
+def claims_of(study: str, results: Path | None = None) -> Path:
+    """A study's claims; those of a try (lib/run/ideas.py) where `results` are one's."""
+    own = results and results / "claims.yaml"
+    return own if own and own.exists() else config.ROOT / "params" / study / "claims.yaml"
 
 
 def matches(options, run_id: str, study: str = "") -> bool:
@@ -207,7 +212,7 @@ def steps(
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for path in (*notebooks(study).values(), claims_of(study)):
+        for path in (*notebooks(study, mine[0].results_dir).values(), claims_of(study, mine[0].results_dir)):
             if not path.exists():
                 name = os.path.relpath(path, config.ROOT)
                 fix = f"leave this study out (--study), or add it (git checkout -- {name})"
@@ -247,7 +252,7 @@ def _why(step: Step, forced: Collection[str]) -> str:
 
 def _train(run, forced: Collection[str]) -> Step:
     folder, every = Path(run.results_dir) / run.run_id, config.members(records.settle(run, guess=True))
-    notebook, cells = notebooks(run.study)["train"], config.cells(run)
+    notebook, cells = notebooks(run.study, folder.parent)["train"], config.cells(run)
     # without what pilots choose, which depends on these, or a search
     own = [keys.member_key(m)["all"] for m in every if m.seed in cells.get(m.cell_name, ({}, []))[1]]
     key = record.digest([*own, keys.notebook_code(notebook), config.dump(run)])
@@ -310,7 +315,7 @@ def _analysis(study: str, needs: list[Step], scale: str, mode: str, forced: Coll
 def analysis(study: str, results: Path, scale: str, mode: str, *, why: str = "read from W&B", **more) -> Step:
     """The analysis of a folder of records as they are, whoever made them."""
     parameters = {"study": study, "scale": scale, "mode": mode, "results_dir": str(results)}
-    key, notebook, folder = analysis_key(study, results), notebooks(study)["analysis"], results / "comparison"
+    key, notebook, folder = analysis_key(study, results), notebooks(study, results)["analysis"], results / "comparison"
     return Step("analysis", study, "comparison", notebook, folder, parameters, key, why, **more)
 
 
@@ -321,9 +326,9 @@ def analysis_key(study: str, results: Path) -> str:
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
     records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
-    code = keys.notebook_code(notebooks(study)["analysis"], with_imports=True)
+    code = keys.notebook_code(notebooks(study, results)["analysis"], with_imports=True)
     runs = record.read_json(folder / "runs.json")
-    return record.digest([records, runs, claims_of(study).read_text(), *([graded] if graded else []), code])
+    return record.digest([records, runs, claims_of(study, results).read_text(), *([graded] if graded else []), code])
 
 
 def _made_by(path: Path) -> tuple:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from lib import config, record
 from lib.errors import StudyError, failure_status
-from lib.run import model_card
+from lib.run import ideas, model_card
 
 # The optimizer's moments are twice the trained weights, which made a finished laptop study 615 MB.
 ONLY_FOR_RESUME = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -57,6 +57,7 @@ def train(argument: dict) -> None:
     with record_errors(folder):
         member, options, started = member_of(spec), {}, time.monotonic()
         compute = member.run.compute
+        ideas.adopt(member.run)
         if compute.devices > 1:  # by name: sharding imports this module
             sharding = importlib.import_module("lib.run.sharding")
             options["outcome"] = sharding.launch("lib.run.sharding:train", argument, compute.devices, compute.threads)

@@ -323,7 +323,7 @@ def check(run: Run) -> Iterator[Finding]:
     yield from config.check_schedule(training, steps(run), training.eval_steps)
     if training.bf16 and model.torch_dtype == "float32":
         yield Finding("error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16")
-    if run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
+    if not run.idea and run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
         fix = f"method: {loss.name} (--set method={loss.name}), or a name that no other loss has"
         yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", fix)
     if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
@@ -441,3 +441,33 @@ def step_cost(run: Run, folder: Path, shared: Path) -> list[dict]:
     from lib.td_dpo import member as one
 
     return one.step_cost(run, folder, shared)
+
+
+# ---- a loss of the user's own (`./run_all.sh try`)
+
+IDEA = "loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta)"
+IDEA_RUN = {"loss.name": "dpo", "loss.tau": None}  # whose own function it takes the place of
+
+
+def adopt(idea) -> None:
+    """Have `idea` in the place of DPO's loss in this process."""
+    from lib.td_dpo import losses
+
+    def loss(*, chosen, rejected, ref_chosen, ref_rejected, beta, **_) -> losses.Terms:
+        return idea(chosen, rejected, ref_chosen, ref_rejected, beta=beta), None
+
+    losses.LOSSES["dpo"] = loss
+
+
+def try_out(idea, run: Run) -> None:
+    """A dry call on four pairs. Raises ValueError with what is wrong."""
+    import torch
+
+    policy = torch.tensor([[-40.0, -35.0, -60.0, -20.0], [-45.0, -30.0, -60.5, -25.0]], requires_grad=True)
+    found = idea(*policy, *policy.detach() - 0.5, beta=run.loss.beta)
+    shape = tuple(getattr(found, "shape", ()))
+    if shape != (4,) or not isinstance(found, torch.Tensor):
+        raise ValueError(f"returns a {type(found).__name__} of shape {shape}; expected a tensor (4,): 4 pairs' losses")
+    found.sum().backward()
+    if not (found.isfinite().all() and policy.grad.isfinite().all()):
+        raise ValueError(f"returns {found.tolist()}, gradient {policy.grad.tolist()}; expected finite numbers")
