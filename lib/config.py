@@ -163,7 +163,6 @@ class Optuna(Section):
     objective_metric: Name
     seed: Seed = 0
     search_space: dict[str, Distribution] = {}
-    storage: str | None = None  # null: a journal file; a database URL where several machines search together
 
 
 class Compute(Section):

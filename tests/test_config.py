@@ -377,16 +377,6 @@ def test_a_file_that_a_run_names_is_part_of_its_members_key(tmp_path):
     assert found[0][1] != found[1][1]
 
 
-@pytest.mark.parametrize("mode", ["full", "trial"])
-def test_a_password_in_the_yaml_is_refused_in_every_mode_and_not_shown(write, raw, mode):
-    raw["optuna"]["storage"] = "postgresql://me:hunter2hunter2@h/db"
-    path = write(raw)
-    (found,) = [findings for _, _, findings in check.load_folder(path.parent, "laptop", mode)]
-    said = [finding for finding in found if finding.key == "optuna.storage"]
-    assert [finding.level for finding in said] == ["error"]
-    assert "hunter2" not in str(said)
-
-
 def test_two_runs_of_one_method_that_train_the_same_cell_get_a_warning(write, raw):
     """The claims name methods and cells, not runs: they are not evaluated where two answer to one."""
     first = write(raw)

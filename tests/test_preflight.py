@@ -284,9 +284,6 @@ def test_a_judge_is_only_a_warning_and_a_local_server_will_do(run, machine):
     assert findings(run) == {}
 
 
-PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
-
-
 @pytest.mark.parametrize(("taken", "settings", "key", "what", "fix"), [
     ({"gpus": ()}, {}, "compute.gpus", "needs 1 GPU with at least 40 GB, here: none", "--scale laptop"),
     ({"gpus": (), "CUDA_VISIBLE_DEVICES": ""}, {}, "compute.gpus", "none (CUDA_VISIBLE_DEVICES=)", "--scale laptop"),
@@ -303,9 +300,6 @@ PASSWORD = "postgresql://me:${env.DB_PASSWORD}@db/x"
     ({"drop": ("OPENAI_API_KEY",)}, {}, "evaluation.judge", "no judge endpoint", "OPENAI_BASE_URL"),
     ({"absent": "openai"}, {}, "evaluation.judge", "openai is not installed",
      "pip install -c constraints.txt -e '.[judge]', then ./run_all.sh judge"),
-    ({}, {"optuna.storage": PASSWORD}, "optuna.storage", "DB_PASSWORD is not set", "export DB_PASSWORD="),
-    ({"DB_PASSWORD": "s3cr3t-secret", "absent": "psycopg"}, {"optuna.storage": PASSWORD}, "optuna.storage",
-     "psycopg is not installed", "pip install -c constraints.txt -e '.[postgresql]'"),
 ])  # fmt: skip
 def test_every_missing_thing_is_one_line_that_names_it_and_its_fix(
     run, machine, monkeypatch, taken, settings, key, what, fix

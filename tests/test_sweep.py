@@ -1,17 +1,12 @@
 """The search: cells are enqueued and read, killed trials are queued once more and none is repeated, direction
 asserted."""
 
-import os
-import time
-from pathlib import Path
-from types import SimpleNamespace
-
 import optuna
 import pytest
 
 from lib import config, record, tables
-from lib.errors import MissingError, StudyError
-from lib.run import members, runs, storage, sweep
+from lib.errors import StudyError
+from lib.run import members, runs, sweep
 from tests.conftest import TINY
 
 SPACE = {
@@ -167,145 +162,6 @@ def test_a_real_trial_reads_the_cached_cell_and_trains_the_rest(tiny, pool_socke
     assert values[0] == cell["validation_implicit_accuracy"]
     (trial,) = (tmp_path / "results" / "tiny" / "sweep" / "trials").iterdir()
     assert "oracle_score" not in record.read_json(trial / "metrics.json"), "a trial is judged on validation pairs alone"
-
-
-# ---- a database shared by machines
-
-
-def test_two_machines_share_a_search_and_its_number_of_trials(tiny, tmp_path, fake_training, monkeypatch):
-    """sqlite stands in for the database. What another machine trains is neither repeated nor taken from it, until a
-    day has passed; what a dead process of this machine left is queued again."""
-    run = searchable(tiny, storage=f"sqlite:///{tmp_path}/trials.db")
-    study = sweep.open_study(run, tmp_path / "sweep")
-    assert study.study_name.startswith(f"{tmp_path.name}/td_dpo/tiny@"), (
-        "unique in a database that holds other searches"
-    )
-    for point in sweep.cells(run):
-        study.enqueue_trial(point)
-    with monkeypatch.context() as away:
-        away.setattr(sweep.platform, "node", lambda: "another-machine")
-        theirs = sweep.ask(study, sweep.distributions(run), True)  # the first cell, and it goes on training there
-    monkeypatch.setattr(sweep.os, "getpid", lambda: 2**22 + 1)  # no process has this number
-    dead = sweep.ask(study, sweep.distributions(run), True)
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        members, "submit", lambda run, wanted, subfolder="members": fake_training.extend(wanted) or wanted
-    )
-    monkeypatch.setattr(members, "watch", lambda job: None)
-    monkeypatch.setattr(
-        members, "collect", lambda job: [{"member": m.id, "validation_implicit_accuracy": 0.6} for m in job]
-    )
-    waited = []
-
-    def sleep(seconds):
-        waited.append(seconds)
-        study.tell(theirs.number, 0.7)  # the other machine ends its trial
-
-    monkeypatch.setattr(
-        sweep, "time", SimpleNamespace(**{**vars(time), "sleep": sleep})
-    )  # threads of other tests sleep too
-    found = search(run, tmp_path / "sweep")
-    done = sweep.completed_trials(found)
-    assert len(done) == 6
-    assert waited == [sweep.POLL], "the last trial was another machine's"
-    trained = [{"beta": m.run.loss.beta, "learning_rate": m.run.training.learning_rate} for m in fake_training]
-    assert theirs.params not in trained
-    assert [t.params for t in done].count(dead.params) == 1
-    assert len({str(t.params) for t in done}) == 6
-    monkeypatch.setattr(sweep, "ABANDONED", sweep.timedelta(0))
-    with monkeypatch.context() as away:
-        away.setattr(sweep.platform, "node", lambda: "another-machine")
-        left = sweep.ask(study, sweep.distributions(run), True)
-    sweep.requeue_stale(study)
-    assert study.trials[left.number].state == optuna.trial.TrialState.FAIL
-
-
-@pytest.mark.parametrize(("url", "environment", "said"), [
-    ("postgresql://me:hunter22@db/x", {}, "a password written in the YAML"),
-    ("postgresql://me:${env.DB_PASSWORD}tail@db/x", {"DB_PASSWORD": "s3cr3t-value"}, "a password written in the YAML"),
-    ("postgresql://me:${env.DB_PASSWORD}@db/x", {}, "DB_PASSWORD is not set"),
-    ("postgresql://me@db/x?password=hunter22", {}, "a password written in the YAML"),
-    ("postgresql://me:${env.HOME}@db/x", {}, "HOME, which is not a secret's name"),
-    ("mysql://db/x", {}, "a URL of 'mysql'"),
-    ("outputs/trials.db", {}, "no URL"),
-])  # fmt: skip
-def test_a_storage_that_will_not_do_is_said_in_one_line_without_its_secret(tiny, monkeypatch, url, environment, said):
-    monkeypatch.delenv("DB_PASSWORD", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(StudyError, match=said.replace("$", "[$]")) as caught:
-        storage.url_of(searchable(tiny, storage=url))
-    assert "hunter22" not in str(caught.value)
-    assert "s3cr3t" not in str(caught.value)
-
-
-def test_a_driver_that_is_not_installed_names_the_extra(tiny, monkeypatch):
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match=r"psycopg is not installed[\s\S]*\.\[postgresql\]"):
-        storage.url_of(searchable(tiny, storage="postgresql://me@db/x"))
-
-
-def test_secrets_of_a_url_are_quoted_in_it_and_appear_nowhere_else(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("DB_PASSWORD", "p@ss/word:1")
-    run = searchable(tiny, storage="postgresql://me:${env.DB_PASSWORD}@127.0.0.1:9/x")
-    assert storage.url_of(run) == "postgresql+psycopg://me:p%40ss%2Fword%3A1@127.0.0.1:9/x"
-    assert "p@ss" not in str(config.dump(run))
-    pytest.importorskip("psycopg")
-    with pytest.raises(MissingError) as caught:  # nothing listens there
-        sweep.open_study(run, tmp_path)
-    assert "[$]{env.DB_PASSWORD}".replace("[$]", "$") in str(caught.value)
-    assert "p@ss" not in str(caught.value)
-    assert "p%40ss" not in str(caught.value)
-
-
-@pytest.fixture
-def postgresql(tmp_path_factory):
-    """A server of its own on a Unix socket and a port, started as a user that it accepts (it refuses root)."""
-    import pwd
-    import shutil
-    import socket
-    import subprocess
-
-    tool = shutil.which("pg_ctl")
-    if tool is None or os.geteuid() != 0 or "postgres" not in [u.pw_name for u in pwd.getpwall()]:
-        pytest.skip("no PostgreSQL server here, or no right to start one")
-    pytest.importorskip("psycopg")
-    folder = Path("/tmp") / f"pg-{os.getpid()}"
-    folder.mkdir()
-    shutil.chown(folder, "postgres")
-    binaries = Path(os.path.realpath(tool)).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "password").write_text("p@ss/word:1\n")
-    shutil.chown(folder / "password", "postgres")
-
-    def call(*command):
-        subprocess.run(
-            command, user="postgres", check=True, capture_output=True, cwd=folder, env={"PATH": os.environ["PATH"]}
-        )
-
-    call(
-        binaries / "initdb", "-D", folder / "data", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "-U", "me"
-    )
-    call(
-        binaries / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder}", "start"
-    )
-    yield f"postgresql://me:${{env.DB_PASSWORD}}@127.0.0.1:{port}/postgres"
-    call(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-def test_a_real_postgresql_server(tiny, tmp_path, fake_training, monkeypatch, postgresql):
-    monkeypatch.setenv("DB_PASSWORD", "p@ss/word:1")
-    run = searchable(tiny, storage=postgresql)
-    assert len(sweep.completed_trials(search(run, tmp_path / "one"))) == 6
-    again = search(searchable(tiny, trials=8, storage=postgresql), tmp_path / "two")
-    assert len(sweep.completed_trials(again)) == 8, "what one machine found is there for the next"
-    monkeypatch.setenv("DB_PASSWORD", "wrong-password")
-    with pytest.raises(MissingError, match="password authentication failed"):
-        sweep.open_study(run, tmp_path)
 
 
 # ---- the run's summary

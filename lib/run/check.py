@@ -21,7 +21,7 @@ from pathlib import Path
 from lib import config, hub, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import cluster, keys, members, plan, preflight, progress, storage, watch
+from lib.run import cluster, keys, members, plan, preflight, progress, watch
 from lib.run.preflight import error, refused, warning
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
@@ -103,8 +103,8 @@ def _unread(run: Run) -> Iterator[Finding]:
 
 
 def _search(run: Run) -> Iterator[Finding]:
-    """The metric exists and the search goes its way; no password stands in the YAML, where records and pages would show
-    it; every name is a key of the YAML and every end of its range is a value that the key takes."""
+    """The metric exists and the search goes its way; every name is a key of the YAML and every end of its range is a value
+    that the key takes."""
     metrics, name, search = config.study_module(run.study).METRICS, run.optuna.objective_metric, run.optuna
     if name not in metrics:
         yield error("optuna.objective_metric", f"{name} is no metric", did_you_mean(name, metrics, ", ".join(metrics)))
@@ -112,11 +112,6 @@ def _search(run: Run) -> Iterator[Finding]:
         yield error("optuna.direction", f"would {search.direction} {name}", f"direction: {metrics[name]}")
     if search.n_trials and not search.search_space:
         yield error("optuna.search_space", f"empty, with {search.n_trials} trials", "n_trials: 0, or keys to search")
-    try:
-        if search.storage is not None:
-            storage.check_url(search.storage)
-    except StudyError as fault:
-        yield refused(fault, "optuna.storage")
     for name, entry in search.search_space.items():
         key = f"optuna.search_space.{name}"
         try:

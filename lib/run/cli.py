@@ -161,11 +161,11 @@ def report_errors(work) -> int:
 
 def root_of(options) -> Path:
     """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
-    overwrites the study. Where a run is mirrored or searched is no variation of it."""
+    overwrites the study. Where a run is mirrored is no variation of it."""
     sets = [text.partition("=")[::2] for text in options.sets]
     if root := getattr(options, "root", None):  # of a try
         return root
-    changes = sorted((key, value) for key, value in sets if not key.startswith(("wandb.", "optuna.storage")))
+    changes = sorted((key, value) for key, value in sets if not key.startswith("wandb."))
     named = options.results_dir or "STUDY_OUTPUTS" in os.environ  # who names the outputs has chosen a place already
     if options.params and not named:
         changes.append(("params", os.path.abspath(options.params)))
@@ -310,7 +310,7 @@ def execute(options, runs: list, whole: list) -> int:
         runner.remove_leftovers(root)
         slots = slots_of(options)
         spending = decide.Spending(options, runs, whole, slots)
-        needs_secrets = full and (options.scale == "paper" or any(run.optuna.storage for run in runs))
+        needs_secrets = full and options.scale == "paper"
         limits = {"fail_fast": options.fail_fast, "max_hours": options.max_hours}
         engine, started = runner.Runner([], slots, keep_secrets=needs_secrets, root=root, **limits), time.time()
         try:

@@ -1,5 +1,5 @@
-"""Is what a run needs on this machine? GPUs, the hub and its licenses, disk, a key for W&B, a search's database, and
-what only its study knows of.
+"""Is what a run needs on this machine? GPUs, the hub and its licenses, disk, a key for W&B, and what only its
+study knows of.
 
 Asked before anything starts; each finding says what to do. No value of a key or token is ever part of one.
 """
@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from lib import hub
 from lib.config import Finding, Run, is_hub_id, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
-from lib.run import fetch, storage
+from lib.run import fetch
 
 NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 60}  # of free disk, for downloads and for checkpoints
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
@@ -40,7 +40,7 @@ def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> l
     runs = [run for run in runs if run.mode != "trial"]
     findings = list(_hub(runs))
     for run in runs:
-        findings += [*_gpus(run, gpus, jobs), *_storage(run), *_wandb(run), *_disk(run)]
+        findings += [*_gpus(run, gpus, jobs), *_wandb(run), *_disk(run)]
         findings += study_module(run.study).needs(run)
     return list(dict.fromkeys(findings))
 
@@ -124,7 +124,7 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
             yield error(f"{kind}.name", f"{name}: {fault.found}", fix)
 
 
-# ---- keys, a database, disk
+# ---- keys, disk
 
 
 def wandb_host() -> str:
@@ -143,14 +143,6 @@ def _wandb(run: Run) -> Iterator[Finding]:
     if wandb_mode(run) == "online" and not wandb_key():
         fix = ".venv/bin/wandb login (or set WANDB_API_KEY), or --set wandb.mode=offline"
         yield error("wandb.mode", f"online, and there is no W&B key for {wandb_host()}", fix)
-
-
-def _storage(run: Run) -> Iterator[Finding]:
-    """A search's database: its URL, the variables it names, its driver."""
-    try:
-        storage.url_of(run)
-    except StudyError as found:
-        yield refused(found, found.where)
 
 
 def _disk(run: Run) -> Iterator[Finding]:

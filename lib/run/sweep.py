@@ -6,25 +6,20 @@ it asks in batches of a fixed size, so the proposals depend on the seed and not 
 """
 
 import operator
-import os
-import platform
-import time
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
 import pandas as pd
-import psutil
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import keys, members, storage
+from lib.run import keys, members
 
 BATCH = 4  # trials proposed at a time; fixed, or the same seed would search differently on another machine
-POLL = 10.0  # seconds between two looks at trials that other machines still train
-ABANDONED = timedelta(days=1)  # after which another machine's trial counts as killed
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -71,23 +66,23 @@ def contains(space: optuna.distributions.BaseDistribution, value) -> bool:
 
 
 def open_study(run, folder: Path) -> optuna.Study:
-    """The run's study in its journal or database. StudyError where it was made with another direction.
+    """The run's study in its journal. StudyError where it was made with another direction.
 
     Its name has a digest of what a trial's value depends on besides its point: trials of other settings, data, code or
     objective do not count.
     """
-    name = f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"  # a database holds other searches too
+    journal, name = folder / "journal.log", f"{Path(run.results_dir).parent.name}/{run.study}/{run.run_id}"
+    folder.mkdir(parents=True, exist_ok=True)
     settings = keys.member_key(config.members(config.tune(run))[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{record.digest([*settings, run.optuna.objective_metric])}",
-        storage=storage.open_storage(run, folder),
+        storage=JournalStorage(JournalFileBackend(str(journal))),
         direction=run.optuna.direction,
         load_if_exists=True,
     )
     if (kept := study.direction.name.lower()) != run.optuna.direction:  # Optuna keeps the old one and says nothing
-        where = run.optuna.storage or f"{folder}/journal.log"
-        fix = f"delete the study {study.study_name} in {where}" if run.optuna.storage else f"rm {where}"
-        raise StudyError(where, f"a study that would {kept}", f"one that would {run.optuna.direction}", fix)
+        expected = f"one that would {run.optuna.direction}"
+        raise StudyError(str(journal), f"a study that would {kept}", expected, f"rm {journal}")
     return study
 
 
@@ -96,24 +91,12 @@ def completed_trials(study: optuna.Study) -> list:
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
-def is_running_elsewhere(trial) -> bool:
-    """Whether another process that shares the database may still be training this trial: one of this machine that
-    lives, or one of another machine within a day."""
-    if trial.state != TrialState.RUNNING or "asked_by" not in trial.user_attrs:
-        return False
-    machine, _, pid = trial.user_attrs["asked_by"].rpartition(":")
-    if machine == platform.node():
-        return int(pid) != os.getpid() and psutil.pid_exists(int(pid))
-    return datetime.now() - trial.datetime_start < ABANDONED
-
-
 def requeue_stale(study: optuna.Study) -> None:
     """Trials left RUNNING by a killed process: failed, and queued again with the same parameters."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if not is_running_elsewhere(trial):
-            print(f"trial {trial.number} of a killed search is queued again")
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
+        print(f"trial {trial.number} of a killed search is queued again")
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
 
 
 def start(run, folder: Path) -> optuna.Study:
@@ -130,27 +113,11 @@ def start(run, folder: Path) -> optuna.Study:
 
 
 def ask_batch(run, study: optuna.Study) -> list[optuna.Trial]:
-    """The next trials; none when `optuna.n_trials` are finished. In a shared database they are those of all machines,
-    and the last of them is waited for."""
-    space, shared = distributions(run), run.optuna.storage is not None
-    while (missing := run.optuna.n_trials - len(completed_trials(study))) > 0:
-        free = missing - sum(map(is_running_elsewhere, study.get_trials(deepcopy=False)))
-        if free > 0:
-            # A sampler's state dies with its process; seeding it by the position makes a resumed search the same.
-            seed = run.optuna.seed + len(study.get_trials(deepcopy=False) if shared else completed_trials(study))
-            study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=4)
-            return [ask(study, space, shared) for _ in range(min(BATCH, free))]
-        time.sleep(POLL)
-        requeue_stale(study)
-    return []
-
-
-def ask(study: optuna.Study, space: dict, shared: bool) -> optuna.Trial:
-    """The next trial; in a shared database it carries who trains it."""
-    trial = study.ask(space)
-    if shared:
-        trial.set_user_attr("asked_by", f"{platform.node()}:{os.getpid()}")
-    return trial
+    """The next trials; none when `optuna.n_trials` are finished."""
+    finished = len(completed_trials(study))
+    # A sampler's state dies with its process; seeding it by the position makes a resumed search the same.
+    study.sampler = optuna.samplers.TPESampler(seed=run.optuna.seed + finished, constant_liar=True, n_startup_trials=4)
+    return [study.ask(distributions(run)) for _ in range(min(BATCH, run.optuna.n_trials - finished))]
 
 
 def trial_member(run, point: dict):
