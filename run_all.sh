@@ -31,7 +31,7 @@ if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$
       exit 3
     }
   fi
-  "$venv/bin/python" "$root/install.py" $extra || {
+  "$venv/bin/python" "$root/lib/run/install.py" $extra || {
     echo "installing the packages failed (see above; a wrong hash is mostly a download that was cut off);" \
       "rerun the same command to resume, or with STUDY_INSTALLER=pip" >&2
     exit 3

@@ -52,8 +52,8 @@ class Machine:
 
     def __init__(self, here):
         self.here, self.root, self.bin = here, here / "pfad mit Ü" / "studies", here / "bin"
-        (self.root / "lib").mkdir(parents=True)
-        for name in ("run_all.sh", "pyproject.toml", "constraints.txt", "install.py"):
+        (self.root / "lib" / "run").mkdir(parents=True)
+        for name in ("run_all.sh", "pyproject.toml", "constraints.txt", "lib/run/install.py"):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "lib" / "__main__.py").write_text("import sys\nprint('lib:', *sys.argv[1:])\n")
         self.write("site/pip/__init__.py", "")

@@ -12,7 +12,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 PIP, CONSTRAINTS = [sys.executable, "-m", "pip", "--disable-pip-version-check"], ["-c", f"{ROOT}/constraints.txt"]
 # pip's settings that are handed on, and uv's variable for each; of two names for one, the later one counts
 NAMES = """index-url=UV_DEFAULT_INDEX extra-index-url=UV_INDEX find-links=UV_FIND_LINKS no-index=UV_NO_INDEX proxy=ALL_PROXY
