@@ -266,7 +266,7 @@ class Log:
 
 def identity(spec: dict) -> dict:
     run, cell = spec["config"], {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
-    fixed = {key: run.get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
+    fixed = {key: (run.get("loss") or {}).get(key) for key in ("beta", "tau") if key not in cell}
     names = {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"]}
     pilot = spec["seed"] in (run.get("pilot_seeds") or ())
     return {**names, "cell": spec["cell_name"], **fixed, **cell, "seed": spec["seed"], "pilot": pilot}
