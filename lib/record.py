@@ -273,7 +273,7 @@ class Log:
 
 def identity(spec: dict) -> dict:
     run, cell = spec["config"], {key.rsplit(".", 1)[-1]: value for key, value in spec["cell"].items()}
-    fixed = {key: run.get("loss", {}).get(key) for key in ("beta", "tau") if key not in cell}
+    fixed = {key: (run.get("loss") or {}).get(key) for key in ("beta", "tau") if key not in cell}
     names = {"run_id": spec["run_id"], "method": run["method"], "role": run.get("role"), "study": spec["study"]}
     names |= {"subset": subset} if (subset := (run.get("dataset") or {}).get("subset")) else {}
     pilot = spec["seed"] in (run.get("pilot_seeds") or ())

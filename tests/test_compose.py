@@ -400,6 +400,52 @@ def test_adding_a_method_as_contributing_says(tmp_path):
     assert json.loads(checked)["findings"] == []
 
 
+@pytest.fixture(scope="module")
+def with_toy(tmp_path_factory):
+    """Runs commands, one after the other in one process, in a copy of the repository with the study of tests/toy."""
+    place = tmp_path_factory.mktemp("fourth")
+    for name in ("lib", "notebooks", "params"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        (place / name / "toy").mkdir()
+    for home, names in {
+        "lib": ["study.py"],
+        "params": ["design.yaml"],
+        "notebooks": ["train.ipynb", "analysis.ipynb"],
+    }.items():
+        for name in names:
+            shutil.copy(ROOT / "tests" / "toy" / name, place / home / "toy" / name)
+    (place / "lib" / "toy" / "__init__.py").touch()
+    more = {"PYTHONPATH": str(place), "STUDY_OUTPUTS": str(place / "outputs"), "STUDY_CACHE": str(place / "cache")}
+
+    def run(*commands: str) -> str:
+        code = f"from lib.run import cli; [print(cli.main(each.split())) for each in {commands}]"
+        environ = {**os.environ, **more, "STUDY_POOL": ""}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=place, capture_output=True, text=True, env=environ
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_study_of_ones_own_is_written_and_checked_as_contributing_says(with_toy):
+    said = with_toy("compose params/toy/design.yaml", "check --static --study toy")
+    assert "3 files written\n0\n" in said
+    assert "ready: 0 errors, 0 warnings" in said
+    assert said.endswith("\n0\n")
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_is_judged(with_toy):
+    said = with_toy(
+        "compose params/toy/design.yaml", "trial --study toy", "check --study toy", "full --scale laptop --study toy"
+    )
+    assert re.search(r"toy C1  supported +\+0\.3", said), said
+    assert "unknown parameter" not in said
+    assert re.findall(r"^(\d)$", said, re.MULTILINE) == ["0"] * 4, said
+
+
 def test_an_added_method_is_drawn_beside_the_others():
     methods, taus = ["ipo", "dpo", "td_dpo", "td_dpo", "discopop_card"], [None, None, 1.0, 2.0, None]
     table = pd.DataFrame({"method": methods, "beta": 0.05, "tau": taus})

@@ -194,7 +194,12 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     for claim in asked:
         if why := power.undecidable(published, claim, scale):
             told = warning if scale == "paper" else error  # published claims stay as they are
-            yield told(claim.id, why, "a claim that some number of seeds up to the last look can decide", file)
+            yield told(
+                claim.id,
+                why,
+                "a claim that seeds up to the last look can decide, or other `noise` (assumed in this file)",
+                file,
+            )
     members = pd.DataFrame([row for run in runs for row in member_rows(run)])
     if members.empty:
         return

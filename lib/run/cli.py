@@ -220,9 +220,9 @@ def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
                 run = config.apply(run, {"grid": blocks or None})
         if wanted:
             selected.append((path, run, findings))
-    names = {path.stem if isinstance(run, StudyError) else run.run_id for path, run, _ in every}
-    if lost := [glob for glob in options.run or ["*"] if not fnmatch.filter(names, glob)]:
-        where = f"a run below {', '.join(map(check.display_path, folders))}"
+    names, found = ([getattr(run, "run_id", path.stem) for path, run, _ in those] for those in (every, selected))
+    if lost := [glob for glob in options.run or ["*"] if not fnmatch.filter(found, glob)]:
+        where = f"run YAMLs below {', '.join(map(check.display_path, folders)) or 'params/<study>/' + options.scale}"
         near = config.did_you_mean(lost[0], names, f"list them: ./run_all.sh plan --scale {options.scale}")
         raise StudyError(f"--run {lost[0]}", f"no such run at {options.scale} scale", where, near)
     return selected
@@ -250,7 +250,7 @@ def run(options) -> int:
         kinds = dict.fromkeys(cluster.gpus(options.cluster))
         os.environ |= {"STUDY_CLUSTER": options.cluster, "STUDY_DEVICES": ",".join(kinds)}
     asked, options.claims = options.claims, None  # until their arms are known
-    selected = select_runs(options)
+    selected = whole = select_runs(options)
     if asked and len(check.runs_of(selected)) == len(selected):  # else what is refused is reported
         # a trial's runs have one cell
         full = selected if options.mode == "full" else select_runs(changed(options, mode="full"))
@@ -258,7 +258,7 @@ def run(options) -> int:
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
         pairs = zip(selected, check.runs_of(selected), strict=True)
         selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
-    whole = whole_of(options, selected) if options.run or asked else selected
+    whole = whole_of(options, selected) if options.run or (asked and options.sets) else whole
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
@@ -483,10 +483,7 @@ def lab(more: list[str]) -> None:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     quiet["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore::FutureWarning"  # of tqdm and of transformers
     if os.geteuid() == 0 and not any(option.startswith("--allow-root") for option in more):
-        print(
-            "options are JupyterLab's, which does not start for root but with one: ./run_all.sh lab --allow-root",
-            flush=True,
-        )
+        print("options pass through; JupyterLab wants one of root: ./run_all.sh lab --allow-root", flush=True)
     command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
     os.chdir(plan.NOTEBOOKS)
     os.execve(sys.executable, [*command, *more], {**quiet, **os.environ, **first})
