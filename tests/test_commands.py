@@ -21,7 +21,7 @@ CODE = sorted((ROOT / "lib").rglob("*.py"))
 START = "./run_all.sh"
 STANDS_FOR = {  # what is put into a message when it is shown, by the last name in its code
     "scale": "laptop", "mode": "full", "study": "td_dpo", "only": " --run dpo", "run": " --set loss.beta=0.2",
-    "minutes": "5", "path": "params/td_dpo/design.yaml",
+    "minutes": "5", "argv": "plan", "path": "params/td_dpo/design.yaml",
 }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_status_shows_trials_where_there_is_nothing_else(tmp_path, monkeypatch, 
         "laptop-trial:",
         "laptop-trial,loss.beta=0.2:",
     ]
-    assert shown.count("td_dpo/dpo ") == 2
+    assert shown.count("1 succeeded") == 2
     record.write_json(tmp_path / "laptop-full" / "td_dpo" / "dpo" / "status.json", state)
     assert cli.main(["status"]) == 0
     assert "trial" not in capsys.readouterr().out

@@ -285,7 +285,8 @@ def print_verdicts(folders: Iterable[Path], printed: set[str], *, priced: bool =
 
 
 def status(root: Path, studies: list[str] | None = None) -> int:
-    rows, alive, done = [*root.glob("*/*/status.json"), *root.glob("*/*/sweep/status.json")], is_running(root), 0
+    rows, done = [*root.glob("*/*/status.json"), *root.glob("*/*/sweep/status.json")], 0
+    alive = root.is_dir() and is_running(root)  # whose lock would make the folder
     if alive:
         print(clip(record.read_json(root / "progress.json", {}).get("text", "a runner has just started")))
     elif not rows:
