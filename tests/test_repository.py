@@ -25,8 +25,9 @@ NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb
 
 # Limits only go down; one is raised with its reason beside it. Lines are code lines: no blanks, comments, docstrings.
 LIB = {"lines": 11_510, "files": 75}  # room for what decides: looks, decisions and seeds as repetitions
-# of a member of any study; seeds as repetitions took 10, layouts by name and the audit 140 (of 2,700 in the design)
-REACH = {"files": 12, "lines": 2_540}
+# of a member of any study; seeds as repetitions took 10, layouts by name and the audit 140, settings of
+# --set that replace what grid and search supply, dry calls and cures that can be typed 45 (of 2,700 in the design)
+REACH = {"files": 12, "lines": 2_585}
 OWN = {"td_dpo": 10, "iw_lora": 5, "graff": 8}  # modules of a study's own
 BASE = {"config", "errors", "record", "stats"}  # what all others may import, and that import nothing else
 
