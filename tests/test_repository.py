@@ -22,7 +22,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb
 # ---- how much a reader has to know, and which way imports go
 
 # Limits only go down; one is raised with its reason beside it. Lines are code lines: no blanks, comments, docstrings.
-LIB = {"lines": 11_454, "files": 75}  # room for what decides: looks, decisions, seeds as repetitions, and the cell `tuned`
+LIB = {"lines": 11_453, "files": 75}  # room for what decides: looks, decisions, seeds as repetitions, tuned cells
 # of a member of any study; seeds as repetitions took 10, layouts by name and the audit 140, the cell `tuned` in a grid 15
 REACH = {"files": 12, "lines": 2_555}
 OWN = {"td_dpo": 10, "iw_lora": 5, "graff": 8}  # modules of a study's own
