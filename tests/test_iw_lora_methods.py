@@ -186,7 +186,8 @@ def test_the_figures_say_their_numbers(tmp_path):
             metrics = {"validation_accuracy": 0.7 + seed / 100, "tuning_accuracy": 0.7}
             write_member(tmp_path, member, metrics, rows=rows, history=steps, adapters=values)
     times = {"seconds": 3.0, "seconds_baseline": 2.0, "step_seconds": 2.0, "step_seconds_baseline": 4.0}
-    record.write_jsonl(tmp_path / "iw_lora" / "step_cost.jsonl", [times, times])
+    rows = [{**times, "process": process} for process in (0, 1)]
+    record.write_jsonl(tmp_path / "iw_lora" / "step_cost.jsonl", rows)
     alt, _ = analyze(tmp_path, planned)
     assert "query of layer 0 0.4; query of layer 1 0.6" in alt["sensitivities"]
     assert "iw_lora 0.971 to 1.03" in alt["coefficients"]
