@@ -210,11 +210,13 @@ def _group(root: Path, study: Path) -> dict | None:
     own, _, variation = study.parent.name.partition(",")
     scale, _, mode = own.partition("-")
     aggregated, alive = read_json(comparison / "aggregated_metrics.json", {}), progress.is_running(study.parent)
+    page = ROOT / "notebooks" / study.name / "METHOD.md"  # which begins with the study's name as it is written
+    name = page.read_text(encoding="utf-8").partition(":")[0].lstrip("# ") if page.exists() else study.name
     return {
         "anchor": f"{study.parent.name}-{study.name}",
         "scale": scale,
         "mode": mode,
-        "name": study.name.replace("_", "-").upper() + (f" ({variation})" if variation else ""),
+        "name": name + (f" ({variation})" if variation else ""),
         "folder": comparison,
         "method": method_html(root, study.name),
         "status": read_json(comparison / "status.json", {}),
