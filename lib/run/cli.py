@@ -351,7 +351,7 @@ def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Rou
 def status(options) -> int:
     """Of what was asked for or, where nothing was and there is none of the usual, of all that there is."""
     roots = [root_of(options)]
-    if options.everywhere and not roots[0].is_dir():
+    if options.everywhere and not any(roots[0].glob("*/*/status.json")):
         roots = sorted({path.parents[2] for path in OUTPUTS.glob("*/*/*/status.json")}) or roots
     for root in roots:
         if root != root_of(options):
