@@ -608,7 +608,6 @@ def coverage(study: Claims, members: pd.DataFrame) -> pd.DataFrame:
     statuses, out = (*FINISHED, "failed", "out_of_memory", "lost", "missing"), []
     sides = [(claim, side, cell) for claim in study.claims for side in SIDES for cell in study.levels(claim, side)]
     for claim, side, cell in sides:
-        # where a key is `best`, any of its runs may be it
         runs = select_any(members, claim, cell)
         seeds = {s: runs["seed"][runs["status"] == s].astype(int) if len(runs) else [] for s in statuses}
         row = {"claim": claim.id, "side": side, "cell": study.label(cell), "runs": len(runs)}

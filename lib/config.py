@@ -290,6 +290,11 @@ class Run(Section):
     overrides: dict[str, str] = {}  # what --set gave, as written; already in the values
     searched: dict[str, str] = {}  # {dotted key: name in the search space} of values written as ${opt.name}
 
+    @property
+    def has_tuned(self) -> bool:
+        """Whether a cell of the grid is what the search finds."""
+        return any(block.tuned for block in self.grid or ())
+
     @classmethod
     def usual(cls, raw: dict) -> tuple[Any, str]:
         """(method, role) of a YAML that does not write them."""
@@ -363,10 +368,7 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
     except ValidationError as error:
         # Unknown keys first: a slip of the pen is why another key is missing.
         errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-    faults, tables = (
-        [],
-        {key: [table] for table, key in getattr(sys.modules[section.__module__], "BY_NAME", {}).items()},
-    )
+    faults, by_name = [], getattr(sys.modules[section.__module__], "BY_NAME", {})
     for item in errors:
         kind, value, context = item["type"], item["input"], item.get("ctx", {})
         key = ".".join(filter(None, [*map(str, item["loc"]), context.get("key")])) or "(top level)"
@@ -379,8 +381,8 @@ def validated(section: type[BaseModel], raw: dict, where: str) -> Any:
         elif isinstance(value, str) and (marker := MARKER.fullmatch(value)) and item["loc"][0] in TUNABLE:
             words = _not_supplied(marker[1], key)
         else:
-            near = did_you_mean(str(value), re.findall("'([^']*)'", context.get("expected", "")), "")
-            fixes = [near, *(f"CONTRIBUTING.md says how to add one to {table}" for table in tables.get(key, ()))]
+            fixes = [did_you_mean(str(value), re.findall("'([^']*)'", context.get("expected", "")), "")]
+            fixes += [f"CONTRIBUTING.md says how to add one to {name}" for name in by_name if by_name[name] == key]
             words = reprlib.repr(value), item["msg"].removeprefix("Input should be "), " ".join(filter(None, fixes))
         faults.append((key, *words))
     if len(faults) == 1:
@@ -773,7 +775,7 @@ def _blocks(run: Run) -> list[tuple[list[dict], list[int], str]]:
 def tune(run: Run, cell: Mapping[str, Any] | None = None) -> Run:
     """The run with `cell` in its tuned block, where its grid has one; without a cell, with the run's own values of what
     its search looks for."""
-    if not any(block.tuned for block in run.grid or ()):
+    if not run.has_tuned:
         return run
     raw, keys_of = run.model_dump(mode="json"), [resolve(run.study, name) for name in run.optuna.search_space]
     tuned = {"cells": [dict(cell or {key: get(raw, key) for key in keys_of})]}

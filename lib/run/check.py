@@ -90,11 +90,8 @@ def findings(run: Run) -> list[Finding]:
 
 def _unread(run: Run) -> Iterator[Finding]:
     """Settings of --set that would change nothing in this run."""
-    values, unread, model = (
-        config.dump(run),
-        config.study_module(run.study).unread(run),
-        getattr(run.model, "name", "made"),
-    )
+    values, model = config.dump(run), getattr(run.model, "name", "made")
+    unread = config.study_module(run.study).unread(run)
     unread |= {} if model == "made" else {"model.recipe": f"the model is {model}"}
     for key in (config.resolve(run.study, name) for name in run.overrides):
         why = next((unread[part] for part in unread if f"{key}.".startswith(f"{part}.")), None)
@@ -131,7 +128,7 @@ def _grid(run: Run) -> Iterator[Finding]:
     except StudyError as fault:
         yield refused(fault, f"grid: {fault.where}")
         return
-    if any(block.tuned for block in run.grid or ()):
+    if run.has_tuned:
         if not run.optuna.n_trials:
             yield error("grid: tuned", "no search finds it", "optuna.n_trials, or a grid without it")
         if not run.pilot_seeds:
@@ -194,12 +191,8 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     for claim in asked:
         if why := power.undecidable(published, claim, scale):
             told = warning if scale == "paper" else error  # published claims stay as they are
-            yield told(
-                claim.id,
-                why,
-                "a claim that seeds up to the last look can decide, or other `noise` (assumed in this file)",
-                file,
-            )
+            fix = "a claim that seeds up to the last look can decide, or other `noise` (assumed in this file)"
+            yield told(claim.id, why, fix, file)
     members = pd.DataFrame([row for run in runs for row in member_rows(run)])
     if members.empty:
         return

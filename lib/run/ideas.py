@@ -120,15 +120,11 @@ def prepare(options, outputs: Path, sets: dict[str, str], command: str, fetch: C
 
 
 def _baseline(path: Path, study: str, scale: str, sets: dict) -> tuple[Any, dict]:
-    """(the shipped run with what --set says, the cell that is compared): the middle one of its first block, around which
-    grids are laid out, with what --set says of its keys."""
-    sets = {config.resolve(study, key, "--set"): value for key, value in sets.items()}
-    run = config.load_run(path, study=study, scale=scale, mode="full")
-    cells = [*config.cells(run.model_copy(update={"grid": run.grid and run.grid[:1]})).values()]
-    cell = cells[(len(cells) - 1) // 2][0]
-    cell |= {key: config.parse_yaml(sets.pop(key), f"--set {key}") for key in cell if key in sets}
+    """(the shipped run with what --set says, in its grid too, and the cell that is compared): the middle one of its first
+    block, around which grids are laid out."""
     run = config.load_run(path, study=study, scale=scale, mode="full", overrides=sets)
-    return run, cell
+    cells = [*config.cells(run.model_copy(update={"grid": run.grid and run.grid[:1]})).values()]
+    return run, cells[(len(cells) - 1) // 2][0]
 
 
 def _members(cell: dict, seeds: list[int]) -> dict[str, Any]:

@@ -66,20 +66,21 @@ def anonymous(text: str, *folders: Path) -> str:
     return redact(text)
 
 
-def method_html(root: Path, study: str) -> list[tuple[str, str]]:
-    """Write <root>/method/<study>.html, what was published and what is done instead; (text, href) of it and of the papers
-    that it names, as seen from `root`."""
+def method_html(root: Path, study: str) -> tuple[str, list[tuple[str, str]]]:
+    """Write <root>/method/<study>.html, what was published and what is done instead. Returns the study's name, with which
+    that page begins, and (text, href) of it and of the papers that it names, as seen from `root`."""
     from nbformat import v4
 
     source, page = ROOT / "notebooks" / study / "METHOD.md", root / "method" / f"{study}.html"
     if not source.exists():
-        return []
+        return study, []
     text = source.read_text(encoding="utf-8")
     if not page.exists() or page.stat().st_mtime < source.stat().st_mtime:
         cell = v4.new_markdown_cell(re.sub(r"\[([^]]*)\]\((?!http|#)[^)]*\)", r"\1", text))  # files that are not here
         write_text(page, render(v4.new_notebook(cells=[cell]), title=study, links=[("All studies", "../index.html")]))
     papers = re.findall(r"\[([^]]*)\]\((https://arxiv\.org/[^)]*)\)", text)
-    return [("What was published, what is done instead", quote(f"method/{page.name}")), *papers]
+    links = [("What was published, what is done instead", quote(f"method/{page.name}")), *papers]
+    return text.partition(":")[0].lstrip("# "), links
 
 
 def render(notebook, *, title: str, **about) -> str:
@@ -179,9 +180,10 @@ def index_html(outputs_root: str | Path) -> Path:
     root, groups, working = Path(outputs_root), [], []
     for folder in [p for name in FOLDERS for p in (root / name, *sorted(root.glob(f"{name},*"))) if p.is_dir()]:
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        with_records = [group for study in studies if (group := _group(root, study))]
+        alive = progress.is_running(folder)
+        with_records = [group for study in studies if (group := _group(root, study, alive))]
         groups += sorted(with_records, key=lambda group: not group["claims"])  # what has verdicts before what has none
-        if progress.is_running(folder):
+        if alive:
             working.append({"folder": folder.name, "at": time.time(), **read_json(folder / "progress.json", {})})
     script = (ASSETS / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -200,8 +202,8 @@ def index_html(outputs_root: str | Path) -> Path:
     return root / "index.html"
 
 
-def _group(root: Path, study: Path) -> dict | None:
-    """What is known of one study at one scale and in one mode; None where nothing has run."""
+def _group(root: Path, study: Path, alive: bool) -> dict | None:
+    """What is known of one study at one scale and in one mode, where a runner may be `alive`; None where nothing has run."""
     comparison = study / "comparison"
     folders = [p for p in sorted(study.iterdir()) if (p / "status.json").exists() or (p / "members").is_dir()]
     folders = [path for path in folders if path != comparison]
@@ -209,20 +211,18 @@ def _group(root: Path, study: Path) -> dict | None:
         return None
     own, _, variation = study.parent.name.partition(",")
     scale, _, mode = own.partition("-")
-    aggregated, alive = read_json(comparison / "aggregated_metrics.json", {}), progress.is_running(study.parent)
-    page = ROOT / "notebooks" / study.name / "METHOD.md"  # which begins with the study's name as it is written
-    name = page.read_text(encoding="utf-8").partition(":")[0].lstrip("# ") if page.exists() else study.name
+    name, method = method_html(root, study.name)
     return {
         "anchor": f"{study.parent.name}-{study.name}",
         "scale": scale,
         "mode": mode,
         "name": name + (f" ({variation})" if variation else ""),
         "folder": comparison,
-        "method": method_html(root, study.name),
+        "method": method,
         "status": read_json(comparison / "status.json", {}),
         "claims": read_json(comparison / "claims.json", []),
         "prices": read_json(comparison / "prices.json", {}),
-        "aggregated": aggregated,
+        "aggregated": read_json(comparison / "aggregated_metrics.json", {}),
         "figure": _figure(root, comparison) if mode != "trial" else "",
         "figures": sorted((comparison / "figures").glob("*.png")),
         "runs": [_run(path, alive) for path in folders],
@@ -289,7 +289,7 @@ def site(root: Path, target: Path) -> int:
         )
     texts = [path.read_text(encoding="utf-8") for path in root.rglob("*.ipynb")]  # which say where they were executed
     made_in = {folder for text in texts for folder in re.findall(r'"input_path": "(.+)/notebooks/', text)}
-    folders = sorted({*made_in, str(root.parent), str(ROOT)}, key=len, reverse=True)
+    folders = [Path(folder) for folder in sorted({*made_in, str(root.parent)}, key=len, reverse=True)]
 
     def link(page: Path, match: re.Match) -> str:
         path = Path(os.path.normpath(page.parent / unquote(html.unescape(match[1])).partition("#")[0]))
@@ -305,9 +305,7 @@ def site(root: Path, target: Path) -> int:
         if path.suffix in (".png", ".pdf"):
             shutil.copyfile(root / path, target / path)
             continue
-        text = (root / path).read_text(encoding="utf-8")
-        for folder in folders:
-            text = text.replace(f"{folder}/", "")
+        text = anonymous((root / path).read_text(encoding="utf-8"), *folders)
         text = re.sub(r' (?:href|src)="([^"]*)"', partial(link, path), text) if path.suffix == ".html" else text
         write_text(target / path, text)
     return len(found)

@@ -273,9 +273,8 @@ def _sweep(train: Step, run, forced: Collection[str]) -> Step:
     made_of = [keys.member_key(m)["all"] for m in every], config.dump(run), keys.notebook_code(notebook)
     key, folder = record.digest([made_of, keys.modules("lib.run.sweep")]), train.folder / "sweep"
     step = Step("sweep", run.study, run.run_id, notebook, folder, config.parameters(run), key, "", run)
-    is_first = any(block.tuned for block in run.grid or ())
-    step.needs = [] if is_first else [train]
-    step.reason = "its run is to be done" if train.members and not is_first else _why(step, forced)
+    step.needs = [] if run.has_tuned else [train]
+    step.reason = "its run is to be done" if train.members and not run.has_tuned else _why(step, forced)
     if step.reason:
         of_grid = {m.cell_name for m in every if m.seed == (run.pilot_seeds or run.seed_list)[0]}
         step.members = max(0, run.optuna.n_trials - len(of_grid))

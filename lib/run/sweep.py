@@ -169,4 +169,4 @@ def write_best(run, study: optuna.Study, folder: Path):
     seeds = run.grid[0].seeds if run.grid else None
     best = config.apply(run, {**point, "grid": [{"cells": [point], "seeds": seeds}], "optuna.n_trials": 0})
     record.write_text(folder / "best.yaml", yaml.safe_dump(config.dump(best), sort_keys=False, allow_unicode=True))
-    return best, [] if any(block.tuned for block in run.grid or ()) else config.members(best)
+    return best, [] if run.has_tuned else config.members(best)

@@ -206,10 +206,8 @@ def api():
         connection.default_entity  # noqa: B018 (asks the server who we are)
         return connection
     except Exception as error:  # the client raises errors of half a dozen kinds, some of them plain ValueErrors
-        what, fix = (
-            f"no usable answer ({error!r:.200})",
-            "check the connection and WANDB_BASE_URL, then rerun the same command",
-        )
+        what = f"no usable answer ({error!r:.200})"
+        fix = "check the connection and WANDB_BASE_URL, then rerun the same command"
         raise MissingError("W&B", what, "a server that knows this key", fix) from None
 
 
