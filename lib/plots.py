@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,12 @@ def looks(names: Iterable[str], known: Mapping[str, Look] | None = None) -> dict
     taken = {look.color for look in chosen.values()}
     free = [(color, marker) for color, marker in zip(PALETTE, MARKERS, strict=True) if color not in taken]
     new = zip((name for name in names if name not in known), itertools.cycle(free or [(INK, "o")]), strict=False)
-    return chosen | {name: Look(str(name), *style) for name, style in new}
+    return chosen | {name: Look(short(str(name)), *style) for name, style in new}
+
+
+def short(run_id: str) -> str:
+    """A run's name without its role, with which the ids of published runs begin (proposed-..., comparative-1-...)."""
+    return re.sub(r"^(proposed|comparative-\d+|ablation|control)-", "", run_id)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -237,7 +243,7 @@ def bars(
             if len(seeds) and not boxes:
                 over = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
                 place.annotate(number(seeds.mean()), (middle, np.nanmax([high, *seeds])), (0, 3), **over)
-    place.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(places)), xticklabels=places)
+    place.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(places)), xticklabels=map(short, places))
     if not boxes and table["value"].notna().any():
         place.set_ylim(bottom=limits[0])  # its top is where the highest point is
     if reference is not None:

@@ -12,6 +12,6 @@ def test_the_benchmark_prints_every_row(capsys):
         "| AdaLoRA |",
         "| penalty alone |",
         "| calibration pass |",
-        "| mnli_iw_lora | 150 |",
+        "| proposed-mnli_iw_lora | 150 |",
     ):
         assert row in said

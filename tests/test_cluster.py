@@ -45,7 +45,7 @@ def test_the_clusters_gpus_are_the_slots_and_what_preflight_asks_for(monkeypatch
     monkeypatch.setattr(cluster, "_nodes", lambda address: nodes)
     assert cluster.gpus("a:1") == ["GPU", "H100", "H100"]
     assert cluster.slots("a:1") == 3
-    run = config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+    run = config.load_run(config.ROOT / "params/td_dpo/paper/proposed-td_dpo.yaml", scale="paper", mode="full")
     found = {f.key for f in preflight.find_missing([run], check.gpus_of("a:1"))}
     assert not {"compute.gpus", "model.torch_dtype"} & found
     monkeypatch.setattr(cluster, "_nodes", lambda address: nodes[2:])

@@ -149,7 +149,17 @@ def test_runs_are_complete_and_say_where_they_come_from(design, capsys):
 
 
 def test_only_rules_out_what_has_none_of_these(design):
+    compose(design.path)
+    files = written(design.folder)
+    of_ones_own = design.folder / "laptop/mine.yaml"
+    of_ones_own.write_text("run_id: mine\n")
     design("    like: dpo\n", "    like: dpo\n    only: [paper, small]\n")
+    assert compose(design.path) == 0
+    assert set(files) - set(written(design.folder)) == {"laptop/ipo-generated.yaml"}, (
+        "what it no longer writes is removed"
+    )
+    assert of_ones_own.exists()
+    of_ones_own.unlink()
     assert [name for name in rendered(design.path) if "ipo" in name] == ["laptop/ipo-small.yaml"]
 
 

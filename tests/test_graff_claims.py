@@ -183,7 +183,7 @@ def test_figures_reported_for_what_has_no_definition_are_never_evaluated_and_say
     rows = pd.DataFrame(
         [
             {
-                "run_id": "reactor_30",
+                "run_id": "comparative-1-reactor_30",
                 "method": "reactor",
                 "seed": seed,
                 "example": i,

@@ -124,15 +124,15 @@ def test_a_diverged_run_counts_as_it_does_in_the_claims_and_has_no_loss(tmp_path
 def test_a_method_of_ones_own_comes_into_the_figures_by_its_role_and_other_budgets_have_their_own(tmp_path):
     graff, fixed = planned_runs("graff", "fixed")
     own = fixed.model_copy(update={"run_id": "mine", "method": "fixed_mine"})
-    longer = fixed.model_copy(update={"run_id": "fixed_60", "role": "control"})
+    longer = fixed.model_copy(update={"run_id": "control-fixed_60", "role": "control"})
     longer = longer.model_copy(update={"training": longer.training.model_copy(update={"budget_minutes": 60})})
     for run in (graff, fixed, own, longer):
         write_run(tmp_path, run, 0.4)
     alt, names = analyze(tmp_path, [graff, fixed, own, longer])
-    assert set(names["main"]) == {"graff", "fixed", "mine", "fixed_60"}
+    assert set(names["main"]) == {"graff", "fixed", "mine", "control-fixed_60"}
     assert {f"{name}_made_{length}" for name in ("exact_match", "seeds") for length in (3, 60)} <= set(alt)
     assert "mine" in alt["exact_match_made_3"]
-    assert "fixed_60" not in alt["exact_match_made_3"]
+    assert "control-fixed_60" not in alt["exact_match_made_3"]
     assert set(names["compared"]) == {"graff", "fixed", "mine"}
 
 

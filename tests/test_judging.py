@@ -265,7 +265,9 @@ def test_the_key_is_sent_as_a_header_and_is_nowhere_else(outputs, judge_server, 
 
 
 def test_what_is_missing_is_found_before_training(data, tmp_path):
-    shipped = config.load_run(config.ROOT / "params/td_dpo/paper/dpo.yaml", study="td_dpo", scale="paper", mode="full")
+    shipped = config.load_run(
+        config.ROOT / "params/td_dpo/paper/comparative-1-dpo.yaml", study="td_dpo", scale="paper", mode="full"
+    )
     module = config.study_module("td_dpo")
     (tmp_path / "odd/reference_answer").mkdir(parents=True)
     for name in mt_bench.FILES:
@@ -527,7 +529,7 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     """(what judged, scores, verdict on the parity of TD-DPO and DPO at a look of two seeds) as the analysis has them."""
     shipped = {
         m: config.load_run(ROOT / f"params/td_dpo/paper/{m}.yaml", study="td_dpo", scale="paper", mode="full")
-        for m in ("dpo", "td_dpo")
+        for m in ("comparative-1-dpo", "proposed-td_dpo")
     }
     planned = [
         config.apply(run, {"evaluation.judge": judge}) for run, judge in zip(shipped.values(), judges, strict=True)

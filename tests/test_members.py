@@ -397,3 +397,15 @@ def test_members_that_ran_two_states_of_a_function_are_not_compared(tmp_path):
     record.write_json(folder / "code.json", {"lib.td_dpo.losses": {"summary": "edited"}})
     with pytest.raises(StudyError, match="lib.td_dpo.losses summary"):
         tables.load(tmp_path)
+
+
+def test_what_pilots_share_is_made_along_with_what_those_after_them_do(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(members, "prepare_inputs", lambda *runs: asked.extend(runs))
+    blocks = [{"cells": [{"beta": 0.1}, {"beta": 0.2}], "pilot": True}]
+    run = tiny(seed_list=[1, 2], pilot_seeds=[3], grid=blocks)
+    done = next(m for m in config.members(run) if m.cell == {"loss.beta": 0.1})
+    monkeypatch.setattr(members, "stale", lambda member, folder: "" if member.id == done.id else "no record")
+    members.prepare_all(run)
+    assert members.inputs_folder(asked[0]) == members.inputs_folder(done.run), "of which the notebook shows more"
+    assert {each.dataset.split_seed for each in asked[1:]} == {1, 2, 3}

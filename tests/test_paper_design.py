@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lib import config, record
+from lib import config, plots, record
 from lib.graff import member, prepare
 from tests.conftest import ROOT
 
@@ -31,6 +31,17 @@ def test_models_and_data_are_pinned_to_a_commit(study):
         assert COMMIT.fullmatch(run.dataset.revision), run.run_id
 
 
+@pytest.mark.parametrize(("study", "baseline"), [("td_dpo", "dpo"), ("iw_lora", "mnli_lora"), ("graff", "reactor_30")])
+def test_a_run_is_named_by_its_role_and_the_published_baseline_is_the_first(study, baseline):
+    runs = paper(study)
+    for run in runs.values():
+        assert re.match({"comparative": r"comparative-\d+-"}.get(run.role, f"{run.role}-"), run.run_id)
+    assert f"comparative-1-{baseline}" in runs
+    of_methods = {(run.method, run.run_id.split("-")[1]) for run in runs.values() if run.role == "comparative"}
+    assert len(of_methods) == len({method for method, _ in of_methods}) == len({number for _, number in of_methods})
+    assert {plots.short(name) for name in runs} == {re.sub(r"^[a-z]+(-\d+)?-", "", name) for name in runs}
+
+
 # ---- GRAFF
 
 
@@ -45,15 +56,19 @@ def test_a_budget_ends_graffs_runs_and_no_number_of_steps():
 def test_graffs_search_is_the_published_one_where_it_says_nothing_else():
     runs, tuned = paper("graff"), set()
     for run in runs.values():
-        ablation, transfer = run.role == "ablation", run.run_id.startswith("mistral")
+        ablation, transfer = run.role == "ablation", "mistral" in run.run_id
         assert run.optuna.n_trials == (0 if ablation or transfer else 50), run.run_id
         if run.method != "schedulefree":
             assert bounds(run, "adapter_lr_init") == (1e-4, 5e-4), run.run_id
         assert bounds(run, "lora_r") == (32, 64, 96)
         tuned |= {run.method} if run.optuna.n_trials else set()
     assert {"fixed", "cosine", "reactor", "hypergradient", "graff"} < tuned
-    assert bounds(runs["graff_30"], "outer_lr") == bounds(runs["hypergradient_30"], "outer_lr") == (5e-4, 1e-2)
-    assert bounds(runs["reactor_30"], "controller_lr") == (5e-5, 1e-2)
+    assert (
+        bounds(runs["proposed-graff_30"], "outer_lr")
+        == bounds(runs["control-hypergradient_30"], "outer_lr")
+        == (5e-4, 1e-2)
+    )
+    assert bounds(runs["comparative-1-reactor_30"], "controller_lr") == (5e-5, 1e-2)
     for reason in (
         "but to 1e-2 for 2e-3, which is slow",
         "but to 1e-2 for 5e-4: this reconstruction's own best",
@@ -69,8 +84,11 @@ def test_reconstructions_and_ablations_run_at_the_papers_scale_too_and_are_label
         assert run.role == ("control" if "reconstructed" in method else "ablation")
         assert ("reconstructed" in method) == ("(reconstructed)" in names[method])
         assert run.grid[0].cells == [{"adapter_lr_init": run.training.optimizer.lr_init}], "not the laptop's rate"
-    assert (runs["graff_mlp_30"].training.scheduler.graph, runs["graff_frozen_30"].training.scheduler.frozen) == (0, 1)
-    assert not runs["graff_no_budget_30"].training.scheduler.budget_feature
+    assert (
+        runs["ablation-graff_mlp_30"].training.scheduler.graph,
+        runs["ablation-graff_frozen_30"].training.scheduler.frozen,
+    ) == (0, 1)
+    assert not runs["ablation-graff_no_budget_30"].training.scheduler.budget_feature
 
 
 def test_gsm1k_is_named_with_its_revision_and_read_with_integer_answers(monkeypatch):
@@ -83,7 +101,7 @@ def test_gsm1k_is_named_with_its_revision_and_read_with_integer_answers(monkeypa
         return {"test": rows} if "gsm1k" in name else {"train": rows, "test": rows}
 
     monkeypatch.setattr(prepare.data, "read", read)
-    run = config.apply(paper("graff")["graff_30"], {"dataset.dev_size": 1})
+    run = config.apply(paper("graff")["proposed-graff_30"], {"dataset.dev_size": 1})
     problems, _ = prepare.load_problems(run)
     (gsm8k, gsm1k) = named
     assert (gsm8k[0], gsm1k[0]) == ("openai/gsm8k", "ScaleAI/gsm1k")
@@ -142,18 +160,18 @@ def test_the_other_weightings_and_the_excerpts_penalty_run_on_mnli_and_stand_bes
     for name, penalty in (("factor_l2", "factor_l2"), ("max", "max"), ("inv_mean", "inv_mean")):
         run = runs[f"mnli_iw_{name}"]
         assert (run.loss.penalty, run.dataset.subset) == (penalty, "mnli")
-        assert run.loss.alpha == beside[run.run_id]["treatment"]["alpha"] == runs["mnli_iw_uniform"].loss.alpha
+        assert run.loss.alpha == beside[run.run_id]["treatment"]["alpha"] == runs["control-mnli_iw_uniform"].loss.alpha
 
 
 def test_the_warm_up_is_the_published_500_steps_but_on_rte_which_is_shorter():
     for name, run in paper("iw_lora").items():
         steps, training = config.steps(run), run.training
-        assert training.warmup(steps) == (500 if not name.startswith("rte") else -(-steps // 10)), name
+        assert training.warmup(steps) == (500 if "rte" not in name else -(-steps // 10)), name
     assert "the published 500 steps of warm-up do not fit" in DESIGNS["iw_lora"]
 
 
 def test_one_member_of_iw_lora_over_several_gpus_is_refused_by_name():
-    run = paper("iw_lora")["mnli_iw_lora"]
+    run = paper("iw_lora")["proposed-mnli_iw_lora"]
     found = config.study_module("iw_lora").check(config.apply(run, {"compute.strategy": "fsdp", "compute.gpus": 2}))
     assert ("error", "compute.strategy") in {(finding.level, finding.key) for finding in found}
     with pytest.raises(config.StudyError, match=r"compute\.strategy"):

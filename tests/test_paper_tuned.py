@@ -121,7 +121,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
         own |= {"loss.sensitivity_warmup_steps": 2} if name.endswith("iw_lora") else {}
     asked = ",".join(f"iw_lora/{claim}" for claim in ("C4", "C8", "C12", "C13", "C19", "C21", "C26"))
     results, said = full(tmp_path, "iw_lora", names, changes, asked)
-    order = [said.index(f"iw_lora/rte_lora{more}  ") for more in (" sweep", "")]
+    order = [said.index(f"iw_lora/comparative-1-rte_lora{more}  ") for more in (" sweep", "")]
     assert order == sorted(order), "the search before what it finds"
     measured = {"accuracy": "validation_accuracy", "f1": "validation_f1", "loss": "validation_loss"}
     verdicts = assert_agree(results, server, measured)
@@ -132,7 +132,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
         gains.append(of[f"{task}_iw_lora"] - of[f"{task}_lora"])
     assert verdicts["C12"]["estimate"] == pytest.approx(np.mean(gains))
     assert verdicts["C8"]["estimate"] == pytest.approx(gains[2])
-    assert verdicts["C19"]["estimate"] == pytest.approx(total["validation_f1"]["rte_lora"] - 0.72)
+    assert verdicts["C19"]["estimate"] == pytest.approx(total["validation_f1"]["comparative-1-rte_lora"] - 0.72)
     assert verdicts["C26"]["n_seeds"] == 8, "processes"
     assert 1 < verdicts["C26"]["estimate"] < 3
     assert verdicts["C5"]["verdict"] == "not evaluated"
@@ -153,10 +153,10 @@ def test_graff_is_judged_by_what_its_searches_find(tmp_path, server, monkeypatch
         "evaluation.max_new_tokens": 6, "evaluation.energy_level": None,
         "optuna.objective_metric": "dev_loss", "optuna.direction": "minimize",
     }  # fmt: skip
-    names = {"fixed_30": {}, "reactor_30": {}, "graff_30": {}}
+    names = {"comparative-2-fixed_30": {}, "comparative-1-reactor_30": {}, "proposed-graff_30": {}}
     # what members share, but with a warm start of two batches: the published one trains 71 M parameters
     monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
-    path = write_runs(tmp_path, "graff", names, changes) / "graff" / "paper" / "fixed_30.yaml"
+    path = write_runs(tmp_path, "graff", names, changes) / "graff" / "paper" / "comparative-2-fixed_30.yaml"
     one = config.load_run(path, scale="paper", mode="full")
     shared = members.inputs_folder(one)
     shared.mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_graff_is_judged_by_what_its_searches_find(tmp_path, server, monkeypatch
     prepare.warm_start(shared / "warm_start.safetensors", "paper", trial=True, loaded=loaded)
     record.write_json(shared / "complete.json", {"seconds": 1.0, "scale": "paper", "mode": "full"})
     results, said = full(tmp_path, "graff", names, changes, "C6,C8,C12,C13")
-    assert said.index("graff/graff_30 sweep") < said.index("graff/graff_30  ")
+    assert said.index("graff/proposed-graff_30 sweep") < said.index("graff/proposed-graff_30  ")
     verdicts = assert_agree(results, server, {"exact_match": "exact_match", "auc": "auc", "loss": "dev_loss"})
     assert {verdicts[name]["n_seeds"] for name in ("C6", "C8", "C12", "C13")} == {3}
     assert verdicts["C18"]["verdict"] == "not evaluated", "of the published rate, which nothing here asked for"

@@ -29,7 +29,7 @@ GATED = answer(GatedRepoError, 401)
 
 @pytest.fixture
 def run(tmp_path):
-    shipped = config.load_run(config.ROOT / "params/td_dpo/paper/td_dpo.yaml", scale="paper", mode="full")
+    shipped = config.load_run(config.ROOT / "params/td_dpo/paper/proposed-td_dpo.yaml", scale="paper", mode="full")
     return config.apply(shipped, {"evaluation.mt_bench": str(write_bench(tmp_path / "mt_bench"))})
 
 

@@ -459,6 +459,7 @@ def test_the_index_is_there_from_the_first_minute_with_what_runs(tmp_path):
     with progress.lock(root):
         page = assert_inert(pages.index_html(tmp_path).read_text(), TABLE)
         assert "Running now, laptop-full: it has just begun" in page.text
+        assert '<meta http-equiv="refresh"' in (tmp_path / "index.html").read_text()
         write(
             root / "progress.json",
             {"text": "[1m00s] first looks: 3 of 14 notebooks done", "lines": ["graff/graff: step 3"]},
@@ -476,6 +477,7 @@ def test_the_index_is_there_from_the_first_minute_with_what_runs(tmp_path):
             assert said in page.text, said
     page = Page(pages.index_html(tmp_path).read_text())
     assert "Running now" not in page.text
+    assert "refresh" not in (tmp_path / "index.html").read_text()
     assert "interrupted" in page.text
 
 

@@ -315,10 +315,10 @@ def test_exit_codes_before_anything_starts(tmp_path, capsys, monkeypatch):
 
 def test_fewer_jobs_than_one_members_gpus_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "OUTPUTS", tmp_path / "outputs")
-    asked = ["--scale", "paper", "--study", "td_dpo", "--run", "dpo", "--jobs", "1"]
+    asked = ["--scale", "paper", "--study", "td_dpo", "--run", "*-dpo", "--jobs", "1"]
     spread = ["--set", "compute.gpus=4", "--set", "compute.strategy=fsdp"]
     assert cli.main(["full", *asked, *spread]) == 3
-    assert "--jobs: 1: a member of dpo trains on 4 GPUs" in capsys.readouterr().err
+    assert "--jobs: 1: a member of comparative-1-dpo trains on 4 GPUs" in capsys.readouterr().err
     assert cli.main(["plan", *asked, *spread]) == 0
     assert "--jobs 4, or leave --jobs out" in capsys.readouterr().out
     assert cli.main(["plan", *asked]) == 0, "one GPU for each member: one at a time"

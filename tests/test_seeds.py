@@ -63,7 +63,9 @@ def test_a_seed_that_a_yaml_names_is_every_members():
     (run,) = [run for run in laptop("graff", **{"dataset.split_seed": "7"}) if run.run_id == "graff_cold"]
     found = {(m.run.dataset.split_seed, m.run.model.recipe.seed == m.seed) for m in config.members(run)}
     assert found == {(7, True)}
-    published = config.load_run(config.ROOT / "params/iw_lora/paper/rte_iw_lora.yaml", scale="paper", mode="full")
+    published = config.load_run(
+        config.ROOT / "params/iw_lora/paper/proposed-rte_iw_lora.yaml", scale="paper", mode="full"
+    )
     assert {m.run.dataset.split_seed for m in config.members(published)} == {0}
     assert len({members.inputs_folder(m.run) for m in config.members(published)}) == 1
 

@@ -227,23 +227,41 @@ def test_aggregated_metrics_in_the_contracts_form(tmp_path, tiny):
 
 
 def test_runs_of_other_data_models_or_budgets_are_not_held_against_each_other(tmp_path):
-    values = {"rte_iw_lora": 0.73, "rte_lora": 0.72, "mnli_iw_lora": 0.851, "mnli_lora": 0.846, "sst2_lora": 0.93}
+    values = {
+        "proposed-rte_iw_lora": 0.73,
+        "comparative-1-rte_lora": 0.72,
+        "proposed-mnli_iw_lora": 0.851,
+        "comparative-1-mnli_lora": 0.846,
+        "comparative-1-sst2_lora": 0.93,
+    }
     f1 = {run_id: "validation_f1" if "rte" in run_id else "validation_accuracy" for run_id in values}
     found = paper("iw_lora", *values)
     made = tables.aggregate_metrics([recorded(tmp_path, r, values[r.run_id], f1[r.run_id]) for r in found])
-    assert (made["group"], made["best_proposed"]["run_id"]) == ("deberta-v3-base, glue, mnli", "mnli_iw_lora")
-    assert made["best_baseline"] == {"run_id": "mnli_lora", "value": 0.846}, "and not the higher one on SST-2"
+    assert (made["group"], made["best_proposed"]["run_id"]) == ("deberta-v3-base, glue, mnli", "proposed-mnli_iw_lora")
+    assert made["best_baseline"] == {"run_id": "comparative-1-mnli_lora", "value": 0.846}, (
+        "and not the higher one on SST-2"
+    )
     rte = made["groups"]["deberta-v3-base, glue, rte"]
-    assert (rte["primary_metric"], rte["runs"]) == ("validation_f1", ["rte_iw_lora", "rte_lora"])
+    assert (rte["primary_metric"], rte["runs"]) == ("validation_f1", ["proposed-rte_iw_lora", "comparative-1-rte_lora"])
     assert rte["best_proposed"]["value"] == 0.73
     assert made["groups"]["deberta-v3-base, glue, sst2"]["gap"] is None
 
-    found = paper("graff", "fixed_60", "mistral_graff_30", "graff_30", "reactor_30")
-    values = {"fixed_60": 0.9, "mistral_graff_30": 0.8, "graff_30": 0.6, "reactor_30": 0.5}
+    found = paper(
+        "graff", "control-fixed_60", "control-mistral_graff_30", "proposed-graff_30", "comparative-1-reactor_30"
+    )
+    values = {
+        "control-fixed_60": 0.9,
+        "control-mistral_graff_30": 0.8,
+        "proposed-graff_30": 0.6,
+        "comparative-1-reactor_30": 0.5,
+    }
     made = tables.aggregate_metrics([recorded(tmp_path, r, values[r.run_id], "exact_match") for r in found])
     assert made["primary_metric"] == "Exact-match accuracy at 30 min wall-clock."
     assert made["metrics"][made["primary_metric"]] == made["metrics"][made["primary_key"]] == values
-    assert (made["best_proposed"]["run_id"], made["best_baseline"]["run_id"]) == ("graff_30", "reactor_30")
+    assert (made["best_proposed"]["run_id"], made["best_baseline"]["run_id"]) == (
+        "proposed-graff_30",
+        "comparative-1-reactor_30",
+    )
     assert made["gap"] == pytest.approx(20.0)
     virtual = [config.apply(run, {"training.clock": "virtual"}) for run in found]
     virtual = [run.model_copy(update={"results_dir": tmp_path}) for run in virtual]
@@ -257,7 +275,7 @@ def test_runs_of_other_data_models_or_budgets_are_not_held_against_each_other(tm
 
 def test_the_primary_metric_is_null_while_answers_are_ungraded(tmp_path):
     command = "./run_all.sh judge --study td_dpo"
-    dpo, ours = paper("td_dpo", "dpo", "td_dpo")
+    dpo, ours = paper("td_dpo", "comparative-1-dpo", "proposed-td_dpo")
     planned = [recorded(tmp_path, dpo, 6.0, "mt_bench_score"), recorded(tmp_path, ours, 7.0, "mt_bench_score")]
     assert tables.aggregate_metrics(planned)["gap"] == pytest.approx(100 / 6)
     recorded(tmp_path, ours, 7.0, "mt_bench_score", graded_by=command)  # some of its seeds are not

@@ -309,7 +309,7 @@ def test_calibration_is_a_cost_of_the_whole_training(tmp_path):
 
 
 def test_a_step_of_graff_is_timed_without_its_evaluations():
-    who = {"run_id": "graff_30", "cell": "c", "method": "graff", "learning_rate": 2e-4}
+    who = {"run_id": "proposed-graff_30", "cell": "c", "method": "graff", "learning_rate": 2e-4}
     used = [(0.0, None), (2.0, 1e-4), (4.0, 1e-4), (9.0, None), (11.5, 1e-4)]
     history = pd.DataFrame([{**who, "seed": 1, "used": u, "eta": eta} for u, eta in used])
     everyone = pd.DataFrame([{**who, "seed": 1, "status": "completed", "auc": 0.5, "pilot": False}])
@@ -331,4 +331,4 @@ def test_the_published_figures_are_claims():
     average = next(c for c in by.values() if c.across)
     assert (average.across["subset"], average.gain) == (("mnli", "sst2", "rte"), 0.006)
     false = [c for c in by.values() if c.metric == "training_seconds" and "False by the design" in c.note]
-    assert [c.treatment["run_id"] for c in false] == ["rte_iw_lora"]
+    assert [c.treatment["run_id"] for c in false] == ["proposed-rte_iw_lora"]

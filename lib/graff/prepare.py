@@ -298,7 +298,7 @@ def warm_start(
 if __name__ == "__main__":
     file, scale, problems = Path(sys.argv[1]), (*sys.argv[2:], "laptop")[0], None
     if scale == "paper":
-        yaml = config.ROOT / "params/graff/paper/graff_30.yaml"
+        yaml = config.ROOT / "params/graff/paper/proposed-graff_30.yaml"
         problems = load_problems(config.load_run(yaml, scale=scale, mode="full"))
     for row in warm_start(file, scale, loaded=problems):
         print({key: row.get(key) for key in ("status", "steps", "used", "budget", "dev_loss")})

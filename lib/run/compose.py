@@ -6,7 +6,7 @@ What params/<study>/design.yaml holds:
     methods: {<name>: <level>, ...}
     scales:
       laptop | small | paper:
-        name: <dataset>_<method>                          how runs are named
+        name: <role>-<dataset>_<method>                   how runs are named; a comparative role with its method's number
         factors: {dataset: {<name>: <level>, ...}, ...}   what else they differ in, if anything
         base: the sections of a complete run YAML
         notes: {<dotted key>: <text>}                     comments on keys, in every run YAML that has the base's value
@@ -119,19 +119,21 @@ def compose(path: Path) -> tuple[str, dict[Path, str]]:
     config.study_module(design.study)  # refuses an unknown study
     for scale, part in design.scales.items():
         factors = {"method": design.methods, **part.factors}
+        rivals: dict[str, int] = {}  # the comparative methods of this scale, numbered
         for names in itertools.product(*factors.values()):
             lineages = [lineage(levels, name) for levels, name in zip(factors.values(), names, strict=True)]
             if not all({scale, *names} & {*(_last(levels, "only") or names)} for levels in lineages):
                 continue
             levels = list(itertools.chain(*lineages))
-            run_id = _last(levels, "name") or part.name
-            for factor, name in zip(factors, names, strict=True):
+            run_id, role = _last(levels, "name") or part.name, _last(levels, "role")
+            named = f"comparative-{rivals.setdefault(names[0], len(rivals) + 1)}" if role == "comparative" else role
+            for factor, name in zip(["role", *factors], [named or "", *names], strict=True):
                 run_id = run_id.replace(f"<{factor}>", name)
             file = path.parent / scale / f"{run_id}.yaml"
             if file in files:
                 found, fix = f"two runs named {run_id}", f"name: {'_'.join(f'<{factor}>' for factor in factors)}"
                 raise StudyError(f"{path}: scales.{scale}", found, "a name for each run", fix)
-            run = {"run_id": run_id, "method": names[0], "role": _last(levels, "role")} | copy.deepcopy(part.base)
+            run = {"run_id": run_id, "method": names[0], "role": role} | copy.deepcopy(part.base)
             specific = [change for level in levels for name, change in level.when.items() if name in (scale, *names)]
             _apply(levels + specific, run, f"{path}: {run_id}")
             notes = {key: part.notes[key] for key in part.notes if config.get(run, key) == config.get(part.base, key)}
@@ -196,13 +198,15 @@ def main(argv: list[str]) -> int:
     top.add_argument("design", nargs="*", type=Path, help="a design.yaml (default: those of all studies in params/)")
     top.add_argument("--force", action="store_true", help="overwrite files that differ")
     top.add_argument("--dry-run", action="store_true", help="write nothing; show the lines that would change")
-    options, changed, differing, digests = top.parse_args(argv), {}, [], {}
+    options, changed, differing, stale, digests = top.parse_args(argv), {}, [], [], {}
     for path in map(Path.absolute, options.design or sorted((config.ROOT / "params").glob("*/design.yaml"))):
         study, files = compose(path)
         _validate(study, path, files)
         changed |= {file: text for file, text in files.items() if _read(file) != text}
         own = record.read_json(path.with_name(DIGESTS), [])
         differing += [f for f in files if f in changed and f.exists() and record.digest(_read(f)) not in own]
+        others = [f for f in path.parent.glob("*/*.yaml") if f not in files]  # a run that was renamed or dropped
+        stale += [f for f in others if record.digest(_read(f)) in own]
         digests[path.with_name(DIGESTS)] = sorted(map(record.digest, files.values()))
     if differing and not (options.force or options.dry_run):
         found = f"files that somebody changed: {', '.join(map(display_path, differing))}"
@@ -216,6 +220,10 @@ def main(argv: list[str]) -> int:
         else:
             record.write_text(file, text)
             print(f"written: {display_path(file)}")
+    for file in stale:
+        print(f"{'to remove' if options.dry_run else 'removed'}: {display_path(file)}")
+        if not options.dry_run:
+            file.unlink()
     for file, own in () if options.dry_run else digests.items():
         if own != record.read_json(file):
             record.write_json(file, own)

@@ -1,6 +1,6 @@
 """A run's members: its grid cells x seeds, each trained, resumed, cached and scheduled on its own.
 
-    inputs = prepare_inputs(run)    what a seed's members share, made once and kept on disk by content
+    inputs = prepare_all(run)       what a seed's members share, made once and kept on disk by content
     job = submit(run)               queue what is not cached     … the notebook continues with its method cells …
     watch(job)                      one line per member as it ends
     records = collect(job)          their metrics; raises when a member failed
@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from lib import config, hub, record
 from lib.errors import StudyError
-from lib.run import keys, pool, work
+from lib.run import keys, pool, runs, work
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional kernels that are not installed
 CACHE = hub.cache_folder()
@@ -140,6 +140,14 @@ def prepare_inputs(run, *others) -> Path:
         for task in tasks:
             _wait(run, task, "preparing", "data, tokenizer and base model")
     return next(iter(folders))
+
+
+def prepare_all(run) -> Path:
+    """The folder of what the run's first member and others of its seed share, with those of every seed that is still to
+    be trained, of a choice of pilots that is still to come too: one after the other they would leave slots empty."""
+    planned = config.members(runs.settle(run, guess=True))
+    root = Path(run.results_dir) / run.run_id / "members"
+    return prepare_inputs(planned[0].run, *(m.run for m in planned if stale(m, root / m.id)))
 
 
 def measure(run, function: str = TIMES, processes: int = PROCESSES) -> None:

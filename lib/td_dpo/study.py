@@ -184,7 +184,7 @@ class Loss(Section):
     def _options_that_are_read(self):
         if (self.tau is None) == (self.name in WITH_TAU):
             expected = f"a temperature for {self.name}" if self.tau is None else f"none: {self.name} does not read it"
-            raise fault(str(self.tau), expected, "tau: 1.0, or null; with --set add --run 'td_dpo*'", "tau")
+            raise fault(str(self.tau), expected, "tau: 1.0, or null; with --set add --run '*td_dpo*'", "tau")
         if self.label_smoothing and self.name not in SMOOTHED:
             raise fault(str(self.label_smoothing), f"0 for {self.name}", f"name: {SMOOTHED[0]}", "label_smoothing")
         if self.average_log_probs and self.name in AVERAGED:
@@ -342,7 +342,8 @@ def check(run: Run) -> Iterator[Finding]:
     yield from _meant_otherwise(run)
     judge = run.evaluation.judge
     if judge in JUDGE_OF.values() and JUDGE_OF.get(dataset.name) != judge:
-        yield Finding("warning", "evaluation.judge", f"no {judge} score is known for {dataset.name}", "judge: none")
+        level, fix = ("error", "leave it out") if run.idea else ("warning", "judge: none")  # an idea's claim needs it
+        yield Finding(level, "evaluation.judge", f"no {judge} score is known for dataset.name={dataset.name}", fix)
     if run.evaluation.judge == "mt_bench" and not run.evaluation.mt_bench:
         fix = "mt_bench: .cache/mt_bench (the folder of MT-Bench's questions), or judge: none"
         yield Finding("error", "evaluation.mt_bench", "none: no answers would be saved to grade", fix)
