@@ -404,7 +404,8 @@ def test_adding_a_method_as_contributing_says(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     composed, planned, checked = done.stdout.split("----\n")
-    paths = [f"params/td_dpo/{scale}/{name}.yaml" for scale in config.SCALES for name in ("ipo", own)]
+    at = {"laptop": ("ipo", own), "small": ("ipo", own), "paper": ("comparative-4-ipo", f"comparative-5-{own}")}
+    paths = [f"params/td_dpo/{scale}/{name}.yaml" for scale, names in at.items() for name in names]
     assert composed == "".join(f"written: {path}\n" for path in paths) + "6 files written\n"
     assert "td_dpo/ipo " in planned
     assert json.loads(checked)["findings"] == []

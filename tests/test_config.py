@@ -390,7 +390,7 @@ def test_two_runs_of_one_method_that_train_the_same_cell_get_a_warning(write, ra
 
 
 def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
-    own = {p.stem for p in SHIPPED if p.parts[-3] == "td_dpo"}
+    own = {p.stem for p in SHIPPED if p.parts[-3:-1] == ("td_dpo", "paper")}
     for scale, tuned in (("laptop", {"dpo", "discopop", "td_dpo"}), ("paper", own)):
         runs = [config.load_run(p, scale=scale, mode="full") for p in SHIPPED if p.parts[-3:-1] == ("td_dpo", scale)]
         trials = {run.run_id: run.optuna.n_trials for run in runs if run.optuna.n_trials}

@@ -45,7 +45,7 @@ def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_pa
         "--study",
         "td_dpo",
         "--run",
-        "dpo",
+        "comparative-1-dpo",
         "--jobs",
         "2",
         *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
@@ -55,30 +55,33 @@ def test_full_at_the_papers_scale_goes_from_its_own_check_to_the_analysis(tmp_pa
     (results,) = (tmp_path / "outputs").glob("paper-full*/td_dpo")
     passed = results.parent / ".check.json"
     tried = passed.stat().st_mtime_ns
-    members = [record.read_json(path) for path in (results / "dpo" / "members").glob("*/metrics.json")]
+    members = [record.read_json(path) for path in (results / "comparative-1-dpo" / "members").glob("*/metrics.json")]
     assert [member["status"] for member in members] == ["completed"] * 5, "four cells and a trial of the search"
     assert {member["steps"] for member in members} == {3 * -(-54 // 16)}, "three epochs over nine tenths of the pairs"
-    answers = record.read_jsonl(next((results / "dpo" / "members").glob("*/answers.jsonl")))
+    answers = record.read_jsonl(next((results / "comparative-1-dpo" / "members").glob("*/answers.jsonl")))
     assert len(answers) == 4 * 2, "two turns"
     claims = record.read_json(results / "comparison" / "claims.json")
     assert {claim["verdict"] for claim in claims} == {"not evaluated"}
     # its claims are about the published cells: what the search found is a table beside them, and no run's chosen cell
-    (planned,) = (each for each in runs.planned(results) if each.run_id == "dpo")
+    (planned,) = (each for each in runs.planned(results) if each.run_id == "comparative-1-dpo")
     (tuned,) = tables.tuned_runs([planned]).to_dict("records")
-    assert (tuned["run"], tuned["trials"], tuned["seeds"]) == ("dpo", 5, 1)
+    assert (tuned["run"], tuned["trials"], tuned["seeds"]) == ("comparative-1-dpo", 5, 1)
     assert f"{tuned['validation_loss']:.6f}" in (results / "comparison" / "analysis.ipynb").read_text()
     own, total = (
-        record.read_json(results / name) for name in ("dpo/metrics.json", "comparison/aggregated_metrics.json")
+        record.read_json(results / name)
+        for name in ("comparative-1-dpo/metrics.json", "comparison/aggregated_metrics.json")
     )
-    *_, final = wandb.entries(results / "dpo")
-    cell = total["members"]["dpo"]["cell"]
+    *_, final = wandb.entries(results / "comparative-1-dpo")
+    cell = total["members"]["comparative-1-dpo"]["cell"]
     assert own["chosen_cell"] == cell == final.config["record"]["chosen"].rsplit("-s", 1)[0]
     assert cell in config.cells(planned)
     assert final.summary == own["metrics"]
     for metric in ("implicit_accuracy", "validation_loss"):
-        (metrics,) = [record.read_json(p) for p in (results / "dpo" / "members").glob(f"{cell}-s42/metrics.json")]
-        assert metrics[metric] == own["metrics"][metric] == total["metrics"][metric]["dpo"]
-        (card,) = (results / "dpo" / "members" / f"{cell}-s42" / "checkpoints").glob(
+        (metrics,) = [
+            record.read_json(p) for p in (results / "comparative-1-dpo" / "members").glob(f"{cell}-s42/metrics.json")
+        ]
+        assert metrics[metric] == own["metrics"][metric] == total["metrics"][metric]["comparative-1-dpo"]
+        (card,) = (results / "comparative-1-dpo" / "members" / f"{cell}-s42" / "checkpoints").glob(
             f"checkpoint-{metrics['steps']}/README.md"
         )
         assert f"| {metric} | {metrics[metric]:.6g} |" in card.read_text()

@@ -80,8 +80,9 @@ def test_graffs_search_is_the_published_one_where_it_says_nothing_else():
 def test_reconstructions_and_ablations_run_at_the_papers_scale_too_and_are_labelled():
     runs, names = paper("graff"), config.load_yaml(ROOT / "params" / "graff" / "claims.yaml")["names"]
     for method in ("salelr_reconstructed", "bats_reconstructed", "graff_mlp", "graff_no_budget", "graff_frozen"):
-        run = runs[f"{method}_30"]
-        assert run.role == ("control" if "reconstructed" in method else "ablation")
+        role = "control" if "reconstructed" in method else "ablation"
+        run = runs[f"{role}-{method}_30"]
+        assert run.role == role
         assert ("reconstructed" in method) == ("(reconstructed)" in names[method])
         assert run.grid[0].cells == [{"adapter_lr_init": run.training.optimizer.lr_init}], "not the laptop's rate"
     assert (
@@ -158,7 +159,7 @@ def test_the_other_weightings_and_the_excerpts_penalty_run_on_mnli_and_stand_bes
     (claim,) = [claim for claim in content["claims"] if claim["id"] == "C4"]
     beside = {part.get("baseline", {}).get("run_id"): part for part in claim["beside"]}
     for name, penalty in (("factor_l2", "factor_l2"), ("max", "max"), ("inv_mean", "inv_mean")):
-        run = runs[f"mnli_iw_{name}"]
+        run = runs[f"{'control' if name == 'factor_l2' else 'ablation'}-mnli_iw_{name}"]
         assert (run.loss.penalty, run.dataset.subset) == (penalty, "mnli")
         assert run.loss.alpha == beside[run.run_id]["treatment"]["alpha"] == runs["control-mnli_iw_uniform"].loss.alpha
 

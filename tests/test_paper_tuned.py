@@ -116,7 +116,8 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
         "dataset.tuning_fraction": 0.2, "training.max_steps": 8, "training.bf16": False, "training.logging_steps": 4,
         "optuna.objective_metric": "tuning_loss", "optuna.direction": "minimize",
     }  # fmt: skip
-    names = {f"{task}_{method}": {} for task in data.COLUMNS for method in ("lora", "iw_lora")}
+    lora, iw_lora = "comparative-1-{}_lora", "proposed-{}_iw_lora"
+    names = {name.format(task): {} for task in data.COLUMNS for name in (lora, iw_lora)}
     for name, own in names.items():
         own |= {"loss.sensitivity_warmup_steps": 2} if name.endswith("iw_lora") else {}
     asked = ",".join(f"iw_lora/{claim}" for claim in ("C4", "C8", "C12", "C13", "C19", "C21", "C26"))
@@ -129,7 +130,7 @@ def test_iw_lora_is_judged_by_what_its_searches_find(tmp_path, server):  # noqa:
     gains = []
     for task, metric in (("mnli", "accuracy"), ("sst2", "accuracy"), ("rte", "f1")):
         of = total[measured[metric]]
-        gains.append(of[f"{task}_iw_lora"] - of[f"{task}_lora"])
+        gains.append(of[iw_lora.format(task)] - of[lora.format(task)])
     assert verdicts["C12"]["estimate"] == pytest.approx(np.mean(gains))
     assert verdicts["C8"]["estimate"] == pytest.approx(gains[2])
     assert verdicts["C19"]["estimate"] == pytest.approx(total["validation_f1"]["comparative-1-rte_lora"] - 0.72)
