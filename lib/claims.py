@@ -702,7 +702,8 @@ def _need_searches(study: Claims, claim: Claim, scale: str, members: pd.DataFram
     cells = [cell for side in SIDES for cell in study.levels(claim, side) if cell.get("cell") == TUNED]
     if late := [study.label(cell) for cell in cells if select(members, cell).empty]:
         run = f"./run_all.sh full --scale {scale} --claims {study.study}/{claim.id}"
-        raise Missing(f"{', '.join(late)}: no search has ended; {run} searches, then trains what is found")
+        own = "with the --set and --results-dir that this record was made with, if any"
+        raise Missing(f"{', '.join(late)}: no search has ended; {run} searches, then trains what is found ({own})")
 
 
 def spent(study: Claims, claim: Claim, members: pd.DataFrame) -> float | None:
