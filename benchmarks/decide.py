@@ -3,7 +3,8 @@
     .venv/bin/python -m benchmarks.decide outputs/laptop-full [--minutes 60]
 
 Nothing is trained: the record is replayed. A sequential study judges all claims at the first look, then buys the next
-look of the open claim that is cheapest to bring there, and stops buying for a claim once it is decided. A fixed study
+look of the open claim whose word is expected to cost least, as `./run_all.sh decide` does, and stops buying for a claim
+once it is decided. A fixed study
 trains all claims' arms with n seeds and judges once, by the t interval of that size. A member's cost is the seconds in
 its record; what a seed's members share is charged once per seed. Claims about times are left out.
 """
@@ -50,13 +51,13 @@ class Study:
         self.pilots = pilots["seconds"].sum()
         self.prepare = plan.prepare_seconds(planned[0])
 
-    def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, bool]:
-        """{claim: whether it is decided} by the first n seeds."""
+    def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, claims.Verdict]:
+        """{claim: its verdict} by the first n seeds."""
         kept = self.seeds[:n]
         given = {name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] for name, frame in self.given.items()}
         study = self.claims.model_copy(update={"looks": looks})
         found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", **given)
-        return {v.id: v.decided for v in found if v.id in self.arms and v.verdict != "not evaluated"}
+        return {v.id: v for v in found if v.id in self.arms and v.verdict != "not evaluated"}
 
     def needed(self, claim: str, n: int) -> set:
         """(study, run, cell, seed) of its arms' members, and (study, seed) of what a seed's members share."""
@@ -75,7 +76,7 @@ def fixed(studies: list[Study], n: int) -> tuple[float, int, int]:
         found = study.verdicts(n, (n,))
         needed = set().union(*(study.needed(claim, n) for claim in found))
         minutes += (study.cost(needed) + study.pilots) / 60
-        decided, total = decided + sum(found.values()), total + len(found)
+        decided, total = decided + sum(v.decided for v in found.values()), total + len(found)
     return minutes, decided, total
 
 
@@ -89,21 +90,31 @@ def sequential(studies: list[Study]) -> pd.DataFrame:
         found = words[study.name, first]
         new = set().union(*(study.needed(claim, first) for claim in found)) - have
         spent, have = spent + study.cost(new) + study.pilots, have | new
-        for claim, decided in found.items():
-            if decided:
+        for claim, verdict in found.items():
+            if verdict.decided:
                 rows.append({"study": study.name, "claim": claim, "seeds": first, "minutes": spent / 60})
             else:
                 open_claims.append((study, claim, 1))
+
+    def price(each: tuple) -> tuple[bool, float]:
+        """As lib/run/decide.py has it: what is nearly without a chance comes last, else by cost over chance."""
+        study, claim, k = each
+        verdict, last = words[study.name, looks[study.name][k - 1]].get(claim), looks[study.name][-1]
+        if verdict is None:  # a look that the record does not have
+            return True, 0.0
+        chance = 1.0 if verdict.chance is None else verdict.chance
+        cost = study.cost(study.needed(claim, min(verdict.seeds_to_decide or last, last)) - have)
+        return chance < decide.FUTILE, cost / (chance or 1)
+
     while open_claims:
-        price = {i: s.cost(s.needed(c, looks[s.name][k]) - have) for i, (s, c, k) in enumerate(open_claims)}
-        study, claim, k = open_claims.pop(min(price, key=price.__getitem__))
+        study, claim, k = open_claims.pop(min(range(len(open_claims)), key=lambda i: price(open_claims[i])))
         n = looks[study.name][k]
         new = study.needed(claim, n) - have
         spent, have = spent + study.cost(new), have | new
         last = k + 1 == len(looks[study.name])
-        if words[study.name, n].get(claim) or last:
-            decided = spent / 60 if words[study.name, n].get(claim) else None
-            rows.append({"study": study.name, "claim": claim, "seeds": n, "minutes": decided})
+        decided = (verdict := words[study.name, n].get(claim)) is not None and verdict.decided
+        if decided or last:
+            rows.append({"study": study.name, "claim": claim, "seeds": n, "minutes": spent / 60 if decided else None})
         else:
             open_claims.append((study, claim, k + 1))
     return pd.DataFrame(rows).assign(spent=spent / 60)
