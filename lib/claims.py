@@ -593,6 +593,7 @@ def table(verdicts: list[Verdict]) -> pd.DataFrame:
 
     rows = pd.DataFrame([vars(verdict) for verdict in verdicts]).reindex(columns=[*HEADINGS])
     rows["interval95"], rows["fixed95"] = rows["interval95"].map(span), rows["fixed95"].map(span)
+    rows["seeds_to_decide"] = [None if v.decided else v.seeds_to_decide for v in verdicts]
     rows["per_seed"] = [", ".join(f"{x:.3g}" for x in v.per_seed.values() if x is not None) for v in verdicts]
     return rows.rename(columns=HEADINGS)
 

@@ -443,7 +443,8 @@ def with_toy(tmp_path_factory):
 def test_a_study_of_ones_own_is_written_and_checked_as_contributing_says(with_toy):
     said = with_toy("compose params/toy/design.yaml", "check --static --study toy")
     assert "3 files written\n0\n" in said
-    assert "ready: 0 errors, 0 warnings" in said
+    assert said.count("is missing, and linked") == 2, "its README.md and METHOD.md"
+    assert "ready: 0 errors, 2 warnings" in said
     assert said.endswith("\n0\n")
 
 

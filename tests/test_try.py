@@ -37,10 +37,15 @@ def a_loss(body):
 @pytest.fixture
 def attempt(tmp_path, monkeypatch, capsys):
     """`attempt(text, *options)`: (exit code, output) of a try of a file with this text; nothing is trained."""
+
+    def began(options, *_):
+        (options.root / "study" / "comparison").mkdir(parents=True, exist_ok=True)
+        return 0
+
     monkeypatch.setattr(plan, "slowness", lambda run: 1.0)
     monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(cli, "execute", lambda options, runs, whole: 0)
-    monkeypatch.setattr(ideas, "summary", lambda root: [])
+    monkeypatch.setattr(cli, "execute", began)
+    monkeypatch.setattr(ideas, "summary", lambda *_: [])
 
     def run(text, *options, name="mine.py"):
         path = tmp_path / name
@@ -103,6 +108,7 @@ def test_a_first_look_that_the_minutes_do_not_cover_is_announced(attempt, tmp_pa
     code, said = attempt(DPO, "--against", "dpo", "--gain", "0.3", "--max-minutes", "15")
     assert code == 2
     assert re.search(r"fix: --max-minutes \d+", said)
+    assert not list((tmp_path / "out").glob("*-try,*")), "a refused try does not count"
     code, said = attempt(DPO, "--against", "dpo", "--gain", "0.3")
     assert code == 0
     assert "more than the 15 minutes that a try has" in said

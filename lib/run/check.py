@@ -323,6 +323,11 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
             for notebook in plan.notebooks(study, root / study).values():
                 findings += notebook_findings(notebook)
+            pages = [plan.NOTEBOOKS / study / name for name in ("README.md", "METHOD.md")]
+            lacks = [
+                warning("", "is missing, and linked", "write it", display_path(p)) for p in pages if not p.exists()
+            ]
+            findings += lacks if is_check else ()
             findings += unread_keys(study)
         findings += dry_findings(runs) if is_check and not has_error(findings) else ()
         if options.mode == "full" and not has_error(findings):

@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import re
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,9 +49,15 @@ FIRST = "start_here.ipynb"  # of JupyterLab
 OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """In a line, without all the options above it."""
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     purpose = "Run the studies; without a command: all of them in full at laptop scale."
-    top = argparse.ArgumentParser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
+    top = Parser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
     add("command", nargs="?", type=one_of(COMMANDS), choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
     add("idea", nargs="?", metavar="IDEA.py", type=Path, help="for try: a file with a loss, an adapter or a schedule")
@@ -327,7 +333,7 @@ def execute(options, runs: list, whole: list) -> int:
         progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")
-    print(f"\n{os.path.relpath(index, os.getcwd())}")
+    print(f"\nall results: {os.path.relpath(index, os.getcwd())}")
     states = {step.state for step in engine.steps} - {"succeeded", "cached", "postponed"}
     is_asked = options.max_minutes or options.max_hours  # that the default budget ends is nothing to report
     return 1 if states else 4 if spending.left and is_asked else 0
@@ -349,10 +355,12 @@ def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Rou
 
 
 def status(options) -> int:
-    """Of what was asked for or, where nothing was and there is none of the usual, of all that there is."""
+    """Of what was asked for or, where nothing was, of where a runner is at work; else of the usual, else of all."""
     roots = [root_of(options)]
-    if options.everywhere and not any(roots[0].glob("*/*/status.json")):
-        roots = sorted({path.parents[2] for path in OUTPUTS.glob("*/*/*/status.json")}) or roots
+    if options.everywhere:
+        every = sorted({path.parents[2] for path in OUTPUTS.glob("*/*/*/status.json")})
+        at_work = [root for root in every if progress.is_running(root)]
+        roots = at_work or (roots if any(roots[0].glob("*/*/status.json")) else every) or roots
     for root in roots:
         if root != root_of(options):
             print(f"{root.name}:")
@@ -394,14 +402,22 @@ def judge(options) -> int:
 
 def try_idea(options, argv: list[str]) -> int:
     """It is judged against a shipped baseline, seed by seed until its claim is decided or the minutes are over."""
-    if not (options.idea and options.against and options.gain) or options.scale == "paper" or options.run:
+    needed = {"IDEA.py": options.idea, "--against": options.against, "--gain": options.gain}
+    wrong = [f"no {name}" for name, value in needed.items() if not value]
+    if wrong := wrong + ["--scale paper"] * (options.scale == "paper") + ["--run"] * bool(options.run):
         expected = "IDEA.py --against RUN --gain G [--scale laptop|small] [--max-minutes M] [--same-seeds] [--set K=V]"
-        raise StudyError("try", "less, or more", expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
-    command, sets = f"./run_all.sh {shlex.join(argv)}", overrides_of(options.sets)
-    options.root = ideas.prepare(options, OUTPUTS, sets, command, fetch.fetch)
+        raise StudyError("try", ", ".join(wrong), expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
+    options.root = ideas.prepare(options, OUTPUTS, overrides_of(options.sets), argv, fetch.fetch)
     options.params, options.sets = str(options.root / "params"), []
-    code = run(options)
-    print(*ideas.summary(options.root), sep="\n")
+    print(ideas.announcement(options.root))
+    try:
+        code = run(options)
+    finally:
+        if not any(options.root.glob("*/comparison")):  # refused: it does not count as a try
+            shutil.rmtree(options.root)
+    if options.root.exists():
+        first = check.runs_of(select_runs(options))[0]
+        print(*ideas.summary(options.root, plan.prepare_seconds(first)), sep="\n")
     return code
 
 

@@ -8,6 +8,7 @@ same command goes on after a kill, and `decide` on any other day.
 
 import itertools
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -153,13 +154,14 @@ class Spending:
         return self.published[study].looks_of(self.options.scale)
 
     def rounds(self) -> Iterator[Round]:
-        began = time.monotonic()
+        is_try = self.options.command == "try"  # whose minutes cover the first look
+        self.until = time.monotonic() + 60 * self.minutes if is_try else math.inf
         if self.is_staged and not any(self.seeds.values()) and (found := self.first_verdict()):
             yield found
         yield self.first_looks()
         if not self.is_staged:
             return
-        self.until = (began if self.options.command == "try" else time.monotonic()) + 60 * self.minutes
+        self.until = self.until if is_try else time.monotonic() + 60 * self.minutes
         for timed in (False, True):
             while found := self.next_look(timed):
                 yield found._replace(after=self.later(found.steps))
@@ -210,7 +212,7 @@ class Spending:
         if self.options.command == "decide" and (old := next((step for step in steps if step.members), None)):
             expected = "a record of the first look, up to date"
             raise StudyError(f"decide: {old.title}", old.reason, expected, old.command)
-        return Round("first looks", steps, after=self.later([]))
+        return Round("first looks", steps, after=self.later(steps if self.options.command == "try" else []))
 
     def later(self, steps: list[plan.Step]) -> float:
         """Seconds of the budget that are left after these steps; 0 where there is none."""
@@ -412,7 +414,8 @@ class Spending:
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
                 if self.options.command == "try":
                     minutes = self.cost([(claim, max(seeds, claim.look))]) // 60 + 2
-                    command = f"{self.planned[-1].command} --max-minutes {minutes:.0f}"
+                    again = re.sub(r" --max-minutes[ =]\S+", "", self.planned[-1].command)
+                    command = f"{again} --max-minutes {minutes:.0f}"
                 commands.setdefault(command + plan.sets_of(claim.arms[0][0]), []).append(claim.name)
         self.left += [f"{', '.join(names)}: {command}" for command, names in commands.items()]
         for study, own in prices.items():

@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ def _fault(path: Path, error: BaseException) -> StudyError:
     """What an idea raised and in which of its lines or, of an error that is not its own, what is wrong with it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = (lines or [getattr(error, "lineno", None)])[-1]  # of a SyntaxError its own
-    said = error if isinstance(error, ValueError | OSError) and not line else f"raises {type(error).__name__}: {error}"
+    said = error if isinstance(error, ValueError) and not line else f"raises {type(error).__name__}: {error}"
+    said = error.strerror or error if isinstance(error, OSError) and not line else said
     where, expected = f"{path}:{line}" if line else str(path), "a function that can be tried; nothing was trained"
     return StudyError(where, " ".join(str(said).split()), expected)
 
@@ -72,7 +74,7 @@ def tries(outputs: Path, **about: Any) -> list[dict]:
     return sorted((e for e in found if about.items() <= e.items()), key=lambda e: e["number"])
 
 
-def prepare(options, outputs: Path, sets: dict[str, str], command: str, fetch: Callable) -> Path:
+def prepare(options, outputs: Path, sets: dict[str, str], argv: list[str], fetch: Callable) -> Path:
     """Write what a try is made of; returns its folder. The same idea goes on in the folder that it has; another gets
     seeds that no try against this baseline has had or, with --same-seeds, those of the first one. `fetch` gets the models
     that runs start from."""
@@ -115,7 +117,9 @@ def prepare(options, outputs: Path, sets: dict[str, str], command: str, fetch: C
     written[f"{study}/claims.yaml"] = _claims(content, metric, made, other, cell)
     for name, content in written.items():
         record.write_text(root / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    record.write_json(root / RECORD, {**made, "command": command})
+    there = kept.relative_to(config.ROOT) if kept.is_relative_to(config.ROOT) else kept  # wherever the given file was
+    argv = [str(there) if Path(word) == path else word for word in argv]
+    record.write_json(root / RECORD, {**made, "command": f"./run_all.sh {shlex.join(argv)}"})
     return root
 
 
@@ -138,7 +142,7 @@ def _claims(shipped: dict, metric: str, made: dict, baseline, cell: dict) -> dic
     names, seeds = shipped["names"], made["seeds"]
     at = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cell.items())
     name = f"{names.get(baseline.method, baseline.method)}{' at ' * bool(at)}{at}"
-    on = f"on seeds that no idea before it had ({min(seeds)} to {max(seeds)})"
+    on = f"on seeds that no idea before it had ({min(seeds)} and on)"
     if made["again"]:
         on = f"on the same seeds as idea {', '.join(map(str, made['again']))}: trying again is tuning on the judge"
     claim = {"id": "idea", "sentence": f"{made['idea']} gains {made['gain']:g} over {name}.", "metric": metric}
@@ -148,12 +152,26 @@ def _claims(shipped: dict, metric: str, made: dict, baseline, cell: dict) -> dic
     return {**shipped, "names": {**names, made["run_id"]: made["idea"]}, "fixed": [], "claims": [claim]}
 
 
-def summary(root: Path) -> Iterator[str]:
-    """What a try came to, in lines."""
-    folder = root / record.read_json(root / RECORD)["study"] / "comparison"
+def announcement(root: Path) -> str:
+    """What a try is about to do, in a line."""
+    made = record.read_json(root / RECORD)
+    content = config.load_yaml(root / made["study"] / "claims.yaml")
+    looks, claim = ", ".join(map(str, content["looks"][made["scale"]])), content["claims"][0]
+    tested = (
+        f"Tested is at least {2 / 3 * made['gain']:.3g}, two thirds of it, after {looks} seeds until there is a word."
+    )
+    return f"{claim['sentence']} {tested} {claim['note']} Its record: {os.path.relpath(root)}"
+
+
+def summary(root: Path, prepare: float) -> Iterator[str]:
+    """What a try came to, in lines; `prepare`: seconds of what the members of one seed share."""
+    made = record.read_json(root / RECORD)
+    folder = root / made["study"] / "comparison"
     if record.read_json(folder / "status.json", {}).get("status") == "succeeded":
         claim = record.read_json(folder / "claims.json")[0]
         is_same = claim["reason"].startswith("identical: ")
         yield claim["reason"] if is_same else f"{claim['verdict']}: {claim['reason']}"
-        yield f"{claim['note']} Training took {claim['minutes'] or 0:.1f} minutes of one core."
+        shared = prepare * (claim["n_seeds"] or 0) / 60
+        spent = f"Training took {claim['minutes'] or 0:.1f} minutes of one core, and what its seeds share {shared:.1f}"
+        yield f"{claim['note']} {spent}, where it was not there yet."
         yield f"page: {os.path.relpath(folder / 'analysis.html')}"

@@ -115,7 +115,7 @@ def _start(task: pool.Task, function) -> None:
     task.state, task.seconds = "succeeded", time.monotonic() - started
 
 
-def _wait(run, task: pool.Task, phase: str, wanted: str, **counts: int) -> None:
+def _wait(run, task: pool.Task, phase: str, wanted: str, **counts: int | str) -> None:
     """Wait for what is no member. Raises StudyError where it does not succeed."""
     pool.wait_for([task], on_tick=lambda: _progress(run, {"phase": phase, **counts, **_last(task.folder)}))
     if task.state != "succeeded":
@@ -137,8 +137,8 @@ def prepare_inputs(run, *others) -> Path:
             argument = {**_spec(folders[final]), "final": str(final)}
             tasks.append(_task(run, "prepare", "prepare", partial, argument, check=check))
             _start(tasks[-1], work.prepare)
-        for task in tasks:
-            _wait(run, task, "preparing", "data, tokenizer and base model")
+        for number, task in enumerate(tasks, 1):
+            _wait(run, task, "preparing", "data, tokenizer and base model", of=f"{number} of {len(tasks)}")
     return next(iter(folders))
 
 

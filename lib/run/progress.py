@@ -110,7 +110,7 @@ def line(folder: Path) -> str:
     nothing of it runs: it starts, or waits for a slot."""
     state = record.read_json(folder / "progress.json", {})
     if state.get("phase") != "training":
-        return state.get("phase", "") + _step(state, "base model ")
+        return f"{state.get('phase', '')} {state.get('of', '')}".strip() + _step(state, "base model ")
     running, done, members = state["running"], state["done"], state["members"]
     if not running:
         return ""

@@ -125,7 +125,12 @@ def preference_loss(
     lengths = lengths or (torch.ones_like(chosen, dtype=torch.long),) * 2
     options = {"beta": beta, "tau": tau, "label_smoothing": label_smoothing}
     terms = LOSSES[name] if name in LOSSES else partial(trl_loss, name)
-    preference, anchor = terms(**sides, **ratios, lengths=lengths, **options)
+    found = terms(**sides, **ratios, lengths=lengths, **options)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(
+            f"{name} returns a {type(found).__name__}; expected its two terms, (preference, anchor or None)"
+        )
+    preference, anchor = found
     if anchor is None:
         return preference, preference, torch.zeros_like(preference)
     return preference + anchor, preference, anchor
