@@ -83,6 +83,9 @@ def test_status_shows_trials_where_there_is_nothing_else(tmp_path, monkeypatch, 
     record.write_json(tmp_path / "laptop-full" / "td_dpo" / "dpo" / "status.json", state)
     assert cli.main(["status"]) == 0
     assert "trial" not in capsys.readouterr().out
+    with progress.lock(tmp_path / "laptop-try,mine-1"):
+        assert cli.main(["status"]) == 0
+    assert capsys.readouterr().out.startswith("laptop-try,mine-1:\na runner has just started"), "where one is at work"
 
 
 @pytest.mark.parametrize(("user", "more", "says"), [(0, [], True), (0, ["--allow-root"], False), (1, [], False)])

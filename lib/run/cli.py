@@ -359,7 +359,7 @@ def status(options) -> int:
     roots = [root_of(options)]
     if options.everywhere:
         every = sorted({path.parents[2] for path in OUTPUTS.glob("*/*/*/status.json")})
-        at_work = [root for root in every if progress.is_running(root)]
+        at_work = [lock.parent for lock in sorted(OUTPUTS.glob("*/.lock")) if progress.is_running(lock.parent)]
         roots = at_work or (roots if any(roots[0].glob("*/*/status.json")) else every) or roots
     for root in roots:
         if root != root_of(options):
