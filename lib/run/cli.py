@@ -409,7 +409,7 @@ def try_idea(options, argv: list[str]) -> int:
         raise StudyError("try", ", ".join(wrong), expected, "./run_all.sh try idea.py --against dpo --gain 0.3")
     options.root = ideas.prepare(options, OUTPUTS, overrides_of(options.sets), argv, fetch.fetch)
     options.params, options.sets = str(options.root / "params"), []
-    print(ideas.announcement(options.root))
+    progress.say(ideas.announcement(options.root))
     try:
         code = run(options)
     finally:
