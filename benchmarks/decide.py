@@ -30,7 +30,8 @@ def judged_by(study: str, loaded: tables.Records, planned: list) -> dict:
         rows = loaded.pairs.rename(columns={"correct": "accuracy"}).astype({"accuracy": float})
         return {"rows": rows.assign(status="completed"), "members": loaded.everyone}
     members = graff.with_rate(loaded.everyone)
-    return {"rows": graff.scores(loaded), "accuracy": graff.areas(loaded), "members": members}
+    absent = {graff.METRIC: "energy is left out"}  # of Holm's family too, as where there is no counter
+    return {"rows": graff.scores(loaded), "accuracy": graff.areas(loaded), "members": members, "absent": absent}
 
 
 class Study:
@@ -54,7 +55,10 @@ class Study:
     def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, claims.Verdict]:
         """{claim: its verdict} by the first n seeds."""
         kept = self.seeds[:n]
-        given = {name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] for name, frame in self.given.items()}
+        given = {
+            name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] if isinstance(frame, pd.DataFrame) else frame
+            for name, frame in self.given.items()
+        }
         study = self.claims.model_copy(update={"looks": looks})
         found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", **given)
         return {v.id: v for v in found if v.id in self.arms and v.verdict != "not evaluated"}

@@ -22,6 +22,7 @@ from lib.errors import MissingError, StudyError
 from lib.run import plan, runs
 
 WIDTH = 120  # characters of a line
+TITLE = 42  # of them for a run: the longest id at paper scale, its study and " sweep"
 
 
 def duration(seconds: float) -> str:
@@ -65,7 +66,7 @@ def format_forecast(forecast: plan.Forecast, about: str = "") -> str:
 def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float | None = None) -> None:
     """The plan, a line per notebook of each round, and what it will take in all; `minutes`: the budget of all that
     comes after the first looks."""
-    print(f"\n{'run':34} {'members':>8} {'predicted':>10}  why")
+    print(f"\n{'run':{TITLE}} {'members':>8} {'predicted':>10}  why")
     for each in rounds:
         if each.what:
             print(f"{each.what}: {format_forecast(plan.forecast(each.steps, slots), 'about ')}")
@@ -96,10 +97,10 @@ def print_step(step: plan.Step) -> None:
     every = len(config.members(runs.settle(step.run, guess=True))) if step.kind == "train" else 0
     members = f"{step.members}/{every}" if every else str(step.members or "")
     seconds = "?" if step.unknown else duration(step.seconds)
-    print(f"{step.title:34} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
+    print(f"{step.title:{TITLE}} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
     names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
     if needs := [name for name in names if config.is_hub_id(name) and not hub.fetched(name)]:
-        print(f"{'':34} downloads: {', '.join(needs)}")
+        print(f"{'':{TITLE}} downloads: {', '.join(needs)}")
 
 
 # ---- while it runs
@@ -254,13 +255,13 @@ def print_table(steps: list) -> None:
     """What was executed, with the minutes of all its rounds, how many were not, and what went wrong."""
     done = {step.title: step for step in steps if step.state not in ("", "cached", "postponed", "blocked")}
     others = Counter({step.title: step.state or "not started" for step in steps if step.title not in done}.values())
-    print(f"\n{'run':34} {'status':11} {'minutes':>7}  key metric")
+    print(f"\n{'run':{TITLE}} {'status':11} {'minutes':>7}  key metric")
     for title, step in done.items():
         state, status = step.state, record.read_json(step.folder / "status.json", {})
         metric, minutes = status.get("key_metric") or {}, sum(each.minutes for each in steps if each.title == title)
         value = f"{metric['name']} {metric['value']:.3f}" if metric.get("value") is not None else ""
         state = status.get("status", state) if state == "failed" else state
-        print(f"{title:34} {state:11} {minutes:7.2f}  {value}")
+        print(f"{title:{TITLE}} {state:11} {minutes:7.2f}  {value}")
     for state, n in others.items():
         print(f"and {n} {state}")
     for step in done.values():
@@ -305,7 +306,7 @@ def status(root: Path, studies: list[str] | None = None) -> int:
         elif how in ("running", "interrupted"):
             how, said = "interrupted", "its runner is gone; rerun the same command to resume"
         title = f"{state.get('study')}/{state.get('run_id')}" + " sweep" * sweep
-        print(clip(f"{title:34} {how:11} {said.splitlines()[0]}"))
+        print(clip(f"{title:{TITLE}} {how:11} {said.splitlines()[0]}"))
         if error:
             print(f"  again: {error['again']}")
     print(f"{done} succeeded" if done else "", end="\n" * bool(done))
