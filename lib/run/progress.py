@@ -22,7 +22,7 @@ from lib.errors import MissingError, StudyError
 from lib.run import plan, runs
 
 WIDTH = 120  # characters of a line
-TITLE = 42  # of them for a run: the longest id at paper scale, its study and " sweep"
+TITLE = 46  # of them for a run: the longest id at paper scale, its study and " sweep"
 
 
 def duration(seconds: float) -> str:
