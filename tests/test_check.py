@@ -215,7 +215,7 @@ BROKEN = {  # what may be wrong with a registered function: (its run, table, wha
     "one number": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho.mean(), None), "a value of shape ()"),
     "a number for each but one": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho[1:], None), "of shape (3,)"),
     "an anchor of another shape": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho, rho[:1]), "of shape (1,)"),
-    "no anchor": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: rho, "dpo raises ValueError: too many values"),
+    "no anchor": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: rho, "dpo returns a Tensor; expected its two terms"),
     "no tensor": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: (rho.tolist(), None), "dpo raises"),
     "another signature": ("td_dpo/dpo", "losses.LOSSES", lambda *, gamma, **_: gamma, "dpo raises TypeError: "),
     "not finite": ("td_dpo/dpo", "losses.LOSSES", lambda *, rho, **_: ((-rho * rho).log(), None), "dpo returns [nan"),

@@ -148,7 +148,7 @@ def test_the_cost_of_a_step_and_the_calibration_are_counted_apart(tmp_path, monk
 @pytest.mark.parametrize("task", ["mnli", "sst2", "rte"])
 def test_calibration_takes_the_published_batches_and_says_what_they_cost_of_a_paper_scale_run(task):
     """In forward and backward passes: under two percent but for RTE."""
-    path = ROOT / "params" / "iw_lora" / "paper" / f"{task}_iw_lora.yaml"
+    path = ROOT / "params" / "iw_lora" / "paper" / f"proposed-{task}_iw_lora.yaml"
     run = config.load_run(path, scale="paper", mode="full")
     assert 100 <= run.loss.sensitivity_warmup_steps <= 200
     assert run.training.gradient_accumulation_steps == 1

@@ -157,9 +157,7 @@ def announcement(root: Path) -> str:
     made = record.read_json(root / RECORD)
     content = config.load_yaml(root / made["study"] / "claims.yaml")
     looks, claim = ", ".join(map(str, content["looks"][made["scale"]])), content["claims"][0]
-    tested = (
-        f"Tested is at least {2 / 3 * made['gain']:.3g}, two thirds of it, after {looks} seeds until there is a word."
-    )
+    tested = f"Tested is at least {2 / 3 * made['gain']:.3g}, two thirds of it, after {looks} seeds."
     return f"{claim['sentence']} {tested} {claim['note']} Its record: {os.path.relpath(root)}"
 
 
