@@ -4,9 +4,9 @@
 
 Nothing is trained: the record is replayed. A sequential study judges all claims at the first look, then buys the next
 look of the open claim whose word is expected to cost least, as `./run_all.sh decide` does, and stops buying for a claim
-once it is decided. A fixed study
-trains all claims' arms with n seeds and judges once, by the t interval of that size. A member's cost is the seconds in
-its record; what a seed's members share is charged once per seed. Claims about times are left out.
+once it is decided. A fixed study trains all claims' arms with n seeds and judges once, by the t interval of that size. A
+member's cost is the seconds in its record; what a seed's members share is charged once per seed. Claims about times and
+energy are left out.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from lib.run import decide, plan, runs
 from lib.td_dpo import report as td_dpo
 
 FIXED = (3, 5, 10, 20)
+ABSENT = {graff.METRIC: "left out"}  # of Holm's family too, as in an analysis where there is no counter
 
 
 def judged_by(study: str, loaded: tables.Records, planned: list) -> dict:
@@ -30,8 +31,7 @@ def judged_by(study: str, loaded: tables.Records, planned: list) -> dict:
         rows = loaded.pairs.rename(columns={"correct": "accuracy"}).astype({"accuracy": float})
         return {"rows": rows.assign(status="completed"), "members": loaded.everyone}
     members = graff.with_rate(loaded.everyone)
-    absent = {graff.METRIC: "energy is left out"}  # of Holm's family too, as where there is no counter
-    return {"rows": graff.scores(loaded), "accuracy": graff.areas(loaded), "members": members, "absent": absent}
+    return {"rows": graff.scores(loaded), "accuracy": graff.areas(loaded), "members": members}
 
 
 class Study:
@@ -55,12 +55,9 @@ class Study:
     def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, claims.Verdict]:
         """{claim: its verdict} by the first n seeds."""
         kept = self.seeds[:n]
-        given = {
-            name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] if isinstance(frame, pd.DataFrame) else frame
-            for name, frame in self.given.items()
-        }
+        given = {name: frame[frame["seed"].isin(kept) | claims.is_pilot(frame)] for name, frame in self.given.items()}
         study = self.claims.model_copy(update={"looks": looks})
-        found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", **given)
+        found = claims.evaluate(study, given.pop("rows"), scale="laptop", mode="full", absent=ABSENT, **given)
         return {v.id: v for v in found if v.id in self.arms and v.verdict != "not evaluated"}
 
     def needed(self, claim: str, n: int) -> set:

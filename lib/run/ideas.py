@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from lib import config, record
+from lib import claims, config, record
 from lib.errors import StudyError
 
 RECORD = "try.json"  # of a try, in its folder
@@ -53,8 +53,9 @@ def _fault(path: Path, error: BaseException) -> StudyError:
     """What an idea raised and in which of its lines or, of an error that is not its own, what is wrong with it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = (lines or [getattr(error, "lineno", None)])[-1]  # of a SyntaxError its own
-    said = error if isinstance(error, ValueError) and not line else f"raises {type(error).__name__}: {error}"
-    said = error.strerror or error if isinstance(error, OSError) and not line else said
+    said = f"raises {type(error).__name__}: {error}"
+    if not line and isinstance(error, ValueError | OSError):
+        said = getattr(error, "strerror", None) or error
     where, expected = f"{path}:{line}" if line else str(path), "a function that can be tried; nothing was trained"
     return StudyError(where, " ".join(str(said).split()), expected)
 
@@ -155,10 +156,10 @@ def _claims(shipped: dict, metric: str, made: dict, baseline, cell: dict) -> dic
 def announcement(root: Path) -> str:
     """What a try is about to do, in a line."""
     made = record.read_json(root / RECORD)
-    content = config.load_yaml(root / made["study"] / "claims.yaml")
-    looks, claim = ", ".join(map(str, content["looks"][made["scale"]])), content["claims"][0]
-    tested = f"Tested is at least {2 / 3 * made['gain']:.3g}, two thirds of it, after {looks} seeds."
-    return f"{claim['sentence']} {tested} {claim['note']} Its record: {os.path.relpath(root)}"
+    study = claims.load(root / made["study"] / "claims.yaml")
+    (claim,), looks = study.claims, ", ".join(map(str, study.looks_of(made["scale"])))
+    tested = f"Tested is {claim.threshold_text}, after {looks} seeds."
+    return f"{claim.sentence} {tested} {claim.note} Its record: {os.path.relpath(root)}"
 
 
 def summary(root: Path, prepare: float) -> Iterator[str]:
