@@ -49,8 +49,8 @@ class Study:
         self.seeds = list(dict.fromkeys(judged["seed"]))
         self.chosen = judged.groupby("run_id")["cell"].agg(lambda cells: cells.mode().iat[0])
         self.seconds = judged.set_index(["run_id", "cell", "seed"])["seconds"]
-        self.pilots = pilots["seconds"].sum()
         self.prepare = plan.prepare_seconds(planned[0])
+        self.pilots = pilots["seconds"].sum() + self.prepare * pilots["seed"].nunique()
 
     def verdicts(self, n: int, looks: tuple[int, ...]) -> dict[str, claims.Verdict]:
         """{claim: its verdict} by the first n seeds."""

@@ -170,7 +170,7 @@ def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> m
         inputs = collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)
         return model(**to_device(inputs, device)).loss
 
-    optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01, foreach=True)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
 
