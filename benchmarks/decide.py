@@ -2,14 +2,15 @@
 
     .venv/bin/python -m benchmarks.decide outputs/laptop-full [--minutes 60]
 
-Nothing is trained: the record is replayed. A sequential study judges all claims at the first look, then buys the next
-look of the open claim whose word is expected to cost least, as `./run_all.sh decide` does, and stops buying for a claim
-once it is decided. A fixed study trains all claims' arms with n seeds and judges once, by the t interval of that size. A
-member's cost is the seconds in its record; what a seed's members share is charged once per seed. Claims about times and
-energy are left out.
+Nothing is trained: the record is replayed. A sequential study judges all claims at the first look, then buys next looks
+round by round, as `./run_all.sh` does: of the open claim whose word is expected to cost least, and of those that fit into
+the default budget with it; when that is spent, of all. Nothing is bought for a claim that is decided. A fixed study trains
+all claims' arms with n seeds and judges once, by the t interval of that size. A member's cost is the seconds in its record;
+what a seed's members share is charged once per seed, a pilot's too. Claims about times and energy are left out.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from lib.run import decide, plan, runs
 from lib.td_dpo import report as td_dpo
 
 FIXED = (3, 5, 10, 20)
+BUDGET = 2 * decide.MINUTES["laptop"]  # core-minutes after the first looks, on two cores
 ABSENT = {graff.METRIC: "left out"}  # of Holm's family too, as in an analysis where there is no counter
 
 
@@ -97,27 +99,48 @@ def sequential(studies: list[Study]) -> pd.DataFrame:
             else:
                 open_claims.append((study, claim, 1))
 
-    def price(each: tuple) -> tuple[bool, float]:
-        """As lib/run/decide.py has it: what is nearly without a chance comes last, else by cost over chance."""
+    def word(each: tuple) -> tuple[float, int]:
+        """(its chance of a word by the last look, the seeds at which one is expected), as lib/run/decide.py has it."""
         study, claim, k = each
         verdict, last = words[study.name, looks[study.name][k - 1]].get(claim), looks[study.name][-1]
         if verdict is None:  # a look that the record does not have
-            return True, 0.0
-        chance = 1.0 if verdict.chance is None else verdict.chance
-        cost = study.cost(study.needed(claim, min(verdict.seeds_to_decide or last, last)) - have)
-        return chance < decide.FUTILE, cost / (chance or 1)
+            return 0.0, last
+        return 1.0 if verdict.chance is None else verdict.chance, min(verdict.seeds_to_decide or last, last)
 
+    def cost(asked: list[tuple], whole: bool) -> float:
+        """Of their next looks; of all until their words are expected, where `whole`."""
+        new = ((study, study.needed(claim, word((study, claim, k))[1] if whole else looks[study.name][k]))
+               for study, claim, k in asked)  # fmt: skip
+        return sum(study.cost(needed) for study, needed in by_study(new))
+
+    def by_study(needed) -> list[tuple[Study, set]]:
+        found = {study: set() for study in studies}
+        for study, more in needed:
+            found[study] |= more - have
+        return [*found.items()]
+
+    left = 60 * BUDGET
     while open_claims:
-        study, claim, k = open_claims.pop(min(range(len(open_claims)), key=lambda i: price(open_claims[i])))
-        n = looks[study.name][k]
-        new = study.needed(claim, n) - have
-        spent, have = spent + study.cost(new), have | new
-        last = k + 1 == len(looks[study.name])
-        decided = (verdict := words[study.name, n].get(claim)) is not None and verdict.decided
-        if decided or last:
-            rows.append({"study": study.name, "claim": claim, "seeds": n, "minutes": spent / 60 if decided else None})
-        else:
-            open_claims.append((study, claim, k + 1))
+        likely, taken = [each for each in open_claims if word(each)[0] >= decide.FUTILE], []
+        for each in sorted(likely or open_claims, key=lambda each: cost([each], True) / (word(each)[0] or 1)):
+            more = [*taken, each]
+            if cost(more, False) <= left and (not taken or cost(more, True) <= left):
+                taken = more
+        if not taken:  # the default budget is spent: `./run_all.sh decide` goes on
+            left = math.inf
+            continue
+        new = cost(taken, False)
+        spent, left = spent + new, left - new
+        have |= set().union(*(study.needed(claim, looks[study.name][k]) for study, claim, k in taken))
+        for study, claim, k in taken:
+            open_claims.remove((study, claim, k))
+            n = looks[study.name][k]
+            decided = (verdict := words[study.name, n].get(claim)) is not None and verdict.decided
+            if decided or k + 1 == len(looks[study.name]):
+                minutes = spent / 60 if decided else None
+                rows.append({"study": study.name, "claim": claim, "seeds": n, "minutes": minutes})
+            else:
+                open_claims.append((study, claim, k + 1))
     return pd.DataFrame(rows).assign(spent=spent / 60)
 
 

@@ -426,3 +426,15 @@ def test_a_number_of_seeds_that_nobody_trains_is_no_price(study):
     assert said.startswith("thousands of seeds would decide it, far out of reach")
     assert "4339" not in said
     assert sum("decide --scale" in line for line in spending.left) <= 1, "a command is said once for all its claims"
+
+
+def test_what_no_seed_measures_has_no_price(study):
+    """Energy on a machine without a counter: its members are trained and give no number."""
+    study.open["C3"] = 4, 0.5
+    study.go(max_minutes=0.01)
+    spending = spending_of(study)
+    rows = record.read_json(spending.folder("td_dpo") / "claims.json")
+    assert [each.id for each in spending.open_claims(timed=False)] == ["C3"]
+    blind = [{**row, "n_seeds": 0, "minutes": 8.6, "next_look": None} for row in rows]
+    record.write_json(spending.folder("td_dpo") / "claims.json", blind)
+    assert spending.open_claims(timed=False) == []

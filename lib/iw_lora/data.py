@@ -202,9 +202,9 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
     """Tokenizer and encoder, pretrained on `pairs` (None: generated ones); the closing loss is in nats per token."""
     tokenizer, pairs = make_tokenizer(pairs, recipe)
     first, second = (list(side) for side in zip(*pairs, strict=True))
-    options = {"truncation": True, "max_length": LONGEST, "padding": True, "return_tensors": "pt"}
-    rows = tokenizer(first, second if any(second) else None, **options)  # padded once: per batch it is 8 % of a step
-    lengths, marks = rows["attention_mask"].sum(1), torch.tensor(tokenizer.all_special_ids)
+    ids = tokenizer(first, second if any(second) else None, truncation=True, max_length=LONGEST)
+    # padded once: batch by batch it is 8 % of a step
+    rows, marks = tokenizer.pad(ids, return_tensors="pt")["input_ids"], torch.tensor(tokenizer.all_special_ids)
     generator, order = torch.Generator().manual_seed(recipe["seed"]), np.random.default_rng(recipe["seed"])
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
@@ -212,12 +212,12 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
         head = nn.Linear(model.config.hidden_size, 1)
 
     def loss() -> Tensor:
-        chosen = torch.from_numpy(order.integers(len(lengths), size=recipe["pretrain_batch_size"]))
-        tokens, mask = (rows[name][chosen, : lengths[chosen].max()] for name in ("input_ids", "attention_mask"))
+        tokens = rows[torch.from_numpy(order.integers(len(rows), size=recipe["pretrain_batch_size"]))]
+        tokens = tokens[:, : (tokens != tokenizer.pad_token_id).sum(1).max()]
         special = torch.isin(tokens, marks)
         corrupted, replaced = replace_tokens(tokens, special, generator)
         special[:, 0], replaced[:, 0] = False, replaced.amax(1)  # [CLS]
-        hidden = model(input_ids=corrupted, attention_mask=mask).last_hidden_state
+        hidden = model(input_ids=corrupted, attention_mask=(tokens != tokenizer.pad_token_id).long()).last_hidden_state
         logits = head(hidden).squeeze(-1)
         return nn.functional.binary_cross_entropy_with_logits(logits[~special], replaced[~special])
 

@@ -315,7 +315,8 @@ class Spending:
             own, folder = self.compared(study), self.folder(study)
             judged = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
             for row in record.read_json(folder / "claims.json", []) if judged else ():
-                compared = own.get(row["id"])
+                # no seeds decide what trained members gave no number of, as energy without a counter
+                compared = own.get(row["id"]) if timed or row["n_seeds"] or not row.get("minutes") else None
                 if not compared or row["decided"] or (compared[0][1] == TIMES) != timed:
                     continue
                 look = row["next_look"] or (members.PROCESSES if timed and not row["n_seeds"] else 0)
