@@ -151,9 +151,14 @@ def prepare_seconds(run) -> float:
     """Expected seconds to make what a seed's members share."""
     if run.mode == "trial":
         return TRIAL_SECONDS
-    made = (record.read_json(path, {}) for path in (members.CACHE / run.study).glob("*/complete.json"))
-    found = [each["seconds"] for each in made if each.get("scale") == run.scale and each.get("mode") == run.mode]
+    found = [seconds for seconds, _ in _prepared(run, run.study)]
     return statistics.median(found) if found else run.compute.prepare_seconds * slowness(run)
+
+
+def _prepared(run, study: str) -> list[tuple[float, float | None]]:
+    """(seconds, what its YAML said of them) of what a seed's members of a study ("*": of any) share, made here."""
+    made = (record.read_json(path, {}) for path in members.CACHE.glob(f"{study}/*/complete.json"))
+    return [(m["seconds"], m.get("said")) for m in made if (m.get("scale"), m.get("mode")) == (run.scale, run.mode)]
 
 
 def process_seconds(run) -> float:
@@ -164,8 +169,10 @@ def process_seconds(run) -> float:
 
 
 def slowness(run) -> float:
-    """How much longer a step takes here, every core at work, than its YAML says; 1 where members train on GPUs."""
-    return 1.0 if run.compute.gpus else _slowness(pool.cores())
+    """How much longer work takes here, every core busy, than YAMLs say: by what was prepared here, where there is any,
+    else by a short measurement; 1 where members train on GPUs."""
+    known = [seconds / said for seconds, said in _prepared(run, "*") if said]
+    return 1.0 if run.compute.gpus else statistics.median(known) if known else _slowness(pool.cores())
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def prepare(argument: dict) -> None:
         with record_errors(partial):
             started = time.monotonic()
             config.study_module(run.study).prepare(run, partial)
-            about = {"study": run.study, "scale": run.scale, "mode": run.mode}
+            about = {"study": run.study, "scale": run.scale, "mode": run.mode, "said": run.compute.prepare_seconds}
             record.write_json(partial / "complete.json", {**about, "seconds": round(time.monotonic() - started, 3)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
