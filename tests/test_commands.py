@@ -210,21 +210,24 @@ def test_a_command_that_trains_nothing_ends_well(command, place, tmp_path, monke
     assert cli.main(filled(command, place)) == 0
 
 
+def as_trial(words: list[str]) -> list[str]:
+    """The command's trial, of the same runs with the same settings: several commands have the same."""
+    options = parse(shlex.join([START, *words]))
+    chosen = [word for study in options.study or [] for word in ("--study", study)]
+    chosen += [word for run in options.run or [] for word in ("--run", run)]
+    chosen += [word for text in options.sets for word in ("--set", text)]
+    scale = options.scale or ("paper" if options.command == "full" else "laptop")
+    return (["check", "--static"] if options.command == "check" else ["trial", "--scale", scale]) + chosen
+
+
+TRIALS = {shlex.join(as_trial(shlex.split(c)[1:])): c for c in TRAIN if "--scale small" not in c and "ipo" not in c}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in TRAIN if "--scale small" not in c])
+@pytest.mark.parametrize("command", TRIALS.values(), ids=TRIALS.keys())
 def test_a_command_that_trains_runs_as_a_trial(command, place, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "OUTPUTS", tmp_path)
-    options = parse(shlex.join([START, *filled(command, place)]))
-    words = [word for study in options.study or [] for word in ("--study", study)]
-    words += [word for run in options.run or [] for word in ("--run", run)]
-    words += [word for text in options.sets for word in ("--set", text)]
-    if "ipo" in words:
-        pytest.skip("a run that the reader writes: tests/test_compose.py")
-    scale = options.scale or ("paper" if options.command == "full" else "laptop")
-    if options.command == "check":
-        assert cli.main(["check", "--static", *words]) == 0
-    else:
-        assert cli.main(["trial", "--scale", scale, *words]) == 0
+    assert cli.main(as_trial(filled(command, place))) == 0
 
 
 # ---- their size
