@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from lib import claims, config, record
+from lib import config, record
 from lib.errors import StudyError
 
 RECORD = "try.json"  # of a try, in its folder
@@ -155,6 +155,8 @@ def _claims(shipped: dict, metric: str, made: dict, baseline, cell: dict) -> dic
 
 def announcement(root: Path) -> str:
     """What a try is about to do, in a line."""
+    from lib import claims  # with pandas
+
     made = record.read_json(root / RECORD)
     study = claims.load(root / made["study"] / "claims.yaml")
     (claim,), looks = study.claims, ", ".join(map(str, study.looks_of(made["scale"])))
@@ -168,8 +170,7 @@ def summary(root: Path, prepare: float) -> Iterator[str]:
     folder = root / made["study"] / "comparison"
     if record.read_json(folder / "status.json", {}).get("status") == "succeeded":
         claim = record.read_json(folder / "claims.json")[0]
-        is_same = claim["reason"].startswith("identical: ")
-        yield claim["reason"] if is_same else f"{claim['verdict']}: {claim['reason']}"
+        yield claim["reason"] if claim["reason"].startswith("identical: ") else f"{claim['verdict']}: {claim['reason']}"
         shared = prepare * (claim["n_seeds"] or 0) / 60
         spent = f"Training took {claim['minutes'] or 0:.1f} minutes of one core, and what its seeds share {shared:.1f}"
         yield f"{claim['note']} {spent}, where it was not there yet."
