@@ -107,31 +107,29 @@ def sequential(studies: list[Study]) -> pd.DataFrame:
             return 0.0, last
         return 1.0 if verdict.chance is None else verdict.chance, min(verdict.seeds_to_decide or last, last)
 
-    def cost(asked: list[tuple], whole: bool) -> float:
-        """Of their next looks; of all until their words are expected, where `whole`."""
-        new = ((study, study.needed(claim, word((study, claim, k))[1] if whole else looks[study.name][k]))
-               for study, claim, k in asked)  # fmt: skip
-        return sum(study.cost(needed) for study, needed in by_study(new))
-
-    def by_study(needed) -> list[tuple[Study, set]]:
+    def lacking(asked: list[tuple], whole: bool = False) -> dict[Study, set]:
+        """What these lack of their next looks; of all until their words are expected, where `whole`."""
         found = {study: set() for study in studies}
-        for study, more in needed:
-            found[study] |= more - have
-        return [*found.items()]
+        for study, claim, k in asked:
+            n = word((study, claim, k))[1] if whole else looks[study.name][k]
+            found[study] |= study.needed(claim, n) - have
+        return found
+
+    def cost(asked: list[tuple], whole: bool = False) -> float:
+        return sum(study.cost(needed) for study, needed in lacking(asked, whole).items())
 
     left = 60 * BUDGET
     while open_claims:
         likely, taken = [each for each in open_claims if word(each)[0] >= decide.FUTILE], []
-        for each in sorted(likely or open_claims, key=lambda each: cost([each], True) / (word(each)[0] or 1)):
+        for each in sorted(likely or open_claims, key=lambda each: cost([each], whole=True) / (word(each)[0] or 1)):
             more = [*taken, each]
-            if cost(more, False) <= left and (not taken or cost(more, True) <= left):
+            if cost(more) <= left and (not taken or cost(more, whole=True) <= left):
                 taken = more
         if not taken:  # the default budget is spent: `./run_all.sh decide` goes on
             left = math.inf
             continue
-        new = cost(taken, False)
-        spent, left = spent + new, left - new
-        have |= set().union(*(study.needed(claim, looks[study.name][k]) for study, claim, k in taken))
+        new = cost(taken)
+        spent, left, have = spent + new, left - new, have.union(*lacking(taken).values())
         for study, claim, k in taken:
             open_claims.remove((study, claim, k))
             n = looks[study.name][k]

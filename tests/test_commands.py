@@ -220,6 +220,7 @@ def as_trial(words: list[str]) -> list[str]:
     return (["check", "--static"] if options.command == "check" else ["trial", "--scale", scale]) + chosen
 
 
+# a run `ipo` is one that the reader writes: tests/test_compose.py
 TRIALS = {shlex.join(as_trial(shlex.split(c)[1:])): c for c in TRAIN if "--scale small" not in c and "ipo" not in c}
 
 
