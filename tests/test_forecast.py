@@ -28,11 +28,10 @@ def test_a_members_seconds_come_from_its_own_run_then_its_study_then_the_yaml(ti
     assert plan.member_seconds(run) == 8.0
 
 
-def test_what_was_prepared_here_tells_how_slow_the_machine_is_before_any_short_measurement(tiny, monkeypatch, tmp_path):
+def test_what_was_prepared_here_tells_how_slow_the_machine_is(tiny, monkeypatch, tmp_path):
     run = tiny(compute={"seconds_per_step": 0.5, "prepare_seconds": 40.0})
     monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(plan, "_slowness", lambda processes: 3.0)
-    assert (plan.prepare_seconds(run), plan.member_seconds(run)) == (120.0, 12 * 0.5 * 3)
+    assert (plan.prepare_seconds(run), plan.member_seconds(run)) == (40.0, 12 * 0.5), "as their YAMLs say"
 
     def made(name: str, seconds: float, **about) -> None:
         about = {"scale": "laptop", "mode": "full", "seconds": seconds, "said": 50.0, **about}
@@ -41,7 +40,7 @@ def test_what_was_prepared_here_tells_how_slow_the_machine_is_before_any_short_m
     made("graff/old", 500.0, said=None)
     made("graff/trial", 5.0, mode="trial")
     made("graff/small", 5000.0, scale="small")
-    assert plan.prepare_seconds(run) == 120.0, "none of these tells"
+    assert plan.prepare_seconds(run) == 40.0, "none of these tells"
     made("graff/a", 70.0)
     made("iw_lora/a", 80.0)
     assert plan.prepare_seconds(run) == pytest.approx(40.0 * 1.5), "other studies' preparation, as slow as it was"

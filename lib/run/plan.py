@@ -2,17 +2,14 @@
 
 Per study: one training notebook per run YAML, one sweep per run with a search, measurements of times, then the analysis
 of them all. How long a member trains comes from the nearest record there is: its own run's members, else those of its
-study, else its YAML's own figure as quick as this machine is (`slowness`). Where there is nothing to go by it is None and
-printed as `?`; nothing is made up.
+study, else its YAML's own figure, put right by what was prepared here (`slowness`). Where there is nothing to go by it
+is None and printed as `?`; nothing is made up.
 """
 
 import fnmatch
-import functools
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.run import ideas, keys, members, pool, runs as records
+from lib.run import ideas, keys, members, runs as records
 
 NOTEBOOKS = config.ROOT / "notebooks"
 # The files that tell one record from another: of a run and its search, and of each member.
@@ -30,14 +27,6 @@ NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, met
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 START_SECONDS = 7.0  # of an interpreter that imports torch
 FORCED = "forced (--force)"
-# Work like a small model's, by which YAMLs' seconds are put right for this machine, and what it took on theirs, with both
-# cores at work: seconds of its process, so that what else the machine does at the moment does not count.
-WORK = """import time, numpy
-a, b = numpy.random.rand(2, 96, 96).astype("float32")
-began = time.process_time()
-for _ in range(4000): a = numpy.tanh(a @ b) + sum(range(40)) * 1e-9
-print(time.process_time() - began)"""
-WORK_SECONDS = 0.081
 
 
 @dataclass
@@ -169,17 +158,10 @@ def process_seconds(run) -> float:
 
 
 def slowness(run) -> float:
-    """How much longer work takes here, every core busy, than YAMLs say: by what was prepared here, where there is any,
-    else by a short measurement; 1 where members train on GPUs."""
-    known = [seconds / said for seconds, said in _prepared(run, "*") if said]
-    return 1.0 if run.compute.gpus else statistics.median(known) if known else _slowness(pool.cores())
-
-
-@functools.cache
-def _slowness(processes: int) -> float:
-    command, one = [sys.executable, "-P", "-c", WORK], {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=one) for _ in range(processes)]
-    return statistics.fmean(float(each.communicate()[0]) for each in started) / WORK_SECONDS
+    """How much longer work takes here than YAMLs say, by what was prepared here; 1 where nothing was yet, or where
+    members train on GPUs."""
+    known = [] if run.compute.gpus else [seconds / said for seconds, said in _prepared(run, "*") if said]
+    return statistics.median(known) if known else 1.0
 
 
 class Forecast(NamedTuple):
@@ -229,7 +211,9 @@ def steps(
             if not (folder / "complete.json").exists():
                 first.makes.add(folder)
                 first.prepare += prepare_seconds(first.run)
-        wanted = [run for run in searched if run.study == study and (run.optuna.n_trials or mode == "trial")]
+        wanted = [run for run in searched if run.study == study]
+        # a trial's search has no trials: that of one run shows what all of them would
+        wanted = wanted[:1] if mode == "trial" else [run for run in wanted if run.optuna.n_trials]
         searches = {run.run_id: _sweep(train[run.run_id], run, forced) for run in wanted}
         first = [step for step in searches.values() if not step.needs]  # their runs wait for what they find
         for step in first:
