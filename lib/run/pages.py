@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -173,10 +173,6 @@ def mathml(latex: str, display: str) -> str:
 def index_html(outputs_root: str | Path) -> Path:
     """Write <outputs_root>/index.html from the records below it; a missing or torn file leaves a gap, never an error.
     The studies' own folders come first, each followed by its variations (`--set`, `--grid`)."""
-    import jinja2
-
-    from lib.plots import number
-
     root, groups, working = Path(outputs_root), [], []
     for folder in [p for name in FOLDERS for p in (root / name, *sorted(root.glob(f"{name},*"))) if p.is_dir()]:
         studies = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -187,10 +183,7 @@ def index_html(outputs_root: str | Path) -> Path:
             working.append({"folder": folder.name, "at": time.time(), **read_json(folder / "progress.json", {})})
     script = (ASSETS / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    loader = jinja2.FileSystemLoader(ASSETS)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "utc": lambda at: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))}
-    text = environment.get_template("index.html.j2").render(
+    text = _index_template().render(
         groups=groups,
         working=working,
         files=partial(_links, root),
@@ -200,6 +193,19 @@ def index_html(outputs_root: str | Path) -> Path:
     )
     write_text(root / "index.html", anonymous(text, root.absolute().parent))
     return root / "index.html"
+
+
+@cache
+def _index_template():
+    """Compiled once: half a second, and a runner writes the index again and again."""
+    import jinja2
+
+    from lib.plots import number
+
+    loader = jinja2.FileSystemLoader(ASSETS)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "utc": lambda at: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))}
+    return environment.get_template("index.html.j2")
 
 
 def _group(root: Path, study: Path, alive: bool) -> dict | None:
