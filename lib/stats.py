@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 SUPPORTED, INCONCLUSIVE, REFUTED = 1, 0, -1
 LEVEL = 0.05
@@ -47,14 +47,14 @@ def largest_deviates(looks: tuple[int, ...]) -> np.ndarray:
         total, squares = (np.cumsum(y, axis=1)[:, n - 1] for y in (x, x * x))
         t = total / n / np.sqrt((squares - total**2 / n) / (n - 1) / n)
         # of equal tails the largest deviate is the smallest tail: one inverse per path
-        largest.append(stats.norm.isf(stats.t.sf(np.abs(t), n - 1).min(axis=1)))
+        largest.append(scipy.stats.norm.isf(scipy.stats.t.sf(np.abs(t), n - 1).min(axis=1)))
     return np.sort(np.concatenate(largest))
 
 
 def alpha_of(bound: np.ndarray, looks: tuple[int, ...]) -> np.ndarray:
     """P(max_k |u_k| >= bound): the error of an interval with this C; at least 1 / PATHS where it is simulated."""
     if len(looks) == 1:
-        return 2 * stats.norm.sf(bound)
+        return 2 * scipy.stats.norm.sf(bound)
     deviates = largest_deviates(looks)
     return np.maximum(len(deviates) - np.searchsorted(deviates, bound), 1) / len(deviates)
 
@@ -62,7 +62,7 @@ def alpha_of(bound: np.ndarray, looks: tuple[int, ...]) -> np.ndarray:
 def bound_of(looks: tuple[int, ...], level: float = LEVEL) -> float:
     """C(level)."""
     if len(looks) == 1:
-        return float(stats.norm.isf(level / 2))
+        return float(scipy.stats.norm.isf(level / 2))
     if level == LEVEL and looks in BOUNDS:
         return BOUNDS[looks]
     return float(np.quantile(largest_deviates(looks), 1 - level))
@@ -70,7 +70,7 @@ def bound_of(looks: tuple[int, ...], level: float = LEVEL) -> float:
 
 def critical(bound: np.ndarray, seeds: int) -> np.ndarray:
     """c_k of a bound C at `seeds` seeds."""
-    return stats.t.isf(stats.norm.sf(bound), seeds - 1)
+    return scipy.stats.t.isf(scipy.stats.norm.sf(bound), seeds - 1)
 
 
 # ---- one look
@@ -204,7 +204,7 @@ def chance_of_word(test: str, look: Look, margin: float, looks: tuple, seeds: in
     the estimate, in a study of that many new seeds."""
     share = 1.0 if known else max(0.0, seeds - look.seeds) / look.seeds
     sd, half = float(np.sqrt(look.seed_variance / seeds * share)), float(look.half_width(bound_of(looks), seeds))
-    mean = stats.norm(float(look.mean), max(sd, 1e-12))
+    mean = scipy.stats.norm(float(look.mean), max(sd, 1e-12))
     if test == "equivalence":
         inside = mean.cdf(margin - half) - mean.cdf(half - margin)
         return float(max(0.0, inside) + mean.sf(margin + half) + mean.cdf(-margin - half))
@@ -263,4 +263,4 @@ def t_tail(values: np.ndarray, threshold: float, side: int) -> np.ndarray:
     degrees of freedom. Without any spread it is 0 or 1."""
     n = values.shape[-1]
     error = np.maximum(values.std(-1, ddof=1) / n**0.5, 1e-12)
-    return stats.t.sf(side * (values.mean(-1) - threshold) / error, n - 1)
+    return scipy.stats.t.sf(side * (values.mean(-1) - threshold) / error, n - 1)

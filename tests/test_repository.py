@@ -133,12 +133,9 @@ def test_notebook(path):
     assert cells[0]["cell_type"] == "markdown"
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["lib.run.cli", "lib.run.plan", "lib.run.runner", "lib.run.pages", "lib.claims", "lib.plots", "lib.run.preflight"],
-)
-def test_the_runner_starts_without_torch(module):
-    code = f"import {module}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"
+def test_the_runner_starts_without_torch():
+    modules = "lib.run.cli, lib.run.plan, lib.run.runner, lib.run.pages, lib.claims, lib.plots, lib.run.preflight"
+    code = f"import {modules}, sys; assert not {{'torch', 'transformers', 'optuna'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
