@@ -136,6 +136,16 @@ def test_a_clean_study_gives_no_finding_and_is_not_tried_twice(copy):
     assert list((copy.root / "outputs").glob("*/.check.json")), "what `full` looks for before it tries again"
 
 
+def test_data_of_several_tasks_is_refused_before_a_trial_starts_until_one_is_named(tmp_path):
+    def faults(**values: str) -> set[str]:
+        told = {"dataset.name": str(tmp_path), **values}
+        loaded = load_folder(ROOT / "params/iw_lora/laptop", "laptop", "trial", told)
+        return {finding.key for _, _, found in loaded for finding in found}
+
+    assert faults() == {"dataset.subset"}
+    assert not faults(**{"dataset.subset": "rte"})
+
+
 def test_the_trial_is_told_which_runs_and_how_many_members_at_a_time():
     options = parser().parse_args(["check", "--jobs", "3", "--study", "graff", "--set", "x=1"])
     answer = checks.trial_arguments(options, ["fixed", "b"])

@@ -4,7 +4,6 @@ Examples are generated or read (lib/data.py) with GLUE's columns. Tuning is a se
 reported on. `prepare` writes them, tokenized, beside the base model; models.load_inputs reads them.
 """
 
-import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -75,16 +74,6 @@ def generate_corpus(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 # ---- reading a task
-
-
-def task_of(dataset) -> str:
-    """mnli, sst2, rte or generated; a local folder of the task's name needs no `subset`."""
-    task = re.sub(r"\W", "", Path(dataset.name).name).lower()  # 'SST-2' is sst2
-    task = task if task == "generated" else dataset.subset or task
-    if task not in LABELS:
-        found = f"none, and {dataset.name} does not tell the task"
-        raise StudyError("dataset.subset", found, "mnli, sst2 or rte", "--set dataset.subset=rte")
-    return task
 
 
 def to_example(row: dict, task: str) -> dict:
@@ -248,7 +237,7 @@ def compared(row: dict) -> tuple[str, tuple[str, ...], str]:
 
 def audit(run) -> dict:
     """The audit of the run's data."""
-    task, (name, source) = task_of(run.dataset), data.source_of(run)
+    task, (name, source) = run.dataset.task, data.source_of(run)
     task = task if name == source else name
     splits, report = load_splits(run.dataset, task)
     splits = {split: splits[split] for split in ("train", "tuning", "validation")}
@@ -268,7 +257,7 @@ def audit(run) -> dict:
 
 def prepare(run, folder: Path) -> None:
     """Fill `folder`. The steps of a made base model's pretraining go to history.jsonl there."""
-    task, (name, source) = task_of(run.dataset), data.source_of(run)
+    task, (name, source) = run.dataset.task, data.source_of(run)
     splits, report = load_splits(run.dataset, task if name == source else name)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
     make = partial(make_base, None if task == "generated" else pairs)

@@ -2,6 +2,7 @@
 (what all members share), `train` (one member) and `step_cost`. Imports no torch until one of these is called."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 
 from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Number, Positive, Section, Seed, Whole, fault
+from lib.errors import StudyError
 
 # ---- sections of the YAML
 
@@ -91,6 +93,17 @@ class Dataset(config.Data):
     label_noise: Fraction = 0.0  # share of train's rows, tuning's too, that get the other label
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
     real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real data
+
+    @property
+    def task(self) -> str:
+        """mnli, sst2, rte or generated; a local folder of the task's name needs no `subset`. StudyError where neither
+        tells."""
+        task = re.sub(r"\W", "", Path(self.name).name).lower()  # 'SST-2' is sst2
+        task = task if task == "generated" else self.subset or task
+        if task not in ("generated", "mnli", "sst2", "rte"):
+            found = f"none, and {self.name} does not tell the task"
+            raise StudyError("dataset.subset", found, "mnli, sst2 or rte", "--set dataset.subset=rte")
+        return task
 
 
 class Training(config.Schedule):
@@ -269,13 +282,11 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora")
     if run.compute.strategy == "fsdp":
         yield Finding("error", "compute.strategy", "sharded gradients hide the sensitivities", "strategy: none")
-    dataset, splits = run.dataset, (run.dataset.splits.train, run.dataset.splits.validation)
+    dataset, task, splits = run.dataset, run.dataset.task, (run.dataset.splits.train, run.dataset.splits.validation)
     if dataset.name == "nyu-mll/glue":
-        if dataset.subset is None:
-            yield Finding("error", "dataset.subset", "missing for GLUE", "subset: mnli, sst2 or rte")
         if any("test" in split for split in splits):
             yield Finding("error", "dataset.splits", "GLUE's test labels are all -1", "validation: validation")
-        if dataset.subset == "mnli" and splits[1] == "validation":
+        if task == "mnli" and splits[1] == "validation":
             yield Finding("error", "dataset.splits.validation", "not in MNLI", "validation: validation_matched")
     if dataset.preprocessing.padding == "max_length":
         what = "padded to the batch's longest row"
