@@ -82,15 +82,13 @@ class Drawing:
 def save(drawing: Drawing, folder: str | Path, name: str) -> Drawing:
     """Write <name>.pdf, .png, .csv, .alt.txt and .links.json, each atomically and free of dates. The links lead to each
     member's row on the page of its run, relative to the folder that holds `folder`, where the analysis' page lies."""
-    pdf = drawing.render("pdf", CreationDate=None, Title=drawing.title)
-    drawing.canvas.set_layout_engine("none")  # it is laid out now: drawing it again takes two thirds of the time
-    drawing.png = drawing.render("png", Software=None, Description=drawing.alt)
     files = {
-        "pdf": pdf,
-        "png": drawing.png,
+        "pdf": drawing.render("pdf", CreationDate=None, Title=drawing.title),
         "csv": drawing.data.to_csv(index=False).encode(),
         "alt.txt": f"{drawing.alt}\n".encode(),
     }
+    drawing.canvas.set_layout_engine("none")  # it is laid out now: drawing it again takes two thirds of the time
+    files["png"] = drawing.png = drawing.render("png", Software=None, Description=drawing.alt)
     drawing.links = _links(drawing, Path(folder).absolute().parent)  # their places are known once it is rendered
     files["links.json"] = (json.dumps(drawing.links, indent=1, ensure_ascii=False) + "\n").encode()
     for kind, content in files.items():
