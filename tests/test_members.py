@@ -409,3 +409,13 @@ def test_what_pilots_share_is_made_along_with_what_those_after_them_do(tiny, mon
     members.prepare_all(run)
     assert members.inputs_folder(asked[0]) == members.inputs_folder(done.run), "of which the notebook shows more"
     assert {each.dataset.split_seed for each in asked[1:]} == {1, 2, 3}
+
+
+def test_progress_says_that_others_follow_while_pilots_train_beside_cells_that_are_done(tiny, monkeypatch):
+    run, said = tiny(pilot_seeds=[3], grid=[{"cells": [{"beta": 0.3}]}, {"cells": [{"beta": 0.1}], "pilot": True}]), []
+    monkeypatch.setattr(members, "_progress", lambda run, state: said.append(state["pilots"]))
+    monkeypatch.setattr(members.pool, "wait_for", lambda *_: None)
+    every = config.members(run)
+    for training in ([m for m in every if m.pilot], [m for m in every if not m.pilot]):
+        members.watch(members.Job(run, every, {}, {m.id: None for m in training}))
+    assert said == [True, False]

@@ -217,7 +217,7 @@ def _member_task(member, folder: Path) -> pool.Task:
 def watch(job: Job) -> None:
     """Wait for the members, saying one line as each ends; the runner shows their steps in between."""
     tasks, steps = list(job.tasks.values()), {m.id: config.steps(m.run) for m in job.members if m.id in job.tasks}
-    began, whole = None, {"pilots": all(m.pilot for m in job.members), "members": len(tasks)}
+    began, whole = None, {"pilots": any(m.pilot and m.id in steps for m in job.members), "members": len(tasks)}
 
     def changed(task: pool.Task) -> None:
         nonlocal began
