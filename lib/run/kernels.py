@@ -88,7 +88,13 @@ class Engine(NBClientEngine):
         word; a kernel that dies ends both."""
         client = Client(nb_man, kernel_name=kernel_name, log_output=log_output)
         client.startup_timeout = client.iopub_timeout = start_timeout
-        return client.execute()
+        save = nb_man.save
+        # Papermill writes all of a notebook twice per cell, which takes longer than most cells; every 5 s will do.
+        nb_man.save = lambda **_: (nb_man.now() - nb_man.last_save_time).total_seconds() > 5 and save()
+        try:
+            return client.execute()
+        finally:
+            nb_man.save = save
 
 
 def register() -> None:

@@ -87,7 +87,7 @@ def render(notebook, *, title: str, **about) -> str:
     """The page as text: notebook text open, code folded, images embedded, formulas as MathML. `notebook` is an nbformat
     node; its first level-1 heading, if any, is the page's title. `about`: what the template shows around it."""
     from bs4 import BeautifulSoup
-    from nbconvert import HTMLExporter
+    from nbconvert import HTMLExporter, TemplateExporter
     from traitlets.config import Config
 
     from lib.plots import number
@@ -108,7 +108,8 @@ def render(notebook, *, title: str, **about) -> str:
     exporter = HTMLExporter(config=config, filters=filters, **templates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about outputs of kinds that are not shown: widgets, scripts
-        return exporter.from_notebook_node(notebook, {"page": page})[0]
+        # not HTMLExporter's own, which parses the whole page again, for what JupyterLab's templates lack
+        return TemplateExporter.from_notebook_node(exporter, notebook, {"page": page})[0]
 
 
 def clean(fragment: str) -> str:
