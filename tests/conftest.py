@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def pool_socket():
     yield own
     own.close()
     os.environ.pop("STUDY_POOL", None)
+
+
+@pytest.fixture(autouse=True)
+def outputs_put_back(monkeypatch):
+    """--results-dir moves the outputs of a whole process, and so of the tests after one that gives it."""
+    if cli := sys.modules.get("lib.run.cli"):
+        monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)
 
 
 @pytest.fixture

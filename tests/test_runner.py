@@ -270,7 +270,6 @@ def test_outputs_of_other_params_and_other_paths_have_their_own_folders(tmp_path
 
 
 def test_results_dir_takes_the_place_of_outputs_and_keeps_its_folders(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)  # restored
     monkeypatch.setattr(cli, "run", lambda options: print(cli.select_runs(options)[0][1].results_dir) or 0)
     asked = ["full", "--scale", "laptop", "--study", "td_dpo"]
     for more, folder in ([], "laptop-full"), (["--set", "loss.beta=1"], "laptop-full,loss.beta=1"):

@@ -90,8 +90,7 @@ def test_the_site_has_pages_notebooks_and_tables_and_nothing_of_the_machine(site
     assert re.search(r"<a>(log|weights)</a>", page), "what is not published is not linked"
 
 
-def test_a_site_is_never_the_record_itself(outputs, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)  # restored
+def test_a_site_is_never_the_record_itself(outputs, capsys):  # noqa: F811
     assert cli.main(["report", "--results-dir", str(outputs), "--site", str(outputs)]) == 2
     assert capsys.readouterr().err.startswith("--site: ")
 

@@ -46,7 +46,6 @@ def attempt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(members, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(cli, "execute", began)
     monkeypatch.setattr(ideas, "summary", lambda *_: [])
-    monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)  # restored
 
     def run(text, *options, name="mine.py"):
         path = tmp_path / name
@@ -318,7 +317,6 @@ def judged(tmp_path, monkeypatch, capsys):
         path = tmp_path / name
         path.write_text(text)
         monkeypatch.setattr(runner, "execute_notebook", lambda step, nonce: execute(step, nonce, better))
-        monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)  # restored
         code = cli.main(["try", str(path), "--results-dir", str(tmp_path / "out"), "--jobs", "1", *options])
         said = capsys.readouterr()
         assert code == 0, said.out + said.err
