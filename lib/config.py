@@ -577,8 +577,9 @@ def put(raw: dict, dotted: str, value: Any) -> None:
 
 
 def build(study: str, raw: Mapping[str, Any], where: str, /, **context: Any) -> Run:
-    """Plain data, in our names or the published ones, as the study's typed run. `context`: fields of CONTEXT."""
-    module, raw = study_module(study), copy.deepcopy(dict(raw))
+    """Plain data, in our names or the published ones, as the study's typed run; `raw` is changed. `context`: fields of
+    CONTEXT."""
+    module, raw = study_module(study), dict(raw)
     marks = ((key, MARKER.fullmatch(str(get(raw, key)))) for key in keys(module.Run) if key.split(".")[0] in TUNABLE)
     searched = {key: mark[1] for key, mark in marks if mark}
     for key, value in _first_values(raw, module.ALIASES).items():
@@ -691,7 +692,7 @@ def _alone(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(values: Mapping[str, Any], *, study: str, scale: str, mode: str, results_dir: Any = None) -> Run:
-    """The run that `dump` wrote out, as it is: nothing is shrunk or filled in."""
+    """The run that `dump` wrote out, as it is: nothing is shrunk or filled in. `values` may be changed."""
     return build(study, values, str(values.get("run_id", "run")), scale=scale, mode=mode, results_dir=results_dir)
 
 
@@ -717,7 +718,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Run:
         near = did_you_mean(module.ALIASES.get(key, key), [*known, *keys(module.Run)])
         raise StudyError(f"{where}: {key}", "unknown parameter", "one of " + ", ".join(known), near)
     context |= {key: given.pop(key) for key in context.keys() & given.keys()}
-    run = build(study, _with_wandb(given), where, **context)
+    run = build(study, _with_wandb(copy.deepcopy(given)), where, **context)
     return trial(run) if run.mode == "trial" else run
 
 
@@ -783,8 +784,8 @@ def tune(run: Run, cell: Mapping[str, Any] | None = None) -> Run:
     return run.model_copy(update={"grid": grid})
 
 
-def member(run: Run, cell: Mapping[str, Any], seed: int, name: str = "") -> Member:
-    """Any one member of a run, on its grid or not (a trial of the search); its cell's `name`: after its values."""
+def cell_members(run: Run, cell: Mapping[str, Any], seeds: Iterable[int], name: str = "") -> list[Member]:
+    """A run's members of any one cell, on its grid or not (a trial of the search); its `name`: after its values."""
     where = run.source or run.run_id
     cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in cell.items()}
     for key in cell:
@@ -794,7 +795,7 @@ def member(run: Run, cell: Mapping[str, Any], seed: int, name: str = "") -> Memb
     trained = apply(run, cell, where=f"{where}: grid cell {name}") if cell else run
     for key, marked in trained.searched.items():
         raise StudyError(f"{where}: cell {name}: {key}", *_not_supplied(marked, key))
-    return Member(seeded(trained, seed), cell, name, seed)
+    return [Member(seeded(trained, seed), cell, name, seed) for seed in seeds]
 
 
 def seeded(run: Run, seed: int) -> Run:
@@ -819,7 +820,7 @@ def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:
 
 
 def members(run: Run) -> list[Member]:
-    return [member(run, cell, seed, name) for name, (cell, seeds) in cells(run).items() for seed in seeds]
+    return [each for name, (cell, seeds) in cells(run).items() for each in cell_members(run, cell, seeds, name)]
 
 
 def with_seeds(run: Run, seeds: Mapping[str, list[int]]) -> Run:

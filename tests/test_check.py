@@ -63,9 +63,9 @@ def named(answer: dict, *words: str) -> bool:
     return any(all(word in json.dumps(f, ensure_ascii=False) for word in words) for f in answer["findings"])
 
 
-@pytest.mark.parametrize("scale", config.SCALES)
-def test_the_shipped_studies_give_no_static_error(scale, capsys):
-    code = cli.main(["check", "--json", "--static", "--scale", scale])
+def test_a_study_without_a_static_fault_is_ready(capsys):
+    """.ci/run asks the same of every study at every scale."""
+    code = cli.main(["check", "--json", "--static", "--study", "iw_lora", "--run", "lora"])
     answer = json.loads(capsys.readouterr().out)
     assert (code, answer["is_code_ready"], answer["code_issue"]) == (0, True, "")
     assert [f for f in answer["findings"] if f["severity"] == "error"] == []

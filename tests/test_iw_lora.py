@@ -280,3 +280,17 @@ def test_words_do_not_tell_the_generated_label():
     content = set(data.NOUNS) | {"by", "is"}
     assert all(set(r["text_b"].split()) & content - {"by", "is"} <= set(r["text_a"].split()) for r in made)
     assert data.generate(50, 5) == copy.deepcopy(data.generate(50, 5))
+
+
+def test_neither_do_they_tell_of_which_kind_a_thing_is():
+    """The hypothesis names the thing's kind where it is entailed, and another one where it is not."""
+    made = data.generate(2000, 5, "kinds")
+    assert data.bag_of_words({"train": made[:1600], "validation": made[1600:]}) == pytest.approx(0.5, abs=0.08)
+    kind_of = {thing: kind for kind, things in data.KINDS.items() for thing in things.split()}
+    assert len(kind_of) == sum(len(things.split()) for things in data.KINDS.values()), "no thing is of two kinds"
+    for row in made:
+        thing, kind = row["text_a"].split()[-1], row["text_b"].split()[-1]
+        assert row["text_a"].split()[:3] == row["text_b"].split()[:3]
+        assert (kind_of[thing] == kind) == (row["label"] == data.ENTAILMENT)
+    assert sum(row["label"] for row in made) == 1000
+    assert data.generate(50, 5, "kinds") == data.generate(50, 5, "kinds")

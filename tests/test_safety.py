@@ -90,7 +90,7 @@ def test_data_that_is_a_link_to_itself_or_not_text(command, tmp_path):
 
 def test_names_of_cells_cannot_leave_their_folder(tiny):
     for name in ("../../x", "/tmp/x", "..", "a/../b", "\x1b[2Jx"):
-        assert re.fullmatch(r"name[\w.+]+", config.member(tiny(), {"dataset.name": name}, 1).cell_name)
+        assert re.fullmatch(r"name[\w.+]+", config.cell_members(tiny(), {"dataset.name": name}, [1])[0].cell_name)
 
 
 def test_what_acts_on_a_terminal_is_written_out(command, tmp_path):

@@ -31,7 +31,7 @@ def test_seeds_differ_in_all_but_the_judged_rows_and_one_seed_is_the_same_every_
     for name, seed in (("one", 42), ("again", 42), ("other", 43)):
         made[name] = tmp_path / name
         made[name].mkdir()
-        config.study_module(study).prepare(config.member(run, config.first_cell(run), seed).run, made[name])
+        config.study_module(study).prepare(config.cell_members(run, config.first_cell(run), [seed])[0].run, made[name])
     assert contents(made["one"]) == contents(made["again"])
     file, judged = STUDIES[study]
     one, other = (json.loads((made[name] / f"{file}.json").read_text()) for name in ("one", "other"))

@@ -151,7 +151,7 @@ def test_the_idea_differs_from_the_shipped_baseline_in_its_function_alone(
     aliases = config.study_module(about["study"]).ALIASES
     if cell:
         assert other.cell == {aliases[key]: value for key, value in cell.items()}
-    same = config.member(shipped, other.cell, other.seed)
+    same = config.cell_members(shipped, other.cell, [other.seed])[0]
     assert keys.member_key(other) == keys.member_key(same)  # its record may be taken over
     assert config.get(config.dump(mine.run), setting) == config.get(config.dump(other.run), setting)
     assert keys.inputs_key(mine.run) == keys.inputs_key(other.run)

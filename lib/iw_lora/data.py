@@ -29,11 +29,16 @@ LABELS = {
 ALSO = {"premise": "sentence1", "hypothesis": "sentence2"}  # as GLUE's own files have them
 
 # ---- generated entailment, which bags of words cannot solve
-# A premise states a fact, the hypothesis restates it in the active or the passive voice: rightly (entailment), or with
-# its roles swapped. Both have the same words whatever the label; only who does what to whom tells it.
+# A premise states a fact, and the hypothesis restates it, rightly (entailment) or not. `roles`: in the active or the passive
+# voice, or with the roles swapped; both have the same words whatever the label, and only who does what to whom tells it.
+# `kinds`: with a thing's kind in its place, or another kind, which an encoder knows that has read of them.
 
 NOUNS = ["dog", "cat", "fox", "hen", "cow", "pig", "rat", "owl", "bee", "ant", "elk", "ape", "bat", "cod", "eel", "emu"]
 VERBS = ["sees", "hears", "likes", "hunts", "helps", "leads"]
+KINDS = {"bird": "robin crow goose swan eagle finch", "fish": "trout salmon carp herring perch pike"}
+KINDS |= {"tree": "oak birch maple willow cedar elm", "flower": "rose tulip daisy lily poppy iris"}
+KINDS |= {"fruit": "apple pear plum cherry melon lemon", "metal": "iron copper silver zinc nickel tin"}
+KINDS |= {"vehicle": "car truck bus tram van tractor", "tool": "hammer saw drill wrench chisel shovel"}
 ENTAILMENT, NOT_ENTAILMENT = 0, 1
 JUDGED = 2**32  # the seed of the validation rows: none that a member can have
 
@@ -49,14 +54,19 @@ def _fact(rng: np.random.Generator) -> tuple[str, str, str]:
     return NOUNS[subject], VERBS[rng.choice(len(VERBS), 1, replace=False)[0]], NOUNS[thing]
 
 
-def generate(count: int, seed: int) -> list[dict]:
+def generate(count: int, seed: int, about: str = "roles") -> list[dict]:
     """`count` rows {text_a, text_b, label}, half of them entailed; the same for the same count and seed."""
     rows = []
     for place in range(count):
         rng = np.random.default_rng([seed, place])
         fact, label = _fact(rng), place % 2
-        restated = fact[::-1] if label == NOT_ENTAILMENT else fact
-        rows.append({"text_a": _clause(fact, rng), "text_b": _clause(restated, rng), "label": label})
+        if about == "kinds":
+            kind, other = rng.choice([*KINDS], 2, replace=False)
+            start, thing = f"the {fact[0]} {fact[1]}", rng.choice(KINDS[kind].split())
+            first, second = f"{start} the {thing}", f"{start} a {other if label == NOT_ENTAILMENT else kind}"
+        else:
+            first, second = _clause(fact, rng), _clause(fact[::-1] if label == NOT_ENTAILMENT else fact, rng)
+        rows.append({"text_a": first, "text_b": second, "label": label})
     return [rows[i] for i in np.random.default_rng([seed, count]).permutation(count)]
 
 
@@ -110,9 +120,9 @@ def read_task(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
 def load_splits(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
     """(rows by split, those of the task `generated` made here; the reader's report)."""
     if task == "generated":
-        sizes, report = (dataset.train_examples or 64, dataset.validation_examples or 64), {}
-        train = mislabel(generate(sizes[0], dataset.split_seed), dataset.label_noise, dataset.split_seed)
-        splits = {"train": train, "validation": generate(sizes[1], JUDGED)}
+        sizes, report, about = (dataset.train_examples or 64, dataset.validation_examples or 64), {}, dataset.about
+        train = mislabel(generate(sizes[0], dataset.split_seed, about), dataset.label_noise, dataset.split_seed)
+        splits = {"train": train, "validation": generate(sizes[1], JUDGED, about)}
     else:
         splits, report = read_task(dataset, task)
     train = splits["train"]
@@ -242,7 +252,11 @@ def audit(run) -> dict:
     splits, report = load_splits(run.dataset, task)
     splits = {split: splits[split] for split in ("train", "tuning", "validation")}
     pairs, recipe = [(row["text_a"], row["text_b"]) for row in splits["train"]], run.model.recipe
-    make = partial(make_tokenizer, None if task == "generated" else pairs, recipe and recipe.model_dump())
+    make = partial(
+        make_tokenizer,
+        None if (task, run.dataset.about) == ("generated", "roles") else pairs,
+        recipe and recipe.model_dump(),
+    )
     tokenizer = made.tokenizer_of(run, (text for pair in pairs for text in pair), lambda: make()[0])
 
     def measure(_: str, rows: list[dict]) -> tuple[dict, dict]:
@@ -260,7 +274,7 @@ def prepare(run, folder: Path) -> None:
     task, (name, source) = run.dataset.task, data.source_of(run)
     splits, report = load_splits(run.dataset, task if name == source else name)
     pairs = [(row["text_a"], row["text_b"]) for row in splits["train"]]
-    make = partial(make_base, None if task == "generated" else pairs)
+    make = partial(make_base, None if (task, run.dataset.about) == ("generated", "roles") else pairs)
     tokenizer, facts = made.base_model(run, folder, [text for pair in pairs for text in pair], make)
     labels = [row["label"] for row in splits["validation"]]
     report |= {

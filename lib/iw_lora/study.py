@@ -88,7 +88,8 @@ class Dataset(config.Data):
     splits: Splits = Splits()
     max_seq_length: Count = 256
     preprocessing: Preprocessing = Preprocessing()
-    train_examples: Count | None = None  # these three are for generated data
+    about: Literal["roles", "kinds"] = "roles"  # these four are for generated data
+    train_examples: Count | None = None
     validation_examples: Count | None = None
     label_noise: Fraction = 0.0  # share of train's rows, tuning's too, that get the other label
     tuning_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of train: choices are made on it
@@ -239,9 +240,9 @@ def steps(run: Run) -> int | None:
 
 def unread(run: Run) -> dict[str, str]:
     """{key: why} of what this run does not read."""
-    generated = ("train_examples", "validation_examples", "label_noise") if run.dataset.name != "generated" else ()
+    own = ("about", "train_examples", "validation_examples", "label_noise")
     penalized = [key for key in config.keys(Loss) if key != "penalty"] if run.loss.penalty == "none" else ()
-    found = {f"dataset.{key}": "it is of generated data" for key in generated}
+    found = {f"dataset.{key}": "it is of generated data" for key in own if run.dataset.name != "generated"}
     return found | {f"loss.{key}": "it has no penalty" for key in penalized}
 
 

@@ -171,10 +171,9 @@ def report_errors(work) -> int:
 def root_of(options) -> Path:
     """outputs/<scale>-<mode>, with what --set changed and the folder of --params behind it, so that a variation never
     overwrites the study. Where a run is mirrored is no variation of it."""
-    sets = [text.partition("=")[::2] for text in options.sets]
     if root := getattr(options, "root", None):  # of a try
         return root
-    changes = sorted((key, value) for key, value in sets if not key.startswith("wandb."))
+    changes = sorted(text.partition("=")[::2] for text in options.sets if not text.startswith("wandb."))
     named = options.results_dir or "STUDY_OUTPUTS" in os.environ  # who names the outputs has chosen a place already
     if options.params and not named:
         changes.append(("params", os.path.abspath(options.params)))

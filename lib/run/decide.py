@@ -132,7 +132,8 @@ class Spending:
     def __init__(self, options, runs: list, whole: list, slots: int):
         """`whole`: all runs of the studies that `runs` are of."""
         self.options, self.runs, self.whole, self.slots = options, runs, whole, slots
-        self.published = {run.study: claims.load(plan.claims_of(run.study, run.results_dir)) for run in runs}
+        places = {run.study: run.results_dir for run in runs}
+        self.published = {study: claims.load(plan.claims_of(study, place)) for study, place in places.items()}
         self.arms = options.claims or {s: arms(own, self.of(s), options.scale) for s, own in self.published.items()}
         self.is_staged = options.mode == "full" and not options.grid
         self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}

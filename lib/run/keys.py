@@ -93,11 +93,11 @@ def imports(tree: ast.AST, modules: Iterable[str]) -> dict[str, set[Place]]:
 class Lib:
     """The modules of `lib` as their files are at this moment."""
 
-    def __init__(self, files: Iterable[tuple[Path, int, int]]):
-        parts = {file: file.relative_to(ROOT).with_suffix("").parts for file, _, _ in files}
+    def __init__(self, files: Iterable[tuple[str, int, int]]):
+        parts = {file: file.relative_to(ROOT).with_suffix("").parts for file in (Path(path) for path, _, _ in files)}
         self.files = {".".join(names).removesuffix(".__init__"): file for file, names in parts.items()}
-        self.source, self.look = functools.cache(self.source), functools.cache(self.look)  # asked for every member
-        self.is_section = functools.cache(self.is_section)
+        # asked for every member
+        self.source, self.look, self.is_section = map(functools.cache, (self.source, self.look, self.is_section))
 
     def source(self, module: str) -> Source:
         return Source(self.files[module].read_text(encoding="utf-8"), self.files)
@@ -152,8 +152,9 @@ class Lib:
 
 
 def current() -> Lib:
-    files = {path: path.stat() for pattern in ("*.py", "*/*.py") for path in sorted((ROOT / "lib").glob(pattern))}
-    return _read(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files.items()))
+    folders = [ROOT / "lib", *(entry for entry in os.scandir(ROOT / "lib") if entry.is_dir())]
+    files = [(e.path, e.stat()) for folder in folders for e in os.scandir(folder) if e.name.endswith(".py")]
+    return _read(tuple(sorted((path, stat.st_mtime_ns, stat.st_size) for path, stat in files)))
 
 
 _read = functools.lru_cache(maxsize=1)(Lib)  # until a file changes

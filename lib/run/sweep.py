@@ -129,7 +129,7 @@ def trial_member(run, point: dict):
         if member.seed == seed and all(value_at(member.run, key) == value for key, value in cell.items()):
             return member, "members"
     cheap = config.study_module(run.study).search_changes(run)
-    return config.member(config.apply(run, {**cheap, "grid": None}), cell, seed), "sweep/trials"
+    return config.cell_members(config.apply(run, {**cheap, "grid": None}), cell, [seed])[0], "sweep/trials"
 
 
 def round_sampled(value):
