@@ -252,11 +252,8 @@ def audit(run) -> dict:
     splits, report = load_splits(run.dataset, task)
     splits = {split: splits[split] for split in ("train", "tuning", "validation")}
     pairs, recipe = [(row["text_a"], row["text_b"]) for row in splits["train"]], run.model.recipe
-    make = partial(
-        make_tokenizer,
-        None if (task, run.dataset.about) == ("generated", "roles") else pairs,
-        recipe and recipe.model_dump(),
-    )
+    texts = None if (task, run.dataset.about) == ("generated", "roles") else pairs
+    make = partial(make_tokenizer, texts, recipe and recipe.model_dump())
     tokenizer = made.tokenizer_of(run, (text for pair in pairs for text in pair), lambda: make()[0])
 
     def measure(_: str, rows: list[dict]) -> tuple[dict, dict]:
