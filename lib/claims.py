@@ -14,7 +14,7 @@ numbers are then shown, and decide nothing.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, Self
@@ -321,6 +321,15 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     trained = means[means.index.isin(runs[~pilots].groupby(open_keys).size().index)]
     best = (trained if len(trained) else means).idxmax()
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
+
+
+def at_edge(study: Claims, cell: Cell, chosen: Cell, members: pd.DataFrame) -> Iterator[str]:
+    """What `choose` took from the end of three numbers or more: a better one may lie beyond them."""
+    runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+    for key in (key for key, value in cell.items() if value == BEST and not isinstance(chosen[key], str)):
+        tried = sorted(runs[key].dropna().unique())
+        if len(tried) > 2 and (ends := {tried[0]: "least", tried[-1]: "largest"}.get(chosen[key])):
+            yield f" {study.label({'method': cell.get('method', ''), key: chosen[key]})} is the {ends} that was tried."
 
 
 class Data(NamedTuple):
@@ -746,6 +755,9 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     comparison = _compare(study, claim, data, data.looks)
     _, n, names, pairs = comparison
     vars(verdict).update(_measure_scores(claim, pairs, n, names, data.looks))
+    asked = [cell for side in SIDES for cell in study.levels(claim, side) if verdict.p is not None]
+    for cell, chosen in zip(asked, comparison.cells, strict=False):
+        verdict.reason += "".join(at_edge(study, cell, chosen, data.members))
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
     parts = pairs.diverged[:n], pairs.diverged[n:]
     lost, lost_baseline = (sorted({seed for seeds in part for seed in seeds}) for part in parts)

@@ -509,6 +509,26 @@ def test_the_best_is_chosen_on_pilots_which_are_never_judged():
     assert "of old (beta 0.2)" in found.reason or "above old (beta 0.2)" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [((0.9, 0.6, 0.5), "least"), ((0.5, 0.6, 0.9), "largest"), ((0.5, 0.9, 0.6), None), ((0.9, 0.5), None)],
+)
+def test_a_best_at_the_end_of_what_was_tried_is_said_to_be_there(scores, said):
+    """A rate that is too high for the baseline alone would look like a gain; of two values one is always at an end."""
+    values = [0.1, 0.2, 0.4][: len(scores)]
+    pilots = tuned({value: (x, x) for value, x in zip(values, scores, strict=True)}, pilot=True)
+    best = values[scores.index(max(scores))]
+    members = pd.concat([pilots, tuned({best: (0.5,) * 5}, seeds=SEEDS[:5])], ignore_index=True)
+    new = members[~members["pilot"].astype(bool)].assign(method="new", beta=np.nan)
+    members = pd.concat([members, new], ignore_index=True)
+    rows = pd.concat([members.assign(question=q, score=5.0 + 0.01 * q) for q in range(20)], ignore_index=True)
+    rows["score"] += np.where(rows["method"] == "new", 1.0, 0.0) + 0.001 * rows["seed"] * rows["question"]
+    found = judge_one({"baseline": {"method": "old", "beta": "best"}}, rows, members, study={"choose_on": "tuning"})
+    assert found.verdict == "supported"
+    assert (f"old (beta {best:g}) is the {said} that was tried." in found.reason) == bool(said)
+    assert ("that was tried" in found.reason) == bool(said)
+
+
 def test_what_a_run_chose_among_its_pilots_stands():
     """By another metric, or one that is minimized, the run may have trained a cell that this one ranks lower."""
     pilots, judged = tuned({0.1: (0.5, 0.6), 0.2: (0.9, 0.8)}, pilot=True), tuned({0.1: (0.4,)}, seeds=SEEDS[:1])
