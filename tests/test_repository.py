@@ -26,9 +26,9 @@ NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb
 # Limits only go down; one is raised with its reason beside it. Lines are code lines: no blanks, comments, docstrings.
 # Beyond the design's 11,200: an idea judged by one command 270, settings that take effect or are refused 160, the cell
 # `tuned` and published figures 118, what is shown while it runs 100, the installer 66, the site 34, a generated question
-# that a pretrained encoder learns 11, a best at the end of what was tried 9, forecasts put right by what other studies'
-# preparation took 3.
-LIB = {"lines": 12_023, "files": 75}
+# that a pretrained encoder learns 11, a best at the end of what was tried 9, quicker plans 1, forecasts put right by
+# what other studies' preparation took 3.
+LIB = {"lines": 12_024, "files": 75}
 # Of a member of any study; the design has 2,700. Layouts by name and the audit took 140, a function of one's own 45, settings
 # that take effect 36, the cell `tuned` 15, a generated question that a pretrained encoder learns 11, seeds as repetitions 10.
 REACH = {"files": 12, "lines": 2_637}

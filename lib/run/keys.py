@@ -96,8 +96,8 @@ class Lib:
     def __init__(self, files: Iterable[tuple[str, int, int]]):
         parts = {file: file.relative_to(ROOT).with_suffix("").parts for file in (Path(path) for path, _, _ in files)}
         self.files = {".".join(names).removesuffix(".__init__"): file for file, names in parts.items()}
-        # asked for every member
-        self.source, self.look, self.is_section = map(functools.cache, (self.source, self.look, self.is_section))
+        self.source, self.look = functools.cache(self.source), functools.cache(self.look)  # asked for every member
+        self.is_section = functools.cache(self.is_section)
 
     def source(self, module: str) -> Source:
         return Source(self.files[module].read_text(encoding="utf-8"), self.files)
