@@ -323,13 +323,15 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     return study.fill({**rest, **dict(zip(open_keys, best if isinstance(best, tuple) else (best,), strict=True))})
 
 
-def at_edge(study: Claims, cell: Cell, chosen: Cell, members: pd.DataFrame) -> Iterator[str]:
-    """What `choose` took from the end of three numbers or more: a better one may lie beyond them."""
-    runs = select(members, {key: value for key, value in cell.items() if value != BEST})
-    for key in (key for key, value in cell.items() if value == BEST and not isinstance(chosen[key], str)):
-        tried = sorted(runs[key].dropna().unique())
-        if len(tried) > 2 and (ends := {tried[0]: "least", tried[-1]: "largest"}.get(chosen[key])):
-            yield f" {study.label({'method': cell.get('method', ''), key: chosen[key]})} is the {ends} that was tried."
+def at_edge(study: Claims, claim: Claim, cells: list[Cell], members: pd.DataFrame) -> Iterator[str]:
+    """What `choose` took from the end of three numbers or more: a better one may lie beyond them. `cells`: the claim's,
+    as they were chosen."""
+    for cell, chosen in zip((each for side in SIDES for each in study.levels(claim, side)), cells, strict=True):
+        runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+        for key in (key for key, value in cell.items() if value == BEST and not isinstance(chosen[key], str)):
+            tried = sorted(runs[key].dropna().unique())
+            if len(tried) > 2 and (end := {tried[0]: "least", tried[-1]: "largest"}.get(chosen[key])):
+                yield f" {study.label({'method': cell.get('method', ''), key: chosen[key]})} is the {end} that was tried."
 
 
 class Data(NamedTuple):
@@ -755,9 +757,8 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     comparison = _compare(study, claim, data, data.looks)
     _, n, names, pairs = comparison
     vars(verdict).update(_measure_scores(claim, pairs, n, names, data.looks))
-    asked = [cell for side in SIDES for cell in study.levels(claim, side) if verdict.p is not None]
-    for cell, chosen in zip(asked, comparison.cells, strict=False):
-        verdict.reason += "".join(at_edge(study, cell, chosen, data.members))
+    edges = at_edge(study, claim, comparison.cells, data.members) if verdict.p is not None else ()
+    verdict.reason += "".join(edges)
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
     parts = pairs.diverged[:n], pairs.diverged[n:]
     lost, lost_baseline = (sorted({seed for seeds in part for seed in seeds}) for part in parts)
