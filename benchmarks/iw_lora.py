@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
-        "--delta-t", type=int, default=100, help="steps between AdaLoRA's allocations (the paper's YAMLs: 100)"
+        "--delta-t", type=int, default=100, help="steps between AdaLoRA's allocations (the paper's MNLI: 100)"
     )
     parser.add_argument("--small", action="store_true", help="a tiny shape: does it run?")
     options = parser.parse_args(argv)

@@ -302,7 +302,7 @@ def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
 def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     """`cell` with each `best` replaced by the value whose pilots (without pilots: whose runs) have the best mean of the
     validation metric `choose_on`; None where a run lacks it: which would have been best is then not known. A diverged
-    run counts as guessing."""
+    run counts as `diverged` says."""
     open_keys = [key for key, value in cell.items() if value == BEST]
     if not open_keys:
         return study.fill(cell)

@@ -27,7 +27,7 @@ from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interl
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
 HEADS = {"pooler", "head"}  # the task type adds the classifier; without these, where there are, it would stay random
 COST_ROUNDS, COST_WARM_UP = 20, 3  # interleaved rounds of steps in a process
-ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations, as in the AdaLoRA YAMLs
+ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations: the AdaLoRA YAMLs', of the paper's MNLI's
 
 
 # ---- adapters
