@@ -40,5 +40,7 @@ if [ ! -x "$venv/bin/python" ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$
   echo "$wanted" > "$stamp"
 fi
 
-# -P: a folder named lib where you stand must not be taken for this one.
+# -P: a folder named lib where you stand must not be taken for this one. PYTHONPATH: nor may that of the checkout which
+# the environment was made for, where this one was moved or copied, or has another's STUDY_VENV.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$venv/bin/python" -P -m lib "$@"

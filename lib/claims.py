@@ -14,7 +14,7 @@ numbers are then shown, and decide nothing.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, Self
@@ -146,6 +146,8 @@ class Claim(Section):
             raise ValueError("`across` takes one key")
         if (self.gain is None) == (self.margin is None):
             raise ValueError("one of `gain` (what was claimed; two thirds are tested) and `margin` (what is tested)")
+        if self.factor != 1 and (self.test != "superiority" or self.gain is not None or self.margin):
+            raise ValueError("`factor` is what superiority claims, with a `margin` of 0")
         if self.gain is not None and self.test not in ("superiority", *RATIOS):
             raise ValueError(f"test {self.test} takes a `margin`: no gain is claimed")
         for name in ("gain", "margin"):
@@ -260,6 +262,12 @@ class Paired(NamedTuple):
     seeds: list[int]
     diverged: list[list[int]]
     dropped: int
+
+    def of(self, seeds: list[int]) -> Self:
+        """Of these seeds alone."""
+        kept = [place for place, seed in enumerate(self.seeds) if seed in seeds]
+        values, diverged = self.values[:, kept], [[s for s in each if s in seeds] for each in self.diverged]
+        return self._replace(values=values, seeds=[self.seeds[place] for place in kept], diverged=diverged)
 
 
 def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
@@ -398,6 +406,8 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
     dropped, total = every.shape[1] - len(complete), every.shape[1]
     if dropped > MOST_DROPPED * total:
         raise Missing(f"a {metric} in some run for {dropped} of {total} questions, more than {MOST_DROPPED:.0%}")
+    if any(diverged) and metric not in study.diverged:
+        raise Missing(f"a {metric} of diverged runs, for which `diverged` in its claims names none")
     worst = study.diverged.get(metric, 0.0)
     filled = [table.reindex(index=wanted, columns=complete).astype(float).fillna(worst) for table in scored]
     return Paired(np.stack(filled), wanted, diverged, dropped)
@@ -493,7 +503,9 @@ def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: 
         rule += "keeps to it" if word == "supported" else "lies wholly beyond it"
         above = f", but {'below 1' if ratio else 'above 0'}"
         rule += above if word == "refuted" and test == "superiority" and low > 0 else ""
-    steps = zip(sequence.taken, sequence.low, sequence.high, strict=True)
+    ends = zip(sequence.taken, sequence.low, sequence.high, strict=True)
+    # where no interval is left, the look's own
+    steps = [(look, *((a, b) if a <= b else look.interval(st.bound_of(looks)))) for look, a, b in ends]
     return {
         "verdict": word,
         "reason": f"{_sentence(claim, names, estimate, digits)} (95 % interval {span}, {last.seeds} {what}); {rule}.",
@@ -506,7 +518,7 @@ def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: 
         "sds": last.sds(),
         "next_look": None if disagree else next((n for n in looks if n > last.seeds), None),
         "chance": st.chance_of_word(test, last, margin, looks, looks[-1]),
-        "seeds_to_decide": st.seeds_to_decide(test, last, margin, looks),
+        "seeds_to_decide": None if disagree else st.seeds_to_decide(test, last, margin, looks),
     }
 
 
@@ -643,6 +655,7 @@ def evaluate(
     scored_by: str = "",
     fix: str = "",
     absent: Mapping[str, str] | None = None,
+    qualify: Callable[[list["Verdict"]], None] = lambda verdicts: None,
 ) -> list[Verdict]:
     """A verdict for every claim of `study`, in its order.
 
@@ -650,7 +663,8 @@ def evaluate(
     metric. members: one row per run with `status` and validation metrics (read off `rows` where not given), in the
     order of the seeds. costs: pairs `seconds`, `seconds_baseline` measured interleaved in each `process`. scored_by:
     what gave the scores, for the record. fix: said of a claim whose scores are missing (how to get them). absent:
-    {metric: why it has no values}, the reason of the claims about it.
+    {metric: why it has no values}, the reason of the claims about it. qualify: changes words for reasons of the study's
+    own, before it is said what is decided.
     """
     members = read_members(rows, study.keys) if members is None else members
     data = Data(rows, accuracy, members, pd.DataFrame() if costs is None else costs, study.looks_of(scale))
@@ -668,6 +682,7 @@ def evaluate(
         verdict.minutes = None if claim.test == "cost_ratio" else spent(study, claim, members)
     for costs_too in (False, True):
         _adjust([v for v in asked if (v.test == "cost_ratio") == costs_too])
+    qualify(verdicts)
     for verdict in verdicts:
         verdict.decided = verdict.verdict not in ("inconclusive", "not evaluated")
         if verdict.decided:
@@ -675,7 +690,8 @@ def evaluate(
             early = verdict.verdict != "vacuous" and verdict.test != "cost_ratio" and verdict.n_seeds < data.looks[-1]
             verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
-            n = verdict.seeds_to_decide
+            # what Holm's correction alone leaves open is not foreseen
+            n = verdict.seeds_to_decide if (verdict.p or 0) > st.LEVEL else None
             verdict.reason += f" Were the estimate true, {roughly(n)} seeds would decide it (80 % chance)." if n else ""
     return verdicts
 
@@ -768,6 +784,7 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
         verdict.reason += f"{' But' if forbidden else ''} {names[0]} diverged (seed {', '.join(map(str, lost))})."
         if forbidden or (verdict.verdict == "supported" and all(every[:n])):
             verdict.verdict = "inconclusive"  # what stands for the scores of a diverged run is ours, not measured
+            verdict.next_look = verdict.seeds_to_decide = None  # nor would more seeds change it
     if claim.baseline and all(every):
         verdict.verdict, verdict.reason = "vacuous", f"every run of {names[0]} and of {names[1]} diverged"
     elif claim.baseline:  # a figure of its own (absolute) is missed by a model that learned nothing
@@ -865,7 +882,7 @@ def at_chance(study: Claims, data: Data, comparison: Comparison, reason: str) ->
     cells, n, names, _ = comparison
     if not (chance := study.chance):
         return {}
-    parts = [pair_up(study, data, [cell], chance.metric) for cell in cells]
+    parts = [pair_up(study, data, [cell], chance.metric).of(comparison.pairs.seeds) for cell in cells]
     if min(len(part.seeds) for part in parts) < 2:
         raise Missing("one seed tells nothing about seeds")
     if any(part.diverged[0] for part in parts):

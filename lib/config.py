@@ -182,6 +182,12 @@ class Compute(Section):
         """Processes that train one member together, each with its part of the weights."""
         return (self.processes or max(1, self.gpus)) if self.strategy == "fsdp" else 1
 
+    @model_validator(mode="after")
+    def _read(self):
+        if self.processes and self.strategy != "fsdp":
+            raise fault("unread", "null, as strategy is none", "processes: null, or strategy: fsdp", "processes")
+        return self
+
 
 class Wandb(Section):
     entity: str | None = None
@@ -545,13 +551,9 @@ def is_local(name: str | None) -> bool:
     return bool(name) and name.startswith("/")
 
 
-def is_hub_id(name: str | None) -> bool:
-    return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
 def _absolute(value: str) -> str:
     """Paths are kept absolute, so that a notebook's working directory does not matter; hub ids stay as they are."""
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     places = (Path.cwd() / path, ROOT / path)
     written_as_path = value.startswith(("/", "./", "../", "~")) or FILE_SUFFIXES & {*path.suffixes[-2:]}
     is_here = any(os.path.exists(place) or ("/" in value and os.path.isdir(place.parent)) for place in places)
@@ -624,7 +626,12 @@ def apply(run: Run, values: Mapping[str, Any], where: str = "") -> Run:
 
 
 def default_results(study: str, scale: str, mode: str) -> Path:
-    return ROOT / "outputs" / f"{scale}-{mode}" / study
+    return outputs() / f"{scale}-{mode}" / study
+
+
+def outputs() -> Path:
+    """Where results go: outputs/, or STUDY_OUTPUTS."""
+    return Path(os.environ.get("STUDY_OUTPUTS") or ROOT / "outputs").absolute()
 
 
 def _with_wandb(raw: dict) -> dict:

@@ -276,7 +276,7 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         return {split: [row for file in paths for row in read_file(file)] for split, paths in files.items()}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or form_of(Path(name))
     looks_local = looks_local or ("/" in name and hub.local_path(name.rpartition("/")[0]))
-    if not path and (looks_local or not hub.HUB_ID.match(name)):
+    if not path and (looks_local or not hub.is_hub_id(name)):
         found = f"no such file or directory (from {Path.cwd()} or {hub.ROOT})"
         expected = "an existing path, a hub id, or 'generated'"
         raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")

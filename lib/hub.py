@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = ("verifiable",)  # data sets of the base model's own answers
 MADE = ("made", "generated", *SAMPLED)  # models and data sets
 SECONDS = 3.0  # that the hub is waited for
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+GIVEN_UP = "ON"  # HF_HUB_OFFLINE as `prepare` sets it, to be told from what the user has set
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "TransportError", "TimeoutError", "gaierror"}
 
 
@@ -84,10 +84,14 @@ def reachable(seconds: float = SECONDS) -> bool:
     return not is_offline() and _answers(endpoint(), seconds)
 
 
+def is_hub_id(name: str | None) -> bool:
+    made = not name or name in MADE
+    return not made and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
+
+
 def out_of_reach(name: str) -> bool:
-    """Whether `name` is a hub id (none of what is MADE here, nor an existing path) and the hub does not answer."""
-    is_id = name not in MADE and bool(HUB_ID.match(name))
-    return is_id and local_path(name) is None and not reachable()
+    """Whether `name` is a hub id, and no existing path, and the hub does not answer."""
+    return is_hub_id(name) and local_path(name) is None and not reachable()
 
 
 def prepare() -> None:
@@ -95,7 +99,8 @@ def prepare() -> None:
     client would retry for 23 s before it does."""
     if reachable():
         return
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    if not is_offline():
+        os.environ["HF_HUB_OFFLINE"] = GIVEN_UP
     for module in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
         vars(sys.modules[module])["HF_HUB_OFFLINE"] = True  # both read the variable once, when imported
 
@@ -106,13 +111,13 @@ def prepare() -> None:
 def fetched(name: str) -> Path | None:
     """Where `./run_all.sh fetch` keeps model `name` (lib/run/fetch.py); None where it does not."""
     folder = cache_folder() / "models" / name
-    return folder if HUB_ID.match(name) and (folder / "provenance.json").exists() else None
+    return folder if is_hub_id(name) and (folder / "provenance.json").exists() else None
 
 
 def local_path(name: str) -> Path | None:
     """The existing file or directory called `name`, from the working directory or from the repository's root, or the
     fetched model of that name."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is, where there is no such user
     return next((place.resolve() for place in (path, ROOT / path) if place.exists()), fetched(name))
 
 
@@ -123,7 +128,8 @@ def is_cached(name: str, kind: str, revision: str | None) -> bool:
     folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or "*"
-    return any(folder.glob(f"snapshots/{commit}/*"))
+    weights = ("safetensors", "bin") if kind == "model" else ("*",)  # a tokenizer alone may be here
+    return any(path for end in weights for path in folder.glob(f"snapshots/{commit}/*{end}"))
 
 
 def load_dataset(name: str, config: str | None = None, *, revision: str | None = None, **options):
@@ -163,7 +169,8 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
         found = f"no local path, and the hub has no such {kind} or revision (or it is private)"
         fix = f"correct {key} or its revision, or .venv/bin/hf auth login for a private one"
     elif classes & UNREACHABLE or "connect" in text.lower() or "offline" in text.lower():
-        reach = f"{endpoint()} is out of reach{' (HF_HUB_OFFLINE is set)' * is_offline()}"
+        by_user = " (HF_HUB_OFFLINE is set)" * (is_offline() and os.environ["HF_HUB_OFFLINE"] != GIVEN_UP)
+        reach = f"{endpoint()} is out of reach{by_user}"
         found = f"no local path, not in the cache, and {reach}"
     where = f"{key} = {name}" + (f" at revision {revision}" if revision else "")
     return MissingError(where, found, f"a local {kind}, or one of the hub that this account may read", fix)

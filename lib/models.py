@@ -26,7 +26,7 @@ def current_device() -> torch.device:
 def _locate(name: str, needs: str) -> str:
     """`name` as a local directory that holds the file `needs`, else as a hub id; never waits for the hub."""
     path = hub.local_path(name)
-    if path is None and hub.HUB_ID.match(name):
+    if path is None and hub.is_hub_id(name):
         hub.prepare()
         return name
     if path is None or not (path / needs).is_file():

@@ -422,14 +422,16 @@ def make_stepper(
     model: torch.nn.Module, training, loss: Callable[[Any], torch.Tensor], after: Callable[[], Any] = lambda: None
 ) -> Callable[[Any], float]:
     """A function that takes one AdamW step on `loss(batch)`, then calls `after`, and returns its seconds. `training`
-    has learning_rate, weight_decay and max_grad_norm."""
+    has learning_rate, weight_decay, max_grad_norm and bf16: as in a training, whose times these stand for."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
     model.train()
 
     def step(batch: Any) -> float:
         start = time.perf_counter()
-        loss(batch).backward()
+        with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=training.bf16):
+            value = loss(batch)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         after()

@@ -84,9 +84,15 @@ def pool_socket():
 
 @pytest.fixture(autouse=True)
 def outputs_put_back(monkeypatch):
-    """--results-dir moves the outputs of a whole process, and so of the tests after one that gives it."""
+    """--results-dir moves the outputs of a whole process, and so of the tests after one that gives it; a command whose
+    runs want no GPU hides those there are."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cli := sys.modules.get("lib.run.cli"):
         monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)
+    yield
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if shown is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown
 
 
 @pytest.fixture

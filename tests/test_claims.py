@@ -133,6 +133,8 @@ def test_a_factor_is_two_thirds_on_the_log_scale():
             for ratio in (1.22, 1.22 ** (2 / 3), 1.08)}  # fmt: skip
     assert list(word.values()) == ["supported", "inconclusive", "refuted"]
     assert study_of(claim).claims[0].threshold_text.startswith("above 1.14 times the baseline's, two thirds")
+    with pytest.raises(ValueError, match="`factor` is what superiority claims"):
+        study_of({"factor": 1.22, "test": "equivalence", "margin": 0.2})
 
 
 def test_a_figure_of_its_own_belongs_to_the_papers_scale():
@@ -178,6 +180,10 @@ def test_looks_that_contradict_each_other_decide_nothing():
     found = judge_one({"margin": 0.9}, *against(tight))
     assert (found.verdict, found.decided, found.next_look) == ("inconclusive", False, None)
     assert "seeds disagree" in found.reason
+    assert found.seeds_to_decide is None, "what is empty stays empty"
+    assert "would decide it" not in found.reason
+    assert all(look["low"] < look["high"] for look in found.looks), "no bar is drawn of an empty interval"
+    assert found.looks[-1]["low"] < found.looks[-1]["estimate"] < found.looks[-1]["high"]
 
 
 # ---- which seeds a look takes
@@ -339,6 +345,16 @@ def test_claims_that_wait_for_scores_count_and_those_never_evaluated_or_about_ti
     assert never["X1"].holm_p == never["X1"].p
 
 
+def test_a_word_that_the_study_takes_back_is_open_again():
+    def take_back(verdicts):
+        for verdict in verdicts:
+            verdict.verdict = "inconclusive"
+
+    found = judge(study_of({"margin": 0}), *against(around(1.0)), qualify=take_back)["X1"]
+    assert (found.verdict, found.decided, found.next_look) == ("inconclusive", False, 12)
+    assert "early stop" not in found.reason
+
+
 def test_an_open_claim_says_what_would_decide_it():
     found = judge_one({}, *against(around(0.3, seed_sd=0.5)))
     assert (found.verdict, found.next_look) == ("inconclusive", 12)
@@ -464,6 +480,13 @@ def test_a_claim_of_no_divergence_is_not_supported_where_a_run_of_its_own_diverg
     assert (found.verdict, found.premise["holds"]) == ("inconclusive", False)
     assert "But new diverged (seed 43)" in found.reason
     assert "old did not diverge in any of 5 runs" in found.premise["text"]
+
+
+def test_a_metric_that_has_no_value_for_a_diverged_run_is_not_given_one():
+    rows, members = against(around(1.0), ended={("new", 43): "diverged"})
+    found = judge_one({"margin": 0}, rows, members, study={"diverged": {"accuracy": 0.0}})
+    assert found.verdict == "not evaluated"
+    assert "a score of diverged runs, for which `diverged` in its claims names none" in found.reason
 
 
 def test_what_stands_for_diverged_runs_supports_nothing_by_itself():

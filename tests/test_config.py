@@ -404,7 +404,7 @@ def test_searches_get_equal_trials_and_the_paper_scale_is_the_specs():
         assert run.training.global_batch_size == 8 * pairs, "16 pairs in a pass, as far as the token budget allows"
         space = run.optuna.search_space["learning_rate"]
         assert (space.type, space.low, space.high) == ("loguniform", 5e-6, 5e-5)
-        assert {m.seed for m in config.members(run)} == {42, 43, 44}
+        assert run.seed_list[:3] == [42, 43, 44], "the published ones are the first look"
 
 
 @pytest.mark.parametrize("path", FIXED, ids=lambda p: p.stem)

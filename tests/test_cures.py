@@ -28,6 +28,24 @@ def test_a_mistyped_command_is_answered_with_the_nearest(capsys, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["full", "--scale", "small", "--dry-run"], "--dry-run is for judge"),
+        (["trial", "--mode", "full"], "--mode is for plan and status"),
+        (["full", "--model", "gpt2"], "--model is for judge"),
+        (["plan", "--gain", "0.3"], "--gain is for try"),
+        (["plan", "idea.py"], "idea is for try"),
+        (["status", "--site", "DIR"], "--site is for report"),
+    ],
+)
+def test_an_option_that_the_command_does_not_read_is_refused(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["--study", "td_dpo", "--run", "dpoo"], "did you mean dpo?"),
         (["--study", "td_dpo", "--run", "dpo", "--run", "discopop_crad"], "did you mean discopop_card?"),
         (["--study", "td_dpo", "--run", "zzz*"], "./run_all.sh plan --scale laptop"),

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib import models as base_models, record, training as runs
 from lib.errors import StudyError
-from lib.td_dpo import data, engine, losses, trainer
+from lib.td_dpo import data, engine, losses, member, trainer
 from lib.td_dpo.engine import pair_scores, reference_columns, with_reference
 from lib.td_dpo.study import Training
 from lib.td_dpo.trainer import PreferenceTrainer
@@ -513,6 +513,26 @@ def test_a_reference_of_another_model_is_refused_before_the_first_step(tmp_path)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_timed_step_computes_in_the_precision_of_a_training(bf16):
+    layer, seen = torch.nn.Linear(4, 4), []
+    section = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, bf16=bf16)
+
+    def loss(batch):
+        seen.append((out := layer(batch)).dtype)
+        return out.float().sum()
+
+    assert runs.make_stepper(layer, section, loss)(torch.ones(2, 4)) > 0
+    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(48, 80), (1024, 16), (20_000, 1)])
+def test_long_answers_are_sampled_fewer_at_a_time(tokens, rows):
+    evaluation = SimpleNamespace(max_new_tokens=tokens, temperature=0.7)
+    assert member._sampling(SimpleNamespace(evaluation=evaluation))["batch_size"] == rows
+
 
 HISTORY = [
     "step",

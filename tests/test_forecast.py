@@ -70,6 +70,7 @@ def test_preparation_and_training_share_the_slots_and_analysis_does_not(tiny):
     found = plan.forecast([step(run=tiny(), seconds=80.0, prepare=10.0), step("analysis", 20.0, members=0)], slots=4)
     assert found.wall_seconds == (80 + 10) / 4 + 20
     assert found.device_hours == pytest.approx(90 / 3600)
+    assert plan.forecast([step(run=tiny(), seconds=80.0)], slots=64).wall_seconds == 20, "a member is on one slot"
 
 
 def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
@@ -109,6 +110,8 @@ def test_max_hours_starts_what_fits_with_its_analysis_and_postpones_the_rest():
         "analysis": "succeeded",
     }
     assert set(settled([large, small, analysis], 1, 0.15).values()) == {"postponed"}, "600 s fit, its analysis does not"
+    assert settled([large, small, analysis], 100, 0.25)["large"] == "postponed", "a member of it alone takes longer"
+    large.members = 400
     assert set(settled([large, small, analysis], 100, 0.25).values()) == {"succeeded"}
 
 

@@ -237,6 +237,16 @@ def test_reactor_solves_a_bandit():
     assert sum(found) / 5 == pytest.approx(0.8, rel=0.25)
 
 
+def test_reactor_explores_differently_in_every_seed():
+    drawn = []
+    for seed in (42, 43, 42):
+        torch.manual_seed(seed)
+        torch.randn(3)  # whatever is drawn before
+        arm = schedulers.Reactor(member_of("reactor").run.training.scheduler, 2)
+        drawn.append([arm.act(torch.zeros(4)) for _ in range(3)])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_reactor_sees_where_the_loss_is_going(monkeypatch):
     """Its third input is tanh of the relative drop between the last two windows: positive while the loss falls."""
     arm, seen = schedulers.Reactor(member_of("reactor").run.training.scheduler, 2), []
@@ -481,6 +491,26 @@ def test_energy_is_the_counter_less_what_it_lost(device):
         library.joules = now
         energy.update()
     assert energy.joules == pytest.approx(15.5)
+
+
+def test_energy_begins_with_the_budget(device, monkeypatch):
+    """What the base model's answers took before it is not charged, as their time is not."""
+    library = FakeNvml(True, True)
+    device(library)
+    budgeted = trainer.BudgetTrainer.__new__(trainer.BudgetTrainer)
+    budgeted.energy, budgeted.clock = trainer.Energy(), trainer.Clock("virtual", 60.0)
+    budgeted.dev = budgeted.subset = [None]
+    monkeypatch.setattr(budgeted, "write", lambda row: None)
+
+    def answer(whole):
+        library.joules += 12_000
+        return {}, 0.0
+
+    monkeypatch.setattr(budgeted, "answer", answer)
+    budgeted.begin()
+    library.joules += 5
+    budgeted.energy.update()
+    assert budgeted.energy.joules == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize(("library", "reason"), [(FakeNvml(False, False), "Not Supported"), (None, "pynvml")])

@@ -97,9 +97,8 @@ def judged(members, evaluations, stated=None):
         members=members,
         accuracy=areas,
         absent=absent,
+        qualify=lambda found: energies is None or report.qualify(found, PUBLISHED, members, energies),
     )
-    if energies is not None:
-        report.qualify(found, PUBLISHED, members, energies)
     return next(v for v in found if v.id == "C7"), level
 
 

@@ -196,6 +196,16 @@ def test_python_that_is_missing_too_old_or_gone(machine):
     assert (code, said.count("\n"), "found none on PATH" in said) == (3, 1, True)
 
 
+def test_a_checkout_that_was_copied_runs_its_own_code(machine):
+    machine.write("bin/uv", UV)
+    assert machine.run("plan")[0] == 0
+    copy = machine.here / "copy"
+    shutil.copytree(machine.root, copy, symlinks=True)
+    (copy / "lib" / "__main__.py").write_text("print('the copy')")
+    machine.root = copy
+    assert machine.run("plan")[:2] == (0, "the copy\n")
+
+
 def test_a_venv_that_cannot_be_made_is_one_line(machine):
     (machine.root / ".venv").write_text("a file")
     code, said, _ = machine.run("plan")

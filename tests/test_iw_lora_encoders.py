@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from lib import made
+from lib import config, made
+from lib.config import ROOT
 from lib.errors import StudyError
 from lib.iw_lora import data, penalty, report, trainer
 from lib.iw_lora.study import Adapter
@@ -33,6 +34,16 @@ def encoder(name, **adapter):
         Adapter(**adapter),
         10,
     )
+
+
+def test_what_is_trained_is_float32_whatever_the_base_is_computed_in(tmp_path):
+    ENCODERS["bert"][0](transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
+    run = config.load_run(ROOT / "params/iw_lora/laptop/lora.yaml", study="iw_lora", scale="laptop", mode="full")
+    run = config.apply(run, {"model.torch_dtype": "bfloat16", "model.adapter.target_modules": ["query", "value"]})
+    given = SimpleNamespace(base=str(tmp_path), report={"labels": ["0", "1"]})
+    model = trainer.build(run, given, 1, 10)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ENCODERS)

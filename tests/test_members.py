@@ -12,7 +12,7 @@ import torch
 
 from lib import claims, config, record, tables
 from lib.errors import StudyError
-from lib.run import keys, members, pool, runner, work
+from lib.run import keys, members, pool, runner, runs, work
 from tests.conftest import TINY
 
 
@@ -419,3 +419,10 @@ def test_progress_says_that_others_follow_while_pilots_train_beside_cells_that_a
     for training in ([m for m in every if m.pilot], [m for m in every if not m.pilot]):
         members.watch(members.Job(run, every, {}, {m.id: None for m in training}))
     assert said == [True, False]
+
+
+def test_a_record_is_made_without_git_too(tiny, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    made = runs.provenance(tiny())
+    assert (made["git_commit"], made["git_dirty"]) == (None, None)
+    assert made["versions"]["torch"]

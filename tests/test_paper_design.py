@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from lib import config, plots, record
+from lib import claims, config, plots, record
 from lib.graff import member, prepare
+from lib.run import check, decide
 from tests.conftest import ROOT
 
 DESIGNS = {study: (ROOT / "params" / study / "design.yaml").read_text() for study in ("graff", "iw_lora")}
@@ -29,6 +30,17 @@ def test_models_and_data_are_pinned_to_a_commit(study):
     for run in paper(study).values():
         assert COMMIT.fullmatch(run.model.revision), run.run_id
         assert COMMIT.fullmatch(run.dataset.revision), run.run_id
+
+
+@pytest.mark.parametrize("scale", config.SCALES)
+@pytest.mark.parametrize("study", ["td_dpo", "iw_lora", "graff"])
+def test_what_claims_compare_lists_the_seeds_of_the_last_look(study, scale):
+    published = claims.load(ROOT / "params" / study / "claims.yaml")
+    runs = [run for _, run, _ in check.load_folder(ROOT / "params" / study / scale, scale, "full")]
+    named = {run_id for own in decide.arms(published, runs, scale).values() for run_id, _ in own}
+    assert named
+    for run in (run for run in runs if run.run_id in named):
+        assert len(run.seed_list) >= published.looks_of(scale)[-1], run.run_id
 
 
 @pytest.mark.parametrize(("study", "baseline"), [("td_dpo", "dpo"), ("iw_lora", "mnli_lora"), ("graff", "reactor_30")])
@@ -144,7 +156,7 @@ def test_the_papers_warm_start_learns_on_the_runs_own_training_problems(tmp_path
 def test_iw_loras_search_has_the_published_batch_sizes_and_adalora_prunes_at_each():
     for run in paper("iw_lora").values():
         assert bounds(run, "batch_size") == (16, 32, 64), run.run_id
-        assert bounds(run, "learning_rate") == (1e-5, 5e-4)
+        assert bounds(run, "learning_rate") == (1e-5, 5e-3 if run.method == "adalora" else 5e-4)
         if run.method in ("iw_lora", "lora", "adalora", "full"):
             assert run.optuna.n_trials == 30
         if run.model.adapter.type == "adalora":

@@ -225,6 +225,8 @@ def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
         folder = tmp_path / "hub" / repository / "snapshots" / revision
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
+    assert list(findings(run)) == ["model.name"], "a configuration alone, of a download that was cut off"
+    (tmp_path / "hub/models--meta-llama--Llama-2-7b-chat-hf/snapshots" / run.model.revision / "a.safetensors").touch()
     assert findings(run) == {}
     assert findings(config.apply(run, {"dataset.revision": None})) == {}, "any will do"
     pinned = config.apply(run, {"dataset.revision": "f" * 40})

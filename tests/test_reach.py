@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib import config
+from lib.errors import StudyError
 from lib.run import keys
 from tests.conftest import ROOT
 
@@ -158,3 +159,14 @@ def test_a_table_counts_by_its_entry_and_what_is_not_certain_as_a_whole(tmp_path
     found = keys.reach("td_dpo", "train", values={"loss.name": "dpo"})
     assert list(found["lib.inner"]) == counted
     assert list(found["lib.td_dpo.study"]) == ["Run", "train"]
+
+
+def test_hidden_files_are_no_data_and_a_broken_notebook_is_one_line(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    before = keys.source(str(tmp_path / "data"), None)
+    (tmp_path / "data" / ".DS_Store").write_text("x")
+    assert keys.source(str(tmp_path / "data"), None) == before
+    (tmp_path / "a.ipynb").write_text("<<<<<<< HEAD")
+    with pytest.raises(StudyError, match=r"(?s)no notebook: JSONDecodeError.*fix: git checkout -- "):
+        keys.notebook_code(tmp_path / "a.ipynb")

@@ -257,6 +257,13 @@ def test_no_page_has_a_path_of_this_machine(tmp_path, monkeypatch):
     assert "outputs/laptop-full/td_dpo" in Page((folder / "run.html").read_text()).text
 
 
+def test_a_path_to_data_elsewhere_on_this_machine_is_its_name(tmp_path):
+    (tmp_path / "secret").mkdir()
+    said = f"dataset.name = {tmp_path}/secret/pairs.jsonl; https://arxiv.org/abs/2305.18290, 3/4, /nowhere/at/all.txt"
+    kept = "dataset.name = pairs.jsonl; https://arxiv.org/abs/2305.18290, 3/4, /nowhere/at/all.txt"
+    assert pages.anonymous(said) == kept
+
+
 # --- the index ---
 
 

@@ -151,15 +151,29 @@ def test_without_its_search_a_claim_is_not_evaluated_says_how_and_counts_for_hol
     assert other.holm_p == pytest.approx(2 * other.p), "a word is not taken back when the search has ended"
 
 
-def by_check(tmp_path, runs_of):
-    text = config.load_yaml(plan.claims_of("td_dpo"))
-    sides = {"treatment": {"method": "td_dpo", "cell": "tuned"}, "baseline": {"method": "dpo", "cell": "tuned"}}
+def by_check(tmp_path, runs_of, **cell):
+    text, cell = config.load_yaml(plan.claims_of("td_dpo")), cell or {"cell": "tuned"}
+    sides = {"treatment": {"method": "td_dpo", **cell}, "baseline": {"method": "dpo", **cell}}
+    text["choose_on"] = "validation_implicit_accuracy"
     text["claims"] = [
         {"id": "X1", "sentence": "X", "test": "superiority", "margin": 2.0, "scales": ["laptop"], **sides}
     ]
     record.write_json(tmp_path / "claims.yaml", text)
     return [f.what for f in check.claims_findings("td_dpo", runs_of, "laptop", tmp_path / "claims.yaml")
             if f.level == "error"]  # fmt: skip
+
+
+def test_check_refuses_a_best_of_more_cells_on_one_side(tiny, tmp_path):
+    def made(name, *betas):
+        loss = {"name": name, "beta": 0.05} | ({"tau": 1.0} if name == "td_dpo" else {})
+        grid = [{"product": {"beta": [*betas]}, "pilot": True}]
+        return tiny(run_id=name, method=name, loss=loss, pilot_seeds=[8], grid=grid)
+
+    even, more = [made("td_dpo", 0.05, 0.5), made("dpo", 0.05, 0.5)], [made("td_dpo", 0.05, 0.5), made("dpo", 0.05)]
+    assert by_check(tmp_path, even, beta="best") == []
+    (said,) = by_check(tmp_path, more, beta="best")
+    assert said.startswith("`best` of unequal grids: ")
+    assert said.count(" 2 cells") == said.count(" 1 cells") == 1
 
 
 def test_check_refuses_sides_with_unequal_trials_and_searches_that_cannot_be(tiny, tmp_path):

@@ -76,6 +76,5 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
         "energy_reason": budgeted.energy.reason,
         "energy_to_level": trainer.energy_to_level(joules, curve, run.evaluation.energy_level),
         "gsm1k_gap": None if gsm1k is None or test is None else test - gsm1k,
-        "regret": last["regret"],
         "r_t": last["r_t"],
     }

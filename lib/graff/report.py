@@ -79,11 +79,11 @@ def choose_level(evaluations: pd.DataFrame, stated: float | None) -> float:
     return (base + end) / 2
 
 
-def energy_scores(evaluations: pd.DataFrame, level: float, reference: str = "reactor") -> pd.DataFrame:
-    """One row per member: METRIC is -log of the energy to the level, in units of `reference`'s mean whole run: larger is
+def energy_scores(evaluations: pd.DataFrame, level: float) -> pd.DataFrame:
+    """One row per member: METRIC is -log of the energy to the level, in units of REACTOR's mean whole run: larger is
     better. And `reached`: a run that never got there counts with its whole energy, the least that it can have taken."""
     whole = evaluations.groupby(MEMBER)["joules"].transform("max").astype(float)
-    theirs = evaluations["method"] == reference
+    theirs = evaluations["method"] == "reactor"
     unit, out = float(whole[theirs].mean() if theirs.any() else whole.mean()), []
     for _, mine in evaluations.sort_values("used", kind="stable").groupby(MEMBER, sort=False):
         joules, curve = (mine[name].astype(float).tolist() for name in ("joules", "exact_match_subset"))

@@ -117,7 +117,7 @@ class Reactor(Fixed):
     def reset(self):
         self.policy = nn.ParameterDict({"omega": torch.zeros(4), "log_sigma": torch.tensor(math.log(0.3))})
         self.adam = torch.optim.Adam(self.policy.values(), lr=self.section.controller_lr)
-        self.random_state = torch.Generator().manual_seed(0).get_state()
+        self.random_state = torch.Generator().manual_seed(torch.initial_seed()).get_state()  # the member's
         self.s, self.a, self.count, self.losses, self.last, self.mean, self.var = None, 0.0, 0, [], None, 0.0, 0.0
         self.trend = 0.0  # tanh of the last window's relative loss drop
 

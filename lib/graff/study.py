@@ -234,6 +234,8 @@ def check(run: Run) -> Iterator[Finding]:
     known = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else math.inf
     yield from config.check_batch(run.training, run.training.micro_batch_size)
     yield from _check_scheduler(run)
+    if run.compute.strategy == "fsdp":
+        yield Finding("error", "compute.strategy", "one process trains a member, on its own clock", "strategy: none")
     if dataset.eval_split == "test" and run.optuna.search_space:
         yield Finding("error", "dataset.eval_split", "the search would choose on the test split", "eval_split: dev")
     buffer, key = dataset.shuffle_buffer, "dataset.shuffle_buffer"

@@ -301,8 +301,8 @@ class BudgetTrainer(training.StudyTrainer):
     """See the module. One step: decide in the first micro-batch's forward, learn before the update, look again after
     it."""
 
-    SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean", "best")
-    SAVED += ("regret", "running", "credit", "final", "capped")
+    SAVED = ("lam", "lambdas", "log_mean", "recent", "eval_seconds", "evaluations", "dtau", "dtau_mean")
+    SAVED += ("running", "credit", "final", "capped")
 
     def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
@@ -315,7 +315,7 @@ class BudgetTrainer(training.StudyTrainer):
         self.lam, self.lambdas, self.log_mean = 0.0, None, None
         self.recent: list[float] = []  # seconds of the last steps, one with a secant among them
         self.eval_seconds, self.evaluations, self.dtau_mean = 0.0, 0, None
-        self.best, self.regret, self.final, self.credit, self.saved_at = math.inf, 0.0, False, None, time.monotonic()
+        self.final, self.credit, self.saved_at = False, None, time.monotonic()
         self.capped = False  # ended by total_steps before its budget
         self.running: tuple | None = None  # the running mean of the loss, its least, R_T
         parts = {name: config.dump(run)[name] for name in ("model", "dataset", "training", "evaluation")}
@@ -440,8 +440,6 @@ class BudgetTrainer(training.StudyTrainer):
         self.dtau = used - self.before
         self.dtau_mean = self.dtau if self.dtau_mean is None else 0.9 * self.dtau_mean + 0.1 * self.dtau
         self.recent = [*self.recent, self.dtau][-2 * schedulers.EVERY :]
-        self.best = min(self.best, self.loss)
-        self.regret += (self.loss - self.best) / max(used, 1e-9)
         mean, least, total = self.running or (self.loss, self.loss, 0.0)
         mean = 0.9 * mean + 0.1 * self.loss  # the least of single batches is an easy batch
         least = min(least, mean)
@@ -463,13 +461,16 @@ class BudgetTrainer(training.StudyTrainer):
                 "a": float(self.plan.a),
                 "lambda": self.lam or None,
                 "c_eta": self.c_eta,
-                "regret": self.regret,
                 "r_t": total,
                 **scheduler.log,
             }
         )
+        self.keep_spent()
+
+    def keep_spent(self) -> None:
+        """What was spent after a checkpoint is spent, a kill or no."""
         if self.clock.kind == "monotonic":
-            record.write_json(self.spent, {"used": used})
+            record.write_json(self.spent, {"used": self.clock.used, "joules": self.energy.joules})
 
     # ---- when to evaluate, save and stop
 
@@ -515,6 +516,9 @@ class BudgetTrainer(training.StudyTrainer):
         seconds = units * UNIT_SECONDS if virtual else time.monotonic() - started
         self.eval_seconds = seconds * len(self.dev) / len(self.subset)
         self.write({"step": 0, "used": 0.0, "joules": 0.0, "final": False, **row})
+        if self.energy.source:
+            self.energy.update()
+            self.energy.joules = 0.0
         self.clock.start()
 
     def validate(self) -> dict:
@@ -527,6 +531,7 @@ class BudgetTrainer(training.StudyTrainer):
             whole = 1.0 if self.final else len(self.dev) / len(self.subset)
             self.eval_seconds = max(self.eval_seconds, (used - before) * whole)
         self.energy.update()
+        self.keep_spent()
         return {"used": used, "joules": self.energy.joules, "final": self.final, **row}
 
     def answer(self, whole: bool) -> tuple[dict, float]:
@@ -563,6 +568,9 @@ class BudgetTrainer(training.StudyTrainer):
         self.inner().__dict__.update(state["optimizer"])
         self.__dict__.update(state["trainer"])
         self.energy.joules, self.clock.used = state["joules"], state["used"]
-        if self.clock.kind == "monotonic":  # what was spent after the checkpoint is spent
-            self.clock.used = max(self.clock.used, (record.read_json(self.spent) or {}).get("used", 0.0))
+        if self.clock.kind == "monotonic":
+            spent = record.read_json(self.spent, {})
+            self.clock.used = max(self.clock.used, spent.get("used", 0.0))
+            if self.energy.source:
+                self.energy.joules = max(self.energy.joules or 0.0, spent.get("joules") or 0.0)
         self.clock.start()

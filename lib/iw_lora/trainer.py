@@ -27,7 +27,7 @@ from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interl
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
 HEADS = {"pooler", "head"}  # the task type adds the classifier; without these, where there are, it would stay random
 COST_ROUNDS, COST_WARM_UP = 20, 3  # interleaved rounds of steps in a process
-ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations: the AdaLoRA YAMLs', of the paper's MNLI's
+ADALORA_DELTA_T = {"laptop": 5, "small": 5, "paper": 100}  # steps between two allocations; paper: MNLI's
 
 
 # ---- adapters
@@ -133,7 +133,11 @@ class ImportanceTrainer(StudyTrainer):
         alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
         alike += ("gradient_accumulation_steps",)
         if (ratio := training.loraplus_lr_ratio) is not None:
-            rates = {"lr": training.learning_rate, "loraplus_lr_ratio": ratio}
+            rates = {
+                "lr": training.learning_rate,
+                "loraplus_lr_ratio": ratio,
+                "loraplus_weight_decay": training.weight_decay,
+            }
             optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates)
         super().__init__(
             model,
@@ -217,7 +221,7 @@ def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
     set_seed(seed)
     head = {"num_labels": len(given.report["labels"]), "ignore_mismatched_sizes": True, "use_safetensors": None}
     model = models.load_base(run, given.base, auto_class=AutoModelForSequenceClassification, **head)
-    return add_adapters(model, run.model.adapter, steps)
+    return models.float32_trainables(add_adapters(model, run.model.adapter, steps))
 
 
 # ---- calibration

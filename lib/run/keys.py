@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lib import config, hub, record
 from lib.config import ROOT
+from lib.errors import StudyError
 from lib.run.preflight import visible_gpus
 
 ABSENT = ast.Constant(None)
@@ -237,7 +238,11 @@ def changed(old: dict, new: dict) -> list[str]:
 def notebook_code(path: Path, *, with_imports: bool = False) -> str:
     """Hash of a notebook's code cells: editing its text does not re-execute it, editing its code does. `with_imports`:
     with everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    except (ValueError, LookupError) as error:
+        found = f"no notebook: {type(error).__name__}: {error}"
+        raise StudyError(str(path), found, "the JSON of one", f"git checkout -- {path}") from None
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     imported = [imports(ast.parse(c), current().files).values() for c in code] if with_imports else []
     own = [modules(*{module for places in each for module, _, _ in places}) for each in imported]
@@ -260,7 +265,8 @@ def source(name: str, revision: str | None) -> str:
     path = hub.fetched(name) or Path(name)
     if not path.is_absolute() or not path.exists():  # the configuration keeps local paths absolute
         return f"{name}@{revision or 'unpinned'}"
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    visible = (p for p in path.rglob("[!.]*") if p.is_file())  # a .DS_Store is nobody's data
+    files = [path] if path.is_file() else sorted(visible)
     return _content(path, tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 

@@ -86,7 +86,8 @@ def audit(run, folder: Path | None = None) -> dict:
     if (found := record.read_json(path)) is None:
         given = [prepare_inputs(first)] if run.dataset.name in hub.SAMPLED else []
         found = config.study_module(run.study).audit(first, *given)
-        record.write_json(path, found)
+        if all(found["tokens"].values()):  # else the tokenizer is not here yet
+            record.write_json(path, found)
     if folder is not None:
         record.write_json(folder / "audit.json", found)
     return found

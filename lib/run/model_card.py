@@ -8,7 +8,7 @@ same card.
 
 from pathlib import Path
 
-from lib.config import is_hub_id
+from lib.hub import is_hub_id
 from lib.record import escape_controls, read_json, redact, write_text
 
 NAME = "README.md"

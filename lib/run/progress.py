@@ -99,7 +99,7 @@ def print_step(step: plan.Step) -> None:
     seconds = "?" if step.unknown else duration(step.seconds)
     print(f"{step.title:{TITLE}} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
     names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
-    if needs := [name for name in names if config.is_hub_id(name) and not hub.fetched(name)]:
+    if needs := [name for name in names if hub.is_hub_id(name) and not hub.fetched(name)]:
         print(f"{'':{TITLE}} downloads: {', '.join(needs)}")
 
 

@@ -160,7 +160,8 @@ class Runner:
             alone += step.seconds
         elif step.kind != "analysis":
             shared += step.seconds + step.prepare
-        return time.monotonic() + shared / self.slots + alone <= self.until
+        longest = step.seconds / max(1, step.members)
+        return time.monotonic() + max(shared / self.slots, longest * (step.kind != "analysis")) + alone <= self.until
 
     def ensure_pool(self) -> None:
         with self.guard:

@@ -16,8 +16,9 @@ def provenance(run) -> dict:
     name."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(config.ROOT), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        with contextlib.suppress(OSError):  # no git here
+            done = subprocess.run(["git", "-C", str(config.ROOT), *arguments], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
 
     dirty = git("status", "--porcelain")
     code = {"versions": keys.versions(), "code": record.digest(keys.reach(run.study, "prepare", "train"))}

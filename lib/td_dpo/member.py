@@ -15,8 +15,7 @@ from lib.td_dpo.losses import objective
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import Outcome
 
-SAMPLE_BATCH = 80
-MT_BATCH = 16  # long answers: their cached keys and values fill the memory
+SAMPLE_BATCH, SAMPLE_TOKENS = 80, 16_384  # at a time at most: cached keys and values of long answers fill the memory
 COST_ROUNDS = 24, 3  # interleaved pairs of steps in a process, after those to warm up
 
 
@@ -87,10 +86,12 @@ def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], typ
     prompts = [pair["prompt"] for pair in given.pairs["validation"][: run.evaluation.kl_prompts]]
 
     def at_evaluation(step: int, now) -> dict:
-        """A few sampled answers: how far the policy has moved where it speaks itself."""
+        """A few sampled answers: how far the policy has moved where it speaks itself. Drawn at temperature 1, as the mean
+        of log pi - log pi_0 is the KL where they are pi's own."""
         if not prompts:
             return {}
-        answers = engine.sample(now, given.tokenizer, prompts, seed=member.seed, **_sampling(run))
+        options = _sampling(run) | {"temperature": 1.0}
+        answers = engine.sample(now, given.tokenizer, prompts, seed=member.seed, **options)
         answers = training.all_gather(answers)[0]  # what all processes score must be the same to the last token
         ratios = engine.log_ratio_of_samples(now, frozen, answers).tolist()
         return {"sampled_kl": record.mean(ratios), "sample_length": record.mean([len(a["ids"]) for a in answers])}
@@ -132,20 +133,21 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
         metrics |= {
             f"{judge}_score": record.mean([a["score"] for a in answers]),
             "answer_length": record.mean([a["length"] for a in answers]),
-            "sampled_kl": record.mean(ratios),
         }
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
         bench, file = mt_bench.read(run.evaluation.mt_bench), folder / "answers.jsonl"
-        options = {"max_new_tokens": run.evaluation.max_new_tokens, "count": run.evaluation.questions}
-        answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, batch_size=MT_BATCH, **options)
+        options = {name: _sampling(run)[name] for name in ("max_new_tokens", "batch_size")}
+        options["count"] = run.evaluation.questions
+        answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, **options)
         metrics["answer_length"] = record.mean([a["length"] for a in answers])
     return metrics
 
 
 def _sampling(run) -> dict:
     keys = ("max_new_tokens", "temperature")
-    return {key: getattr(run.evaluation, key) for key in keys} | {"batch_size": SAMPLE_BATCH}
+    most = max(1, min(SAMPLE_BATCH, SAMPLE_TOKENS // run.evaluation.max_new_tokens))
+    return {key: getattr(run.evaluation, key) for key in keys} | {"batch_size": most}
 
 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
@@ -171,10 +173,13 @@ def _validation(folder: Path, step: int) -> dict:
 
 
 def step_cost(run, folder: Path, shared: Path) -> list[dict]:
-    """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved."""
+    """Step times of this run's loss and of DPO at the same beta (claim C5), interleaved. With a token budget a step is
+    one pass: the first that a batch is cut into, of its shortest rows, in which a loss weighs most."""
     given, seed, own = load(run, shared), run.seed_list[0], run.loss.model_dump()
     rounds, warm_up = (1, 1) if run.mode == "trial" else COST_ROUNDS
     policies = {name: policy(run, given.base, seed) for name in ("own", "dpo")}
+    for model in policies.values() if run.training.gradient_checkpointing else ():
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def stepper(model, section: dict) -> Callable[[dict], float]:
         def loss(batch: dict) -> Tensor:
@@ -186,10 +191,17 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
     steppers = [stepper(policies["own"], own), stepper(policies["dpo"], own | {"name": "dpo", "tau": None})]
     collate = engine.layout(policies["own"])
     rows = engine.with_reference(given.rows["train"], given.reference["train"])
-    size = run.training.global_batch_size if run.training.token_budget else run.training.per_device_train_batch_size
+    budget, most = run.training.token_budget, run.training.per_device_train_batch_size
+
+    def first_pass(batch: list[dict]) -> list[dict]:
+        cuts = engine.token_budget_batches([engine.row_tokens(row) for row in batch], budget, most)
+        return [batch[index] for index in next(iter(cuts))]
+
+    size = run.training.global_batch_size if budget else most
+    passes = (first_pass(batch) if budget else batch for batch in training.seeded_batches(rows, size, seed))
     batches = (
         training.to_device({**collate(batch), **engine.reference_columns(batch)}, policies["own"].device)
-        for batch in training.seeded_batches(rows, size, seed)
+        for batch in passes
     )
     seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
     return [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]

@@ -323,6 +323,9 @@ def check(run: Run) -> Iterator[Finding]:
     yield from config.check_schedule(training, steps(run), training.eval_steps)
     if training.bf16 and model.torch_dtype == "float32":
         yield Finding("error", "training.bf16", "true with model.torch_dtype float32", "torch_dtype: bfloat16")
+    if model.torch_dtype != "float32" and not model.peft:
+        what = "without adapters the policy is trained in float32, and its reference would not be"
+        yield Finding("error", "model.torch_dtype", what, "float32 and training.bf16: false, or model.peft")
     if not run.idea and run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
         fix = f"method: {loss.name} (--set method={loss.name}), or a name that no other loss has"
         yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", fix)
