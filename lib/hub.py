@@ -85,8 +85,7 @@ def reachable(seconds: float = SECONDS) -> bool:
 
 
 def is_hub_id(name: str | None) -> bool:
-    made = not name or name in MADE
-    return not made and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
+    return name not in MADE and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name or "") is not None
 
 
 def out_of_reach(name: str) -> bool:

@@ -63,9 +63,11 @@ def anonymous(text: str, *folders: Path) -> str:
     from there."""
     for folder in (*folders, ROOT, Path.home()):
         text = text.replace(f"{folder}/", "~/" if folder == Path.home() else "") if len(folder.parts) > 1 else text
-    # of data and models elsewhere on this machine their own names
-    folders = r"(?<![\w.~/])/(?:[^\s/\"'<>&\\]+/)+"
-    return redact(re.sub(folders, lambda found: "" if os.path.isdir(found[0]) else found[0], text))
+
+    def without_folder(found: re.Match[str]) -> str:  # of data and models elsewhere on this machine
+        return "" if os.path.isdir(found[0]) else found[0]
+
+    return redact(re.sub(r"(?<![\w.~/])/(?:[^\s/\"'<>&\\]+/)+", without_folder, text))
 
 
 def method_html(root: Path, study: str) -> tuple[str, list[tuple[str, str]]]:

@@ -183,8 +183,7 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
 
     def stepper(model, section: dict) -> Callable[[dict], float]:
         def loss(batch: dict) -> Tensor:
-            with engine.completion_head(model):
-                return objective(section, *engine.batch_logprobs(model, batch), batch)[0].mean()
+            return objective(section, *engine.batch_logprobs(model, batch), batch)[0].mean()
 
         return training.make_stepper(model, run.training, loss)
 
@@ -203,5 +202,6 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
         training.to_device({**collate(batch), **engine.reference_columns(batch)}, policies["own"].device)
         for batch in passes
     )
-    seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
+    with engine.completion_head(policies["own"]), engine.completion_head(policies["dpo"]):  # a backward recomputes
+        seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
     return [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]
