@@ -490,7 +490,10 @@ def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: 
         return tuple(sorted(math.exp(-x) if ratio else float(x) for x in values))
 
     (estimate,) = shown(last.mean)
-    interval = shown(*last.interval(st.bound_of(looks))) if disagree else shown(low, high)
+    ends = zip(sequence.taken, sequence.low, sequence.high, strict=True)
+    # where no interval is left, the look's own
+    steps = [(look, *((a, b) if a <= b else look.interval(st.bound_of(looks)))) for look, a, b in ends]
+    interval = shown(*steps[-1][1:])
     digits = 3 if ratio else 2 if max(margin, abs(estimate)) >= 0.3 else 4  # grades of 1 to 10, or shares of 1
     span = " to ".join(f"{end:{'' if ratio else '+'}.{digits}f}" for end in interval)
     what = "processes" if claim.test == "cost_ratio" else "seeds"
@@ -503,9 +506,6 @@ def measure(claim: Claim, d: np.ndarray, seeds: list[int], names: Names, looks: 
         rule += "keeps to it" if word == "supported" else "lies wholly beyond it"
         above = f", but {'below 1' if ratio else 'above 0'}"
         rule += above if word == "refuted" and test == "superiority" and low > 0 else ""
-    ends = zip(sequence.taken, sequence.low, sequence.high, strict=True)
-    # where no interval is left, the look's own
-    steps = [(look, *((a, b) if a <= b else look.interval(st.bound_of(looks)))) for look, a, b in ends]
     return {
         "verdict": word,
         "reason": f"{_sentence(claim, names, estimate, digits)} (95 % interval {span}, {last.seeds} {what}); {rule}.",

@@ -16,18 +16,7 @@ from lib.run import cli, progress
         (["statsu"], "did you mean status?"),
         (["xyzzy"], "expected one of full, trial, plan"),
         (["plan", "--scale", "lptop"], "did you mean laptop?"),
-    ],
-)
-def test_a_mistyped_command_is_answered_with_the_nearest(capsys, words, said):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
+        # options that the command does not read
         (["full", "--scale", "small", "--dry-run"], "--dry-run is for judge"),
         (["trial", "--mode", "full"], "--mode is for plan and status"),
         (["full", "--model", "gpt2"], "--model is for judge"),
@@ -36,7 +25,7 @@ def test_a_mistyped_command_is_answered_with_the_nearest(capsys, words, said):
         (["status", "--site", "DIR"], "--site is for report"),
     ],
 )
-def test_an_option_that_the_command_does_not_read_is_refused(capsys, words, said):
+def test_a_mistyped_command_is_answered_with_the_nearest_or_what_an_option_is_for(capsys, words, said):
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     assert ended.value.code == 2

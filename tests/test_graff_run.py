@@ -303,14 +303,16 @@ def test_a_run_that_a_cap_ends_says_so_and_r_t_is_of_the_running_mean_of_the_los
         found = member.train(member_of("fixed", changes=changes), tmp_path / str(steps), shared)
         assert (found["status"], found["capped"]) == ("completed", capped)
     rows = [row for row in curve(tmp_path / "6") if "eta" in row]
-    mean = least = rows[0]["loss"]
-    total = 0.0
+    mean = least = best = rows[0]["loss"]
+    total = of_batches = 0.0
     for row in rows:
         mean = 0.9 * mean + 0.1 * row["loss"]
         least = min(least, mean)
         total += (mean - least) / row["used"]
+        best = min(best, row["loss"])
+        of_batches += (row["loss"] - best) / row["used"]
         assert row["r_t"] == pytest.approx(total)
-    assert rows[-1]["r_t"] >= 0
+    assert 0 <= rows[-1]["r_t"] < of_batches, "single batches' losses are further above the least of them"
 
 
 def test_gsm1k_is_scored_after_the_budget_where_a_file_is_named(tmp_path):

@@ -61,6 +61,11 @@ class Step:
         return f"{self.study}/{self.name}" + (f" {self.kind}" if self.kind in ("sweep", "times") else "")
 
     @property
+    def of_each(self) -> float:
+        """Predicted seconds of one of its members, which no number of slots makes shorter."""
+        return self.seconds / self.members if self.members else 0.0
+
+    @property
     def progress(self) -> Path:
         """The folder of its run, where progress is written: a sweep's members are its run's."""
         return self.folder.parent if self.kind in ("sweep", "times") else self.folder
@@ -181,7 +186,7 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     wide = sum(s.seconds * min(s.run.compute.devices, slots) + s.prepare for s in training)  # a sharded member is wide
     alone = sum(s.seconds for s in planned if s.kind in ("times", "analysis"))
     devices = max((s.run.compute.gpus for s in training), default=0)
-    longest = max((s.seconds / s.members for s in training if s.members), default=0.0)  # however many slots there are
+    longest = max((s.of_each for s in training), default=0.0)
     return Forecast(
         wall_seconds=max(wide / max(1, slots), longest) + alone,
         device_hours=sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600,

@@ -155,13 +155,12 @@ class Runner:
             return True
         shared = sum(progress.left(each) for each in self.steps if each.state == "running")
         analyses = (each for each in self.steps if each.kind == "analysis" and each.study == step.study)
-        alone = sum(each.seconds for each in analyses if each.state in ("", "running"))
+        alone, longest = sum(each.seconds for each in analyses if each.state in ("", "running")), 0.0
         if step.kind == "times":
             alone += step.seconds
         elif step.kind != "analysis":
-            shared += step.seconds + step.prepare
-        longest = step.seconds / max(1, step.members)
-        return time.monotonic() + max(shared / self.slots, longest * (step.kind != "analysis")) + alone <= self.until
+            shared, longest = shared + step.seconds + step.prepare, step.of_each
+        return time.monotonic() + max(shared / self.slots, longest) + alone <= self.until
 
     def ensure_pool(self) -> None:
         with self.guard:

@@ -393,10 +393,10 @@ def download(run, results: Path) -> None:
 def results(study: str, scale: str, mode: str, results_dir: str | Path | None, source: dict | None = None) -> Path:
     """Where an analysis reads: its `results_dir` (default outputs/<scale>-<mode>/<study>), or, where `source` names
     them ({"project": ..., "run_ids": [...], "entity": ..., "place": ...}), the records of those runs from W&B."""
-    own = Path(results_dir or config.ROOT / "outputs" / f"{scale}-{mode}" / study)
+    own = Path(results_dir or config.default_results(study, scale, mode))
     if not source:
         return own
-    into = own.parent if results_dir else config.ROOT / "outputs" / f"{scale}-{mode},{FROM}"
+    into = own.parent if results_dir else config.outputs() / f"{scale}-{mode},{FROM}"
     return fetch(into, **{"place": f"{scale}-{mode}/{study}", **source})
 
 

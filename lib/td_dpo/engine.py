@@ -299,6 +299,11 @@ def token_budget_batches(lengths: list[int], budget: int, rows: int | None = Non
         yield chunk
 
 
+def cut_into_passes(rows: list[dict], budget: int, most: int) -> list[list[dict]]:
+    """The rows by `token_budget_batches`, the shortest first."""
+    return [[rows[i] for i in cut] for cut in token_budget_batches([row_tokens(row) for row in rows], budget, most)]
+
+
 def row_tokens(row: dict) -> int:
     """Tokens of a pair as a reader counts them: prompt and answer, for both answers."""
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])

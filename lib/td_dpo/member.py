@@ -137,8 +137,8 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
         bench, file = mt_bench.read(run.evaluation.mt_bench), folder / "answers.jsonl"
-        options = {name: _sampling(run)[name] for name in ("max_new_tokens", "batch_size")}
-        options["count"] = run.evaluation.questions
+        options = {"max_new_tokens": run.evaluation.max_new_tokens, "count": run.evaluation.questions}
+        options["batch_size"] = _sampling(run)["batch_size"]
         answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, **options)
         metrics["answer_length"] = record.mean([a["length"] for a in answers])
     return metrics
@@ -191,13 +191,9 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
     collate = engine.layout(policies["own"])
     rows = engine.with_reference(given.rows["train"], given.reference["train"])
     budget, most = run.training.token_budget, run.training.per_device_train_batch_size
-
-    def first_pass(batch: list[dict]) -> list[dict]:
-        cuts = engine.token_budget_batches([engine.row_tokens(row) for row in batch], budget, most)
-        return [batch[index] for index in next(iter(cuts))]
-
-    size = run.training.global_batch_size if budget else most
-    passes = (first_pass(batch) if budget else batch for batch in training.seeded_batches(rows, size, seed))
+    passes = training.seeded_batches(rows, run.training.global_batch_size if budget else most, seed)
+    if budget:
+        passes = (engine.cut_into_passes(batch, budget, most)[0] for batch in passes)
     batches = (
         training.to_device({**collate(batch), **engine.reference_columns(batch)}, policies["own"].device)
         for batch in passes

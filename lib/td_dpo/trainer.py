@@ -90,9 +90,7 @@ class PreferenceTrainer(shared.StudyTrainer):
         for both answers) and `device_batch` pairs per process."""
         parts, world = [rows], shared.world()
         if self.token_budget:
-            tokens = [engine.row_tokens(row) for row in rows]
-            cuts = engine.token_budget_batches(tokens, self.token_budget * world, self.device_batch * world)
-            parts = [[rows[index] for index in cut] for cut in cuts]
+            parts = engine.cut_into_passes(rows, self.token_budget * world, self.device_batch * world)
         passes = [self._pass(part) for part in parts]
         return {"passes": passes, "pairs": sum(part["pairs"] for part in passes)}
 
