@@ -36,9 +36,9 @@ def sizes(claim: Claim) -> tuple[float, float]:
     return 0.0, -margin
 
 
-def simulate(claim: Claim, looks, *, sds, questions, effect, n_sim, rng) -> tuple[np.ndarray, np.ndarray]:
+def simulate(study: Claims, claim: Claim, looks, sds, questions, effect, rng) -> tuple[np.ndarray, np.ndarray]:
     """(words, seeds used), each (n_sim,), of studies that stop at a word or at the last look."""
-    (test, margin), out = test_of(claim), []
+    (test, margin), out, n_sim = test_of(claim), [], study.noise.simulations
     for start in range(0, n_sim, _CHUNK):
         n = min(_CHUNK, n_sim - start)
         d = effect + rng.normal(0, sds["seed"], (n, looks[-1], 1)) + rng.normal(0, sds["question"], (n, 1, questions))
@@ -54,19 +54,16 @@ def by_look(study: Claims, claim: Claim, looks: tuple[int, ...]) -> dict[int, fl
     """{look: the chance that the claim is supported by then, if it is true as claimed, at the most noise assumed and
     without the correction for several claims}; NaN where no noise is assumed."""
     sds, questions = sds_of(study, claim, max(study.noise.seed_sds))
-    size = {"effect": sizes(claim)[0], "n_sim": study.noise.simulations, "rng": np.random.default_rng(0)}
-    words, seeds = simulate(claim, looks, sds=sds, questions=questions, **size)
+    words, seeds = simulate(study, claim, looks, sds, questions, sizes(claim)[0], np.random.default_rng(0))
     by = {n: float(((words == st.SUPPORTED) & (seeds <= n)).mean()) for n in looks}
     return by if assumed_for(study, claim) else dict.fromkeys(looks, np.nan)
 
 
-def table(
-    study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None, assumed_too: bool = True
-) -> pd.DataFrame:
-    """One row per claim and seed standard deviation: by the last look, without the correction for several claims.
+def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | None = None) -> pd.DataFrame:
+    """One row per claim and seed standard deviation assumed: by the last look, without the correction for several claims.
 
-    seen: {claim id: standard deviations in the record}; where one exceeds what was assumed, a row with the record's.
-    assumed_too: with the rows of what was assumed, which take as long to simulate.
+    seen: {claim id: standard deviations in the record}; then only a row for each claim of which one exceeds what was
+    assumed, with the record's.
     """
     rng, looks, rows = np.random.default_rng(0), study.looks_of(scale), []
     for claim in study.claims:
@@ -75,12 +72,11 @@ def table(
         assumed = [sds_of(study, claim, sd) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))]
         (*_, (largest, questions)), mine = assumed, (seen or {}).get(claim.id)
         again = bool(mine) and any(mine[name] > 1.05 * largest[name] for name in ("seed", "question"))
-        sources = [("assumed", sds) for sds, _ in assumed if assumed_too] + [("this record", mine)] * again
+        sources = [("this record", mine)] * again if seen is not None else [("assumed", sds) for sds, _ in assumed]
         for source, sds in sources:
             true, boundary = sizes(claim)
-            size = {"sds": sds, "questions": questions, "n_sim": study.noise.simulations, "rng": rng}
-            words, seeds = simulate(claim, looks, effect=true, **size)
-            wrong, _ = simulate(claim, looks, effect=boundary, **size)
+            words, seeds = simulate(study, claim, looks, sds, questions, true, rng)
+            wrong, _ = simulate(study, claim, looks, sds, questions, boundary, rng)
             row = {"claim": claim.id, "tested": claim.threshold_text, "noise": source, **sds}
             row |= {"supported if true as claimed": (words == st.SUPPORTED).mean(), "seeds": seeds.mean()}
             rows.append(row | {"any word at the boundary": (wrong != st.INCONCLUSIVE).mean()})
@@ -92,19 +88,16 @@ def undecidable(study: Claims, claim: Claim, scale: str) -> str:
     as claimed, nothing, or as much the other way round; the empty string where some can, no size is claimed, or the claim
     is about another scale."""
     sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
-    (_, margin), looks = test_of(claim), study.looks_of(scale)
+    (_, margin), looks, bound = test_of(claim), study.looks_of(scale), st.bound_of(study.looks_of(scale))
     distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
     if scale not in claim.scales or not assumed_for(study, claim) or not margin:
         return ""
-
-    def half(seeds: int) -> float:
-        residual, question = sds["residual"] ** 2, sds["question"] ** 2
-        squares = questions * sds["seed"] ** 2 + residual, seeds * question + residual, residual
-        return float(st.Look(seeds, questions, np.zeros(()), *map(np.array, squares)).half_width(st.bound_of(looks)))
-
-    if half(looks[-1]) < distance:
+    last, residual = looks[-1], sds["residual"] ** 2
+    squares = questions * sds["seed"] ** 2 + residual, last * sds["question"] ** 2 + residual, residual
+    look = st.Look(last, questions, np.zeros(()), *map(np.array, squares))
+    if (half := look.half_width(bound)) < distance:
         return ""
-    counts = np.unique(np.geomspace(looks[-1], 10_000, 300).astype(int)).tolist()
-    enough = next((n for n in counts if half(n) < distance), 0)
+    counts = np.unique(np.geomspace(last, 10_000, 300).astype(int)).tolist()
+    enough = next((n for n in counts if look.half_width(bound, n) < distance), 0)
     more = f"{enough} seeds would" if enough else "no number of seeds would: more questions, or a wider margin"
-    return f"{looks[-1]} seeds cannot decide {claim.threshold_text} (interval ±{half(looks[-1]):.2g}); {more}"
+    return f"{last} seeds cannot decide {claim.threshold_text} (interval ±{half:.2g}); {more}"

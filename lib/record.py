@@ -18,11 +18,10 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lib.errors import StudyError
 
-T = TypeVar("T")
 FINISHED = ("completed", "diverged")  # both are results; anything else is not
 TEMPORARY = ".*.tmp"  # what a writer killed before its rename leaves behind
 
@@ -141,7 +140,7 @@ def count(phase: str, number: int) -> None:
     """Batch `number` of a phase begins: told to nobody, unless `check` watches (lib/run/watch.py takes its place)."""
 
 
-def batches(phase: str, items: Iterable[T]) -> Iterator[T]:
+def batches(phase: str, items: Iterable) -> Iterator:
     """`items`, counted: a trial may take two at most in each phase that touches data."""
     for number, item in enumerate(items, 1):
         count(phase, number)
@@ -171,17 +170,13 @@ def stop() -> None:
 
 # A variable's name is taken apart at what is not a letter; it is secret if one of its words is, unless its last word
 # says that it holds something about the secret rather than the secret.
-SECRET_WORDS = {
-    "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PWD", "SECRET", "SECRETS", "TOKEN", "KEY", "KEYS", "PAT", "CREDENTIAL",
-    "CREDENTIALS", "CREDS", "WEBHOOK", "COOKIE", "BEARER", "AUTHORIZATION",
-}  # fmt: skip
+SECRET = """PASSWORD PASSWD PASSPHRASE PASS PWD SECRET SECRETS TOKEN KEY KEYS PAT CREDENTIAL CREDENTIALS CREDS WEBHOOK
+COOKIE BEARER AUTHORIZATION"""
 JOINED = re.compile(  # APIKEY, AUTHTOKEN, PGPASSWORD: words written together
     r"(API|ACCESS|AUTH|SECRET|PRIVATE|SIGNING|ENCRYPTION|DEPLOY|MASTER)(KEY|TOKEN)S?$|(PASSWORD|PASSWD|SECRET)$"
 )
-ABOUT = {
-    "FILE", "PATH", "DIR", "FOLDER", "LIMIT", "LENGTH", "COUNT", "TYPE", "NAME", "SOCK", "SOCKET", "BINDINGS", "LAYOUT",
-    "TIMEOUT", "TTL", "SIZE", "PARALLELISM", "REPEAT", "MAP",
-}  # fmt: skip
+ABOUT = """FILE PATH DIR FOLDER LIMIT LENGTH COUNT TYPE NAME SOCK SOCKET BINDINGS LAYOUT TIMEOUT TTL SIZE PARALLELISM REPEAT
+MAP"""
 WORKING_FOLDERS = {"PWD", "OLDPWD"}
 SHORTEST = 8  # characters; replacing anything shorter would garble ordinary text
 # C0 and C1 controls but newline and tab: what moves a cursor, sets a title, rings, or hides text.
@@ -198,7 +193,7 @@ def password_in_url(value: str) -> str:
 def is_secret(name: str, value: str = "") -> bool:
     """Whether a variable of this name, or with this value, holds a secret."""
     words = [word for word in re.split(r"[^A-Z]+", name.upper()) if word and name.upper() not in WORKING_FOLDERS]
-    named = any(word in SECRET_WORDS or JOINED.search(word) for word in words) and words[-1] not in ABOUT
+    named = any(word in SECRET.split() or JOINED.search(word) for word in words) and words[-1] not in ABOUT.split()
     return named or bool(password_in_url(value))
 
 
@@ -256,7 +251,6 @@ class Log:
 
     def close(self) -> None:
         self._write(self.rest)
-        self.rest = b""
 
     def _write(self, data: bytes) -> None:
         if not data:

@@ -59,13 +59,11 @@ def alpha_of(bound: np.ndarray, looks: tuple[int, ...]) -> np.ndarray:
     return np.maximum(len(deviates) - np.searchsorted(deviates, bound), 1) / len(deviates)
 
 
-def bound_of(looks: tuple[int, ...], level: float = LEVEL) -> float:
-    """C(level)."""
+def bound_of(looks: tuple[int, ...]) -> float:
+    """C(LEVEL)."""
     if len(looks) == 1:
-        return float(scipy.stats.norm.isf(level / 2))
-    if level == LEVEL and looks in BOUNDS:
-        return BOUNDS[looks]
-    return float(np.quantile(largest_deviates(looks), 1 - level))
+        return float(scipy.stats.norm.isf(LEVEL / 2))
+    return BOUNDS.get(looks) or float(np.quantile(largest_deviates(looks), 1 - LEVEL))
 
 
 def critical(bound: np.ndarray, seeds: int) -> np.ndarray:
@@ -107,12 +105,10 @@ class Look(NamedTuple):
 
     def sds(self) -> dict[str, float]:
         """Standard deviations of the difference: between seeds, between questions, and what is left."""
-        by_seed = max(0.0, float(self.seed_ms - self.residual_ms)) / self.questions
-        return {
-            "seed": by_seed**0.5,
-            "question": max(0.0, float(self.question_ms - self.residual_ms) / self.seeds) ** 0.5,
-            "residual": float(self.residual_ms) ** 0.5,
-        }
+        left = float(self.residual_ms)
+        by_seed, by_question = float(self.seed_ms) - left, float(self.question_ms) - left
+        parts = {"seed": by_seed / self.questions, "question": by_question / self.seeds, "residual": left}
+        return {name: max(0.0, variance) ** 0.5 for name, variance in parts.items()}
 
 
 def look_at(d: np.ndarray) -> Look:
@@ -121,11 +117,9 @@ def look_at(d: np.ndarray) -> Look:
     if s < 2:
         raise ValueError(f"{s} seed: at least 2 are needed for an interval")
     by_seed, by_question, mean = d.mean(-1), d.mean(-2), d.mean((-2, -1))
-    if q == 1:
-        return Look(s, q, mean, by_seed.var(-1, ddof=1), np.zeros_like(mean), np.zeros_like(mean))
     left = d - by_seed[..., None] - by_question[..., None, :] + mean[..., None, None]
-    residual = (left**2).sum((-2, -1)) / ((s - 1) * (q - 1))
-    return Look(s, q, mean, q * by_seed.var(-1, ddof=1), s * by_question.var(-1, ddof=1), residual)
+    residual = (left**2).sum((-2, -1)) / max((s - 1) * (q - 1), 1)  # of one question both are 0
+    return Look(s, q, mean, q * by_seed.var(-1, ddof=1), s * by_question.var(-1, ddof=min(1, q - 1)), residual)
 
 
 # ---- the looks of a study
@@ -175,27 +169,26 @@ class Decision(NamedTuple):
     p: np.ndarray
 
 
+def claimed(test: str, margin: float) -> tuple[float, float]:
+    """Between what the mean lies if the claim holds."""
+    return (margin if test == "superiority" else -margin), (margin if test == "equivalence" else np.inf)
+
+
 def words(test: str, low: np.ndarray, high: np.ndarray, margin: float) -> np.ndarray:
     """SUPPORTED, REFUTED or INCONCLUSIVE by the interval. Superiority says that the mean is at least `margin`,
     non-inferiority and an absolute figure that it is at least -`margin`, equivalence that it lies within `margin` of 0.
     An empty interval decides nothing."""
-    if test == "equivalence":
-        supported, refuted = (low >= -margin) & (high <= margin), (low > margin) | (high < -margin)
-    else:
-        threshold = margin if test == "superiority" else -margin
-        supported, refuted = low >= threshold, high < threshold
+    least, most = claimed(test, margin)
+    supported, refuted = (low >= least) & (high <= most), (low > most) | (high < least)
     code = np.where(supported, SUPPORTED, np.where(refuted, REFUTED, INCONCLUSIVE))
     return np.where(low > high, INCONCLUSIVE, code)
 
 
 def decide(test: str, sequence: Sequential, margin: float) -> Decision:
     """What the looks taken say; one interval decides both words."""
-    code = words(test, sequence.low[-1], sequence.high[-1], margin)
-    if test == "equivalence":
-        inside = np.maximum(sequence.p(-margin, 1), sequence.p(margin, -1))
-        return Decision(code, np.minimum(inside, np.minimum(sequence.p(margin, 1), sequence.p(-margin, -1))))
-    threshold = margin if test == "superiority" else -margin
-    return Decision(code, np.minimum(sequence.p(threshold, 1), sequence.p(threshold, -1)))
+    code, (least, most) = words(test, sequence.low[-1], sequence.high[-1], margin), claimed(test, margin)
+    inside = np.maximum(sequence.p(least, 1), sequence.p(most, -1))
+    return Decision(code, np.minimum(inside, np.minimum(sequence.p(least, -1), sequence.p(most, 1))))
 
 
 def chance_of_word(test: str, look: Look, margin: float, looks: tuple, seeds: int, known: bool = False) -> float:
@@ -204,12 +197,9 @@ def chance_of_word(test: str, look: Look, margin: float, looks: tuple, seeds: in
     the estimate, in a study of that many new seeds."""
     share = 1.0 if known else max(0.0, seeds - look.seeds) / look.seeds
     sd, half = float(np.sqrt(look.seed_variance / seeds * share)), float(look.half_width(bound_of(looks), seeds))
-    mean = scipy.stats.norm(float(look.mean), max(sd, 1e-12))
-    if test == "equivalence":
-        inside = mean.cdf(margin - half) - mean.cdf(half - margin)
-        return float(max(0.0, inside) + mean.sf(margin + half) + mean.cdf(-margin - half))
-    threshold = margin if test == "superiority" else -margin
-    return float(mean.sf(threshold + half) + mean.cdf(threshold - half))
+    mean, (least, most) = scipy.stats.norm(float(look.mean), max(sd, 1e-12)), claimed(test, margin)
+    inside = mean.cdf(most - half) - mean.cdf(least + half)
+    return float(max(0.0, inside) + mean.sf(most + half) + mean.cdf(least - half))
 
 
 def seeds_to_decide(test: str, look: Look, margin: float, looks: tuple) -> int | None:

@@ -107,28 +107,21 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def metrics_table(
-    members: pd.DataFrame,
-    metrics: Mapping[str, str],
-    *,
-    chosen: Mapping[str, str],
-    baselines: Sequence[str],
-    caption: str,
-    diverged_values: Mapping[str, float] | None = None,
-) -> Table:
-    """A row per run, of its cell in `chosen` (run_id -> cell, chosen on validation): mean ± standard deviation over
-    seeds of each metric, and its improvement over each baseline in percent of it (positive is better, also for metrics
-    to minimize).
-
-    metrics: name -> "maximize" or "minimize"; diverged_values: what a diverged member counts as, per metric.
-    """
+def metrics_table(members: pd.DataFrame, planned: list, total: Mapping, group: str) -> Table:
+    """A row per run of a group of `total` (aggregate_metrics), of its cell chosen on validation: mean ± standard deviation
+    over seeds of each metric of the study, and its improvement over each baseline in percent of it (positive is better,
+    also for metrics to minimize). A diverged member counts as the study says."""
+    study, own_runs = config.study_module(planned[0].study), total["groups"][group]["runs"]
+    chosen = {run_id: total["members"][run_id]["cell"] for run_id in own_runs}
+    baselines = [run.run_id for run in planned if run.role == "comparative" and run.run_id in own_runs]
+    metrics = {name: aim for name, aim in study.METRICS.items() if name in total["metrics"]}
     judged = claims.judged_rows(members)
     own = {i: judged[(judged["run_id"] == i) & (judged["cell"] == cell)] for i, cell in chosen.items()}
     lost = [(rows["status"] == "diverged").sum() for rows in own.values()]
     table = pd.DataFrame({"run": list(chosen), "cell": list(chosen.values())})
     table["seeds"] = [f"{len(r)}, {n} diverged" if n else f"{len(r)}" for r, n in zip(own.values(), lost, strict=True)]
     for metric, aim in metrics.items():
-        name, worst = metric.replace("_", " "), (diverged_values or {}).get(metric)
+        name, worst = metric.replace("_", " "), study.DIVERGED.get(metric)
         seeds = {i: outcomes(rows, metric, worst)["value"] for i, rows in own.items()}
         means = pd.Series({i: values.mean() for i, values in seeds.items()}, dtype=float)
         spreads = [f" ± {number(values.std(), 2)}" if values.count() > 1 else "" for values in seeds.values()]
@@ -138,7 +131,8 @@ def metrics_table(
             gains = (100 if aim == "maximize" else -100) * (means - base) / abs(base)
             texts = [f"{gain:+.1f} %".replace("-", "−") if np.isfinite(gain) else "–" for gain in gains]
             table[f"{name} vs {baseline}"] = np.where(table["run"] == baseline, "–", texts)
-    return Table(table, caption)
+    about = "every run at its chosen cell: mean ± sd over seeds, and how much better than each baseline"
+    return Table(table, f"{group}, {about}")
 
 
 def run_metrics(results_dir: Path) -> dict[str, dict]:

@@ -1,7 +1,5 @@
 """What is said where a person mistypes: the nearest thing there is, and a cure that can be typed."""
 
-import os
-
 import pytest
 
 from lib import config, record
@@ -93,13 +91,3 @@ def test_status_shows_trials_where_there_is_nothing_else(tmp_path, monkeypatch, 
     with progress.lock(tmp_path / "laptop-try,mine-1"):
         assert cli.main(["status"]) == 0
     assert capsys.readouterr().out.startswith("laptop-try,mine-1:\na runner has just started"), "where one is at work"
-
-
-@pytest.mark.parametrize(("user", "more", "says"), [(0, [], True), (0, ["--allow-root"], False), (1, [], False)])
-def test_lab_says_to_root_that_options_pass_through(tmp_path, monkeypatch, capsys, user, more, says):
-    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
-    monkeypatch.setattr(os, "geteuid", lambda: user)
-    monkeypatch.setattr(os, "chdir", lambda place: None)
-    monkeypatch.setattr(os, "execve", lambda program, command, environment: print(command[-1]))
-    cli.lab([*more, "--no-browser"])
-    assert ("./run_all.sh lab --allow-root" in capsys.readouterr().out) == says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -309,30 +310,35 @@ def _chosen() -> dict:
     return {run_id: group.idxmax()[1] for run_id, group in means.groupby(level=0)}
 
 
+def metrics_table(group: str) -> tables.Table:
+    chosen = _chosen()
+    roles = MEMBERS.drop_duplicates("run_id")
+    planned = [
+        SimpleNamespace(run_id=run_id, role=role, study="td_dpo")
+        for run_id, role in zip(roles.run_id, roles.role, strict=True)
+    ]
+    total = {"groups": {group: {"runs": list(chosen)}}, "metrics": {"oracle_score": {}, "sampled_kl": {}}}
+    return tables.metrics_table(
+        MEMBERS, planned, total | {"members": {i: {"cell": cell} for i, cell in chosen.items()}}, group
+    )
+
+
 def test_metrics_table_takes_the_chosen_cells():
-    metrics, chosen = {"oracle_score": "maximize", "answer_length": "minimize"}, _chosen()
-    table = tables.metrics_table(MEMBERS, metrics, chosen=chosen, baselines=["dpo"], caption="c").frame.set_index("run")
+    table, chosen = metrics_table("llama").frame.set_index("run"), _chosen()
     means = {
-        run: MEMBERS[(MEMBERS["run_id"] == run) & (MEMBERS["cell"] == chosen[run])]["answer_length"].mean()
+        run: MEMBERS[(MEMBERS["run_id"] == run) & (MEMBERS["cell"] == chosen[run])]["sampled_kl"].mean()
         for run in ("dpo", "td_dpo")
     }
-    assert table.loc["td_dpo", "answer length"].startswith(number(means["td_dpo"], 4))
+    assert table.loc["td_dpo", "sampled kl"].startswith(number(means["td_dpo"], 4))
     gain = 100 * (means["dpo"] - means["td_dpo"]) / means["dpo"]
-    assert table.loc["td_dpo", "answer length vs dpo"] == f"{gain:+.1f} %".replace("-", "−")
-    assert table.loc["dpo", "answer length vs dpo"] == "–"
+    assert table.loc["td_dpo", "sampled kl vs dpo"] == f"{gain:+.1f} %".replace("-", "−"), "less is better"
+    assert table.loc["dpo", "sampled kl vs dpo"] == "–"
+    assert not [name for name in table if "accuracy" in name or name.endswith("vs td_dpo")], "in no record; no baseline"
 
 
 def test_tables_have_a_caption_and_escaped_text():
-    table = tables.metrics_table(
-        MEMBERS,
-        {"oracle_score": "maximize"},
-        chosen=_chosen(),
-        baselines=["dpo"],
-        diverged_values={"oracle_score": 1.0},
-        caption="Metrics <by> run",
-    )
-    page = table._repr_html_()
-    assert "<caption>Metrics &lt;by&gt; run</caption>" in page
+    page = metrics_table("models <by> data")._repr_html_()
+    assert "<caption>models &lt;by&gt; data, every run at its chosen cell" in page
     assert "1 diverged" in page
     html = tables.Table(pd.DataFrame({"text": ["<script>alert(1)</script>"], "value": [np.nan]}), "c")._repr_html_()
     assert "<script" not in html

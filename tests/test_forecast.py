@@ -81,14 +81,14 @@ def test_of_data_that_was_never_read_no_time_is_made_up(tiny, capsys):
     assert plan.member_seconds(unsaid) is None, "how long a step takes was not said either"
     bound = tiny(dataset=limited, training=training, compute=compute)
     run = tiny(dataset=dataset, training=training, compute=compute)
-    (first, *_) = plan.steps([run], "laptop", "full")
+    (first, *_) = plan.steps([run])
     progress.print_plan([decide.Round("", [first])], 1)
     said = capsys.readouterr().out
     assert "?" in next(line for line in said.splitlines() if "td_dpo/tiny" in line)
     assert "more than" in said
     assert plan.member_seconds(bound) is not None, "as many steps as its limit allows, at most"
     member(run, "a", 20.0)
-    assert not plan.steps([run], "laptop", "full")[0].unknown
+    assert not plan.steps([run])[0].unknown
 
 
 def settled(steps: list, slots: int, max_hours: float) -> dict[str, str]:

@@ -43,7 +43,7 @@ def study(tiny, tmp_path, monkeypatch):
     def go(*names, only=None, force=False):
         executed.clear()
         forced = [f"td_dpo/{name}" for name in names] if force else ()
-        steps = plan.steps([runs[name] for name in names], "laptop", "full", forced=forced)
+        steps = plan.steps([runs[name] for name in names], forced=forced)
         engine = runner.Runner(steps, 1)
         for step in steps:
             if step.reason and only in (None, step.kind):

@@ -547,7 +547,7 @@ def luminance(color: str) -> float:
 def test_text_has_aa_contrast_in_light_and_dark():
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-        for block in re.findall(r":root \{(.*?)\}", (ASSETS / "style.css").read_text(), re.S)
+        for block in re.findall(r":root \{(.*?)\}", (ASSETS / "notebook" / "style.css").read_text(), re.S)
     )
     assert set(light) == set(dark)
     for theme in (light, dark):

@@ -115,7 +115,7 @@ def test_pilots_choose_the_cell_that_is_judged_and_more_seeds_leave_the_choice(t
     assert [m.id for m in config.members(run)] == ["beta0.05-s8", "beta0.05-s9", "beta0.5-s8", "beta0.5-s9"]
     assert all(m.pilot for m in config.members(run))
     assert runs.settle(run) is run
-    step = plan.steps([run], "laptop", "full")[0]
+    step = plan.steps([run])[0]
     assert step.members == 4 + 2, "the pilots, and the chosen cell with each seed"
     assert len(step.inputs) == 4
 
@@ -124,7 +124,7 @@ def test_pilots_choose_the_cell_that_is_judged_and_more_seeds_leave_the_choice(t
     judged = [m for m in config.members(settled) if not m.pilot]
     assert [m.id for m in judged] == ["beta0.5-s1", "beta0.5-s2"]
     assert runs.settle(settled) is settled
-    (step, *_) = plan.steps([run], "laptop", "full")
+    (step, *_) = plan.steps([run])
     assert step.members == 2
     before = step.key
 
@@ -133,7 +133,7 @@ def test_pilots_choose_the_cell_that_is_judged_and_more_seeds_leave_the_choice(t
     more = runs.settle(config.apply(run, {"seed_list": [1, 2, 3]}))
     late = [m.id for m in config.members(more) if members.stale(m, run.results_dir / "tiny" / "members" / m.id)]
     assert late == ["beta0.5-s3"]
-    assert plan.steps([run], "laptop", "full")[0].key == before
+    assert plan.steps([run])[0].key == before
 
 
 def test_pilots_are_marked_and_nothing_of_them_is_judged(tiny):

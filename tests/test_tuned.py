@@ -57,15 +57,15 @@ def test_a_search_is_the_same_whatever_it_has_found(run, tmp_path):
 
 
 def test_the_search_is_planned_before_its_run_which_waits_for_it(run):
-    first, then, analysis = plan.steps([run], "laptop", "full", searched=[run])
+    first, then, analysis = plan.steps([run], searched=[run])
     assert [(step.title, step.members) for step in (first, then)] == [("td_dpo/tiny sweep", 3), ("td_dpo/tiny", 2)]
     assert (first.needs, then.needs, analysis.needs) == ([], [first], [first, then])
     end_search(run)
     finish(runs.settle(run), {"tuned": 0.9})
-    (then, _) = plan.steps([run], "laptop", "full")
+    (then, _) = plan.steps([run])
     assert then.members == 0
     end_search(run, {"loss.beta": 0.4, "loss.tau": 0.5})
-    assert plan.steps([run], "laptop", "full")[0].members == 2, "another cell"
+    assert plan.steps([run])[0].members == 2, "another cell"
 
 
 def test_the_record_of_what_was_found_is_gone_on_from_and_it_is_what_the_run_is_known_by(run):

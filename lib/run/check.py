@@ -6,7 +6,6 @@ among the findings keeps all of a command's runs from starting.
 
 import ast
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -15,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lib import config, hub, record
 from lib.config import Finding, Run, did_you_mean
 from lib.errors import StudyError
-from lib.run import cluster, keys, members, plan, preflight, progress, watch
+from lib.run import cluster, keys, members, plan, preflight, watch
 from lib.run.preflight import error, refused, warning
 
 NOT_RUNS = {"claims.yaml", "design.yaml", "judge.yaml", "wandb.yaml"}
@@ -70,11 +69,6 @@ def load_folder(folder: str | Path, scale: str, mode: str, overrides: Mapping[st
                 found.append(error("run_id", f"{run.run_id} is also the run_id of {first}", "rename one of them", file))
         except StudyError as fault:
             loaded.append((path, fault, [finding_from(fault, file)]))
-    for path, run, found in [entry for entry in loaded if isinstance(entry[1], Run)]:
-        most = max(other.optuna.n_trials for other in runs_of(loaded) if other.study == run.study)
-        if 0 < run.optuna.n_trials < most:
-            what = f"{run.optuna.n_trials}, where another method of the study gets {most}: it is tuned less"
-            found.append(warning("optuna.n_trials", what, f"n_trials: {most}", display_path(path)))
     return loaded
 
 
@@ -136,9 +130,8 @@ def _grid(run: Run) -> Iterator[Finding]:
     for name, entry in run.optuna.search_space.items() if run.optuna.n_trials else ():
         dotted = config.study_module(run.study).ALIASES.get(name, name)
         values = sorted({member.cell[dotted] for member in members if dotted in member.cell}, key=str)
-        outside = [v for v in values if not (v in entry.choices if entry.choices else entry.low <= v <= entry.high)]
-        if outside:
-            yield warning(f"optuna.search_space.{name}", f"does not hold the grid's {outside}", "widen the space")
+        if beyond := [v for v in values if not (v in entry.choices if entry.choices else entry.low <= v <= entry.high)]:
+            yield warning(f"optuna.search_space.{name}", f"does not hold the grid's {beyond}", "widen the space")
 
 
 def _files(run: Run) -> Iterator[Finding]:
@@ -154,10 +147,6 @@ def _files(run: Run) -> Iterator[Finding]:
 def finding_from(fault: StudyError, file: str) -> Finding:
     """A file that was refused, as a finding."""
     return refused(fault, fault.where.removeprefix(f"{config.ROOT}/").removeprefix(file).lstrip(": "), file)
-
-
-def yaml_findings(loaded: list[Loaded]) -> list[Finding]:
-    return [finding for _, _, findings in loaded for finding in findings]
 
 
 def runs_of(loaded: list[Loaded]) -> list[Run]:
@@ -205,24 +194,19 @@ def claims_findings(study: str, runs: list[Run], scale: str, path: Path | None =
     level, fix = error if is_own else warning, f"a run of it in params/{study}/{scale}/, or scales: without {scale}"
     trials = {run.run_id: run.optuna.n_trials for run in runs}
     for claim in asked:
-        cells = [
-            cell for side in claims.SIDES for cell in published.levels(claim, side) if claims.TUNED in cell.values()
-        ]
-        tuned = {i: trials[i] for cell in cells for i in claims.select(members, cell)["run_id"]}
+        cells = [(side, cell) for side in claims.SIDES for cell in published.levels(claim, side)]
+        found = [(side, cell, claims.select_any(members, claim, cell)) for side, cell in cells]
+        tuned = {i: trials[i] for _, cell, rows in found if claims.TUNED in cell.values() for i in rows["run_id"]}
         if len({*tuned.values()}) > 1:
             what = "tuned with unequal trials: " + ", ".join(f"{name} {number}" for name, number in tuned.items())
             yield error(claim.id, what, "the same optuna.n_trials for all that it compares", file)
-        cells = (cell for side in claims.SIDES for cell in published.levels(claim, side))
-        picked = [(c, claims.select_any(members, claim, c)) for c in cells if claims.BEST in c.values()]
-        piloted = {published.label(cell): mine[mine["pilot"]]["cell"].nunique() for cell, mine in picked}
+        picked = [(cell, rows[rows["pilot"]]) for _, cell, rows in found if claims.BEST in cell.values()]
+        piloted = {published.label(cell): pilots["cell"].nunique() for cell, pilots in picked}
         if len({*piloted.values()}) > 1:
             what = "`best` of unequal grids: " + ", ".join(f"{name} {number} cells" for name, number in piloted.items())
             yield level(claim.id, what, "as many pilot cells for all that it compares", file)
-    for claim, side in itertools.product(asked, claims.SIDES):
-        for cell in published.levels(claim, side):
-            if claims.select_any(members, claim, cell).empty:
-                what = f"no run at {scale} scale trains {published.label(cell)}"
-                yield level(f"{claim.id}.{side}", what, fix, file)
+        for side, cell in ((side, cell) for side, cell, rows in found if rows.empty):
+            yield level(f"{claim.id}.{side}", f"no run at {scale} scale trains {published.label(cell)}", fix, file)
 
 
 def member_rows(run: Run) -> Iterator[dict]:
@@ -244,6 +228,7 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
     import nbformat
 
     file = display_path(path)
+    stripped = f".venv/bin/nbstripout --keep-id {file}"
     try:
         cells = nbformat.read(path, as_version=4).cells
     except Exception as fault:  # whatever nbformat makes of a file that is no notebook
@@ -251,9 +236,7 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
         return
     for place, cell in ((f"cell {n}", cell) for n, cell in enumerate(cells, 1) if cell.cell_type == "code"):
         if cell.outputs or cell.execution_count is not None:
-            yield error(
-                place, "holds outputs, which its executed copy is for", f".venv/bin/nbstripout --keep-id {file}", file
-            )
+            yield error(place, "holds outputs, which its executed copy is for", stripped, file)
         try:
             ast.parse(cell.source)
         except SyntaxError as fault:
@@ -265,12 +248,12 @@ def notebook_findings(path: Path) -> Iterator[Finding]:
 # ---- all of it
 
 
-def dry_fault(call: Callable[[], Iterable]) -> str:
-    """What is wrong with the tensors that a dry call returns, each to be (4,) and finite; "" where nothing is."""
+def dry_fault(run: Run) -> str:
+    """What is wrong with the tensors that a study's dry call returns, each to be (4,) and finite; "" where nothing is."""
     import torch
 
     try:
-        for value in call():
+        for value in config.study_module(run.study).dry_call(run):
             if not torch.is_tensor(value) or value.shape != (4,):
                 shape = f"of shape {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
                 return f"returns a value {shape}, not a tensor of shape (4,), a number for each of four"
@@ -288,23 +271,20 @@ def dry_findings(runs: list[Run]) -> Iterator[Finding]:
         module = config.study_module(run.study)
         for key in module.BY_NAME.values():
             name = config.get(config.dump(run), key)
-            if (run.study, name) not in called and (fault := dry_fault(functools.partial(module.dry_call, run))):
-                yield error(
-                    key, f"{name} {fault}", "CONTRIBUTING.md says what it takes and returns", f"lib/{run.study}"
-                )
+            if (run.study, name) not in called and (fault := dry_fault(run)):
+                fix = "CONTRIBUTING.md says what it takes and returns"
+                yield error(key, f"{name} {fault}", fix, f"lib/{run.study}")
             called.add((run.study, name))
 
 
 def unread_keys(study: str) -> Iterator[Finding]:
     """Keys of the study's own sections whose name stands nowhere in code that could read it. Not of the sections that
     lib/config.py defines: the runner, the search and W&B read those."""
-    module, names = config.study_module(study), set()
-    for path in [*(config.ROOT / "lib" / study).glob("*.py"), *(config.ROOT / "lib").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                names.add(node.attr)
-            elif isinstance(node, ast.Constant) and path.stem != "study":
-                names.add(node.value)
+    module, lib = config.study_module(study), config.ROOT / "lib"
+    files = [*(lib / study).glob("*.py"), *lib.glob("*.py")]
+    nodes = [(path.stem, node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {node.attr for _, node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.value for stem, node in nodes if isinstance(node, ast.Constant) and stem != "study"}
     sections = {key.rpartition(".")[0] for key in config.keys(module.Run)}
     for key in config.keys(module.Run):
         section, _, name = key.rpartition(".")
@@ -320,7 +300,7 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
     Before a full run this machine is asked too and, at paper scale, a trial tells, unless one has passed with these
     very settings and code.
     """
-    findings, is_check, runs = yaml_findings(found), options.command == "check", runs_of(found)
+    findings, is_check, runs = [f for _, _, own in found for f in own], options.command == "check", runs_of(found)
     if options.mode == "full" and not is_check:
         missing = preflight.find_missing(runs, gpus_of(options.cluster), options.jobs)
         findings += [finding._replace(file=MACHINE) for finding in missing]
@@ -329,16 +309,15 @@ def find_obstacles(options, found: list[Loaded], whole: list[Loaded], root: Path
             findings += claims_findings(study, [run for run in runs_of(whole) if run.study == study], options.scale)
             for notebook in plan.notebooks(study, root / study).values():
                 findings += notebook_findings(notebook)
-            pages = [plan.NOTEBOOKS / study / name for name in ("README.md", "METHOD.md")]
-            lacks = [
-                warning("", "is missing, and linked", "write it", display_path(p)) for p in pages if not p.exists()
-            ]
-            findings += lacks if is_check else ()
+            pages = [plan.NOTEBOOKS / study / name for name in ("README.md", "METHOD.md") if is_check]
+            lacks = [display_path(page) for page in pages if not page.exists()]
+            findings += [warning("", "is missing, and linked", "write it", page) for page in lacks]
             findings += unread_keys(study)
         findings += dry_findings(runs) if is_check and not has_error(findings) else ()
         if options.mode == "full" and not has_error(findings):
             findings += audit_findings(runs)
-        needs_trial = not options.static if is_check else options.scale == "paper" and not trial_has_passed(found, root)
+        passed = record.read_json(root / ".check.json", {}).get("passed")
+        needs_trial = not options.static if is_check else options.scale == "paper" and passed != trial_digest(found)
         if needs_trial and not has_error(findings):
             findings += check_trial(found, options, root)
     return list(dict.fromkeys(findings))
@@ -376,20 +355,17 @@ def exit_code(findings: list[Finding]) -> int:
     return 0 if not files else 3 if files == {MACHINE} else 2
 
 
-def report(findings: list[Finding], options, cost: plan.Forecast | None) -> None:
-    """What `check` prints: the findings, whether the runs may start, and what they would cost."""
+def report(findings: list[Finding], options) -> None:
+    """What `check` prints: the findings, and whether the runs may start."""
     errors = [str(finding).removeprefix("error: ") for finding in findings if finding.level == "error"]
     if options.json:
-        issue = f"{errors[0]}{f' (and {len(errors) - 1} more)' * (len(errors) > 1)}" if errors else ""
         rows = [{"severity": f.level, "file": f.file, "place": f.key, "what": f.what, "fix": f.fix} for f in findings]
-        answer = {"is_code_ready": not errors, "code_issue": issue, "findings": rows, "cost": cost and cost._asdict()}
+        answer = {"is_code_ready": not errors, "code_issue": errors[0] if errors else "", "findings": rows}
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     print_findings(findings)
     state = f"{'NOT ready' if errors else 'ready'}: {len(errors)} errors, {len(findings) - len(errors)} warnings"
     print(f"\n{state}{'; no trial was run (--static)' * bool(options.static)}")
-    if cost:
-        print(f"a full run: {progress.format_forecast(cost)} of wall-clock, {cost.device_hours:.2f} device-hours")
 
 
 # ---- a watched trial
@@ -413,12 +389,8 @@ def trial_digest(found: list[Loaded]) -> str:
     return record.digest([[config.dump(run) for run in runs], code, cells, keys.versions()])
 
 
-def trial_has_passed(found: list[Loaded], root: Path) -> bool:
-    return record.read_json(root / ".check.json", {}).get("passed") == trial_digest(found)
-
-
 def check_trial(found: list[Loaded], options, root: Path) -> list[Finding]:
-    """A watched trial of one run per method; that it gave no error is noted in `root` for `trial_has_passed`."""
+    """A watched trial of one run per method; that it gave no error is noted in `root`, for `find_obstacles`."""
     chosen = choose_tried(runs_of(found))
     names = [name + f" (for {', '.join(others)})" * bool(others) for name, others in chosen.items()]
     print(f"trying before anything long starts: {', '.join(names)}", file=sys.stderr, flush=True)

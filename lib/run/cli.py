@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
-import itertools
 import math
 import os
 import re
@@ -68,9 +67,10 @@ def parser() -> argparse.ArgumentParser:
     purpose = "Run the studies; without a command: all of them in full at laptop scale."
     top = Parser(prog="./run_all.sh", description=purpose, epilog=__doc__.split("\n\n")[1])
     add = top.add_argument
-    add("command", nargs="?", type=one_of(COMMANDS), choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
+    of_commands, of_scales = (functools.partial(one_of, known) for known in (COMMANDS, config.SCALES))
+    add("command", nargs="?", type=of_commands, choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
     add("idea", nargs="?", metavar="IDEA.py", type=Path, help="for try: a file with a loss, an adapter or a schedule")
-    add("--scale", type=one_of(config.SCALES), choices=config.SCALES, help="default: laptop, but paper for `full`")
+    add("--scale", type=of_scales, choices=config.SCALES, help="default: laptop, but paper for `full`")
     add("--mode", choices=("full", "trial"), help="for plan and status (default full)")
     add("--study", action="append", help="only this study (may be repeated)")
     add("--run", metavar="GLOB", action="append", help="only runs whose run_id matches (may be repeated)")
@@ -108,16 +108,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def one_of(known: Iterable[str]):
-    """A type of argument: refuses what is none of these, naming the nearest."""
-
-    def checked(text: str) -> str:
-        if text not in known:
-            near = config.did_you_mean(text, known, f"expected one of {', '.join(known)}")
-            raise argparse.ArgumentTypeError(f"found {text!r}; {near}")
-        return text
-
-    return checked
+def one_of(known: Iterable[str], text: str) -> str:
+    """For a type of argument: refuses what is none of these, naming the nearest."""
+    if text not in known:
+        near = config.did_you_mean(text, known, f"expected one of {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"found {text!r}; {near}")
+    return text
 
 
 def positive(text: str, kind: type = float):
@@ -166,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 def report_errors(work) -> int:
     """The exit code of `work()`, or of what it raised, printed for a person and not as a traceback."""
     try:
-        code = work()
+        code = work() or 0  # None where nothing can go wrong without an exception
         sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
         return code
     except StudyError as error:
@@ -213,12 +209,9 @@ def roots_of(options) -> list[Path]:
 
 def overrides_of(sets: Iterable[str]) -> dict[str, str]:
     """{key: value} of --set, as written."""
-    overrides = {}
-    for text in sets:
-        key, equals, overrides[key] = text.partition("=")
-        if not equals:
-            raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
-    return overrides
+    for text in (text for text in sets if "=" not in text):
+        raise StudyError(f"--set {text}", "no '='", "--set key=value", f"--set {text}=…")
+    return dict(text.split("=", 1) for text in sets)
 
 
 def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
@@ -228,9 +221,8 @@ def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
         config.study_module(study)
     folders = [config.ROOT / "params" / study / options.scale for study in options.study or config.studies()]
     folders = [Path(options.params)] if options.params else [folder for folder in folders if folder.is_dir()]
+    every = [entry for folder in folders for entry in check.load_folder(folder, options.scale, options.mode, overrides)]
     selected = []
-    loaded = (check.load_folder(folder, options.scale, options.mode, overrides) for folder in folders)
-    every = list(itertools.chain.from_iterable(loaded))
     for path, run, findings in every:
         if isinstance(run, StudyError):
             wanted = plan.matches(options, path.stem)
@@ -252,12 +244,10 @@ def select_runs(options, *, plain: bool = False) -> list[check.Loaded]:
 def whole_of(options, selected: list[check.Loaded]) -> list[check.Loaded]:
     """All runs of the studies of these: an analysis judges its whole study, whichever of its runs were picked for this
     time. What --set says holds for these alone, and for those that have a record with it in the same place."""
-    every, root, picked = select_runs(changed(options, run=None)), root_of(options), {path for path, _, _ in selected}
+    every, picked = select_runs(changed(options, run=None)), {path for path, _, _ in selected}
     if not options.sets:
         return every
-    picked |= {
-        path for path, run, _ in every if isinstance(run, config.Run) and (root / run.study / run.run_id).exists()
-    }
+    picked |= {run.source for run in check.runs_of(every) if (run.results_dir / run.run_id).exists()}
     touched = {entry[0]: entry for entry in every if entry[0] in picked}
     return [touched.get(entry[0], entry) for entry in select_runs(changed(options, run=None), plain=True)]
 
@@ -277,8 +267,7 @@ def run(options) -> int:
         full = selected if options.mode == "full" else select_runs(changed(options, mode="full"))
         options.claims = decide.select(asked, check.runs_of(full), options.scale)
         named = {(study, arm[0]) for study, own in options.claims.items() for mine in own.values() for arm in mine}
-        pairs = zip(selected, check.runs_of(selected), strict=True)
-        selected = [entry for entry, run in pairs if (run.study, run.run_id) in named]
+        selected = [e for e in selected if isinstance(e[1], config.Run) and (e[1].study, e[1].run_id) in named]
     whole = whole_of(options, selected) if options.run or (asked and options.sets) else whole
     if not any(each.compute.gpus for each in check.runs_of(selected)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # members take cores, and notebooks count on the CPU as they do
@@ -287,21 +276,16 @@ def run(options) -> int:
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
         obstacles += compose.findings(selected)
+        check.report(obstacles, options)
+        return check.exit_code(obstacles)
     code = check.exit_code(obstacles)
-    if options.command in ("check", "plan"):
-        slots = slots_of(options)
-        fit = check.runs_of([entry for entry in selected if not check.has_error(entry[2])])
-        is_foreseen = fit and (options.command == "plan" or not code)
-        rounds, minutes = preview(options, fit, check.runs_of(whole), slots) if is_foreseen else ([], math.inf)
-        if options.command == "check":
-            cost, _ = progress.forecast_rounds(rounds, slots, minutes)
-            check.report(obstacles, options, None if code else cost)
-            return code
-        if fit:
-            progress.print_plan(rounds, slots, minutes, options.price)
+    if options.command == "plan":
+        if fit := check.runs_of([entry for entry in selected if not check.has_error(entry[2])]):
+            given = options, fit, check.runs_of(whole), slots_of(options)
+            spending = decide.Spending(*given)
+            progress.print_plan(spending.preview(), spending.slots, spending.minutes, options.price)
             if options.mode == "full" and (options.scale == "paper" or options.claims):
-                spending = decide.Spending(changed(options, command="plan"), fit, check.runs_of(whole), slots)
-                print(*spending.prices(), sep="\n")
+                print(*decide.Spending(*given).prices(), sep="\n")
         check.print_findings(obstacles)
         return code if code == 2 else 0
     check.print_findings(obstacles, sys.stderr if code else sys.stdout)
@@ -311,12 +295,6 @@ def run(options) -> int:
     if options.command == "try":
         first_look(options, check.runs_of(selected))
     return execute(options, check.runs_of(selected), check.runs_of(whole))
-
-
-def preview(options, runs: list, whole: list, slots: int) -> tuple[list[decide.Round], float]:
-    """(what a command would do as far as the record foresees it, its budget in minutes after the first looks)."""
-    spending = decide.Spending(changed(options, command="plan"), runs, whole, slots)
-    return spending.preview(), spending.minutes
 
 
 def slots_of(options) -> int:
@@ -333,16 +311,15 @@ def execute(options, runs: list, whole: list) -> int:
         runner.remove_leftovers(root)
         slots = slots_of(options)
         spending = decide.Spending(options, runs, whole, slots)
-        needs_secrets = full and options.scale == "paper"
-        limits = {"fail_fast": options.fail_fast, "max_hours": options.max_hours}
-        engine, started = runner.Runner([], slots, keep_secrets=needs_secrets, root=root, **limits), time.time()
+        limits = {"root": root, "fail_fast": options.fail_fast, "max_hours": options.max_hours}
+        engine = runner.Runner([], slots, keep_secrets=full and options.scale == "paper", **limits)
         try:
             engine.run(announced(spending.rounds(), slots))
         finally:
             with contextlib.suppress(OSError):  # a full or read-only disk has been reported already
                 runner.remove_leftovers(root)
             if any(step.reason for step in engine.steps):
-                print(f"ended after {progress.duration(time.time() - started)}")
+                print(f"ended after {progress.duration(time.monotonic() - engine.began)}")
                 progress.print_table(list({step.title: step for step in engine.steps}.values()))
     index = pages.index_html(OUTPUTS)
     if full and options.command != "try":
@@ -372,7 +349,7 @@ def announced(rounds: Iterable[decide.Round], slots: int) -> Iterator[decide.Rou
         yield each
 
 
-def status(options) -> int:
+def status(options) -> None:
     """Of what was asked for or, where nothing was, of where a runner is at work; else of the usual, else of all."""
     roots = [root_of(options)]
     if options.everywhere:
@@ -383,22 +360,19 @@ def status(options) -> int:
         if root != root_of(options):
             print(f"{root.name}:")
         progress.status(root, options.study)
-    return 0
 
 
-def rebuild(options) -> int:
+def rebuild(options) -> None:
     """Make the pages anew from the notebooks and the records; with --site, also a folder to publish."""
     for notebook in sorted(OUTPUTS.glob("*/*/*/*.ipynb")) + sorted(OUTPUTS.glob("*/*/*/sweep/*.ipynb")):
         pages.notebook_html(notebook)
     print(os.path.relpath(pages.index_html(OUTPUTS), os.getcwd()))
     if options.site:
         print(f"{pages.site(OUTPUTS, Path(options.site))} files in {options.site}")
-    return 0
 
 
-def get_models(options) -> int:
+def get_models(options) -> None:
     fetch.fetch(check.runs_of(select_runs(options)))
-    return 0
 
 
 def judge_table(more: list[str]) -> int:
@@ -464,8 +438,7 @@ def sync(options) -> int:
     roots = roots_of(options)
     folders = sorted({done.parents[2] for root in roots for done in root.glob("*/*/members/*/done.json")})
     folders = [folder for folder in folders if plan.matches(options, folder.name, folder.parent.name)]
-    settings = {folder: config.load_yaml(folder / "config.yaml").get("wandb") or {} for folder in folders}
-    folders = [folder for folder in folders if settings[folder].get("mode") != "disabled"]
+    folders = [f for f in folders if config.get(config.load_yaml(f / "config.yaml"), "wandb.mode") != "disabled"]
     if not folders:
         where = ", ".join(map(str, roots)) or "outputs/"
         print(f"nothing to send: no finished member in {where}, or wandb.mode: disabled in its YAML")
@@ -516,8 +489,6 @@ def lab(more: list[str]) -> None:
     first = {key: os.pathsep.join(filter(None, (str(path), os.environ.get(key)))) for key, path in first.items()}
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     quiet["PYTHONWARNINGS"] = "ignore:IProgress not found,ignore::FutureWarning"  # of tqdm and of transformers
-    if os.geteuid() == 0 and not any(option.startswith("--allow-root") for option in more):
-        print("options pass through; JupyterLab wants one of root: ./run_all.sh lab --allow-root", flush=True)
     command = [sys.executable, "-m", "jupyter", "lab", *(f"--{name}={value}" for name, value in settings.items())]
     os.chdir(plan.NOTEBOOKS)
     os.execve(sys.executable, [*command, *more], {**quiet, **os.environ, **first})

@@ -31,9 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.errors import MissingError, StudyError
-from lib.run.pool import end_with_parent
+from lib.run.pool import ROOT, end_with_parent
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 4  # a member that loses its node or worker this often is given up
 EVERY = 1.0  # seconds between two looks at what changed
 OURS = ("STUDY_CLUSTER", "STUDY_POOL", "STUDY_SLOTS")  # of this machine's processes, not of a node's
@@ -48,13 +47,12 @@ def connect(address: str):
     except ImportError:
         raise MissingError("--cluster", "ray is not installed", "the extra `cluster`", INSTALL) from None
     if not ray.is_initialized():
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         try:
             if address == "auto":  # what this machine has joined
                 address = os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text().strip()
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself tries for many minutes
-            ray.init(address=address, namespace="studies", **quiet)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (OSError, ValueError, OverflowError, RuntimeError) as error:
             what = f"nothing answers at {address} ({str(error).strip().partition(chr(10))[0][:120]})"
             start = ".venv/bin/ray start --head on one machine, .venv/bin/ray start --address=HOST:6379 on the others"
@@ -149,8 +147,7 @@ def on_node(request: dict, code: bytes, inputs: bytes, sent: bytes) -> Iterator[
         environment = {name: value for name, value in os.environ.items() if name not in OURS}
         environment |= {"PYTHONPATH": str(scratch / "code"), "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
         environment |= {"OMP_NUM_THREADS": str(request["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-        if not request["gpus"]:  # Ray hides none from who asks for none
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment |= {} if request["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides none from who asks for none
         command = [sys.executable, "-m", "lib.run.cluster", str(scratch / "request.json")]
         log = stack.enter_context(open(scratch / "log", "wb"))
         own = {"env": environment, "cwd": scratch / "code", "start_new_session": True}

@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 from lib import config, record
 from lib.config import SCALES, Finding, RunId, Section, did_you_mean, fault
 from lib.errors import StudyError
-from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, runs_of, yaml_findings
+from lib.run.check import Loaded, claims_findings, display_path, finding_from, load_folder, runs_of
 
 DIGESTS = ".written.json"  # beside a design: of the texts that it wrote, which it may replace without being asked
 WRITTEN_BY = "# Written by ./run_all.sh compose from {}, which explains the keys: change it there."
@@ -225,8 +225,7 @@ def main(argv: list[str]) -> int:
         if not options.dry_run:
             file.unlink()
     for file, own in () if options.dry_run else digests.items():
-        if own != record.read_json(file):
-            record.write_json(file, own)
+        record.write_json(file, own)
     print(f"{len(changed)} files {'to change (--dry-run)' if options.dry_run else 'written'}")
     return 0
 
@@ -244,7 +243,7 @@ def _validate(study: str, path: Path, files: Mapping[Path, str]) -> None:
             record.write_text(folder / file.relative_to(path.parent), text)
         for scale in (scale for scale in SCALES if (folder / scale).exists()):
             loaded = load_folder(folder / scale, scale, "full")
-            wrong += yaml_findings(loaded)
+            wrong += [finding for _, _, found in loaded for finding in found]
             if (folder / "claims.yaml").exists():
                 wrong += claims_findings(study, runs_of(loaded), scale, folder / "claims.yaml")
     if lines := "".join(f"\n  {finding}" for finding in dict.fromkeys(wrong) if finding.level == "error"):

@@ -6,7 +6,6 @@ claim: ablations, controls, searches. Each round is made from the record when th
 same command goes on after a kill, and `decide` on any other day.
 """
 
-import itertools
 import math
 import re
 import time
@@ -93,8 +92,8 @@ def _arms_of(rows: pd.DataFrame, claim: claims.Claim, cell: claims.Cell) -> list
         return [(run_id, TIMES) for run_id in dict.fromkeys(mine["run_id"])]
     pilots = mine[mine["pilot"]]["run_id"] if claims.BEST in cell.values() else ()
     of_cells = mine[~mine["pilot"] & ~mine["run_id"].isin(pilots)]
-    found = [(run_id, claims.BEST) for run_id in pilots], zip(of_cells["run_id"], of_cells["cell"], strict=True)
-    return list(dict.fromkeys(itertools.chain(*found)))
+    found = [(run_id, claims.BEST) for run_id in pilots] + [*zip(of_cells["run_id"], of_cells["cell"], strict=True)]
+    return list(dict.fromkeys(found))
 
 
 def recorded(run) -> dict[str, list[int]]:
@@ -114,9 +113,8 @@ def recorded(run) -> dict[str, list[int]]:
 
 def seeds_of(run) -> dict[str, list[int]]:
     """{cell: its judged seeds}; of the cell that pilots choose, BEST's, and of what the search finds, TUNED's."""
-    found = {}
-    for block in (block for block in run.grid or () if block.pilot or block.tuned):
-        found[claims.TUNED if block.tuned else claims.BEST] = list(block.seeds or run.seed_list)
+    chosen = [block for block in run.grid or () if block.pilot or block.tuned]
+    found = {claims.TUNED if block.tuned else claims.BEST: list(block.seeds or run.seed_list) for block in chosen}
     for cell, (_, seeds) in config.cells(run).items():
         if judged := [seed for seed in seeds if seed not in (run.pilot_seeds or ())]:
             found[cell] = judged
@@ -229,11 +227,7 @@ class Spending:
         if not timed:  # times come last, alone: their first look's minutes are kept for them, up to a third of all
             first = self.cost([(each, each.look) for each in self.open_claims(True) if each.look == members.PROCESSES])
             left -= min(first, 60 * self.minutes / 3) if math.isfinite(left) else 0
-
-        def price(claim: Open) -> float:
-            return self.cost([self.word_of(claim)]) / max(claim.chance, 1e-9)
-
-        for claim in sorted(likely or found, key=price):
+        for claim in sorted(likely or found, key=lambda each: self.cost([self.word_of(each)]) / max(each.chance, 1e-9)):
             more = [*taken, claim]
             fits = self.cost([(each, each.look) for each in more]) <= left
             if fits and (not taken or self.cost(list(map(self.word_of, more))) <= left):
@@ -272,8 +266,7 @@ class Spending:
 
     def first_seeds(self, run) -> dict[str, list[int]]:
         """Every cell of a run's grid, with the first look's seeds at most."""
-        look = self.looks_of(run.study)[0]
-        return {cell: seeds[:look] for cell, seeds in seeds_of(run).items()}
+        return {cell: seeds[: self.looks_of(run.study)[0]] for cell, seeds in seeds_of(run).items()}
 
     def want(self, run, seeds: dict[str, list[int]]) -> None:
         mine = self.seeds[_title(run)]
@@ -287,12 +280,10 @@ class Spending:
 
     def steps_of(self, asked: list[Open]) -> list[plan.Step]:
         """What brings these claims to their next look."""
-        runs = {}
-        for each in asked:
-            for run, cell in each.arms:
-                runs[_title(run)] = run
-                self.want(run, {cell: (list(range(each.look)) if cell == TIMES else run.seed_list)[: each.look]})
-        return self.steps(list(runs.values()), timed=asked[0].is_timed)
+        wanted = [(run, cell, each.look) for each in asked for run, cell in each.arms]
+        for run, cell, look in wanted:
+            self.want(run, {cell: (list(range(look)) if cell == TIMES else run.seed_list)[:look]})
+        return self.steps(list({_title(run): run for run, _, _ in wanted}.values()), timed=asked[0].is_timed)
 
     def steps(self, runs: list, *, searches: bool = False, timed: bool = False) -> list[plan.Step]:
         """The notebooks of these runs with the seeds wanted so far, and of their studies' analyses."""
@@ -301,15 +292,13 @@ class Spending:
             where = {"study": study, "scale": options.scale, "mode": options.mode}
             listed = [{**config.dump(run), **where} for run in wanted.values() if run and run.study == study]
             record.write_json(self.folder(study) / "runs.json", listed)
-        tuned = {
-            _title(r) for r in runs if claims.TUNED in (self.seeds[_title(r)] if self.is_staged else self.cells(r))
-        }
-        searched = [r for r in runs if searches or _title(r) in tuned]
+        asked = {_title(run): self.seeds[_title(run)] if self.is_staged else self.cells(run) for run in runs}
+        searched = [run for run in runs if searches or claims.TUNED in asked[_title(run)]]
         searched = [config.with_seeds(r, self.first_seeds(r)) if self.is_staged else r for r in searched]
         of_times = {_title(run): len(self.seeds[_title(run)].get(TIMES, ())) for run in runs}
         measured = of_times if timed or not self.is_staged else {}
         more = {"forced": self.forced, "searched": searched, "measured": measured}
-        found = plan.steps([wanted[_title(run)] for run in runs], options.scale, options.mode, **more)
+        found = plan.steps([wanted[_title(run)] for run in runs], **more)
         self.forced -= {step.title for step in found}
         self.planned += found
         return found
@@ -328,8 +317,7 @@ class Spending:
                 look = row["next_look"] or (members.PROCESSES if timed and not row["n_seeds"] else 0)
                 look = look if timed or look <= min(len(run.seed_list) for run, _ in compared) else 0
                 chance = 1.0 if row["chance"] is None else row["chance"]
-                enough = row["seeds_to_decide"]
-                if enough:  # it is judged at looks alone
+                if enough := row["seeds_to_decide"]:  # it is judged at looks alone
                     enough = next((n for n in self.looks_of(study) if n >= enough), enough)
                 found.append(Open(study, row["id"], compared, look, chance, enough))
         return found
@@ -418,9 +406,7 @@ class Spending:
             took = progress.rough(self.cost([(claim, seeds)]))
             price = f"about {seeds} {unit} and {took} more on this machine{chance}"
             if not (claim.look or claim.enough):
-                price = (
-                    "no more seeds are foreseen to decide it: its last look is taken, or they would not change its word"
-                )
+                price = "no more seeds are foreseen to decide it: its last look is taken, or no number changes its word"
             if seeds > claims.FAR:
                 price = f"{claims.roughly(seeds)} {unit} would decide it, far out of reach (its last look is at {last})"
             prices[claim.study][claim.id] = price
@@ -434,8 +420,8 @@ class Spending:
         self.left += [f"{', '.join(names)}: {command}" for command, names in commands.items()]
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)
-        late = [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]
-        if late:  # they decide no claim: one line for all
+        if late := [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]:
+            # they decide no claim: one line for all
             names = progress.some([step.title for step in late])
             took = sum(step.seconds for step in late)
             minutes = math.ceil(took / 60)  # enough on one slot

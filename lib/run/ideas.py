@@ -91,7 +91,9 @@ def prepare(options, outputs: Path, sets: dict[str, str], argv: list[str], fetch
     if gain >= (most := 9 if metric == "score" else 1):
         expected = f"a gain of {metric}, {'on a scale from 1 to 10' if most > 1 else 'a share: 0.01 is a point'}"
         raise StudyError(f"--gain {gain:g}", f"not below {most}", expected)
-    baseline, cell = _baseline(files[against], study, scale, sets)
+    baseline = config.load_run(files[against], study=study, scale=scale, mode="full", overrides=sets)
+    cells = [*config.cells(baseline.model_copy(update={"grid": baseline.grid and baseline.grid[:1]})).values()]
+    cell = cells[(len(cells) - 1) // 2][0]  # the middle one of the first block, around which grids are laid out
     stem = re.sub(r"[^a-z0-9]+", "_", path.stem.lower()).strip("_")
     text, about = path.read_text(encoding="utf-8"), {"study": study, "scale": scale, "against": against}
     root = outputs / f"{scale}-try,{stem[:40]}-{record.digest([text, about, gain, sets, same])[:8]}"
@@ -122,14 +124,6 @@ def prepare(options, outputs: Path, sets: dict[str, str], argv: list[str], fetch
     argv = [str(there) if Path(word) == path else word for word in argv]
     record.write_json(root / RECORD, {**made, "command": f"./run_all.sh {shlex.join(argv)}"})
     return root
-
-
-def _baseline(path: Path, study: str, scale: str, sets: dict) -> tuple[Any, dict]:
-    """(the shipped run with what --set says, in its grid too, and the cell that is compared): the middle one of its first
-    block, around which grids are laid out."""
-    run = config.load_run(path, study=study, scale=scale, mode="full", overrides=sets)
-    cells = [*config.cells(run.model_copy(update={"grid": run.grid and run.grid[:1]})).values()]
-    return run, cells[(len(cells) - 1) // 2][0]
 
 
 def _members(cell: dict, seeds: list[int]) -> dict[str, Any]:
@@ -166,8 +160,7 @@ def announcement(root: Path) -> str:
 
 def summary(root: Path, prepare: float) -> Iterator[str]:
     """What a try came to, in lines; `prepare`: seconds of what the members of one seed share."""
-    made = record.read_json(root / RECORD)
-    folder = root / made["study"] / "comparison"
+    folder = root / record.read_json(root / RECORD)["study"] / "comparison"
     if record.read_json(folder / "status.json", {}).get("status") == "succeeded":
         claim = record.read_json(folder / "claims.json")[0]
         yield claim["reason"] if claim["reason"].startswith("identical: ") else f"{claim['verdict']}: {claim['reason']}"

@@ -88,9 +88,8 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
         if missing := sorted(seeds - set(mine["seed"])):
             raise fault(f"{name} lacks seed {missing[0]:g}", "every seed for every cell of a claim")
         if unit and (counts := mine.groupby("seed")[unit[0]].nunique()).nunique() > 1:
-            raise fault(
-                f"{name}, seed {counts.idxmin():g}: fewer {unit[0]}s than other seeds", f"every {unit[0]} in every seed"
-            )
+            found = f"{name}, seed {counts.idxmin():g}: fewer {unit[0]}s than other seeds"
+            raise fault(found, f"every {unit[0]} in every seed")
     looks = study.looks_of(SCALE) if "looks" in study.model_fields_set else (len(seeds),)
     if len(seeds) < min(looks) or len(seeds) < 2:
         raise fault(f"{len(seeds)} seeds", f"at least {max(2, min(looks))}")

@@ -53,10 +53,9 @@ class PoolProvisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any):
         given = {k: v for k, v in (kwargs.get("env") or {}).items() if os.environ.get(k) != v}
-        environment = {"env": {**given, "STUDY_POOL": os.environ["STUDY_POOL"]}, "unset": ["JPY_PARENT_PID"]}
-        argument, here = {"connection_file": cmd[cmd.index("-f") + 1]}, str(kwargs.get("cwd") or os.getcwd())
-        work = {"target": "lib.run.pool:launch_kernel", "argument": argument, "log": None}
-        self.process = Process({**work, **environment, "cwd": here})
+        argument = {"connection_file": cmd[cmd.index("-f") + 1], "cwd": str(kwargs.get("cwd") or os.getcwd())}
+        work = {"target": "lib.run.pool:launch_kernel", "argument": argument, "log": os.devnull}
+        self.process = Process({**work, "env": {**given, "STUDY_POOL": os.environ["STUDY_POOL"]}})
         while self.process.pid is None and self.process.poll() is None:
             await asyncio.sleep(0.01)
         self.pid = self.process.pid
@@ -76,8 +75,7 @@ class Client(PapermillNotebookClient):
         return manager
 
     def process_message(self, msg, cell, cell_index):
-        if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):
-            msg["content"] = json.loads(record.redact(json.dumps(msg["content"])))
+        msg["content"] = json.loads(record.redact(json.dumps(msg["content"])))
         return super().process_message(msg, cell, cell_index)
 
 

@@ -294,11 +294,9 @@ def sources(run) -> dict:
     """Fingerprints of what a run reads: its data, its model, and the other local files that it names."""
     values, named = config.dump(run), config.study_module(run.study).PATHS
     paths = {key: config.get(values, key) for key in sorted({*named} - {"model.name", "dataset.name"})}
-    return {
-        "data": source(run.dataset.name, run.dataset.revision),
-        "model": source(run.model.name, run.model.revision),
-        "files": {key: source(path, None) for key, path in paths.items() if config.is_local(path)},
-    }
+    data, model = (source(section.name, section.revision) for section in (run.dataset, run.model))
+    files = {key: source(path, None) for key, path in paths.items() if config.is_local(path)}
+    return {"data": data, "model": model, "files": files}
 
 
 # ---- keys
@@ -316,26 +314,20 @@ def member_key(member) -> dict:
     """What a member's numbers depend on, in parts, with a digest of `all`."""
     run, numbers = member.run, {k: v for k, v in config.dump(member.run).items() if k not in NOT_NUMBERS}
     numbers["threads"] = run.compute.threads  # the order of float sums depends on it
-    if run.compute.strategy == "fsdp":
-        numbers["sharded"] = True
+    numbers |= {"sharded": True} if run.compute.strategy == "fsdp" else {}
     unused = config.study_module(run.study).NOT_NUMBERS  # no number depends on these, says the study
-    parts = {
-        "config": {k: v for k, v in flat(numbers).items() if k not in unused} | {"seed": member.seed, "mode": run.mode},
-        "code": record.digest(member_code(member)),
-        **sources(run),
-        **({"idea": source(run.idea, None)} if run.idea else {}),
-        "versions": versions(),
-        "device": device_kind(run.compute.gpus),
-    }
+    settings = {k: v for k, v in flat(numbers).items() if k not in unused} | {"seed": member.seed, "mode": run.mode}
+    made_by = {"code": record.digest(member_code(member)), "versions": versions()}
+    idea = {"idea": source(run.idea, None)} if run.idea else {}
+    parts = {"config": settings, **made_by, **sources(run), **idea, "device": device_kind(run.compute.gpus)}
     return {**parts, "all": record.digest(parts)}
 
 
 def measurement_key(run, function: str) -> str:
     """A digest of all that a measurement of the study's depends on, but the machine."""
     numbers = {k: v for k, v in config.dump(run).items() if k not in NOT_NUMBERS}
-    return record.digest(
-        [numbers, run.mode, reach(run.study, function, values=flat(numbers)), versions(), sources(run)]
-    )
+    code = reach(run.study, function, values=flat(numbers))
+    return record.digest([numbers, run.mode, code, versions(), sources(run)])
 
 
 def inputs_key(run, function: str = "prepare") -> str:

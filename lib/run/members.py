@@ -46,8 +46,6 @@ def stale(member, folder: Path) -> str:
 
 def archive(folder: Path) -> None:
     """Move a record aside, without its checkpoints: nothing recorded is lost, and nothing stale is resumed."""
-    if not folder.exists():
-        return
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     attempts = folder.parent.parent / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)

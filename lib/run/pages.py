@@ -27,10 +27,8 @@ ASSETS = Path(__file__).parent / "assets"
 FOLDERS = [f"{scale}-{mode}" for mode in ("full", "try", "trial") for scale in SCALES]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
-TAGS = (
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr "
-    "i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"
-)
+TAGS = """a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr
+i img ins kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul"""
 ATTRIBUTES = {"alt", "class", "colspan", "height", "href", "id", "rowspan", "scope", "style", "title", "width"}
 PUBLISHED = (".html", ".ipynb", ".json", ".yaml", ".csv", ".png", ".pdf")
 PLACE = ("left", "top")  # of a link over a figure's point (plots.embed): no other style is let in
@@ -101,7 +99,6 @@ def render(notebook, *, title: str, **about) -> str:
     page = {
         "title": next((text for tag, text, _ in heads if tag == "h1"), title),
         "contents": [(text, anchor) for tag, text, anchor in heads if tag == "h2"],
-        "css": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "policy": POLICY,
         **about,
     }
@@ -192,7 +189,6 @@ def index_html(outputs_root: str | Path) -> Path:
         groups=groups,
         working=working,
         files=partial(_links, root),
-        css=(ASSETS / "style.css").read_text(encoding="utf-8"),
         script=script,
         policy=f"{POLICY}; script-src 'sha256-{digest}'",
     )
@@ -295,9 +291,8 @@ def site(root: Path, target: Path) -> int:
     the machine's paths. A link to anything else (weights, logs) becomes text. Returns the number of files."""
     root, found = root.resolve(), [Path("index.html")]
     if target.resolve() == root:
-        raise StudyError(
-            "--site", f"{target}, where the record is", "another folder", "./run_all.sh report --site site"
-        )
+        expected, fix = "another folder", "./run_all.sh report --site site"
+        raise StudyError("--site", f"{target}, where the record is", expected, fix)
     texts = [path.read_text(encoding="utf-8") for path in root.rglob("*.ipynb")]  # which say where they were executed
     made_in = {folder for text in texts for folder in re.findall(r'"input_path": "(.+)/notebooks/', text)}
     folders = [Path(folder) for folder in sorted({*made_in, str(root.parent)}, key=len, reverse=True)]

@@ -187,21 +187,12 @@ def forecast(planned: list[Step], slots: int) -> Forecast:
     alone = sum(s.seconds for s in planned if s.kind in ("times", "analysis"))
     devices = max((s.run.compute.gpus for s in training), default=0)
     longest = max((s.of_each for s in training), default=0.0)
-    return Forecast(
-        wall_seconds=max(wide / max(1, slots), longest) + alone,
-        device_hours=sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600,
-        at_least=any(s.members and s.unknown for s in training),
-    )
+    hours = sum(s.seconds * max(1, devices) + s.prepare for s in training) / 3600
+    return Forecast(max(wide / max(1, slots), longest) + alone, hours, any(s.members and s.unknown for s in training))
 
 
 def steps(
-    runs: list,
-    scale: str,
-    mode: str,
-    *,
-    forced: Collection[str] = (),
-    searched: Iterable = (),
-    measured: Mapping[str, int] | None = None,
+    runs: list, *, forced: Collection[str] = (), searched: Iterable = (), measured: Mapping[str, int] | None = None
 ) -> list[Step]:
     """The steps for these runs (config.Run objects), each study's in order: train, sweep, times, analysis. `forced`: the
     titles of steps to do again; `searched`: runs to search for; `measured`: {study/run_id: processes that measure times}."""
@@ -220,7 +211,7 @@ def steps(
                 first.prepare += prepare_seconds(first.run)
         wanted = [run for run in searched if run.study == study]
         # a trial's search has no trials: that of one run shows what all of them would
-        wanted = wanted[:1] if mode == "trial" else [run for run in wanted if run.optuna.n_trials]
+        wanted = wanted[:1] if mine[0].mode == "trial" else [run for run in wanted if run.optuna.n_trials]
         searches = {run.run_id: _sweep(train[run.run_id], run, forced) for run in wanted}
         first = [step for step in searches.values() if not step.needs]  # their runs wait for what they find
         for step in first:
@@ -228,7 +219,7 @@ def steps(
             train[step.name].reason = train[step.name].reason or "its search is to be done" * bool(step.reason)
         mine = [*first, *train.values(), *(step for step in searches.values() if step.needs)]
         mine += [_times(step, n, forced) for step in train.values() if (n := (measured or {}).get(step.title))]
-        planned += [*mine, _analysis(study, mine, scale, mode, forced)]
+        planned += [*mine, _analysis(mine, forced)]
     return planned
 
 
@@ -300,8 +291,9 @@ def _times(train: Step, processes: int, forced: Collection[str]) -> Step:
     return step
 
 
-def _analysis(study: str, needs: list[Step], scale: str, mode: str, forced: Collection[str]) -> Step:
-    step = analysis(study, Path(needs[0].run.results_dir), scale, mode, needs=needs)
+def _analysis(needs: list[Step], forced: Collection[str]) -> Step:
+    run = needs[0].run
+    step = analysis(run.study, Path(run.results_dir), run.scale, run.mode, needs=needs)
     step.reason = "its runs are to be done" if any(s.reason for s in step.needs) else _why(step, forced)
     if step.reason:
         last = record.read_json(step.folder / "status.json", {})
@@ -321,14 +313,8 @@ def analysis_key(study: str, results: Path) -> str:
     asked for), each known by the attempts that made it, and by what a judge graded since."""
     folder = results / "comparison"
     paths = [path for pattern in RECORDS for path in sorted(results.glob(pattern)) if folder not in path.parents]
-    records = {path.relative_to(results).as_posix(): _made_by(path) for path in paths}
+    records = {path.relative_to(results).as_posix(): record.read_json(path) for path in paths}
     graded = [path.read_text() for path in sorted(results.glob("*/members/*/judged.json"))]
     code = keys.notebook_code(notebooks(study, results)["analysis"], with_imports=True)
     runs = record.read_json(folder / "runs.json")
     return record.digest([records, runs, claims_of(study, results).read_text(), *([graded] if graded else []), code])
-
-
-def _made_by(path: Path) -> tuple:
-    """Of a status, a sentinel or an error that a record holds: what is another one after another attempt."""
-    found = record.read_json(path) or {}
-    return found.get("status"), found.get("nonce"), found.get("key"), found.get("exception")

@@ -108,7 +108,7 @@ class Pool:
         streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}  # of it and of its children
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         about = {"path": self.socket, "slots": self.slots, "devices": devices, "bare": bare}
-        self._say(json.dumps({**about, "secrets": record.secret_variables(os.environ)}))
+        self.say(json.dumps({**about, "secrets": record.secret_variables(os.environ)}))
         deadline = time.monotonic() + START_SECONDS
         while not os.path.exists(self.socket):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -116,18 +116,15 @@ class Pool:
                 raise PoolLost("the pool of worker processes did not start")
             time.sleep(0.01)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """The first line is what the server is to be. After "stop" members save a checkpoint after the step they are in
+        and end; when none is left, the server ends with the rest."""
         with contextlib.suppress(OSError):
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
     def alive(self) -> bool:
         return self.process.poll() is None
-
-    def ask_to_stop(self) -> None:
-        """Members save a checkpoint after the step they are in and end; when none is left, the server ends with the
-        rest."""
-        self._say("stop")
 
     def close(self) -> None:
         """End the server, which kills its children first; where it does not react, they end by its death."""
@@ -173,7 +170,6 @@ class Task:
     state: str = "queued"  # queued, running, succeeded, failed, lost
     seconds: float = 0.0
     attempts: int = 0
-    pid: int | None = None
     connection: Connection | None = field(default=None, repr=False)
 
     @property
@@ -220,7 +216,7 @@ def wait_for(tasks: list[Task], on_change=lambda task: None, on_tick=lambda: Non
             for connection in wait(list(open_now), PROBE):
                 task, (event, value) = open_now[connection], receive(connection)
                 if event == "started":
-                    task.state, task.pid, task.seconds = "running", value, time.monotonic()
+                    task.state, task.seconds = "running", time.monotonic()
                 else:
                     stop([task])
                     if task.state == "running":
@@ -364,19 +360,18 @@ class Server:
 
     def run(self, request: dict, connection: Connection) -> int:
         """The child's exit code; what it writes goes into its log meanwhile, and signals come from the client."""
-        output, out = multiprocessing.Pipe(duplex=False) if request["log"] else (None, None)
+        output, out = multiprocessing.Pipe(duplex=False)
         process = self.context.Process(target=run_child, args=(request, self.secrets, out))  # pyright: ignore[reportAttributeAccessIssue]
         with self.starting:
             process.start()
-        if out:
-            out.close()
+        out.close()
         with self.changed:
             self.children[process] = request
             if self.stopping and "name" in request:
                 os.kill(process.pid, signal.SIGTERM)
         with contextlib.suppress(OSError):
             connection.send(("started", process.pid))
-        log, watched = record.Log(request["log"] or os.devnull), [process.sentinel, connection, *filter(None, [output])]
+        log, watched = record.Log(request["log"]), [process.sentinel, connection, output]
 
         def copy_output() -> None:
             data = os.read(output.fileno(), 1 << 16)
@@ -405,10 +400,8 @@ class Server:
         log.close()
         with self.changed:
             del self.children[process]
-        return -signal.SIGKILL if process.exitcode == LOST else process.exitcode
-
-
-LOST = 255  # multiprocessing's code of a child that went with its fork server
+        # 255 is multiprocessing's code of a child that went with its fork server
+        return -signal.SIGKILL if process.exitcode == 255 else process.exitcode
 
 
 def serve() -> None:
@@ -420,25 +413,19 @@ def serve() -> None:
 # ---- in a child
 
 
-def run_child(request: dict, secrets: dict, out: Connection | None) -> None:
+def run_child(request: dict, secrets: dict, out: Connection) -> None:
     """Take its place (process group, log, environment, threads) and call its target."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    null = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
-        os.dup2(null if out is None else out.fileno(), stream)
-    if out is not None:
-        out.close()
+        os.dup2(out.fileno(), stream)
+    out.close()
     end_with_parent()
     # multiprocessing hands each child an end of the pipe that keeps the fork server alive: it would outlive the server.
     with contextlib.suppress(AttributeError, TypeError, OSError):
         os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]
     record.KNOWN.update(secrets)
     os.environ.update(request.get("env", {}))
-    for name in request.get("unset", ()):
-        os.environ.pop(name, None)
-    if request.get("cwd"):
-        os.chdir(request["cwd"])
     if threads := request.get("threads"):
         # a spawned child is yet to import torch, which reads these
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -451,6 +438,8 @@ def launch_kernel(argument: dict) -> None:
     """Become an IPython kernel."""
     from ipykernel.kernelapp import IPKernelApp
 
+    os.chdir(argument["cwd"])
+    os.environ.pop("JPY_PARENT_PID", None)  # of a notebook that the runner was started in
     sys.argv = ["ipykernel_launcher", "-f", argument["connection_file"]]
     if transformers := sys.modules.get("transformers"):  # how it loads is for a member's log, not for a page
         transformers.utils.logging.set_verbosity_error()

@@ -87,11 +87,8 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     if len(kinds) > 1:  # members go to whichever GPU is free: nobody could say which of them made a record
         what = f"{', '.join(kinds)}: a member would train on any of these, and sums round differently"
         fix = " or ".join(f"CUDA_VISIBLE_DEVICES={devices} ({name})" for name, devices in kinds.items())
-        yield error(
-            "compute.gpu_type",
-            what,
-            f"{fix}; on a cluster: .venv/bin/ray start --num-gpus=0 on the nodes of the others",
-        )
+        fix += "; on a cluster: .venv/bin/ray start --num-gpus=0 on the nodes of the others"
+        yield error("compute.gpu_type", what, fix)
     elif (run.compute.gpu_type or "").split("-")[0].lower() not in gpus[0].name.lower():
         what = f"{gpus[0].name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
         yield warning("compute.gpu_type", what, "compute.gpu_type: null says that any will do")

@@ -71,36 +71,24 @@ def print_plan(rounds: list, slots: int, minutes: float = math.inf, price: float
         if each.what:
             print(f"{each.what}: {format_forecast(plan.forecast(each.steps, slots), 'about ')}")
         for step in each.steps:
-            print_step(step)
-    steps = [step for each in rounds for step in each.steps]
-    if not steps:
-        return
-    found, is_cut = forecast_rounds(rounds, slots, minutes)
-    gpus = any(step.run is not None and step.run.compute.gpus for step in steps)
-    cost = "" if price is None else f", {found.device_hours * price:.2f} at {price:g} an hour"
-    rest = f", {minutes:g} minutes of it for all after the first looks" if is_cut else ""
-    hours = f"{'more than ' * found.at_least}{found.device_hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
-    print(f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, {hours}")
-
-
-def forecast_rounds(rounds: list, slots: int, minutes: float) -> tuple[plan.Forecast, bool]:
-    """(what all of them take, whether `minutes`, the budget after the first looks, end before they do)."""
+            every = len(config.members(runs.settle(step.run, guess=True))) if step.kind == "train" else 0
+            members = f"{step.members}/{every}" if every else str(step.members or "")
+            seconds = "?" if step.unknown else duration(step.seconds)
+            print(f"{step.title:{TITLE}} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
+            names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
+            if needs := [name for name in names if hub.is_hub_id(name) and not hub.fetched(name)]:
+                print(f"{'':{TITLE}} downloads: {', '.join(needs)}")
     steps = [step for each in rounds for step in each.steps]
     split = sum(len(each.steps) for each in rounds if each.what.startswith("first") or not each.what)
     first, later = (plan.forecast(mine, slots) for mine in (steps[:split], steps[split:]))
     share = min(1.0, 60 * minutes / later.wall_seconds) if later.wall_seconds else 1.0
     wall, hours = (getattr(first, name) + share * getattr(later, name) for name in ("wall_seconds", "device_hours"))
-    return plan.Forecast(wall, hours, first.at_least or later.at_least), share < 1
-
-
-def print_step(step: plan.Step) -> None:
-    every = len(config.members(runs.settle(step.run, guess=True))) if step.kind == "train" else 0
-    members = f"{step.members}/{every}" if every else str(step.members or "")
-    seconds = "?" if step.unknown else duration(step.seconds)
-    print(f"{step.title:{TITLE}} {members:>8} {seconds:>10}  {step.reason or 'cached: up to date'}")
-    names = (step.run.model.name, step.run.dataset.name) if step.kind == "train" else ()
-    if needs := [name for name in names if hub.is_hub_id(name) and not hub.fetched(name)]:
-        print(f"{'':{TITLE}} downloads: {', '.join(needs)}")
+    found = plan.Forecast(wall, hours, first.at_least or later.at_least)
+    gpus = any(step.run is not None and step.run.compute.gpus for step in steps)
+    cost = "" if price is None else f", {hours * price:.2f} at {price:g} an hour"
+    rest = f", {minutes:g} minutes of it for all after the first looks" if share < 1 else ""
+    said = f"{'more than ' * found.at_least}{hours:.2f} {'GPU' if gpus else 'core'}-hours{cost}"
+    print(f"\npredicted with {slots} members at a time: {format_forecast(found)} of wall-clock{rest}, {said}")
 
 
 # ---- while it runs
@@ -201,16 +189,14 @@ class Live:
             self.block.console.out(whole.decode(errors="replace"))
 
     def show(self) -> None:
-        ended: dict[str, list] = {}
-        for step in self.to_do:
-            if step.state not in ("", "running") and step.title not in self.shown:
-                self.shown.add(step.title)
-                ended.setdefault(step.state, []).append(step)
-        for state, steps in ended.items():
+        ended = [step for step in self.to_do if step.state not in ("", "running") and step.title not in self.shown]
+        self.shown |= {step.title for step in ended}
+        for state in dict.fromkeys(step.state for step in ended):
+            steps = [step for step in ended if step.state == state]
             said = [f"{step.title} {state} in {step.minutes:.1f} min" for step in steps if step.minutes]
             for text in said or [f"{state}: {some([step.title for step in steps])}"]:
                 print(clip(f"  {text}"), flush=True)
-        judged = [step for step in ended.get("succeeded", ()) if step.kind == "analysis"]
+        judged = [step for step in ended if step.state == "succeeded" and step.kind == "analysis"]
         print_verdicts([step.folder for step in judged if step.parameters["mode"] == "full"], self.verdicts)
         text, lines, share = self.state(now := time.monotonic())
         if self.block:
@@ -285,7 +271,7 @@ def print_verdicts(folders: Iterable[Path], printed: set[str], *, priced: bool =
             printed.add(text)
 
 
-def status(root: Path, studies: list[str] | None = None) -> int:
+def status(root: Path, studies: list[str] | None = None) -> None:
     rows, done = [*root.glob("*/*/status.json"), *root.glob("*/*/sweep/status.json")], 0
     alive = root.is_dir() and is_running(root)  # whose lock would make the folder
     if alive:
@@ -311,7 +297,6 @@ def status(root: Path, studies: list[str] | None = None) -> int:
             print(f"  again: {error['again']}")
     print(f"{done} succeeded" if done else "", end="\n" * bool(done))
     print_verdicts((f for f in sorted(root.glob("*/comparison")) if not studies or f.parent.name in studies), set())
-    return 0
 
 
 # ---- one runner at a time

@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from lib import config, record
@@ -29,23 +28,16 @@ STOP_SECONDS = 60  # for members to save a checkpoint after Ctrl-C
 MIRROR_SECONDS = 15  # for W&B mirrors that are still under way when the last run has ended
 
 
-@dataclass
 class Runner:
-    """The pool and the threads that execute notebooks; what each step came to is written into it."""
+    """The pool and the threads that execute notebooks; what each step came to is written into it. `root`:
+    outputs/<scale>-<mode>, where whoever looks on finds how far it is."""
 
-    steps: list[plan.Step]
-    slots: int
-    fail_fast: bool = False
-    keep_secrets: bool = False
-    max_hours: float | None = None
-    root: Path | None = None  # outputs/<scale>-<mode>, where whoever looks on finds how far it is
-
-    def __post_init__(self):
+    def __init__(self, steps: list, slots: int, *, fail_fast=False, keep_secrets=False, max_hours=math.inf, root=None):
+        self.slots, self.fail_fast, self.keep_secrets, self.root = slots, fail_fast, keep_secrets, root
         self.began, self.stopping, self.pool = time.monotonic(), False, None
         self.guard, self.mirrors, self.live = threading.Lock(), wandb.Mirrors(), progress.Live(self)
-        self.latest = self.began + 3600 * (self.max_hours or math.inf)
-        given, self.steps = self.steps, []
-        self.add(given)
+        self.latest, self.steps = self.began + 3600 * (max_hours or math.inf), []
+        self.add(steps)
 
     def add(self, steps: list[plan.Step], until: float = math.inf) -> None:
         """More steps to execute, none of which starts where it is predicted to end after `until`."""
@@ -113,7 +105,7 @@ class Runner:
         signal.signal(signal.SIGTERM, self.leave)
         waiting = f"waiting for members to save a checkpoint, at most {STOP_SECONDS} s"
         print(f"\nstopping: {waiting}; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
-        self.pool.ask_to_stop()
+        self.pool.say("stop")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.pool.process.wait(STOP_SECONDS)
 
@@ -209,15 +201,14 @@ class Runner:
             try:
                 if step.kind == "times":
                     members.measure(step.run, processes=step.processes)
-                    break
-                check_success(step, execute_notebook(step, nonce), nonce)
+                else:
+                    check_success(step, execute_notebook(step, nonce), nonce)
+                    os.replace(partial(step), step.output)
+                    pages.notebook_html(step.output)
                 break
             except BaseException as error:
                 if number == 2 or self.stopping or not _lost(error):
                     raise
-        if step.kind != "times":
-            os.replace(partial(step), step.output)
-            pages.notebook_html(step.output)
         write_status(step, "succeeded", started)
         self.mirror(step)
         if step.kind == "analysis":

@@ -176,7 +176,6 @@ def planned(results_dir: Path) -> list:
     """The runs of a study as the runner planned them and their pilots chose, whether or not they left a record."""
     listed = record.read_json(Path(results_dir) / "comparison" / "runs.json")
     if listed is None:
-        fix = "run them: ./run_all.sh"
-        raise MissingError(str(results_dir), "no runs here", "the results of a study", fix)
+        raise MissingError(str(results_dir), "no runs here", "the results of a study", "run them: ./run_all.sh")
     of = ("study", "scale", "mode")
     return [settle(config.restore(run, **{key: run[key] for key in of}, results_dir=results_dir)) for run in listed]

@@ -11,10 +11,10 @@ out by rows. Checkpoints are gathered to the full adapters and optimizer state, 
 # pyright: reportAttributeAccessIssue=false
 
 import contextlib
-import importlib
 import json
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from peft import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,8 +77,7 @@ def worker(request: dict) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        module, function = request["target"].split(":")
-        result = getattr(importlib.import_module(module), function)(request["argument"])
+        result = pkgutil.resolve_name(request["target"])(request["argument"])
         if training.rank() == 0:
             (folder / "result").write_bytes(pickle.dumps(result))
         dist.barrier()
@@ -121,8 +119,7 @@ def shard(model: nn.Module) -> nn.Module:
     """
     base = models.unwrapped(model)
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             module.quant_state = state  # the sharded parameter loses it; bitsandbytes looks for it here
     stack = backbone(model)
     mesh = init_device_mesh("cuda" if next(model.parameters()).is_cuda else "cpu", (training.world(),))
@@ -138,21 +135,6 @@ def shard(model: nn.Module) -> nn.Module:
 def full(value: Any) -> Any:
     """A sharded tensor gathered, on the CPU, anything else as it is; all processes must call it together."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters by name, gathered, on the CPU."""
-    backbone(model).reshard()
-    return {name: full(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put gathered values of trained parameters (any subset) into a sharded model."""
-    backbone(model).reshard()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(like(value, parameters[name]))
 
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -173,7 +155,6 @@ class Sharded:
         super().__init__(*arguments, **options)
         shard(self.model)  # after whatever adds, removes or casts parameters
         self.is_distributed_loading_by_transformers = True
-        self.place_model_on_device = False
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -198,7 +179,8 @@ class Sharded:
         return full(super()._get_grad_norm(model, grad_norm))
 
     def _save(self, output_dir=None, state_dict=None):
-        state = trained_state(self.model)
+        backbone(self.model).reshard()
+        state = {name: full(p.detach()).cpu() for name, p in self.model.named_parameters() if p.requires_grad}
         if self.args.should_save:
             super()._save(output_dir, state_dict=state)
 
@@ -211,13 +193,14 @@ class Sharded:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        checkpoint = Path(resume_from_checkpoint)
-        if not hasattr(self.model, "peft_config"):
-            return load_trained_state(self.model, load_file(checkpoint / "model.safetensors"))
-        saved = load_peft_weights(str(checkpoint), device="cpu")
-        adapter = f".{self.model.active_adapter}."
-        names = {name.replace(adapter, "."): name for name, p in self.model.named_parameters() if p.requires_grad}
-        load_trained_state(self.model, {names[name]: value for name, value in saved.items()})
+        is_adapter = hasattr(self.model, "peft_config")  # in whose file the adapter's name is left out
+        saved = load_file(Path(resume_from_checkpoint) / f"{'adapter_' * is_adapter}model.safetensors")
+        adapter = f".{self.model.active_adapter}." if is_adapter else "."
+        backbone(self.model).reshard()
+        trained = {name.replace(adapter, "."): p for name, p in self.model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, value in saved.items():
+                trained[name].copy_(like(value, trained[name]))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -238,5 +221,5 @@ def sharded_class(trainer: type) -> type:
 if __name__ == "__main__":
     end_with_parent()  # torchrun gives each worker a session of its own, where nobody's group kill reaches it
     # by its own name: the functions above must be those that the study's modules import
-    importlib.import_module("lib.run.sharding").worker(json.loads(Path(sys.argv[1]).read_text()))
+    pkgutil.resolve_name("lib.run.sharding:worker")(json.loads(Path(sys.argv[1]).read_text()))
     os._exit(0)  # all is written; now and then one aborted as it unloaded its libraries, and its job began once more

@@ -5,6 +5,7 @@ reads that cell's record instead of training it again. The notebook that runs th
 it asks in batches of a fixed size, so the proposals depend on the seed and not on how many slots there are.
 """
 
+import contextlib
 import operator
 from pathlib import Path
 
@@ -50,16 +51,10 @@ def cells(run) -> list[dict]:
     space, points = distributions(run), []
     for member in config.members(config.tune(run)):
         point = {name: value_at(member.run, name) for name in space}
-        if point not in points and all(contains(d, point[name]) for name, d in space.items()):
-            points.append(point)
+        with contextlib.suppress(ValueError):  # as Optuna says of a point outside the space
+            optuna.trial.create_trial(params=point, distributions=space, value=0.0)
+            points += [point] * (point not in points)
     return points
-
-
-def contains(space: optuna.distributions.BaseDistribution, value) -> bool:
-    try:
-        return space._contains(space.to_internal_repr(value))
-    except ValueError:  # what a categorical one says of a value that is none of its choices
-        return False
 
 
 # ---- Optuna's study
@@ -91,19 +86,14 @@ def completed_trials(study: optuna.Study) -> list:
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
-def requeue_stale(study: optuna.Study) -> None:
-    """Trials left RUNNING by a killed process: failed, and queued again with the same parameters."""
+def start(run, folder: Path) -> optuna.Study:
+    """The run's study, ready to be asked: what an earlier, killed search finished is kept, what it left RUNNING has failed
+    and is queued again with the same parameters, and the cells of the grid are queued."""
+    study = open_study(run, folder)
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         print(f"trial {trial.number} of a killed search is queued again")
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
-
-
-def start(run, folder: Path) -> optuna.Study:
-    """The run's study, ready to be asked: what an earlier, killed search finished is kept, and the cells of the grid
-    are queued."""
-    study = open_study(run, folder)
-    requeue_stale(study)
     for point in cells(run):
         study.enqueue_trial(point, skip_if_exists=True)
     return study

@@ -226,12 +226,9 @@ def diff(entry: Entry, run) -> list[str]:
     if run is None:
         return ["run"]
     sizes = {file.name: file.size for file in run.files()}
-    same = {
-        "state": run.state == "finished",
-        "record": stated(run).get("digest") == entry.config["record"]["digest"],
-        "history": rows_of(run).issuperset(entry.rows()),
-        "files": all(sizes.get(name) == path.stat().st_size for name, path in entry.files.items()),
-    }
+    recorded = stated(run).get("digest") == entry.config["record"]["digest"]
+    same = {"state": run.state == "finished", "record": recorded, "history": rows_of(run).issuperset(entry.rows())}
+    same["files"] = all(sizes.get(name) == path.stat().st_size for name, path in entry.files.items())
     return [name for name, equal in same.items() if not equal]
 
 
@@ -400,18 +397,17 @@ def results(study: str, scale: str, mode: str, results_dir: str | Path | None, s
     return fetch(into, **{"place": f"{scale}-{mode}/{study}", **source})
 
 
-def main(what: str, *arguments: str) -> int:
+def main(what: str, *arguments: str) -> int | None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: nothing here needs to be put in order
     if what == "sync":
         entity, project, *folders = arguments
         return send_all([Path(folder) for folder in folders], entity=entity, project=project)
     {"online": follow, "offline": write_offline}[what](Path(arguments[0]))
-    return 0
 
 
 if __name__ == "__main__":
     try:
-        code = main(*sys.argv[1:])
+        code = main(*sys.argv[1:]) or 0
     except Exception as error:
         print(record.redact(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         code = getattr(error, "exit_code", 1)
