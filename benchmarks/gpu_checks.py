@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from lib import models, record, training
 from lib.errors import OutOfMemory
 from lib.run import sharding
 from lib.td_dpo.engine import row_tokens, sequence_logprobs
-from lib.td_dpo.study import Training
+from lib.td_dpo.study import Loss, Training
 from lib.td_dpo.trainer import PreferenceTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,15 +86,10 @@ def measure(argument: dict) -> dict:
         torch.cuda.reset_peak_memory_stats()
     kind = sharding.sharded_class(PreferenceTrainer) if training.world() > 1 else PreferenceTrainer
     with tempfile.TemporaryDirectory() as folder:
-        kind(
-            model,
-            {"train": rows, "validation": []},
-            reference | {"validation": torch.empty(0, 2)},
-            loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-            training=Training(**section),
-            seed=1,
-            folder=folder,
-        ).fit()
+        run = SimpleNamespace(loss=Loss(name="td_dpo", beta=0.05, tau=1.0), training=Training(**section))
+        tables = reference | {"validation": torch.empty(0, 2)}
+        given = SimpleNamespace(rows={"train": rows, "validation": []}, reference=tables)
+        kind(run, 1, Path(folder), given, model).fit()
         history, timing = (record.read_jsonl(Path(folder) / f"{name}.jsonl") for name in ("history", "timing"))
     timed = timing[WARM_UP:] or timing
     return {

@@ -15,6 +15,8 @@ import os
 import tempfile
 import traceback
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -29,7 +31,7 @@ from benchmarks.gate import End, Gate, Parts, now
 from benchmarks.gpu_checks import tokenizer
 from lib import models
 from lib.td_dpo.engine import sequence_logprobs, trunk_depth
-from lib.td_dpo.study import Training
+from lib.td_dpo.study import Loss, Training
 from lib.td_dpo.trainer import PreferenceTrainer
 from lib.training import SeededOrder
 
@@ -95,15 +97,10 @@ def ours(spec: dict, gate: Gate, folder: str) -> None:
             if "loss" in row:
                 gate.passed(row["loss"])
 
-    Passing(
-        model,
-        {"train": spec["rows"], "validation": []},
-        {"train": reference, "validation": torch.empty(0, 2)},
-        loss={"name": "dpo", "beta": BETA},
-        training=Training(**_arguments(spec), global_batch_size=spec["batch"]),
-        seed=SEED,
-        folder=folder,
-    ).fit()
+    section = Training(**_arguments(spec), global_batch_size=spec["batch"])
+    run = SimpleNamespace(loss=Loss(name="dpo", beta=BETA), training=section)
+    rows, tables = {"train": spec["rows"], "validation": []}, {"train": reference, "validation": torch.empty(0, 2)}
+    Passing(run, SEED, Path(folder), SimpleNamespace(rows=rows, reference=tables), model).fit()
 
 
 class Stock(DPOTrainer):

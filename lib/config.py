@@ -222,7 +222,7 @@ class Model(Section):
 
     name: Name
     revision: str | None = None
-    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    torch_dtype: Literal["float32", "bfloat16"] = Field("float32", validation_alias="dtype")  # as published for GRAFF
     trust_remote_code: Flag = False
 
 
@@ -239,6 +239,12 @@ class Schedule(Section):
     max_grad_norm: Positive = 1.0
     bf16: Flag = False
     eval_steps: Count | None = None  # null: at the end only
+
+    def warmup(self, total_steps: int) -> int:
+        """Warm-up steps; the ratio (0.1 where none is given) where the configured steps exceed the run's."""
+        if self.warmup_steps is not None and self.warmup_steps < total_steps:
+            return self.warmup_steps
+        return math.ceil((self.warmup_ratio or (0.1 if self.warmup_steps else 0.0)) * total_steps)
 
     @model_validator(mode="after")
     def _length_and_warmup(self):

@@ -452,13 +452,8 @@ def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Cal
         levels = {part: np.quantile(some, (0.5, 0.95, 1)).tolist() for part, some in parts.items()}
         lengths[split] = {part: dict(zip(("median", "95 %", "longest"), q, strict=True)) for part, q in levels.items()}
     known = ("source", "files", "dropped", "columns", "carved_from_train")
-    made = {
-        **{key: report[key] for key in known if key in report},
-        "rows": rows,
-        "counts": counts,
-        "tokens": lengths,
-        **more,
-    }
+    made = {key: report[key] for key in known if key in report}
+    made |= {"rows": rows, "counts": counts, "tokens": lengths} | more
     unmeasured = ["lengths in tokens: not counted, the tokenizer is not on this machine"] * (tokenizer is None)
     return made | {"summary": _summarize(made), "warnings": _warnings(made) + unmeasured}
 

@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lib import hub, models as base_models, record
 from lib.errors import MissingError, StudyError
 
-OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
 Base = tuple[PreTrainedModel, PreTrainedTokenizerFast, float]  # made here; the closing loss of its pretraining
-Make = Callable[[dict, OnStep], Base]  # of a recipe
+Make = Callable[[dict, Path], Base]  # of a recipe; the file that its steps go to
 
 # Formats of the models that are stood in for; each puts the beginning token itself, where the model has one.
 LLAMA2 = (
@@ -135,9 +134,10 @@ def write_stand_in(name: str, folder: str | Path, texts: Iterable[str], vocab_si
     return save(stand_in(name, tokenizer, **settings), tokenizer, folder)
 
 
-def pretrain(loss: Callable[[], Tensor], optimizer: Optimizer, rate: LRScheduler, steps: int, on_step: OnStep) -> float:
-    """Take `steps` steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1; returns the mean
-    loss of the last tenth of the steps."""
+def pretrain(loss: Callable[[], Tensor], optimizer: Optimizer, rate: LRScheduler, steps: int, history: Path) -> float:
+    """Take `steps` steps on `loss()`, the loss of the next batch, with gradients clipped to norm 1, a line of `history`
+    for each; returns the mean loss of the last tenth of the steps."""
+    history.unlink(missing_ok=True)
     losses = []
     for step in record.batches("pretraining of the made model", range(1, steps + 1)):
         value = loss()
@@ -147,7 +147,7 @@ def pretrain(loss: Callable[[], Tensor], optimizer: Optimizer, rate: LRScheduler
         rate.step()
         optimizer.zero_grad()
         losses.append(value.item())
-        on_step(step, steps, losses[-1])
+        record.append_jsonl(history, {"step": step, "steps": steps, "loss": losses[-1]})
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
@@ -157,12 +157,7 @@ def base_model(run, folder: Path, texts: Iterable[str], make: Make, **options: A
     `options` are the tokenizer's."""
     base, closing = run.model.name, None
     if base == "made":
-        (folder / "history.jsonl").unlink(missing_ok=True)
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            record.append_jsonl(folder / "history.jsonl", {"step": step, "steps": steps, "loss": loss})
-
-        model, tokenizer, closing = make(run.model.recipe.model_dump(), on_step)
+        model, tokenizer, closing = make(run.model.recipe.model_dump(), folder / "history.jsonl")
         base = str(save(model, tokenizer, folder / "base"))
     elif run.mode == "trial" and hub.out_of_reach(base):
         base = str(write_stand_in(base, folder / "base", texts))

@@ -4,7 +4,6 @@ Trainable parameters are always float32, whatever the compute dtype: in bfloat16
 away.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lib import hub, record
 from lib.errors import MissingError, StudyError
+
+transformers.utils.logging.disable_progress_bar()  # of what is loaded, and one per saved checkpoint: they flood a log
 
 
 def current_device() -> torch.device:
@@ -61,13 +62,10 @@ def load_inputs(folder: Path, *names: str) -> SimpleNamespace:
     """What a study's `prepare` wrote into `folder` (which may have been renamed since) for all members of a run:
     `tokenizer`, `report` (counts and baselines for the record), `base` (the base model's name or folder), and what
     `names` are, each from the JSON file called so."""
-    report = record.read_json(folder / "report.json")
-    return SimpleNamespace(
-        tokenizer=load_tokenizer(str(folder / "tokenizer")),
-        report=report,
-        base=str(folder / "base") if (folder / "base").is_dir() else report["base"],
-        **{name: record.read_json(folder / f"{name}.json") for name in names},
-    )
+    given = SimpleNamespace(**{name: record.read_json(folder / f"{name}.json") for name in ("report", *names)})
+    given.tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    given.base = str(folder / "base") if (folder / "base").is_dir() else given.report["base"]
+    return given
 
 
 def nf4(compute: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
@@ -104,8 +102,6 @@ def load_causal_lm(
     if quantization == "nf4":
         config = nf4(dtype, getattr(torch, quant_storage or "uint8"))
         options |= {"quantization_config": config, "device_map": {"": place}}
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # it floods a log
     try:
         model = auto_class.from_pretrained(source, **options)
     except torch.OutOfMemoryError:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from lib import record
 
@@ -162,29 +161,22 @@ def keep_last_and_best(place: Path, last: Path, best_step: int | None) -> None:
             remove_checkpoint(other)
 
 
-def usable_checkpoint(place: Path, fingerprint: str) -> Path | None:
-    """The last complete checkpoint marked with `fingerprint`. What is incomplete or of another configuration is
-    removed, and so is what a kill between a save and its tidying left: only the last and its best are kept."""
-    for folder in checkpoint_folders(place):
-        if (read_marker(folder) or {}).get("fingerprint") != fingerprint:
-            remove_checkpoint(folder)
-    if usable := last_complete_checkpoint(place):
-        keep_last_and_best(place, usable, read_marker(usable).get("best_step"))
-    return usable
-
-
-def truncate_history(path: Path, step: int) -> None:
-    """Keep the lines of a JSON-lines history up to and with `step`; a half-written last line goes too. Atomic."""
-    if path.exists():
-        record.write_jsonl(path, (row for row in record.read_jsonl(path) if row["step"] <= step))
-
-
-def resume_point(folder: Path, fingerprint: str) -> Path | None:
-    """The checkpoint from which the member in `folder` resumes; its histories are cut back to it."""
-    checkpoint = usable_checkpoint(folder / "checkpoints", fingerprint)
-    for name in ("history.jsonl", "timing.jsonl"):
-        truncate_history(folder / name, -1 if checkpoint is None else read_marker(checkpoint)["step"])
-    return checkpoint
+def resume_point(folder: Path, fingerprint: str) -> tuple[Path | None, dict]:
+    """(the checkpoint from which the member in `folder` resumes, what it was marked with): the last complete one of this
+    `fingerprint`. What is incomplete or of another configuration is removed, and so is what a kill between a save and its
+    tidying left: only the last and its best are kept. Histories are cut back to it, each at once; a half-written last line
+    goes too."""
+    place, marker = folder / "checkpoints", {"step": -1}
+    for each in checkpoint_folders(place):
+        if (read_marker(each) or {}).get("fingerprint") != fingerprint:
+            remove_checkpoint(each)
+    if checkpoint := last_complete_checkpoint(place):
+        marker = read_marker(checkpoint)
+        keep_last_and_best(place, checkpoint, marker.get("best_step"))
+    for path in (folder / "history.jsonl", folder / "timing.jsonl"):
+        if path.exists():
+            record.write_jsonl(path, (row for row in record.read_jsonl(path) if row["step"] <= marker["step"]))
+    return checkpoint, marker
 
 
 def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.Module:
@@ -206,7 +198,6 @@ class Outcome(NamedTuple):
     status: str  # completed | diverged
     step: int
     best_step: int | None = None
-    best: Path | None = None
 
 
 class StudyTrainer(Trainer, TrainerCallback):
@@ -228,8 +219,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         *,
         folder: str | Path,
         fingerprint: str,
-        steps: int,
-        seed: int,
         eval_steps: int | None = None,
         save_steps: int | None = None,
         log_every: int | None = None,
@@ -246,8 +235,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         self.best_value: float | None = None
         args = TrainingArguments(
             output_dir=str(self.folder / "checkpoints"),
-            max_steps=steps,
-            seed=seed,
             use_cpu=model.device.type == "cpu",
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -266,7 +253,6 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def measure(self) -> dict:
         """What history holds of the step that has just ended: at least its `loss`."""
-        return {}
 
     def throughput(self, seconds: float) -> dict:
         """What timing.jsonl holds of the step besides its seconds."""
@@ -281,12 +267,9 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def schedule(self) -> None:
         """Decide after a step whether to evaluate and save: at the intervals (None: not in between) and at the end."""
-        step = self.state.global_step
-
-        def due(every: int | None) -> bool:
-            return self.finished() or bool(every and step % every == 0)
-
-        self.control.should_evaluate, self.control.should_save = due(self.eval_steps), due(self.save_steps)
+        intervals = (self.eval_steps, self.save_steps)
+        due = [self.finished() or bool(every and self.state.global_step % every == 0) for every in intervals]
+        self.control.should_evaluate, self.control.should_save = due
 
     def finished(self) -> bool:
         """Whether the step that has just ended was the last one."""
@@ -294,7 +277,6 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def extra_state(self) -> dict:
         """What a resumed run needs besides weights, optimizer, schedule and random state (plain values, tensors)."""
-        return {}
 
     def load_extra_state(self, state: dict) -> None:
         """Take over what `extra_state` returned when the checkpoint was saved."""
@@ -303,9 +285,7 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def fit(self) -> Outcome:
         """Train from the last complete checkpoint of this fingerprint, else from the start; a finished run is loaded."""
-        transformers_logging.disable_progress_bar()  # one bar per saved checkpoint would flood the log
-        checkpoint = on_rank_zero(lambda: resume_point(self.folder, self.fingerprint))
-        marker = read_marker(checkpoint) if checkpoint else {}
+        checkpoint, marker = on_rank_zero(lambda: resume_point(self.folder, self.fingerprint))
         self.best_step, self.best_value = marker.get("best_step"), marker.get("best_value")
         if marker.get("done"):
             self._load_from_checkpoint(str(checkpoint))
@@ -316,9 +296,8 @@ class StudyTrainer(Trainer, TrainerCallback):
             if checkpoint is None:
                 self.begin()
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        best = None if self.best_step is None else Path(self.args.output_dir) / f"checkpoint-{self.best_step}"
         status = "diverged" if self.diverged else "completed"
-        return Outcome(status, self.state.global_step, self.best_step, best)
+        return Outcome(status, self.state.global_step, self.best_step)
 
     def on_step_begin(self, args, state, control, **_):
         record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)
@@ -358,9 +337,8 @@ class StudyTrainer(Trainer, TrainerCallback):
         seconds = max(time.perf_counter() - self.started, 1e-9)
         where = {"step": self.state.global_step, "epoch": self.state.epoch}
         self.write({**where, **measured, "grad_norm": gradient_norm, "learning_rate": logs["learning_rate"]})
-        rates = self.throughput(seconds)
+        row = {"step": self.state.global_step, "seconds": seconds, **self.throughput(seconds)}
         if rank() == 0:
-            row = {"step": self.state.global_step, "seconds": seconds, **rates}
             record.append_jsonl(self.folder / "timing.jsonl", row)
         if not (math.isfinite(measured["loss"]) and math.isfinite(gradient_norm)):
             self.diverge()

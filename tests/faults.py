@@ -132,11 +132,11 @@ class Hook(importlib.abc.MetaPathFinder):
         def patched(module):
             execute(module)
             made = module.PreferenceTrainer.__init__
-            def init(self, *arguments, seed, **options):
+            def init(self, run, seed, *rest):
                 if seed == 2:
                     from tests.faults import no_memory_at
                     no_memory_at(module, 3)
-                made(self, *arguments, seed=seed, **options)
+                made(self, run, seed, *rest)
             module.PreferenceTrainer.__init__ = init
         spec.loader.exec_module = patched
         return spec

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from lib import models, training
 from lib.run import sharding
 from lib.td_dpo import engine
-from lib.td_dpo.study import Training
+from lib.td_dpo.study import Loss, Training
 from lib.td_dpo.trainer import PreferenceTrainer
 
 
@@ -47,25 +48,17 @@ def train(argument: dict) -> dict:
                 (folder / "failed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def look(step, policy):
-        if training.world() > 1:
-            sharding.backbone(policy).reshard()
-        for name, p in policy.named_parameters():
-            local = p.to_local() if hasattr(p, "to_local") else p
-            held[name] = local.numel()
-        return {}
+        def sampled_kl(self):
+            if training.world() > 1:
+                sharding.backbone(self.model).reshard()
+            for name, p in self.model.named_parameters():
+                local = p.to_local() if hasattr(p, "to_local") else p
+                held[name] = local.numel()
+            return {}
 
     kind = sharding.sharded_class(Trainer) if training.world() > 1 else Trainer
-    outcome = kind(
-        model,
-        given,
-        tables,
-        loss={"name": "td_dpo", "beta": 0.05, "tau": 1.0},
-        training=Training(**argument["training"]),
-        seed=3,
-        folder=folder,
-        on_evaluate=look,
-    ).fit()
+    run = SimpleNamespace(loss=Loss(name="td_dpo", beta=0.05, tau=1.0), training=Training(**argument["training"]))
+    outcome = kind(run, 3, folder, SimpleNamespace(rows=given, reference=tables), model).fit()
     return {"status": outcome.status, "step": outcome.step, "whole": whole, "held": training.all_gather(held)}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lib import record
 from lib.errors import StudyError
 from lib.made import save, train_bpe_tokenizer
 from lib.td_dpo import data
@@ -27,10 +28,6 @@ RECIPE = {
 REAL = Path(__file__).parents[2] / "shared/data/alpaca_eval_preferences/data/test-00000-of-00001.parquet"
 
 
-def quiet(*_):
-    """Of pretraining's steps."""
-
-
 @pytest.fixture(scope="module")
 def pairs():
     return make_pairs(120, 0, 0)["train"]
@@ -38,10 +35,10 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def made(pairs, tmp_path_factory):
-    folder, losses = tmp_path_factory.mktemp("base"), []
-    model, tokenizer, _ = make_base(pairs, RECIPE, lambda step, total, loss: losses.append((step, total, loss)))
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer, _ = make_base(pairs, RECIPE, folder / "history.jsonl")
     save(model, tokenizer, folder)
-    return folder, losses
+    return folder, record.read_jsonl(folder / "history.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +49,8 @@ def loaded(made):
 
 def test_training_reports_every_step_and_learns(made):
     folder, losses = made
-    assert [(step, total) for step, total, _ in losses] == [(k, 40) for k in range(1, 41)]
-    assert losses[-1][2] < 0.75 * losses[0][2]
+    assert [(row["step"], row["steps"]) for row in losses] == [(k, 40) for k in range(1, 41)]
+    assert losses[-1]["loss"] < 0.75 * losses[0]["loss"]
     assert (folder / "model.safetensors").exists()
     assert (folder / "tokenizer.json").exists()
 
@@ -67,11 +64,11 @@ def test_the_made_vocabulary_begins_with_its_marks_and_no_others_whatever_roles_
 def test_the_same_recipe_gives_the_same_weights_and_leaves_the_callers_generator_alone(pairs, made, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    save(*make_base(pairs, RECIPE, quiet)[:2], tmp_path)
+    save(*make_base(pairs, RECIPE, tmp_path / "h")[:2], tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert (tmp_path / "model.safetensors").read_bytes() == (made[0] / "model.safetensors").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == (made[0] / "tokenizer.json").read_bytes()
-    save(*make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1}, quiet)[:2], tmp_path)
+    save(*make_base(pairs, {**RECIPE, "seed": 1, "sft_steps": 1}, tmp_path / "h")[:2], tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() != (made[0] / "model.safetensors").read_bytes()
 
 
@@ -110,7 +107,7 @@ def test_too_small_a_vocabulary_and_no_answers_are_refused(pairs, loaded, monkey
         conversations(loaded[1], pairs)
 
 
-def test_real_conversations_are_cut_and_learned_from(monkeypatch):
+def test_real_conversations_are_cut_and_learned_from(monkeypatch, tmp_path):
     if not REAL.exists():
         pytest.skip(f"{REAL} is not on this machine")
     import pandas as pd
@@ -120,7 +117,7 @@ def test_real_conversations_are_cut_and_learned_from(monkeypatch):
         {"prompt": list(chosen[:-1]), "chosen": [chosen[-1]], "rejected": [rejected[-1]], "row": k}
         for k, (chosen, rejected) in enumerate(zip(rows["chosen"], rows["rejected"], strict=True))
     ]
-    tokenizer = make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600}, quiet)[1]
+    tokenizer = make_base(real, {**RECIPE, "sft_steps": 4, "vocab_size": 600}, tmp_path / "h")[1]
     assert len(tokenizer) == 600
     monkeypatch.setattr(data, "LONGEST", 128)
     kept = conversations(tokenizer, real)

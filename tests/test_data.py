@@ -638,8 +638,8 @@ def test_carved_splits_share_no_prompt_and_follow_the_seed(tmp_path):
     assert not prompts["test"] & prompts["validation"]
     assert len(splits["test"]) == 60
     assert len(splits["validation"]) == 50
-    assert load(path, split_seed=1, validation_fraction=0.2)[1]["fingerprint"] == report["fingerprint"]
-    assert load(path, split_seed=2, validation_fraction=0.2)[1]["fingerprint"] != report["fingerprint"]
+    assert load(path, split_seed=1, validation_fraction=0.2)[0] == splits
+    assert load(path, split_seed=2, validation_fraction=0.2)[0] != splits
     assert all([pair["row"] for pair in pairs] == sorted(pair["row"] for pair in pairs) for pairs in splits.values())
 
 
@@ -677,14 +677,10 @@ def test_prompts_in_both_shipped_splits_are_reported(tmp_path):
     assert counts["test"]["in_validation"] == counts["validation"]["in_train"] == {"count": 0, "first": []}
 
 
-def test_fingerprint_is_of_content_not_of_place(tmp_path):
+def test_the_same_rows_are_the_same_pairs_in_whichever_format(tmp_path):
     rows = [mix_row(i) for i in range(20)]
-    first = load(write_jsonl(tmp_path / "a.jsonl", rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    second = load(tmp_path / "b.parquet")
-    assert first[1]["fingerprint"] == second[1]["fingerprint"]
-    rows[3]["chosen"][1]["content"] += "."
-    assert load(write_jsonl(tmp_path / "a.jsonl", rows))[1]["fingerprint"] != second[1]["fingerprint"]
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows))[0] == load(tmp_path / "b.parquet")[0]
 
 
 def test_relative_paths_work_from_any_directory(tmp_path, monkeypatch):
@@ -698,7 +694,7 @@ def test_relative_paths_work_from_any_directory(tmp_path, monkeypatch):
 
 def test_one_file_of_problems_is_carved_and_shares_no_question(tmp_path):
     rows = [{"question": f"q{i // 2}", "answer": f"so\n#### {i}"} for i in range(60)]
-    splits, report = prepare.read_problems(str(write_jsonl(tmp_path / "one.jsonl", rows)), ("test", "train"))
+    splits, report = prepare.read_problems(str(write_jsonl(tmp_path / "one.jsonl", rows)), ("test", "train"), {})
     assert {name: len(part) for name, part in splits.items()} == {"test": 6, "train": 54}
     assert report["carved_from_train"] == {"test": 0.1}
     assert not {row["question"] for row in splits["test"]} & {row["question"] for row in splits["train"]}
@@ -718,7 +714,7 @@ def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_
     good = {"question": "q", "answer": 4}
     rows = [good, {"question": "q"}, {"question": None, "answer": "#### 1"}, {"question": "q", "answer": "#### 1/2"}]
     with pytest.raises(StudyError) as caught:
-        prepare.read_problems(str(write_jsonl(tmp_path / "a.jsonl", rows)), ("test", "train"))
+        prepare.read_problems(str(write_jsonl(tmp_path / "a.jsonl", rows)), ("test", "train"), {})
     for fault in ("missing answer .row 1: columns: question", "missing question .row 2", "no '#### number' .*row 3"):
         assert re.search(fault, str(caught.value)), str(caught.value)
     assert "--set dataset.on_bad_row=drop" in str(caught.value)
@@ -728,7 +724,7 @@ def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_
         section={"on_bad_row": "drop"},
     )
     assert (sum(map(len, splits.values())), report["dropped"]["count"]) == (2, 3)
-    gsm1k = prepare.read_problems(str(write_jsonl(tmp_path / "b.jsonl", [good])), ("test",))[0]["test"]
+    gsm1k = prepare.read_problems(str(write_jsonl(tmp_path / "b.jsonl", [good])), ("test",), {})[0]["test"]
     assert gsm1k == [{"question": "q", "answer": "#### 4"}]
 
 

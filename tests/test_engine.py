@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib import models as base_models, record, training as runs
 from lib.errors import StudyError
-from lib.td_dpo import data, engine, losses, member, trainer
+from lib.td_dpo import data, engine, losses, trainer
 from lib.td_dpo.engine import pair_scores, reference_columns, with_reference
-from lib.td_dpo.study import Training
+from lib.td_dpo.study import Loss, Training
 from lib.td_dpo.trainer import PreferenceTrainer
 
 WORDS = [
@@ -131,8 +131,9 @@ def references(model):
 REFERENCE = references(make_model())
 
 
-def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, table=REFERENCE, options=None, **training):
-    """One training of the tiny model; returns the outcome and the records that it wrote itself."""
+def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, table=REFERENCE, kl=None, **training):
+    """One training of the tiny model, with what `kl` returns as its sampled KL; returns the outcome and the records that it
+    wrote itself."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     records = []
@@ -144,17 +145,12 @@ def train(folder, *, model=None, loss=DPO, seed=3, on_write=None, rows=ROWS, tab
             if on_write:
                 on_write(row)
 
-    mine = Trainer(
-        model or make_model(),
-        {"train": rows, "validation": VALIDATION},
-        table,
-        loss=loss,
-        training=Training(**TRAINING | training),
-        seed=seed,
-        folder=folder,
-        **(options or {}),
-    )
-    return mine.fit(), records
+        def sampled_kl(self):
+            return kl(self.model) if kl else {}
+
+    run = SimpleNamespace(loss=Loss(**loss), training=Training(**TRAINING | training))
+    given = SimpleNamespace(rows={"train": rows, "validation": VALIDATION}, reference=table)
+    return Trainer(run, seed, folder, given, model or make_model()).fit(), records
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -293,7 +289,8 @@ def test_log_probabilities_are_the_definitions_in_float64(layout, attention, tol
     for elements in (2**24, 360 * 7):  # in one go, and in chunks of seven tokens
         monkeypatch.setattr(engine, "CHUNK", {"cpu": elements})
         monkeypatch.setattr(engine, "MIN_CHUNK", 1)
-        got = engine.sequence_logprobs(model, ROWS, token_budget=300)
+        monkeypatch.setattr(engine, "SCORING_TOKENS", 300)
+        got = engine.sequence_logprobs(model, ROWS)
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
 
 
@@ -531,7 +528,7 @@ def test_a_timed_step_computes_in_the_precision_of_a_training(bf16):
 @pytest.mark.parametrize(("tokens", "rows"), [(48, 80), (1024, 16), (20_000, 1)])
 def test_long_answers_are_sampled_fewer_at_a_time(tokens, rows):
     evaluation = SimpleNamespace(max_new_tokens=tokens, temperature=0.7)
-    assert member._sampling(SimpleNamespace(evaluation=evaluation))["batch_size"] == rows
+    assert trainer.sampling(SimpleNamespace(evaluation=evaluation))["batch_size"] == rows
 
 
 HISTORY = [
@@ -560,7 +557,7 @@ def test_training_learns_and_records_every_step(tmp_path):
         model=model,
         loss={"name": "td_dpo_anchored", "beta": 0.01, "tau": 1.0},
         max_steps=30,
-        options={"on_evaluate": lambda step, model: {"sampled_kl": 1.0}},
+        kl=lambda model: {"sampled_kl": 1.0},
     )
     timings = record.read_jsonl(tmp_path / "timing.jsonl")
     assert record.read_jsonl(tmp_path / "history.jsonl") == records
@@ -592,10 +589,9 @@ def test_the_best_checkpoint_is_kept_and_gives_its_metric_back(tmp_path):
     evaluations = {r["step"]: r["validation_implicit_accuracy"] for r in records if "validation_loss" in r}
     best = max(evaluations, key=evaluations.get)
     assert outcome.best_step == best
-    assert outcome.best == tmp_path / "checkpoints" / f"checkpoint-{best}"
     kept = {int(p.name[11:]) for p in runs.checkpoint_folders(tmp_path / "checkpoints")}
     assert kept == {best, 14}
-    model = runs.load_checkpoint(make_model(seed=4), outcome.best)
+    model = runs.load_checkpoint(make_model(seed=4), tmp_path / "checkpoints" / f"checkpoint-{best}")
     scores = pair_scores(model, VALIDATION, REFERENCE["validation"])
     assert sum(s["rho"] > 0 for s in scores) / 16 == evaluations[best]
 
@@ -690,7 +686,8 @@ def test_steps_follow_from_the_global_batch():
 
 def test_batches_are_the_same_in_every_arm_and_differ_between_seeds(tmp_path):
     def lengths(name, seed):
-        _, records = train(tmp_path / f"{name}{seed}", loss={"name": name, "beta": 0.05, "tau": 1.0}, seed=seed)
+        tau = {"tau": 1.0} if name == "td_dpo" else {}
+        _, records = train(tmp_path / f"{name}{seed}", loss={"name": name, "beta": 0.05, **tau}, seed=seed)
         return [(r["chosen_length"], r["rejected_length"]) for r in records if "loss" in r]
 
     first = lengths("dpo", 42)
@@ -719,7 +716,7 @@ def test_a_run_that_diverges_is_an_outcome_with_its_step(tmp_path, loss):
 
 def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     loss = {"name": "td_dpo", "beta": 0.0, "tau": 0.5, "average_log_probs": True}
-    _, records = train(tmp_path, loss=loss, options={"max_batches": 1})
+    _, records = train(tmp_path, loss=loss, max_steps=1)
     rows = [ROWS[i] for i in list(runs.SeededOrder(40, 3))[:8]]
     table = engine.sequence_logprobs(make_model(), rows)
     delta = table[:, 0] / torch.tensor([len(r["chosen_ids"]) for r in rows]) - table[:, 1] / torch.tensor(
@@ -730,16 +727,10 @@ def test_averaged_log_probabilities_are_a_flagged_ablation(tmp_path):
     assert records[0]["raw_margin"] == pytest.approx(float((table[:, 0] - table[:, 1]).mean()), rel=1e-4)
 
 
-def test_max_batches_limits_every_phase(tmp_path):
-    outcome, records = train(tmp_path, options={"max_batches": 2})
-    assert outcome.step == 2
-    assert [r["step"] for r in records] == [1, 2, 2]
-
-
 def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
     """LoRA with dropout draws random numbers in training; sampling at evaluations must not shift them."""
 
-    def noisy(step, model):
+    def noisy(model):
         torch.rand(7), random.random()
         model.eval()
         prompt = {
@@ -750,11 +741,12 @@ def test_what_runs_at_an_evaluation_leaves_the_training_alone(tmp_path):
         assert torch.equal(*said)
         assert said[0].shape[1] > 3
         model.train()
+        return {}
 
     histories = []
-    for index, hook in enumerate((lambda step, model: None, noisy)):
+    for index, hook in enumerate((None, noisy)):
         model = with_adapter(make_model(), dropout=0.3)
-        _, records = train(tmp_path / str(index), model=model, options={"on_evaluate": hook})
+        _, records = train(tmp_path / str(index), model=model, kl=hook)
         histories.append(records)
     assert histories[0] == histories[1]
 
@@ -805,7 +797,7 @@ def test_nf4_adapters_are_trained_in_float32(tmp_path):
     model = nf4_model(tmp_path / "base")
     with model.disable_adapter():
         table = references(model)
-    outcome, records = train(tmp_path / "run", model=model, table=table, options={"max_batches": 2})
+    outcome, records = train(tmp_path / "run", model=model, table=table, max_steps=2)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.dtype == torch.float32 for p in trained)
@@ -935,7 +927,10 @@ def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path):
 def test_history_is_cut_to_a_step_and_loses_a_half_written_line(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n{"step": 3}\n{"step": 1, "lo')
-    runs.truncate_history(path, 2)
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    runs.mark_complete(tmp_path / "checkpoints" / "checkpoint-2", {"step": 2, "fingerprint": "f"})
+    checkpoint, marker = runs.resume_point(tmp_path, "f")
+    assert (checkpoint.name, marker["step"]) == ("checkpoint-2", 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n'
 
 

@@ -414,7 +414,7 @@ def test_extraction_agrees_with_the_harness_on_the_table_and_all_references():
 def test_all_references_of_gsm8k_are_read():
     if not GSM8K.exists():
         pytest.skip("GSM8K lies beside the checkout in ../shared")
-    splits, _ = prepare.read_problems(str(GSM8K), ("test", "train"))
+    splits, _ = prepare.read_problems(str(GSM8K), ("test", "train"), {})
     rows = [r for name in ("train", "test") for r in splits[name]]
     assert len(rows) == 8792
     assert all(data.strict(r["answer"]) == data.flexible(r["answer"].split("####")[1]) for r in rows)
@@ -426,7 +426,7 @@ def test_all_references_of_gsm8k_are_read():
 def test_a_data_set_without_answers_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "just 5"}\n')
     with pytest.raises(StudyError, match="no '#### number'"):
-        prepare.read_problems(str(tmp_path), ("test", "train"))
+        prepare.read_problems(str(tmp_path), ("test", "train"), {})
 
 
 def test_left_padded_batches_write_what_single_prompts_do(shared):

@@ -42,7 +42,7 @@ KINDS = {81: "writing", 104: "reasoning", 106: "reasoning", 111: "math"}
 
 def write_answers(folder, data, about=""):
     """The answers of a member that was trained with the MT-Bench in `data`."""
-    asked = {number: mt_bench.digest(question) for number, question in mt_bench.read(data)["questions"].items()}
+    asked = {number: record.digest(question["turns"]) for number, question in mt_bench.read(data)["questions"].items()}
     rows = [
         {
             "question": i,

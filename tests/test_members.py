@@ -180,14 +180,15 @@ def test_a_kill_between_a_save_and_its_tidying_leaves_no_third_checkpoint(tmp_pa
     """Found by the fourth of a hundred faults: the last checkpoint was saved, the older ones not yet removed."""
     from lib import training as checkpoints
 
+    place = tmp_path / "checkpoints"
     for step in (2, 4, 6, 8):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", {"step": step, "fingerprint": "f", "best_step": 4})
-    (tmp_path / "checkpoint-10").mkdir()  # killed inside its save
-    assert checkpoints.usable_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-8"
-    assert [p.name for p in checkpoints.checkpoint_folders(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
-    assert checkpoints.usable_checkpoint(tmp_path, "another") is None
-    assert checkpoints.checkpoint_folders(tmp_path) == []
+        (place / f"checkpoint-{step}").mkdir(parents=True)
+        checkpoints.mark_complete(place / f"checkpoint-{step}", {"step": step, "fingerprint": "f", "best_step": 4})
+    (place / "checkpoint-10").mkdir()  # killed inside its save
+    assert checkpoints.resume_point(tmp_path, "f")[0] == place / "checkpoint-8"
+    assert [p.name for p in checkpoints.checkpoint_folders(place)] == ["checkpoint-4", "checkpoint-8"]
+    assert checkpoints.resume_point(tmp_path, "another") == (None, {"step": -1})
+    assert checkpoints.checkpoint_folders(place) == []
 
 
 def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
@@ -204,7 +205,7 @@ def test_what_a_killed_writer_of_a_checkpoint_leaves_is_swept(tmp_path):
             os.replace = lambda *_: os.kill(os.getpid(), 9)
             if what == "mark":
                 checkpoints.mark_complete(folder / "checkpoint-4", {"step": 4})
-            checkpoints.truncate_history(folder / "history.jsonl", 1)
+            checkpoints.resume_point(folder, "f")
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 9
         assert [p for p in folder.rglob("*") if p.name.endswith(".tmp")]

@@ -145,7 +145,7 @@ def test_the_papers_warm_start_learns_on_the_runs_own_training_problems(tmp_path
     with torch.device("meta"):
         monkeypatch.setattr(prepare.models, "current_device", lambda: torch.device("meta"))
         monkeypatch.setattr(prepare.made, "pretrain", lambda *_: 0.0)
-        model = prepare.make_base(own, recipe.model_dump(), lambda *_: None)[0]
+        model = prepare.make_base(own, recipe.model_dump(), tmp_path / "history.jsonl")[0]
     tokens = prepare.BPE_VOCABULARY - model.config.vocab_size  # of real problems; these have few words
     assert sum(p.numel() for p in model.parameters()) + tokens * recipe.hidden_size == pytest.approx(70e6, rel=0.03)
 

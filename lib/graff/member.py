@@ -21,7 +21,6 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
     if planner is not None:
         planner.update(scheduler.planner.state_dict())
     if outcome.status == "diverged":
-        record.write_jsonl(budgeted.folder / "predictions.jsonl", [])
         return {"status": "diverged", "steps": outcome.step, "diverged_at": outcome.step}
     budgeted.use_averaged_weights(True)
     return evaluate(budgeted)
@@ -33,15 +32,13 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
     run, given, folder, model = budgeted.run, budgeted.given, budgeted.folder, budgeted.model
     history = record.read_jsonl(folder / "history.jsonl")
     rows, last = [r for r in history if "exact_match_subset" in r], [r for r in history if "eta" in r][-1]
-    final, seconds = record.read_json(folder / "final.json"), budgeted.clock.budget
-    longest, scored = run.evaluation.max_new_tokens, {}
-    for name in ("test", "gsm1k"):
-        scored[name] = data.score(model, given.tokenizer, given.problems[name], longest, budgeted.answers_at_once)[0]
-    tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in given.problems["test"]]
+    seconds, how = budgeted.clock.budget, (run.evaluation.max_new_tokens, budgeted.answers_at_once)
+    in_budget = rows[-1]["used"] <= seconds  # else nothing counts as reached by the end of the budget
+    problems = {name: given.problems[name] if in_budget else [] for name in ("test", "gsm1k")}
+    scored = {name: data.score(model, given.tokenizer, each, *how)[0] for name, each in problems.items()}
+    tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in problems["test"]]
     losses = data.answer_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]
-    in_budget = rows[-1]["used"] <= seconds
-    if not in_budget:  # nothing counts as reached by the end of the budget
-        scored, final, losses = {"test": [], "gsm1k": []}, [], []
+    final = record.read_json(folder / "final.json") if in_budget else []
     times, predictions = [row["used"] for row in rows], []
     for i, (row, (total, tokens)) in enumerate(zip(scored["test"], losses, strict=True)):
         answer = {"text": row["text"], "reference": row["reference"], "flexible_match": float(row["flexible"])}

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from lib.training import to_device
 
 # ---- problems
 
+Problems = tuple[dict[str, list[dict]], dict]  # by split, and a report
 NAMES = ("Tom", "Ann", "Ben", "Eve", "Sam", "Mia")
 THINGS = ("pens", "eggs", "cups", "toys", "keys", "hats")
 JUDGED = 2**32  # the seed of the test problems: none that a member can have
@@ -68,9 +68,7 @@ def to_problem(row: dict) -> dict:
     return {"question": question, "answer": answer}
 
 
-def read_problems(
-    name: str, wanted: tuple[str, ...], revision: str | None = None, section: Mapping = MappingProxyType({}), **options
-) -> tuple[dict, dict]:
+def read_problems(name: str, wanted: tuple, section: Mapping, revision: str | None = None, **options) -> Problems:
     """(problems of the `wanted` splits, and of validation where it is given and train is wanted, report) of GSM8K or a
     set in its form. `section`: what make_splits reads."""
     config = "main" if name == "openai/gsm8k" or hub.local_path(name) else None
@@ -88,7 +86,6 @@ def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[
     return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]
 
 
-Problems = tuple[dict[str, list[dict]], dict]  # by split, and a report
 STAND_IN = 32  # generated problems that stand in for a data set out of reach, in a trial
 
 
@@ -99,14 +96,14 @@ def load_problems(run) -> Problems:
         rows = generate_problems((dataset.train_examples or STAND_IN) + dataset.dev_size, dataset.split_seed, 2, high)
         test = generate_problems(dataset.test_examples or STAND_IN, JUDGED, 2, high)
     else:
-        options = {"section": vars(dataset), "streaming": dataset.streaming}
-        splits, report = read_problems(name, ("test", "train"), dataset.revision, **options)
+        how = {"revision": dataset.revision, "streaming": dataset.streaming}
+        splits, report = read_problems(name, ("test", "train"), vars(dataset), **how)
         rows, test, given = splits["train"], splits["test"], splits.get("validation")
     train, dev = (rows, given[: dataset.limit]) if given else split_dev(rows, dataset.dev_size, dataset.split_seed)
     gsm1k = []
     if dataset.gsm1k and run.mode == "full":
         named, *pin = [dataset.gsm1k] if config.is_local(dataset.gsm1k) else dataset.gsm1k.split("@")
-        gsm1k = read_problems(named, ("test",), *pin, section={"on_bad_row": dataset.on_bad_row})[0]["test"]
+        gsm1k = read_problems(named, ("test",), {"on_bad_row": dataset.on_bad_row}, *pin)[0]["test"]
     problems = {"train": train[: dataset.limit], "dev": dev, "test": test[: dataset.limit], "gsm1k": gsm1k}
     return problems, {"source": source, **report}
 
@@ -153,7 +150,7 @@ def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator,
             yield rows[start : start + size]
 
 
-def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> made.Base:
+def make_base(train: list[dict] | None, recipe: dict, history: Path) -> made.Base:
     """Tokenizer and model, pretrained on generated problems (or on `train`)."""
     rows, steps = train or pretraining_problems(recipe["seed"], recipe["two_step_share"]), recipe["pretrain_steps"]
     tokenizer = make_tokenizer(train)
@@ -172,7 +169,7 @@ def make_base(train: list[dict] | None, recipe: dict, on_step: made.OnStep) -> m
 
     optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01, foreach=True)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
+    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, history)
 
 
 # ---- what all members share, on disk

@@ -45,7 +45,6 @@ class Recipe(Section):
 
 class Model(config.Model):
     recipe: Recipe | None = None
-    torch_dtype: Literal["float32", "bfloat16"] = Field("float32", validation_alias="dtype")
     lora: Lora = Lora()
     parameter_count: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMB]$")] | None = None  # compared with the name
 
@@ -124,10 +123,6 @@ class Training(Section):
         return max(1, self.global_batch_size // self.micro_batch_size)
 
 
-class Loss(Section):
-    """Cross-entropy of the answer's tokens; what weights them belongs to the scheduler."""
-
-
 class Evaluation(Section):
     interval_steps: Count | None = None
     metrics: list[Literal["exact_match", "flexible_match"]] = ["exact_match"]
@@ -147,7 +142,7 @@ class Run(config.Run):
     model: Model
     dataset: Dataset
     training: Training
-    loss: Loss = Loss()
+    loss: Section = Section()  # nothing: cross-entropy of the answer's tokens, whose weights are the scheduler's
     evaluation: Evaluation = Evaluation()
     optuna: Search = Search()
     seed_list: config.Seeds = [42]  # the published files name no seed

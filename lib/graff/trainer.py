@@ -325,7 +325,7 @@ class BudgetTrainer(training.StudyTrainer):
             lambda rows: data.collate(rows, given.tokenizer.pad_token_id),
             folder=folder,
             fingerprint=record.digest([parts, seed]),
-            steps=run.training.total_steps or NO_CAP,
+            max_steps=run.training.total_steps or NO_CAP,
             seed=seed,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
             per_device_train_batch_size=run.training.micro_batch_size,

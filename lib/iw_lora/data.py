@@ -197,7 +197,7 @@ def replace_tokens(ids: Tensor, special: Tensor, generator: torch.Generator) -> 
     return corrupted, (corrupted != ids).float()
 
 
-def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.OnStep = lambda *_: None) -> made.Base:
+def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, history: Path) -> made.Base:
     """Tokenizer and encoder, pretrained on `pairs` (None: generated ones); the closing loss is in nats per token."""
     tokenizer, pairs = make_tokenizer(pairs, recipe)
     first, second = (list(side) for side in zip(*pairs, strict=True))
@@ -223,7 +223,7 @@ def make_base(pairs: list[tuple[str, str]] | None, recipe: dict, on_step: made.O
     steps, parameters = recipe["pretrain_steps"], [*model.train().parameters(), *head.parameters()]
     optimizer = AdamW(parameters, lr=recipe["pretrain_learning_rate"], weight_decay=0.01, foreach=True)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
+    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, history)
 
 
 # ---- what all members share

@@ -9,6 +9,7 @@ Norms are averaged, not their squares. W_k is the frozen base weight: lora_A's o
 initialization (B = 0) and tells nothing.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -43,18 +44,13 @@ def quantized_norms(layers: list[nn.Module], loss: Callable[[], Tensor]) -> tupl
     gradient of what comes out. A matrix that runs more than once has its calls laid end to end."""
     calls: list[tuple[int, Tensor, Tensor]] = []
 
-    def keep(k: int):
-        def hook(_module, inputs: tuple, output: Tensor) -> None:
-            calls.append((k, inputs[0].detach(), output if output.requires_grad else output.requires_grad_()))
+    def keep(k: int, _module, inputs: tuple, output: Tensor) -> None:
+        calls.append((k, inputs[0].detach(), output if output.requires_grad else output.requires_grad_()))
 
-        return hook
-
-    handles = [layer.base_layer.register_forward_hook(keep(k)) for k, layer in enumerate(layers)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for k, layer in enumerate(layers):
+            hooks.callback(layer.base_layer.register_forward_hook(partial(keep, k)).remove)
         value = loss()
-    finally:
-        for handle in handles:
-            handle.remove()
     gradients = torch.autograd.grad(value, [output for _, _, output in calls])
     norms = torch.zeros(len(layers))
     for k in range(len(layers)):

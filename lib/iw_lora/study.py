@@ -119,8 +119,6 @@ class Training(config.Schedule):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.fp16 and self.bf16:
-            raise fault("fp16 and bf16", "one of them", "fp16: false", "fp16")
         if self.evaluation_strategy == "steps" and self.eval_steps is None:
             raise fault("missing", "an interval, as evaluation_strategy is steps", "eval_steps: 100", "eval_steps")
         return self
@@ -134,12 +132,6 @@ class Training(config.Schedule):
         if rows is not None and self.epochs is not None:
             known.append(max(1, math.ceil(self.epochs * self.steps_per_epoch(rows))))
         return min(known, default=None)
-
-    def warmup(self, total_steps: int) -> int:
-        """Warm-up steps; the ratio (0.1 where none is given) where the configured steps exceed the run's."""
-        if self.warmup_steps is not None and self.warmup_steps < total_steps:
-            return self.warmup_steps
-        return math.ceil((self.warmup_ratio or (0.1 if self.warmup_steps else 0.0)) * total_steps)
 
 
 class Loss(Section):
@@ -275,8 +267,8 @@ def check(run: Run) -> Iterator[Finding]:
     if run.optuna.search_space and run.optuna.objective_metric.startswith("validation"):
         what = f"{run.optuna.objective_metric}: the search would choose on what is reported"
         yield Finding("warning", "optuna.objective_metric", what, "objective_metric: tuning_accuracy")
-    if training.fp16 and "deberta" in run.model.name.lower():
-        yield Finding("error", "training.fp16", "DeBERTa-v3's attention overflows in float16", "bf16: true on a GPU")
+    if training.fp16:
+        yield Finding("error", "training.fp16", "not offered: DeBERTa-v3 overflows in float16", "bf16: true on a GPU")
     if training.bf16 and not run.compute.gpus:
         yield Finding("warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1")
     if training.loraplus_lr_ratio is not None and kind != "lora":

@@ -133,19 +133,15 @@ class ImportanceTrainer(StudyTrainer):
         alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
         alike += ("gradient_accumulation_steps",)
         if (ratio := training.loraplus_lr_ratio) is not None:
-            rates = {
-                "lr": training.learning_rate,
-                "loraplus_lr_ratio": ratio,
-                "loraplus_weight_decay": training.weight_decay,
-            }
-            optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates)
+            rates = {"lr": training.learning_rate, "loraplus_weight_decay": training.weight_decay}
+            optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=ratio, **rates)
         super().__init__(
             model,
             rows,
             DataCollatorWithPadding(given.tokenizer),
             folder=folder,
             fingerprint=record.digest([*(identity[name] for name in ("model", "loss", "training")), seed, steps]),
-            steps=steps,
+            max_steps=steps,
             seed=seed,
             eval_steps=every[training.evaluation_strategy],
             save_steps=every[training.save_strategy],
@@ -300,7 +296,6 @@ def train(member, folder: Path, shared: Path) -> dict:
         "majority_baseline": given.report["majority_baseline"],
     }
     if outcome.status == "diverged":
-        record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
     guesses, values = trainer.score("validation")
     labels = [row["label"] for row in given.rows["validation"]]

@@ -66,7 +66,7 @@ def find_members(roots: list[Path], options, wanted: set | None) -> list[Path]:
         if not plan.matches(options, run, study) or (wanted is not None and (study, run) not in wanted):
             continue
         spec, status = record.read_json(done.with_name("member.json")), (record.read_json(done) or {}).get("status")
-        if spec and status == "completed" and mt_judge.expects(spec):
+        if spec and status == "completed" and config.get(spec, "config.evaluation.judge") == "mt_bench":
             folders.append(done.parent)
     return folders
 

@@ -232,11 +232,7 @@ def load_splits(section: dict, sampled: tuple | None = None) -> tuple[dict[str, 
         sources, wanted = data.read(name, section.get("revision")), ("test", "validation", "train")
         splits, report = data.make_splits(sources, wanted, to_pair, prompt_key, LAYOUTS, section)
     splits = {split: splits[split][: section.get("limit")] for split in SPLITS}
-    return splits, report | {
-        "source": name,
-        "rows": {split: len(pairs) for split, pairs in splits.items()},
-        "fingerprint": record.digest(splits),  # of what was read, wherever it was
-    }
+    return splits, report | {"source": name, "rows": {split: len(pairs) for split, pairs in splits.items()}}
 
 
 # ---- verifiable pairs, of the model's own answers ----
@@ -454,7 +450,7 @@ def make_tokenizer(pairs: Sequence[dict], recipe: Mapping) -> PreTrainedTokenize
     return made.train_bpe_tokenizer(texts_of(pairs), recipe["vocab_size"], CHAT_TEMPLATE, SPECIAL)
 
 
-def make_base(pairs: list[dict], recipe: Mapping, on_step: made.OnStep, max_prompt: int | None = None) -> made.Base:
+def make_base(pairs: list[dict], recipe: Mapping, history: Path, max_prompt: int | None = None) -> made.Base:
     """Tokenizer and model of the training pairs. The result is the same for the same pairs, recipe and number of
     threads, and the caller's random state is left alone."""
     tokenizer = make_tokenizer(pairs, recipe)
@@ -472,7 +468,7 @@ def make_base(pairs: list[dict], recipe: Mapping, on_step: made.OnStep, max_prom
 
     optimizer = AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
-    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, on_step)
+    return model, tokenizer, made.pretrain(loss, optimizer, schedule, steps, history)
 
 
 # ---- baselines ----

@@ -322,9 +322,7 @@ def evaluating(model: torch.nn.Module):
         model.train(training)
 
 
-def sequence_logprobs(
-    model: torch.nn.Module, rows: list[dict], *, token_budget: int = SCORING_TOKENS, depth: int = 0
-) -> Tensor:
+def sequence_logprobs(model: torch.nn.Module, rows: list[dict], *, depth: int = 0) -> Tensor:
     """(N, 2) summed log-probabilities of chosen and rejected answers, in nats, on the CPU, in the order of `rows`. With a
     `depth` each row is left with its `trunk`, on the CPU too."""
     collate, device = layout(model), model.device
@@ -334,7 +332,7 @@ def sequence_logprobs(
         layer = models.unwrapped(model).base_model.layers[depth]
         hook.callback(layer.register_forward_pre_hook(lambda _, x: entered.append(x[0])).remove)
     with completion_head(model), evaluating(model), hook:
-        batches = token_budget_batches([row_tokens(r) for r in rows], token_budget)
+        batches = token_budget_batches([row_tokens(r) for r in rows], SCORING_TOKENS)
         for indices in record.batches("scoring of pairs", batches):
             batch = to_device(collate([rows[i] for i in indices]), device)
             values.append(torch.stack(batch_logprobs(model, batch), dim=1).cpu())
@@ -368,9 +366,8 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # columns of rows and of
 
 def with_reference(rows: list[dict], reference: Tensor) -> list[dict]:
     """Rows with their two columns of reference log-probabilities."""
-    return [
-        {**row, **dict(zip(REFERENCE, two, strict=True))} for row, two in zip(rows, reference.tolist(), strict=True)
-    ]
+    chosen, rejected = REFERENCE
+    return [{**row, chosen: own, rejected: other} for row, (own, other) in zip(rows, reference.tolist(), strict=True)]
 
 
 def reference_columns(rows: list[dict], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -392,10 +389,9 @@ def pair_scores(model: torch.nn.Module, rows: list[dict], reference: Tensor) -> 
 # ---- conversations and sampled answers: no global random state ----
 
 
-def conversation_ids(
-    tokenizer, conversations: list[list[dict]], *, add_generation_prompt: bool = False, tools: list[dict] | None = None
-) -> list[list[int]]:
-    """Token ids of each conversation through the chat template, with at most one BOS.
+def conversation_ids(tokenizer, conversations: list[list[dict]], **options) -> list[list[int]]:
+    """Token ids of each conversation through the chat template (its `options`: tools, add_generation_prompt), with at most
+    one BOS.
 
     The template writes the special tokens as text, so the tokenizer adds none; one that it would have added and that
     the template forgot is put in front. Used for training, evaluation and generation alike, so that all see the same
@@ -403,21 +399,13 @@ def conversation_ids(
     """
     if not conversations:
         return []
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
-    texts = tokenizer.apply_chat_template(conversations, **options)
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        # ids alone: a quarter of a call's time goes into what else it gives
-        backend.no_truncation()
-        backend.no_padding()
-        encoded = [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False, **options)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     if (bos := tokenizer.bos_token_id) is None:
         return encoded
     bare = [list(itertools.dropwhile(lambda token: token == bos, ids)) for ids in encoded]
-    if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]:
-        return [[bos, *ids] for ids in bare]
-    return [[bos, *ids] if len(ids) < len(whole) else ids for ids, whole in zip(bare, encoded, strict=True)]
+    adds = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
+    return [[bos, *ids] if adds or len(ids) < len(whole) else ids for ids, whole in zip(bare, encoded, strict=True)]
 
 
 class _InverseTransform(LogitsProcessor):
@@ -441,9 +429,8 @@ class _InverseTransform(LogitsProcessor):
 
 def _end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
     """The tokenizer's end token and whatever the model's own configuration adds (Llama-3's <|eot_id|>, say)."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    own = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({tokenizer.eos_token_id, *own} - {None})
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 @torch.inference_mode()
@@ -495,10 +482,8 @@ def answer_questions(model, tokenizer, questions: Sequence[dict], *, seed: int, 
     histories: list[list[dict]] = [[] for _ in questions]
     answers: list[dict] = []
     for turn in range(1, 1 + len(questions[0]["turns"])):
-        prompts = [
-            [*history, {"role": "user", "content": question["turns"][turn - 1]}]
-            for history, question in zip(histories, questions, strict=True)
-        ]
+        turns = [{"role": "user", "content": question["turns"][turn - 1]} for question in questions]
+        prompts = [[*history, asked] for history, asked in zip(histories, turns, strict=True)]
         # no turn of one seed shares its numbers with a turn of another
         sampled = sample(model, tokenizer, prompts, seed=2 * seed + turn - 1, **options)
         for i, (question, prompt, answer) in enumerate(zip(questions, prompts, sampled, strict=True)):

@@ -62,7 +62,7 @@ def requests(folder: Path, model: str, data: str | None = None) -> list[dict]:
     asked, texts = [], {}
     for row in sorted(answers, key=lambda row: (row["question"], row["turn"])):
         question = bench["questions"].get(row["question"])
-        if question is None or row["asked"] != mt_bench.digest(question):
+        if question is None or row["asked"] != record.digest(question["turns"]):
             found = f"question {row['question']} was answered in other words than {place} has"
             raise StudyError(str(folder), found, "the MT-Bench that was answered", "--data DIR with that one")
         texts.setdefault(row["question"], []).append(row["text"])
@@ -246,11 +246,6 @@ def grade(waiting: list[dict], kept: Replies, cache: Path, workers: int = 8) -> 
 
 
 # ---- grades in the members' records
-
-
-def expects(spec: dict) -> bool:
-    """Whether a member (its member.json) is one whose answers a judge grades."""
-    return spec["config"].get("evaluation", {}).get("judge") == "mt_bench"
 
 
 def reason_to_grade(folder: Path, model: str) -> str:

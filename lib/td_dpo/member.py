@@ -5,17 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lib import models, record, training
 from lib.td_dpo import engine, generated, mt_bench
 from lib.td_dpo.losses import objective
-from lib.td_dpo.trainer import PreferenceTrainer
+from lib.td_dpo.trainer import PreferenceTrainer, sampling
 from lib.training import Outcome
 
-SAMPLE_BATCH, SAMPLE_TOKENS = 80, 16_384  # at a time at most: cached keys and values of long answers fill the memory
 COST_ROUNDS = 24, 3  # interleaved pairs of steps in a process, after those to warm up
 
 
@@ -53,13 +51,12 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     }
     metrics["dropped_pairs"] += given.report.get("dropped", {}).get("count", 0)  # by the reader
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
-        record.write_jsonl(folder / "predictions.jsonl", [])
         return metrics
     metrics |= _validation(folder, outcome.step) | evaluate(run, model, frozen, given, member.seed, folder)
     metrics["step_seconds"] = statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl"))
     if (best := metrics.get(score := f"{run.evaluation.judge}_score")) is not None:
-        if outcome.best and outcome.best_step != outcome.step:
-            training.load_checkpoint(model, outcome.best)
+        if outcome.best_step not in (None, outcome.step):
+            training.load_checkpoint(model, folder / f"checkpoints/checkpoint-{outcome.best_step}")
             best = record.mean([a["score"] for a in judged_answers(run, model, given.tokenizer, member.seed)])
         metrics[f"best_{score}"] = best  # of the best checkpoint on validation, beside the last, which is judged
     return metrics
@@ -81,33 +78,9 @@ def frozen_base(run, base: str):
 def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
     """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer's class into another
     (for a sharded model: lib/run/sharding.py)."""
-    run = member.run
-    model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
-    prompts = [pair["prompt"] for pair in given.pairs["validation"][: run.evaluation.kl_prompts]]
-
-    def at_evaluation(step: int, now) -> dict:
-        """A few sampled answers: how far the policy has moved where it speaks itself. Drawn at temperature 1, as the mean
-        of log pi - log pi_0 is the KL where they are pi's own."""
-        if not prompts:
-            return {}
-        options = _sampling(run) | {"temperature": 1.0}
-        answers = engine.sample(now, given.tokenizer, prompts, seed=member.seed, **options)
-        answers = training.all_gather(answers)[0]  # what all processes score must be the same to the last token
-        ratios = engine.log_ratio_of_samples(now, frozen, answers).tolist()
-        return {"sampled_kl": record.mean(ratios), "sample_length": record.mean([len(a["ids"]) for a in answers])}
-
-    trainer = kind(PreferenceTrainer)(
-        model,
-        given.rows,
-        given.reference,
-        loss=run.loss.model_dump(),
-        training=run.training,
-        seed=member.seed,
-        folder=folder,
-        on_evaluate=at_evaluation,
-        max_batches=2 if run.mode == "trial" else None,
-    )
-    return trainer.fit(), model, frozen
+    run, seed = member.run, member.seed
+    model, frozen = policy(run, given.base, seed), frozen_base(run, given.base)
+    return kind(PreferenceTrainer)(run, seed, folder, given, model, frozen).fit(), model, frozen
 
 
 def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path) -> dict:
@@ -123,42 +96,33 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
         "margin": record.mean([s["rho"] for s in scores]),
     }
     metrics |= {name: record.mean([s[name] for s in scores]) for name in ("chosen_log_ratio", "rejected_log_ratio")}
-    judge = run.evaluation.judge
+    judge, answers = run.evaluation.judge, []
     if generated.JUDGE_OF.get(given.report["source"]) == judge:
         answers = judged_answers(run, model, given.tokenizer, seed)
         ratios = engine.log_ratio_of_samples(model, frozen, answers).tolist()
         for answer, ratio in zip(answers, ratios, strict=True):
             kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
             predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
-        metrics |= {
-            f"{judge}_score": record.mean([a["score"] for a in answers]),
-            "answer_length": record.mean([a["length"] for a in answers]),
-        }
+        metrics[f"{judge}_score"] = record.mean([a["score"] for a in answers])
     record.write_jsonl(folder / "predictions.jsonl", predictions)
-    if run.evaluation.judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
+    if judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
         bench, file = mt_bench.read(run.evaluation.mt_bench), folder / "answers.jsonl"
         options = {"max_new_tokens": run.evaluation.max_new_tokens, "count": run.evaluation.questions}
-        options["batch_size"] = _sampling(run)["batch_size"]
+        options["batch_size"] = sampling(run)["batch_size"]
         answers = mt_bench.answer(model, given.tokenizer, bench, file, seed=seed, **options)
+    if answers:
         metrics["answer_length"] = record.mean([a["length"] for a in answers])
     return metrics
-
-
-def _sampling(run) -> dict:
-    keys = ("max_new_tokens", "temperature")
-    most = max(1, min(SAMPLE_BATCH, SAMPLE_TOKENS // run.evaluation.max_new_tokens))
-    return {key: getattr(run.evaluation, key) for key in keys} | {"batch_size": most}
 
 
 def judged_answers(run, model, tokenizer, seed: int) -> list[dict]:
     """Sampled answers to the judge's questions, each with its score (1-10)."""
     make, score = generated.JUDGES[run.evaluation.judge]
     questions = make(run.evaluation.questions)
-    answers = engine.answer_questions(model, tokenizer, questions, seed=seed, **_sampling(run))
+    answers = engine.answer_questions(model, tokenizer, questions, seed=seed, **sampling(run))
     return [{**a, "score": score(a["prompt"], a["text"])} for a in answers]
 
 
-@torch.no_grad()
 def base_answers(member, given: SimpleNamespace) -> list[dict]:
     """The untrained reference's own judged answers, for the notebook: what every method started from with this seed."""
     return judged_answers(member.run, models.load_base(member.run, given.base), given.tokenizer, member.seed)
@@ -188,16 +152,13 @@ def step_cost(run, folder: Path, shared: Path) -> list[dict]:
         return training.make_stepper(model, run.training, loss)
 
     steppers = [stepper(policies["own"], own), stepper(policies["dpo"], own | {"name": "dpo", "tau": None})]
-    collate = engine.layout(policies["own"])
+    collate, device = engine.layout(policies["own"]), policies["own"].device
     rows = engine.with_reference(given.rows["train"], given.reference["train"])
     budget, most = run.training.token_budget, run.training.per_device_train_batch_size
     passes = training.seeded_batches(rows, run.training.global_batch_size if budget else most, seed)
     if budget:
         passes = (engine.cut_into_passes(batch, budget, most)[0] for batch in passes)
-    batches = (
-        training.to_device({**collate(batch), **engine.reference_columns(batch)}, policies["own"].device)
-        for batch in passes
-    )
+    batches = (training.to_device({**collate(one), **engine.reference_columns(one)}, device) for one in passes)
     with engine.completion_head(policies["own"]), engine.completion_head(policies["dpo"]):  # a backward recomputes
         seconds = training.time_interleaved(steppers, batches, rounds, warm_up)
     return [{"pair": i, "seconds": mine, "seconds_baseline": dpo} for i, (mine, dpo) in enumerate(seconds)]

@@ -48,11 +48,6 @@ def read(folder: str | Path) -> dict:
     return {"questions": asked, "references": guides, "prompts": prompts}
 
 
-def digest(question: dict) -> str:
-    """Identifies what a question asks in its two turns."""
-    return record.digest(question["turns"])
-
-
 def temperature_of(question: dict) -> float:
     return TEMPERATURES.get(question["category"], 0.7)
 
@@ -79,7 +74,7 @@ def answer(
 
     rows = record.read_jsonl(path)
     for number, (temperature, questions) in enumerate(batches(bench, batch_size, count)):
-        asked = {question["id"]: digest(question) for question in questions}
+        asked = {question["id"]: record.digest(question["turns"]) for question in questions}
         if asked.keys() <= {row["question"] for row in rows}:
             continue
         settings = {"seed": 1000 * seed + number, "temperature": temperature, "batch_size": batch_size, **options}

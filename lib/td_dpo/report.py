@@ -17,14 +17,13 @@ ABLATIONS = ("td_dpo_anchored", "discopop_card")  # trained where one claim look
 class Judged(NamedTuple):
     """What judged the answers: the runs' own `evaluation.judge` and nothing else.
 
-    `metric` of a member; `label` for people; `fix` what is missing of the scores, with the command that gets it;
-    `known` False where the scores of several judges would be mixed, so that none can be used.
+    `metric` of a member, None where there is none or the scores of several judges would be mixed; `label` for people;
+    `fix` what is missing of the scores, with the command that gets it.
     """
 
     metric: str | None
     label: str
     fix: str = ""
-    known: bool = True
 
 
 def judged(planned: list, loaded: tables.Records) -> Judged:
@@ -32,7 +31,7 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
     kinds = sorted({run.evaluation.judge for run in planned})
     if len(kinds) > 1:
         fix = f"The runs name different judges ({', '.join(kinds)}): one evaluation.judge for all"
-        return Judged(None, "", fix, known=False)
+        return Judged(None, "", fix)
     if kinds in (["oracle"], ["verifier"]):
         return Judged(f"{kinds[0]}_score", f"{kinds[0]} score")
     if kinds != ["mt_bench"]:
@@ -43,7 +42,7 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
     if len(models) > 1:
         counted = ", ".join(f"{model}: {count} members" for model, count in sorted(models.items()))
         fix = f"Graded by several judges ({counted}): {command} --model {min(models)} has all graded by one"
-        return Judged("mt_bench_score", "MT-Bench", fix, known=False)
+        return Judged(None, "MT-Bench", fix)
     unsaved = sum(not (Path(folder) / "answers.jsonl").exists() for folder in completed)
     missing = {
         f"have answers that are not graded: {command}": ungraded - unsaved,
@@ -55,7 +54,7 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
 
 def primary(loaded: tables.Records, by: Judged) -> str:
     """The judge's metric, or the study's second one where no answer has been judged."""
-    scored = by.known and by.metric in loaded.members and loaded.members[by.metric].notna().any()
+    scored = by.metric in loaded.members and loaded.members[by.metric].notna().any()
     return str(by.metric) if scored else SECOND_METRIC
 
 
@@ -63,7 +62,7 @@ def question_scores(loaded: tables.Records, by: Judged, leave_out: Iterable[int]
     """One row per member and question, without those in `leave_out`: the mean score over its turns, as
     `claims.evaluate` wants it."""
     keys = ["method", "beta", "tau", "seed", "question"]
-    if loaded.answers.empty or not by.metric or not by.known:
+    if loaded.answers.empty or not by.metric:
         return pd.DataFrame(columns=[*keys, "score", "status"])
     kept = loaded.answers[~loaded.answers["question"].isin(list(leave_out))]
     scores = kept.groupby(keys, dropna=False, as_index=False)["score"].agg(lambda turns: turns.mean(skipna=False))

@@ -111,9 +111,7 @@ class Dataset(config.Data):
     train_pairs: Count | None = None
     validation_pairs: Count | None = None
     test_pairs: Count | None = None
-    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(
-        0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
-    )
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(0.1, validation_alias=AliasPath("split", "val"))
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
     preprocessing: Preprocessing = Preprocessing()
@@ -162,10 +160,6 @@ class Training(config.Schedule):
     def steps(self, pairs: int) -> int:
         """Optimizer steps of a training on so many pairs."""
         return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(pairs / self.global_batch_size)))
-
-    def warmup(self, steps: int) -> int:
-        """Warm-up steps of a training of `steps` steps."""
-        return math.ceil(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
 
     def numbers(self) -> dict:
         """The section without what changes no number of a training."""
@@ -336,9 +330,7 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
     if loss.average_log_probs and run.method == loss.name:
         what = f"an ablation: {loss.name} sums log-probabilities"
-        yield Finding(
-            "warning", "loss.average_log_probs", what, "average_log_probs: false, or a method of its own name"
-        )
+        yield Finding("warning", "loss.average_log_probs", what, "average_log_probs: false, or another method's name")
     if dataset.name == "verifiable" and model.name == "made":
         what = "made, and verifiable pairs are the answers of a pretrained model"
         yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")

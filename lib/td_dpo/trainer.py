@@ -8,11 +8,10 @@ its cast of adapters to bfloat16 undone. That losses, gradients and a whole run 
 """
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 
 from lib import models, record, training as shared
@@ -20,48 +19,38 @@ from lib.errors import OutOfMemory, StudyError
 from lib.td_dpo import engine
 from lib.td_dpo.losses import objective, summary
 
+SAMPLE_BATCH, SAMPLE_TOKENS = 80, 16_384  # at a time at most: cached keys and values of long answers fill the memory
 ALIKE = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "gradient_checkpointing")
 ALIKE += ("eval_steps", "save_steps")  # of the run's training section: the trainer's own names
 VALIDATED = ("implicit_accuracy", "raw_accuracy", "loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
-class PreferenceTrainer(shared.StudyTrainer):
-    """Trains `model` in place on tokenized rows and their reference log-probabilities.
+def sampling(run) -> dict:
+    """How a run's answers are sampled."""
+    most = max(1, min(SAMPLE_BATCH, SAMPLE_TOKENS // run.evaluation.max_new_tokens))
+    keys = ("max_new_tokens", "temperature")
+    return {key: getattr(run.evaluation, key) for key in keys} | {"batch_size": most}
 
-    `loss` is the YAML's section as a dictionary, `training` the section itself (study.Training). `rows` and `reference`
-    (N, 2) of engine.sequence_logprobs are by split: "train" and "validation". `on_evaluate(step, model)`
-    returns more to record of an evaluation. `max_batches` limits steps and validation batches (trial mode).
+
+class PreferenceTrainer(shared.StudyTrainer):
+    """Trains `model` in place on tokenized rows and their reference log-probabilities, which `given` has by split
+    (member.load). `frozen` is the reference itself, of which the sampled KL is taken; None: the model without adapters.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the optimizer step's pairs: uneven micro-batches are exact
     best_metric = "validation_implicit_accuracy"
 
-    def __init__(
-        self,
-        model,
-        rows: dict[str, list[dict]],
-        reference: dict[str, Tensor],
-        *,
-        loss: dict,
-        training,
-        seed: int,
-        folder: str | Path,
-        on_evaluate: Callable[[int, torch.nn.Module], dict | None] = lambda step, model: None,
-        max_batches: int | None = None,
-    ):
-        pairs, held_out = (engine.with_reference(rows[split], reference[split]) for split in ("train", "validation"))
+    def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, frozen=None):
+        self.run, self.given, self.frozen, training = run, given, frozen, run.training
+        splits = ("train", "validation")
+        pairs, self.validation = (engine.with_reference(given.rows[split], given.reference[split]) for split in splits)
         steps, world = training.steps(len(pairs)), shared.world()
-        steps = min(steps, max_batches or steps)
         # with a token budget a process is handed its whole share of the global batch and cuts it by itself
         cut = training.token_budget is not None
         device_batch = training.global_batch_size // world if cut else training.per_device_train_batch_size
-        self.loss_section, self.on_evaluate = loss, on_evaluate
-        self.validation = held_out[: max_batches and max_batches * training.global_batch_size]
+        self.loss_section = run.loss.model_dump()
         self.token_budget, self.device_batch = training.token_budget, training.per_device_train_batch_size
-        self.columns: list[Tensor] = []
-        self.pairs = self.tokens = 0
         tokens = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
-        self.first_rows = pairs[:device_batch]
         models.keep_4bit_differentiable(model)
         models.float32_trainables(model)
         if not hasattr(model, "peft_config"):  # as in TRL; adapters have a dropout of their own, which is configured
@@ -74,8 +63,8 @@ class PreferenceTrainer(shared.StudyTrainer):
             pairs,
             self.collate,
             folder=folder,
-            fingerprint=record.digest([loss, training.numbers(), seed, steps, tokens]),
-            steps=steps,
+            fingerprint=record.digest([self.loss_section, training.numbers(), seed, steps, tokens]),
+            max_steps=steps,
             seed=seed,
             log_every=training.logging_steps,
             optim="adamw_torch_fused",
@@ -108,14 +97,12 @@ class PreferenceTrainer(shared.StudyTrainer):
 
     def begin(self) -> None:
         """Before the first step the policy is the reference: the log-ratio is 0 up to rounding."""
-        table = engine.sequence_logprobs(self.model, self.first_rows)
-        columns = engine.reference_columns(self.first_rows, table.dtype)
-        reference = torch.stack([columns[name] for name in engine.REFERENCE], dim=1)
-        low_precision = self.model.dtype in (torch.bfloat16, torch.float16)
-        slack = 0.5 + 5e-3 * reference.abs() if low_precision else 1e-3 + 1e-5 * reference.abs()
-        apart = (table - reference).abs()
-        if not (apart <= slack).all():
-            found = f"a log-ratio of {apart.max():.3g} nats before the first step"
+        rows = self.train_dataset[: self.args.per_device_train_batch_size]
+        table = engine.sequence_logprobs(self.model, rows)
+        reference = table.new_tensor([[row[name] for name in engine.REFERENCE] for row in rows])
+        slack, share = (0.5, 5e-3) if self.model.dtype == torch.bfloat16 else (1e-3, 1e-5)
+        if not torch.allclose(table, reference, share, slack):
+            found = f"a log-ratio of {(table - reference).abs().max():.3g} nats before the first step"
             expected = "0: the reference of this very model, quantization and tokenized data"
             fix = "remove the cached reference log-probabilities (.cache) and run again"
             raise StudyError("reference log-probabilities", found, expected, fix)
@@ -166,13 +153,24 @@ class PreferenceTrainer(shared.StudyTrainer):
         return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": tokens / seconds}
 
     def validate(self) -> dict:
-        measured = {}
-        if self.validation:
-            table = engine.sequence_logprobs(self.model, self.validation)
-            columns = objective(self.loss_section, *table.unbind(dim=1), engine.reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
-            means = summary(columns)
-            measured = {f"validation_{name}": means[name] for name in VALIDATED}
-        return measured | (self.on_evaluate(self.state.global_step, self.model) or {})
+        if not self.validation:  # a benchmark has none
+            return {}
+        table = engine.sequence_logprobs(self.model, self.validation)
+        columns = objective(self.loss_section, *table.unbind(dim=1), engine.reference_columns(self.validation))[1]  # pyright: ignore[reportCallIssue]
+        means = summary(columns)
+        return {f"validation_{name}": means[name] for name in VALIDATED} | self.sampled_kl()
+
+    def sampled_kl(self) -> dict:
+        """A few sampled answers: how far the policy has moved where it speaks itself. Drawn at temperature 1, as the mean
+        of log pi - log pi_0 is the KL where they are pi's own."""
+        prompts = [pair["prompt"] for pair in self.given.pairs["validation"][: self.run.evaluation.kl_prompts]]
+        if not prompts:
+            return {}
+        options = sampling(self.run) | {"temperature": 1.0}
+        answers = engine.sample(self.model, self.given.tokenizer, prompts, seed=self.args.seed, **options)
+        answers = shared.all_gather(answers)[0]  # what all processes score must be the same to the last token
+        ratios = engine.log_ratio_of_samples(self.model, self.frozen, answers).tolist()
+        return {"sampled_kl": record.mean(ratios), "sample_length": record.mean([len(a["ids"]) for a in answers])}
 
     # The model or its adapter in transformers' and PEFT's own form, which other tools load.
     def _save(self, output_dir=None, state_dict=None):
