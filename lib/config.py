@@ -547,6 +547,7 @@ def check_schedule(training: Any, total: int | None, every: int | Literal[False]
         yield Finding("warning", "training.eval_steps", what, f"eval_steps: {max(1, total // 10)}")
     if total and warmup > total / 2:
         what = f"a warm-up of {warmup} covers most of a run of {total} steps"
+        what += f": it does not fit, and {training.warmup(total)} are taken" if warmup >= total else ""
         yield Finding("warning", "training.warmup_steps", what, "warmup_ratio: 0.1 instead of warmup_steps")
 
 

@@ -192,8 +192,8 @@ def load_checkpoint(model: torch.nn.Module, checkpoint: str | Path) -> torch.nn.
 
 
 class Outcome(NamedTuple):
-    """How a training ended. `step`: steps done, or the step that diverged. `best_step` and `best`: the checkpoint of
-    the best evaluation (the earliest of equals), None where none is chosen."""
+    """How a training ended. `step`: steps done, or the step that diverged. `best_step`: that of the
+    checkpoint with the best evaluation (the earliest of equals), None where none is chosen."""
 
     status: str  # completed | diverged
     step: int
@@ -226,7 +226,8 @@ class StudyTrainer(Trainer, TrainerCallback):
         **arguments: Any,
     ):
         """`fingerprint`: of everything that a checkpoint must have been made under for a run to go on from it.
-        `arguments`: more of transformers' TrainingArguments; all that prints, saves or evaluates by itself is off."""
+        `arguments`: `max_steps`, `seed` and more of transformers' TrainingArguments; all that prints, saves or evaluates by
+        itself is off."""
         self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
         self.eval_steps, self.save_steps = eval_steps, save_steps
         self.started = 0.0

@@ -602,7 +602,7 @@ def test_hub_errors_in_words(monkeypatch, name, message):
     assert message in str(error)
 
 
-# ---- generated, splits, limit, fingerprint ----
+# ---- generated, splits, limit ----
 
 
 def test_generated_pairs_come_from_the_generator(monkeypatch):

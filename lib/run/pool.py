@@ -102,7 +102,8 @@ class Pool:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         # Packages make temporary folders as they are imported (wandb, torch), and a kill leaves them: they go with ours.
         environment["TMPDIR"] = os.path.join(self.folder, "tmp")
-        environment.pop("STUDY_POOL", None)
+        for name in ("STUDY_POOL", "JPY_PARENT_PID"):  # of a notebook that the runner was started in
+            environment.pop(name, None)
         os.mkdir(environment["TMPDIR"])
         command = [sys.executable, "-P", "-c", "from lib.run.pool import serve; serve()"]
         streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}  # of it and of its children
@@ -439,7 +440,6 @@ def launch_kernel(argument: dict) -> None:
     from ipykernel.kernelapp import IPKernelApp
 
     os.chdir(argument["cwd"])
-    os.environ.pop("JPY_PARENT_PID", None)  # of a notebook that the runner was started in
     sys.argv = ["ipykernel_launcher", "-f", argument["connection_file"]]
     if transformers := sys.modules.get("transformers"):  # how it loads is for a member's log, not for a page
         transformers.utils.logging.set_verbosity_error()

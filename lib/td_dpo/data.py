@@ -219,8 +219,7 @@ def load_splits(section: dict, sampled: tuple | None = None) -> tuple[dict[str, 
     """({"train", "validation", "test"}: pairs, report) of a `dataset` section. A split the source does not have is
     carved from train by prompt, so that no prompt is in both. `sampled`: splits and report of `sample_pairs`.
 
-    report: source, rows per split, fingerprint, and for a source that is read
-    data.make_splits' own.
+    report: source, rows per split, and for a source that is read data.make_splits' own.
     """
     name, report = section["name"], {}
     if name == "generated":

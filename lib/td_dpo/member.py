@@ -38,7 +38,8 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
         outcome, model, frozen = fit(member, folder, given)
     else:
         model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
-        training.load_checkpoint(model, training.last_complete_checkpoint(folder / "checkpoints"))
+        if outcome.status == "completed":  # what diverges at once has none
+            training.load_checkpoint(model, training.last_complete_checkpoint(folder / "checkpoints"))
     metrics = {
         "status": outcome.status,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,

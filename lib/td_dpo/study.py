@@ -111,7 +111,9 @@ class Dataset(config.Data):
     train_pairs: Count | None = None
     validation_pairs: Count | None = None
     test_pairs: Count | None = None
-    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(0.1, validation_alias=AliasPath("split", "val"))
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = Field(
+        0.1, validation_alias=AliasChoices("validation_fraction", AliasPath("split", "val"))
+    )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
     preprocessing: Preprocessing = Preprocessing()
