@@ -309,8 +309,8 @@ def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
 
 def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     """`cell` with each `best` replaced by the value whose pilots (without pilots: whose runs) have the best mean of the
-    validation metric `choose_on`; None where a run lacks it: which would have been best is then not known. A diverged
-    run counts as `diverged` says."""
+    validation metric `choose_on`; None where a run lacks it, or where pilots choose in other runs and this one's are not
+    trained yet: which would have been best is then not known. A diverged run counts as `diverged` says."""
     open_keys = [key for key, value in cell.items() if value == BEST]
     if not open_keys:
         return study.fill(cell)
@@ -319,6 +319,8 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     if runs.empty or study.choose_on not in runs or not set(open_keys) <= set(runs):
         return None
     pilots = is_pilot(runs)
+    if not pilots.any() and is_pilot(members).any():
+        return None
     asked = runs[pilots] if pilots.any() else runs
     metric = _numbers(asked[study.choose_on])
     metric = metric.mask(asked["status"] == "diverged", study.diverged.get("accuracy", 0.5))
@@ -336,6 +338,9 @@ def at_edge(study: Claims, claim: Claim, cells: list[Cell], members: pd.DataFram
     as they were chosen."""
     for cell, chosen in zip((each for side in SIDES for each in study.levels(claim, side)), cells, strict=True):
         runs = select(members, {key: value for key, value in cell.items() if value != BEST})
+        runs = (
+            runs[is_pilot(runs)] if is_pilot(runs).any() else runs
+        )  # a cell of its own was not among those to choose from
         for key in (key for key, value in cell.items() if value == BEST and not isinstance(chosen[key], str)):
             tried = sorted(runs[key].dropna().unique())
             if len(tried) > 2 and (end := {tried[0]: "least", tried[-1]: "largest"}.get(chosen[key])):

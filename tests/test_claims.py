@@ -517,6 +517,9 @@ def test_the_best_is_chosen_on_pilots_which_are_never_judged():
     judged.loc[judged["beta"] == 0.1, "tuning"] = 1.0  # what judged seeds say of tuning chooses nothing
     assert chosen(pd.concat([judged, pilots]))["beta"] == 0.2
     assert chosen(judged)["beta"] == 0.1, "without pilots the runs' own"
+    assert chosen(pd.concat([judged, pilots.assign(method="new")])) is None, (
+        "its pilots are to come: nothing is best yet"
+    )
 
     members = pd.concat([pilots, judged], ignore_index=True)
     new = members[members["beta"] == 0.1].assign(method="new", beta=np.nan)
@@ -541,8 +544,9 @@ def test_a_best_at_the_end_of_what_was_tried_is_said_to_be_there(scores, said):
     values = [0.1, 0.2, 0.4][: len(scores)]
     pilots = tuned({value: (x, x) for value, x in zip(values, scores, strict=True)}, pilot=True)
     best = values[scores.index(max(scores))]
-    members = pd.concat([pilots, tuned({best: (0.5,) * 5}, seeds=SEEDS[:5])], ignore_index=True)
-    new = members[~members["pilot"].astype(bool)].assign(method="new", beta=np.nan)
+    judged = tuned({best: (0.5,) * 5, 0.01: (1.0,) * 5}, seeds=SEEDS[:5])  # .01 is another claim's: no pilot tried it
+    members = pd.concat([pilots, judged], ignore_index=True)
+    new = members[~members["pilot"].astype(bool) & (members["beta"] == best)].assign(method="new", beta=np.nan)
     members = pd.concat([members, new], ignore_index=True)
     rows = pd.concat([members.assign(question=q, score=5.0 + 0.01 * q) for q in range(20)], ignore_index=True)
     rows["score"] += np.where(rows["method"] == "new", 1.0, 0.0) + 0.001 * rows["seed"] * rows["question"]

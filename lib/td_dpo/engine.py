@@ -429,7 +429,7 @@ class _InverseTransform(LogitsProcessor):
 
 def _end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
     """The tokenizer's end token and whatever the model's own configuration adds (Llama-3's <|eot_id|>, say)."""
-    own = model.generation_config.eos_token_id
+    own = getattr(model.generation_config, "eos_token_id", None)
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
