@@ -90,7 +90,7 @@ def test_the_figures_and_tables_say_their_numbers(tmp_path):
     for name in ("primary_metric", "seeds"):
         assert "proposed at run graff: mean 0.8 (seeds 0.8, 0.8, 0.8)" in alt[name]
     assert names["total"]["metrics"]["energy"] == dict.fromkeys(("graff", "fixed", "graff_cold"), 180.0)
-    assert "graff ends at 0.8 with area 0.4" in alt["exact_match"]
+    assert "graff (learning_rate0.03) ends at 0.8 with area 0.4" in alt["exact_match"]
     assert "graff from 1 to 0.5" in alt["dev_loss"]
     assert "Level: 0.2." in alt["energy"]  # half of what the fixed rate ends at
     assert "graff_cold" not in "".join(alt.values())  # an ablation has a table, and no place in the figures
