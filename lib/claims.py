@@ -307,6 +307,12 @@ def read_members(rows: pd.DataFrame, keys: Iterable[str]) -> pd.DataFrame:
     return found if "status" in found else found.assign(status="completed")
 
 
+def choosing(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that a `best` is chosen by: the pilots, and all of them where there are none."""
+    pilots = is_pilot(runs)
+    return runs[pilots] if pilots.any() else runs
+
+
 def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     """`cell` with each `best` replaced by the value whose pilots (without pilots: whose runs) have the best mean of the
     validation metric `choose_on`; None where a run lacks it, or where pilots choose in other runs and this one's are not
@@ -321,7 +327,7 @@ def choose(study: Claims, cell: Cell, members: pd.DataFrame) -> Cell | None:
     pilots = is_pilot(runs)
     if not pilots.any() and is_pilot(members).any():
         return None
-    asked = runs[pilots] if pilots.any() else runs
+    asked = choosing(runs)
     metric = _numbers(asked[study.choose_on])
     metric = metric.mask(asked["status"] == "diverged", study.diverged.get("accuracy", 0.5))
     means = metric.groupby([asked[key] for key in open_keys]).mean()
@@ -337,10 +343,7 @@ def at_edge(study: Claims, claim: Claim, cells: list[Cell], members: pd.DataFram
     """What `choose` took from the end of three numbers or more: a better one may lie beyond them. `cells`: the claim's,
     as they were chosen."""
     for cell, chosen in zip((each for side in SIDES for each in study.levels(claim, side)), cells, strict=True):
-        runs = select(members, {key: value for key, value in cell.items() if value != BEST})
-        runs = (
-            runs[is_pilot(runs)] if is_pilot(runs).any() else runs
-        )  # a cell of its own was not among those to choose from
+        runs = choosing(select(members, {key: value for key, value in cell.items() if value != BEST}))
         for key in (key for key, value in cell.items() if value == BEST and not isinstance(chosen[key], str)):
             tried = sorted(runs[key].dropna().unique())
             if len(tried) > 2 and (end := {tried[0]: "least", tried[-1]: "largest"}.get(chosen[key])):

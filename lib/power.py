@@ -88,11 +88,11 @@ def undecidable(study: Claims, claim: Claim, scale: str) -> str:
     as claimed, nothing, or as much the other way round; the empty string where some can, no size is claimed, or the claim
     is about another scale."""
     sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
-    (_, margin), looks, bound = test_of(claim), study.looks_of(scale), st.bound_of(study.looks_of(scale))
+    (_, margin), looks = test_of(claim), study.looks_of(scale)
     distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
     if scale not in claim.scales or not assumed_for(study, claim) or not margin:
         return ""
-    last, residual = looks[-1], sds["residual"] ** 2
+    bound, last, residual = st.bound_of(looks), looks[-1], sds["residual"] ** 2
     squares = questions * sds["seed"] ** 2 + residual, last * sds["question"] ** 2 + residual, residual
     look = st.Look(last, questions, np.zeros(()), *map(np.array, squares))
     if (half := look.half_width(bound)) < distance:

@@ -193,8 +193,8 @@ def password_in_url(value: str) -> str:
 def is_secret(name: str, value: str = "") -> bool:
     """Whether a variable of this name, or with this value, holds a secret."""
     words = [word for word in re.split(r"[^A-Z]+", name.upper()) if word and name.upper() not in WORKING_FOLDERS]
-    named = any(word in SECRET.split() or JOINED.search(word) for word in words) and words[-1] not in ABOUT.split()
-    return named or bool(password_in_url(value))
+    named = not {*SECRET.split()}.isdisjoint(words) or any(map(JOINED.search, words))
+    return (named and words[-1] not in ABOUT.split()) or bool(password_in_url(value))
 
 
 def secret_variables(environment: Mapping[str, str]) -> dict[str, str]:

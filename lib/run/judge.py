@@ -52,8 +52,7 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
         print(f"spent: {mt_judge.describe(spent)}")
         refused, unparsed = (sum(one[name] for one in judged) for name in ("refused", "mt_bench_unparsed"))
         print(f"members graded: {len(judged)}; answers without a grade: {unparsed}, of them refused: {refused}")
-        studies = sorted({folder.parents[2] for folder in reasons})
-        failed = [results for results in studies if not refresh(results, options)]
+        failed = [study for study in sorted({folder.parents[2] for folder in reasons}) if not refresh(study, options)]
     print(os.path.relpath(pages.index_html(outputs), os.getcwd()))
     return int(unsaved > 0 or refused > 0 or bool(failed))
 

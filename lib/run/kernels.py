@@ -75,7 +75,8 @@ class Client(PapermillNotebookClient):
         return manager
 
     def process_message(self, msg, cell, cell_index):
-        msg["content"] = json.loads(record.redact(json.dumps(msg["content"])))
+        if msg["msg_type"] in ("stream", "error", "display_data", "execute_result", "update_display_data"):
+            msg["content"] = json.loads(record.redact(json.dumps(msg["content"])))
         return super().process_message(msg, cell, cell_index)
 
 
