@@ -100,9 +100,12 @@ def test_sampled_pairs_are_audited_as_they_were_prepared(tmp_path, monkeypatch):
     splits, report = data.load_run(run, data.sample_pairs(run, None, None))
     record.write_json(tmp_path / "pairs.json", splits)
     record.write_json(tmp_path / "report.json", report)
+    asked = []
+    monkeypatch.setattr(members, "prepare_all", asked.append)
     monkeypatch.setattr(members, "prepare_inputs", lambda _: tmp_path)
     monkeypatch.setattr(members, "CACHE", tmp_path)
     found = members.audit(run, tmp_path)
+    assert asked == [run], "sampling takes minutes of one core: not of one seed after the other"
     assert found == record.read_json(tmp_path / "audit.json")
     assert found["rows"] == {"train": 60, "validation": 8, "test": 8}
     assert found["turns"] == {"user": 76, "assistant": 76}

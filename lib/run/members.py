@@ -82,7 +82,10 @@ def audit(run, folder: Path | None = None) -> dict:
     first = config.seeded(config.apply(run, config.first_cell(run)), run.seed_list[0])
     path = CACHE / run.study / f"audit-{keys.inputs_key(first, 'audit')}.json"
     if (found := record.read_json(path)) is None:
-        given = [prepare_inputs(first)] if run.dataset.name in hub.SAMPLED else []
+        given = []
+        if run.dataset.name in hub.SAMPLED:
+            prepare_all(run)  # the other seeds' too, beside it and not after it
+            given = [prepare_inputs(first)]
         found = config.study_module(run.study).audit(first, *given)
         if all(found["tokens"].values()):  # else the tokenizer is not here yet
             record.write_json(path, found)
