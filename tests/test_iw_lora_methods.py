@@ -8,12 +8,11 @@ import torch
 
 from lib import config, record
 from lib.errors import StudyError
-from lib.iw_lora import data, penalty, study, trainer
-from lib.iw_lora.study import Adapter
+from lib.iw_lora import data, study, trainer
 from lib.run import check
 from tests.conftest import ROOT
 from tests.notebook import analyze, write_member
-from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, moved, trainables
+from tests.test_iw_lora import ADALORA, BATCH, deberta, fit, trainables
 
 LAPTOP = ROOT / "params" / "iw_lora" / "laptop" / "iw_lora.yaml"
 
@@ -26,53 +25,15 @@ def laptop(**changes):
 
 @pytest.mark.parametrize(
     "variant",
-    [{"use_rslora": True}, {"use_dora": True}, {"init": "eva", "eva_rho": 1.0}, ADALORA],
-    ids=["rslora", "dora", "eva", "adalora"],
+    [{"use_rslora": True}, {"use_dora": True}, ADALORA],
+    ids=["rslora", "dora", "adalora"],
 )
 def test_what_a_practitioner_would_pick_trains_and_moves_its_adapters(tmp_path, variant):
     model = deberta(variant)
-    if variant.get("init") == "eva":
-        trainer.initialize_eva(model, [BATCH])
     before = {n: p.detach().clone() for n, p in trainables(model).items() if "lora" in n}
     assert fit(tmp_path, model, steps=10)[0].status == "completed"
     after = trainables(model)
     assert any(not torch.equal(p, after[n]) for n, p in before.items())
-
-
-def test_eva_takes_a_from_the_data_and_leaves_the_model_as_it_was():
-    plain, eva = deberta(), deberta({"init": "eva", "eva_rho": 1.0})
-    state = torch.get_rng_state()
-    trainer.initialize_eva(eva, [BATCH])
-    assert torch.equal(state, torch.get_rng_state())
-    plain.eval()
-    eva.eval()
-    labels = {k: v for k, v in BATCH.items() if k != "labels"}
-    torch.testing.assert_close(plain(**labels).logits, eva(**labels).logits)  # B is still 0
-    for (a, b, _), (theirs, *_) in zip(penalty.lora_pairs(eva), penalty.lora_pairs(plain), strict=True):
-        assert not torch.allclose(a, theirs)
-        assert (b == 0).all()
-        gram = a @ a.T  # principal directions are orthogonal
-        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-4, rtol=0)
-
-
-def test_lora_plus_gives_b_its_own_rate(tmp_path):
-    moves = {}
-    for ratio in (None, 16.0):
-        model = moved(deberta())
-        start = [b.detach().clone() for _, b, _ in penalty.lora_pairs(model)]
-        fit(tmp_path / str(ratio), model, steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
-        moves[ratio] = max(
-            float((b - old).abs().max()) for (_, b, _), old in zip(penalty.lora_pairs(model), start, strict=True)
-        )
-    assert moves[16.0] == pytest.approx(16 * moves[None], rel=0.05)
-
-
-@pytest.mark.parametrize(
-    "adapter", [{"type": "adalora", "init": "eva"}, {"init": "eva", "eva_rho": 0.5}, {"init": "pissa"}]
-)
-def test_wrong_initializations_are_refused(adapter):
-    with pytest.raises(ValueError, match="init|eva_rho"):
-        Adapter(**adapter)
 
 
 def test_head_warm_up_changes_s_and_nothing_else():

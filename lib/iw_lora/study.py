@@ -33,15 +33,11 @@ class Adapter(Section):
     delta_t: Count | None = None
     use_rslora: Flag = False
     use_dora: Flag = False
-    init: Literal["default", "eva"] = "default"  # eva: A from the principal directions of the inputs of a few batches
-    eva_rho: Annotated[Number, Field(ge=1)] = 2.0  # largest rank over `rank`; 1: all stay alike
 
     @model_validator(mode="after")
     def _schedule(self):
         given = [key for key in SCHEDULE if getattr(self, key) is not None]
         absent = [key for key in SCHEDULE if key not in given]
-        if self.type != "lora" and self.init != "default":
-            raise fault(f"init {self.init} with type {self.type}", "type: lora", "init: default", "init")
         if self.type != "adalora" and given:
             found, expected = str(getattr(self, given[0])), f"no such key: type {self.type} does not read it"
             raise fault(found, expected, "type: adalora", given[0])
@@ -110,7 +106,6 @@ class Dataset(config.Data):
 class Training(config.Schedule):
     batch_size: Count  # of one micro-batch
     gradient_accumulation_steps: Count = 1
-    loraplus_lr_ratio: Positive | None = None  # LoRA+: the rate of B over that of A
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", validation_alias="lr_scheduler")
     fp16: Flag = False
     logging_steps: Count = Field(50, validation_alias="log_every_n_steps")
@@ -261,7 +256,7 @@ def trial_changes(run: Run) -> dict[str, Any]:
 
 
 def check(run: Run) -> Iterator[Finding]:
-    training, total, kind = run.training, steps(run), run.model.adapter.type
+    training, total = run.training, steps(run)
     yield from config.check_schedule(training, total, training.evaluation_strategy == "steps" and training.eval_steps)
     yield from _check_penalty(run, total)
     if run.optuna.search_space and run.optuna.objective_metric.startswith("validation"):
@@ -271,8 +266,6 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("error", "training.fp16", "not offered: DeBERTa-v3 overflows in float16", "bf16: true on a GPU")
     if training.bf16 and not run.compute.gpus:
         yield Finding("warning", "training.bf16", "bfloat16 without a GPU is slow", "bf16: false, or compute.gpus: 1")
-    if training.loraplus_lr_ratio is not None and kind != "lora":
-        yield Finding("error", "training.loraplus_lr_ratio", f"type {kind} has no B", "remove it, or type: lora")
     if run.compute.strategy == "fsdp":
         yield Finding("error", "compute.strategy", "sharded gradients hide the sensitivities", "strategy: none")
     dataset, task, splits = run.dataset, run.dataset.task, (run.dataset.splits.train, run.dataset.splits.validation)

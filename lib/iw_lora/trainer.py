@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model, initialize_lora_eva_weights
-from peft.optimizers import create_loraplus_optimizer
+from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
@@ -45,9 +44,8 @@ def add_adapters(model: nn.Module, adapter, total_steps: int) -> nn.Module:
     head = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
     common |= {"target_modules": targets, "task_type": TaskType.SEQ_CLS, "modules_to_save": head}
     if adapter.type == "lora":
-        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=adapter.eva_rho)}
         own = {"r": adapter.rank, "use_rslora": adapter.use_rslora, "use_dora": adapter.use_dora}
-        return get_peft_model(model, LoraConfig(**own, **(eva if adapter.init == "eva" else {}), **common))
+        return get_peft_model(model, LoraConfig(**own, **common))
     if adapter.tinit + adapter.tfinal >= total_steps:
         found = f"tinit {adapter.tinit} + tfinal {adapter.tfinal} in a run of {total_steps} steps"
         raise StudyError("model.adapter.tfinal", found, "a schedule that leaves steps to prune in", "lower both")
@@ -65,26 +63,6 @@ def add_own(model: nn.Module, own: Any) -> nn.Module:
         head = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
         own.modules_to_save = list(dict.fromkeys([*(own.modules_to_save or ()), *head]))
     return get_peft_model(model, own)
-
-
-def initialize_eva(model: nn.Module, batches: list[dict]) -> None:
-    """EVA's data-driven A (PEFT's own): principal directions of what each adapted matrix is given by `batches`."""
-
-    def given(inputs: Any, mask: Tensor, _) -> Tensor:
-        """The rows of real tokens; of DeBERTa's shared projections also the table of relative positions, whole."""
-        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
-        return inputs[mask] if inputs.shape[:2] == mask.shape else inputs.flatten(0, -2)
-
-    model.eval()
-    with torch.random.fork_rng():
-        initialize_lora_eva_weights(
-            model,
-            [{k: v for k, v in b.items() if k != "labels"} for b in batches],
-            prepare_layer_inputs_fn=given,
-            prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
-            show_progress_bar=False,
-        )
-    model.train()
 
 
 def allocator_of(model: nn.Module):
@@ -127,14 +105,11 @@ class ImportanceTrainer(StudyTrainer):
     def __init__(self, run, given, model: nn.Module, seed: int, folder: Path, term: Term | None = None):
         self.run, self.given, self.term, self.parts = run, given, term, []
         training, rows = run.training, given.rows["train"]
-        steps, identity, optimizer = training.optimizer_steps(len(rows)), config.dump(run), None
+        steps, identity = training.optimizer_steps(len(rows)), config.dump(run)
         identity["training"].pop("logging_steps")  # changes the log alone
         every = {"epoch": training.steps_per_epoch(len(rows)), "steps": training.eval_steps, "no": None}
         alike = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16")
         alike += ("gradient_accumulation_steps",)
-        if (ratio := training.loraplus_lr_ratio) is not None:
-            rates = {"lr": training.learning_rate, "loraplus_weight_decay": training.weight_decay}
-            optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=ratio, **rates)
         super().__init__(
             model,
             rows,
@@ -146,7 +121,6 @@ class ImportanceTrainer(StudyTrainer):
             eval_steps=every[training.evaluation_strategy],
             save_steps=every[training.save_strategy],
             log_every=training.logging_steps,
-            optimizers=(optimizer, None),
             optim="adamw_torch",
             per_device_train_batch_size=training.batch_size,
             warmup_steps=training.warmup(steps),
@@ -276,8 +250,6 @@ def train(member, folder: Path, shared: Path) -> dict:
     """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
     run, seed, given = member.run, member.seed, load(shared)
     model = build(run, given, seed, run.training.optimizer_steps(len(given.rows["train"])))
-    if run.model.adapter.init == "eva":
-        initialize_eva(model, calibration_batches(run, given, seed))
     s, term, skipped, started = None, None, 0, time.perf_counter()
     if run.loss.penalty != "none":
         s, skipped = calibrate(run, model, calibration_batches(run, given, seed))
