@@ -155,6 +155,18 @@ def test_sampling_depends_on_its_seed_alone(loaded, pairs):
     assert sampled(loaded, pairs, seed=4) != first
 
 
+def test_answers_to_one_prompt_share_its_forward_pass(loaded, pairs):
+    model, tokenizer = loaded
+    prompts, options = [pair["prompt"] for pair in pairs[:3] for _ in range(4)], {"temperature": 0.7, "seed": 3}
+    single = sample(model, tokenizer, prompts, max_new_tokens=4, batch_size=1, **options)
+    shapes = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    assert sample(model, tokenizer, prompts, max_new_tokens=4, batch_size=12, **options) == single
+    hook.remove()
+    longest = max(len(answer["prompt_ids"]) for answer in single)
+    assert shapes == [(3, longest - 1), *[(12, 1)] * 4]
+
+
 def test_sampling_follows_the_distribution_at_its_temperature(loaded, pairs):
     model, tokenizer = loaded
     prompt = pairs[0]["prompt"]

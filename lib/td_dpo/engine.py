@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -433,6 +433,19 @@ def _end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
+def _read_once(model: torch.nn.Module, inputs: Mapping, prompts: list[list[int]]):
+    """The cache of all but the prompts' last tokens, computed once for neighbors with the same prompt: a fifth of
+    the work where each is answered four times. None where no two are alike."""
+    starts = [place == 0 or ids != prompts[place - 1] for place, ids in enumerate(prompts)]
+    if all(starts):
+        return None
+    ids, mask = (inputs[name][starts, :-1] for name in ("input_ids", "attention_mask"))
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = model(ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_select_indices(torch.tensor(starts).cumsum(0) - 1)
+    return cache
+
+
 @torch.inference_mode()
 def sample(
     model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, temperature: float, seed: int, batch_size: int
@@ -457,11 +470,13 @@ def sample(
         asked = {"input_ids": [prompt_ids[index] for index in batch]}
         inputs = tokenizer.pad(asked, padding_side="left", return_tensors="pt").to(model.device)
         draw = [_InverseTransform(uniforms[batch].to(model.device), temperature)] if temperature > 0 else []
+        options = {"generation_config": settings, "logits_processor": draw}
         # generate() fills what settings leave open from the model's own (a chat model's repetition penalty, say)
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                output = model.generate(**inputs, generation_config=settings, logits_processor=draw)
+                cache = _read_once(model, inputs, asked["input_ids"])
+                output = model.generate(**inputs, past_key_values=cache, **options)
         finally:
             model.generation_config = own
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
