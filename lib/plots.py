@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,7 @@ def bars(
                 over = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
                 place.annotate(number(seeds.mean()), (middle, np.nanmax([high, *seeds])), (0, 3), **over)
     place.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(places)), xticklabels=map(short, places))
+    place.set_xlim(-0.5, len(places) - 0.5)  # the same room for a series that a category lacks
     if not boxes and table["value"].notna().any():
         place.set_ylim(bottom=limits[0])  # its top is where the highest point is
     if reference is not None:
@@ -361,7 +363,8 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         shown = [v for v in (estimate, low, high, *margins, *bounds) if v is not None]
         pad = 0.08 * np.ptp(shown or [0]) or 0.5
         left, right = min(shown, default=0) - pad, max(shown, default=0) + pad
-        place.set(xlim=(left, right), xlabel=claim.get("estimand") or "", ylim=(-1, 1), yticks=[])
+        estimand = textwrap.fill(claim.get("estimand") or "", 95)
+        place.set(xlim=(left, right), xlabel=estimand, ylim=(-1, 1), yticks=[])
         place.set_title(words[-1], fontsize=9.5, color=color)
         place.spines["left"].set_visible(False)
         for bound in margins:
@@ -370,6 +373,7 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
             last = look is looks[-1]
             place.plot([look["low"], look["high"]], [y, y], color=color, linewidth=5 if last else 2, alpha=0.5)
             place.plot([look["estimate"]], [y], "D", color=color, markersize=8 if last else 4)
-            beside = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            free = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of the lines behind it
+            beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": free}
             place.annotate(f"{look['seeds']} seeds", (look["high"], y), (4, 0), **beside)
     return Drawing(drawn, title, f"{title}: {'. '.join(words)}.", pd.DataFrame(data))

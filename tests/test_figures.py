@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import plots as figures, tables
+from lib.claims import Verdict, load
 from lib.plots import PALETTE, Drawing, Look, looks, number, outcomes
 from lib.td_dpo import report as study
 from tests.conftest import ROOT
@@ -377,3 +378,15 @@ def test_no_interval_is_drawn_or_said_beyond_what_the_metric_can_be():
     assert drawing.alt.endswith("95 % interval 3.73 to 10.")
     assert place.get_ylim()[0] == 1
     assert place.get_ylim()[1] > 9.9, "every point lies on the axes"
+
+
+@pytest.mark.parametrize("study", ["td_dpo", "iw_lora", "graff"])
+def test_what_a_claim_estimates_is_written_within_the_figure(study):
+    drawn = figures.claims(
+        [vars(Verdict(claim, "laptop")) for claim in load(ROOT / f"params/{study}/claims.yaml").claims]
+    )
+    drawn.canvas.canvas.draw()
+    for axes in drawn.canvas.axes:
+        words = axes.xaxis.label.get_window_extent()
+        assert words.x0 >= 0
+        assert words.x1 <= drawn.canvas.bbox.width
