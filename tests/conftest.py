@@ -84,11 +84,12 @@ def pool_socket():
 
 @pytest.fixture(autouse=True)
 def outputs_put_back(monkeypatch):
-    """--results-dir moves the outputs of a whole process, and so of the tests after one that gives it; a command whose
-    runs want no GPU hides those there are."""
+    """--results-dir moves the outputs of a whole process and is repeated in its messages, and so in the tests after one
+    that gives it; a command whose runs want no GPU hides those there are."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cli := sys.modules.get("lib.run.cli"):
         monkeypatch.setattr(cli, "OUTPUTS", cli.OUTPUTS)
+        monkeypatch.setattr(cli.plan, "PLACE", "")
     yield
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if shown is not None:

@@ -94,8 +94,9 @@ def study(tmp_path, monkeypatch):
             for m in config.members(run)
             if (run.results_dir / run.run_id / "members" / m.id / "done.json").exists()
         ]
-        arm = {"C2": ("discopop", 2.5), "C3": ("dpo", 0.05)}.get(name)
-        seeds = sum(arm == (m.run.run_id, m.run.loss.beta) for m in have) if arm else 0
+        other, beta = {"C2": ("discopop", 2.5), "C3": ("dpo", 0.05)}.get(name, ("", 0))
+        arm = other and [(run_id, beta) for run_id in (other, "td_dpo")]
+        seeds = min((sum(one == (m.run.run_id, m.run.loss.beta) for m in have) for one in arm), default=0)
         until, chance = state.open.get(name, (0, 1.0))
         row = {
             "id": name,
@@ -227,6 +228,8 @@ def test_a_runner_killed_in_a_round_of_seeds_goes_on_there_and_trains_nothing_tw
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     kept = {f"{done.parents[2].name}/{done.parent.name}" for done in study.results.glob("*/members/*/done.json")}
     study.kill_at = None
+    own = next(run for run in study.runs if run.run_id == "td_dpo")
+    assert len(decide.recorded(own)["beta0.05-tau1"]) == 3, "no claim that waits for its first look waits for this one"
     study.go()
     assert "td_dpo/beta0.05-tau1-s1" in study.trained
     assert all((study.results / arm / "done.json").exists() for arm in
