@@ -98,8 +98,7 @@ def _arms_of(rows: pd.DataFrame, claim: claims.Claim, cell: claims.Cell) -> list
 
 def recorded(run) -> dict[str, list[int]]:
     """{cell: seeds} that the run's record was planned with, of cells whose record does not have to be made anew. Without
-    the seeds of a look that was broken off before any of them was trained: claims that wait for their first look go
-    ahead of it."""
+    seeds of which the run has nothing, as a look's that was broken off: claims that wait for their first go ahead."""
     folder = Path(run.results_dir) / run.run_id
     try:
         written = config.load_yaml(folder / "config.yaml")
@@ -111,8 +110,9 @@ def recorded(run) -> dict[str, list[int]]:
     fresh = [m for m in planned if m.cell_name in known and not members.stale(m, folder / "members" / m.id)]
     cells = {claims.BEST if member.pilot else member.cell_name for member in fresh}
     trained = {member.seed for member in fresh if not member.pilot}
-    planned = {cell: seeds for cell, seeds in seeds_of(before).items() if cell in cells}
-    return {cell: [seed for seed in seeds if seed in trained] or seeds for cell, seeds in planned.items()}
+    mine = {cell: seeds for cell, seeds in seeds_of(before).items() if cell in cells}
+    # where pilots alone are trained, all that were planned
+    return {cell: [seed for seed in seeds if seed in trained] or seeds for cell, seeds in mine.items()}
 
 
 def seeds_of(run) -> dict[str, list[int]]:

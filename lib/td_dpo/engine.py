@@ -470,13 +470,12 @@ def sample(
         asked = {"input_ids": [prompt_ids[index] for index in batch]}
         inputs = tokenizer.pad(asked, padding_side="left", return_tensors="pt").to(model.device)
         draw = [_InverseTransform(uniforms[batch].to(model.device), temperature)] if temperature > 0 else []
-        options = {"generation_config": settings, "logits_processor": draw}
         # generate() fills what settings leave open from the model's own (a chat model's repetition penalty, say)
         own, model.generation_config = model.generation_config, settings
         try:
             with evaluating(model):
-                cache = _read_once(model, inputs, asked["input_ids"])
-                output = model.generate(**inputs, past_key_values=cache, **options)
+                inputs["past_key_values"] = _read_once(model, inputs, asked["input_ids"])
+                output = model.generate(**inputs, generation_config=settings, logits_processor=draw)
         finally:
             model.generation_config = own
         for index, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
