@@ -455,9 +455,9 @@ def validate(section: type[Section], path: str | Path) -> Any:
 def _implied(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
     """Where --set names real data in place of generated data or asks for a GPU: what the run's `dataset.real` and
     `compute.on_gpu`, if any, say of it."""
-    real = values.get("dataset.name", "generated") != "generated" and getattr(run.dataset, "real", None)
+    is_given = values.get("dataset.name", "generated") not in ("generated", run.dataset.name)
     on_gpu = values.get("compute.gpus") and run.compute.on_gpu
-    return {**(real or {}), **(on_gpu or {})}
+    return {**(is_given and getattr(run.dataset, "real", None) or {}), **(on_gpu or {})}
 
 
 DEFAULTS: dict[str, Any] = {  # of what a study's module may define

@@ -1059,3 +1059,35 @@ def test_a_gpu_asked_for_at_small_scale_brings_bfloat16_along(study, run, key, v
 
     assert found(**{"compute.gpus": "1"}) == value
     assert found(**{"compute.gpus": "0"}) != value
+    on_gpu = config.load_run(path, scale="small", mode="full", overrides={"compute.gpus": "1"})
+    assert plan.member_seconds(on_gpu) is None, "a CPU's seconds would be a wrong forecast"
+
+
+def test_bfloat16_that_graff_would_not_compute_in_is_refused():
+    path, key = config.ROOT / "params/graff/small/fixed.yaml", "training.mixed_precision"
+    run = config.load_run(path, scale="small", mode="full", overrides={key: "bf16"})
+    assert [(f.level, f.key) for f in check.findings(run)] == [("error", key)]
+
+
+@pytest.mark.parametrize("scale", ["laptop", "small"])
+def test_real_pairs_are_scored_by_accuracy_as_no_code_knows_their_answers(scale, tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    path, data = config.ROOT / f"params/td_dpo/{scale}/dpo.yaml", {"dataset.name": str(tmp_path / "pairs.jsonl")}
+    run = config.load_run(path, scale=scale, mode="full", overrides=data)
+    assert (run.evaluation.judge, not check.findings(run)) == ("none", True)
+    if scale == "small":
+        own = config.load_run(path, scale=scale, mode="full", overrides={"dataset.name": "verifiable"})
+        assert (run.dataset.limit, own.dataset.limit, own.evaluation.judge) == (160, None, "verifier")
+
+
+def test_more_verifier_questions_than_there_are_are_refused():
+    path, key = config.ROOT / "params/td_dpo/small/dpo.yaml", "evaluation.questions"
+    for number, expected in (("214", []), ("215", [("error", key)])):
+        run = config.load_run(path, scale="small", mode="full", overrides={key: number})
+        assert [(f.level, f.key) for f in check.findings(run)] == expected
+
+
+def test_mnli_of_the_hub_needs_no_split_to_be_named():
+    overrides = {"dataset.name": "nyu-mll/glue", "dataset.subset": "mnli"}
+    path = config.ROOT / "params/iw_lora/small/lora.yaml"
+    assert not check.findings(config.load_run(path, scale="small", mode="full", overrides=overrides))

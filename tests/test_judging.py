@@ -537,7 +537,7 @@ def analysed(outputs, judges=("mt_bench", "mt_bench"), leave_out=()):
     loaded = tables.load(outputs / "laptop-full/td_dpo")
     by = report.judged(planned, loaded)
     rows = report.question_scores(loaded, by, leave_out)
-    published = claims.load(ROOT / "params/td_dpo/claims.yaml")
+    published = report.judged_on(claims.load(ROOT / "params/td_dpo/claims.yaml"), by)
     parity = tuple(claim for claim in published.claims if claim.id == "C6")
     only = published.model_copy(update={"claims": parity, "looks": (2,)})
     done = loaded.members[loaded.members["status"] == "completed"]
@@ -582,6 +582,26 @@ def test_scores_of_two_judges_are_not_mixed(outputs, judge_server, capsys):
     by, rows, verdict, _ = analysed(outputs, judges=("mt_bench", "oracle"))
     assert rows.empty
     assert "different judges" in verdict.reason
+
+
+def test_pairs_whose_answers_nobody_judges_are_scored_by_how_they_are_ranked(outputs):
+    """On a judge's scale: 1 for a pair that is ranked wrongly, 10 for one that is not, and guessing is chance."""
+    for place, metrics in enumerate(sorted(outputs.glob("*/*/*/members/*/metrics.json"))):
+        right = [True, place > 0, place > 1, place > 3, False] if "s3" not in str(metrics) else []  # one diverged
+        pairs = [{"kind": "pair", "pair": pair, "rho": 1.0 if own else -1.0} for pair, own in enumerate(right)]
+        record.write_jsonl(metrics.with_name("predictions.jsonl"), pairs)
+        accuracy = {"implicit_accuracy": sum(right) / 5} if right else {}
+        record.write_json(metrics, {**record.read_json(metrics), **accuracy})
+    by, rows, verdict, loaded = analysed(outputs, judges=("none", "none"))
+    assert by.label.startswith("implicit accuracy on test pairs")
+    done = loaded.members[loaded.members["status"] == "completed"].set_index(["method", "seed"])
+    means = rows.groupby(["method", "seed"])["score"].mean()
+    assert means.to_dict() == pytest.approx((1 + 9 * done["implicit_accuracy"]).to_dict())
+    assert verdict.scored_by == by.label
+    assert verdict.estimate == pytest.approx((means["td_dpo"] - means["dpo"]).mean())
+    judged = report.judged_on(published := claims.load(ROOT / "params/td_dpo/claims.yaml"), by)
+    assert (judged.diverged["score"], judged.chance.no_better_than) == (5.5, (5.5,))
+    assert report.judged_on(published, by._replace(metric="oracle_score")) is published
 
 
 def test_grading_makes_the_analysis_stale_and_nothing_else(outputs, judge_server):

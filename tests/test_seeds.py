@@ -51,6 +51,19 @@ def test_the_arms_of_a_seed_share_its_preparation_and_another_seed_has_its_own(s
     assert len(set.union(*folders.values())) == len(folders) >= 20
 
 
+def test_pairs_of_sampled_answers_depend_on_how_long_these_may_be():
+    """Of generated pairs they do not, and a reference is not computed again for them."""
+    asked = {}
+    for scale in ("small", "laptop"):
+        path = config.ROOT / f"params/td_dpo/{scale}/dpo.yaml"
+        runs_of = [
+            config.load_run(path, scale=scale, mode="full", overrides={"evaluation.max_new_tokens": n})
+            for n in ("48", "96")
+        ]
+        asked[scale] = {keys.inputs_key(config.members(run)[0].run) for run in runs_of}
+    assert [len(asked[scale]) for scale in asked] == [2, 1]
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_adding_seeds_changes_no_member_that_stands(study):
     run = next(runs.settle(run, guess=True) for run in laptop(study) if run.role == "proposed")

@@ -1,7 +1,6 @@
 """The GRAFF study: the sections of its run YAML, the names others know it by, its checks, and its two entries,
 `prepare` (what all members share) and `train` (one member). Imports no torch until one of these is called."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -226,9 +225,12 @@ def trial_changes(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> Iterator[Finding]:
     dataset, count, name = run.dataset, run.model.parameter_count, run.model.name
-    known = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else math.inf
+    known = GSM8K_ROWS - dataset.dev_size if dataset.name == "openai/gsm8k" else float("inf")
     yield from config.check_batch(run.training, run.training.micro_batch_size)
     yield from _check_scheduler(run)
+    if run.training.mixed_precision == "bf16" and not run.compute.gpus:
+        what = "bf16 is of a GPU: on a CPU a member trains in float32"
+        yield Finding("error", "training.mixed_precision", what, "mixed_precision: no, or --set compute.gpus=1")
     if run.compute.strategy == "fsdp":
         yield Finding("error", "compute.strategy", "one process trains a member, on its own clock", "strategy: none")
     if dataset.eval_split == "test" and run.optuna.search_space:
@@ -238,9 +240,6 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("warning", key, "read when streaming only: every epoch is shuffled whole", "shuffle_buffer: null")
     elif buffer is not None and buffer > (rows := min(known, dataset.limit or known)):
         yield Finding("warning", key, f"{buffer} for {rows} training rows: a full shuffle", "shuffle_buffer: null")
-    if dataset.real and dataset.name != "generated" and "dataset.name" not in run.overrides:
-        fix = "--set dataset.name=..., or its values in their sections"
-        yield Finding("warning", "dataset.real", f"not read: the YAML itself names {dataset.name}", fix)
     if count is not None and count.lower() not in name.lower():
         yield Finding("warning", "model.parameter_count", f"{count}, which the name {name} does not say", "remove it")
     if run.evaluation.interval_steps is not None:

@@ -6,7 +6,6 @@ among the findings keeps all of a command's runs from starting.
 
 import ast
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -83,8 +82,11 @@ def findings(run: Run) -> list[Finding]:
 
 
 def _unread(run: Run) -> Iterator[Finding]:
-    """Settings of --set that would change nothing in this run."""
-    values, model = config.dump(run), getattr(run.model, "name", "made")
+    """Settings of --set that would change nothing in this run, and those for real data that its YAML names by itself."""
+    values, model, name = config.dump(run), getattr(run.model, "name", "made"), run.dataset.name
+    if getattr(run.dataset, "real", None) and name not in hub.MADE and "dataset.name" not in run.overrides:
+        fix = "--set dataset.name=..., or its values in their sections"
+        yield warning("dataset.real", f"not read: the YAML itself names {name}", fix)
     unread = config.study_module(run.study).unread(run)
     unread |= {} if model == "made" else {"model.recipe": f"the model is {model}"}
     for key in (config.resolve(run.study, name) for name in run.overrides):
@@ -406,7 +408,7 @@ def trial_arguments(options, run_ids: list[str]) -> list[str]:
     chosen = [("--study", study) for study in options.study or []] + [("--run", run_id) for run_id in run_ids]
     chosen += [("--params", os.path.abspath(options.params))] if options.params else []
     chosen += [("--jobs", str(options.jobs))] if options.jobs else []
-    return list(itertools.chain(*chosen, *(("--set", text) for text in options.sets)))
+    return [word for pair in (*chosen, *(("--set", text) for text in options.sets)) for word in pair]
 
 
 def trial_findings(runs: list[Run], scale: str, arguments: list[str]) -> Iterator[Finding]:
@@ -416,6 +418,8 @@ def trial_findings(runs: list[Run], scale: str, arguments: list[str]) -> Iterato
         outputs, folder = Path(place, "outputs"), Path(place, "watch")
         folder.mkdir()
         Path(place, "tmp").mkdir()
+        Path(place, "cache").mkdir()
+        Path(place, "cache", "models").symlink_to(hub.cache_folder() / "models")  # that were fetched
         caches = [os.path.abspath(path) for name, path in os.environ.items() if CACHES.search(name) and path]
         caches.append(f"{Path.home()}/.")  # .cache, .config, .triton and their like
         places = {"STUDY_OUTPUTS": str(outputs), "STUDY_CACHE": f"{place}/cache", "TMPDIR": f"{place}/tmp"}

@@ -240,7 +240,7 @@ def notebook_code(path: Path, *, with_imports: bool = False) -> str:
     with everything of `lib` that they import (an analysis is no more than what its functions make of the records)."""
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError) as error:
         found = f"no notebook: {type(error).__name__}: {error}"
         raise StudyError(str(path), found, "the JSON of one", f"git checkout -- {path}") from None
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
@@ -335,6 +335,8 @@ def inputs_key(run, function: str = "prepare") -> str:
     values, own = config.dump(run), config.study_module(run.study).MEMBER_KEYS
     sections = {s: {k: v for k, v in values[s].items() if f"{s}.{k}" not in own} for s in ("model", "dataset")}
     place = {"scale": run.scale, "mode": run.mode, "threads": run.compute.threads}
+    if run.dataset.name in hub.SAMPLED:
+        place["max_new_tokens"] = run.evaluation.max_new_tokens  # of the answers that pairs are made of
     code = reach(run.study, function, values=flat(sections))
     return record.digest([sections, place, code, versions(), device_kind(run.compute.gpus), sources(run)])
 

@@ -15,10 +15,11 @@ ABLATIONS = ("td_dpo_anchored", "discopop_card")  # trained where one claim look
 
 
 class Judged(NamedTuple):
-    """What judged the answers: the runs' own `evaluation.judge` and nothing else.
+    """What judged the answers: the runs' own `evaluation.judge` and nothing else; where that is none, as on pairs of the
+    user's own, how test pairs are ranked is the score.
 
-    `metric` of a member, None where there is none or the scores of several judges would be mixed; `label` for people;
-    `fix` what is missing of the scores, with the command that gets it.
+    `metric` of a member, None where the scores of several judges would be mixed; `label` for people; `fix` what is
+    missing of the scores, with the command that gets it.
     """
 
     metric: str | None
@@ -35,7 +36,7 @@ def judged(planned: list, loaded: tables.Records) -> Judged:
     if kinds in (["oracle"], ["verifier"]):
         return Judged(f"{kinds[0]}_score", f"{kinds[0]} score")
     if kinds != ["mt_bench"]:
-        return Judged(None, "", "No answers are judged: evaluation.judge is none")
+        return Judged(SECOND_METRIC, "implicit accuracy on test pairs, from 1 (none ranked as labeled) to 10 (all)")
     completed = [] if loaded.members.empty else loaded.members.query("status == 'completed'")["folder"]
     models = Counter(record.read_json(Path(folder) / "judged.json", {}).get("model") for folder in completed)
     ungraded, command = models.pop(None, 0), GRADED_BY["mt_bench_score"]
@@ -58,13 +59,30 @@ def primary(loaded: tables.Records, by: Judged) -> str:
     return str(by.metric) if scored else SECOND_METRIC
 
 
+def as_score(accuracy):
+    """An accuracy on the scale of a judge, from 1 to 10, so that the claims' thresholds hold for it."""
+    return 1 + 9 * accuracy
+
+
+def judged_on(published: claims.Claims, by: Judged) -> claims.Claims:
+    """The claims as they are judged on: by accuracy, where that is the score, a diverged run guesses, and runs of which
+    none is shown to rank better than by guessing are at chance."""
+    if by.metric != SECOND_METRIC:
+        return published
+    guess = as_score(published.diverged["accuracy"])
+    chance = claims.Chance(metric="score", what="guessing", no_better_than=(guess,))
+    return published.model_copy(update={"diverged": {**published.diverged, "score": guess}, "chance": chance})
+
+
 def question_scores(loaded: tables.Records, by: Judged, leave_out: Iterable[int] = ()) -> pd.DataFrame:
     """One row per member and question, without those in `leave_out`: the mean score over its turns, as
-    `claims.evaluate` wants it."""
-    keys = ["method", "beta", "tau", "seed", "question"]
-    if loaded.answers.empty or not by.metric:
+    `claims.evaluate` wants it. Where accuracy is the score a test pair is a question, and has 1 or 10."""
+    keys, answers = ["method", "beta", "tau", "seed", "question"], loaded.answers
+    if by.metric == SECOND_METRIC and len(loaded.pairs):
+        answers = loaded.pairs.rename(columns={"pair": "question"}).assign(score=as_score(loaded.pairs["rho"] > 0))
+    if answers.empty or not by.metric:
         return pd.DataFrame(columns=[*keys, "score", "status"])
-    kept = loaded.answers[~loaded.answers["question"].isin(list(leave_out))]
+    kept = answers[~answers["question"].isin(list(leave_out))]
     scores = kept.groupby(keys, dropna=False, as_index=False)["score"].agg(lambda turns: turns.mean(skipna=False))
     return scores.assign(status="completed")
 

@@ -14,7 +14,7 @@ from lib import config
 from lib.config import Count, Finding, Flag, Fraction, Name, NonNegative, Positive, Section, Seed, Whole, fault, renamed
 from lib.errors import MissingError, StudyError
 from lib.td_dpo import mt_bench
-from lib.td_dpo.generated import JUDGE_OF
+from lib.td_dpo.generated import JUDGE_OF, requests
 
 # ---- sections of the YAML
 
@@ -116,6 +116,7 @@ class Dataset(config.Data):
     )
     split: dict[Literal["train", "val"], Fraction] | None = Field(None, exclude=True)
     flipped: Fraction = 0.0  # share of the labels of verifiable training pairs that are turned round
+    real: dict[str, Any] | None = None  # other keys, set along where --set dataset.name names real pairs
     preprocessing: Preprocessing = Preprocessing()
 
     @model_validator(mode="before")
@@ -337,7 +338,9 @@ def check(run: Run) -> Iterator[Finding]:
         what = "made, and verifiable pairs are the answers of a pretrained model"
         yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")
     yield from _meant_otherwise(run)
-    judge = run.evaluation.judge
+    judge, there = run.evaluation.judge, len(requests("questions", 0))
+    if judge == "verifier" and run.evaluation.questions > there:
+        yield Finding("error", "evaluation.questions", f"{run.evaluation.questions}, of {there}", f"questions: {there}")
     if judge in JUDGE_OF.values() and JUDGE_OF.get(dataset.name) != judge:
         level, fix = ("error", "leave it out") if run.idea else ("warning", "judge: none")  # an idea's claim needs it
         yield Finding(level, "evaluation.judge", f"no {judge} score is known for dataset.name={dataset.name}", fix)
