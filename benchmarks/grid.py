@@ -39,6 +39,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.preference_step import SHAPES
+from lib import hub
 from lib.run import pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,9 @@ def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[
 
 def prepare(home: Path, jobs: int | None) -> None:
     """One cell of ours: it makes the model and its reference, which both arms then find, and warms the disk's cache."""
+    (fetched := hub.cache_folder() / "models").mkdir(parents=True, exist_ok=True)
+    (home / "cache").mkdir()
+    (home / "cache/models").symlink_to(fetched)  # that `./run_all.sh fetch` has got
     line, environment = command(home, "full", "--run", "dpo", "--set", "seed_list=[42]", jobs=jobs)
     subprocess.run(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
@@ -196,7 +200,6 @@ def trl(spec: dict) -> None:
     import transformers
     import trl.trainer.utils
     from datasets import Dataset, disable_progress_bars, load_from_disk
-    from transformers import AutoModelForCausalLM
     from trl import DPOConfig
 
     from benchmarks.preference_arms import Stock
@@ -256,7 +259,7 @@ def trl(spec: dict) -> None:
                 gradient_checkpointing=False,
                 bf16=False,
             )
-            model, peft = AutoModelForCausalLM.from_pretrained(given.base, dtype="float32"), spec["peft"]
+            model, peft = models.load_causal_lm(given.base, device="cpu"), spec["peft"]
             trainer = Stock(
                 model,
                 args=args,

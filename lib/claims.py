@@ -12,7 +12,6 @@ numbers are then shown, and decide nothing.
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -361,10 +360,7 @@ class Data(NamedTuple):
 
     def scores(self, metric: str) -> pd.DataFrame:
         """Scores per question where there are any, else the runs' own (F1, say): one number per seed."""
-        for rows in (self.rows, self.accuracy):
-            if rows is not None and metric in rows:
-                return rows
-        return self.members
+        return next((rows for rows in (self.rows, self.accuracy) if rows is not None and metric in rows), self.members)
 
 
 class Missing(ValueError):
@@ -398,7 +394,7 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
             name = study.label(cell)
             gaps += [f"{name}, seed {s}: {_gap(state.get(s))}" for s in order[: looks[0]] if there and s not in there]
             gaps += [] if there else [f"{name}: {_gap(next(iter(state.values()), None))}"]
-        whole = len(list(itertools.takewhile(set(wanted).__contains__, order)))
+        whole = next((place for place, seed in enumerate(order) if seed not in wanted), len(order))
         if whole < looks[0]:
             raise Missing("; ".join(gaps) or f"{looks[0] - whole} of the {looks[0]} seeds of the first look")
         wanted = wanted[: max(n for n in looks if n <= whole)]
@@ -699,7 +695,7 @@ def evaluate(
             verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
             # what Holm's correction alone leaves open is not foreseen
-            n = verdict.seeds_to_decide if (verdict.p or 0) > st.LEVEL else None
+            n = verdict.seeds_to_decide = verdict.seeds_to_decide if (verdict.p or 0) > st.LEVEL else None
             verdict.reason += f" Were the estimate true, {roughly(n)} seeds would decide it (80 % chance)." if n else ""
     return verdicts
 

@@ -10,8 +10,6 @@ import pandas as pd
 from lib import stats as st
 from lib.claims import RATIOS, Claim, Claims, test_of
 
-_CHUNK = 50  # experiments in memory
-
 
 def sds_of(study: Claims, claim: Claim, seed_sd: float) -> tuple[dict[str, float], int]:
     """Assumed standard deviations of the claim's difference, and its number of questions."""
@@ -38,16 +36,12 @@ def sizes(claim: Claim) -> tuple[float, float]:
 
 def simulate(study: Claims, claim: Claim, looks, sds, questions, effect, rng) -> tuple[np.ndarray, np.ndarray]:
     """(words, seeds used), each (n_sim,), of studies that stop at a word or at the last look."""
-    (test, margin), out, n_sim = test_of(claim), [], study.noise.simulations
-    for start in range(0, n_sim, _CHUNK):
-        n = min(_CHUNK, n_sim - start)
-        d = effect + rng.normal(0, sds["seed"], (n, looks[-1], 1)) + rng.normal(0, sds["question"], (n, 1, questions))
-        sequence = st.look_sequentially(d + rng.normal(0, sds["residual"], (n, looks[-1], questions)), looks)
-        code = st.words(test, sequence.low, sequence.high, margin)  # (K, n)
-        stop = np.where((code != st.INCONCLUSIVE).any(0), (code != st.INCONCLUSIVE).argmax(0), len(looks) - 1)
-        out.append((code[stop, np.arange(n)], np.array(looks)[stop]))
-    words, seeds = (np.concatenate(part) for part in zip(*out, strict=True))
-    return words, seeds
+    (test, margin), n = test_of(claim), study.noise.simulations
+    d = effect + rng.normal(0, sds["seed"], (n, looks[-1], 1)) + rng.normal(0, sds["question"], (n, 1, questions))
+    sequence = st.look_sequentially(d + rng.normal(0, sds["residual"], (n, looks[-1], questions)), looks)
+    code = st.words(test, sequence.low, sequence.high, margin)  # (K, n)
+    stop = np.where((code != st.INCONCLUSIVE).any(0), (code != st.INCONCLUSIVE).argmax(0), len(looks) - 1)
+    return code[stop, np.arange(n)], np.array(looks)[stop]
 
 
 def by_look(study: Claims, claim: Claim, looks: tuple[int, ...]) -> dict[int, float]:

@@ -20,8 +20,8 @@ from lib.plots import number, outcomes
 class Records:
     """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
     `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
-    interleaved step times of a method and its baseline. `everyone`: the members and, without metrics, those in
-    `missing`, in the order in which they were planned: a look at claims takes the first seeds of it."""
+    interleaved step times of a method and its baseline. `everyone`: the members and, without metrics, those
+    with no finished record, in the order in which they were planned: a look at claims takes the first seeds of it."""
 
     members: pd.DataFrame
     history: pd.DataFrame
@@ -29,13 +29,12 @@ class Records:
     pairs: pd.DataFrame
     costs: pd.DataFrame
     everyone: pd.DataFrame = field(default_factory=pd.DataFrame)
-    missing: list[dict] = field(default_factory=list)
 
 
 def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:
     """Read the members below `results_dir`/<run_id>/<subfolder>.
 
-    `expected`: config.Member objects; those with no finished record are listed in `missing` with what is known of them.
+    `expected`: config.Member objects; of those with no finished record `everyone` has what is known of them.
     Raises StudyError where finished members were made by different states of a function (code.json).
     """
     rows = {"history": [], "answers": [], "pairs": [], "costs": []}
@@ -66,14 +65,12 @@ def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "m
         who = {"run_id": path.parent.name, "method": record.read_json(path.parent / "metrics.json", {}).get("method")}
         rows["costs"] += [{**who, **row} for row in record.read_jsonl(path)]
     rows["members"] = [row for row in found.values() if row]
-    missing = []
     for place, m in planned.items():
         spec = {"run_id": m.run.run_id, "study": m.run.study, "config": config.dump(m.run), "seed": m.seed}
         who = record.identity({**spec, "cell": m.cell, "cell_name": m.cell_name})
         found[place] = {**who, "member": m.id, **_state(Path(results_dir) / m.run.run_id / subfolder / m.id)}
-        missing.append(found[place])
     rows["everyone"] = list(found.values())
-    return Records(**{name: pd.DataFrame(part) for name, part in rows.items()}, missing=missing)
+    return Records(**{name: pd.DataFrame(part) for name, part in rows.items()})
 
 
 def _state(folder: Path) -> dict:

@@ -159,7 +159,6 @@ def test_weights_sum_to_one_and_degenerate_sensitivities_are_refused():
         with pytest.raises(StudyError):
             penalty.sensitivities(bad)
     assert penalty.sensitivities(torch.tensor([[1.0], [3.0], [5.0]]), buffer=2).item() == 4
-    assert sum(penalty.rank_pattern(list("abcd"), s, 8).values()) == 32
 
 
 def test_penalty_equals_the_materialised_norm_and_vanishes_with_its_gradient_where_b_is_zero():

@@ -64,8 +64,7 @@ def test_the_penalty_and_the_record_follow_what_is_adapted(tmp_path, name):
         parts for p in after if not torch.equal(before[p], after[p]) and len(parts := p.split(".modules_to_save")) > 1
     ]
     assert {home.rpartition(".")[2] for home, _ in moved} == ENCODERS[name][3]
-    run = SimpleNamespace(model=SimpleNamespace(adapter=Adapter()))
-    trainer.record_adapters(run, tmp_path, model, penalty.sensitivities(norms), term)
+    trainer.record_adapters(tmp_path, model, penalty.sensitivities(norms), term)
     table = report.adapters(pd.DataFrame([{"run_id": name, "cell": "default", "seed": 1, "folder": tmp_path}]))
     assert len(table) == len(names)
     assert set(table["layer"]) == {0, 1}

@@ -136,7 +136,6 @@ def test_the_figures_say_their_numbers(tmp_path):
             values = {"matrices": names, "delta_norm": [1.0, 2.0, 2.0, 3.0], "ranks": {}}
             if run.run_id == "iw_lora":
                 values |= {"s": [1, 2, 3, 4], "w": [0.1, 0.12, 0.15, 0.17], "coefficient": [0.9, 0.9, 0.85, 0.85]}
-                values["rank_pattern"] = dict.fromkeys(names, 8)
             if run.run_id == "adalora":
                 values["ranks"] = {
                     f"base_model.model.{name}": rank for name, rank in zip(names, (4, 5, 7, 8), strict=True)

@@ -273,7 +273,8 @@ def test_a_member_without_memory_ends_so_with_its_batch_and_the_setting_to_lower
         members.collect(job)
     assert (job.folders["default-s1"] / "metrics.json").exists()
     assert not (job.folders["default-s2"] / "metrics.json").exists()
-    (missing,) = tables.load(run.results_dir, config.members(run)).missing
+    everyone = tables.load(run.results_dir, config.members(run)).everyone
+    (missing,) = everyone[everyone["status"] != "completed"].to_dict("records")
     assert (missing["member"], missing["status"]) == ("default-s2", "out_of_memory")
 
 

@@ -40,10 +40,6 @@ class Fixed:
     def __init__(self, section, layers: int):
         self.section, self.layers, self.log_eta = section, layers, 0.0
         self.log: dict = {}  # more columns for the history
-        self.reset()
-
-    def reset(self) -> None:
-        """What a subclass remembers, at the start."""
 
     def decide(self, seen: Seen) -> pl.Plan:
         return pl.Plan(torch.tensor(self.log_eta), torch.zeros(2 * self.layers), torch.tensor(0.0))
@@ -94,9 +90,7 @@ class Hypergradient(Fixed):
     gain = 4.0  # where there is no warm start
     saved = ("log_eta", "m", "v", "count")
     wants_gradient = True
-
-    def reset(self):
-        self.m, self.v, self.count = 0.0, 0.0, 0
+    m, v, count = 0.0, 0.0, 0
 
     def learn(self, loss, c, lam, eta0, beta1):
         if c is None:
@@ -114,7 +108,8 @@ class Reactor(Fixed):
     HOLD, wants_entropy = 5, True
     saved = ("log_eta", "s", "a", "count", "losses", "last", "trend", "mean", "var", "policy", "adam", "random_state")
 
-    def reset(self):
+    def __init__(self, section, layers: int):
+        super().__init__(section, layers)
         self.policy = nn.ParameterDict({"omega": torch.zeros(4), "log_sigma": torch.tensor(math.log(0.3))})
         self.adam = torch.optim.Adam(self.policy.values(), lr=self.section.controller_lr)
         self.random_state = torch.Generator().manual_seed(torch.initial_seed()).get_state()  # the member's
@@ -163,10 +158,7 @@ class Salelr(Fixed):
     """salelr_reconstructed: eta = eta_0 S_t / median(S), S the range of the loss under a probe of +-rho u."""
 
     RHO, wants_range = 1e-3, True
-    saved = ("log_eta", "ranges")
-
-    def reset(self):
-        self.ranges = []
+    saved, ranges = ("log_eta", "ranges"), ()
 
     def observe_range(self, s: float) -> None:
         self.ranges = [*self.ranges, s][-50:]
@@ -177,10 +169,7 @@ class Salelr(Fixed):
 class Bats(Fixed):
     """bats_reconstructed: token weights from bins between running quantiles of the previous steps' token losses."""
 
-    QUANTILES, saved = (0.25, 0.5, 0.75), ("edges",)
-
-    def reset(self):
-        self.edges = None
+    QUANTILES, saved, edges = (0.25, 0.5, 0.75), ("edges",), None
 
     def token_weights(self, plan, losses, z):
         """Rising with the bin, with GRAFF's clip; all 1 before the first step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -130,9 +131,7 @@ class PolledPower:
 def area(times: list[float], values: list[float], budget: float) -> float:
     """Area under `values` over time by the trapezoid rule, from t = 0 to the budget (the last value holds), over the
     budget."""
-    times, values = [*times, budget], [*values, values[-1]]
-    spans = zip(times, times[1:], values, values[1:], strict=False)
-    return sum((t1 - t0) * (v0 + v1) / 2 for t0, t1, v0, v1 in spans) / budget
+    return float(np.trapezoid([*values, values[-1]], [*times, budget])) / budget
 
 
 def energy_to_level(joules: list, exact_match: list, level: float | None) -> float | None:
@@ -141,10 +140,8 @@ def energy_to_level(joules: list, exact_match: list, level: float | None) -> flo
     then nothing was spent on reaching it."""
     if level is None or any(j is None or j != j for j in joules) or exact_match[0] >= level:
         return None
-    for j0, j1, e0, e1 in zip(joules, joules[1:], exact_match, exact_match[1:], strict=False):
-        if e1 >= level:
-            return j0 + (j1 - j0) * (level - e0) / (e1 - e0)
-    return None
+    spans = zip(joules, joules[1:], exact_match, exact_match[1:], strict=False)
+    return next((j0 + (j1 - j0) * (level - e0) / (e1 - e0) for j0, j1, e0, e1 in spans if e1 >= level), None)
 
 
 # ---- what a step looks at

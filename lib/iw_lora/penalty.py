@@ -149,15 +149,6 @@ COEFFICIENTS = {
 }
 
 
-def rank_pattern(names: list[str], s: Tensor, rank: int) -> dict[str, int]:
-    """A suggestion for PEFT's `rank_pattern`: K times `rank` shared out in proportion to s, at least 1 each."""
-    share = s / s.sum() * rank * len(names)
-    ranks = share.floor().clamp_min(1).int()
-    for k in torch.argsort(share - share.floor(), descending=True)[: max(0, rank * len(names) - int(ranks.sum()))]:
-        ranks[k] += 1
-    return {name: int(r) for name, r in zip(names, ranks, strict=True)}
-
-
 # ---- the term
 
 

@@ -276,7 +276,7 @@ def train(member, folder: Path, shared: Path) -> dict:
         for i, (label, guess) in enumerate(zip(labels, guesses, strict=True))
     ]
     record.write_jsonl(folder / "predictions.jsonl", examples)
-    record_adapters(run, folder, model, s, term)
+    record_adapters(folder, model, s, term)
     return {
         **metrics,
         **trainer.validate(),
@@ -286,15 +286,14 @@ def train(member, folder: Path, shared: Path) -> dict:
     }
 
 
-def record_adapters(run, folder: Path, model: nn.Module, s: Tensor | None, term: Term | None) -> None:
-    """adapters.json: s_k, w_k, coefficients, || Delta_k || at the end, AdaLoRA's ranks, and a rank_pattern for PEFT."""
+def record_adapters(folder: Path, model: nn.Module, s: Tensor | None, term: Term | None) -> None:
+    """adapters.json: s_k, w_k, coefficients, || Delta_k || at the end, and AdaLoRA's ranks."""
     names = [name.removeprefix("base_model.model.") for name in penalty.lora_layers(model)]
     if not names:
         return
     row = {"matrices": names, "delta_norm": penalty.delta_norms(model), "ranks": ranks_used(model)}
     if s is not None:
         row |= {"s": s.tolist(), "w": (s / s.sum()).tolist(), "coefficient": term.coefficients.tolist()}
-        row["rank_pattern"] = penalty.rank_pattern(names, s, run.model.adapter.rank)
     record.write_json(folder / "adapters.json", row)
 
 

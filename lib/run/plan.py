@@ -7,7 +7,6 @@ is None and printed as `?`; nothing is made up.
 """
 
 import fnmatch
-import os
 import shlex
 import statistics
 from collections.abc import Collection, Iterable, Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import config, record
-from lib.errors import StudyError
 from lib.run import ideas, keys, members, runs as records
 
 NOTEBOOKS = config.ROOT / "notebooks"
@@ -199,11 +197,6 @@ def steps(
     planned = []
     for study in dict.fromkeys(run.study for run in runs):
         mine = [run for run in runs if run.study == study]
-        for path in (*notebooks(study, mine[0].results_dir).values(), claims_of(study, mine[0].results_dir)):
-            if not path.exists():
-                name = os.path.relpath(path, config.ROOT)
-                fix = f"leave this study out (--study), or add it (git checkout -- {name})"
-                raise StudyError(name, "not there", "the study's notebooks and claims", fix)
         train = {run.run_id: _train(run, forced) for run in mine}
         for folder, first in {folder: step for step in reversed(train.values()) for folder in step.inputs}.items():
             if not (folder / "complete.json").exists():

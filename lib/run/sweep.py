@@ -12,9 +12,6 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import yaml
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from lib import config, record
 from lib.errors import StudyError
@@ -71,7 +68,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     settings = keys.member_key(config.members(config.tune(run))[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{record.digest([*settings, run.optuna.objective_metric])}",
-        storage=JournalStorage(JournalFileBackend(str(journal))),
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
         direction=run.optuna.direction,
         load_if_exists=True,
     )
@@ -83,16 +80,16 @@ def open_study(run, folder: Path) -> optuna.Study:
 
 def completed_trials(study: optuna.Study) -> list:
     """The trials that count: finished with a value."""
-    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
 
 
 def start(run, folder: Path) -> optuna.Study:
     """The run's study, ready to be asked: what an earlier, killed search finished is kept, what it left RUNNING has failed
     and is queued again with the same parameters, and the cells of the grid are queued."""
     study = open_study(run, folder)
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         print(f"trial {trial.number} of a killed search is queued again")
-        study.tell(trial.number, state=TrialState.FAIL)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
     for point in cells(run):
         study.enqueue_trial(point, skip_if_exists=True)
