@@ -7,6 +7,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
@@ -175,3 +177,71 @@ def test_adapters_name_a_fetched_model_by_its_hub_id(tmp_path, monkeypatch):
     adapted = get_peft_model(models.load_causal_lm(name, device="cpu"), LoraConfig(task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
+
+
+def write_gguf(path, model, tokenizer):
+    """A Llama as llama.cpp's converter writes it: linear weights in 4-bit blocks, rows of query and key paired for its
+    rotary embedding."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    settings = {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    vocabulary = tokenizer.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_token_types(
+        [3 if token in tokenizer.all_special_tokens else 1 for token in sorted(vocabulary, key=vocabulary.get)]
+    )
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    writer.add_bos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        array = weight.numpy()
+        if heads := {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            name.split(".")[-2]
+        ):
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        kind = gguf.GGMLQuantizationType.Q4_1 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            names.get_name(name, (".weight",)), gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind
+        )
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+
+
+def test_weights_in_4_bit_blocks_are_dequantized_once_and_load_without_their_mark(tmp_path):
+    """What comes out is the model, to a fifteenth of the span of each block of 32 weights, with its tokenizer."""
+    texts = ["the sea is wide and the moon is far", "name three birds in a calm tone"] * 3
+    folder = made.write_stand_in("HuggingFaceTB/SmolLM2", tmp_path / "whole", texts, vocab_size=320)
+    model, tokenizer = models.load_causal_lm(str(folder), device="cpu"), models.load_tokenizer(str(folder))
+    (packed := tmp_path / "packed").mkdir()
+    write_gguf(packed / "tiny.gguf", model, tokenizer)
+    fetch._dequantize(packed, "tiny.gguf")
+    assert not (packed / "tiny.gguf").exists()
+    assert "quantization_config" not in json.loads((packed / "config.json").read_text())
+    found, spelled = models.load_causal_lm(str(packed), device="cpu").state_dict(), models.load_tokenizer(str(packed))
+    for name, weight in model.state_dict().items():
+        blocks = weight.reshape(-1, 32)
+        step = (blocks.amax(1) - blocks.amin(1)) / 15
+        assert ((found[name].reshape(-1, 32) - blocks).abs() <= 0.51 * step[:, None] + 1e-3).all(), name
+    asked = [{"role": "user", "content": "the sea?"}]
+    assert spelled.apply_chat_template(asked, tokenize=False) == tokenizer.apply_chat_template(asked, tokenize=False)
+    assert spelled(texts[0])["input_ids"] == tokenizer(texts[0])["input_ids"]
