@@ -1063,10 +1063,10 @@ def test_a_gpu_asked_for_at_small_scale_brings_bfloat16_along(study, run, key, v
     assert plan.member_seconds(on_gpu) is None, "a CPU's seconds would be a wrong forecast"
 
 
-def test_bfloat16_that_graff_would_not_compute_in_is_refused():
+def test_bfloat16_that_graff_would_not_compute_in_is_a_warning():
     path, key = config.ROOT / "params/graff/small/fixed.yaml", "training.mixed_precision"
     run = config.load_run(path, scale="small", mode="full", overrides={key: "bf16"})
-    assert [(f.level, f.key) for f in check.findings(run)] == [("error", key)]
+    assert [(f.level, f.key) for f in check.findings(run)] == [("warning", key)]
 
 
 @pytest.mark.parametrize("scale", ["laptop", "small"])

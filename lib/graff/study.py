@@ -230,7 +230,7 @@ def check(run: Run) -> Iterator[Finding]:
     yield from _check_scheduler(run)
     if run.training.mixed_precision == "bf16" and not run.compute.gpus:
         what = "bf16 is of a GPU: on a CPU a member trains in float32"
-        yield Finding("error", "training.mixed_precision", what, "mixed_precision: no, or --set compute.gpus=1")
+        yield Finding("warning", "training.mixed_precision", what, "mixed_precision: no, or --set compute.gpus=1")
     if run.compute.strategy == "fsdp":
         yield Finding("error", "compute.strategy", "one process trains a member, on its own clock", "strategy: none")
     if dataset.eval_split == "test" and run.optuna.search_space:

@@ -83,7 +83,7 @@ def findings(run: Run) -> list[Finding]:
 
 def _unread(run: Run) -> Iterator[Finding]:
     """Settings of --set that would change nothing in this run, and those for real data that its YAML names by itself."""
-    values, model, name = config.dump(run), getattr(run.model, "name", "made"), run.dataset.name
+    values, model, name = config.dump(run), getattr(run.model, "name", "made"), getattr(run.dataset, "name", "made")
     if getattr(run.dataset, "real", None) and name not in hub.MADE and "dataset.name" not in run.overrides:
         fix = "--set dataset.name=..., or its values in their sections"
         yield warning("dataset.real", f"not read: the YAML itself names {name}", fix)

@@ -153,6 +153,8 @@ def completion_head(model: torch.nn.Module) -> Iterator[None]:
 
 
 # ---- the trunk: layers below the first adapter give a row the same output in every arm, step and epoch ----
+#
+# Training and scoring enter behind it. Generation cannot: every token that it writes is new to the trunk.
 
 TRUNK_OF = ("llama", "mistral", "qwen2", "qwen3")  # whose first layer takes inputs_embeds as they are
 TRUNK_BYTES = 2**30  # of all rows; more go through all layers each time
