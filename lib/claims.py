@@ -95,7 +95,7 @@ class Noise(Section):
     residual_sd: float = 1.0
     variance_sd: float = 0.8
     time_sd: float = 0.02
-    questions: int = 80
+    questions: int | dict[str, int] = 80  # or by scale
     simulations: int = 500
 
 
@@ -382,8 +382,10 @@ def pair_up(study: Claims, data: Data, cells: list[Cell], metric: str, looks: tu
     for cell, table in zip(cells, tables, strict=True):
         runs = select(members, cell)
         gaps += _duplicates(study, cell, runs)
-        capped = runs["seed"][runs["capped"].eq(True)] if "capped" in runs else ()
-        gaps += [f"{study.label(cell)}, seed {s:g}: a run that its budget ended, not total_steps" for s in capped]
+        if "capped" in runs:
+            runs = runs.assign(
+                status=runs["status"].mask(runs["capped"].eq(True), "ended by total_steps, not its budget")
+            )
         state = dict(zip(runs["seed"].astype(int), runs["status"], strict=True)) if len(runs) else {}
         states.append(state)
         ready.append({s for s in state if state[s] == "diverged" or (state[s] == "completed" and s in table.index)})
@@ -690,8 +692,8 @@ def evaluate(
     for verdict in verdicts:
         verdict.decided = verdict.verdict not in ("inconclusive", "not evaluated")
         if verdict.decided:
-            verdict.next_look = None
-            early = verdict.verdict != "vacuous" and verdict.test != "cost_ratio" and verdict.n_seeds < data.looks[-1]
+            verdict.next_look = verdict.seeds_to_decide = None
+            early = verdict.verdict != "vacuous" and verdict.n_seeds < data.looks[-1]
             verdict.reason += " After an early stop an estimate lies, on average, too far out." if early else ""
         elif verdict.verdict == "inconclusive" and verdict.test != "cost_ratio":
             # what Holm's correction alone leaves open is not foreseen
@@ -857,7 +859,9 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     pairs = select(pairs, claim.treatment) if "method" in pairs else pairs
     pairs = pairs.assign(**{name: _numbers(pairs[name]) for name in columns})
     pairs = pairs[(pairs[columns] > 0).all(axis=1)]
-    ratios = np.log(pairs[columns[0]] / pairs[columns[1]]).groupby(pairs["process"]).median()
+    ratios = np.log(pairs[columns[0]] / pairs[columns[1]])
+    of_runs = [pairs[name] for name in ("run_id", "process") if name in pairs]  # several runs count alike
+    ratios = ratios.groupby(of_runs).median().groupby(level="process").mean()
     looks = data.looks if data.looks[-1] >= MIN_PROCESSES else (MIN_PROCESSES,)
     least = next(n for n in looks if n >= MIN_PROCESSES)
     if len(ratios) < least:

@@ -44,7 +44,7 @@ CONTEXT = ("study", "scale", "mode", "results_dir", "source", "overrides", "sear
 MARKER = re.compile(r"\$\{opt\.([A-Za-z_][\w.]*)\}")
 # YAML 1.1 reads 1e-5 (no dot) as a string.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".pt", ".safetensors"}
+FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".pt", ".safetensors"}
 MAX_LENGTH = 1_000_000  # of a YAML file
 MAX_ALIASES = 20  # nested, a few dozen stand for billions of values
 YAML_FIXES = {  # what the parser says: what to do

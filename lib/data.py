@@ -16,6 +16,7 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import tokenize
 import unicodedata
 from collections import Counter
@@ -41,7 +42,8 @@ Key = Callable[[dict], str]  # rows of the same key belong in the same split
 # Columns that change what a row says: a study uses them or refuses them. Any other (ids, scores, sources, names of
 # models) may be left over, which the audit lists.
 MEANING = {"system", "system_prompt", "history", "input", "context", "tools", "functions", "tool_calls"}
-MEANING |= {"reasoning_content", "image", "images", "video", "videos", "audio", "audios"}
+MEANING |= {"reasoning_content", "reasoning", "thinking", "function_call", "documents"}
+MEANING |= {"image", "images", "video", "videos", "audio", "audios"}
 
 
 RIGHT, LATIN = "correct these rows", "iconv -f LATIN1 -t UTF-8 FILE > NEW, where it is Latin-1"
@@ -71,17 +73,17 @@ class Fields(dict):
 
     def left_over(self) -> set[str]:
         """The file's own names of columns that were not used. Raises BadRow where one of them has a MEANING."""
-        left = {theirs: self[name] for theirs, name in self.names.items() if name not in self.used}
-        refuse_meaning(left)
+        left = {theirs: name for theirs, name in self.names.items() if name not in self.used}
+        refuse_meaning({word: self[name] for theirs, name in left.items() for word in (theirs, name)})
         return {*left}
 
 
-def refuse_meaning(left: Mapping[str, Any]) -> None:
-    """Raise BadRow where something that is left over has a MEANING and holds anything."""
+def refuse_meaning(left: Mapping[str, Any], fix: str = "") -> None:
+    """Raise BadRow where something that is left over has a MEANING and holds anything; `fix`: where it is no column."""
     for name, value in left.items():
         if name in MEANING and value == value and str(value or "").strip("[]{} \n") not in ("", "None", "null"):
-            fix = f"--set dataset.columns.{name}=null leaves it out on purpose"
-            raise BadRow(f"{name}, which this study does not read", describe(value), fix)
+            cure = fix or f"--set dataset.columns.{name}=null leaves it out on purpose"
+            raise BadRow(f"{name}, which this study does not read", describe(value), cure)
 
 
 class Row(NamedTuple):
@@ -185,13 +187,18 @@ def _valid(row: Any) -> Any:
         return BadRow("text that is not valid Unicode (a lone surrogate)")
 
 
+QUOTED = re.compile('"(?:[^"]|"")*"')  # a whole field as CSV quotes it
+
+
 def read_csv(text: bytes) -> list:
     """Rows as strings. The header shows what separates fields; tabs may separate raw text (GLUE's files), in which a
-    quotation mark means itself."""
+    quotation mark means itself: where some field begins with one and is not quoted as a whole."""
     csv.field_size_limit(1 << 30)
     lines = text.decode("utf-8-sig")
     tab = max(",;\t", key=lines.partition("\n")[0].count)
-    raw = tab == "\t" and '""' not in lines and len({line.count(tab) for line in lines.strip("\r\n").split("\n")}) == 1
+    rows = [line.rstrip("\r").split("\t") for line in lines.strip("\r\n").split("\n")] if tab == "\t" else []
+    begun = [field for row in rows for field in row if field.startswith('"')]
+    raw = len(set(map(len, rows))) == 1 and not all(map(QUOTED.fullmatch, begun))
     quoting = csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL
     reader = csv.DictReader(io.StringIO(lines, newline=""), strict=True, delimiter=tab, quoting=quoting)
     header = reader.fieldnames or []
@@ -200,10 +207,18 @@ def read_csv(text: bytes) -> list:
     return list(reader)
 
 
+def read_arrow(content: pa.BufferReader) -> list:
+    """Arrow's stream, which `datasets` writes, or its file format."""
+    form = pa.ipc.open_file if content.read(6) == b"ARROW1" else pa.ipc.open_stream
+    content.seek(0)
+    return form(content).read_all().to_pylist()
+
+
 READERS: dict[str, Callable[[bytes], list]] = {
     ".parquet": lambda content: pq.read_table(pa.BufferReader(content)).to_pylist(),
-    ".arrow": lambda content: datasets.Dataset.from_buffer(pa.py_buffer(content)).to_list(),
+    ".arrow": lambda content: read_arrow(pa.BufferReader(content)),
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
@@ -223,7 +238,10 @@ def read_file(path: Path) -> list[Row]:
     try:
         # pyarrow has no xz; fsspec's zst would be one more package
         with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(path, compression="detect") as file:
-            rows = READERS[form](file.read())
+            content = file.read()
+        if content.startswith(b"version https://git-lfs"):
+            raise StudyError(str(path), "a pointer of git-lfs, not the file", "the file itself", "git lfs pull")
+        rows = READERS[form](content)
     except (OSError, ValueError, RecursionError, EOFError, lzma.LZMAError, csv.Error, pa.ArrowException) as error:
         found, fix = f"not {form[1:].upper()} in UTF-8: {str(error)[:160]}", isinstance(error, UnicodeError) and LATIN
         raise StudyError(str(path), found, "a complete file of rows", fix or "") from None
@@ -246,10 +264,12 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
     ours = [place for place in sorted(folder.iterdir()) if re.sub(r"\W", "", place.name).lower() == config]
     splits: dict[str, list[Path]] = {}
     inner = [place for place in sorted(folder.glob("[!.]*/")) if any(form_of(path) for path in place.iterdir())]
-    for place in (*ours, folder, folder / "data", *(inner if len(inner) == 1 else ())):
+    places = (*ours, folder, folder / "data", *(inner if len(inner) == 1 else ()))
+    # a file that names no split is the data only where none does: older data sets of the hub have a dataset_infos.json
+    for is_alone, place in itertools.product((False, True), places):
         files = [path for path in sorted(place.glob("*")) if form_of(path) and path.is_file()]
         for path in files:
-            if split := split_of(path.name) or (len(files) == 1 and "train"):
+            if split := split_of(path.name) or (is_alone and len(files) == 1 and "train"):
                 splits.setdefault(split, []).append(path)
         if splits:
             break
@@ -257,10 +277,17 @@ def files_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
         if len(paths) > 1 and not all("-of-" in path.name for path in paths):
             found = f"several files for {split}: {', '.join(path.name for path in paths)}"
             raise StudyError(str(folder), found, "one file per split, or its shards", "remove or rename the others")
+        stated = {int(number) for path in paths for number in re.findall(r"-of-(\d+)", path.name)}
+        if stated and stated != {len(paths)}:
+            found = f"{len(paths)} shards of {split}, which say that they are {' or '.join(map(str, sorted(stated)))}"
+            raise StudyError(str(folder), found, "every shard, of one version", "download the folder again")
+    if not splits and inner and all(split_of(place.name) for place in inner):  # train/0000.parquet
+        named = {split_of(place.name): place for place in inner}
+        splits = {split: [path for path in sorted(place.iterdir()) if form_of(path)] for split, place in named.items()}
     if not splits:
         found = f"no data files for a split; it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
         expected = f"train.*, test.*, validation.* or data/train-*.parquet ({', '.join(READERS)})"
-        fix = " or ".join(f"--set dataset.name={place}" for place in (inner or [folder / "FILE"])[:8])
+        fix = " or ".join(f"--set {shlex.quote(f'dataset.name={place}')}" for place in (inner or [folder / "FILE"])[:8])
         raise StudyError(str(folder), found, expected, fix)
     return splits
 
@@ -282,14 +309,22 @@ def read(name: str, revision: str | None = None, config: str | None = None, **op
         raise StudyError(f"dataset.name = {name}", found, expected, "--set dataset.name=<path>")
     datasets.disable_progress_bars()  # they flood a log
     options |= {"config": config, "revision": revision}
-    tables = datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, **options)
-    tables = tables if isinstance(tables, dict) else {"train": tables}
     try:
+        tables = datasets.load_from_disk(str(path)) if path else hub.load_dataset(name, **options)
+        tables = tables if isinstance(tables, dict) else {"train": tables}
+        if len({split_of(split) or split for split in tables}) < len(tables):
+            fix = "keep one of each: save_to_disk, and dataset.name=<its folder>"
+            raise StudyError(name, f"splits {', '.join(tables)}", "one that means train, one that means test", fix)
         return {
             split_of(split) or split: [Row(f"{name}[{split}]", number, row) for number, row in enumerate(rows)]
             for split, rows in tables.items()
         }
-    except Exception as error:  # of a stream, which is fetched here
+    except StudyError:
+        raise
+    except Exception as error:  # of a stream, which is fetched here, or of a folder that is not whole
+        if path:
+            found = f"cannot be read: {type(error).__name__}: {str(error)[:160]}"
+            raise StudyError(str(path), found, "a folder that save_to_disk wrote whole", "write it again") from None
         raise hub.explain(error, name, kind="dataset", revision=revision) from error
 
 
@@ -310,10 +345,13 @@ def convert(sources: Sources, parse: Parse, expected: str, section: Mapping) -> 
     splits: Splits = {split: [] for split in sources}  # present even where every row is bad
     faults, cures, columns = {}, {}, section.get("columns") or {}
     used, left = set(), set()
+    values = (row.value for rows in sources.values() for row in rows) if columns else ()
+    there = {name for value in values if isinstance(value, dict) for name in value}
     for split, rows in sources.items():
         for place, row in enumerate(rows):
             try:
-                fields = Fields(_check(row.value), columns)
+                value = _check(row.value)  # a column that other rows have may be missing in one
+                fields = Fields(value, {c: name for c, name in columns.items() if name in value or name not in there})
                 example = parse(fields, place)
                 left |= (over := fields.left_over())
                 used |= fields.names.keys() - over
@@ -377,6 +415,7 @@ def make_splits(
         sources = {last: next(iter(sources.values()))}
     if last not in sources:
         raise StudyError(where, f"splits {', '.join(sources)}", f"a {last} split", f"name the file to use {last}.*")
+    unused = [split for split in sources if split not in wanted]
     sources = {split: rows for split, rows in sources.items() if split in wanted}
     splits, report = convert(sources, parse, expected, section)
     for split in wanted:
@@ -390,7 +429,12 @@ def make_splits(
             found = f"no usable row for split {split} ({gone})"
             expected = "at least one row, and different rows of which to hold out the splits that are not given"
             raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
-    return {split: splits[split] for split in wanted}, {"files": files, **report, "carved_from_train": carved}
+    return {split: splits[split] for split in wanted}, {
+        "files": files,
+        **report,
+        "carved_from_train": carved,
+        "unused": unused,
+    }
 
 
 # ---- the audit: what to know of the data before training on it
@@ -438,8 +482,9 @@ def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Cal
 
     `measure`(split, rows): ({part of a row: its length in tokens in each}, {kind: rows}), of a `tokenizer` that is not
     None, as it is where it is not on this machine."""
-    added = [] if tokenizer is None else [token.content for token in tokenizer.added_tokens_decoder.values()]
-    special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens}))) if added else None
+    added = [] if tokenizer is None else tokenizer.added_tokens_decoder.values()
+    marks = {token.content for token in added if token.special or token.content.strip()}  # runs of spaces are none
+    special = re.compile("|".join(map(re.escape, marks | {*tokenizer.all_special_tokens}))) if added else None
     counts, earlier, lengths, rows = {}, {}, {}, {split: len(each) for split, each in splits.items()}
     for split, each in splits.items():
         found, asked = _row_numbers(each, facts, special)
@@ -451,7 +496,7 @@ def audit(splits: Splits, report: Mapping, facts: Facts, tokenizer, measure: Cal
         counts[split] |= {kind: {"count": measured[kind], "first": []} for kind in measured.keys() & KINDS.keys()}
         levels = {part: np.quantile(some, (0.5, 0.95, 1)).tolist() for part, some in parts.items()}
         lengths[split] = {part: dict(zip(("median", "95 %", "longest"), q, strict=True)) for part, q in levels.items()}
-    known = ("source", "files", "dropped", "columns", "carved_from_train")
+    known = ("source", "files", "dropped", "columns", "carved_from_train", "unused")
     made = {key: report[key] for key in known if key in report}
     made |= {"rows": rows, "counts": counts, "tokens": lengths} | more
     unmeasured = ["lengths in tokens: not counted, the tokenizer is not on this machine"] * (tokenizer is None)
@@ -462,6 +507,9 @@ def _summarize(audit: Mapping) -> list[str]:
     lines = [", ".join(f"{split} {count:,}" for split, count in audit["rows"].items()) + f" rows of {audit['source']}"]
     if columns := audit.get("columns"):
         lines.append(f"columns: {', '.join(columns['used'])}; left over: {', '.join(columns['left_over']) or 'none'}")
+    held = ", ".join(f"{split} {share:.0%}" for split, share in audit.get("carved_from_train", {}).items())
+    lines += [f"held out of train: {held}"] * bool(held)
+    lines += [f"splits that are not used: {', '.join(audit['unused'])}"] * bool(audit.get("unused"))
     named = {"turns": audit.get("turns", {})} | {f"labels of {k}": v for k, v in audit.get("labels", {}).items()}
     lines += [f"{name}: " + ", ".join(f"{k} {n:,}" for k, n in each.items()) for name, each in named.items() if each]
     for split, parts in ((split, parts) for split, parts in audit["tokens"].items() if parts):

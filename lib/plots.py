@@ -375,5 +375,6 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
             place.plot([look["estimate"]], [y], "D", color=color, markersize=8 if last else 4)
             free = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of the lines behind it
             beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": free}
-            place.annotate(f"{look['seeds']} seeds", (look["high"], y), (4, 0), **beside)
+            unit = "processes" if claim["test"] == "cost_ratio" else "seeds"
+            place.annotate(f"{look['seeds']} {unit}", (look["high"], y), (4, 0), **beside)
     return Drawing(drawn, title, f"{title}: {'. '.join(words)}.", pd.DataFrame(data))

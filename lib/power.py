@@ -11,13 +11,14 @@ from lib import stats as st
 from lib.claims import RATIOS, Claim, Claims, test_of
 
 
-def sds_of(study: Claims, claim: Claim, seed_sd: float) -> tuple[dict[str, float], int]:
+def sds_of(study: Claims, claim: Claim, seed_sd: float, scale: str) -> tuple[dict[str, float], int]:
     """Assumed standard deviations of the claim's difference, and its number of questions."""
-    noise = study.noise
+    noise, questions = study.noise, study.noise.questions
+    questions = questions[scale] if isinstance(questions, dict) else questions
     if claim.test in RATIOS:
         sd = noise.time_sd if claim.test == "cost_ratio" else noise.variance_sd
         return {"seed": sd, "question": 0.0, "residual": 0.0}, 1
-    return {"seed": seed_sd, "question": noise.question_sd, "residual": noise.residual_sd}, noise.questions
+    return {"seed": seed_sd, "question": noise.question_sd, "residual": noise.residual_sd}, questions
 
 
 def assumed_for(study: Claims, claim: Claim) -> bool:
@@ -44,10 +45,10 @@ def simulate(study: Claims, claim: Claim, looks, sds, questions, effect, rng) ->
     return code[stop, np.arange(n)], np.array(looks)[stop]
 
 
-def by_look(study: Claims, claim: Claim, looks: tuple[int, ...]) -> dict[int, float]:
+def by_look(study: Claims, claim: Claim, looks: tuple[int, ...], scale: str) -> dict[int, float]:
     """{look: the chance that the claim is supported by then, if it is true as claimed, at the most noise assumed and
     without the correction for several claims}; NaN where no noise is assumed."""
-    sds, questions = sds_of(study, claim, max(study.noise.seed_sds))
+    sds, questions = sds_of(study, claim, max(study.noise.seed_sds), scale)
     words, seeds = simulate(study, claim, looks, sds, questions, sizes(claim)[0], np.random.default_rng(0))
     by = {n: float(((words == st.SUPPORTED) & (seeds <= n)).mean()) for n in looks}
     return by if assumed_for(study, claim) else dict.fromkeys(looks, np.nan)
@@ -63,7 +64,9 @@ def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | N
     for claim in study.claims:
         if scale not in claim.scales or claim.not_evaluated or not assumed_for(study, claim):
             continue
-        assumed = [sds_of(study, claim, sd) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))]
+        assumed = [
+            sds_of(study, claim, sd, scale) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))
+        ]
         (*_, (largest, questions)), mine = assumed, (seen or {}).get(claim.id)
         again = bool(mine) and any(mine[name] > 1.05 * largest[name] for name in ("seed", "question"))
         sources = [("this record", mine)] * again if seen is not None else [("assumed", sds) for sds, _ in assumed]
@@ -81,7 +84,7 @@ def undecidable(study: Claims, claim: Claim, scale: str) -> str:
     """Why no number of seeds up to the last look can decide the claim, at the smallest noise assumed and whether it is
     as claimed, nothing, or as much the other way round; the empty string where some can, no size is claimed, or the claim
     is about another scale."""
-    sds, questions = sds_of(study, claim, min(study.noise.seed_sds))
+    sds, questions = sds_of(study, claim, min(study.noise.seed_sds), scale)
     (_, margin), looks = test_of(claim), study.looks_of(scale)
     distance = margin if claim.gain is None else margin * 2.5  # from two thirds of the gain to its opposite
     if scale not in claim.scales or not assumed_for(study, claim) or not margin:

@@ -247,6 +247,7 @@ class StudyTrainer(Trainer, TrainerCallback):
             report_to="none",
             **arguments,
         )
+        args._n_gpu = min(1, args.n_gpu)  # of several that this process sees: no DataParallel, no multiplied batch
         super().__init__(model, args, collate, rows, callbacks=[self], optimizers=optimizers)
         self.remove_callback(PrinterCallback)
 
@@ -290,8 +291,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         self.best_step, self.best_value = marker.get("best_step"), marker.get("best_value")
         if marker.get("done"):
             self._load_from_checkpoint(str(checkpoint))
-            if self.optimizer is not None:  # one of its own: schedule-free's holds the weights that are scored
-                self._load_optimizer_and_scheduler(str(checkpoint))
             self.state.global_step = marker["step"]
         else:
             if checkpoint is None:

@@ -809,7 +809,7 @@ def test_check_refuses_what_no_number_of_seeds_decides_and_only_warns_at_paper_s
     (found,) = found_by_check(tmp_path, 0.2, "laptop")
     enough = int(found.what.split("; ")[1].split(" seeds would")[0])
     study = PUBLISHED["td_dpo"]
-    sds, questions = power.sds_of(study, study.claims[2], min(study.noise.seed_sds))
+    sds, questions = power.sds_of(study, study.claims[2], min(study.noise.seed_sds), "laptop")
     d = np.full((enough, questions), 0.0)
     squares = [
         questions * sds["seed"] ** 2 + sds["residual"] ** 2,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -193,6 +194,9 @@ def test_every_form_gives_the_texts_that_were_written(tmp_path, form):
          "mnli", {"train", "validation_matched", "validation_mismatched"}),
         (["SST-2/train.jsonl", "SST-2/dev.jsonl"], "sst2", {"train", "validation"}),
         (["anything.jsonl"], None, {"train"}),
+        (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "dataset_infos.json"], None, {"train", "test"}),
+        (["train/0000.jsonl", "test/0000.jsonl"], None, {"train", "test"}),
+        (["train.ndjson"], None, {"train"}),
     ],
 )  # fmt: skip
 def test_a_folders_files_are_its_splits(tmp_path, files, config, expected):
@@ -208,11 +212,51 @@ def test_a_folders_files_are_its_splits(tmp_path, files, config, expected):
     assert [row.value["file"] for row in read["train"]] == files[:rows][:2]
 
 
-def test_glues_own_files_may_hold_quotation_marks(tmp_path):
-    sentences = ['"A" he said', 'ends with "b"', '"']
+@pytest.mark.parametrize("sentences", [['"A" he said', 'ends with "b"', '"'], ['"hello', 'bye"', 'an empty "" one']])
+def test_glues_own_files_may_hold_quotation_marks(tmp_path, sentences):
     path = tmp_path / "train.tsv"
     path.write_text("sentence\tlabel\n" + "".join(f"{sentence}\t1\n" for sentence in sentences))
     assert [row.value["sentence"] for row in data.read(str(path))["train"]] == sentences
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_field_that_is_quoted_as_a_whole_loses_its_marks(tmp_path, quote):
+    """Header and all, as R writes them, or where a field needs it."""
+    path = tmp_path / "train.tsv"
+    path.write_text(f"{quote}sentence{quote}\tlabel\n" + '"A dog, ""Rex"", runs."\t1\n' * 2)
+    assert data.read(str(path))["train"][0].value == {"sentence": 'A dog, "Rex", runs.', "label": "1"}
+
+
+def test_both_of_arrows_formats_are_read(tmp_path):
+    table = pa.Table.from_pylist([{"x": 1, "y": ["a"]}])
+    for name, form in (("a.arrow", pa.ipc.new_file), ("b.arrow", pa.ipc.new_stream)):
+        with form(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+        assert [row.value for row in data.read(str(tmp_path / name))["train"]] == table.to_pylist()
+
+
+def test_what_is_not_whole_is_not_read_as_the_whole(tmp_path):
+    """Shards of a download that broke off, a pointer of git-lfs, a folder of `save_to_disk` without its parts."""
+    shard = write_jsonl(tmp_path / "a" / "train-00000-of-00002.jsonl", [mix_row(0)])
+    assert "1 shards of train, which say that they are 2" in refused(shard.parent)
+    pointer = tmp_path / "train.csv"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "fix: git lfs pull" in refused(pointer)
+    datasets.Dataset.from_list([mix_row(0)]).save_to_disk(saved := tmp_path / "saved")
+    (saved / "state.json").write_text("{}")
+    assert "expected: a folder that save_to_disk wrote whole" in refused(saved)
+    both = datasets.DatasetDict(dict.fromkeys(("train", "train_prefs"), datasets.Dataset.from_list([mix_row(0)])))
+    both.save_to_disk(tmp_path / "both")
+    assert "splits train, train_prefs" in refused(tmp_path / "both")
+
+
+def test_a_mapped_column_may_be_missing_in_a_row_and_not_in_all(tmp_path):
+    rows = [{**mix_row(i), **({"sp": "Be brief."} if i else {})} for i in range(12)]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    pairs = everything(load(path, columns={"system": "sp"})[0])
+    assert sum(pair["prompt"][0]["role"] == "system" for pair in pairs) == 11
+    assert "missing persona" in refused(path, columns={"system": "persona"})
+    assert "history, which this study does not read" in refused(path, columns={"history": "sp"})
 
 
 def test_a_second_reading_sees_a_changed_file_and_leaves_nothing_behind(tmp_path):
@@ -704,10 +748,22 @@ def test_one_file_of_problems_is_carved_and_shares_no_question(tmp_path):
     ("answer", "number"),
     [("We take #### 3 boxes\n#### 12", "12"), ("#### $1,000", "1000"), ("#### 5 apples.", "5"), ("#### -7.50", "-7.50"),
      ("#### 1,234,567", "1234567"), ("####12%", "12"), ("#### 1/2", None), ("#### 3:30", None), ("#### 1e3", None),
-     ("#### ", None), ("5", None), ("#### 1,00", None), ("#### 2 of 3", None)],
+     ("#### ", None), ("5", None), ("#### 1,00", None), ("#### 2 of 3", None), ("#### +5", "5"), ("#### - 5", "-5"),
+     ("#### $ 5", "5"), ("#### 12 boxes, no wait, that is wrong", None)],
 )  # fmt: skip
 def test_the_reference_is_the_one_number_after_the_last_mark(answer, number):
+    """And what is trained on is what the strict filter reads that number in."""
     assert graff_data.reference(answer) == number
+    if number and answer.count("####") == 1:
+        trained = prepare.to_problem({"question": "q", "answer": answer})["answer"]
+        assert graff_data.strict(graff_data.target(trained)) == number
+
+
+def test_fewer_problems_than_dev_takes_are_named_with_a_number_that_fits(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(54)]
+    with pytest.raises(StudyError, match=r"dev_size: 128 of 54 .*\n.*\n  fix: --set dataset.dev_size=5"):
+        prepare.split_dev(rows, 128, 0)
+    assert list(map(len, prepare.split_dev(rows, 5, 0))) == [49, 5]
 
 
 def test_faults_of_problems_come_in_one_error_and_numbers_alone_are_answers(tmp_path):
@@ -734,7 +790,8 @@ def glue(path: Path, **options) -> SimpleNamespace:
 
 
 def test_examples_are_carved_from_one_file_and_never_over_a_validation_file(tmp_path):
-    rows = [{"sentence1": f"a{i}", "sentence2": "b", "label": ("entailment", 1, "1")[i % 3]} for i in range(40)]
+    labels = "entailment", 1, "1", 1.0, "0.0"  # of a column with gaps
+    rows = [{"sentence1": f"a{i}", "sentence2": "b", "label": labels[i % 5]} for i in range(40)]
     splits, report = iw_data.read_task(glue(write_jsonl(tmp_path / "train.jsonl", rows)), "rte")
     assert (len(splits["train"]), len(splits["validation"]), report["carved_from_train"]) == (
         36,
@@ -749,6 +806,12 @@ def test_examples_are_carved_from_one_file_and_never_over_a_validation_file(tmp_
     assert (len(splits["train"]), len(splits["validation"]), report["carved_from_train"]) == (40, 3, {})
     with pytest.raises(StudyError, match="no split validation_mismatched"):
         iw_data.read_task(glue(tmp_path, splits=[("train", "train"), ("validation", "validation_mismatched")]), "rte")
+
+
+def test_a_label_of_another_name_is_not_called_unlabelled(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"sentence1": "a", "sentence2": "b", "target": 1}])
+    with pytest.raises(StudyError, match=r"(?s)missing label .*sentence2, target.*--set dataset.columns.label="):
+        iw_data.read_task(glue(path), "rte")
 
 
 # ---- baselines ----

@@ -344,7 +344,9 @@ def test_the_cheapest_likely_decision_of_each_study_and_what_fits_into_a_day(stu
 
 def test_prices_say_what_is_cheapest_and_where_nothing_is_expected(study, monkeypatch):
     chances = {"C2": (0.1, 0.6, 0.9), "C3": (0.1, 0.2, 0.3)}
-    monkeypatch.setattr(power, "by_look", lambda _, claim, looks: dict(zip(looks, chances[claim.id], strict=True)))
+    monkeypatch.setattr(
+        power, "by_look", lambda _, claim, looks, scale: dict(zip(looks, chances[claim.id], strict=True))
+    )
     monkeypatch.setattr(decide.Spending, "hours", lambda self, asked: 7.0 * sum(each.look for each in asked))
     asked = decide.select(["C2", "C3"], study.runs, "laptop")
     lines = list(spending_of(study, claims=asked).prices())
@@ -358,10 +360,10 @@ def test_prices_say_what_is_cheapest_and_where_nothing_is_expected(study, monkey
 
 def test_the_chance_of_a_look_grows_and_is_unknown_where_no_noise_is_assumed():
     published = claims.load(plan.claims_of("td_dpo"))
-    found = power.by_look(published, next(each for each in published.claims if each.id == "C2"), (3, 5, 8))
+    found = power.by_look(published, next(each for each in published.claims if each.id == "C2"), (3, 5, 8), "paper")
     assert 0 < found[3] < found[5] < found[8] < 1
     published = claims.load(plan.claims_of("graff"))
-    unknown = power.by_look(published, next(each for each in published.claims if each.id == "C8"), (3, 5, 8))
+    unknown = power.by_look(published, next(each for each in published.claims if each.id == "C8"), (3, 5, 8), "paper")
     assert all(chance != chance for chance in unknown.values())
 
 

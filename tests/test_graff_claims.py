@@ -203,7 +203,7 @@ def test_no_claim_is_judged_by_a_run_that_a_cap_ended_before_its_budget():
     members["capped"] = (members["method"] == "reactor") & (members["seed"] == 43)
     found = verdicts_of(rows, members)
     assert (found["C1"].verdict, found["C3"].verdict != "not evaluated") == ("not evaluated", True)
-    assert "seed 43: a run that its budget ended, not total_steps" in found["C1"].reason
+    assert "seed 43: ended by total_steps, not its budget" in found["C1"].reason
     assert verdicts_of(rows, members.assign(capped=None))["C1"].verdict != "not evaluated", (
         "a record that knows no caps"
     )

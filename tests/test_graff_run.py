@@ -188,7 +188,7 @@ def cut_at(monkeypatch, where: set[int]):
     monkeypatch.setattr(trainer.BudgetTrainer, "compute_loss", cutting)
 
 
-SLOW = ("reactor", "salelr_reconstructed", "bats_reconstructed", "hypergradient", "schedulefree", "prodigy")
+SLOW = ("reactor", "salelr_reconstructed", "bats_reconstructed", "hypergradient")
 
 
 @pytest.mark.parametrize("kind", ["graff", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
@@ -221,11 +221,9 @@ def test_resume_at_any_place_is_bit_identical(tmp_path, shared, monkeypatch, kin
     assert predicted[0] == predicted[1]
 
 
-@pytest.mark.parametrize("kind", ["schedulefree", "prodigy"])
-def test_a_member_killed_after_its_last_checkpoint_scores_the_same_weights(tmp_path, shared, monkeypatch, kind):  # noqa: F811
-    """Schedule-free's averaged weights need the optimizer's state: a finished training that is only loaded has it."""
+def test_a_member_killed_after_its_last_checkpoint_scores_the_same_weights(tmp_path, shared, monkeypatch):  # noqa: F811
     changes = {"training.total_steps": 6, "training.optimizer.lr_init": 0.05}
-    mine, scored, evaluate = member_of(kind, changes=changes), [], member.evaluate
+    mine, scored, evaluate = member_of("fixed", changes=changes), [], member.evaluate
 
     def keep(budgeted):
         scored.append([p.detach().clone() for p in budgeted.probes.parameters])

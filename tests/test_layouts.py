@@ -57,6 +57,27 @@ LAYOUTS = {
          "rejected": "Assistant: bad"}, LONG),
     "a transcript without blank lines": (
         {"prompt": "Human: QUESTION\nAssistant: Yes.\nHuman: Why?\nAssistant:", "chosen": "good", "rejected": "bad"}, LONG),
+    "OASST's pairwise prompts": (
+        {"prompt": "prompter: QUESTION\nassistant: Yes.\nprompter: Why?", "chosen": "good", "rejected": "bad"}, LONG),
+    "marks behind three number signs": (
+        {"prompt": "### Human: QUESTION\n### Assistant: Yes.\n### Human: Why?\n### Assistant:", "chosen": "good",
+         "rejected": "bad"}, LONG),
+    "marks in capitals": ({"prompt": "USER: QUESTION\nASSISTANT: Yes.\nUSER: Why?", "chosen": "good", "rejected": "bad"}, LONG),
+    "a system text before the first turn": (
+        {"prompt": "Be brief.\n\nHuman: QUESTION", "chosen": "good", "rejected": "bad"}, BRIEF),
+    "Orca, whose request is its input": (
+        {"system": "Be brief.", "input": "QUESTION", "chosen": "good", "rejected": "bad"}, BRIEF),
+    "an input that the request has already": (
+        {"prompt": "QUESTION", "input": "QUESTION", "chosen": "good", "rejected": "bad"}, ONE),
+    "an input that pandas wrote": ({"prompt": "QUESTION", "input": "None", "chosen": "good", "rejected": "bad"}, ONE),
+    "history of texts in turn": (
+        {"history": ["QUESTION", "Yes."], "prompt": "Why?", "chosen": "good", "rejected": "bad"}, LONG),
+    "messages with both pairs of keys, as parquet merges them": (
+        {"prompt": [{"role": None, "from": "human", "content": None, "value": "QUESTION"}], "chosen": "good",
+         "rejected": "bad"},
+        ONE),
+    "a blank system turn": (
+        {"prompt": [{"role": "system", "content": " "}, user("QUESTION")], "chosen": "good", "rejected": "bad"}, ONE),
     "Orca": ({"system": "Be brief.", "question": "QUESTION", "chosen": "good", "rejected": "bad"}, BRIEF),
     "Orca, no system turn in this row": ({"system": "", "question": "QUESTION", "chosen": "good", "rejected": "bad"}, ONE),
     "ShareGPT": (
@@ -112,6 +133,19 @@ def test_a_published_layout_maps_itself(tmp_path, layout):
           "rejected": [{"role": "system", "content": "B."}, user("q"), assistant("y")]}, "two system turns"),
         ({"prompt": "q", "chosen": [{"role": "assistant", "content": "x", "images": ["a.png"]}], "rejected": "y"}, "images, "),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": "weather"}, "wrong type in tools"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": "[" * 3000}, "wrong type in tools"),
+        ({"prompt": "q", "chosen": [{"role": ["assistant"], "content": "x"}], "rejected": "y"}, "wrong message in chosen"),
+        ({"prompt": "q", "chosen": [{**assistant("x"), "thinking": "so"}], "rejected": "y"}, "fix: correct these rows"),
+        ({"trajectory": [{"from": "user", "value": "Solve it."}], "chosen": "Step 1: a b", "rejected": "Step 1: c d"},
+         "dataset.columns.prompt=trajectory"),
+        ({"query": "Capital?", "chosen": "It is Paris", "rejected": "It is Rome"}, "dataset.columns.prompt=query"),
+        ({"instruction": "In French.", "question": "A fruit?", "chosen": "x", "rejected": "y"}, "question beside instruction"),
+        ({"prompt": "q", "history": ["a", "b", "c"], "chosen": "x", "rejected": "y"}, "history that ends with a request"),
+        ({"history": [["q", "Yes."]], "chosen": [user("q"), assistant("x")], "rejected": [user("q"), assistant("y")]},
+         "history, "),
+        ({"prompt": "<|im_start|>user\nq<|im_end|>", "chosen": "x", "rejected": "y"}, "markup of a chat template"),
+        ({"prompt": [user(""), assistant("a"), user("q")], "chosen": "x", "rejected": "y"}, "empty prompt"),
+        ({"prompt": "q", "function_call": "weather()", "chosen": "x", "rejected": "y"}, "function_call, "),
     ],
 )  # fmt: skip
 def test_what_no_layout_can_mean_is_refused_by_name(tmp_path, row, said):

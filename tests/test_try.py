@@ -135,7 +135,7 @@ def made(tmp_path, pattern):
         (LORA, "adalora", "training.learning_rate", {"learning_rate": 3e-3}),
         (LORA, "iw_lora", "training.learning_rate", None),
         (FIXED, "hypergradient", "training.optimizer.lr_init", {"learning_rate": 3e-3}),
-        (FIXED, "prodigy", "training.optimizer.lr_init", {"learning_rate": 3e-3}),
+        (FIXED, "salelr_reconstructed", "training.optimizer.lr_init", {"learning_rate": 3e-3}),
     ],
 )
 def test_the_idea_differs_from_the_shipped_baseline_in_its_function_alone(

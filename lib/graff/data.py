@@ -21,7 +21,7 @@ from lib.training import SeededOrder, collate, to_device
 
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-NUMBER = re.compile(r"([-+]?\s*\$?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?:\s*%|\s+[^\d\W][^\d]*)?\.?")
+NUMBER = re.compile(r"([-+]?\s*\$?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?:\s*%|(?:\s+[^\d\W][^\s\d]*){1,3})?\.?")
 ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -46,7 +46,7 @@ def reference(answer: str) -> str | None:
     """The number after the last `####` (a sign, `$`, thousands commas, decimals, a unit after it); None where it is
     not one number."""
     match = NUMBER.fullmatch(answer.rpartition("####")[2].strip()) if "####" in answer else None
-    return clean(match.group(1)) if match else None
+    return re.sub(r"[+\s]", "", clean(match.group(1))) if match else None
 
 
 def target(answer: str) -> str:
@@ -184,7 +184,8 @@ def answer_losses(model, tokenizer, rows: list[dict], batch: int) -> tuple[list[
     for start in range(0, len(rows), batch):
         inputs = to_device(collate(rows[start : start + batch], tokenizer.pad_token_id), device)
         logits, labels = answer_logits(model, inputs)
-        each = torch.nn.functional.cross_entropy(logits.mT.float(), labels, reduction="none")
+        there, each = labels != -100, torch.zeros(labels.shape, device=device)
+        each[there] = torch.nn.functional.cross_entropy(logits[there].float(), labels[there], reduction="none")
         losses += list(zip(each.sum(1).tolist(), (labels != -100).sum(1).tolist(), strict=True))
         units += inputs["input_ids"].numel()
     return losses, units

@@ -22,7 +22,6 @@ def train(member, folder: Path, shared: Path, planner: dict | None = None) -> di
         planner.update(scheduler.planner.state_dict())
     if outcome.status == "diverged":
         return {"status": "diverged", "steps": outcome.step, "diverged_at": outcome.step}
-    budgeted.use_averaged_weights(True)
     return evaluate(budgeted)
 
 
@@ -34,7 +33,8 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
     rows, last = [r for r in history if "exact_match_subset" in r], [r for r in history if "eta" in r][-1]
     seconds, how = budgeted.clock.budget, (run.evaluation.max_new_tokens, budgeted.answers_at_once)
     in_budget = rows[-1]["used"] <= seconds  # else nothing counts as reached by the end of the budget
-    problems = {name: given.problems[name] if in_budget else [] for name in ("test", "gsm1k")}
+    is_asked = in_budget and run.evaluation.test
+    problems = {name: given.problems[name] if is_asked else [] for name in ("test", "gsm1k")}
     scored = {name: data.score(model, given.tokenizer, each, *how)[0] for name, each in problems.items()}
     tests = [data.encode(given.tokenizer, row, run.dataset.max_tokens) for row in problems["test"]]
     losses = data.answer_losses(model, given.tokenizer, tests, 4 * run.training.micro_batch_size)[0]

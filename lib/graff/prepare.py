@@ -24,7 +24,7 @@ from lib import config, data, hub, made, models
 from lib.data import BadRow, describe, require, require_text
 from lib.errors import StudyError
 from lib.graff import member
-from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, target
+from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, strict, target
 from lib.training import to_device
 
 # ---- problems
@@ -65,6 +65,8 @@ def to_problem(row: dict) -> dict:
     answer = f"#### {whole}" if alone else require_text(row, "answer")
     if reference(answer) is None:
         raise BadRow("no '#### number' that ends answer", describe(answer[-60:]))
+    if strict(answer) != reference(answer):  # as it is scored: '#### + 5' would never be right
+        answer = f"{answer.rpartition('####')[0].rstrip()}\n#### {reference(answer)}".lstrip()
     return {"question": question, "answer": answer}
 
 
@@ -81,6 +83,9 @@ def read_problems(name: str, wanted: tuple, section: Mapping, revision: str | No
 
 def split_dev(rows: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(train, dev): the `size` rows whose seeded hash is lowest are dev, whatever the order of the file."""
+    if size >= len(rows):
+        fix = f"--set dataset.dev_size={max(1, len(rows) // 10)}, or give a validation.* file"
+        raise StudyError("dataset.dev_size", f"{size} of {len(rows)} training problems", "fewer than there are", fix)
     lowest = sorted(range(len(rows)), key=lambda i: sha256(f"{seed} {rows[i]['question']}".encode()).digest())[:size]
     dev = set(lowest)
     return [row for i, row in enumerate(rows) if i not in dev], [rows[i] for i in lowest]

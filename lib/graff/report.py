@@ -108,4 +108,5 @@ def qualify(verdicts: list[Verdict], study: Claims, members: pd.DataFrame, energ
             verdict.verdict = "vacuous"
         elif (verdict.verdict == "supported" and lost[0]) or (verdict.verdict == "refuted" and lost[1]):
             verdict.verdict = "inconclusive"
+            verdict.next_look = verdict.seeds_to_decide = None  # more seeds would not change it
         verdict.reason += f" {'; '.join(late)}: counted with all its energy, the least it can be."

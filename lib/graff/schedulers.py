@@ -265,6 +265,4 @@ SCHEDULERS = {
     "graff": Graff,
     "salelr_reconstructed": Salelr,
     "bats_reconstructed": Bats,
-    "schedulefree": Fixed,  # these two bring an optimizer of their own
-    "prodigy": Fixed,
 }

@@ -19,7 +19,7 @@ READS = {  # scheduler: the keys that it reads; of another scheduler's they are 
     ),
     "hypergradient": ("outer_lr", "norm"),
     "reactor": ("controller_lr", "baseline_decay", "entropy_bonus"),
-    **dict.fromkeys(("fixed", "cosine", "salelr_reconstructed", "bats_reconstructed", "schedulefree", "prodigy"), ()),
+    **dict.fromkeys(("fixed", "cosine", "salelr_reconstructed", "bats_reconstructed"), ()),
 }
 
 
@@ -128,6 +128,7 @@ class Evaluation(Section):
     dev_subset: Count = 200
     max_new_tokens: Count = 320
     batch_size: Count | None = None  # of generation; null: four micro-batches
+    test: Flag = True  # false: a trial of the search, which reads dev alone
     # exact match that energy is counted to; null: the analysis chooses it, midway from the base model's to the tuned
     # fixed rate's
     energy_level: Annotated[Positive, Field(le=1)] | None = None
@@ -218,6 +219,11 @@ def trial_changes(run: Run) -> dict[str, Any]:
         "training.scheduler.warm_start_ckpt": "made" if warm_start == "made" else None,
         "dataset.limit": min(2 * batch, run.dataset.limit or 2 * batch),
     }
+
+
+def search_changes(run: Run) -> dict[str, Any]:
+    """What a trial of the search leaves out: it is chosen on dev."""
+    return {"evaluation.test": False}
 
 
 # ---- checks: what a person should know before a run starts

@@ -272,23 +272,11 @@ def build_scheduler(run, layers: int, shared: Path, planner: dict | None = None)
     return scheduler
 
 
-def build_optimizer(run, probes: Probes):
-    """One Adam for all schedulers; those from packages bring their own."""
-    section, kind = run.training.optimizer, run.training.scheduler.type
-    betas, lr, decay = tuple(section.betas), section.lr_init, section.weight_decay
-    if kind == "schedulefree":
-        from schedulefree import AdamWScheduleFree
-
-        warm = max(1, round(schedulers.WARM_UP * (config.steps(run) or 1)))
-        optimizer = AdamWScheduleFree(probes.parameters, lr=lr, betas=betas, weight_decay=decay, warmup_steps=warm)
-        optimizer.train()
-        return optimizer
-    if kind == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(probes.parameters, lr=1.0, betas=betas, weight_decay=decay)
-    blocks, clip = probes.blocks, run.training.clip_grad_norm
-    return pl.BlockAdam(probes.parameters, lr, betas, decay, blocks, 2 * probes.layers, clip)
+def build_optimizer(run, probes: Probes) -> pl.BlockAdam:
+    """One Adam for all schedulers."""
+    section, clip = run.training.optimizer, run.training.clip_grad_norm
+    own = section.lr_init, tuple(section.betas), section.weight_decay
+    return pl.BlockAdam(probes.parameters, *own, probes.blocks, 2 * probes.layers, clip)
 
 
 # ---- training
@@ -401,12 +389,7 @@ class BudgetTrainer(training.StudyTrainer):
         self.credit = None
         warm = min(1.0, self.clock.fraction / schedulers.WARM_UP)
         self.eta = min(eta0 * math.exp(float(self.plan.log_eta)), scheduler.cap(self.lam, beta1)) * warm
-        if isinstance(optimizer, pl.BlockAdam):
-            optimizer.eta, optimizer.m = self.eta, self.plan.log_m.exp()
-            return
-        nn.utils.clip_grad_norm_(self.probes.parameters, self.run.training.clip_grad_norm)
-        if self.run.training.scheduler.type == "prodigy":  # schedule-free has a warm-up of its own
-            optimizer.param_groups[0]["lr"] = warm  # of its own estimate d, not of eta_0
+        optimizer.eta, optimizer.m = self.eta, self.plan.log_m.exp()
 
     def regret_weight(self) -> float:
         """What regret weights the hypergradients by: a step's time (the last one's: this one is not over) over its
@@ -442,9 +425,7 @@ class BudgetTrainer(training.StudyTrainer):
         least = min(least, mean)
         total += (mean - least) / max(used, 1e-9)
         self.running = mean, least, total
-        eta, step = self.eta, self.state.global_step + 1
-        if not isinstance(optimizer, pl.BlockAdam):
-            eta = optimizer.param_groups[0]["lr"] * optimizer.param_groups[0].get("d", 1.0)
+        step = self.state.global_step + 1
         by_budget = round(step / max(self.clock.fraction, 1e-9))  # which ends most runs before the cap
         self.write(
             {
@@ -453,7 +434,7 @@ class BudgetTrainer(training.StudyTrainer):
                 "used": used,
                 "fraction": self.clock.fraction,
                 "loss": self.loss,
-                "eta": eta,
+                "eta": self.eta,
                 "log_m": self.plan.log_m.tolist(),
                 "a": float(self.plan.a),
                 "lambda": self.lam or None,
@@ -535,28 +516,20 @@ class BudgetTrainer(training.StudyTrainer):
         """(exact match and loss on the dev subset, units of the virtual clock); `whole`: all of dev is answered, into
         final.json."""
         evaluation, tokenizer, n = self.run.evaluation, self.given.tokenizer, len(self.subset)
-        self.use_averaged_weights(True)
         problems, batch = self.dev if whole else self.subset, self.answers_at_once
         rows, units = data.score(self.model, tokenizer, problems, evaluation.max_new_tokens, batch)
+        batch = min(batch, 4 * self.run.training.micro_batch_size)  # whose logits are kept
         losses, more = data.answer_losses(self.model, tokenizer, self.given.rows["dev"][:n], batch)
-        self.use_averaged_weights(False)
         if whole:
             record.write_json(self.folder / "final.json", rows)
         right = sum(row["strict"] for row in rows[:n]) / n
         return {"exact_match_subset": right, "dev_loss": data.mean_loss(losses)}, units + more
 
-    def use_averaged_weights(self, averaged: bool) -> None:
-        """Schedule-free AdamW keeps two sets of weights: the average, which is evaluated, and the one that is
-        trained."""
-        if hasattr(self.inner(), "eval"):
-            self.inner().eval() if averaged else self.inner().train()
-
     # ---- everything a decision depends on, in a checkpoint
 
     def extra_state(self) -> dict:
-        optimizer, kept = self.inner(), {}
-        if isinstance(optimizer, pl.BlockAdam):
-            kept = {"delta": optimizer.delta, "eta": optimizer.eta, "m": optimizer.m}
+        optimizer = self.inner()
+        kept = {"delta": optimizer.delta, "eta": optimizer.eta, "m": optimizer.m}
         mine = {"used": self.clock.used, "joules": self.energy.joules, "scheduler": self.scheduler.state()}
         return {**mine, "optimizer": kept, "trainer": {name: getattr(self, name) for name in self.SAVED}}
 

@@ -4,6 +4,7 @@ Examples are generated or read (lib/data.py) with GLUE's columns. Tuning is a se
 reported on. `prepare` writes them, tokenized, beside the base model; models.load_inputs reads them.
 """
 
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import DebertaV2Config, DebertaV2Model, get_linear_schedule_with_warmup
 
-from lib import data, made
+from lib import data, hub, made
 from lib.data import BadRow, describe, require_text
 from lib.errors import StudyError
 
@@ -90,18 +91,20 @@ def to_example(row: dict, task: str) -> dict:
     """A row of GLUE as ours; raises BadRow. A label is its number or its name (the test split's -1 is none)."""
     columns, names = [ALSO[own] if ALSO.get(own) in row else own for own in COLUMNS[task]], LABELS[task]
     first, second = (*(require_text(row, column) for column in columns), "")[:2]
-    given = data.take(row, "label" if "label" in row else "gold_label")
-    label = next((i for i, name in enumerate(names) if str(given).strip() in (name, str(i))), None)
+    given = data.require(row, "gold_label" if "label" not in row and "gold_label" in row else "label")
+    given = re.sub(r"\.0\Z", "", str(given).strip())  # of a column with gaps
+    label = next((i for i, name in enumerate(names) if given in (name, str(i))), None)
     if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        none = "; GLUE's test split has none" * (str(given) in ("None", "-1"))
+        none = "; GLUE's test split has none" * (given == "-1")
         raise BadRow(f"unknown label (expected {expected}{none})", describe(given))
     return {"text_a": first, "text_b": second, "label": label}
 
 
 def read_task(dataset, task: str) -> tuple[dict[str, list[dict]], dict]:
     """({train, validation, and MNLI's mismatched where it is there}, report): GLUE's of the hub, a folder's or a file's."""
-    sources, chosen = data.read(dataset.name, dataset.revision, task), {}
+    is_hub = hub.local_path(dataset.name) is None and dataset.name != "nyu-mll/glue"  # whose one task has no such name
+    sources, chosen = data.read(dataset.name, dataset.revision, None if is_hub else task), {}
     for ours, theirs in dataset.splits:
         split = next((s for s in (theirs, f"{theirs}_matched") if s in sources), None)
         if split and sources[split] not in chosen.values():  # rows named for two splits are carved

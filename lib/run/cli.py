@@ -312,7 +312,7 @@ def execute(options, runs: list, whole: list) -> int:
         slots = slots_of(options)
         spending = decide.Spending(options, runs, whole, slots)
         limits = {"root": root, "fail_fast": options.fail_fast, "max_hours": options.max_hours}
-        engine = runner.Runner([], slots, keep_secrets=full and options.scale == "paper", **limits)
+        engine = runner.Runner([], slots, keep_secrets=options.scale == "paper", **limits)
         try:
             engine.run(announced(spending.rounds(), slots))
         finally:
@@ -323,7 +323,8 @@ def execute(options, runs: list, whole: list) -> int:
                 progress.print_table(engine.steps)
     index = pages.index_html(OUTPUTS)
     if full and options.command != "try":
-        last = {step.study: step for step in engine.steps if step.kind == "analysis"}
+        judged = (step for step in engine.steps if step.kind == "analysis" and step.state in ("succeeded", "cached"))
+        last = {step.study: step for step in judged}  # a failed one leaves the words of the record before
         progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")

@@ -123,7 +123,8 @@ def list_files(folder: Path) -> dict[str, tuple]:
 
 def code() -> bytes:
     """The working tree's code and what belongs to it, as this machine runs it."""
-    files = [f"{top}/{name}" for top in ("lib", "params", "tests") for name in list_files(ROOT / top)]
+    tops = ("lib", "params", "tests", ".cache/mt_bench")  # MT-Bench's questions, which members answer
+    files = [f"{top}/{name}" for top in tops for name in list_files(ROOT / top)] + [".cache/judge_prompts.jsonl"]
     return pack_files(ROOT, [name for name in files if not name.endswith(".pyc")])
 
 

@@ -213,10 +213,18 @@ class Spending:
             by_study.append(self.steps([run for run in self.of(study) if self.seeds[_title(run)]]))
         by_study.sort(key=lambda steps: plan.forecast(steps, self.slots).wall_seconds)
         steps = [step for steps in by_study for step in steps]
-        if self.options.command == "decide" and (old := next((step for step in steps if step.members), None)):
+        if self.options.command == "decide" and (old := next(filter(self.lacks_first_look, steps), None)):
             expected = "a record of the first look, up to date"
             raise StudyError(f"decide: {old.title}", old.reason, expected, old.command)
         return Round("first looks", steps, after=self.later(steps if self.options.command == "try" else []))
+
+    def lacks_first_look(self, step: plan.Step) -> bool:
+        """Whether something of a first look is to be done, and not of a later one alone, which was broken off."""
+        if step.kind != "train" or not step.members:
+            return step.members > 0
+        first = step.run.seed_list[: self.looks_of(step.study)[0]]
+        mine = (m for m in config.members(records.settle(step.run)) if m.pilot or m.seed in first)
+        return any(members.stale(member, step.folder / "members" / member.id) for member in mine)
 
     def later(self, steps: list[plan.Step]) -> float:
         """Seconds of the budget that are left after these steps; 0 where there is none."""
@@ -347,7 +355,10 @@ class Spending:
             each = plan.process_seconds(run) * slots if cell == TIMES else plan.member_seconds(run) or 0.0
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
-            have = [len(seeds) for title, mine in self.seeds.items() for seeds in mine.values() if title in runs]
+            theirs = (
+                mine.items() for title, mine in self.seeds.items() if title.startswith(f"{study}/") and title in runs
+            )
+            have = [len(seeds) for mine in theirs for cell, seeds in mine if cell != TIMES]
             every = [seeds for claim, seeds in asked if claim.study == study and not claim.is_timed]
             new = max(0, max(every, default=0) - max(have, default=0))
             first = next(run for run in runs.values() if run.study == study)
@@ -370,7 +381,10 @@ class Spending:
         for study, known in self.published.items():
             own, looks = self.compared(study), self.looks_of(study)
             for claim in (each for each in known.claims if each.id in own):
-                mine = [Open(study, claim.id, own[claim.id], *at) for at in power.by_look(known, claim, looks).items()]
+                mine = [
+                    Open(study, claim.id, own[claim.id], *at)
+                    for at in power.by_look(known, claim, looks, self.options.scale).items()
+                ]
                 found.append([each for each in mine if not each.is_timed or each.look >= claims.MIN_PROCESSES])
         return list(filter(None, found))
 

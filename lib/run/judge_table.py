@@ -59,6 +59,8 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
     metrics = sorted({claim.metric for claim in study.claims})
     if lacking := [name for name in ("method", "seed", *metrics) if name not in rows]:
         raise fault(f"no column {', '.join(lacking)}", f"method, seed, {', '.join(metrics)}; it has {', '.join(rows)}")
+    if ours := [name for name in ("status", "pilot", "cell", "capped") if name in rows]:
+        raise fault(f"a column {ours[0]}", "other names for your factors: this one means something to the rule")
     factors = [name for name in rows if name not in ("method", "seed", *metrics, *UNITS)]
     for name in ("seed", *metrics):
         numbers = pd.to_numeric(rows[name], errors="coerce")
@@ -74,7 +76,7 @@ def read(path: Path, study: Claims, claims_path: Path) -> tuple[pd.DataFrame, Cl
         line = int(np.flatnonzero(twice)[0])
         words = ", ".join(f"{name} {value}" for name, value in rows.iloc[line][key].items())
         raise fault(f"a second score of {words}", "one", line=line + 2)
-    rows = rows.assign(status="completed")
+    rows = rows.sort_values("seed", kind="stable", ignore_index=True).assign(status="completed")  # looks take the first
     sides = [(c, cell) for c in study.claims for side in SIDES for cell in study.levels(c, side)]
     seeds = {seed for _, cell in sides for seed in claims.select(rows, cell)["seed"]}
     for claim, cell in sides:

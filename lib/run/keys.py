@@ -26,8 +26,7 @@ from lib.run.preflight import visible_gpus
 
 ABSENT = ast.Constant(None)
 Place = tuple[str, str, bool]  # module, name in it ("" for all of it), whether it is only used as a table
-PACKAGES = """torch transformers trl peft bitsandbytes tokenizers accelerate numpy datasets safetensors scikit-learn
-schedulefree prodigyopt"""
+PACKAGES = """torch transformers trl peft bitsandbytes tokenizers accelerate numpy datasets safetensors scikit-learn"""
 # Keys of a run YAML that name, place or mirror a run, or say how its members are chosen: none changes a member's
 # numbers.
 NOT_NUMBERS = ("run_id", "role", "grid", "seed_list", "pilot_seeds", "optuna", "wandb", "compute", "idea")

@@ -18,7 +18,7 @@ from lib.config import Finding, Run, dump, get, study_module, wandb_mode
 from lib.errors import MissingError, StudyError
 from lib.run import fetch
 
-NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 60}  # of free disk, for downloads and for checkpoints
+NEEDED_GB = {"laptop": 0.2, "small": 10, "paper": 150}  # of free disk, for downloads and for checkpoints
 error, warning = partial(Finding, "error"), partial(Finding, "warning")
 
 

@@ -73,7 +73,10 @@ def train(argument: dict) -> None:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Remove from a finished member's checkpoints what only a resume would read; weights, adapters and markers stay."""
+    """Remove from a finished member's checkpoints what only a resume would read; weights, adapters and markers stay, but
+    those of a search's trials, which nobody loads: 50 of each method would be hundreds of GB at paper scale."""
+    if folder.parent.name == "trials":
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         for path in (path for pattern in ONLY_FOR_RESUME for path in checkpoint.glob(pattern)):
             with contextlib.suppress(OSError):  # the member is finished whether or not this can be removed

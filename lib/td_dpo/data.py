@@ -38,18 +38,24 @@ CHUNK = 1000  # pairs that are tokenized together
 
 # how files name the roles
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+ROLES |= {"prompter": "user"}
 LAYOUTS = (
     "chosen and rejected (or completion_a, completion_b and choice), with a prompt of their own or a common beginning; "
     "or the columns of UltraFeedback, HH-RLHF, Orca, ShareGPT, AlpacaEval or SHP"
 )
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the markup of HH-RLHF
-LOOSE = re.compile(r"(?:\A\s*|\n)(Human|Assistant):")  # without blank lines
-# Which texts are transcripts: a prompt that begins with a request or asks for an answer, an answer that begins with
-# either; without a prompt column, any with an answer in it.
-PROMPT, ANSWER = r"\A\s*Human:|(\A\s*|\n\n)Assistant:\s*\Z", r"\A\s*(Human|Assistant):"
-WHOLE = r"\A\s*Human:|\n\nAssistant:"
+ASKS, SAYS = r"(?:### ?)?(?:Human|User|USER|prompter)", r"(?:### ?)?(?:Assistant|ASSISTANT|assistant)"
+TURN = re.compile(rf"(?:\A\s*|\n\n)({ASKS}|{SAYS}):")  # the markup of HH-RLHF and its like
+LOOSE = re.compile(rf"(?:\A\s*|\n)({ASKS}|{SAYS}):")  # without blank lines
+# Which texts are transcripts: a prompt that begins with a request, has one after a blank line or asks for an answer, an
+# answer that begins with either; without a prompt column, any with an answer in it.
+PROMPT, ANSWER = rf"(\A\s*|\n\n){ASKS}:|(\A\s*|\n){SAYS}:\s*\Z", rf"\A\s*({ASKS}|{SAYS}):"
+WHOLE = rf"\A\s*{ASKS}:|\n\n{SAYS}:"
+MARKUP = re.compile(
+    r"\A\s*(<\|im_start\|>|<\|start_header_id\|>|(<s>\s*)?\[INST\])"
+)  # a template wrote the text already
 ASKED = ("prompt", "instruction")
-OTHER = ("question", "messages", "conversations", "conversation")  # where the answers are not whole conversations
+# where the answers are not whole conversations; Orca's request is its input
+OTHER = ("question", "messages", "conversations", "conversation", "input")
 # {columns of two answers and of which is preferred: {its value: the place of the preferred}}
 PREFERENCES = {
     ("completion_a", "completion_b", "choice"): {"a": 0, "completion_a": 0, "b": 1, "completion_b": 1},
@@ -65,7 +71,7 @@ def parse_turns(transcript: str) -> list[dict]:
         head, *rest = loose
     turns = [{"role": "system", "content": head.strip()}] if head.strip() else []
     for speaker, content in zip(rest[::2], rest[1::2], strict=True):
-        turns.append({"role": "user" if speaker == "Human" else "assistant", "content": content.strip()})
+        turns.append({"role": "user" if re.fullmatch(ASKS, speaker) else "assistant", "content": content.strip()})
     return turns
 
 
@@ -74,23 +80,30 @@ def conversation(row: dict, column: str, role: str, transcript: str) -> list[dic
     `transcript`, or one message of `role`."""
     value = decode(require(row, column), column)
     if isinstance(value, str):
+        if MARKUP.match(value):
+            raise BadRow(f"{column} in the markup of a chat template (expected text or messages)", describe(value))
         return parse_turns(value) if re.search(transcript, value) else [{"role": role, "content": value}]
     if not isinstance(value, (list, dict)):
         raise BadRow(f"wrong type in {column} (expected text or messages)", describe(value))
-    return [to_message(each, column) for each in ([value] if isinstance(value, dict) else value)]
+    turns = [to_message(each, column) for each in ([value] if isinstance(value, dict) else value)]
+    return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
 
 
 def to_message(given: Any, column: str) -> dict:
     """{"role", "content"} of a message, also as ShareGPT writes it, with the further keys that a template may render."""
     keys = given if isinstance(given, dict) else {}
-    role, content = ROLES.get(keys.get("role", keys.get("from"))), keys.get("content", keys.get("value"))
+    role, content = (
+        next((keys[name] for name in names if keys.get(name) is not None), None)
+        for names in (("role", "from"), ("content", "value"))  # a parquet file of both has both
+    )
+    role = ROLES.get(role) if isinstance(role, str) else None
     of_tool = ("name", "tool_call_id") if role == "tool" else ()
     more = {name: keys[name] for name in ("tool_calls", "reasoning_content", *of_tool) if keys.get(name)}
     content = "" if content is None and "tool_calls" in more else content
     if role is None or not isinstance(content, str):
         kind = f"wrong message in {column} (expected text as content and a role: {', '.join(ROLES)})"
         raise BadRow(kind, describe(given))
-    data.refuse_meaning({name: value for name, value in keys.items() if name not in more})
+    data.refuse_meaning({name: value for name, value in keys.items() if name not in more}, fix=data.RIGHT)
     return {"role": role, "content": content, **more}
 
 
@@ -138,6 +151,11 @@ def to_pair(row: dict, place: int) -> dict:
         raise BadRow("chosen and rejected have different prompts", describe((lead or opposite)[-1]["content"]))
     asked = asked if lead else asked or other
     prompt = conversation(row, asked, "user", PROMPT) if asked else []
+    said = "\n".join(message["content"] for message in prompt)
+    for name in () if lead else (*ASKED, *OTHER[:-1]):  # what is not in the request would be left out of it
+        if name != asked and isinstance(text := row.get(name), str) and text.strip() and text.strip() not in said:
+            fix = f"--set dataset.columns.{name}=null leaves it out on purpose"
+            raise BadRow(f"{name} beside {asked}, which says something else", describe(text), fix)
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
         prompt.pop()
     # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.
@@ -151,10 +169,10 @@ def to_pair(row: dict, place: int) -> dict:
         raise BadRow("identical chosen and rejected", describe(chosen["content"]))
     if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("prompt that does not end with a user turn", f"ends with {prompt[-1]['role']}")
-    if not prompt[-1]["content"].strip():
+    if any(turn["role"] == "user" and not turn["content"].strip() for turn in prompt):
         raise BadRow("empty prompt")
     tools = data.take(row, "tools") or None
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         tools = json.loads(tools)
     if not isinstance(tools, list | None):
         raise BadRow("wrong type in tools (expected a list)", describe(tools))
@@ -167,12 +185,21 @@ def _common_beginning(row: dict, chosen: dict, rejected: dict) -> list[dict]:
     other column could hold the prompt."""
     texts = [message["content"] for message in (chosen, rejected)]
     common = "".join(re.findall(r"(?s)\A.*\s", os.path.commonprefix(texts)))
-    others = [name for name, value in row.items() if isinstance(value, str) and value not in texts and " " in value]
+    others = [
+        name for name, value in row.items() if value not in texts and name not in data.MEANING and _may_ask(value)
+    ]
     if others or not common.strip() or not all(text[len(common) :].strip() for text in texts):
         kind = "no prompt (expected a prompt column, or a common beginning of chosen and rejected)"
         fix = f"--set dataset.columns.prompt={others[0]}, if that is the prompt" if others else data.RIGHT
         raise BadRow(kind, f"columns: {', '.join(row)}"[:200], fix)
     return [{"role": "user", "content": common.strip()}]
+
+
+def _may_ask(value: Any) -> bool:
+    """Whether a column may hold the prompt: messages, several words, or one that asks."""
+    if isinstance(value, list):
+        return any(isinstance(each, dict) and each.keys() & {"role", "from"} for each in value)
+    return isinstance(value, str) and re.search(r"\s|[^\x00-\x7f]|[?!.:]\Z", value.strip()) is not None
 
 
 def _without_prompt(prompt: list[dict], *answers: dict) -> None:
@@ -187,12 +214,18 @@ def _without_prompt(prompt: list[dict], *answers: dict) -> None:
 def _with_context(row: dict, prompt: list[dict], lead: list[dict]) -> list[dict]:
     """The prompt with what stands in columns beside it: Alpaca's second half of a request, earlier turns, and the
     system's."""
-    if not lead and isinstance(more := row.get("input"), str) and more.strip():
-        prompt[-1]["content"] += "\n\n" + data.take(row, "input")
+    if not lead and isinstance(more := row.get("input"), str) and more.strip() not in ("", "None", "nan", "null"):
+        data.take(row, "input")
+        if more.strip() not in prompt[-1]["content"]:
+            prompt[-1]["content"] += "\n\n" + more
     turns = lead or prompt
-    if isinstance(row.get("history"), list):  # of messages, or of [request, answer]
-        earlier = []
-        for each in data.take(row, "history"):
+    if not lead and isinstance(row.get("history"), list):  # of messages, of [request, answer], or of these in turn
+        earlier, history = [], data.take(row, "history")
+        if all(isinstance(each, str) for each in history):
+            if len(history) % 2:
+                raise BadRow("history that ends with a request (expected requests and answers)", describe(history))
+            history = [list(pair) for pair in zip(history[::2], history[1::2], strict=True)]
+        for each in history:
             said = each if isinstance(each, list) else [each]
             for role, text in zip(("user", "assistant"), said, strict=False):
                 message = {"role": role, "content": text} if isinstance(text, str) else text

@@ -163,7 +163,8 @@ class PreferenceTrainer(shared.StudyTrainer):
     def sampled_kl(self) -> dict:
         """A few sampled answers: how far the policy has moved where it speaks itself. Drawn at temperature 1, as the mean
         of log pi - log pi_0 is the KL where they are pi's own."""
-        prompts = [pair["prompt"] for pair in self.given.pairs["validation"][: self.run.evaluation.kl_prompts]]
+        pairs, kept = self.given.pairs["validation"], self.validation[: self.run.evaluation.kl_prompts]
+        prompts = [pairs[row["pair"]]["prompt"] for row in kept]  # of pairs that fit into the length limit
         if not prompts:
             return {}
         options = sampling(self.run) | {"temperature": 1.0}
