@@ -206,6 +206,14 @@ def test_a_look_takes_the_first_seeds_and_leaves_those_beyond_it():
     assert "missing: 1 of the 5 seeds" in judge_one({}, *against(d[:4])).reason
 
 
+def test_a_run_that_its_cap_ended_beyond_the_look_takes_no_word_back():
+    rows, members = against(around(0.25, seeds=7))
+    members["capped"] = (members["method"] == "old") & (members["seed"] == 48)
+    assert judge_one({}, rows, members).n_seeds == 5
+    members["capped"] = (members["method"] == "old") & (members["seed"] == 44)
+    assert "old, seed 44: ended by total_steps, not its budget" in judge_one({}, rows, members).reason
+
+
 @pytest.mark.parametrize("status", ["failed", "lost", "out_of_memory", "missing", None])
 def test_a_look_is_never_taken_on_a_completed_subset(status):
     d = around(0.5, seeds=9)
@@ -439,6 +447,14 @@ def test_a_fresh_process_is_what_repeats_of_a_time(ratio, word):
     assert f"Processes differ from {np.exp(medians.min()):.3f} to {np.exp(medians.max()):.3f}" in found.reason
     assert "tested was a ratio of at most 1.02:" in found.reason
     assert judge_one(TIME | {"margin": None, "gain": 0.9}, pd.DataFrame(), costs=timed(0.85)).verdict == "supported"
+
+
+def test_of_several_runs_each_process_counts_once_in_each():
+    """A run of three that is slower is not hidden by the median of all their steps."""
+    parts = [timed(ratio, seed=i).assign(run_id=str(i)) for i, ratio in enumerate((1.0, 1.0, 1.3))]
+    found = judge_one(TIME, pd.DataFrame(), costs=pd.concat(parts))
+    assert found.estimate == pytest.approx(1.3 ** (1 / 3), rel=5e-3)
+    assert found.n_seeds == 8
 
 
 def test_fewer_processes_other_methods_and_broken_pairs_are_no_measurement():

@@ -237,6 +237,17 @@ def test_a_runner_killed_in_a_round_of_seeds_goes_on_there_and_trains_nothing_tw
     assert not kept & set(study.trained)
 
 
+def test_decide_goes_on_after_its_own_kill(study):
+    """A member of the round that was broken off is no first look that is lacking."""
+    study.open["C3"] = 4, 1.0
+    study.go()
+    assert (study.results / "td_dpo/members/beta0.05-tau1-s1/done.json").exists()
+    (study.results / "dpo/members/beta0.05-s1/done.json").unlink()  # killed before it had ended
+    study.trained.clear()
+    study.go(command="decide")
+    assert study.trained == ["dpo/beta0.05-s1"]
+
+
 @pytest.mark.parametrize(("minutes", "code"), [(None, 0), (0.01, 4)])
 def test_a_budget_that_was_asked_for_and_ends_is_an_exit_code(study, monkeypatch, tmp_path, minutes, code):
     monkeypatch.setattr(cli, "root_of", lambda _: tmp_path / "out")

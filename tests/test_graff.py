@@ -320,6 +320,14 @@ def test_every_other_scheduler_trains(tmp_path, shared, kind):
     assert losses[-1] < losses[0]
 
 
+def test_a_trial_of_the_search_reads_dev_alone(tmp_path, shared):
+    """Test is scored once, by what the search found, and would take most of a trial's time."""
+    changes = study.search_changes(member_of().run)
+    (tmp_path / "m").mkdir()
+    metrics = member.train(member_of(changes=changes), tmp_path / "m", shared)
+    assert (metrics["exact_match"], metrics["test_loss"], metrics["dev_exact_match"] is None) == (None, None, False)
+
+
 def test_a_missing_warm_start_names_the_command(tmp_path):
     run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
     found = [f for f in check.findings(run) if f.key == "training.scheduler.warm_start_ckpt"]

@@ -73,7 +73,15 @@ claims:
     assert [look["seeds"] for look in parity["looks"]] == [5, 8]
 
 
+def test_a_look_takes_the_first_seeds_whatever_the_order_of_the_rows(judge):
+    table = scores(seeds=7)
+    found = [judge(rows, f"looks: [5, 8]\n{SIMPLE}")[3] for rows in (table, table.sort_values("score"))]
+    assert found[0] == found[1]
+    assert [*found[0][0]["per_seed"]] == [str(seed) for seed in sorted(table["seed"].unique())[:5]]
+
+
 BAD = {
+    "a column of the rule's own": ("method,seed,status,score\nA,1,failed,3\n", SIMPLE, "a column status"),
     "no such column": ("method,seed\nA,1\n", SIMPLE, "no column score"),
     "text": ("method,seed,score\nA,1,3\nA,2,high\n", SIMPLE, "line 3: score 'high'"),
     "infinite": ("method,seed,score\nA,1,inf\n", SIMPLE, "line 2: score 'inf'"),

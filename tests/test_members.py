@@ -161,7 +161,7 @@ def test_a_member_that_is_asked_to_stop_saves_and_goes_on_from_there(
     assert content(task.folder) == undisturbed
 
 
-def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket):
+def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_socket, tmp_path):
     run = tiny(seed_list=[1])
     members.prepare_inputs(run)
     job = members.submit(run)
@@ -170,6 +170,9 @@ def test_a_finished_member_keeps_its_weights_and_not_its_optimiser(tiny, pool_so
     kept = {path.name for path in folder.rglob("*") if path.is_file()}
     assert {"model.safetensors", "complete.json"} <= kept
     assert not kept & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    trial = shutil.copytree(folder.parent, tmp_path / "sweep/trials/one")
+    work.drop_training_state(trial)
+    assert not (trial / "checkpoints").exists(), "of a search's trial nobody loads the weights"
     late = next(folder.glob("checkpoint-*")) / "optimizer.pt"  # killed between its sentinel and this
     late.write_text("moments")
     assert members.submit(run).tasks == {}

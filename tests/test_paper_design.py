@@ -1,12 +1,13 @@
 """What the YAMLs of the paper's scale hold, held against the published configurations: kept, or changed where it says
 why."""
 
+import importlib.util
 import re
 
 import pytest
 import torch
 
-from lib import claims, config, plots, record
+from lib import claims, config, plots, power, record
 from lib.graff import member, prepare
 from lib.run import check, decide
 from tests.conftest import ROOT
@@ -55,6 +56,23 @@ def test_a_run_is_named_by_its_role_and_the_published_baseline_is_the_first(stud
 
 
 # ---- GRAFF
+
+
+def test_deberta_publishes_no_tokenizer_but_sentencepieces():
+    """transformers then says that `tiktoken` is missing, which is not what cures it."""
+    assert importlib.util.find_spec("sentencepiece")
+    assert {run.model.name for run in paper("iw_lora").values()} == {"microsoft/deberta-v3-base"}
+
+
+@pytest.mark.parametrize(("study", "paper_scale"), [("td_dpo", 80), ("graff", 1319)])
+def test_what_can_be_decided_is_reckoned_with_the_questions_of_the_scale(study, paper_scale):
+    published = claims.load(config.ROOT / "params" / study / "claims.yaml")
+    asked = {scale: power.sds_of(published, published.claims[0], 0.1, scale)[1] for scale in config.SCALES}
+    assert asked["paper"] == paper_scale
+    if study == "td_dpo":
+        runs = {scale: config.load_run(config.ROOT / f"params/td_dpo/{scale}/dpo.yaml", scale=scale, mode="full")
+                for scale in ("laptop", "small")}  # fmt: skip
+        assert {scale: run.evaluation.questions for scale, run in runs.items()} == {s: asked[s] for s in runs}
 
 
 def test_a_budget_ends_graffs_runs_and_no_number_of_steps():
