@@ -261,6 +261,7 @@ class Paired(NamedTuple):
     seeds: list[int]
     diverged: list[list[int]]
     dropped: int
+    parts: int = 1  # that were averaged, in each of which a seed may have diverged
 
     def of(self, seeds: list[int]) -> Self:
         """Of these seeds alone."""
@@ -428,8 +429,8 @@ def average(parts: list[Paired]) -> Paired:
     total, diverged = sum(part.values.shape[2] for part in parts), []
     scaled = [p.values[:, : len(seeds)] * total / (len(parts) * p.values.shape[2]) for p in parts]
     for side in range(len(parts[0].values)):
-        diverged.append([seed for seed in seeds if any(seed in part.diverged[side] for part in parts)])
-    return Paired(np.concatenate(scaled, axis=2), seeds, diverged, sum(part.dropped for part in parts))
+        diverged.append([seed for part in parts for seed in part.diverged[side] if seed in seeds])
+    return Paired(np.concatenate(scaled, axis=2), seeds, diverged, sum(part.dropped for part in parts), len(parts))
 
 
 def _scores(rows: pd.DataFrame, cell: Cell, metric: str) -> pd.DataFrame:
@@ -784,7 +785,7 @@ def _judge_scores(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> 
     verdict.n_seeds, verdict.n_questions, verdict.n_dropped = len(pairs.seeds), pairs.values.shape[2], pairs.dropped
     parts = pairs.diverged[:n], pairs.diverged[n:]
     lost, lost_baseline = (sorted({seed for seeds in part for seed in seeds}) for part in parts)
-    every = [len(seeds) == len(pairs.seeds) for seeds in pairs.diverged]
+    every = [len(seeds) == pairs.parts * len(pairs.seeds) for seeds in pairs.diverged]
     if lost:
         forbidden = claim.no_divergence and verdict.verdict == "supported"
         verdict.reason += f"{' But' if forbidden else ''} {names[0]} diverged (seed {', '.join(map(str, lost))})."

@@ -163,6 +163,8 @@ def read_json(text: bytes) -> list:
     if text.lstrip().startswith(b"["):
         odd = SURROGATE.search(text)
         return [_valid(row) if odd else row for row in json.loads(text.decode())]
+    if (whole := _one_object(text)) is not None:
+        return whole
     rows: list = []
     for number, line in enumerate(text.split(b"\n"), start=1):
         try:
@@ -173,6 +175,18 @@ def read_json(text: bytes) -> list:
             said = f"line {number}: {str(error)[:80]}; it begins {line[:40]!r}"
             rows.append(BadRow("a line that is not JSON", said, LATIN if isinstance(error, UnicodeError) else RIGHT))
     return rows
+
+
+def _one_object(text: bytes) -> list | None:
+    """The rows of a file that is one object: pandas' columns of numbered values, or {"data": [rows]}. None of any other."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text.decode())
+        columns = [*found.values()] if isinstance(found, dict) else []
+        if len(columns) == 1 and found.keys() <= {"data", "rows"} and isinstance(columns[0], list):
+            return columns[0]
+        if columns and all(isinstance(column, dict) and "0" in column for column in columns):
+            return [{name: column.get(number) for name, column in found.items()} for number in columns[0]]
+    return None
 
 
 SURROGATE = re.compile(rb"\\u[dD]")  # an escape, with which alone JSON can spell what is not valid Unicode

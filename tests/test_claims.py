@@ -2,6 +2,7 @@
 on pilots, and what `check` says of a claim that cannot be decided."""
 
 import json
+import itertools
 import math
 
 import numpy as np
@@ -496,6 +497,20 @@ def test_a_claim_of_no_divergence_is_not_supported_where_a_run_of_its_own_diverg
     assert (found.verdict, found.premise["holds"]) == ("inconclusive", False)
     assert "But new diverged (seed 43)" in found.reason
     assert "old did not diverge in any of 5 runs" in found.premise["text"]
+
+
+def test_an_average_in_which_most_runs_completed_has_not_diverged():
+    """One level of three in each seed, another in every seed: six of nine runs of each side are there."""
+    lost, rows, members = {(42, "a"), (43, "b"), (44, "c")}, [], []
+    for method, task, seed in itertools.product(("new", "old"), "abc", (42, 43, 44)):
+        status = "diverged" if (seed, task) in lost else "completed"
+        members.append(run := {"method": method, "task": task, "seed": seed, "status": status})
+        rows += [{**run, "question": q, "score": 5.0 + q + seed} for q in range(4)] * (status == "completed")
+    claim = {"across": {"task": ["a", "b", "c"]}, "test": "non_inferiority", "margin": 0.5, "gain": None}
+    study = {"looks": (3,), "keys": ("task",)}
+    found = judge_one(claim, pd.DataFrame(rows), pd.DataFrame(members), study=study)
+    assert "every run" not in found.reason
+    assert "diverged (seed 42, 43, 44)" in found.reason
 
 
 def test_a_metric_that_has_no_value_for_a_diverged_run_is_not_given_one():

@@ -227,6 +227,15 @@ def test_a_field_that_is_quoted_as_a_whole_loses_its_marks(tmp_path, quote):
     assert data.read(str(path))["train"][0].value == {"sentence": 'A dog, "Rex", runs.', "label": "1"}
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("form", ["pandas", "wrapped"])
+def test_a_json_file_that_is_one_object_is_read_as_its_rows(tmp_path, form, indent):
+    rows = [mix_row(i) for i in range(12)]
+    columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
+    (tmp_path / "a.json").write_text(json.dumps(columns if form == "pandas" else {"data": rows}, indent=indent))
+    assert [row.value for row in data.read(str(tmp_path / "a.json"))["train"]] == rows
+
+
 def test_both_of_arrows_formats_are_read(tmp_path):
     table = pa.Table.from_pylist([{"x": 1, "y": ["a"]}])
     for name, form in (("a.arrow", pa.ipc.new_file), ("b.arrow", pa.ipc.new_stream)):
