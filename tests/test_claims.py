@@ -1,8 +1,8 @@
 """From tables of scores to words: which seeds a look takes, what is tested, what is missing, diverged, at chance or chosen
 on pilots, and what `check` says of a claim that cannot be decided."""
 
-import json
 import itertools
+import json
 import math
 
 import numpy as np
