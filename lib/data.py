@@ -523,7 +523,7 @@ def _summarize(audit: Mapping) -> list[str]:
         lines.append(f"columns: {', '.join(columns['used'])}; left over: {', '.join(columns['left_over']) or 'none'}")
     held = ", ".join(f"{split} {share:.0%}" for split, share in audit.get("carved_from_train", {}).items())
     lines += [f"held out of train: {held}"] * bool(held)
-    lines += [f"splits that are not used: {', '.join(audit['unused'])}"] * bool(audit.get("unused"))
+    lines += [f"splits that are not used: {', '.join(audit.get('unused', ()))}"] * bool(audit.get("unused"))
     named = {"turns": audit.get("turns", {})} | {f"labels of {k}": v for k, v in audit.get("labels", {}).items()}
     lines += [f"{name}: " + ", ".join(f"{k} {n:,}" for k, n in each.items()) for name, each in named.items() if each]
     for split, parts in ((split, parts) for split, parts in audit["tokens"].items() if parts):

@@ -239,7 +239,9 @@ def test_what_lib_imports_is_declared_and_what_only_tests_need_is_not():
     found = {(called | comes_with).get(name, name) for name in found - set(sys.stdlib_module_names) - {"lib"}}
     found = names(found)
     assert found - declared == names(extras["judge"] + extras["cluster"]), "and these say so where they are missing"
-    assert declared - found == {"jupyterlab", "gguf"}, "a command, and what transformers reads a file with"
+    assert declared - found == {"jupyterlab", "gguf", "sentencepiece"}, (
+        "a command, and what transformers reads files with"
+    )
     only_tests = names(extras["test"]) | names(extras["types"])
     assert not declared & only_tests
     pinned = names((ROOT / "constraints.txt").read_text().splitlines())

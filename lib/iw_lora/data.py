@@ -92,11 +92,11 @@ def to_example(row: dict, task: str) -> dict:
     columns, names = [ALSO[own] if ALSO.get(own) in row else own for own in COLUMNS[task]], LABELS[task]
     first, second = (*(require_text(row, column) for column in columns), "")[:2]
     given = data.require(row, "gold_label" if "label" not in row and "gold_label" in row else "label")
-    given = re.sub(r"\.0\Z", "", str(given).strip())  # of a column with gaps
-    label = next((i for i, name in enumerate(names) if given in (name, str(i))), None)
+    said = re.sub(r"\.0\Z", "", str(given).strip())  # of a column with gaps
+    label = next((i for i, name in enumerate(names) if said in (name, str(i))), None)
     if label is None:
         expected = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        none = "; GLUE's test split has none" * (given == "-1")
+        none = "; GLUE's test split has none" * (said == "-1")
         raise BadRow(f"unknown label (expected {expected}{none})", describe(given))
     return {"text_a": first, "text_b": second, "label": label}
 

@@ -269,9 +269,11 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "training.bf16", what, "bf16: false, or compute.gpus: 1")
     if run.compute.strategy == "fsdp":
         yield Finding("error", "compute.strategy", "sharded gradients hide the sensitivities", "strategy: none")
-    dataset, splits = run.dataset, (run.dataset.splits.train, run.dataset.splits.validation)
+    dataset, task, splits = run.dataset, run.dataset.task, (run.dataset.splits.train, run.dataset.splits.validation)
     if dataset.name == "nyu-mll/glue" and any("test" in split for split in splits):
-        yield Finding("error", "dataset.splits", "GLUE's test labels are all -1", "validation: validation")
+        yield Finding(
+            "error", "dataset.splits", f"the labels of {task}'s test split are all -1", "validation: validation"
+        )
     if dataset.preprocessing.padding == "max_length":
         what = "padded to the batch's longest row"
         yield Finding("warning", "dataset.preprocessing.padding", what, "padding: longest")

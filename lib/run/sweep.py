@@ -132,20 +132,10 @@ def train(run, trials: list[optuna.Trial]) -> list[float]:
         if here := {member.id: member for member, place in wanted if place == subfolder}:
             job = members.submit(run, list(here.values()), subfolder=subfolder)
             members.watch(job)
-            ended = {
-                i: record.read_json(job.folders[i] / "error.json", {})
-                for i, t in job.tasks.items()
-                if t.state != "succeeded"
-            }
-            full = {i for i, error in ended.items() if error.get("status") == "out_of_memory"}
-            for name in full:  # a rank or batch that does not fit here: the search goes on without it
-                print(f"{name}: out of memory, the worst value")
-            tasks = {i: task for i, task in job.tasks.items() if i not in full}
-            job = job._replace(members=[m for m in job.members if m.id not in full], tasks=tasks)
             rows |= {(subfolder, row["member"]): row for row in members.collect(job)}
-    values = [rows.get((place, member.id), {}).get(run.optuna.objective_metric) for member, place in wanted]
+    values = [rows[place, member.id].get(run.optuna.objective_metric) for member, place in wanted]
     worst = 0.0 if run.optuna.direction == "maximize" else float("inf")
-    # A diverged member, or one without the memory it takes, has no validation score: a bad point, not a missing one.
+    # A diverged member has no validation score: that is a bad point, not a missing one.
     return [worst if value is None else value for value in values]
 
 
