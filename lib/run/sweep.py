@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import yaml
+from optuna.storages.journal import JournalFileBackend
 
 from lib import config, record
 from lib.errors import StudyError
@@ -68,7 +69,7 @@ def open_study(run, folder: Path) -> optuna.Study:
     settings = keys.member_key(config.members(config.tune(run))[0])["all"], config.dump(run)["optuna"]["search_space"]
     study = optuna.create_study(
         study_name=f"{name}@{record.digest([*settings, run.optuna.objective_metric])}",
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
         direction=run.optuna.direction,
         load_if_exists=True,
     )
