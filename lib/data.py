@@ -82,8 +82,12 @@ def refuse_meaning(left: Mapping[str, Any], fix: str = "") -> None:
     """Raise BadRow where something that is left over has a MEANING and holds anything; `fix`: where it is no column."""
     for name, value in left.items():
         if name in MEANING and value == value and str(value or "").strip("[]{} \n") not in ("", "None", "null"):
-            cure = fix or f"--set dataset.columns.{name}=null leaves it out on purpose"
-            raise BadRow(f"{name}, which this study does not read", describe(value), cure)
+            raise BadRow(f"{name}, which this study does not read", describe(value), fix or leave_out(name))
+
+
+def leave_out(column: str) -> str:
+    """What to do about a column that a study does not use and that says something."""
+    return f"--set dataset.columns.{column}=null leaves it out on purpose"
 
 
 class Row(NamedTuple):
@@ -160,11 +164,10 @@ def read_json(text: bytes) -> list:
     """A JSON array of rows or one row per line, whatever the suffix says (many .json files of the hub have lines).
     A line that cannot be read becomes a BadRow in its place."""
     text = text.removeprefix(b"\xef\xbb\xbf")
-    if text.lstrip().startswith(b"["):
+    whole = json.loads(text.decode()) if text.lstrip().startswith(b"[") else _one_object(text)
+    if whole is not None:
         odd = SURROGATE.search(text)
-        return [_valid(row) if odd else row for row in json.loads(text.decode())]
-    if (whole := _one_object(text)) is not None:
-        return whole
+        return [_valid(row) if odd else row for row in whole]
     rows: list = []
     for number, line in enumerate(text.split(b"\n"), start=1):
         try:
@@ -443,12 +446,8 @@ def make_splits(
             found = f"no usable row for split {split} ({gone})"
             expected = "at least one row, and different rows of which to hold out the splits that are not given"
             raise StudyError(where, found, expected, f"give a {split}.* file that has rows")
-    return {split: splits[split] for split in wanted}, {
-        "files": files,
-        **report,
-        "carved_from_train": carved,
-        "unused": unused,
-    }
+    report |= {"files": files, "carved_from_train": carved, "unused": unused}
+    return {split: splits[split] for split in wanted}, report
 
 
 # ---- the audit: what to know of the data before training on it

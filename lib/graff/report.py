@@ -1,5 +1,7 @@
 """What decides the claims beyond exact match: areas under it, and energy to a level of it."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -86,7 +88,7 @@ def energy_scores(evaluations: pd.DataFrame, level: float) -> pd.DataFrame:
     for _, mine in evaluations.sort_values("used", kind="stable").groupby(MEMBER, sort=False):
         joules, curve = (mine[name].astype(float).tolist() for name in ("joules", "exact_match_subset"))
         reached = energy_to_level(joules, curve, level)
-        log_e = float(np.log((joules[-1] if reached is None else reached) / unit))
+        log_e = math.log((joules[-1] if reached is None else reached) / unit)
         out.append({**mine.iloc[0][KEYS], METRIC: -log_e, "reached": reached is not None})
     return pd.DataFrame(out, columns=[*KEYS, METRIC, "reached"])
 

@@ -356,7 +356,7 @@ class Spending:
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
             theirs = (
-                mine.items() for title, mine in self.seeds.items() if title.startswith(f"{study}/") and title in runs
+                mine.items() for title, mine in self.seeds.items() if title in runs and runs[title].study == study
             )
             have = [len(seeds) for mine in theirs for cell, seeds in mine if cell != TIMES]
             every = [seeds for claim, seeds in asked if claim.study == study and not claim.is_timed]

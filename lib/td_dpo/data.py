@@ -154,8 +154,7 @@ def to_pair(row: dict, place: int) -> dict:
     said = "\n".join(message["content"] for message in prompt)
     for name in () if lead else (*ASKED, *OTHER[:-1]):  # what is not in the request would be left out of it
         if name != asked and isinstance(text := row.get(name), str) and text.strip() and text.strip() not in said:
-            fix = f"--set dataset.columns.{name}=null leaves it out on purpose"
-            raise BadRow(f"{name} beside {asked}, which says something else", describe(text), fix)
+            raise BadRow(f"{name} beside {asked}, which says something else", describe(text), data.leave_out(name))
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # where a transcript's answer would begin
         prompt.pop()
     # Many sets give the full conversations and repeat the user's request, as a string, in `prompt`.

@@ -338,8 +338,8 @@ def check(run: Run) -> Iterator[Finding]:
         what = "made, and verifiable pairs are the answers of a pretrained model"
         yield Finding("error", "model.name", what, "a chat model of the hub, or dataset.name: generated")
     yield from _meant_otherwise(run)
-    judge, there = run.evaluation.judge, len(requests("questions", 0))
-    if judge == "verifier" and run.evaluation.questions > there:
+    judge = run.evaluation.judge
+    if judge == "verifier" and run.evaluation.questions > (there := len(requests("questions", 0))):
         yield Finding("error", "evaluation.questions", f"{run.evaluation.questions}, of {there}", f"questions: {there}")
     if judge in JUDGE_OF.values() and JUDGE_OF.get(dataset.name) != judge:
         level, fix = ("error", "leave it out") if run.idea else ("warning", "judge: none")  # an idea's claim needs it
