@@ -319,6 +319,8 @@ def test_a_claim_is_priced_at_each_look_by_what_it_lacks_and_shared_arms_count_o
     assert seconds(c3[2], shared) == 3 * 4 * 12 < seconds(c3[2]) + seconds(shared)
     study.go()
     spending = spending_of(study)
+    assert not spending.priced(), "a word is not bought twice"
+    record.write_json(spending.folder("td_dpo") / "claims.json", [])
     assert [seconds(each) for each in spending.priced()[1]] == [0, 2 * 12, 2 * 2 * 12], "what is on record is not paid"
 
 

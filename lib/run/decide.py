@@ -376,11 +376,12 @@ class Spending:
         return self.cost([(claim, claim.look) for claim in (*asked, *more)], slots=1) * gpus / 3600
 
     def priced(self) -> list[list[Open]]:
-        """Each claim at each of its looks, with its chance of support by then."""
+        """Each claim that has no word yet at each of its looks, with its chance of support by then."""
         found = []
         for study, known in self.published.items():
             own, looks = self.compared(study), self.looks_of(study)
-            for claim in (each for each in known.claims if each.id in own):
+            decided = {row["id"] for row in record.read_json(self.folder(study) / "claims.json", []) if row["decided"]}
+            for claim in (each for each in known.claims if each.id in own.keys() - decided):
                 mine = [
                     Open(study, claim.id, own[claim.id], *at)
                     for at in power.by_look(known, claim, looks, self.options.scale).items()
@@ -439,12 +440,11 @@ class Spending:
         for study, own in prices.items():
             record.write_json(self.folder(study) / "prices.json", own)
         if late := [step for step in self.planned if step.state == "postponed" and step.kind != "analysis"]:
-            # they decide no claim: one line for all
             names = progress.some([step.title for step in late])
             took = sum(step.seconds for step in late)
             minutes = math.ceil(took / 60)  # enough on one slot
             more = f"./run_all.sh full --scale {self.options.scale} --max-minutes {minutes}{plan.sets_of(late[0].run)}"
-            self.left.append(f"what decides no claim ({names}), about {progress.rough(took)} of one core:\n    {more}")
+            self.left.append(f"what was not begun ({names}), about {progress.rough(took)} of one core:\n    {more}")
 
 
 def _title(run) -> str:
