@@ -7,11 +7,9 @@ the whole is validated. A value that only the cells supply (`${opt.name}`) holds
 
 A study is a folder of lib/ with a study.py, which gives Run (the typed sections), METRICS (name -> "maximize" or
 "minimize"; the reported one first), prepare(run, folder) and train(member, folder, shared) -> metrics. What else it may
-give is in DEFAULTS, with what holds where it does not; and, of its metrics: VALIDATION_METRIC (chooses checkpoints,
-cells and the sweep's best; the reported one), SECOND_METRIC (drawn, and said so, where the reported one is not measured
-yet; the validation one), CLAIM_METRICS (columns that its analysis gives to claims.evaluate; METRICS),
-primary_metric(run) and published_name(run) of it. A study whose members may be sharded gives `fit`. What published
-files write elsewhere is read by validators of the sections.
+give is in DEFAULTS, with what holds where it does not; and, of its metrics: CLAIM_METRICS (columns that its analysis
+gives to claims.evaluate; METRICS), primary_metric(run) and published_name(run) of it. A study whose members may be
+sharded gives `fit`. What published files write elsewhere is read by validators of the sections.
 """
 
 import copy
@@ -252,6 +250,8 @@ class Schedule(Section):
             raise fault("neither epochs nor max_steps", "one of them", "epochs: 3", "epochs")
         if self.warmup_ratio and self.warmup_steps:
             raise fault("warmup_ratio and warmup_steps", "one of them", "remove warmup_steps", "warmup_steps")
+        if getattr(self, "evaluation_strategy", None) == "steps" and self.eval_steps is None:
+            raise fault("missing", "an interval, as its strategy is steps", "eval_steps: 15", "eval_steps")
         return self
 
 
@@ -464,6 +464,7 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "ALIASES": {},  # short name -> dotted key, in the order of a cell's name
     "DIVERGED": {},  # metric -> what a diverged member counts as
     "UNREAD": (),  # keys that no code names, metrics that a trial need not log
+    "OWN_KEYS": (),  # by any of which a YAML outside params/<study>/ is known to be its
     "MEMBER_KEYS": (),  # what members of one preparation may differ in
     "SEED_KEYS": (),  # seeds of what is prepared: a member's own where its YAML leaves them out
     "NOT_NUMBERS": (),  # keys that no number depends on
@@ -473,7 +474,6 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "GROUP": ("model.name", "dataset.name"),  # keys: runs that differ in them are not held against each other
     "LEADS": "",  # part of the name of the group that speaks for the study; the first that has it
     "GRADED_BY": {},  # metric -> the command that makes it where training does not
-    "recognizes": lambda raw: False,  # whether a YAML outside params/<study>/ belongs to it
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
     "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
@@ -497,10 +497,8 @@ def study_module(study: str) -> types.ModuleType:
         near = did_you_mean(str(study), studies(), "")
         raise StudyError("study", repr(study), "one of " + ", ".join(studies()), near)
     module = importlib.import_module(f"lib.{study}.study")
-    reported, metrics = next(iter(module.METRICS)), tuple(module.METRICS)
-    chosen = getattr(module, "VALIDATION_METRIC", reported)
-    own = {"VALIDATION_METRIC": chosen, "SECOND_METRIC": chosen, "CLAIM_METRICS": metrics}
-    own |= {"primary_metric": lambda run: reported, "published_name": lambda run: module.primary_metric(run)}
+    own = {"CLAIM_METRICS": tuple(module.METRICS), "primary_metric": lambda run: next(iter(module.METRICS))}
+    own |= {"published_name": lambda run: module.primary_metric(run)}
     for name, value in {**DEFAULTS, **own}.items():
         vars(module).setdefault(name, value)
     return module
@@ -508,7 +506,7 @@ def study_module(study: str) -> types.ModuleType:
 
 def recognize(raw: dict, where: str) -> str:
     """The study a YAML belongs to, by its sections (published files carry no study name)."""
-    names = [study for study in studies() if study_module(study).recognizes(raw)]
+    names = [study for study in studies() if any(get(raw, key) is not None for key in study_module(study).OWN_KEYS)]
     if len(names) != 1:
         found, fix = f"belongs to {' and '.join(names) or 'no study'}", "put it under params/<study>/<scale>/"
         raise StudyError(where, found, "the sections of one study: " + ", ".join(studies()), fix)
@@ -776,15 +774,12 @@ def _product(lists: Mapping[str, list]) -> list[dict]:
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def _blocks(run: Run) -> list[tuple[list[dict], list[int], str]]:
-    """(cells, seeds, name of the cell where it has one of its own) of each block. Without a grid, the choices of the
-    searched keys are the grid."""
+def _blocks(run: Run) -> list[Block]:
+    """The grid; without one, the choices of the searched keys."""
     if run.grid:
-        seeds = [run.pilot_seeds if block.pilot else block.seeds or run.seed_list for block in run.grid]
-        found = [block.cells or (_product(block.product) if block.product else []) for block in run.grid]
-        return list(zip(found, seeds, [TUNED * block.tuned for block in run.grid], strict=True))
+        return run.grid
     space = {resolve(run.study, key): entry.choices for key, entry in run.optuna.search_space.items()}
-    return [(_product({key: space[key] for key in run.searched if space.get(key)}), run.seed_list, "")]
+    return [Block.model_construct(cells=_product({key: space[key] for key in run.searched if space.get(key)}))]
 
 
 def tune(run: Run, cell: Mapping[str, Any] | None = None) -> Run:
@@ -798,10 +793,9 @@ def tune(run: Run, cell: Mapping[str, Any] | None = None) -> Run:
     return run.model_copy(update={"grid": grid})
 
 
-def cell_members(run: Run, cell: Mapping[str, Any], seeds: Iterable[int], name: str = "") -> list[Member]:
+def cell_members(run: Run, cell: dict[str, Any], seeds: Iterable[int], name: str = "") -> list[Member]:
     """A run's members of any one cell, on its grid or not (a trial of the search); its `name`: after its values."""
     where = run.source or run.run_id
-    cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in cell.items()}
     for key in cell:
         if key.split(".")[0] not in TUNABLE:
             raise StudyError(f"{where}: grid: {key}", "not a key that differs between members", ", ".join(TUNABLE))
@@ -822,10 +816,11 @@ def seeded(run: Run, seed: int) -> Run:
 def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:
     """{name: (cell, its seeds)}: the union of the grid's blocks in the order written, each cell with its blocks' seeds."""
     where, found = run.source or run.run_id, {}
-    for of_block, own, of_cell in _blocks(run):
-        for values in of_block:
+    for block in _blocks(run):
+        own = run.pilot_seeds if block.pilot else block.seeds or run.seed_list
+        for values in block.cells or (_product(block.product) if block.product else []):
             cell = {resolve(run.study, key, f"{where}: grid:"): value for key, value in values.items()}
-            name = of_cell or cell_name(run.study, cell)
+            name = TUNED if block.tuned else cell_name(run.study, cell)
             first, seeds = found.setdefault(name, (cell, []))
             if first != cell:
                 raise StudyError(f"{run.run_id}: grid", f"two cells named {name}", "one", f"drop {cell}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, processors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -64,17 +64,12 @@ def train_bpe_tokenizer(
     """A byte-level BPE tokenizer trained on `texts` (any text can be encoded: all bytes are in its alphabet).
     `special` maps names such as eos_token to strings."""
     names = [name for value in special.values() for name in ([value] if isinstance(value, str) else value)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(names) + len(alphabet):
-        least = f"at least {len(names) + len(alphabet)}: {len(alphabet)} bytes and {len(names)} special tokens"
+    if vocab_size < 256 + len(names):
+        least = f"at least {256 + len(names)}: 256 bytes and {len(names)} special tokens"
         raise StudyError("model.recipe.vocab_size", str(vocab_size), least)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    options = {"initial_alphabet": alphabet, "min_frequency": 2, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, **options)
-    tokenizer.train_from_iterator(texts, trainer)
-    return _wrap(tokenizer, special, template)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False, special_tokens=names)
+    return _wrap(Tokenizer.from_str(tokenizer.to_str()), special, template)
 
 
 def word_tokenizer(words: Iterable[str], special: dict, **parts: Any) -> PreTrainedTokenizerFast:

@@ -357,14 +357,9 @@ def claims(records: Sequence[Mapping], *, title: str = "The claims") -> Drawing:
         words.append(f"{claim['id']}: {verdict}, {text}")
         row = {"id": claim["id"], "verdict": verdict, "estimate": estimate, "low": low, "high": high}
         data.append(row | {"margins": " ".join(map(str, margins))})
-        looks = claim.get("looks") or []
-        bounds = [look[end] for look in looks for end in ("low", "high")]
-        color = VERDICT_COLORS.get(verdict, SOFT)
-        shown = [v for v in (estimate, low, high, *margins, *bounds) if v is not None]
-        pad = 0.08 * np.ptp(shown or [0]) or 0.5
-        left, right = min(shown, default=0) - pad, max(shown, default=0) + pad
-        estimand = textwrap.fill(claim.get("estimand") or "", 95)
-        place.set(xlim=(left, right), xlabel=estimand, ylim=(-1, 1), yticks=[])
+        looks, color = claim.get("looks") or [], VERDICT_COLORS.get(verdict, SOFT)
+        place.margins(x=0.08)
+        place.set(xlabel=textwrap.fill(claim.get("estimand") or "", 95), ylim=(-1, 1), yticks=[])
         place.set_title(words[-1], fontsize=9.5, color=color)
         place.spines["left"].set_visible(False)
         for bound in margins:

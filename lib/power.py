@@ -64,9 +64,8 @@ def table(study: Claims, *, scale: str, seen: Mapping[str, dict[str, float]] | N
     for claim in study.claims:
         if scale not in claim.scales or claim.not_evaluated or not assumed_for(study, claim):
             continue
-        assumed = [
-            sds_of(study, claim, sd, scale) for sd in (study.noise.seed_sds if claim.test not in RATIOS else (0.0,))
-        ]
+        seed_sds = (0.0,) if claim.test in RATIOS else study.noise.seed_sds
+        assumed = [sds_of(study, claim, sd, scale) for sd in seed_sds]
         (*_, (largest, questions)), mine = assumed, (seen or {}).get(claim.id)
         again = bool(mine) and any(mine[name] > 1.05 * largest[name] for name in ("seed", "question"))
         sources = [("this record", mine)] * again if seen is not None else [("assumed", sds) for sds, _ in assumed]

@@ -4,11 +4,9 @@ A study subclasses StudyTrainer and supplies its loss, what a step and an evalua
 resumed run must remember. Order, history, divergence, checkpoints and resume are here and nowhere else.
 """
 
-import contextlib
 import itertools
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -77,8 +75,8 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 class SeededOrder(torch.utils.data.Sampler):
     """A new permutation each epoch that depends on the seed, the epoch and the number of rows, and on nothing else."""
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, size: int, seed: int, epoch: int = 0):
+        self.size, self.seed, self.epoch = size, seed, epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -92,23 +90,9 @@ class SeededOrder(torch.utils.data.Sampler):
 
 def seeded_batches(rows: list, size: int, seed: int) -> Iterator[list]:
     """Batches of rows without end, epoch after epoch in SeededOrder."""
-    order, places = SeededOrder(len(rows), seed), []
+    places = itertools.chain.from_iterable(SeededOrder(len(rows), seed, epoch) for epoch in itertools.count())
     while True:
-        while len(places) < size:
-            places += list(order)
-            order.set_epoch(order.epoch + 1)
-        yield [rows[place] for place in places[:size]]
-        places = places[size:]
-
-
-@contextlib.contextmanager
-def preserve_rng(device: torch.device) -> Iterator[None]:
-    """What runs inside (sampling at an evaluation) leaves the training's random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        yield [rows[place] for place in itertools.islice(places, size)]
 
 
 # ---- checkpoints: complete, or they do not count ----
@@ -219,8 +203,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         *,
         folder: str | Path,
         fingerprint: str,
-        eval_steps: int | None = None,
-        save_steps: int | None = None,
         log_every: int | None = None,
         optimizers: tuple = (None, None),
         **arguments: Any,
@@ -229,7 +211,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         `arguments`: `max_steps`, `seed` and more of transformers' TrainingArguments; all that prints, saves or evaluates by
         itself is off."""
         self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
-        self.eval_steps, self.save_steps = eval_steps, save_steps
         self.started = 0.0
         self.diverged = False
         self.best_step: int | None = None
@@ -269,7 +250,7 @@ class StudyTrainer(Trainer, TrainerCallback):
 
     def schedule(self) -> None:
         """Decide after a step whether to evaluate and save: at the intervals (None: not in between) and at the end."""
-        intervals = (self.eval_steps, self.save_steps)
+        intervals = (self.args.eval_steps, self.args.save_steps)
         due = [self.finished() or bool(every and self.state.global_step % every == 0) for every in intervals]
         self.control.should_evaluate, self.control.should_save = due
 
@@ -346,7 +327,8 @@ class StudyTrainer(Trainer, TrainerCallback):
     def evaluate(self, *_, **__):
         """Write down `validate`; a new best asks for a checkpoint."""
         self.control.should_evaluate = False
-        with preserve_rng(self.model.device):
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # what it samples leaves the training's random numbers as they were
             measured = self.validate()
         if measured:
             self.write({"step": self.state.global_step, **measured})

@@ -642,7 +642,6 @@ def test_aliases_resolve_to_keys_that_exist():
         module = config.study_module(study)
         assert set(module.ALIASES.values()) <= set(config.keys(module.Run))
         assert set(module.METRICS.values()) == {"maximize", "minimize"}
-        assert {module.VALIDATION_METRIC, module.SECOND_METRIC} <= set(module.METRICS)
     assert config.resolve("iw_lora", "iw_reg_alpha") == "loss.alpha"
     assert config.resolve("graff", "adapter_lr_init") == "training.optimizer.lr_init"
     assert config.resolve("graff", "graff_outer_lr") == "training.scheduler.outer_lr"
@@ -665,12 +664,12 @@ def test_a_study_needs_no_more_than_four_names(tmp_path):
         "from lib import config; from lib.run import check, keys; ((_, run, found),) = "
         "check.load_folder('params', 'laptop', 'full'); module = config.study_module('mine');"
         "print(run.role, found, [m.id for m in config.members(run)], [m.id for m in config.members(config.trial(run))],"
-        "module.primary_metric(run), module.SECOND_METRIC, [*keys.member_code(config.members(run)[0])])"
+        "module.primary_metric(run), [*keys.member_code(config.members(run)[0])])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert done.stdout.strip() == (
-        "comparative [] ['rate0.001-s1', 'rate0.001-s2', 'rate1-s1', 'rate1-s2'] ['rate0.001-s1'] score score "
+        "comparative [] ['rate0.001-s1', 'rate0.001-s2', 'rate1-s1', 'rate1-s2'] ['rate0.001-s1'] score "
         "['lib.config', 'lib.mine.study']"
     )
 

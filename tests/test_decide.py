@@ -265,7 +265,7 @@ def test_times_are_predicted_by_their_processes_and_need_no_bases(study, monkeyp
     spending = decide.Spending(options, study.runs, study.runs, slots=2)
     timed = decide.Open("td_dpo", "C5", [(study.runs[0], decide.TIMES)], members.PROCESSES)
     each = plan.START_SECONDS + 12 / 2  # half of a member's 12 steps of one second
-    assert spending.cost([(timed, 8)]) == pytest.approx(8 * each)
+    assert spending.cost([timed]) == pytest.approx(8 * each)
 
 
 def test_decide_wants_a_record_to_go_on_from(study):

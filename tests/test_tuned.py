@@ -202,7 +202,7 @@ def test_a_claims_searches_are_in_its_price_and_what_was_searched_is_not(run, mo
     monkeypatch.setattr(plan, "NOTEBOOK_SECONDS", 0.0)
     spending = decide.Spending.__new__(decide.Spending)
     spending.seeds, spending.slots = {"td_dpo/tiny": {}}, 1
-    asked = [(decide.Open("td_dpo", "X", [(run, config.TUNED)], 2), 2)]
+    asked = [decide.Open("td_dpo", "X", [(run, config.TUNED)], 2)]
     assert spending.cost(asked) == 100.0 * (3 + 2)
     record.write_json(run.results_dir / "tiny" / "sweep" / "trials" / "a-s8" / "done.json", {})
     assert spending.cost(asked) == 100.0 * (2 + 2)

@@ -47,19 +47,15 @@ def evaluate(budgeted: trainer.BudgetTrainer) -> dict:
     for i, row in enumerate(scored["gsm1k"]):
         predictions.append({"kind": "gsm1k", "example": f"gsm1k-{i}", "exact_match": float(row["strict"])})
     record.write_jsonl(folder / "predictions.jsonl", predictions)
-
-    def share(of: list[dict], kind: str) -> float | None:
-        return sum(row[kind] for row in of) / len(of) if of else None
-
     curve, joules = [row["exact_match_subset"] for row in rows], [row["joules"] for row in rows]
-    test, gsm1k = share(scored["test"], "strict"), share(scored["gsm1k"], "strict")
+    test, gsm1k = (record.mean(row["strict"] for row in scored[name]) for name in ("test", "gsm1k"))
     return {
         "status": "completed",
         "steps": last["step"],
         "exact_match": test,
-        "dev_exact_match": share(final, "strict"),
-        "flexible_match": share(scored["test"], "flexible"),
-        "dev_flexible_match": share(final, "flexible"),
+        "dev_exact_match": record.mean(row["strict"] for row in final),
+        "flexible_match": record.mean(row["flexible"] for row in scored["test"]),
+        "dev_flexible_match": record.mean(row["flexible"] for row in final),
         "base_exact_match": curve[0],
         "dev_loss": rows[-1]["dev_loss"],
         "test_loss": data.mean_loss(losses) if losses else None,

@@ -223,20 +223,12 @@ def prepare(run, folder: Path, loaded: Problems | None = None) -> Problems:
     texts = (row["question"] + " " + row["answer"] for row in problems["train"])
     real = None if report["source"].startswith("generated") else problems["train"]
     tokenizer, facts = made.base_model(run, folder, texts, partial(make_base, real))
-    rows, cut = {}, {}
-    for name in ("train", "dev"):
-        rows[name], cut[name] = encode_split(run, tokenizer, name, problems[name])
+    rows = {name: encode_split(run, tokenizer, name, problems[name])[0] for name in ("train", "dev")}
     # a row that is cut inside its prompt has nothing to learn from
     rows["train"] = [row for row in rows["train"] if len(row["ids"]) > row["prompt"]]
     counts = Counter(token for row in rows["train"] for token in row["ids"][row["prompt"] :])
-    report |= {
-        **facts,
-        "examples": {name: len(split) for name, split in problems.items()},
-        "cut_at_max_tokens": cut,
-        "longest_answer": max((len(row["ids"]) - row["prompt"] for row in rows["train"]), default=0),
-    }
     frequent = sorted(token for token, _ in counts.most_common(FREQUENT))
-    made.write_inputs(folder, tokenizer, report, rows=rows, problems=problems, frequent=frequent)
+    made.write_inputs(folder, tokenizer, report | facts, rows=rows, problems=problems, frequent=frequent)
     return loaded
 
 

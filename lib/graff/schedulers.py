@@ -32,9 +32,10 @@ def clamp(x: float, low: float, high: float) -> float:
 
 
 class Fixed:
-    """eta_0 throughout. `section`: training.scheduler of the run. What a subclass `wants` is computed for it."""
+    """eta_0 throughout. `section`: training.scheduler of the run. What a subclass `wants` is computed for it; whatever it
+    keeps besides NOT_STATE is in a checkpoint, of modules and optimizers their state."""
 
-    saved: tuple[str, ...] = ("log_eta",)  # attributes that are in a checkpoint; of modules and optimizers their state
+    NOT_STATE = ("section", "layers", "idea", "outer")  # the parts of `outer` are `planner` and `adam`
     wants_gradient = wants_secant = wants_probe = wants_entropy = wants_range = False
 
     def __init__(self, section, layers: int):
@@ -63,7 +64,7 @@ class Fixed:
         return 0.0
 
     def state(self) -> dict:
-        values = {name: getattr(self, name) for name in self.saved}
+        values = {name: x for name, x in vars(self).items() if name not in self.NOT_STATE}
         return {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in values.items()}
 
     def restore(self, state: dict) -> None:
@@ -88,7 +89,6 @@ class Hypergradient(Fixed):
     inputs."""
 
     gain = 4.0  # where there is no warm start
-    saved = ("log_eta", "m", "v", "count")
     wants_gradient = True
     m, v, count = 0.0, 0.0, 0
 
@@ -106,7 +106,6 @@ class Reactor(Fixed):
     """REACTOR as reconstructed from its one-line description: REINFORCE over log eta, held for 5 steps."""
 
     HOLD, wants_entropy = 5, True
-    saved = ("log_eta", "s", "a", "count", "losses", "last", "trend", "mean", "var", "policy", "adam", "random_state")
 
     def __init__(self, section, layers: int):
         super().__init__(section, layers)
@@ -158,7 +157,7 @@ class Salelr(Fixed):
     """salelr_reconstructed: eta = eta_0 S_t / median(S), S the range of the loss under a probe of +-rho u."""
 
     RHO, wants_range = 1e-3, True
-    saved, ranges = ("log_eta", "ranges"), ()
+    ranges = ()
 
     def observe_range(self, s: float) -> None:
         self.ranges = [*self.ranges, s][-50:]
@@ -169,7 +168,7 @@ class Salelr(Fixed):
 class Bats(Fixed):
     """bats_reconstructed: token weights from bins between running quantiles of the previous steps' token losses."""
 
-    QUANTILES, saved, edges = (0.25, 0.5, 0.75), ("edges",), None
+    QUANTILES, edges = (0.25, 0.5, 0.75), None
 
     def token_weights(self, plan, losses, z):
         """Rising with the bin, with GRAFF's clip; all 1 before the first step."""
@@ -187,7 +186,6 @@ class Graff(Fixed):
     """The planner. `frozen`: no outer step; `encoder_lr`: the warm start's, which learns the encoder too."""
 
     wants_entropy = True
-    saved = ("h", "kept", "pending", "planner", "adam")
 
     def __init__(self, section, layers: int, encoder_lr: float | None = None):
         super().__init__(section, layers)
@@ -236,8 +234,6 @@ class Given(Fixed):
     """A function of the user's own, called before each step: idea(fraction, state) -> multiplier of eta_0, 1e-4 at the
     least. `state` is a dictionary of its own, kept in checkpoints, with the number of steps taken (`step`) and the loss
     of the last one (`loss`, None before it)."""
-
-    saved = ("log_eta", "memory")
 
     def __init__(self, section, layers: int, idea):
         self.idea, self.memory = idea, {"step": 0, "loss": None}

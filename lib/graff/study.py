@@ -155,8 +155,8 @@ class Run(config.Run):
 
 # ---- names: what the runner, the analysis and `check` know of the study
 
+OWN_KEYS = ("training.budget_minutes", "training.scheduler")
 BY_NAME = {"SCHEDULERS": "training.scheduler.type"}
-VALIDATION_METRIC = "dev_exact_match"  # strict, on the dev split at the budget
 MEMBER_KEYS = ("model.lora", "model.torch_dtype", "model.parameter_count")  # the base model and the data are the same
 SEED_KEYS = ("dataset.split_seed", "model.recipe.seed")
 SCORES = ("exact_match", "dev_exact_match", "flexible_match", "auc")
@@ -184,11 +184,6 @@ GSM8K_ROWS = 7_473  # of the train split; the dev rows are taken from it
 def published_name(run: Run) -> str:
     by_wall = f"Exact-match accuracy at {run.training.budget_minutes:g} min wall-clock."
     return "exact_match" if run.training.clock == "virtual" else by_wall  # of virtual minutes nothing was published
-
-
-def recognizes(raw: dict) -> bool:
-    training = raw.get("training")
-    return isinstance(training, dict) and ("budget_minutes" in training or "scheduler" in training)
 
 
 def steps(run: Run) -> int | None:

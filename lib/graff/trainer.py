@@ -291,7 +291,7 @@ class BudgetTrainer(training.StudyTrainer):
 
     def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
-        optimizer = build_optimizer(run, self.probes)
+        self.adam = optimizer = build_optimizer(run, self.probes)  # self.optimizer is accelerate's wrapper of it
         self.answers_at_once = run.evaluation.batch_size or 4 * run.training.micro_batch_size
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
@@ -326,13 +326,6 @@ class BudgetTrainer(training.StudyTrainer):
         section = self.run.dataset
         buffer = section.shuffle_buffer if section.streaming else None
         return data.BucketedOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed, buffer)
-
-    def log(self, logs, start_time=None):
-        """The record is written by `on_optimizer_step`."""
-
-    def inner(self):
-        """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def due(self, wanted: bool) -> bool:
         return wanted and self.state.global_step >= schedulers.EVERY and self.state.global_step % schedulers.EVERY == 0
@@ -371,7 +364,7 @@ class BudgetTrainer(training.StudyTrainer):
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         """Learn from this batch's gradient what the last step's plan did, then set this step's rates."""
-        optimizer, scheduler = self.inner(), self.scheduler
+        optimizer, scheduler = self.adam, self.scheduler
         self.loss = float(torch.cat(self.token_losses).mean())
         beta1, eta0 = self.run.training.optimizer.betas[0], self.run.training.optimizer.lr_init
         cotangents, self.c_eta = None, None
@@ -400,7 +393,7 @@ class BudgetTrainer(training.StudyTrainer):
 
     def on_optimizer_step(self, args, state, control, **_):
         """Measure curvature where it is due, keep what the next step learns from, and write the step down."""
-        optimizer, scheduler, held = self.inner(), self.scheduler, self.held
+        optimizer, scheduler, held = self.adam, self.scheduler, self.held
         if self.due(scheduler.wants_secant):
             lambdas, lam = self.probes.secant(self.model, held, optimizer)
             self.clock.charge(3 * held["inputs"]["input_ids"].numel())
@@ -528,14 +521,13 @@ class BudgetTrainer(training.StudyTrainer):
     # ---- everything a decision depends on, in a checkpoint
 
     def extra_state(self) -> dict:
-        optimizer = self.inner()
-        kept = {"delta": optimizer.delta, "eta": optimizer.eta, "m": optimizer.m}
+        kept = {name: getattr(self.adam, name) for name in ("delta", "eta", "m")}
         mine = {"used": self.clock.used, "joules": self.energy.joules, "scheduler": self.scheduler.state()}
         return {**mine, "optimizer": kept, "trainer": {name: getattr(self, name) for name in self.SAVED}}
 
     def load_extra_state(self, state):
         self.scheduler.restore(state["scheduler"])
-        self.inner().__dict__.update(state["optimizer"])
+        self.adam.__dict__.update(state["optimizer"])
         self.__dict__.update(state["trainer"])
         self.energy.joules, self.clock.used = state["joules"], state["used"]
         if self.clock.kind == "monotonic":

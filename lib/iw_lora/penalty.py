@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lib import models, record
 from lib.errors import StudyError
-from lib.training import preserve_rng
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,7 +74,7 @@ def gradient_norms(
         model.eval()
         for weight in weights:
             weight.requires_grad_(not quantized)
-        with preserve_rng(weights[0].device):
+        with torch.random.fork_rng([weights[0].device] if weights[0].is_cuda else []):
             for batch in record.batches("calibration", batches):
                 if quantized:
                     value, norms = quantized_norms(layers, partial(loss, model, batch))

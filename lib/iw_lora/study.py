@@ -112,12 +112,6 @@ class Training(config.Schedule):
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"  # not best: the last state is what is reported
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.evaluation_strategy == "steps" and self.eval_steps is None:
-            raise fault("missing", "an interval, as evaluation_strategy is steps", "eval_steps: 100", "eval_steps")
-        return self
-
     def steps_per_epoch(self, rows: int) -> int:
         return math.ceil(rows / (self.batch_size * self.gradient_accumulation_steps))
 
@@ -197,6 +191,7 @@ ALIASES |= {"lora_r": "model.adapter.rank", "lora_alpha": "model.adapter.lora_al
 NOT_NUMBERS = ("training.logging_steps",)  # lines of the log: a member is not trained again for them
 # keys with one choice; a metric that is null but on MNLI
 UNREAD = ("training.optimizer", "loss.freeze_lora_during_warmup", "mismatched_accuracy")
+OWN_KEYS = ("model.adapter", "model.importance_weighted_regularisation")
 BY_NAME = {"COEFFICIENTS": "loss.penalty"}  # tables of which a member uses the entry that this key names
 GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train split
 
@@ -204,11 +199,6 @@ GLUE_ROWS = {"mnli": 392_702, "sst2": 67_349, "rte": 2_490}  # of the train spli
 def primary_metric(run: Run) -> str:
     """Published for RTE was F1 on entailment."""
     return "validation_f1" if run.dataset.subset == "rte" else "validation_accuracy"
-
-
-def recognizes(raw: dict) -> bool:
-    model = raw.get("model")
-    return isinstance(model, dict) and ("adapter" in model or "importance_weighted_regularisation" in model)
 
 
 def train_rows(run: Run) -> int | None:

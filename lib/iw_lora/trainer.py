@@ -250,17 +250,15 @@ def train(member, folder: Path, shared: Path) -> dict:
     """Train the member in `folder` on the inputs in `shared`; returns its metrics, null where nothing was measured."""
     run, seed, given = member.run, member.seed, load(shared)
     model = build(run, given, seed, run.training.optimizer_steps(len(given.rows["train"])))
-    s, term, skipped, started = None, None, 0, time.perf_counter()
+    s, term, skipped = None, None, 0
     if run.loss.penalty != "none":
         s, skipped = calibrate(run, model, calibration_batches(run, given, seed))
         term = penalty_term(run, s, seed)
-    calibration_seconds = time.perf_counter() - started
     trainer = ImportanceTrainer(run, given, model, seed, folder, term)
     outcome = trainer.fit()
     metrics = {
         "status": outcome.status,
         "steps": outcome.step,
-        "calibration_seconds": calibration_seconds if term else None,
         "diverged_at": outcome.step if outcome.status == "diverged" else None,
         "skipped_batches": skipped,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -466,7 +466,7 @@ def _unlogged_metrics(study: str, results: Path) -> Iterator[Finding]:
     """Metrics that the search, the analysis and the claims read by name, and that no member logged under that name."""
     logged = {name for path in results.glob(f"{study}/*/members/*/metrics.json") for name in record.read_json(path, {})}
     module = config.study_module(study)
-    for name in (*module.METRICS, module.VALIDATION_METRIC, module.SECOND_METRIC) if logged else ():
+    for name in module.METRICS if logged else ():
         if name not in logged | set(module.UNREAD):
             fix = did_you_mean(name, sorted(logged), "return it from train()")
             yield error(name, "is read by this name and logged by none of the members", fix, f"lib/{study}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from lib import config, errors, hub, record
 from lib.errors import StudyError
 from lib.run import check, cluster, compose, decide, fetch, ideas, members, pages, plan, pool, progress, runner, wandb
+from lib.run.judge_table import main as judge_table
 
 COMMANDS = {
     "full": "the paper's scale",
@@ -50,7 +51,7 @@ OUTPUTS = config.outputs()
 # Options that all other commands refuse.
 ONLY_FOR = {
     **dict.fromkeys(("idea", "against", "gain", "same_seeds"), ["try"]),
-    **dict.fromkeys(("model", "price_in", "price_out", "data", "workers", "dry_run", "no_analysis"), ["judge"]),
+    **dict.fromkeys(("model", "price_in", "price_out", "data", "workers", "dry_run"), ["judge"]),
     **dict.fromkeys(("static", "json"), ["check"]),
     **dict.fromkeys(("entity", "project"), ["sync", "pull"]),
     **{"site": ["report"], "price": ["plan", "judge"], "mode": ["plan", "status"]},
@@ -100,7 +101,6 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="MT-Bench's files, where not those the members were trained with")
     add("--workers", type=count, default=8, metavar="N", help="calls at a time (default 8)")
     add("--dry-run", action="store_true", help="say what it would take, and send nothing")
-    add("--no-analysis", action="store_true", help="grade, and leave the analysis to the next `full`")
     add = top.add_argument_group("for try").add_argument
     add("--against", metavar="RUN", help="the baseline, a shipped run: dpo, lora, fixed ...")
     add("--gain", type=positive, metavar="G", help="claimed, in the study's score; two thirds of it are tested")
@@ -374,12 +374,6 @@ def rebuild(options) -> None:
 
 def get_models(options) -> None:
     fetch.fetch(check.runs_of(select_runs(options)))
-
-
-def judge_table(more: list[str]) -> int:
-    from lib.run import judge_table
-
-    return judge_table.main(more)
 
 
 def judge(options) -> int:

@@ -191,9 +191,9 @@ class Spending:
         found = [Open(study, "", mine, self.looks_of(study)[0]) for study, mine in scored]
         if self.options.run or self.options.command in ("decide", "try") or not found:
             return None
-        first = min(found, key=lambda claim: self.cost([(claim, claim.look)]))
+        first = min(found, key=lambda claim: self.cost([claim]))
         steps = self.steps_of([first])  # what it trains is no part of what comes after
-        return Round("first verdict", steps, after=self.cost([(claim, claim.look) for claim in found]) + self.later([]))
+        return Round("first verdict", steps, after=self.cost(found) + self.later([]))
 
     def first_looks(self) -> Round:
         """The arms of all claims. All of a run that --run names, and of a study none of whose claims can be judged."""
@@ -237,12 +237,11 @@ class Spending:
         found = [each for each in found if not lost & {_title(run) for run, _ in each.arms}]
         likely, taken, left = [each for each in found if each.chance >= FUTILE], [], self.until - time.monotonic()
         if not timed:  # times come last, alone: their first look's minutes are kept for them, up to a third of all
-            first = self.cost([(each, each.look) for each in self.open_claims(True) if each.look == members.PROCESSES])
+            first = self.cost([each for each in self.open_claims(True) if each.look == members.PROCESSES])
             left -= min(first, 60 * self.minutes / 3) if math.isfinite(left) else 0
         for claim in sorted(likely or found, key=lambda each: self.cost([self.word_of(each)]) / max(each.chance, 1e-9)):
             more = [*taken, claim]
-            fits = self.cost([(each, each.look) for each in more]) <= left
-            if fits and (not taken or self.cost(list(map(self.word_of, more))) <= left):
+            if self.cost(more) <= left and (not taken or self.cost(list(map(self.word_of, more))) <= left):
                 taken = more
         named = ", ".join(f"{claim.name} to {claim.look}" for claim in taken)
         self.asked |= {(claim.name, claim.look) for claim in taken}
@@ -334,18 +333,18 @@ class Spending:
                 found.append(Open(study, row["id"], compared, look, chance, enough))
         return found
 
-    def word_of(self, claim: Open) -> tuple[Open, int]:
-        """The seeds at which a word is expected of it, its last look's at most."""
+    def word_of(self, claim: Open) -> Open:
+        """It at the seeds at which its word is expected, its last look's at most."""
         last = self.looks_of(claim.study)[-1]
-        return claim, min(claim.enough or last, last)
+        return claim._replace(look=min(claim.enough or last, last))
 
-    def cost(self, asked: list[tuple[Open, int]], slots: int = 0) -> float:
-        """Predicted seconds to bring what these claims compare to so many seeds."""
+    def cost(self, asked: list[Open], slots: int = 0) -> float:
+        """Predicted seconds to bring what these claims compare to their looks."""
         runs, most, seconds, slots = {}, {}, 0.0, slots or self.slots
-        for claim, seeds in asked:
+        for claim in asked:
             for run, cell in claim.arms:
                 runs[_title(run)] = run
-                most[_title(run), cell] = max(seeds, most.get((_title(run), cell), 0))
+                most[_title(run), cell] = max(claim.look, most.get((_title(run), cell), 0))
         for (title, cell), seeds in most.items():
             have, run = self.seeds[title].get(cell, ()), runs[title]
             new = max(0, seeds - len(have))
@@ -355,14 +354,11 @@ class Spending:
             each = plan.process_seconds(run) * slots if cell == TIMES else plan.member_seconds(run) or 0.0
             seconds += new * each + (plan.NOTEBOOK_SECONDS if new else 0)
         for study in {run.study for run in runs.values()}:
-            theirs = (
-                mine.items() for title, mine in self.seeds.items() if title in runs and runs[title].study == study
-            )
-            have = [len(seeds) for mine in theirs for cell, seeds in mine if cell != TIMES]
-            every = [seeds for claim, seeds in asked if claim.study == study and not claim.is_timed]
+            mine = [run for run in runs.values() if run.study == study]
+            have = [len(seeds) for run in mine for cell, seeds in self.seeds[_title(run)].items() if cell != TIMES]
+            every = [claim.look for claim in asked if claim.study == study and not claim.is_timed]
             new = max(0, max(every, default=0) - max(have, default=0))
-            first = next(run for run in runs.values() if run.study == study)
-            seconds += new * plan.prepare_seconds(first) + plan.NOTEBOOK_SECONDS * 2 * slots
+            seconds += new * plan.prepare_seconds(mine[0]) + plan.NOTEBOOK_SECONDS * 2 * slots
         return seconds / slots
 
     # ---- what claims cost before anything runs
@@ -373,7 +369,7 @@ class Spending:
         has = {_title(run) for run, cell in own if cell != TIMES or self.seeds[_title(run)]}
         more = [Open(r.study, "", [(r, cell)], 1) for r, _ in own if _title(r) not in has for cell in _least(r)]
         gpus = max([1, *(run.compute.gpus for run, _ in own)])
-        return self.cost([(claim, claim.look) for claim in (*asked, *more)], slots=1) * gpus / 3600
+        return self.cost([*asked, *more], slots=1) * gpus / 3600
 
     def priced(self) -> list[list[Open]]:
         """Each claim that has no word yet at each of its looks, with its chance of support by then."""
@@ -382,10 +378,8 @@ class Spending:
             own, looks = self.compared(study), self.looks_of(study)
             decided = {row["id"] for row in record.read_json(self.folder(study) / "claims.json", []) if row["decided"]}
             for claim in (each for each in known.claims if each.id in own.keys() - decided):
-                mine = [
-                    Open(study, claim.id, own[claim.id], *at)
-                    for at in power.by_look(known, claim, looks, self.options.scale).items()
-                ]
+                chances = power.by_look(known, claim, looks, self.options.scale)
+                mine = [Open(study, claim.id, own[claim.id], look, chance) for look, chance in chances.items()]
                 found.append([each for each in mine if not each.is_timed or each.look >= claims.MIN_PROCESSES])
         return list(filter(None, found))
 
@@ -422,7 +416,7 @@ class Spending:
             seeds = claim.enough or last
             chance = " would decide it with 80 % chance" if claim.enough else " are its last look"
             chance += f" (its last look is at {last})" if seeds > last else ""
-            took = progress.rough(self.cost([(claim, seeds)]))
+            took = progress.rough(self.cost([claim._replace(look=seeds)]))
             price = f"about {seeds} {unit} and {took} more on this machine{chance}"
             if not (claim.look or claim.enough):
                 price = "no more seeds are foreseen to decide it: its last look is taken, or no number changes its word"
@@ -432,7 +426,7 @@ class Spending:
             if self.has_more(claim):
                 command = f"./run_all.sh decide --scale {self.options.scale} --study {claim.study}"
                 if self.options.command == "try":
-                    minutes = self.cost([(claim, max(seeds, claim.look))]) // 60 + 2
+                    minutes = self.cost([claim._replace(look=max(seeds, claim.look))]) // 60 + 2
                     again = re.sub(r" --max-minutes[ =]\S+", "", self.planned[-1].command)
                     command = f"{again} --max-minutes {minutes:.0f}"
                 commands.setdefault(command + plan.sets_of(claim.arms[0][0]), []).append(claim.name)

@@ -79,7 +79,7 @@ def refresh(results: Path, options) -> bool:
         runs.refresh(run)
     for notebook in sorted(results.glob("*/run.ipynb")):
         pages.notebook_html(notebook)
-    if planned and not options.no_analysis:
+    if planned:
         step = plan.analysis(results.name, results, planned[0].scale, "full", why="its answers were graded")
         return runner.Runner([step], 1).run()
     return True

@@ -8,10 +8,8 @@ as it is only used as `TABLE[...]` and `in TABLE`. Whatever is not certain count
 """
 
 import ast
-import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -251,11 +249,7 @@ def notebook_code(path: Path, *, with_imports: bool = False) -> str:
 @functools.cache
 def _content(path: Path, stamp: tuple) -> str:
     """Of the files of `stamp`: [(file, time, size)]."""
-    sha = hashlib.sha256()
-    for file, _, _ in stamp:
-        sha.update(str(file.relative_to(path.parent)).encode())
-        sha.update(bytes.fromhex(record.sha256(file)))
-    return sha.hexdigest()[:16]
+    return record.digest([[str(file.relative_to(path.parent)), record.sha256(file)] for file, _, _ in stamp])
 
 
 def source(name: str, revision: str | None) -> str:
@@ -282,11 +276,8 @@ def device_kind(gpus: int = 1) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), **dict.fromkeys(PACKAGES.split(), "absent")}
-    for package in PACKAGES.split():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    installed = {package: importlib.metadata.version(package) for package in PACKAGES.split()}
+    return {"python": platform.python_version(), **installed}
 
 
 def sources(run) -> dict:

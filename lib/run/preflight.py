@@ -38,11 +38,8 @@ def find_missing(runs: list[Run], gpus: list[Gpu], jobs: int | None = None) -> l
     """What keeps these runs from being done in full on this machine and these GPUs, with so many members at a time (each
     on its own GPUs); each finding once. A trial needs nothing (it uses stand-ins)."""
     runs = [run for run in runs if run.mode != "trial"]
-    findings = list(_hub(runs))
-    for run in runs:
-        findings += [*_gpus(run, gpus, jobs), *_wandb(run), *_disk(run)]
-        findings += study_module(run.study).needs(run)
-    return list(dict.fromkeys(findings))
+    own = ((*_gpus(run, gpus, jobs), *_wandb(run), *_disk(run), *study_module(run.study).needs(run)) for run in runs)
+    return list(dict.fromkeys(finding for found in (_hub(runs), *own) for finding in found))
 
 
 # ---- GPUs

@@ -4,7 +4,6 @@ Importing torch, transformers and peft costs 10 s; a record of fifty members mus
 packages only: what a child needs of `lib` it reads from disk itself, so an edit needs no restart.
 """
 
-import contextlib
 import gc
 import importlib
 import logging
@@ -20,8 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional k
 # It does not look at it later either (3 % of a laptop member's time, and copies of what all children share).
 gc.disable()
 for name in PACKAGES.split():
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name)
+    importlib.import_module(name)
 gc.collect()
 gc.freeze()
 gc.enable()

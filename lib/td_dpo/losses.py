@@ -150,21 +150,15 @@ def objective(loss: dict, chosen: Tensor, rejected: Tensor, batch: dict[str, Ten
     return values, torch.stack([column.detach().to(values.dtype) for column in columns], dim=1)
 
 
+# what `objective` gives of each pair
+COLUMNS = ("loss", "preference_loss", "anchor_loss", "chosen_log_ratio", "rejected_log_ratio", "raw_margin")
+COLUMNS += ("chosen_length", "rejected_length")
+
+
 def summary(columns: Tensor) -> dict[str, float]:
     """Means over pairs of what a step records, from (N, 8) columns of `objective`."""
-    loss, preference, anchor, r_chosen, r_rejected, raw, chosen_length, rejected_length = columns.double().unbind(dim=1)
-    rho = r_chosen - r_rejected
-    named = {
-        "loss": loss,
-        "preference_loss": preference,
-        "anchor_loss": anchor,
-        "implicit_accuracy": (rho > 0).double(),
-        "raw_accuracy": (raw > 0).double(),
-        "margin": rho,
-        "raw_margin": raw,
-        "chosen_log_ratio": r_chosen,
-        "rejected_log_ratio": r_rejected,
-        "chosen_length": chosen_length,
-        "rejected_length": rejected_length,
-    }
+    named = dict(zip(COLUMNS, columns.double().unbind(dim=1), strict=True))
+    named["margin"] = named["chosen_log_ratio"] - named["rejected_log_ratio"]
+    named["implicit_accuracy"] = (named["margin"] > 0).double()
+    named["raw_accuracy"] = (named["raw_margin"] > 0).double()
     return dict(zip(named, torch.stack(list(named.values())).mean(dim=1).tolist(), strict=True))

@@ -145,20 +145,13 @@ class Training(config.Schedule):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     save_steps: Count | None = None  # null: when validation is best and at the end
     evaluation_strategy: Literal["steps"] | None = Field(None, exclude=True)
-    save_strategy: Literal["best", "steps"] | None = Field(None, exclude=True)
+    save_strategy: Literal["best"] | None = Field(None, exclude=True)
     save_total_limit: Literal[1, 2] | None = Field(None, exclude=True)
     report_to: Literal["wandb"] | None = Field(None, exclude=True)
     seed_list: config.Seeds | None = Field(None, exclude=True)
     gradient_checkpointing: Flag = False
     fp16: Literal[False] = False  # log-probabilities need the range of bfloat16: bf16, torch_dtype: bfloat16
     logging_steps: Count = 20  # interval of console lines; the record has every step
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        for kind, strategy in (("eval", self.evaluation_strategy), ("save", self.save_strategy)):
-            if strategy == "steps" and getattr(self, f"{kind}_steps") is None:
-                raise fault("missing", "an interval, as its strategy is steps", f"{kind}_steps: 15", f"{kind}_steps")
-        return self
 
     def steps(self, pairs: int) -> int:
         """Optimizer steps of a training on so many pairs."""
@@ -228,6 +221,7 @@ class Run(config.Run):
 
 # ---- names
 
+OWN_KEYS = ("loss.name",)
 BY_NAME = {"LOSSES": "loss.name"}
 JUDGED = {judge: f"{judge}_score" for judge in ("oracle", "verifier", "mt_bench")}  # the metric of evaluation.judge
 SECOND_METRIC = "implicit_accuracy"  # where no answers are judged
@@ -255,10 +249,6 @@ ALIASES["max_length"] = "dataset.preprocessing.max_length"
 # again for them.
 NOT_NUMBERS = ("training.logging_steps", "training.save_steps")
 KNOWN_PAIRS = {"argilla/dpo-mix-7k": 6750}  # rows of the train split, before the validation part is taken
-
-
-def recognizes(raw: dict) -> bool:
-    return isinstance(raw.get("loss"), dict) and "name" in raw["loss"]
 
 
 def train_pairs(run: Run) -> int | None:
@@ -326,8 +316,6 @@ def check(run: Run) -> Iterator[Finding]:
     if not run.idea and run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
         fix = f"method: {loss.name} (--set method={loss.name}), or a name that no other loss has"
         yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", fix)
-    if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
-        yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
     sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
     if sized and dataset.name not in JUDGE_OF and "dataset.name" not in run.overrides:
         yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
