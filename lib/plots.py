@@ -130,7 +130,7 @@ def canvas(rows: int = 1, columns: int = 1, *, height: float = 4.0, title: str =
     drawn = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False, **options)
     if title:
-        drawn.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+        drawn.suptitle(textwrap.fill(title, 75), x=0.01, ha="left", fontsize=12.5, fontweight="bold")
     return drawn, axes
 
 
