@@ -99,7 +99,7 @@ def scale_of(home: Path) -> str:
 
 
 def records_of(home: Path) -> Path:
-    return home / "outputs" / f"{scale_of(home)}-full" / "td_dpo"
+    return home / "outputs" / f"{scale_of(home)}-full,grid=all" / "td_dpo"
 
 
 def command(home: Path, *arguments: str, jobs: int | None = None) -> tuple[list[str], dict]:
