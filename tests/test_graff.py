@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
-from lib import config
+from lib import config, models
 from lib.errors import StudyError
 from lib.graff import data, member, planner as pl, prepare, schedulers, study, trainer
 from lib.run import check
@@ -442,6 +443,23 @@ def test_left_padded_batches_write_what_single_prompts_do(shared):
     together, units = data.generate_answers(model, given.tokenizer, questions, 8, 6)
     assert together == [data.generate_answers(model, given.tokenizer, [q], 8, 1)[0][0] for q in questions]
     assert units > 0
+
+
+def test_answers_are_greedy_whatever_the_model_has_settled(shared, monkeypatch):
+    given, load_base = data.load(shared), models.load_base
+
+    def answers() -> tuple:
+        model = data.load_model(member_of().run, given, 1).eval()
+        return data.generate_answers(model, given.tokenizer, [p["question"] for p in given.problems["train"][:4]], 8, 4)
+
+    def settled(*given):
+        model = load_base(*given)
+        model.generation_config = GenerationConfig(repetition_penalty=50.0)
+        return model
+
+    greedy = answers()
+    monkeypatch.setattr(models, "load_base", settled)
+    assert answers() == greedy
 
 
 def test_energy_is_null_where_nothing_can_be_read(monkeypatch, tmp_path):

@@ -209,8 +209,7 @@ def load(folder: Path) -> SimpleNamespace:
 def load_model(run, given: SimpleNamespace, seed: int):
     """The base model with LoRA in float32, A drawn from `seed`."""
     base = models.load_base(run, given.base)
-    base.generation_config = (
-        GenerationConfig()
-    )  # of its own, generate() would take what ours leaves open: a penalty, say
+    # of the model's own, generate() would take what ours leaves open: a repetition penalty, say
+    base.generation_config = GenerationConfig()
     section = {f"lora_{name}": getattr(run.model.lora, name) for name in ("r", "alpha", "dropout")}
     return models.add_lora(base, {**section, "target_modules": run.model.lora.target_modules}, seed)
