@@ -130,7 +130,8 @@ def prepare(home: Path, jobs: int | None) -> None:
     (fetched := hub.cache_folder() / "models").mkdir(parents=True, exist_ok=True)
     (home / "cache").mkdir()
     (home / "cache/models").symlink_to(fetched)  # that `./run_all.sh fetch` has got
-    line, environment = command(home, "full", "--run", "dpo", "--set", "seed_list=[42]", jobs=jobs)
+    one = ("--set", "seed_list=[42]", "--set", "grid=[{cells: [{beta: 0.05}]}]")
+    line, environment = command(home, "full", "--run", "dpo", *one, jobs=jobs)
     subprocess.run(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
