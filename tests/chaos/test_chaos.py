@@ -16,7 +16,7 @@ from tests.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(lives.sys.platform != "linux", reason="the hook finds processes in /proc")
 
-FIGURE = f"{lives.RUN.replace('tiny', 'comparison')}/figures/comparison_claims.pdf"  # the analysis' first
+FIGURE = f"{lives.RUN.replace('tiny', 'comparison')}/figures/comparison_primary_metric.pdf"  # the analysis' first
 # Checkpoints only every fourth step: one at step 2 can only be that of a member that was asked to stop.
 SETTINGS = {**lives.STUDY, "training": {**lives.STUDY["training"], "save_steps": 4}}
 
