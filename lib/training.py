@@ -211,7 +211,6 @@ class StudyTrainer(Trainer, TrainerCallback):
         `arguments`: `max_steps`, `seed` and more of transformers' TrainingArguments; all that prints, saves or evaluates by
         itself is off."""
         self.folder, self.fingerprint, self.log_every = Path(folder), fingerprint, log_every
-        self.started = 0.0
         self.diverged = False
         self.best_step: int | None = None
         self.best_value: float | None = None
@@ -226,7 +225,7 @@ class StudyTrainer(Trainer, TrainerCallback):
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             report_to="none",
-            **arguments,
+            **{"save_steps": None} | arguments,  # transformers' own is 500
         )
         args._n_gpu = min(1, args.n_gpu)  # of several that this process sees: no DataParallel, no multiplied batch
         super().__init__(model, args, collate, rows, callbacks=[self], optimizers=optimizers)
@@ -277,8 +276,7 @@ class StudyTrainer(Trainer, TrainerCallback):
             if checkpoint is None:
                 self.begin()
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        status = "diverged" if self.diverged else "completed"
-        return Outcome(status, self.state.global_step, self.best_step)
+        return Outcome("diverged" if self.diverged else "completed", self.state.global_step, self.best_step)
 
     def on_step_begin(self, args, state, control, **_):
         record.count("training", (state.global_step + 1) * args.gradient_accumulation_steps)

@@ -291,7 +291,7 @@ class BudgetTrainer(training.StudyTrainer):
 
     def __init__(self, run, seed: int, folder: Path, given: SimpleNamespace, model, scheduler):
         self.run, self.given, self.scheduler, self.probes = run, given, scheduler, Probes(model, given.frequent)
-        self.adam = optimizer = build_optimizer(run, self.probes)  # self.optimizer is accelerate's wrapper of it
+        self.adam = build_optimizer(run, self.probes)  # self.optimizer is accelerate's wrapper of it
         self.answers_at_once = run.evaluation.batch_size or 4 * run.training.micro_batch_size
         self.clock, self.energy = Clock(run.training.clock, 60 * run.training.budget_minutes), Energy()
         self.dev, self.subset = given.problems["dev"], given.problems["dev"][: run.evaluation.dev_subset]
@@ -312,7 +312,7 @@ class BudgetTrainer(training.StudyTrainer):
             fingerprint=record.digest([parts, seed]),
             max_steps=run.training.total_steps or NO_CAP,
             seed=seed,
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+            optimizers=(self.adam, torch.optim.lr_scheduler.LambdaLR(self.adam, lambda _: 1.0)),
             per_device_train_batch_size=run.training.micro_batch_size,
             gradient_accumulation_steps=run.training.accumulation,
             max_grad_norm=0.0,

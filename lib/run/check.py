@@ -416,9 +416,8 @@ def trial_findings(runs: list[Run], scale: str, arguments: list[str]) -> Iterato
     what its processes did."""
     with tempfile.TemporaryDirectory(prefix="study-check-") as place:
         outputs, folder = Path(place, "outputs"), Path(place, "watch")
-        folder.mkdir()
-        Path(place, "tmp").mkdir()
-        Path(place, "cache").mkdir()
+        for each in (folder, Path(place, "tmp"), Path(place, "cache")):
+            each.mkdir()
         Path(place, "cache", "models").symlink_to(hub.cache_folder() / "models")  # that were fetched
         caches = [os.path.abspath(path) for name, path in os.environ.items() if CACHES.search(name) and path]
         caches.append(f"{Path.home()}/.")  # .cache, .config, .triton and their like

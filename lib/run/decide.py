@@ -314,13 +314,18 @@ class Spending:
         self.planned += found
         return found
 
+    def judged(self, study: str) -> list[dict]:
+        """The rows of claims.json; none where the last analysis failed, which leaves those of the one before."""
+        folder = self.folder(study)
+        succeeded = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
+        return record.read_json(folder / "claims.json", []) if succeeded else []
+
     def open_claims(self, timed: bool) -> list[Open]:
         """Claims without a word that more seeds (`timed`: more processes) may give one, by each study's last analysis."""
         found = []
         for study in self.arms:
-            own, folder = self.compared(study), self.folder(study)
-            judged = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
-            for row in record.read_json(folder / "claims.json", []) if judged else ():
+            own = self.compared(study)
+            for row in self.judged(study):
                 # no seeds decide what trained members gave no number of, as energy without a counter
                 compared = own.get(row["id"]) if timed or row["n_seeds"] or not row.get("minutes") else None
                 if not compared or row["decided"] or (compared[0][1] == TIMES) != timed:
@@ -376,7 +381,7 @@ class Spending:
         found = []
         for study, known in self.published.items():
             own, looks = self.compared(study), self.looks_of(study)
-            decided = {row["id"] for row in record.read_json(self.folder(study) / "claims.json", []) if row["decided"]}
+            decided = {row["id"] for row in self.judged(study) if row["decided"]}
             for claim in (each for each in known.claims if each.id in own.keys() - decided):
                 chances = power.by_look(known, claim, looks, self.options.scale)
                 mine = [Open(study, claim.id, own[claim.id], look, chance) for look, chance in chances.items()]

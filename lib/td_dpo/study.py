@@ -316,6 +316,8 @@ def check(run: Run) -> Iterator[Finding]:
     if not run.idea and run.method != loss.name and run.method in OWN_LOSSES + TRL_LOSSES:
         fix = f"method: {loss.name} (--set method={loss.name}), or a name that no other loss has"
         yield Finding("error", "method", f"{run.method}, but the loss is {loss.name}", fix)
+    if model.recipe is not None and model.name != "made" and "model.name" not in run.overrides:
+        yield Finding("warning", "model.recipe", f"not read: the model is {model.name}", "recipe: null")
     sized = [f"dataset.{key}" for key in GENERATED_PAIRS if getattr(dataset, key) is not None]
     if sized and dataset.name not in JUDGE_OF and "dataset.name" not in run.overrides:
         yield Finding("warning", sized[0], f"read for generated data only, not {dataset.name}", "dataset.limit")
