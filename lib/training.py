@@ -72,11 +72,28 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
-class SeededOrder(torch.utils.data.Sampler):
-    """A new permutation each epoch that depends on the seed, the epoch and the number of rows, and on nothing else."""
+WINDOW = 16  # batches that are sorted by length together
 
-    def __init__(self, size: int, seed: int, epoch: int = 0):
-        self.size, self.seed, self.epoch = size, seed, epoch
+
+def bucket_by_length(order: list[int], lengths: list[int], batch: int, rng: np.random.Generator) -> list[int]:
+    """Rows of like length in one batch: sorted inside windows of 16 batches, whose batches are then shuffled. An
+    incomplete batch stays the last."""
+    out: list[int] = []
+    for start in range(0, len(order), WINDOW * batch):
+        rows = sorted(order[start : start + WINDOW * batch], key=lambda i: lengths[i])
+        whole = len(rows) // batch
+        for b in rng.permutation(whole):
+            out += rows[b * batch : (b + 1) * batch]
+        out += rows[whole * batch :]
+    return out
+
+
+class SeededOrder(torch.utils.data.Sampler):
+    """A new permutation each epoch that depends on the seed, the epoch, the number of rows and, where they are given, their
+    `lengths`, by which batches of `batch` rows are bucketed; on nothing else."""
+
+    def __init__(self, size: int, seed: int, epoch: int = 0, lengths: list[int] | None = None, batch: int = 1):
+        self.size, self.seed, self.epoch, self.lengths, self.batch = size, seed, epoch, lengths, batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -84,13 +101,19 @@ class SeededOrder(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return self.size
 
+    def shuffle(self, rng: np.random.Generator) -> list[int]:
+        return rng.permutation(self.size).tolist()
+
     def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = self.shuffle(rng)
+        return iter(order if self.lengths is None else bucket_by_length(order, self.lengths, self.batch, rng))
 
 
-def seeded_batches(rows: list, size: int, seed: int) -> Iterator[list]:
+def seeded_batches(rows: list, size: int, seed: int, lengths: list[int] | None = None) -> Iterator[list]:
     """Batches of rows without end, epoch after epoch in SeededOrder."""
-    places = itertools.chain.from_iterable(SeededOrder(len(rows), seed, epoch) for epoch in itertools.count())
+    epochs = (SeededOrder(len(rows), seed, epoch, lengths, size) for epoch in itertools.count())
+    places = itertools.chain.from_iterable(epochs)
     while True:
         yield [rows[place] for place in itertools.islice(places, size)]
 

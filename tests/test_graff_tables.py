@@ -27,18 +27,14 @@ def test_every_epoch_is_a_permutation_with_rows_of_like_length_together():
 
 
 def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shuffle():
-    def rng():
-        return np.random.default_rng(1)
+    def shuffled(size, buffer):
+        return data.BucketedOrder([1] * size, 1, 0, buffer).shuffle(np.random.default_rng(1))
 
-    assert data.shuffle_buffered(50, 1, rng()) == list(range(50))
-    some = data.shuffle_buffered(1000, 100, rng())
+    assert shuffled(50, 1) == list(range(50))
+    some = shuffled(1000, 100)
     assert sorted(some) == list(range(1000))
     assert max(row - place for place, row in enumerate(some)) <= 100  # no row comes earlier than the buffer reaches
-    assert (
-        data.shuffle_buffered(50, 10_000, rng())
-        == data.shuffle_buffered(50, 50, rng())
-        == rng().permutation(50).tolist()
-    )
+    assert shuffled(50, 10_000) == shuffled(50, 50) == np.random.default_rng(1).permutation(50).tolist()
 
 
 def test_runs_of_sixty_minutes_are_neither_proposed_nor_a_baseline():

@@ -14,7 +14,7 @@ from lib.errors import StudyError
 from lib.iw_lora import data, penalty, trainer
 from lib.iw_lora.study import Adapter
 from lib.made import word_tokenizer
-from lib.training import StudyTrainer
+from lib.training import SeededOrder, StudyTrainer
 from tests.conftest import ROOT
 
 ADALORA = {"type": "adalora", "lora_alpha": 24, "init_r": 12, "target_r": 8, "tinit": 2, "tfinal": 3, "delta_t": 1}
@@ -248,6 +248,22 @@ def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, m
     loaded = deberta(adapter, 12, seed=9)
     assert fit(tmp_path / "a", loaded, steps=12, every=4)[0].step == 12  # finished: its last state is loaded
     assert all(torch.equal(p, mine[n]) for n, p in trainables(loaded).items())
+
+
+def test_rows_of_like_length_are_trained_together_and_scored_in_their_own_order(tmp_path):
+    model = moved(deberta())
+    mine = trainer_of(tmp_path, model, train_sampling_strategy="group_by_length")
+    sizes, random = [len(row["input_ids"]) for row in mine.train_dataset], list(SeededOrder(32, 3))
+    padded = lambda order: sum(8 * max(sizes[i] for i in order[s : s + 8]) for s in range(0, 32, 8))  # noqa: E731
+    order = list(mine._get_train_sampler())
+    assert sorted(order) == list(range(32))
+    assert padded(order) < padded(random) == padded(list(trainer_of(tmp_path, model)._get_train_sampler()))
+    expected = COLLATE([mine.train_dataset[i] for i in order[:8]])
+    assert torch.equal(trainer.calibration_batches(mine.run, mine.given, 3)[0]["input_ids"], expected["input_ids"])
+    alone = [COLLATE([row]) for row in mine.train_dataset]
+    alone = [int(model.eval()(b["input_ids"], attention_mask=b["attention_mask"]).logits.argmax()) for b in alone]
+    assert set(alone) == {0, 1}
+    assert mine.score("train")[0] == alone
 
 
 def test_a_trial_calibrates_on_two_batches_at_most():

@@ -4,7 +4,6 @@ lib/graff/prepare.py writes what all members of a run share, `load` reads it.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,41 +72,19 @@ def encode(tokenizer, row: dict, longest: int) -> dict:
     return {"ids": (ids + answer + [tokenizer.eos_token_id])[:longest], "prompt": len(ids)}
 
 
-WINDOW = 16  # batches that are sorted by length together
-
-
-def shuffle_buffered(size: int, buffer: int, rng: np.random.Generator) -> list[int]:
-    """A stream's shuffle, as datasets does it: `buffer` rows wait, one drawn at random is replaced by the next."""
-    if buffer >= size:
-        return rng.permutation(size).tolist()
-    rows = IterableDataset.from_generator(lambda: ({"row": row} for row in range(size)))
-    return [each["row"] for each in rows.shuffle(int(rng.integers(2**32)), buffer_size=buffer)]
-
-
-def bucket_by_length(order: list[int], lengths: list[int], batch: int, rng: np.random.Generator) -> list[int]:
-    """Rows of like length in one batch: sorted inside windows of 16 batches, whose batches are then shuffled. An
-    incomplete batch stays the last."""
-    out: list[int] = []
-    for start in range(0, len(order), WINDOW * batch):
-        rows = sorted(order[start : start + WINDOW * batch], key=lambda i: lengths[i])
-        whole = len(rows) // batch
-        for b in rng.permutation(whole):
-            out += rows[b * batch : (b + 1) * batch]
-        out += rows[whole * batch :]
-    return out
-
-
 class BucketedOrder(SeededOrder):
-    """The order of training rows, new in each epoch. `lengths` in tokens; `buffer` None: an epoch is shuffled whole."""
+    """The order of training rows, new in each epoch. `lengths` in tokens; `buffer` None: an epoch is shuffled whole, else as
+    datasets shuffles a stream: so many rows wait, one drawn at random is replaced by the next."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int, buffer: int | None = None):
-        super().__init__(len(lengths), seed)
-        self.lengths, self.batch, self.buffer = lengths, batch, buffer
+        super().__init__(len(lengths), seed, 0, lengths, batch)
+        self.buffer = buffer or self.size
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = shuffle_buffered(self.size, self.buffer or self.size, rng)
-        return iter(bucket_by_length(order, self.lengths, self.batch, rng))
+    def shuffle(self, rng: np.random.Generator) -> list[int]:
+        if self.buffer >= self.size:
+            return super().shuffle(rng)
+        rows = IterableDataset.from_generator(lambda: ({"row": row} for row in range(self.size)))
+        return [each["row"] for each in rows.shuffle(int(rng.integers(2**32)), buffer_size=self.buffer)]
 
 
 # ---- exact match by greedy generation, and the loss of the right answers

@@ -24,8 +24,8 @@ from lib import config, data, hub, made, models
 from lib.data import BadRow, describe, require, require_text
 from lib.errors import StudyError
 from lib.graff import member
-from lib.graff.data import NUMBER, bucket_by_length, collate, encode, prompt, reference, strict, target
-from lib.training import to_device
+from lib.graff.data import NUMBER, collate, encode, prompt, reference, strict, target
+from lib.training import bucket_by_length, to_device
 
 # ---- problems
 

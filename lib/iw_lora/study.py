@@ -108,6 +108,7 @@ class Training(config.Schedule):
     gradient_accumulation_steps: Count = 1
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", validation_alias="lr_scheduler")
     fp16: Flag = False
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"  # transformers' name
     logging_steps: Count = Field(50, validation_alias="log_every_n_steps")
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"  # not best: the last state is what is reported
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
+from lib.training import SeededOrder, StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
 # PEFT's own, and what it does not list yet; of AdaLoRA too, so that methods adapt the same matrices
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
@@ -151,15 +151,20 @@ class ImportanceTrainer(StudyTrainer):
     @torch.no_grad()
     def score(self, split: str) -> tuple[list[int], dict]:
         """(predicted labels, {"loss" (nats), "accuracy", "f1", "macro_f1"}) on a split, in evaluation mode."""
-        rows, size, predicted, total = self.given.rows[split], self.run.evaluation.batch_size, [], 0.0
+        rows, size, total = self.given.rows[split], self.run.evaluation.batch_size, 0.0
+        order, guesses = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), []  # less to pad
         self.model.eval()
         for start in record.batches("evaluation", range(0, len(rows), size)):
-            batch = to_device(self.data_collator(rows[start : start + size]), self.model.device)
+            batch = to_device(self.data_collator([rows[i] for i in order[start : start + size]]), self.model.device)
             logits = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
             total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            predicted += logits.argmax(-1).tolist()
+            guesses += logits.argmax(-1).tolist()
+        predicted = [guess for _, guess in sorted(zip(order, guesses, strict=True))]
         labels = [row["label"] for row in rows]
         return predicted, {"loss": total / max(1, len(rows)), **scores(labels, predicted, self.given.report["task"])}
+
+    def _get_train_sampler(self, train_dataset=None):
+        return order_of(self.run, self.train_dataset, self.args.seed)
 
     def on_optimizer_step(self, args, state, control, **_):
         """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
@@ -194,12 +199,22 @@ def build(run, given: SimpleNamespace, seed: int, steps: int) -> nn.Module:
     return models.float32_trainables(add_adapters(model, run.model.adapter, steps))
 
 
+def lengths_of(run, rows: list[dict]) -> list[int] | None:
+    """Tokens of each row, where batches are bucketed by them."""
+    grouped = run.training.train_sampling_strategy == "group_by_length"
+    return [len(row["input_ids"]) for row in rows] if grouped else None
+
+
+def order_of(run, rows: list[dict], seed: int) -> SeededOrder:
+    return SeededOrder(len(rows), seed, 0, lengths_of(run, rows), run.training.batch_size)
+
+
 # ---- calibration
 
 
 def calibration_batches(run, given: SimpleNamespace, seed: int) -> list[dict]:
     """The first `sensitivity_warmup_steps` batches of the seed's order."""
-    batches = seeded_batches(given.rows["train"], run.training.batch_size, seed)
+    batches = seeded_batches(given.rows["train"], run.training.batch_size, seed, lengths_of(run, given.rows["train"]))
     collate, count = DataCollatorWithPadding(given.tokenizer), run.loss.sensitivity_warmup_steps
     return [to_device(collate(batch), models.current_device()) for batch in itertools.islice(batches, count)]
 
