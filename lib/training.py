@@ -75,22 +75,10 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 WINDOW = 16  # batches that are sorted by length together
 
 
-def bucket_by_length(order: list[int], lengths: list[int], batch: int, rng: np.random.Generator) -> list[int]:
-    """Rows of like length in one batch: sorted inside windows of 16 batches, whose batches are then shuffled. An
-    incomplete batch stays the last."""
-    out: list[int] = []
-    for start in range(0, len(order), WINDOW * batch):
-        rows = sorted(order[start : start + WINDOW * batch], key=lambda i: lengths[i])
-        whole = len(rows) // batch
-        for b in rng.permutation(whole):
-            out += rows[b * batch : (b + 1) * batch]
-        out += rows[whole * batch :]
-    return out
-
-
 class SeededOrder(torch.utils.data.Sampler):
     """A new permutation each epoch that depends on the seed, the epoch, the number of rows and, where they are given, their
-    `lengths`, by which batches of `batch` rows are bucketed; on nothing else."""
+    `lengths`; on nothing else. With these, rows of like length come into one batch of `batch`: sorted inside windows of 16
+    batches, whose batches are then shuffled. An incomplete batch stays the last."""
 
     def __init__(self, size: int, seed: int, epoch: int = 0, lengths: list[int] | None = None, batch: int = 1):
         self.size, self.seed, self.epoch, self.lengths, self.batch = size, seed, epoch, lengths, batch
@@ -105,9 +93,17 @@ class SeededOrder(torch.utils.data.Sampler):
         return rng.permutation(self.size).tolist()
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = self.shuffle(rng)
-        return iter(order if self.lengths is None else bucket_by_length(order, self.lengths, self.batch, rng))
+        rng, size = np.random.default_rng([self.seed, self.epoch]), self.batch
+        order, window = self.shuffle(rng), WINDOW * size
+        if self.lengths is None:
+            yield from order
+            return
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=self.lengths.__getitem__)
+            whole = len(rows) // size
+            for b in rng.permutation(whole):
+                yield from rows[b * size : (b + 1) * size]
+            yield from rows[whole * size :]
 
 
 def seeded_batches(rows: list, size: int, seed: int, lengths: list[int] | None = None) -> Iterator[list]:
@@ -217,6 +213,7 @@ class StudyTrainer(Trainer, TrainerCallback):
     """
 
     best_metric: str | None = None  # of `validate`: the highest value's checkpoint is kept as the best
+    lengths: list[int] | None = None  # of the training rows, where those of like length come into one batch
 
     def __init__(
         self,
@@ -361,7 +358,8 @@ class StudyTrainer(Trainer, TrainerCallback):
         return {}
 
     def _get_train_sampler(self, train_dataset=None):
-        return SeededOrder(len(train_dataset or self.train_dataset), self.args.seed)
+        rows, size = train_dataset or self.train_dataset, self.args.per_device_train_batch_size
+        return SeededOrder(len(rows), self.args.seed, 0, self.lengths, size)
 
     def floating_point_ops(self, inputs):
         return 0  # transformers counts all parameters at every step for a figure nobody reads

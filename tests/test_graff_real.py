@@ -73,21 +73,6 @@ def test_a_yaml_that_names_real_problems_itself_is_told_that_nothing_comes_along
 # ---- preparing
 
 
-def test_pretraining_on_real_text_sees_every_row_and_pads_less():
-    lengths = np.random.default_rng(0).integers(20, 400, 640).tolist()
-
-    def padded(real):
-        made = prepare.pretraining_batches(lengths, 32, np.random.default_rng(1), real)
-        found = [next(made) for _ in range(20)]
-        return found, sum(32 * max(lengths[i] for i in batch) for batch in found)
-
-    (bucketed, less), (_, more) = padded(True), padded(False)
-    assert sorted(i for batch in bucketed for i in batch) == list(range(640))
-    assert less < 0.75 * more
-    few = prepare.pretraining_batches([5, 6, 7], 32, np.random.default_rng(1), True)
-    assert sorted(next(few)) == sorted(next(few)) == [0, 1, 2]
-
-
 def test_answers_that_are_cut_are_counted_and_rows_without_an_answer_are_left_out(tmp_path):
     run = member_of(changes={"dataset.name": str(folder_of(tmp_path)), "dataset.max_tokens": 64}).run
     (tmp_path / "inputs").mkdir()

@@ -6,6 +6,7 @@ import pytest
 
 from lib import config, record
 from lib.graff import data
+from lib.training import seeded_batches
 from tests.conftest import ROOT
 from tests.notebook import analyze, write_member
 
@@ -24,6 +25,9 @@ def test_every_epoch_is_a_permutation_with_rows_of_like_length_together():
     assert [np.mean([lengths[i] for i in window[s : s + 8]]) for s in range(0, 128, 8)] != sorted(
         np.mean([lengths[i] for i in window[s : s + 8]]) for s in range(0, 128, 8)
     ), "batches of a window are shuffled"
+    batches = seeded_batches(range(1003), 8, 3, lengths)
+    assert [next(batches) for _ in range(125)] == [first[s : s + 8] for s in range(0, 1000, 8)]
+    assert sorted(next(seeded_batches(range(3), 6, 3, [5, 6, 7]))) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_shuffle_buffer_is_honoured_and_one_larger_than_the_data_is_a_full_shuffle():

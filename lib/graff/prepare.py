@@ -4,10 +4,11 @@ and the planner's warm start, which is also made by one command:
     .venv/bin/python -m lib.graff.prepare FILE.safetensors [paper]
 """
 
+import itertools
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ from lib.data import BadRow, describe, require, require_text
 from lib.errors import StudyError
 from lib.graff import member
 from lib.graff.data import NUMBER, collate, encode, prompt, reference, strict, target
-from lib.training import bucket_by_length, to_device
+from lib.training import seeded_batches, to_device
 
 # ---- problems
 
@@ -145,23 +146,15 @@ def make_tokenizer(train: list[dict] | None) -> PreTrainedTokenizerFast:
     return made.train_bpe_tokenizer([text_of(row) for row in train], BPE_VOCABULARY, None)
 
 
-def pretraining_batches(lengths: list[int], size: int, rng: np.random.Generator, real: bool) -> Iterator[list[int]]:
-    """Rows of each batch, without end. Real problems differ in length: those of like length come into one batch."""
-    while not real:
-        yield rng.integers(len(lengths), size=size).tolist()
-    while True:
-        rows = bucket_by_length(rng.permutation(len(lengths)).tolist(), lengths, size, rng)
-        for start in range(0, max(1, len(rows) - size + 1), size):
-            yield rows[start : start + size]
-
-
 def make_base(train: list[dict] | None, recipe: dict, history: Path) -> made.Base:
     """Tokenizer and model, pretrained on generated problems (or on `train`)."""
     rows, steps = train or pretraining_problems(recipe["seed"], recipe["two_step_share"]), recipe["pretrain_steps"]
     tokenizer = make_tokenizer(train)
     encoded = [encode(tokenizer, row, 512) for row in rows]
     rng, size = np.random.default_rng(recipe["seed"]), recipe["pretrain_batch_size"]
-    batches = pretraining_batches([len(row["ids"]) for row in encoded], size, rng, train is not None)
+    batches = ([encoded[i] for i in rng.integers(len(rows), size=size)] for _ in itertools.count())
+    if train:  # these differ in length
+        batches = seeded_batches(encoded, size, recipe["seed"], [len(row["ids"]) for row in encoded])
     hidden = recipe["hidden_size"]
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
     shape |= {"num_hidden_layers": recipe["layers"], "max_position_embeddings": 2048, "tie_word_embeddings": True}
@@ -169,7 +162,7 @@ def make_base(train: list[dict] | None, recipe: dict, history: Path) -> made.Bas
     model = made.stand_in("Qwen/Qwen3", tokenizer, seed=recipe["seed"], **shape).to(device).train()
 
     def loss() -> Tensor:
-        inputs = collate([encoded[i] for i in next(batches)], tokenizer.pad_token_id)
+        inputs = collate(next(batches), tokenizer.pad_token_id)
         return model(**to_device(inputs, device)).loss
 
     optimizer = AdamW(model.parameters(), lr=recipe["pretrain_learning_rate"], weight_decay=0.01, foreach=True)

@@ -262,12 +262,9 @@ def check(run: Run) -> Iterator[Finding]:
         yield Finding("error", "compute.strategy", "sharded gradients hide the sensitivities", "strategy: none")
     dataset, task, splits = run.dataset, run.dataset.task, (run.dataset.splits.train, run.dataset.splits.validation)
     if dataset.name == "nyu-mll/glue" and any("test" in split for split in splits):
-        yield Finding(
-            "error", "dataset.splits", f"the labels of {task}'s test split are all -1", "validation: validation"
-        )
+        yield Finding("error", "dataset.splits", f"{task}'s test split has no labels", "validation: validation")
     if dataset.preprocessing.padding == "max_length":
-        what = "padded to the batch's longest row"
-        yield Finding("warning", "dataset.preprocessing.padding", what, "padding: longest")
+        yield Finding("warning", "dataset.preprocessing.padding", "padded to the longest row", "padding: longest")
 
 
 def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
@@ -278,8 +275,7 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
             yield Finding("error", "optuna.search_space", f"no penalty reads {searched[0]}", "loss.penalty: importance")
         return
     if kind != "lora":
-        what = f"{loss.penalty} is defined on LoRA pairs"
-        yield Finding("error", "loss.penalty", what, "penalty: none, or type: lora")
+        yield Finding("error", "loss.penalty", f"{loss.penalty} is of LoRA pairs", "penalty: none, or type: lora")
     batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
     if total is not None and batches > total:
         what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from lib import config, models, record
 from lib.errors import StudyError
 from lib.iw_lora import penalty
-from lib.training import SeededOrder, StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
+from lib.training import StudyTrainer, make_stepper, seeded_batches, time_interleaved, to_device
 
 # PEFT's own, and what it does not list yet; of AdaLoRA too, so that methods adapt the same matrices
 TARGETS = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "modernbert": ["Wqkv"]}
@@ -105,6 +105,7 @@ class ImportanceTrainer(StudyTrainer):
     def __init__(self, run, given, model: nn.Module, seed: int, folder: Path, term: Term | None = None):
         self.run, self.given, self.term, self.parts = run, given, term, []
         training, rows = run.training, given.rows["train"]
+        self.lengths = lengths_of(run, rows)
         steps, identity = training.optimizer_steps(len(rows)), config.dump(run)
         identity["training"].pop("logging_steps")  # changes the log alone
         every = {"epoch": training.steps_per_epoch(len(rows)), "steps": training.eval_steps, "no": None}
@@ -163,9 +164,6 @@ class ImportanceTrainer(StudyTrainer):
         labels = [row["label"] for row in rows]
         return predicted, {"loss": total / max(1, len(rows)), **scores(labels, predicted, self.given.report["task"])}
 
-    def _get_train_sampler(self, train_dataset=None):
-        return order_of(self.run, self.train_dataset, self.args.seed)
-
     def on_optimizer_step(self, args, state, control, **_):
         """AdaLoRA's budget after each optimizer step, before gradients are cleared; not where the step was skipped."""
         if allocator_of(self.model) is not None and not self.accelerator.optimizer_step_was_skipped:
@@ -203,10 +201,6 @@ def lengths_of(run, rows: list[dict]) -> list[int] | None:
     """Tokens of each row, where batches are bucketed by them."""
     grouped = run.training.train_sampling_strategy == "group_by_length"
     return [len(row["input_ids"]) for row in rows] if grouped else None
-
-
-def order_of(run, rows: list[dict], seed: int) -> SeededOrder:
-    return SeededOrder(len(rows), seed, 0, lengths_of(run, rows), run.training.batch_size)
 
 
 # ---- calibration
