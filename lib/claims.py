@@ -659,9 +659,11 @@ def evaluate(
     verdicts, asked = [Verdict(claim, scale) for claim in study.claims], []
     for claim, verdict in zip(study.claims, verdicts, strict=True):
         try:
-            verdict.reason = _no_verdict(claim, scale, mode, absent or {})
+            verdict.reason = _no_verdict(claim, scale, mode)
             if not verdict.reason:
                 asked.append(verdict)
+                verdict.reason = (absent or {}).get(claim.metric, "")
+            if not verdict.reason:
                 _need_searches(study, claim, scale, members)
                 (_judge_cost if claim.test == "cost_ratio" else _judge_scores)(study, claim, data, verdict)
         except Missing as missing:
@@ -690,8 +692,8 @@ def roughly(seeds: int) -> str:
 
 
 def _adjust(family: list[Verdict]) -> None:
-    """Holm over a study's claims, for either word. Those that have no scores yet count (p = 1): a word that is given
-    before the others are there is not taken back when they come."""
+    """Holm over a study's claims, for either word. Those that have no scores count (p = 1): a word that is given before
+    they come is not taken back then, nor does it depend on what this machine can measure."""
     adjusted = st.holm([1.0 if v.p is None else v.p for v in family]) if family else ()
     for verdict, p in zip(family, adjusted, strict=True):
         verdict.holm_p = None if verdict.p is None else float(p)
@@ -700,7 +702,7 @@ def _adjust(family: list[Verdict]) -> None:
             verdict.verdict = "inconclusive"
 
 
-def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) -> str:
+def _no_verdict(claim: Claim, scale: str, mode: str) -> str:
     """Why the claim is not evaluated, whatever the scores; the empty string where it is."""
     if mode == "trial":
         return "a trial shows that the study runs, not what it finds"
@@ -708,9 +710,7 @@ def _no_verdict(claim: Claim, scale: str, mode: str, absent: Mapping[str, str]) 
         return claim.not_evaluated
     if claim.test == "absolute" and scale == "laptop":
         return "a figure of a named model says nothing about the models made at laptop scale"
-    if scale not in claim.scales:
-        return f"this claim is about {' and '.join(claim.scales)} scale"
-    return absent.get(claim.metric, "")
+    return "" if scale in claim.scales else f"this claim is about {' and '.join(claim.scales)} scale"
 
 
 def _need_searches(study: Claims, claim: Claim, scale: str, members: pd.DataFrame) -> None:

@@ -350,6 +350,8 @@ def test_claims_that_wait_for_scores_count_and_those_never_evaluated_or_about_ti
     assert found["X1"].holm_p == pytest.approx(2 * found["X1"].p)
     assert found["X3"].holm_p == found["X3"].p
     assert found["X2"].holm_p is None
+    here = judge(study_of({}, {"metric": "joules"}), rows, members, absent={"joules": "no counter"})
+    assert here["X1"].holm_p == pytest.approx(2 * here["X1"].p)  # as on a machine that has one
     never = judge(study_of({}, gone | {"not_evaluated": "no definition"}), rows, members)
     assert never["X1"].holm_p == never["X1"].p
 
