@@ -107,11 +107,11 @@ class SeededOrder(torch.utils.data.Sampler):
 
 
 def seeded_batches(rows: list, size: int, seed: int, lengths: list[int] | None = None) -> Iterator[list]:
-    """Batches of rows without end, epoch after epoch in SeededOrder."""
-    epochs = (SeededOrder(len(rows), seed, epoch, lengths, size) for epoch in itertools.count())
-    places = itertools.chain.from_iterable(epochs)
-    while True:
-        yield [rows[place] for place in itertools.islice(places, size)]
+    """Batches of rows without end, those of a training: epoch after epoch in SeededOrder, an epoch's last with what is left."""
+    for epoch in itertools.count():
+        order = list(SeededOrder(len(rows), seed, epoch, lengths, size))
+        for start in range(0, len(order), size):
+            yield [rows[place] for place in order[start : start + size]]
 
 
 # ---- checkpoints: complete, or they do not count ----

@@ -320,6 +320,11 @@ def test_a_claim_is_priced_at_each_look_by_what_it_lacks_and_shared_arms_count_o
     study.go()
     spending = spending_of(study)
     assert not spending.priced(), "a word is not bought twice"
+    status = spending.folder("td_dpo") / "status.json"
+    judged = record.read_json(status)
+    record.write_json(status, judged | {"status": "failed"})
+    assert spending.priced(), "what an analysis before the last one said is no word"
+    record.write_json(status, judged)
     record.write_json(spending.folder("td_dpo") / "claims.json", [])
     assert [seconds(each) for each in spending.priced()[1]] == [0, 2 * 12, 2 * 2 * 12], "what is on record is not paid"
 

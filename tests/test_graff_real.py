@@ -73,6 +73,18 @@ def test_a_yaml_that_names_real_problems_itself_is_told_that_nothing_comes_along
 # ---- preparing
 
 
+def test_pretraining_on_real_text_pads_little(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (folder_of(tmp_path, rows=200) / "train.jsonl").read_text().splitlines()]
+    recipe = loaded(**{"dataset.name": str(tmp_path)}).model.recipe.model_dump()
+    recipe |= {"seed": 0, "pretrain_steps": 7, "pretrain_batch_size": 32, "hidden_size": 16, "layers": 1}
+    batches, collate = [], prepare.collate
+    monkeypatch.setattr(prepare, "collate", lambda rows, pad: batches.append(rows) or collate(rows, pad))
+    prepare.make_base(rows, recipe, tmp_path / "history.jsonl")
+    sizes = [[len(row["ids"]) for row in batch] for batch in batches]
+    assert [len(batch) for batch in batches] == [32] * 6 + [8]  # an epoch
+    assert sum(max(s) * len(s) for s in sizes[:6]) < 1.25 * sum(map(sum, sizes[:6]))
+
+
 def test_answers_that_are_cut_are_counted_and_rows_without_an_answer_are_left_out(tmp_path):
     run = member_of(changes={"dataset.name": str(folder_of(tmp_path)), "dataset.max_tokens": 64}).run
     (tmp_path / "inputs").mkdir()

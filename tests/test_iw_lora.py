@@ -53,6 +53,7 @@ def rows(count=32):
     ]
 
 
+GROUPED = {"train_sampling_strategy": "group_by_length"}
 TOKENIZER = word_tokenizer(map(str, range(40)), data.SPECIAL)
 COLLATE = DataCollatorWithPadding(TOKENIZER)
 BATCH = COLLATE(rows(8))
@@ -223,7 +224,7 @@ def test_adalora_keeps_8_k_triplets_and_bad_schedules_are_refused(tmp_path):
 def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, monkeypatch, adapter):
     straight, broken = deberta(adapter, 12), deberta(adapter, 12)
     start = {n: p.clone() for n, p in trainables(straight).items()}
-    fit(tmp_path / "a", straight, steps=12, every=4)
+    fit(tmp_path / "a", straight, steps=12, every=4, **GROUPED)
 
     class Killed(Exception):
         pass
@@ -236,30 +237,36 @@ def test_a_resumed_training_is_bit_identical_and_the_head_is_trained(tmp_path, m
     write = StudyTrainer.write
     monkeypatch.setattr(StudyTrainer, "write", dies)
     with pytest.raises(Killed):
-        fit(tmp_path / "b", broken, steps=12, every=4)
+        fit(tmp_path / "b", broken, steps=12, every=4, **GROUPED)
     monkeypatch.setattr(StudyTrainer, "write", write)
     again = deberta(adapter, 12)
-    fit(tmp_path / "b", again, steps=12, every=4)
+    fit(tmp_path / "b", again, steps=12, every=4, **GROUPED)
     assert (tmp_path / "a/history.jsonl").read_text() == (tmp_path / "b/history.jsonl").read_text()
     mine, theirs = trainables(straight), trainables(again)
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     for part in ("pooler", "classifier"):
         assert any(part in n and not torch.equal(p, start[n]) for n, p in mine.items())
     loaded = deberta(adapter, 12, seed=9)
-    assert fit(tmp_path / "a", loaded, steps=12, every=4)[0].step == 12  # finished: its last state is loaded
+    assert fit(tmp_path / "a", loaded, steps=12, every=4, **GROUPED)[0].step == 12  # finished: its last state is loaded
     assert all(torch.equal(p, mine[n]) for n, p in trainables(loaded).items())
 
 
 def test_rows_of_like_length_are_trained_together_and_scored_in_their_own_order(tmp_path):
     model = moved(deberta())
-    mine = trainer_of(tmp_path, model, train_sampling_strategy="group_by_length")
-    sizes, random = [len(row["input_ids"]) for row in mine.train_dataset], list(SeededOrder(32, 3))
-    padded = lambda order: sum(8 * max(sizes[i] for i in order[s : s + 8]) for s in range(0, 32, 8))  # noqa: E731
-    order = list(mine._get_train_sampler())
+    mine = trainer_of(tmp_path, model, batch_size=12, **GROUPED)
+    lengths = [len(row["input_ids"]) for row in mine.train_dataset]
+    padded = lambda order: sum(12 * max(lengths[i] for i in order[s : s + 12]) for s in range(0, 32, 12))  # noqa: E731
+    order, random = list(mine._get_train_sampler()), list(SeededOrder(32, 3))
     assert sorted(order) == list(range(32))
     assert padded(order) < padded(random) == padded(list(trainer_of(tmp_path, model)._get_train_sampler()))
-    expected = COLLATE([mine.train_dataset[i] for i in order[:8]])
-    assert torch.equal(trainer.calibration_batches(mine.run, mine.given, 3)[0]["input_ids"], expected["input_ids"])
+    # calibration sees what is trained on: 12, 12 and 8 rows an epoch
+    loader, trained = mine.get_train_dataloader(), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        trained += [batch["input_ids"] for batch in loader]
+    calibrated = trainer.calibration_batches(mine.run, mine.given, 3)
+    assert len(calibrated) == 16
+    assert all(torch.equal(a, b["input_ids"]) for a, b in zip(trained, calibrated[:6], strict=True))
     alone = [COLLATE([row]) for row in mine.train_dataset]
     alone = [int(model.eval()(b["input_ids"], attention_mask=b["attention_mask"]).logits.argmax()) for b in alone]
     assert set(alone) == {0, 1}

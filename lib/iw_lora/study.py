@@ -108,7 +108,7 @@ class Training(config.Schedule):
     gradient_accumulation_steps: Count = 1
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", validation_alias="lr_scheduler")
     fp16: Flag = False
-    train_sampling_strategy: Literal["random", "group_by_length"] = "random"  # transformers' name
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"  # transformers' words, SeededOrder's order
     logging_steps: Count = Field(50, validation_alias="log_every_n_steps")
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"  # not best: the last state is what is reported
     evaluation_strategy: Literal["epoch", "steps", "no"] = "epoch"
@@ -264,7 +264,7 @@ def check(run: Run) -> Iterator[Finding]:
     if dataset.name == "nyu-mll/glue" and any("test" in split for split in splits):
         yield Finding("error", "dataset.splits", f"{task}'s test split has no labels", "validation: validation")
     if dataset.preprocessing.padding == "max_length":
-        yield Finding("warning", "dataset.preprocessing.padding", "padded to the longest row", "padding: longest")
+        yield Finding("warning", "dataset.preprocessing.padding", "padded to its batch's longest", "padding: longest")
 
 
 def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
@@ -275,7 +275,7 @@ def _check_penalty(run: Run, total: int | None) -> Iterator[Finding]:
             yield Finding("error", "optuna.search_space", f"no penalty reads {searched[0]}", "loss.penalty: importance")
         return
     if kind != "lora":
-        yield Finding("error", "loss.penalty", f"{loss.penalty} is of LoRA pairs", "penalty: none, or type: lora")
+        yield Finding("error", "loss.penalty", f"{loss.penalty} needs LoRA pairs", "penalty: none, or type: lora")
     batches, buffer = loss.sensitivity_warmup_steps, loss.sensitivity_buffer_size or 0
     if total is not None and batches > total:
         what, fix = f"{batches} calibration batches for a run of {total} steps", max(1, total // 10)

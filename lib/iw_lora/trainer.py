@@ -153,7 +153,7 @@ class ImportanceTrainer(StudyTrainer):
     def score(self, split: str) -> tuple[list[int], dict]:
         """(predicted labels, {"loss" (nats), "accuracy", "f1", "macro_f1"}) on a split, in evaluation mode."""
         rows, size, total = self.given.rows[split], self.run.evaluation.batch_size, 0.0
-        order, guesses = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), []  # less to pad
+        order, guesses = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])), []  # less to pad
         self.model.eval()
         for start in record.batches("evaluation", range(0, len(rows), size)):
             batch = to_device(self.data_collator([rows[i] for i in order[start : start + size]]), self.model.device)

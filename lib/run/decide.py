@@ -315,7 +315,7 @@ class Spending:
         return found
 
     def judged(self, study: str) -> list[dict]:
-        """The rows of claims.json; none where the last analysis failed, which leaves those of the one before."""
+        """The rows of claims.json; none unless the last analysis succeeded: others leave those of the one before."""
         folder = self.folder(study)
         succeeded = record.read_json(folder / "status.json", {}).get("status") == "succeeded"
         return record.read_json(folder / "claims.json", []) if succeeded else []

@@ -29,7 +29,7 @@ from lib.data import BadRow, decode, describe, require
 from lib.errors import StudyError
 from lib.td_dpo import engine, generated
 from lib.td_dpo.engine import IGNORE, Row, conversation_ids, sample, sequence_logprobs, token_budget_batches
-from lib.training import collate
+from lib.training import WINDOW, collate
 
 SPLITS = ("train", "validation", "test")
 CHUNK = 1000  # pairs that are tokenized together
@@ -436,7 +436,6 @@ CHAT_TEMPLATE = (
 LONGEST = 512  # tokens of a conversation that are learned from
 MAX_TOKENS = 2048  # of a padded batch
 WARM_UP = 0.05
-BUCKET = 16  # batches whose rows are sorted by length together
 
 
 def texts_of(pairs: Sequence[dict]) -> list[str]:
@@ -469,8 +468,8 @@ def _batches(lengths: Sequence[int], size: int, max_tokens: int, seed: int) -> I
     rng = random.Random(seed)
     while True:
         order, epoch = rng.sample(range(len(lengths)), len(lengths)), []
-        for start in range(0, len(order), size * BUCKET):
-            bucket = order[start : start + size * BUCKET]
+        for start in range(0, len(order), size * WINDOW):
+            bucket = order[start : start + size * WINDOW]
             batches = token_budget_batches([lengths[index] for index in bucket], max_tokens, size)
             epoch += [[bucket[place] for place in batch] for batch in batches]
         rng.shuffle(epoch)
