@@ -35,9 +35,9 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     `outcome`: of a training that is over (lib/run/sharding.py) and whose checkpoints are in `folder`."""
     run, given = member.run, load(member.run, shared)
     if outcome is None:
-        outcome, model, frozen = fit(member, folder, given)
+        outcome, model = fit(member, folder, given)
     else:
-        model, frozen = policy(run, given.base, member.seed), frozen_base(run, given.base)
+        model = policy(run, given.base, member.seed)
         if outcome.status == "completed":  # what diverges at once has none
             training.load_checkpoint(model, training.last_complete_checkpoint(folder / "checkpoints"))
     metrics = {
@@ -53,7 +53,7 @@ def train(member, folder: Path, shared: Path, outcome: Outcome | None = None) ->
     metrics["dropped_pairs"] += given.report.get("dropped", {}).get("count", 0)  # by the reader
     if outcome.status == "diverged":  # its weights are not a model any more: nothing to score
         return metrics
-    metrics |= _validation(folder, outcome.step) | evaluate(run, model, frozen, given, member.seed, folder)
+    metrics |= _validation(folder, outcome.step) | evaluate(run, model, given, member.seed, folder)
     metrics["step_seconds"] = statistics.median(row["seconds"] for row in record.read_jsonl(folder / "timing.jsonl"))
     if (best := metrics.get(score := f"{run.evaluation.judge}_score")) is not None:
         if outcome.best_step not in (None, outcome.step):
@@ -71,20 +71,16 @@ def policy(run, base: str, seed: int):
     return models.add_lora(model, run.model.peft.model_dump(), seed) if run.model.peft else model
 
 
-def frozen_base(run, base: str):
-    """The frozen reference: None where it is the policy with its adapters off."""
-    return None if run.model.peft else models.load_base(run, base)
-
-
 def fit(member, folder: Path, given: SimpleNamespace, kind: Callable[[type], type] = lambda trainer: trainer) -> tuple:
-    """The training itself: (outcome, trained model, frozen reference). `kind` turns the trainer's class into another
+    """The training itself: (outcome, trained model). `kind` turns the trainer's class into another
     (for a sharded model: lib/run/sharding.py)."""
     run, seed = member.run, member.seed
-    model, frozen = policy(run, given.base, seed), frozen_base(run, given.base)
-    return kind(PreferenceTrainer)(run, seed, folder, given, model, frozen).fit(), model, frozen
+    model = policy(run, given.base, seed)
+    frozen = None if run.model.peft else models.load_base(run, given.base)  # else the policy with its adapters off
+    return kind(PreferenceTrainer)(run, seed, folder, given, model, frozen).fit(), model
 
 
-def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path) -> dict:
+def evaluate(run, model, given: SimpleNamespace, seed: int, folder: Path) -> dict:
     """Score the test pairs and, where a judge is at hand, the answers to the questions; writes predictions.jsonl."""
     model.eval()
     rows = given.rows["test"]
@@ -100,10 +96,8 @@ def evaluate(run, model, frozen, given: SimpleNamespace, seed: int, folder: Path
     judge, answers = run.evaluation.judge, []
     if generated.JUDGE_OF.get(given.report["source"]) == judge:
         answers = judged_answers(run, model, given.tokenizer, seed)
-        ratios = engine.log_ratio_of_samples(model, frozen, answers).tolist()
-        for answer, ratio in zip(answers, ratios, strict=True):
-            kept = {key: answer[key] for key in ("question", "category", "turn", "score", "length", "text")}
-            predictions.append({"kind": "answer", **kept, "log_ratio": ratio})
+        kept = ("question", "category", "turn", "score", "length", "text")
+        predictions += [{"kind": "answer", **{key: answer[key] for key in kept}} for answer in answers]
         metrics[f"{judge}_score"] = record.mean([a["score"] for a in answers])
     record.write_jsonl(folder / "predictions.jsonl", predictions)
     if judge == "mt_bench" and run.evaluation.mt_bench:  # graded later: ./run_all.sh judge
