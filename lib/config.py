@@ -476,7 +476,7 @@ DEFAULTS: dict[str, Any] = {  # of what a study's module may define
     "GRADED_BY": {},  # metric -> the command that makes it where training does not
     "steps": lambda run: None,  # optimizer steps of one member; None where that shows only when it runs
     "trial_changes": lambda run: {},  # {dotted key: value} that leave at most 2 batches of every phase
-    "search_changes": lambda run: {},  # the same of what a trial of the search leaves out
+    "search_changes": lambda run: {},  # the same of what a trial of the search or a pilot leaves out
     "unread": lambda run: {},  # {key: why} of what this run does not read, so that --set of it is refused
     # (4,) tensors that what BY_NAME picks makes of four small ones, for `check`
     "dry_call": lambda run: (),
@@ -807,10 +807,12 @@ def cell_members(run: Run, cell: dict[str, Any], seeds: Iterable[int], name: str
 
 
 def seeded(run: Run, seed: int) -> Run:
-    """A seed is a complete repetition: the run with its own `seed` where it leaves out one of the study's SEED_KEYS."""
-    raw, named = dump(run), study_module(run.study).SEED_KEYS
-    left = [key for key in named if get(raw, key.rpartition(".")[0]) and get(raw, key) is None]
-    return apply(run, dict.fromkeys(left, seed)) if left else run
+    """A seed is a complete repetition: the run with its own `seed` where it leaves out one of the study's SEED_KEYS; a
+    pilot's without what a search leaves out."""
+    raw, study = dump(run), study_module(run.study)
+    left = [key for key in study.SEED_KEYS if get(raw, key.rpartition(".")[0]) and get(raw, key) is None]
+    changes = dict.fromkeys(left, seed) | (study.search_changes(run) if seed in (run.pilot_seeds or ()) else {})
+    return apply(run, changes) if changes else run
 
 
 def cells(run: Run) -> dict[str, tuple[dict[str, Any], list[int]]]:

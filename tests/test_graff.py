@@ -329,6 +329,13 @@ def test_a_trial_of_the_search_reads_dev_alone(tmp_path, shared):
     assert (metrics["exact_match"], metrics["test_loss"], metrics["dev_exact_match"] is None) == (None, None, False)
 
 
+def test_a_pilot_reads_dev_alone_too():
+    run = config.load_run(ROOT / "params/graff/small/graff.yaml", study="graff", scale="small", mode="full")
+    planned = config.members(run)
+    assert {m.pilot for m in planned} == {True, False}
+    assert all(m.run.evaluation.test is not m.pilot for m in planned)
+
+
 def test_a_missing_warm_start_names_the_command(tmp_path):
     run = member_of("graff", warm_start_ckpt=str(tmp_path / "none.safetensors")).run
     found = [f for f in check.findings(run) if f.key == "training.scheduler.warm_start_ckpt"]
