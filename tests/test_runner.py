@@ -342,6 +342,25 @@ def test_an_analysis_of_runs_that_left_no_record_says_so(pool_socket, tmp_path, 
     }
 
 
+EXECUTE = """
+import sys
+from pathlib import Path
+from lib.run import plan, runner
+def execute(self, step):
+    print(f"there: {sys.modules.keys() >= {'papermill', 'nbconvert', 'jupyter_client.multikernelmanager'}}")
+    step.state = "succeeded"
+runner.Runner.ensure_pool, runner.Runner.execute = lambda self: None, execute
+nowhere = Path("nowhere")
+assert runner.Runner([plan.Step("analysis", "td_dpo", "x", nowhere, nowhere, {"mode": "trial"}, "key", "never run")], 1).run()
+"""
+
+
+def test_threads_find_jupyter_imported():
+    """One that imports papermill while another one imports nbconvert can find jupyter_client half made (seen in CI)."""
+    done = subprocess.run([sys.executable, "-c", EXECUTE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "there: True" in done.stdout
+
+
 def started(tmp_path, *arguments, **more):
     environment = {**os.environ, "STUDY_OUTPUTS": str(tmp_path / "outputs"), **more}
     environment.pop("STUDY_POOL", None)

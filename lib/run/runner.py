@@ -6,6 +6,7 @@ every code cell has an execution count, and the record's sentinel carries this a
 """
 
 import contextlib
+import importlib
 import math
 import os
 import shutil
@@ -79,6 +80,9 @@ class Runner:
         if not self.count(""):
             return
         self.ensure_pool()
+        # Before threads do: two that enter the cycle of jupyter_client's imports at different places find it half made.
+        for module in ("nbconvert", "lib.run.kernels"):
+            importlib.import_module(module)
         while self.count("") or self.count("running"):
             for step in self.steps:
                 if not step.state and self.count("running") < at_once and self.ready(step):
