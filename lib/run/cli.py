@@ -323,8 +323,8 @@ def execute(options, runs: list, whole: list) -> int:
                 progress.print_table(engine.steps)
     index = pages.index_html(OUTPUTS)
     if full and options.command != "try":
-        judged = (step for step in engine.steps if step.kind == "analysis" and step.state in ("succeeded", "cached"))
-        last = {step.study: step for step in judged}  # a failed one leaves the words of the record before
+        # a failed one leaves the words of the record before
+        last = {s.study: s for s in engine.steps if s.kind == "analysis" and s.state in ("succeeded", "cached")}
         progress.print_verdicts([step.folder for step in last.values()], set(), priced=True)
     if spending.left:
         print("\nleft for lack of time:", *spending.left, sep="\n  ")
