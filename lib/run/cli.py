@@ -439,9 +439,7 @@ def sync(options) -> int:
         print(f"nothing to send: no finished member in {where}, or wandb.mode: disabled in its YAML")
         return 0
     address = [options.entity or "", options.project or ""]
-    with contextlib.ExitStack() as locks:
-        for root in dict.fromkeys(folder.parents[1] for folder in folders):
-            locks.enter_context(progress.lock(root))  # a runner at work sends by itself
+    with progress.lock(*dict.fromkeys(folder.parents[1] for folder in folders)):  # a runner at work sends by itself
         # A process of its own: the client's core can crash, and some of its calls never return.
         code = subprocess.call([sys.executable, "-P", "-m", "lib.run.wandb", "sync", *address, *map(str, folders)])
     if code == -signal.SIGALRM:

@@ -4,7 +4,6 @@ afterwards. How they are graded is in lib/td_dpo/judge.py."""
 import os
 import re
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 from lib import config, record
@@ -29,10 +28,8 @@ def judge(options, roots: list[Path], wanted: set[tuple[str, str]] | None, outpu
     was sent. Where the judge fails on the way, its replies are kept, and the same command grades the rest."""
     given, folders = settings(options), find_members(roots, options, wanted)
     cache = members.CACHE / "judgments" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', given.model)}.jsonl"
-    with ExitStack() as locks:
-        if not options.dry_run:
-            for place in (cache.parent, *sorted({folder.parents[3] for folder in folders})):
-                locks.enter_context(progress.lock(place))
+    places = () if options.dry_run else (cache.parent, *sorted({folder.parents[3] for folder in folders}))
+    with progress.lock(*places):
         saved = [folder for folder in folders if (folder / mt_judge.ANSWERS).exists()]
         reasons = {folder: reason for folder in saved if (reason := mt_judge.reason_to_grade(folder, given.model))}
         states = Counter(reasons.values()) + Counter({"graded": len(saved) - len(reasons)})

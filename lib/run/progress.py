@@ -303,21 +303,23 @@ def status(root: Path, studies: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def lock(root: Path):
-    """One runner at a time in an outputs folder. The lock is the system's: it dies with its holder, however that one
-    dies."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        held = FileLock(root / ".lock").acquire(timeout=2)  # `status` tests it by holding it for a moment
-    except Timeout:
-        fix = "wait for it, or look at ./run_all.sh status"
-        raise StudyError(str(root), "another runner works here", "one runner at a time", fix) from None
-    except OSError as error:
-        found = f"cannot write there ({error.strerror})"
-        there = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
-        fix = f"chmod -R u+w {shlex.quote(str(there))}, or --results-dir with another"
-        raise MissingError(str(root), found, "a folder this user can write to", fix) from None
-    with held:
+def lock(*roots: Path):
+    """One runner at a time in each of these outputs folders. The locks are the system's: they die with their holder,
+    however that one dies."""
+    with contextlib.ExitStack() as held:
+        for root in roots:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                # `status` tests it by holding it for a moment
+                held.enter_context(FileLock(root / ".lock").acquire(timeout=2))
+            except Timeout:
+                fix = "wait for it, or look at ./run_all.sh status"
+                raise StudyError(str(root), "another runner works here", "one runner at a time", fix) from None
+            except OSError as error:
+                found = f"cannot write there ({error.strerror})"
+                there = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
+                fix = f"chmod -R u+w {shlex.quote(str(there))}, or --results-dir with another"
+                raise MissingError(str(root), found, "a folder this user can write to", fix) from None
         yield
 
 
