@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from lib.plots import number, outcomes
 # ---- the records of a study
 
 
-@dataclass
-class Records:
+class Records(NamedTuple):
     """One study's members as tables. `members` has one row per member with its metrics; `history`, `answers` and
     `pairs` one row per step, graded answer and scored pair, each with the member's identity in front; `costs` the
     interleaved step times of a method and its baseline. `everyone`: the members and, without metrics, those
@@ -28,7 +26,7 @@ class Records:
     answers: pd.DataFrame
     pairs: pd.DataFrame
     costs: pd.DataFrame
-    everyone: pd.DataFrame = field(default_factory=pd.DataFrame)
+    everyone: pd.DataFrame
 
 
 def load(results_dir: Path, expected: list | None = None, *, subfolder: str = "members") -> Records:

@@ -328,7 +328,7 @@ def test_a_step_of_graff_is_timed_without_its_evaluations():
     history = pd.DataFrame([{**who, "seed": 1, "used": u, "eta": eta} for u, eta in used])
     everyone = pd.DataFrame([{**who, "seed": 1, "status": "completed", "auc": 0.5, "pilot": False}])
     empty = pd.DataFrame()
-    found = graff.areas(tables.Records(everyone, history, empty, empty, empty))
+    found = graff.areas(tables.Records(everyone, history, empty, empty, empty, everyone))
     assert found["step_score"].tolist() == pytest.approx([-np.log((2 + 2 + 2.5) / 3)])
 
 
