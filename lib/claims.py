@@ -721,8 +721,7 @@ def _need_searches(study: Claims, claim: Claim, scale: str, members: pd.DataFram
 def spent(study: Claims, claim: Claim, members: pd.DataFrame) -> float | None:
     """Minutes that one core trained the runs of a claim, those included among which `best` was chosen (a search's trials
     are not)."""
-    cells = [cell for side in SIDES for cell in study.levels(claim, side)]
-    parts = [select_any(members, claim, cell) for cell in cells]
+    parts = [select_any(members, claim, cell) for side in SIDES for cell in study.levels(claim, side)]
     mine = members.loc[members.index.isin([index for part in parts for index in part.index])]
     return float(mine["seconds"].sum()) / 60 if "seconds" in mine and len(mine) else None
 
