@@ -49,6 +49,7 @@ def _as_cell(value: object) -> object:
 Cell = Annotated[dict[str, Annotated[float | int | str, BeforeValidator(plain)]], BeforeValidator(_as_cell)]
 Test = Literal["non_inferiority", "superiority", "equivalence", "variance_ratio", "cost_ratio", "absolute"]
 RATIOS = ("variance_ratio", "cost_ratio")
+Side = Literal["treatment", "baseline"]
 
 
 class Fixed(Section):
@@ -219,7 +220,7 @@ class Claims(Section):
             cell = {**cell, fixed.key: value}
         return cell
 
-    def levels(self, claim: Claim, side: str) -> list[Cell]:
+    def levels(self, claim: Claim, side: Side) -> list[Cell]:
         """The cells of one side: one, or one for each level of `across`; none for the baseline of a figure."""
         cell = getattr(claim, side)
         if cell is None:
@@ -269,14 +270,15 @@ def select(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     """The rows of `frame` that a cell's equalities hold for; none where a column does not exist."""
     if not set(cell) <= set(frame):
         return frame.iloc[:0]
+    keep = np.ones(len(frame), dtype=bool)
     if "cell" in frame and "cell" not in cell:
-        frame = frame[frame["cell"] != TUNED]
+        keep &= (frame["cell"] != TUNED).to_numpy()
     for key, value in cell.items():
         if isinstance(value, str):
-            frame = frame[frame[key] == value]
+            keep &= (frame[key] == value).to_numpy()
         else:
-            frame = frame[np.isclose(pd.to_numeric(frame[key], errors="coerce"), float(value), rtol=1e-9)]
-    return frame
+            keep &= np.isclose(pd.to_numeric(frame[key], errors="coerce"), float(value), rtol=1e-9)
+    return frame[keep]
 
 
 def select_any(frame: pd.DataFrame, claim: Claim, cell: Cell) -> pd.DataFrame:
@@ -528,7 +530,8 @@ def _sentence(claim: Claim, names: Names, estimate: float, digits: int) -> str:
         return f"across {key} the variance of {names[0]}'s scores is {estimate:.2f} times that of {names[1]}"
     if claim.test == "cost_ratio":
         return f"{names[0]} takes {estimate:.3f} times the {claim.metric} of {names[1]}"
-    return f"{names[0]} scored {abs(estimate):.{digits}f} {'above' if estimate >= 0 else 'below'} {names[1]}"
+    side = "above" if estimate >= 0 else "below"
+    return f"{names[0]} scored {abs(estimate):.{digits}f} {side} {names[1]}"
 
 
 def _measure_scores(claim: Claim, pairs: Paired, n: int, names: Names, looks: tuple[int, ...]) -> dict:
@@ -845,7 +848,8 @@ def _judge_cost(study: Claims, claim: Claim, data: Data, verdict: Verdict) -> No
     ratios = ratios.iloc[: max(n for n in looks if n <= len(ratios))]
     vars(verdict).update(measure(claim, -ratios.to_numpy()[:, None], [int(i) for i in ratios.index], names, looks))
     verdict.n_seeds = len(ratios)
-    verdict.reason += f" Processes differ from {math.exp(ratios.min()):.3f} to {math.exp(ratios.max()):.3f}."
+    span = f"{math.exp(ratios.min()):.3f} to {math.exp(ratios.max()):.3f}"
+    verdict.reason += f" Processes differ from {span}."
 
 
 # ---- whether the runs that a claim compares have learned anything

@@ -235,8 +235,9 @@ def write_status(step: plan.Step, status: str, started: float) -> None:
         metric = record.read_json(step.folder / "metrics.json", {}).get("key_metric")
     about = {"run_id": step.name, "kind": step.kind, "study": step.study, "status": status, "key": step.key}
     times = {"started": started, "ended": None if status == "running" else now, "actual_member_seconds": seconds}
-    outcome = {"minutes": round((now - started) / 60, 3), "key_metric": metric, "error": step.error}
-    record.write_json(step.folder / "status.json", about | times | outcome | {"command": step.command})
+    times["minutes"] = round((now - started) / 60, 3)
+    outcome = {"key_metric": metric, "error": step.error, "command": step.command}
+    record.write_json(step.folder / "status.json", about | times | outcome)
 
 
 def explain(step: plan.Step, error: BaseException) -> dict:
@@ -261,7 +262,9 @@ def partial(step: plan.Step) -> Path:
 
 def _lost(error: BaseException) -> bool:
     """A process went away (kernel, pool): worth a second try. An exception in a cell is not."""
-    return isinstance(error, pool.PoolLost) or "Kernel died" in str(error) or "PoolLost" in str(error)
+    from nbclient.exceptions import DeadKernelError
+
+    return isinstance(error, DeadKernelError | pool.PoolLost) or "Kernel died" in str(error) or "PoolLost" in str(error)
 
 
 def execute_notebook(step: plan.Step, nonce: str):
